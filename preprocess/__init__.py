@@ -1,0 +1,1 @@
+"""From videos to a bank of features: the commands, and everything that may touch a video."""
