@@ -1,0 +1,102 @@
+"""What the model is given: rows of tokens, and the frames that lie in them.
+
+Frames are grouped by stream, grid and covered part, so that each group is one tensor. All
+indices are flat: row * length + position.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from model.grid import Grid
+
+SLOW, FAST = 0, 1
+STREAMS = "SF"
+
+
+@dataclass(frozen=True)
+class FrameGroup:
+    """Frames of one stream and one grid, with the tokens that they fill."""
+
+    stream: int
+    grid: Grid
+    covered: tuple[float, float, float, float]
+    features: Tensor
+    """As banked, `(frames, cell_rows, cell_cols, dim)`."""
+    token_index: Tensor
+    """int64 `(frames, cells)`: the flat place of each cell's token, row-major."""
+    end_index: Tensor
+    """int64 `(frames,)`: the flat place of the frame's closing token."""
+    time: Tensor
+    """fp32 `(frames,)`, 0 at the clip's start and 1 at its end."""
+    timed: Tensor
+    """fp32 `(frames,)`, 0 where the clip has no duration and so no time."""
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.features.shape)
+        expected = (len(self.time), self.grid.rows, self.grid.cols)
+        if shape[:3] != expected:
+            raise ValueError(f"features {shape} do not fit {expected} frames and cells")
+        assert self.token_index.shape == (len(self.time), self.grid.cells)
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Pairs of consecutive frames, from one group to another."""
+
+    source: int
+    target: int
+    source_frame: Tensor
+    """int64 `(pairs,)` into the source group."""
+    target_frame: Tensor
+    copy: Tensor | None = None
+    """The source frames' features on the target's grid, for the copy baseline."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, right-padded. Without labels it is a prompt."""
+
+    input_ids: Tensor
+    """int64 `(rows, length)`; anything at visual places."""
+    axis: Tensor
+    """int64 `(rows, length)`: 0 time, 1 height, 2 width at coordinate tokens, -1 elsewhere."""
+    coord: Tensor
+    """fp32 `(rows, length)`, the coordinate at those places."""
+    position_ids: Tensor
+    mask_start: Tensor
+    mask_end: Tensor
+    """int32 `(rows, length)`: token q sees the keys [start, end) of its row."""
+    predict_index: Tensor
+    """int64 `(supervised,)`: flat places whose hidden state predicts a supervised token."""
+    labels: Tensor
+    """int64 `(supervised,)`, the predicted token ids."""
+    label_axis: Tensor
+    label_coord: Tensor
+    lengths: Tensor
+    """int64 `(rows,)`, tokens of each row without padding."""
+    groups: tuple[FrameGroup, ...]
+    transitions: tuple[Transitions, ...]
+    record_ids: tuple[str, ...]
+
+    @property
+    def num_transitions(self) -> int:
+        return sum(len(pairs.source_frame) for pairs in self.transitions)
+
+
+T = TypeVar("T", FrameGroup, Transitions, Batch)
+
+
+def to_device(item: T, device: torch.device) -> T:
+    """Return a copy with every tensor on a device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, tuple):
+            return tuple(move(v) for v in value)
+        return to_device(value, device) if isinstance(value, FrameGroup | Transitions) else value
+
+    return replace(item, **{f.name: move(getattr(item, f.name)) for f in fields(item)})

@@ -1,0 +1,141 @@
+"""The frame-causal loss: from the hidden states of frame i, predict the features of frame i + 1.
+
+The target is the frozen tower's banked feature, layer-normalised per token (V-JEPA 2-AC and
+JARVIS use the same kind of target), so the loss starts near 1 and cannot collapse: nothing that
+learns enters it. A low loss means nothing by itself; `skill` compares it with repeating frame i.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.batch import STREAMS, Batch, FrameGroup, Transitions
+from model.grid import resample_map
+
+PREDICTORS = ("resample", "xattn")
+NUM_FREQUENCIES = 8
+PREDICTOR_WIDTH = 2048
+PAIRS = ("SS", "SF", "FS", "FF")
+
+
+@dataclass(frozen=True)
+class FrameLoss:
+    """Sums over transitions, split by the streams of source and target in the order of `PAIRS`."""
+
+    loss: Tensor
+    """fp32 `(4,)`."""
+    copy: Tensor
+    """fp32 `(4,)`, of predicting no change; zero where it was not computed."""
+    count: Tensor
+    """fp32 `(4,)`, transitions."""
+    copy_count: Tensor
+
+
+class FrameCausal(nn.Module):
+    """Predicts the next frame on its own grid: `resample`, or `xattn` which also looks around."""
+
+    def __init__(self, llm_width: int, tower_width: int, predictor: str = "resample") -> None:
+        super().__init__()
+        assert predictor in PREDICTORS, predictor
+        self.norm = nn.LayerNorm(llm_width)
+        self.query = nn.Linear(3 * 2 * NUM_FREQUENCIES, llm_width)
+        self.stream = nn.Embedding(2, llm_width)
+        self.attention = None
+        if predictor == "xattn":
+            heads = 8 if llm_width % 8 == 0 else 1
+            self.attention = nn.MultiheadAttention(llm_width, heads, batch_first=True)
+        self.up = nn.Linear(llm_width, PREDICTOR_WIDTH)
+        self.down = nn.Linear(PREDICTOR_WIDTH, tower_width)
+        for layer in (self.query, self.up, self.down):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.stream.weight, std=0.02)
+
+    def predict(
+        self, hidden: Tensor, source: FrameGroup, target: FrameGroup, time: Tensor
+    ) -> Tensor:
+        """Return predicted features: `(pairs, target cells, dim)`.
+
+        hidden: `(pairs, source cells, llm_width)`; time: fp32 `(pairs,)` of the target frames.
+        """
+        states = self.norm(hidden)
+        moved = resample_map(source.grid, target.grid).to(hidden.device, hidden.dtype) @ hidden
+        guess = self.norm(moved) + self.query(_query_codes(target, time)).to(moved.dtype)
+        guess = guess + self.stream.weight[target.stream]
+        if self.attention is not None:
+            guess = guess + self.attention(guess, states, states, need_weights=False)[0]
+        return self.down(F.gelu(self.up(guess)))
+
+    def forward(self, hidden: Tensor, batch: Batch) -> FrameLoss:
+        """Return the loss sums of a batch.
+
+        hidden: the LLM's last hidden states after its final norm, `(rows * length, llm_width)`.
+        Transitions weigh the same whatever their number of tokens.
+        """
+        loss, copy, count, copied = (hidden.new_zeros(4, dtype=torch.float32) for _ in range(4))
+        for pairs in batch.transitions:
+            source, target = batch.groups[pairs.source], batch.groups[pairs.target]
+            slot = PAIRS.index(STREAMS[source.stream] + STREAMS[target.stream])
+            states = hidden[source.token_index[pairs.source_frame]]
+            guess = self.predict(states, source, target, target.time[pairs.target_frame])
+            truth = frame_target(target.features[pairs.target_frame])
+            loss = loss.index_add(0, _slot(slot, hidden), _frame_mse(guess, truth)[None])
+            count[slot] += len(pairs.source_frame)
+            if pairs.copy is not None:
+                copy[slot] += _frame_mse(frame_target(pairs.copy), truth)
+                copied[slot] += len(pairs.source_frame)
+        return FrameLoss(loss, copy, count, copied)
+
+    def zero(self) -> Tensor:
+        """Return a zero that touches every parameter, so that no rank waits for another's gradient."""
+        return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
+
+
+def frame_target(features: Tensor) -> Tensor:
+    """Return banked features layer-normalised per cell, without gradient: fp32 `(n, cells, dim)`."""
+    flat = features.detach().float().flatten(1, 2)  # pairs, cells, dim
+    return F.layer_norm(flat, flat.shape[-1:], eps=1e-6)
+
+
+def skill(loss: float, copy: float) -> float:
+    """Return 1 - loss / copy: above 0 the prediction beats repeating the last frame."""
+    return 1.0 - loss / copy if copy > 0 else float("nan")
+
+
+def _frame_mse(guess: Tensor, truth: Tensor) -> Tensor:
+    return (guess.float() - truth).square().mean(dim=(1, 2)).sum()
+
+
+def _slot(slot: int, like: Tensor) -> Tensor:
+    return torch.tensor([slot], device=like.device)
+
+
+def _query_codes(target: FrameGroup, time: Tensor) -> Tensor:
+    """Return fixed sinusoids of (y, x, time) of the target's cells: fp32 `(pairs, cells, codes)`.
+
+    Never LAPE's tables: with LAPE off the predictor is the same.
+    """
+    grid, (y0, x0, y1, x1) = target.grid, target.covered
+    rows = y0 + (y1 - y0) * grid.row_spans.mean(dim=1).to(time)
+    cols = x0 + (x1 - x0) * grid.col_spans.mean(dim=1).to(time)
+    place = torch.cartesian_prod(rows, cols) if grid.cells > 1 else torch.stack([rows, cols], 1)
+    pairs, cells = len(time), grid.cells
+    coords = torch.cat(
+        [place.expand(pairs, cells, 2), time[:, None, None].expand(pairs, cells, 1)], dim=2
+    )
+    frequency = torch.pi * 2.0 ** torch.arange(NUM_FREQUENCIES, device=time.device)
+    phase = (coords[..., None] * frequency).flatten(2)  # pairs, cells, 3 * frequencies
+    return torch.cat([phase.sin(), phase.cos()], dim=2)
+
+
+__all__ = [
+    "PAIRS",
+    "PREDICTORS",
+    "FrameCausal",
+    "FrameLoss",
+    "Transitions",
+    "frame_target",
+    "skill",
+]

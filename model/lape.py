@@ -1,0 +1,251 @@
+"""LAPE, Language-Aligned Positional Embedding (LLaVA-ST, CVPR 2025, arXiv 2501.08282).
+
+Three axes (time, height, width) each have N anchors with an input row and an output row. A
+coordinate u in [0, 1] is a blend of its two nearest anchors: as an input embedding in text, as a
+soft target at the head, and - by the mean of both tables - as the position of visual features.
+That sharing aligns language and vision. The six tables are their own module, never rows of the
+LLM's matrices, and every read of them goes through one rule for where a coordinate lies: `kappa`.
+
+Preset `st` follows LLaVA-ST (two-hot targets, gradient spread to neighbours, gamma fixed at 1);
+`plus` trains Gaussian targets of `sigma` bins and learns gamma, and decodes between bins.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.grid import Grid, cell_patches
+
+AXES = ("time", "height", "width")
+TIME, HEIGHT, WIDTH = range(3)
+NAMES = ("TEMP", "HEIGHT", "WIDTH")
+PRESETS = ("plus", "st")
+NUM_FREQUENCIES = 16
+INJECTION_SHARE = 0.1
+"""RMS of the injected positions over RMS of the projected features, at the start of `plus`."""
+
+
+@dataclass(frozen=True)
+class LapeTokens:
+    """Where the tokenizer holds the anchors: the id of anchor 0 per axis, and how many there are."""
+
+    first: tuple[int, int, int]
+    counts: tuple[int, int, int]
+    placeholders: tuple[int, ...]
+    """Ids of the six data-layer markers; none may reach the LLM."""
+
+    @classmethod
+    def add_to(cls, tokenizer: Any, num_temporal: int, num_spatial: int) -> "LapeTokens":
+        """Add the placeholders and anchors to a tokenizer (again: finds them); return their ids."""
+        counts = (num_temporal, num_spatial, num_spatial)
+        placeholders = [f"<{name}-{role}>" for name in NAMES for role in ("INPUT", "OUTPUT")]
+        anchors = [[f"<{NAMES[a]}-{i:03d}>" for i in range(counts[a])] for a in range(3)]
+        tokens = placeholders + [token for axis in anchors for token in axis]
+        known = tokenizer.get_added_vocab()
+        present = [token for token in known if token.startswith(("<TEMP-", "<HEIGHT-", "<WIDTH-"))]
+        if present and set(present) != set(tokens):
+            raise ValueError(
+                f"the tokenizer already holds {len(present)} coordinate tokens that do not fit "
+                f"num_temporal_tokens {num_temporal}, num_spatial_tokens {num_spatial}; "
+                "use the numbers it was made with or a tokenizer without them"
+            )
+        tokenizer.add_tokens([t for t in tokens if t not in known], special_tokens=True)
+        ids = tokenizer.convert_tokens_to_ids(tokens)
+        assert ids == list(range(ids[0], ids[0] + len(ids))), "coordinate ids are not contiguous"
+        first = ids[len(placeholders)]
+        return cls(
+            first=(first, first + counts[0], first + counts[0] + counts[1]),
+            counts=counts,
+            placeholders=tuple(ids[: len(placeholders)]),
+        )
+
+    def token_id(self, axis: int, coord: float) -> int:
+        """Return the id of the anchor nearest to a coordinate."""
+        return self.first[axis] + round(kappa_of(coord, self.counts[axis]))
+
+    @property
+    def all_ids(self) -> list[int]:
+        last = self.first[WIDTH] + self.counts[WIDTH]
+        return list(range(self.placeholders[0], last))
+
+
+def kappa_of(u: float, bins: int) -> float:
+    return min(max(u, 0.0), 1.0) * (bins - 1)
+
+
+def kappa(u: Tensor, bins: int) -> Tensor:
+    """Return where coordinates lie on an axis of anchors: clip(u, 0, 1) (bins - 1), fp32."""
+    return u.float().clamp(0, 1) * (bins - 1)
+
+
+def hat_weights(u: Tensor, bins: int) -> Tensor:
+    """Return max(0, 1 - |kappa(u) - i|) over anchors i: fp32 `(..., bins)`, at most two non-zero."""
+    anchors = torch.arange(bins, device=u.device, dtype=torch.float32)
+    return (1 - (kappa(u, bins)[..., None] - anchors).abs()).clamp(min=0)
+
+
+def gaussian_weights(k: Tensor, bins: int, sigma: float) -> Tensor:
+    """Return the mass of N(k, sigma) in each bin [i - 1/2, i + 1/2], renormalised: `(..., bins)`."""
+    edges = torch.arange(bins + 1, device=k.device, dtype=k.dtype) - 0.5
+    cdf = torch.special.ndtr((edges - k[..., None]) / sigma)
+    mass = cdf[..., 1:] - cdf[..., :-1]
+    return mass / mass.sum(dim=-1, keepdim=True)
+
+
+def cell_hat_weights(
+    patches: int, grid: Grid, axis: int, covered: tuple[float, ...], bins: int
+) -> Tensor:
+    """Return, per cell along an axis, the mean hat weights of its patch centres: `(cells, bins)`.
+
+    Averaging is linear: positions laid on the full grid and then pooled are these.
+    """
+    low, high = (covered[0], covered[2]) if axis == HEIGHT else (covered[1], covered[3])
+    centres = low + (high - low) * (torch.arange(patches, dtype=torch.float64) + 0.5) / patches
+    weights = hat_weights(centres, bins)
+    return torch.stack(
+        [weights[cell].mean(dim=0) for cell in cell_patches(patches, grid.stride, grid.mode)]
+    )
+
+
+class Lape(nn.Module):
+    """Six fp32 tables `(anchors, width)` and one gamma per axis."""
+
+    def __init__(
+        self, width: int, tokens: LapeTokens, preset: str = "plus", sigma: float = 1.0
+    ) -> None:
+        super().__init__()
+        assert preset in PRESETS, preset
+        assert min(tokens.counts) >= 2, tokens.counts
+        self.tokens = tokens
+        self.preset = preset
+        self.sigma = sigma
+        self.input_tables = nn.ParameterList(_empty(n, width) for n in tokens.counts)
+        self.output_tables = nn.ParameterList(_empty(n, width) for n in tokens.counts)
+        self.gamma = nn.Parameter(torch.ones(3), requires_grad=preset == "plus")
+        self._spans: dict[tuple[Any, ...], Tensor] = {}
+        for axis, bins in enumerate(tokens.counts):
+            distance = torch.arange(bins).float()
+            spread = 0.5 ** (distance[:, None] - distance[None, :]).abs()
+            self.register_buffer(f"spread_{axis}", spread, persistent=False)
+
+    def initialise(self, embeddings: Tensor, head: Tensor, seed: int = 0) -> None:
+        """Set the tables to smooth codes of position at the scale of the LLM's own rows.
+
+        Anchors close in position are close in code: sin and cos at 16 geometric frequencies from
+        0.5 to 12 cycles, through a random semi-orthonormal basis that input and output share.
+
+        embeddings, head: the LLM's input and output matrices `(rows, width)`.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        width = embeddings.shape[1]
+        frequency = torch.logspace(math.log10(0.5), math.log10(12), NUM_FREQUENCIES)
+        with torch.no_grad():
+            for axis, bins in enumerate(self.tokens.counts):
+                phase = 2 * math.pi * torch.linspace(0, 1, bins)[:, None] * frequency
+                code = torch.cat([phase.sin(), phase.cos()], dim=1)  # bins, 32
+                code = code[:, : min(code.shape[1], width)]
+                basis, _ = torch.linalg.qr(torch.randn(width, code.shape[1], generator=generator))
+                direction = code @ basis.T
+                direction = direction / direction.square().mean().sqrt()
+                for tables, rows, scale in (
+                    (self.input_tables, embeddings, 1.0),
+                    (self.output_tables, head, 0.5),
+                ):
+                    rows = rows.detach().float().cpu()
+                    mean = rows.mean(dim=0)
+                    spread = (rows - mean).square().mean().sqrt()
+                    tables[axis].copy_(mean + scale * spread * direction)
+
+    def table(self, role: str, axis: int) -> Tensor:
+        """Return a table as training sees it; `st` sends each row's gradient to its neighbours too."""
+        rows = (self.input_tables if role == "input" else self.output_tables)[axis]
+        if self.preset == "plus":
+            return rows
+        spread = self.get_buffer(f"spread_{axis}") @ rows
+        return rows + (spread - spread.detach())
+
+    def embed(self, axis: int, coord: Tensor) -> Tensor:
+        """Return the input vectors of coordinates on an axis: `(n,)` -> fp32 `(n, width)`."""
+        return hat_weights(coord, self.tokens.counts[axis]) @ self.table("input", axis)
+
+    def positions(
+        self, grid: Grid, covered: tuple[float, ...], time: Tensor, timed: Tensor
+    ) -> Tensor:
+        """Return what is added to projected cells: fp32 `(frames, cell_rows, cell_cols, width)`.
+
+        time: fp32 `(frames,)` in [0, 1]; timed: fp32 `(frames,)`, 0 where a clip has no duration.
+        """
+        mean = [(self.table("input", a) + self.table("output", a)) / 2 for a in range(3)]
+        at_time = hat_weights(time, self.tokens.counts[TIME]) @ mean[TIME] * timed[:, None]
+        at_row = self._span(grid.patch_rows, grid, HEIGHT, covered, time.device) @ mean[HEIGHT]
+        at_col = self._span(grid.patch_cols, grid, WIDTH, covered, time.device) @ mean[WIDTH]
+        return (
+            self.gamma[TIME] * at_time[:, None, None]
+            + self.gamma[HEIGHT] * at_row[None, :, None]
+            + self.gamma[WIDTH] * at_col[None, None, :]
+        )
+
+    def _span(
+        self, patches: int, grid: Grid, axis: int, covered: tuple[float, ...], device: torch.device
+    ) -> Tensor:
+        place = (grid, axis, covered, device)
+        if place not in self._spans:
+            weights = cell_hat_weights(patches, grid, axis, covered, self.tokens.counts[axis])
+            self._spans[place] = weights.to(device)
+        return self._spans[place]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits over all anchors, axis after axis: fp32 `(n, sum of counts)`."""
+        tables = torch.cat([self.table("output", axis) for axis in range(3)])
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ tables.T
+
+    def target(self, axis: int, coord: Tensor) -> Tensor:
+        """Return the soft target over an axis's anchors: fp32 `(n, bins)`, rows sum to 1."""
+        bins = self.tokens.counts[axis]
+        if self.preset == "st":
+            return hat_weights(coord, bins)
+        return gaussian_weights(kappa(coord, bins), bins, self.sigma)
+
+    def decode(self, axis: int, logits: Tensor) -> Tensor:
+        """Return the coordinate that an axis's logits mean: `(n, bins)` -> fp32 `(n,)` in [0, 1].
+
+        The mean over a window around the best anchor; in `plus` it is then inverted through the
+        target's own window mean, so that a perfect prediction decodes exactly at the borders too.
+        """
+        bins = self.tokens.counts[axis]
+        radius = 1 if self.preset == "st" else 3
+        probability = logits.float().softmax(dim=-1)
+        best = probability.argmax(dim=-1)
+        anchors = torch.arange(bins, device=logits.device, dtype=torch.float32)
+        window = ((anchors - best[:, None]).abs() <= radius).float()
+        mean = _window_mean(probability, window, anchors)
+        if self.preset == "plus":
+            mean = self._invert(mean, best, window, anchors)
+        return mean.clamp(0, bins - 1) / (bins - 1)
+
+    def _invert(self, mean: Tensor, best: Tensor, window: Tensor, anchors: Tensor) -> Tensor:
+        """Bisect for the kappa whose target has this mean in this window (monotone in kappa)."""
+        bins = len(anchors)
+        low = (best - 2.0).clamp(min=0)
+        high = (best + 2.0).clamp(max=bins - 1)
+        for _ in range(30):
+            middle = (low + high) / 2
+            reached = _window_mean(gaussian_weights(middle, bins, self.sigma), window, anchors)
+            low, high = (
+                torch.where(reached < mean, middle, low),
+                torch.where(reached < mean, high, middle),
+            )
+        return (low + high) / 2
+
+
+def _window_mean(probability: Tensor, window: Tensor, anchors: Tensor) -> Tensor:
+    weight = probability * window
+    return (weight * anchors).sum(dim=-1) / weight.sum(dim=-1)
+
+
+def _empty(rows: int, width: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(rows, width))

@@ -1,0 +1,190 @@
+"""The frozen vision tower: load it, know exactly which it is, turn pixels into a patch grid.
+
+tower = Tower.load("google/siglip-so400m-patch14-384", layer=-2)
+patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 1152)
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    CLIPVisionModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    SiglipVisionModel,
+)
+
+from model.grid import pool
+from model.pixels import Pixels
+
+MODELS = {
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "dinov2": Dinov2Model,
+    "dinov2_with_registers": Dinov2WithRegistersModel,
+}
+PREFIX_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 1}
+"""Tokens before the patches: CLS; DINOv2's registers come on top."""
+MIXES_FRAMES = ("vivit", "videomae", "timesformer", "vjepa2", "xclip", "internvideo", "video_llama")
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+LARGEST_FLOAT16 = 65504.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Tower:
+    """A frozen tower on a device, with everything that its output depends on."""
+
+    name: str
+    """As the user gave it: a Hub name or a folder."""
+    model_type: str
+    digest: str
+    """blake2b of the vision configuration and weights, wherever they lie."""
+    layer: int
+    dtype: str
+    attention: str
+    pixels: Pixels
+    patch_grid: tuple[int, int]
+    width: int
+    model: nn.Module
+    device: torch.device
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        layer: int = -2,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        attention: str = "sdpa",
+    ) -> "Tower":
+        """Load by Hub name or local folder; ValueError names what cannot serve and why."""
+        try:
+            config = AutoConfig.from_pretrained(name)
+            processor = AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"tower {name}: cannot be loaded: {str(error).splitlines()[0]}"
+            ) from None
+        if any(kind in config.model_type for kind in MIXES_FRAMES):
+            raise ValueError(
+                f"tower {name}: {config.model_type} mixes frames, so the features of a frame would "
+                "hold later ones and the frame-causal loss would leak; use SigLIP, CLIP or DINOv2"
+            )
+        if config.model_type not in MODELS:
+            raise ValueError(
+                f"tower {name}: {config.model_type} is not supported (have {', '.join(MODELS)})"
+            )
+        model = MODELS[config.model_type].from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention
+        )
+        model.requires_grad_(False).eval()
+        vision = model.config
+        layers = vision.num_hidden_layers
+        if not -layers - 1 <= layer <= layers:
+            raise ValueError(
+                f"tower {name}: layer {layer} of {layers} layers; use -1 to {-layers - 1}"
+            )
+        pixels = Pixels.from_processor(processor)
+        rows, cols = (side // vision.patch_size for side in pixels.output_size)
+        digest = tower_digest(vision, model)
+        return cls(
+            name=name,
+            model_type=vision.model_type,
+            digest=digest,
+            layer=layer,
+            dtype=dtype,
+            attention=attention,
+            pixels=pixels,
+            patch_grid=(rows, cols),
+            width=vision.hidden_size,
+            model=model.to(device=device, dtype=DTYPES[dtype]),
+            device=torch.device(device),
+        )
+
+    def encode(self, frames: np.ndarray, batch_frames: int = 16) -> Tensor:
+        """Return the patch grid of each frame: fp32 `(frames, patch_rows, patch_cols, width)`.
+
+        frames: uint8 `(frames, height, width, 3)` at the tower's size. They pass in batches of one
+        fixed shape, the last one filled up, so that a frame's features do not depend on others.
+        """
+        out = []
+        for begin in range(0, len(frames), batch_frames):
+            batch = frames[begin : begin + batch_frames]
+            filled = np.zeros((batch_frames, *batch.shape[1:]), np.uint8)
+            filled[: len(batch)] = batch
+            out.append(self._patches(self.normalise(filled))[: len(batch)])
+        return torch.cat(out)
+
+    def features(
+        self,
+        frames: np.ndarray,
+        strides: Sequence[int],
+        *,
+        pool_mode: str = "average",
+        dtype: str = "float16",
+        batch_frames: int = 16,
+    ) -> tuple[dict[int, np.ndarray], int]:
+        """Return what a bank stores of frames, and how many of its values underflowed to zero.
+
+        frames: uint8 at the tower's size. Per stride: float16, or uint16 that holds bfloat16,
+        `(frames, cell_rows, cell_cols, width)`. ValueError where the type cannot hold the values.
+        """
+        patches = self.encode(frames, batch_frames)
+        stored, underflowed = {}, 0
+        for stride in strides:
+            cells = pool(patches, stride, pool_mode)
+            largest = cells.abs().max().item()
+            if not math.isfinite(largest):
+                raise ValueError(f"stride {stride}: the tower's output holds NaN or infinity")
+            if dtype == "bfloat16":
+                stored[stride] = cells.bfloat16().view(torch.uint16).cpu().numpy()
+                continue
+            if largest > LARGEST_FLOAT16:
+                raise ValueError(
+                    f"stride {stride}: |feature| up to {largest:.0f} does not fit float16; "
+                    "use --dtype bfloat16"
+                )
+            half = cells.half()
+            underflowed += int(((half == 0) & (cells != 0)).sum())
+            stored[stride] = half.cpu().numpy()
+        return stored, underflowed
+
+    def normalise(self, frames: np.ndarray) -> Tensor:
+        """Rescale and normalise: uint8 `(frames, h, w, 3)` -> the tower's `(frames, 3, h, w)`."""
+        values = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).float()
+        mean, std = (
+            torch.tensor(v, device=self.device) for v in (self.pixels.mean, self.pixels.std)
+        )
+        values = (values * self.pixels.scale - mean[:, None, None]) / std[:, None, None]
+        return values.to(DTYPES[self.dtype])
+
+    @torch.inference_mode()
+    def _patches(self, pixels: Tensor) -> Tensor:
+        output = self.model(pixel_values=pixels, output_hidden_states=True)
+        hidden = output.hidden_states[self.layer]
+        prefix = PREFIX_TOKENS.get(self.model_type, 0)
+        prefix += getattr(self.model.config, "num_register_tokens", 0)
+        return hidden[:, prefix:].unflatten(1, self.patch_grid).float()  # frames, rows, cols, width
+
+
+def tower_digest(config: Any, model: nn.Module) -> str:
+    """Return blake2b over a vision tower's configuration and weights, in order of name."""
+    kept = {key: value for key, value in config.to_dict().items() if key not in VOLATILE}
+    total = hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, weight in sorted(model.state_dict().items()):
+        total.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        total.update(weight.detach().cpu().contiguous().numpy().data)
+    return total.hexdigest()

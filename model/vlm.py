@@ -1,0 +1,402 @@
+"""The assembled model: banked features and text -> LLM -> language loss and frame-causal loss.
+
+    model = VLM.assemble(config, llm, tokenizer, width=1152, features=..., tower="google/siglip-...")
+    losses = model(batch)                 # sums and counts; the caller divides by global counts
+    model.save("runs/a"); VLM.load("runs/a")
+
+A saved model is one folder: `llm/` (Hugging Face form, with the tokenizer), `projector.safetensors`,
+`visual.safetensors`, `lape/`, `frame_causal.safetensors`, `config.json`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model.batch import Batch
+from model.frame_causal import PREDICTORS, FrameCausal
+from model.frames import STRATEGIES, exact_ratio
+from model.lape import AXES, INJECTION_SHARE, PRESETS, Lape, LapeTokens
+from model.mask import FRAME_ATTENTION, additive_mask, dense_mask
+from model.projector import PROJECTORS, build_projector
+
+Json = dict[str, Any]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """What a trained model is, beside its weights: everything that must agree to use them."""
+
+    mm_projector_type: str = "mlp2x_gelu"
+    slow_stride: int = 4
+    fast_stride: int = 8
+    frame_sampling_strategy: str = "interleave"
+    slow_frame_ratio: str = "0.5"
+    max_frames_num: int = 16
+    frame_attention: str = "block"
+    predictor: str = "resample"
+    loss_weight: float = 0.15
+    enable_lape: bool = True
+    num_temporal_tokens: int = 100
+    num_spatial_tokens: int = 100
+    lape_preset: str = "plus"
+    lape_sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("mm_projector_type", PROJECTORS),
+            ("frame_sampling_strategy", STRATEGIES),
+            ("frame_attention", FRAME_ATTENTION),
+            ("predictor", PREDICTORS),
+            ("lape_preset", PRESETS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        exact_ratio(self.slow_frame_ratio)
+
+
+class VLM(nn.Module):
+    """LLM, projector, frame tokens, and - where switched on - LAPE and the frame-causal head."""
+
+    def __init__(
+        self,
+        config: VLMConfig,
+        llm: nn.Module,
+        tokenizer: Any,
+        *,
+        width: int,
+        features: Json,
+        tower: str,
+    ) -> None:
+        super().__init__()
+        llm_width = llm.get_input_embeddings().embedding_dim
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tower_width = width
+        self.features = features
+        self.tower = tower
+        self.llm = llm
+        self.projector = build_projector(config.mm_projector_type, width, llm_width)
+        self.visual = VisualTokens(llm_width)
+        self.frame_causal = (
+            FrameCausal(llm_width, width, config.predictor) if config.loss_weight > 0 else None
+        )
+        self.lape: Lape | None = None
+        if config.enable_lape:
+            tokens = LapeTokens.add_to(
+                tokenizer, config.num_temporal_tokens, config.num_spatial_tokens
+            )
+            self.lape = Lape(llm_width, tokens, config.lape_preset, config.lape_sigma)
+
+    @classmethod
+    def assemble(cls, config: VLMConfig, llm: nn.Module, tokenizer: Any, **facts: Any) -> "VLM":
+        """Return a model with fresh projector, frame tokens, tables and head over a given LLM."""
+        if getattr(llm.config, "use_sliding_window", False):
+            raise ValueError(
+                f"{llm.config.name_or_path}: uses a sliding attention window, which frame masks "
+                "replace; set use_sliding_window to false in its config.json to train it without"
+            )
+        model = cls(config, llm, tokenizer, **facts)
+        embeddings = llm.get_input_embeddings().weight
+        with torch.no_grad():
+            model.visual.initialise(embeddings)
+            if model.lape is not None:
+                model.lape.initialise(embeddings, llm.get_output_embeddings().weight)
+        return model
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return input embeddings: text rows, coordinates, projected frames; `(rows, length, width)`."""
+        table = self.llm.get_input_embeddings()
+        # visual places and LAPE's ids may lie outside the LLM's own rows; both are overwritten
+        ids = batch.input_ids.where(batch.axis < 0, 0)
+        embeds = table(ids).flatten(0, 1)  # rows * length, width
+        if self.lape is not None:
+            flat_axis, coord = batch.axis.flatten(), batch.coord.flatten()
+            for axis in range(len(AXES)):
+                index = torch.nonzero(flat_axis == axis).flatten()
+                vectors = self.lape.embed(axis, coord[index])
+                embeds = embeds.index_copy(0, index, vectors.to(embeds.dtype))
+        for group in batch.groups:
+            tokens = self.frame_tokens(batch, group).flatten(0, 2).to(embeds.dtype)
+            embeds = embeds.index_copy(0, group.token_index.flatten(), tokens)
+            closing = self.visual.frame_end.expand(len(group.end_index), -1).to(embeds.dtype)
+            embeds = embeds.index_copy(0, group.end_index, closing)
+        return embeds.view(*batch.input_ids.shape, -1)
+
+    def frame_tokens(self, batch: Batch, group: Any) -> Tensor:
+        """Return projector(features) + positions + stream: `(frames, cell_rows, cell_cols, width)`."""
+        tokens = self.projector(group.features.to(self.visual.frame_end.dtype))
+        tokens = tokens + self.visual.stream[group.stream]
+        if self.lape is not None:
+            tokens = tokens + self.lape.positions(
+                group.grid, group.covered, group.time, group.timed
+            )
+        return tokens
+
+    def attention_mask(self, batch: Batch) -> Tensor:
+        """Return the batch's mask in the form that the LLM's attention implementation reads."""
+        mask = dense_mask(batch.mask_start, batch.mask_end)
+        if self.llm.config._attn_implementation == "eager":
+            return additive_mask(mask, self.visual.frame_end.dtype)
+        return mask
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return the LLM's last hidden states after its final norm: `(rows * length, width)`."""
+        out = self.llm.get_decoder()(
+            inputs_embeds=self.embed(batch),
+            attention_mask=self.attention_mask(batch),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        return out.last_hidden_state.flatten(0, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits `(n, rows of the head)`, followed by LAPE's anchors when it is on.
+
+        The head's own columns at LAPE's ids are masked, so that text and coordinates share one
+        partition function.
+        """
+        text = self.llm.get_output_embeddings()(hidden).float()
+        if self.lape is None:
+            return text
+        own = [i for i in self.lape.tokens.all_ids if i < text.shape[-1]]
+        text = text.index_fill(-1, torch.tensor(own, device=text.device, dtype=torch.long), -1e9)
+        return torch.cat([text, self.lape.logits(hidden)], dim=-1)
+
+    def language_loss(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return sums over supervised tokens; only their rows pass through the head."""
+        logits = self.logits(hidden[batch.predict_index])
+        if self.lape is None:
+            total = F.cross_entropy(logits, batch.labels, reduction="sum")
+            return {"ce": total, "coordinate_ce": total.detach() * 0}
+        log_z = logits.logsumexp(dim=-1)
+        offset = logits.shape[-1] - sum(self.lape.tokens.counts)
+        is_text = batch.label_axis < 0
+        picked = logits.gather(1, batch.labels.where(is_text, 0)[:, None]).squeeze(1)
+        loss = (log_z - picked)[is_text].sum()
+        coordinates = loss.detach() * 0
+        for axis, bins in enumerate(self.lape.tokens.counts):
+            rows = torch.nonzero(batch.label_axis == axis).flatten()
+            target = self.lape.target(axis, batch.label_coord[rows])
+            expected = (target * logits[rows, offset : offset + bins]).sum(dim=-1)
+            part = (log_z[rows] - expected).sum()
+            loss, coordinates = loss + part, coordinates + part.detach()
+            offset += bins
+        return {"ce": loss, "coordinate_ce": coordinates}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss sums of a batch and their counts, for division by global counts.
+
+        ce, coordinate_ce: sums over supervised tokens. ar, ar_copy: `(4,)` sums over transitions
+        by pair of streams; ar_count, ar_copy_count likewise. A batch without frames or supervised
+        tokens still reaches every parameter, so that no rank waits for a gradient.
+        """
+        hidden = self.hidden_states(batch)
+        out = self.language_loss(hidden, batch)
+        if self.frame_causal is not None:
+            frame = self.frame_causal(hidden, batch)
+            out |= {"ar": frame.loss, "ar_copy": frame.copy}
+            out |= {"ar_count": frame.count, "ar_copy_count": frame.copy_count}
+            out["ce"] = out["ce"] + self.frame_causal.zero()
+        out["ce"] = out["ce"] + self.visual.zero()
+        return out
+
+    @torch.no_grad()
+    def calibrate(self, batch: Batch) -> float:
+        """Set LAPE's gamma so that positions are a tenth of the projected features, by RMS.
+
+        Returns the ratio at gamma 1. Called once, on the run's first batch, on every rank alike.
+        """
+        if self.lape is None or not batch.groups:
+            return float("nan")
+        inside = positions = 0.0
+        for group in batch.groups:
+            tokens = self.projector(group.features.to(self.visual.frame_end.dtype))
+            placed = self.lape.positions(group.grid, group.covered, group.time, group.timed)
+            inside += tokens.float().square().mean(dim=-1).sum().item()
+            positions += placed.square().mean(dim=-1).sum().item()
+        ratio = (positions / inside) ** 0.5
+        if self.lape.preset == "plus":
+            self.lape.gamma.fill_(INJECTION_SHARE / ratio)
+        return ratio
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the trainable parameters by part, each in exactly one."""
+        groups: dict[str, list[nn.Parameter]] = {
+            name: [p for p in module.parameters() if p.requires_grad]
+            for name, module in self.named_children()
+        }
+        found = [id(p) for group in groups.values() for p in group]
+        everything = [id(p) for p in self.parameters() if p.requires_grad]
+        assert sorted(found) == sorted(everything), "a parameter is in no group or in two"
+        return {name: group for name, group in groups.items() if group}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model folder; the LLM in the form that transformers alone can load."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_llm(self.llm, folder / "llm")
+        self.tokenizer.save_pretrained(folder / "llm")
+        save_file(_weights(self.projector), folder / "projector.safetensors")
+        save_file(_weights(self.visual), folder / "visual.safetensors")
+        if self.lape is not None:
+            (folder / "lape").mkdir(exist_ok=True)
+            save_file(_weights(self.lape), folder / "lape" / "tables.safetensors")
+            _write_json(folder / "lape" / "tokens.json", asdict(self.lape.tokens))
+        if self.frame_causal is not None:
+            save_file(_weights(self.frame_causal), folder / "frame_causal.safetensors")
+        _write_json(
+            folder / "config.json",
+            {
+                "format": FORMAT,
+                "model": asdict(self.config),
+                "tower_width": self.tower_width,
+                "tower": self.tower,
+                "features": self.features,
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "VLM":
+        """Load a saved model; whatever does not fit is refused by name."""
+        folder = Path(folder)
+        facts = read_model_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
+        model = cls(
+            facts["model"],
+            load_llm(folder / "llm", dtype),
+            tokenizer,
+            width=facts["tower_width"],
+            features=facts["features"],
+            tower=facts["tower"],
+        )
+        _load_weights(model.projector, folder / "projector.safetensors")
+        _load_weights(model.visual, folder / "visual.safetensors")
+        if model.lape is not None:
+            saved = json.loads((folder / "lape" / "tokens.json").read_text())
+            ours = json.loads(json.dumps(asdict(model.lape.tokens)))
+            if saved != ours:
+                raise ValueError(
+                    f"{folder}/lape: token ids {saved} do not match the tokenizer's {ours}"
+                )
+            _load_weights(model.lape, folder / "lape" / "tables.safetensors")
+        if model.frame_causal is not None:
+            _load_weights(model.frame_causal, folder / "frame_causal.safetensors")
+        return model
+
+    def adopt(self, folder: Path) -> list[str]:
+        """Take over what fits of a saved model's parts beside its LLM; return a line for each."""
+        lines = []
+        saved = read_model_config(folder)["model"]
+        for name, module, file in (
+            ("projector", self.projector, "projector.safetensors"),
+            ("frame tokens", self.visual, "visual.safetensors"),
+            ("LAPE", self.lape, "lape/tables.safetensors"),
+            ("frame predictor", self.frame_causal, "frame_causal.safetensors"),
+        ):
+            if module is None:
+                continue
+            if not (folder / file).exists():
+                lines.append(f"{name}: new ({folder} has none)")
+                continue
+            _load_weights(module, folder / file)
+            if name == "LAPE" and saved.lape_preset != self.config.lape_preset:
+                raise ValueError(
+                    f"{folder}: LAPE preset {saved.lape_preset}, asked {self.config.lape_preset}"
+                )
+            lines.append(f"{name}: from {folder}")
+        return lines
+
+
+class VisualTokens(nn.Module):
+    """What marks frames in the LLM's input: a closing vector per frame and one per stream."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.frame_end = nn.Parameter(torch.zeros(width))
+        self.stream = nn.Parameter(torch.zeros(2, width))
+
+    def initialise(self, embeddings: Tensor) -> None:
+        rows = embeddings.detach().float()
+        mean = rows.mean(dim=0)
+        spread = (rows - mean).square().mean().sqrt()
+        generator = torch.Generator().manual_seed(0)
+        self.frame_end.copy_(mean + spread * torch.randn(len(mean), generator=generator))
+        self.stream.copy_(0.1 * spread * torch.randn(2, len(mean), generator=generator))
+
+    def zero(self) -> Tensor:
+        return (self.frame_end.sum() + self.stream.sum()) * 0.0
+
+
+def read_model_config(folder: Path) -> Json:
+    """Return a model folder's config.json with `model` as a VLMConfig; ValueError if it is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder}: no trained model here (config.json is missing)")
+    facts = json.loads(path.read_text())
+    if facts.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: not a framebank model of format {FORMAT} (got {facts.get('format')!r}); "
+            "--model takes the output folder of train/run.py or a checkpoint-N in it"
+        )
+    unknown = set(facts["model"]) - {field.name for field in fields(VLMConfig)}
+    if unknown:
+        raise ValueError(f"{path}: unknown model settings {sorted(unknown)}; update framebank")
+    return dict(facts) | {"model": VLMConfig(**facts["model"])}
+
+
+def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load a causal LLM by hub name or folder, with its LoRA adapter where one lies inside."""
+    llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    if (Path(path) / "lora").exists():
+        from peft import PeftModel
+
+        llm = PeftModel.from_pretrained(llm, Path(path) / "lora", is_trainable=True)
+    return llm
+
+
+def save_llm(llm: nn.Module, path: Path) -> None:
+    """Save an LLM so that transformers alone loads it; an adapter lies beside it in `lora/`."""
+    if not hasattr(llm, "peft_config"):
+        llm.save_pretrained(path)
+        return
+    base = llm.get_base_model()
+    own = {
+        name.replace(".base_layer", ""): value
+        for name, value in base.state_dict().items()
+        if "lora_" not in name
+    }
+    base.save_pretrained(path, state_dict=own)
+    llm.save_pretrained(path / "lora")
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"{path}: missing; the model folder was copied in part, copy it again")
+    saved, own = load_file(path), module.state_dict()
+    wrong = [
+        f"{name} is {tuple(saved[name].shape)}, the config asks for {tuple(own[name].shape)}"
+        if name in saved and name in own
+        else f"{name} is {'missing' if name in own else 'not in this model'}"
+        for name in sorted(set(saved) | set(own))
+        if name not in saved or name not in own or saved[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
+    module.load_state_dict(saved)
+
+
+def _write_json(path: Path, data: Json) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,182 @@
+"""The commands. Parsing only: torch, decoders and zarr are imported inside."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from shards.schema import DTYPES, POOL_MODES, Sampling, check_strides
+
+
+class Strides(click.ParamType):
+    """`4,8` -> (4, 8)."""
+
+    name = "stride,stride"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            strides = tuple(int(word) for word in value.split(","))
+            check_strides(strides)
+        except ValueError:
+            self.fail(
+                f"strictly increasing positive integers such as 4,8 are needed, got {value!r}",
+                param,
+                ctx,
+            )
+        return strides
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="framebank")
+def main() -> None:
+    """Encode videos once into a bank of features; train on it many times.
+
+    \b
+    preprocess toyworld demo/toy             draw a small world of videos to try everything on
+    preprocess encode VIDEOS --out BANK ...  run a frozen vision tower over videos, once
+    """
+
+
+@main.command()
+@click.argument("inputs", nargs=-1, required=True, type=click.Path())
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bank's folder.")
+@click.option(
+    "--tower", required=True, help="Hub name or folder of a SigLIP, CLIP or DINOv2 tower."
+)
+@click.option(
+    "--stride",
+    "strides",
+    type=Strides(),
+    default="4,8",
+    show_default=True,
+    help="Patches per cell side; each stride is banked for every frame. The finest is slow, the coarsest fast.",
+)
+@click.option("--frames", type=click.IntRange(min=1), help="Frames of each clip, uniformly.")
+@click.option("--fps", help="Frames per second of each clip, such as 1 or 0.5.  [default: 1]")
+@click.option(
+    "--max-frames",
+    type=click.IntRange(min=1),
+    help="With --fps: sample longer clips uniformly with this many.  [default: 64]",
+)
+@click.option(
+    "--video-root",
+    "video_roots",
+    multiple=True,
+    type=click.Path(),
+    help="Folder that annotation files' videos lie under. Repeatable.",
+)
+@click.option("--layer", default=-2, show_default=True, help="Hidden layer of the tower.")
+@click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float16", show_default=True,
+              help="Of the stored features.")  # fmt: skip
+@click.option(
+    "--tower-dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the tower's arithmetic; auto is bfloat16 on CUDA, float32 elsewhere.",
+)
+@click.option("--batch-frames", type=click.IntRange(min=1), default=16, show_default=True,
+              help="Frames that pass through the tower together.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option("--decoder", type=click.Choice(["auto", "decord", "pyav"]), default="auto",
+              show_default=True, help="auto lets a scan of each file's packets choose.")  # fmt: skip
+@click.option("--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
+              help="MB of a shard, at most.")  # fmt: skip
+def encode(
+    inputs: tuple[str, ...],
+    out: Path,
+    tower: str,
+    strides: tuple[int, ...],
+    frames: int | None,
+    fps: str | None,
+    max_frames: int | None,
+    device: str,
+    tower_dtype: str,
+    shard_size: int,
+    **rest: Any,
+) -> None:
+    """Bank the features of INPUTS: video files, folders, or annotation files (.json, .jsonl).
+
+    Rerunning skips what is done. A clip that cannot be read is named in BANK/quarantine.jsonl.
+    Exit code 0: all done; 1: some clips failed and are listed; 2: wrong usage.
+
+    \b
+    preprocess encode videos/ --stride 4,8 --out bank --tower google/siglip-so400m-patch14-384
+    preprocess encode train.json --video-root videos/ --frames 16 --out bank --tower ./tower
+    """
+    try:
+        sampling = make_sampling(frames, fps, max_frames)
+    except ValueError as error:
+        usage(error)
+
+    import torch
+    from transformers.utils import logging
+
+    from preprocess.encode import EncodeOptions
+    from preprocess.encode import encode as run
+
+    logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if tower_dtype == "auto":
+        tower_dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    options = EncodeOptions(
+        tower=tower,
+        strides=strides,
+        sampling=sampling,
+        device=device,
+        tower_dtype=tower_dtype,
+        shard_bytes=shard_size * 1024**2,
+        **rest,
+    )
+    try:
+        summary = run(inputs, out, options)
+    except ValueError as error:
+        usage(error)
+    click.echo(
+        f"{out}: {summary.clips} clips, {summary.frames} frames, {size(summary.nbytes)} "
+        f"in {summary.seconds:.1f} s; {summary.skipped} clips were there already"
+    )
+    if summary.failures:
+        click.echo(f"{len(summary.failures)} clips failed, listed in {out / 'quarantine.jsonl'}:")
+        for entry in summary.failures[:20]:
+            click.echo(f"  {entry['id']}: {entry['reason']}: {entry['message']}")
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--train-clips", type=click.IntRange(min=1), default=384, show_default=True)
+@click.option("--test-clips", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def toyworld(out: Path, train_clips: int, test_clips: int, seed: int) -> None:
+    """Draw a toy world into OUT: videos, records with exact answers, a tiny tower and LLM."""
+    from preprocess.toyworld import make_toyworld
+
+    make_toyworld(out, train_clips=train_clips, test_clips=test_clips, seed=seed)
+    click.echo(f"{out}: {train_clips} training and {test_clips} test clips, tower/, llm/")
+
+
+def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -> Sampling:
+    """Return the sampling that the flags mean."""
+    if frames is not None and (fps is not None or max_frames is not None):
+        raise ValueError("--frames N stands alone; leave out --fps and --max-frames")
+    if frames is not None:
+        return Sampling(num_frames=frames)
+    sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64)
+    return Sampling(fps=str(Fraction(sampling.fps or "1")), max_frames=sampling.max_frames)
+
+
+def size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def usage(error: ValueError) -> NoReturn:
+    """Say what is wrong, a line each, and exit with 2."""
+    for line in str(error).splitlines():
+        click.echo(f"error: {line}", err=True)
+    raise SystemExit(2)

@@ -1,0 +1,348 @@
+"""One video file, or a part of it, to a `Clip`: decoded frames and their true times.
+
+    clip = read_clip(Path("bikes.mp4"), Sampling(fps="1", max_frames=64))
+
+A packet scan, without decoding, chooses the reader. decord is fast, but on some files it returns
+wrong frames without a word, so it gets only files of kinds on which it was measured to be right.
+PyAV by seek checks the pts of every frame; PyAV from the start is always right, and slowest.
+Every failure is one `VideoError`. A decoder can loop for ever: `preprocess.decode_child` runs all
+this in a process that can be killed.
+"""
+
+import importlib.util
+import os
+import stat
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.frames import uniform_indices
+from preprocess.packets import Scan, VideoError, opened, scan
+from shards.schema import Sampling
+
+DECODERS = ("auto", "decord", "pyav")
+DECORD_CODECS = ("h264", "hevc", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg")
+FROM_START = {"nopts", "no_index", "avi_b", "first_not_key", "dup", "corrupt", "truncated"}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Sampled frames of a video or of a part of it."""
+
+    frames: np.ndarray
+    """uint8 `(frames, height, width, 3)`, RGB, turned as displayed."""
+    timestamps: np.ndarray
+    """float64 `(frames,)`, seconds from the file's first shown pts."""
+    frame_index: np.ndarray
+    """int64 `(frames,)`, place among the frames that the file shows."""
+    start: float
+    end: float
+    """Seconds at which the clip's last frame stops being shown, or the part ends."""
+    fps: float
+    """Mean frame rate of the source."""
+    frame_count: int
+    """Frames that the source shows within the clip."""
+    decoder: str
+    """`decord`, `pyav-seek` or `pyav-scan`."""
+    flags: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        count = len(self.frames)
+        assert self.frames.dtype == np.uint8
+        assert self.frames.ndim == 4
+        assert self.frames.shape[3] == 3
+        assert 1 <= count <= self.frame_count
+        assert self.timestamps.dtype == np.float64
+        assert self.frame_index.dtype == np.int64
+        assert self.timestamps.shape == self.frame_index.shape == (count,)
+        assert (np.diff(self.frame_index) > 0).all(), "a frame is never repeated"
+        assert self.start <= self.timestamps[0]
+        assert self.timestamps[-1] <= self.end
+
+    @property
+    def display_size(self) -> tuple[int, int]:
+        """(height, width) of a frame, in pixels."""
+        return self.frames.shape[1], self.frames.shape[2]
+
+
+def read_clip(
+    path: Path,
+    sampling: Sampling,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    decoder: str = "auto",
+    allow_truncated: bool = False,
+) -> Clip:
+    """Return the sampled frames of the file, or of those with start <= time < end, in seconds.
+
+    `decoder` is for tests and measurements: `decord` takes it whatever the scan says, `pyav` does
+    without it. `allow_truncated` takes what came of a truncated or damaged file, flagged.
+    """
+    return read_scanned(
+        scan(path),
+        sampling,
+        start=start,
+        end=end,
+        decoder=decoder,
+        allow_truncated=allow_truncated,
+    )
+
+
+def sample_indices(times: np.ndarray, end: float, sampling: Sampling) -> list[int]:
+    """Return which frames are taken, rising.
+
+    times: float64 `(shown frames,)`, sorted seconds from the clip's start; end: its length. A time
+    before the first frame takes the first, so that no clip is empty.
+    """
+    if sampling.num_frames is not None:
+        return uniform_indices(len(times), sampling.num_frames)
+    assert sampling.fps is not None
+    rate = Fraction(sampling.fps)
+    steps = np.arange(int(Fraction(end) * rate) + 2, dtype=np.int64)
+    # Whole numbers until one division: rounded once, as the times are, so equal times stay equal.
+    targets = steps * rate.denominator / rate.numerator
+    last_shown = np.searchsorted(times, targets[targets < end], side="right") - 1
+    taken = np.unique(np.maximum(last_shown, 0)).tolist() or [0]
+    if sampling.max_frames is not None and len(taken) > sampling.max_frames:
+        return uniform_indices(len(times), sampling.max_frames)
+    return taken
+
+
+def read_scanned(
+    scan: Scan,
+    sampling: Sampling,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    decoder: str = "auto",
+    allow_truncated: bool = False,
+) -> Clip:
+    """Do what `read_clip` does after the scan."""
+    assert decoder in DECODERS, decoder
+    if not allow_truncated:
+        _refuse_incomplete(scan)
+    part = _Part(sampling, start, end)
+    readers = _readers(scan, decoder)
+    for reader in readers:
+        try:
+            if reader == "decord":
+                picked = _pick(scan, part)
+                frames = _read_decord(scan, picked.index, forced=decoder == "decord")
+            elif reader == "pyav-seek":
+                picked = _pick(scan, part)
+                frames = _read_seek(scan, picked.index)
+            else:
+                scan, picked, frames = _read_from_start(scan, part, allow_truncated)
+        except _Distrust as error:
+            distrust = str(error)  # the error itself would keep the reader open
+            continue
+        return Clip(
+            frames=frames,
+            timestamps=scan.seconds[picked.index],
+            frame_index=np.array(picked.index, dtype=np.int64),
+            start=picked.start,
+            end=picked.end,
+            fps=scan.fps,
+            frame_count=picked.frame_count,
+            decoder=reader,
+            flags=scan.flags,
+        )
+    raise VideoError("decode-failed", f"{scan.path}: {distrust}; leave the reader to the scan")
+
+
+@dataclass(frozen=True)
+class _Part:
+    sampling: Sampling
+    start: float | None
+    end: float | None
+
+
+@dataclass(frozen=True)
+class _Picked:
+    index: list[int]
+    start: float
+    end: float
+    frame_count: int
+
+
+class _Distrust(Exception):
+    """This reader may be wrong about this file: take the next."""
+
+
+def _refuse_incomplete(scan: Scan) -> None:
+    for reason in ("truncated", "damaged"):
+        if reason in scan.flags:
+            raise VideoError(
+                reason,
+                f"{scan.path}: {reason}, {len(scan.pts)} frames come of {scan.promised_frames} "
+                "that the file promises; fetch or encode it again",
+            )
+
+
+def _readers(scan: Scan, decoder: str) -> tuple[str, ...]:
+    flags = set(scan.flags) - {"short"}
+    if decoder == "decord":
+        return ("decord",)
+    if flags & FROM_START:
+        return ("pyav-scan",)
+    if decoder == "pyav" or flags or scan.codec not in DECORD_CODECS or not _has_decord():
+        return ("pyav-seek", "pyav-scan")
+    return ("decord", "pyav-seek", "pyav-scan")
+
+
+def _has_decord() -> bool:
+    return importlib.util.find_spec("decord") is not None
+
+
+def _pick(scan: Scan, part: _Part) -> _Picked:
+    """Return which of the file's shown frames the part's sampling takes."""
+    start = Fraction(str(part.start or 0))
+    end = scan.duration if part.end is None else min(Fraction(str(part.end)), scan.duration)
+    times = scan.seconds
+    inside = times >= float(start)
+    if part.end is not None:
+        inside &= times < part.end
+    shown = np.flatnonzero(inside)
+    if start < 0 or not len(shown):
+        raise VideoError(
+            "empty-part",
+            f"{scan.path}: no frame starts within {part.start} to {part.end} s; the file shows "
+            f"frames from 0 to {times[-1]:.3f} s: correct the part",
+        )
+    since_start = times
+    if start:
+        since_start = np.array(
+            [float((scan.pts[i] - scan.pts[0]) * scan.time_base - start) for i in shown]
+        )
+    taken = sample_indices(since_start[: len(shown)], float(end - start), part.sampling)
+    return _Picked(shown[taken].tolist(), float(start), float(end), len(shown))
+
+
+def _picture(frame: Any, scan: Scan) -> np.ndarray:
+    """Return uint8 `(height, width, 3)` as displayed; a stream that changes size keeps its first."""
+    rgb = frame.to_ndarray(format="rgb24", width=scan.width, height=scan.height)
+    return np.rot90(rgb, round(scan.rotation / 90))
+
+
+def _stderr_size() -> int:
+    """Return the bytes written to stderr where it is a file, as in a decode child; elsewhere 0.
+
+    decord conceals damage: what its FFmpeg writes there is the only trace.
+    """
+    status = os.fstat(2)
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _read_decord(scan: Scan, index: list[int], forced: bool) -> np.ndarray:
+    """Return uint8 `(frames, height, width, 3)` of the shown frames `index`, rising."""
+    import decord
+    from decord._ffi.base import DECORDError, DECORDLimitReachedError
+
+    silent = _stderr_size()
+    try:
+        reader = decord.VideoReader(str(scan.path.absolute()), num_threads=1, fault_tol=1)
+        if len(reader) != len(scan.pts) and not forced:
+            raise _Distrust(f"decord counts {len(reader)} frames, the packets {len(scan.pts)}")
+        frames = reader.get_batch(index).asnumpy()
+    except (DECORDError, DECORDLimitReachedError, RuntimeError, IndexError) as error:
+        raise _Distrust(f"decord: {str(error).splitlines()[0]}") from None
+    finally:
+        reader = None  # left open it goes on decoding, for nobody
+    if frames.shape[1:3] != scan.display_size:
+        raise _Distrust(f"decord gives frames of {frames.shape[1:3]}, not {scan.display_size}")
+    if _stderr_size() != silent and not forced:
+        raise _Distrust("FFmpeg complained while decord was reading")
+    return frames
+
+
+def _read_seek(scan: Scan, index: list[int]) -> np.ndarray:
+    """Return what `_read_decord` does: from the keyframe before a frame up to its exact pts."""
+    import av
+
+    pictures = []
+    position = entry = None
+    with opened(scan.path) as (container, stream):
+        for wanted in (scan.pts[i] for i in index):
+            key = scan.key_pts[bisect_right(scan.key_pts, wanted) - 1]
+            try:
+                if position is None or key > position:
+                    container.seek(key, stream=stream)
+                    decoded, entry = container.decode(stream), key
+                while position is None or position < wanted:
+                    frame = next(decoded)
+                    position = frame.pts
+                    if position is None or (position >= entry and frame.is_corrupt):
+                        raise _Distrust(f"the frame of pts {position} on the way is damaged")
+            except (av.error.FFmpegError, StopIteration):
+                raise _Distrust(f"no frame could be decoded for pts {wanted}") from None
+            if position != wanted:
+                raise _Distrust(f"the seek for pts {wanted} gave pts {position}")
+            pictures.append(_picture(frame, scan))
+    return np.stack(pictures)
+
+
+def _read_from_start(
+    scan: Scan, part: _Part, allow_truncated: bool
+) -> tuple[Scan, _Picked, np.ndarray]:
+    """Return the scan corrected by the frames that really came, what it picks, and the frames."""
+    try:
+        expected = _pick(scan, part).index
+    except VideoError:
+        expected = []
+    came, pictures = _decode_all(scan, frozenset(expected))
+    if not allow_truncated:
+        _refuse_incomplete(came)
+    picked = _pick(came, part)
+    if picked.index != expected:
+        _, pictures = _decode_all(scan, frozenset(picked.index))
+    return came, picked, np.stack([pictures[i] for i in picked.index])
+
+
+def _decode_all(scan: Scan, keep: frozenset[int]) -> tuple[Scan, dict[int, np.ndarray]]:
+    """Decode the whole file; return its frames as a scan, and the pictures of those in `keep`."""
+    import av
+
+    pts: list[int | None] = []
+    pictures: dict[int, np.ndarray] = {}
+    damaged = False
+    duration = None
+    with opened(scan.path) as (container, stream):
+        packets = container.demux(stream)
+        ended = False
+        while not ended:
+            try:
+                packet = next(packets, None)
+                ended = packet is None or not packet.size
+                frames = stream.decode(packet)
+            except av.error.EOFError:
+                break
+            except av.error.FFmpegError:
+                damaged = True
+                continue
+            for frame in frames:
+                damaged |= frame.is_corrupt
+                if len(pts) in keep:
+                    pictures[len(pts)] = _picture(frame, scan)
+                pts.append(frame.pts)
+                duration = frame.duration
+    if not pts:
+        raise VideoError("decode-failed", f"{scan.path}: no frame can be decoded; encode it again")
+    last_duration = duration or scan.last_duration
+    known = [value for value in pts if value is not None]
+    if len(known) < len(pts):
+        known = [i * last_duration for i in range(len(pts))]
+    # Frames come in the order of display; without true pts FFmpeg's guesses do not (AVI, ASF).
+    flags = set(scan.flags) | ({"damaged"} if damaged else set())
+    came = replace(
+        scan,
+        pts=tuple(sorted(known)),
+        last_duration=last_duration,
+        promised_frames=max(scan.promised_frames, len(scan.pts)),
+        flags=tuple(sorted(flags)),
+    )
+    return came, pictures

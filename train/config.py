@@ -1,0 +1,349 @@
+"""The settings of a training run: `parse(argv)` merges defaults < YAML < environment < flags.
+
+Nothing here imports torch: a wrong key, value or path is answered within a moment, all problems
+together, each with where it stands and how to mend it, and exit code 2.
+"""
+
+import difflib
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ENVIRONMENT = {
+    "ENABLE_LAPE": "enable_lape",
+    "NUM_SPATIAL_TOKENS": "num_spatial_tokens",
+    "NUM_TEMPORAL_TOKENS": "num_temporal_tokens",
+}
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def setting(
+    default: Any, help_: str, *, choices: tuple[str, ...] = (), above: float | None = None
+) -> Any:
+    """Declare a setting: its default, what it means, and which values it takes."""
+    facts = {"help": help_, "choices": choices, "above": above}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=facts)
+    return field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The names are those of the LLaVA, VILA and lmms-engine scripts where they have one."""
+
+    stage_path: str = setting("", "LLM to start from: a folder or Hub name, or a framebank run")
+    bank: list[str] = setting([], "bank folders made by `preprocess encode`, one or several")
+    data_path: list[str] = setting([], "record files (.json, .jsonl)")
+    data_config: str = setting("", "YAML of named datasets: name -> {records, banks}")
+    data_mixture: str = setting("", "which of them, and how often: a+b*2")
+    eval_path: list[str] = setting([], "record files for the held-out loss")
+    output_dir: str = setting("", "where the run writes model, checkpoints and logs")
+    missing: str = setting(
+        "error", "a record whose clip no bank has: stop, or drop it", choices=("error", "drop")
+    )
+
+    mm_projector_type: str = setting("mlp2x_gelu", "projector", choices=("mlp2x_gelu", "linear"))
+    mm_spatial_pool_stride: int = setting(0, "slow stride; 0 takes the bank's finest", above=-1)
+    fast_stride: int = setting(0, "fast stride; 0 takes the bank's coarsest", above=-1)
+    frame_sampling_strategy: str = setting(
+        "interleave",
+        "which frames are slow",
+        choices=("interleave", "first_slow", "uniform"),
+    )
+    slow_frame_ratio: str = setting("0.5", "share of slow frames, in [0, 1]")
+    max_frames_num: int = setting(16, "frames of a clip that are used, uniformly", above=0)
+
+    enable_lape: bool = setting(True, "coordinate tokens and positions (LAPE)")
+    num_temporal_tokens: int = setting(100, "anchors on the time axis", above=0)
+    num_spatial_tokens: int = setting(100, "anchors on each of height and width", above=0)
+    lape_preset: str = setting(
+        "plus", "plus, or st for parity with LLaVA-ST", choices=("plus", "st")
+    )
+    lape_sigma: float = setting(1.0, "width of coordinate targets in bins (plus)", above=0)
+
+    loss_weight: float = setting(
+        0.15, "weight of the frame-causal loss; 0 builds no head", above=-1
+    )
+    predictor: str = setting("resample", "frame predictor", choices=("resample", "xattn"))
+    frame_attention: str = setting(
+        "block", "frames see themselves wholly, or token by token", choices=("block", "token")
+    )
+    attn: str = setting(
+        "sdpa", "attention implementation", choices=("sdpa", "eager", "flex_attention")
+    )
+
+    tune_llm: str = setting(
+        "full", "what of the LLM is trained", choices=("full", "frozen", "lora")
+    )
+    lora_r: int = setting(128, "LoRA rank", above=0)
+    lora_alpha: int = setting(256, "LoRA alpha", above=0)
+    learning_rate: float = setting(2e-5, "of the LLM", above=0)
+    projector_lr: float = setting(
+        0.0, "of projector and new heads; 0 takes learning_rate", above=-1
+    )
+    lape_lr: float = setting(0.0, "of LAPE's tables; 0 takes 10 x learning_rate", above=-1)
+    weight_decay: float = setting(0.0, "of LLM and projector matrices", above=-1)
+    warmup_ratio: float = setting(0.03, "share of the steps with rising rate", above=-1)
+    max_grad_norm: float = setting(1.0, "gradient clipping", above=0)
+    per_device_train_batch_size: int = setting(2, "records of a micro-batch", above=0)
+    gradient_accumulation_steps: int = setting(1, "micro-batches of a step, per device", above=0)
+    num_train_epochs: float = setting(1.0, "passes over the mixture", above=0)
+    max_steps: int = setting(0, "stop after this many steps; 0: epochs decide", above=-1)
+    gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
+    bf16: bool = setting(False, "bf16 arithmetic; trained weights stay fp32")
+    tf32: bool = setting(True, "TF32 matrix products on CUDA")
+    seed: int = setting(0, "of order, initialisation and dropout", above=-1)
+
+    logging_steps: int = setting(10, "steps between printed lines", above=0)
+    eval_steps: int = setting(0, "steps between held-out losses; 0: at the end", above=-1)
+    save_steps: int = setting(0, "steps between checkpoints; 0: at the end", above=-1)
+    save_total_limit: int = setting(2, "checkpoints kept, the best one besides", above=0)
+    resume: str = setting("auto", "auto, none, or a checkpoint folder")
+
+
+Origin = str
+"""Where a value was written: `x.yaml:14`, `--flag` or an environment variable."""
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> TrainConfig:
+    """Return the settings of a command line, or print every problem and exit with 2."""
+    if any(flag in ("-h", "--help") for flag in argv):
+        print(help_text())  # noqa: T201
+        raise SystemExit(0)
+    problems: list[str] = []
+    values = merge(argv, os.environ if environ is None else environ, problems)
+    config = (
+        None if problems else TrainConfig(**{name: value for name, (value, _) in values.items()})
+    )
+    if config is not None:
+        origins = {name: origin for name, (_, origin) in values.items()}
+        problems += check(config, origins)
+    if problems or config is None:
+        refuse(problems)
+    return config
+
+
+def refuse(problems: Sequence[str]) -> typing.NoReturn:
+    """Print problems, one line each, and exit with 2."""
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(2)
+
+
+def merge(
+    argv: Sequence[str], environ: Mapping[str, str], problems: list[str]
+) -> dict[str, tuple[Any, Origin]]:
+    """Return setting -> (value, where it was written), and add what is wrong to `problems`."""
+    flags = read_flags(argv, problems)
+    values: dict[str, tuple[Any, Origin]] = {}
+    for path in [value for name, value, _ in flags if name == "config"]:
+        for name, value, origin in read_yaml(path, problems):
+            _set(values, name, value, origin, problems)
+    for variable, name in ENVIRONMENT.items():
+        if variable in environ:
+            _set(values, name, environ[variable], variable, problems)
+    for name, value, origin in flags:
+        if name != "config":
+            _set(values, name, value, origin, problems)
+    return values
+
+
+def read_flags(argv: Sequence[str], problems: list[str]) -> list[tuple[str, Any, Origin]]:
+    """Split `--key value` and `--key=value`; a list takes every word up to the next flag."""
+    found: list[tuple[str, Any, Origin]] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"{word!r}: expected --setting value (see --help)")
+            continue
+        name, equals, value = word[2:].replace("-", "_").partition("=")
+        value = word.partition("=")[2]
+        following = []
+        while words and not words[0].startswith("--"):
+            following.append(words.pop(0))
+        if equals:
+            following.insert(0, value)
+        if not following:
+            problems.append(f"--{name}: needs a value")
+        elif len(following) > 1 and not _is_list(name):
+            problems.append(f"--{name}: takes one value, got {' '.join(following)}")
+        else:
+            found.append((name, following if _is_list(name) else following[0], f"--{name}"))
+    return found
+
+
+def read_yaml(path: str, problems: list[str]) -> list[tuple[str, Any, Origin]]:
+    """Return a YAML file's settings with the line that each stands on."""
+    try:
+        root = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
+    except OSError as error:
+        problems.append(f"--config {path}: {error.strerror}")
+        return []
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problems.append(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}")
+        return []
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        problems.append(f"{path}:1 expected `setting: value` lines")
+        return []
+    found: list[tuple[str, Any, Origin]] = []
+    seen: dict[str, int] = {}
+    for key, node in root.value:
+        line = key.start_mark.line + 1
+        if key.value in seen:
+            problems.append(f"{path}:{line} {key.value}: already set in line {seen[key.value]}")
+            continue
+        seen[key.value] = line
+        if isinstance(node, yaml.ScalarNode):
+            value: Any = node.value
+        elif isinstance(node, yaml.SequenceNode):
+            value = [item.value for item in node.value]
+        else:
+            problems.append(f"{path}:{line} {key.value}: expected a value or a list, got a mapping")
+            continue
+        found.append((key.value, value, f"{path}:{line}"))
+    return found
+
+
+def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
+    """Return what is wrong with a config whose values have the right types."""
+    problems = []
+    for name in ("stage_path", "output_dir"):
+        if not getattr(config, name):
+            problems.append(f"{name}: missing; give --{name} PATH or set it in the YAML")
+    if config.stage_path and not is_model_name(config.stage_path):
+        where = origins.get("stage_path", "stage_path")
+        problems.append(
+            f"{where} stage_path: no such folder: {config.stage_path} "
+            "(expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run)"
+        )
+    if config.data_mixture and not config.data_config:
+        problems.append("data_mixture: needs data_config, a YAML of named datasets")
+    if not config.data_config and not config.data_path:
+        problems.append("data_path: missing; give --data_path RECORDS.jsonl, or data_config")
+    for name in ("data_path", "eval_path"):
+        for path in getattr(config, name):
+            if not Path(path).is_file():
+                problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
+    try:
+        exact = float(config.slow_frame_ratio)
+    except ValueError:
+        exact = -1.0
+    if not 0 <= exact <= 1:
+        where = origins.get("slow_frame_ratio", "default")
+        problems.append(
+            f"{where} slow_frame_ratio must be a number in [0, 1], got {config.slow_frame_ratio!r}"
+        )
+    for name in ("num_temporal_tokens", "num_spatial_tokens"):
+        if config.enable_lape and getattr(config, name) == 1:
+            problems.append(f"{origins[name]} {name} must be at least 2, got 1")
+    if config.resume not in ("auto", "none") and not (Path(config.resume) / "state.json").exists():
+        problems.append(
+            f"{origins.get('resume', 'resume')} resume: {config.resume} is no checkpoint "
+            "(expected auto, none, or a checkpoint-N folder)"
+        )
+    return problems
+
+
+def is_model_name(name: str) -> bool:
+    """Tell whether a name is a model folder, or a Hub name whose config can be had."""
+    if (Path(name) / "config.json").is_file():
+        return True
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        return False
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, "config.json")
+    except Exception:  # offline, unknown, gated: each means that it cannot be loaded
+        return False
+    return True
+
+
+def help_text() -> str:
+    """Return the manual of every setting."""
+    lines = [
+        "accelerate launch train/run.py --config X.yaml [--setting value ...]",
+        "",
+        "Trains LAPE, projector and LLM on banked features; no video and no tower is touched.",
+        f"Settings are merged: defaults < YAML < environment ({', '.join(ENVIRONMENT)}) < flags.",
+        "",
+    ]
+    for item in fields(TrainConfig):
+        default = "" if item.default is MISSING else item.default
+        shown = (
+            ""
+            if default in ("", 0, None)
+            else f" [{str(default).lower() if isinstance(default, bool) else default}]"
+        )
+        choices = f" ({', '.join(item.metadata['choices'])})" if item.metadata["choices"] else ""
+        lines.append(f"  --{item.name:<28} {item.metadata['help']}{choices}{shown}")
+    return "\n".join(lines)
+
+
+def _set(
+    values: dict[str, tuple[Any, Origin]], name: str, raw: Any, origin: Origin, problems: list[str]
+) -> None:
+    known = {item.name: item for item in fields(TrainConfig)}
+    subject = origin if origin in ENVIRONMENT or origin.startswith("--") else f"{origin} {name}"
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else " (see --help)"
+        problems.append(f"{subject}: unknown setting{hint}")
+        return
+    facts = known[name].metadata
+    kind = typing.get_type_hints(TrainConfig)[name]
+    try:
+        value = _convert(raw, kind)
+    except ValueError:
+        expected = _expected(kind, facts["above"])
+        shown = raw if isinstance(raw, list) else f"{raw!r}"
+        problems.append(f"{subject} must be {expected}, got {shown}")
+        return
+    if facts["choices"] and value not in facts["choices"]:
+        problems.append(f"{subject} must be one of {', '.join(facts['choices'])}, got {value!r}")
+    elif facts["above"] is not None and not value > facts["above"]:
+        problems.append(f"{subject} must be {_expected(kind, facts['above'])}, got {raw!r}")
+    else:
+        values[name] = (value, origin)
+
+
+def _convert(raw: Any, kind: Any) -> Any:
+    """Return a written value as a setting's type; `1e-5` is a number whatever YAML thinks."""
+    if isinstance(kind, types.GenericAlias):
+        words = raw if isinstance(raw, list) else [raw]
+        return [word for text in words for word in str(text).split(",") if word]
+    if isinstance(raw, list):
+        raise ValueError(raw)
+    if kind is bool:
+        if raw.lower() not in BOOLEANS:
+            raise ValueError(raw)
+        return BOOLEANS[raw.lower()]
+    return kind(raw)
+
+
+def _expected(kind: Any, above: float | None) -> str:
+    if kind is bool:
+        return "true or false"
+    number = "integer" if kind is int else "number"
+    if kind in (int, float):
+        return {0: f"a positive {number}", -1: f"a {number}, not negative"}.get(
+            above or 0, f"a {number}"
+        )
+    return "a list" if isinstance(kind, types.GenericAlias) else "a text"
+
+
+def _is_list(name: str) -> bool:
+    return isinstance(typing.get_type_hints(TrainConfig).get(name), types.GenericAlias)

@@ -1,0 +1,111 @@
+"""The run's inputs: banks and records, opened, joined and checked before torch is imported."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shards.reader import BankedClip, Banks
+from train.config import TrainConfig, refuse
+from train.records import Record, check_coordinates, join, order, read_mixture, read_records
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Joined records, ready to be drawn from."""
+
+    banks: Banks
+    records: list[Record]
+    """Of the mixture, repeated as it asks."""
+    held_out: list[Record]
+    dropped: int
+    """Records left out because their clip is in quarantine, or is missing and `missing: drop`."""
+    slow_stride: int
+    fast_stride: int
+
+    def batch_records(self, step: int, size: int, seed: int) -> list[int]:
+        """Return which records make up a step's global batch: a function of these numbers alone.
+
+        Epochs follow one another in one endless stream; a batch may span two of them.
+        """
+        count = len(self.records)
+        places = range(step * size, (step + 1) * size)
+        epochs = {epoch: order(seed, epoch, count) for epoch in {p // count for p in places}}
+        return [epochs[place // count][place % count] for place in places]
+
+    def clips(self, record: Record) -> list[BankedClip]:
+        return [self.banks.clip(id_) for id_ in record.clips]
+
+
+def open_dataset(config: TrainConfig) -> Dataset:
+    """Open banks and records; print every problem and exit with 2 if there is any."""
+    problems: list[str] = []
+    files = [(path, 1) for path in config.data_path]
+    folders = list(config.bank)
+    if config.data_config:
+        for part in read_mixture(config.data_config, config.data_mixture, problems):
+            files += [(path, part.repeats) for path in part.records]
+            folders += [bank for bank in part.banks if bank not in folders]
+    if not folders:
+        problems.append("bank: missing; give --bank BANK, made by `preprocess encode`")
+    dataset = None if problems else _join(config, files, folders, problems)
+    if problems or dataset is None:
+        refuse(shorten(problems))
+    return dataset
+
+
+def _join(
+    config: TrainConfig,
+    files: Sequence[tuple[str, int]],
+    folders: Sequence[str],
+    problems: list[str],
+) -> Dataset | None:
+    try:
+        banks = Banks.open(folders)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+    slow, fast = choose_strides(
+        banks, config.mm_spatial_pool_stride, config.fast_stride, config.slow_frame_ratio, problems
+    )
+    records, dropped = [], 0
+    for path, repeats in files:
+        read = read_records(path, problems)
+        kept = join(read, banks, config.missing, problems)
+        dropped += (len(read) - len(kept)) * repeats
+        records += kept * repeats
+    held_out = []
+    for path in config.eval_path:
+        held_out += join(read_records(path, problems), banks, config.missing, problems)
+    for record in {record.where: record for record in [*records, *held_out]}.values():
+        check_coordinates(record, [banks.clip(id_).info.duration for id_ in record.clips], problems)
+    if not records and not problems:
+        problems.append("no records are left to train on; see `missing` and the bank's quarantine")
+    return Dataset(banks, records, held_out, dropped, slow, fast)
+
+
+def choose_strides(
+    banks: Banks, slow: int, fast: int, ratio: str, problems: list[str]
+) -> tuple[int, int]:
+    """Return the slow and the fast stride: as asked, or the bank's finest and coarsest."""
+    banked = banks.config.strides
+    for name, stride in (("mm_spatial_pool_stride", slow), ("fast_stride", fast)):
+        if stride and stride not in banked:
+            problems.append(
+                f"{name} {stride}: {banks.banks[0].path} holds the strides "
+                f"{', '.join(map(str, banked))}; ask for one of them, or encode with --stride "
+                f"{','.join(map(str, sorted({*banked, stride})))}"
+            )
+    slow, fast = slow or banked[0], fast or banked[-1]
+    if slow > fast:
+        problems.append(f"the slow stride {slow} must be finer than the fast stride {fast}")
+    if slow == fast and float(ratio) not in (0.0, 1.0):
+        problems.append(
+            f"slow_frame_ratio {ratio}: slow and fast are both stride {slow}, so it can only be 0 or 1"
+        )
+    return slow, fast
+
+
+def shorten(problems: Sequence[str], most: int = 30) -> list[str]:
+    """Return the first problems, and how many more there are."""
+    if len(problems) <= most:
+        return list(problems)
+    return [*problems[:most], f"... and {len(problems) - most} more like these"]
