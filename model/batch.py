@@ -86,7 +86,7 @@ class Batch:
         return sum(len(pairs.source_frame) for pairs in self.transitions)
 
 
-T = TypeVar("T", FrameGroup, Transitions, Batch)
+T = TypeVar("T", bound="FrameGroup | Transitions | Batch")
 
 
 def to_device(item: T, device: torch.device) -> T:

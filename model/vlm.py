@@ -66,10 +66,13 @@ class VLMConfig:
 class VLM(nn.Module):
     """LLM, projector, frame tokens, and - where switched on - LAPE and the frame-causal head."""
 
+    llm: Any
+    """A transformers causal LM, or a PEFT model around one."""
+
     def __init__(
         self,
         config: VLMConfig,
-        llm: nn.Module,
+        llm: Any,
         tokenizer: Any,
         *,
         width: int,
@@ -97,7 +100,7 @@ class VLM(nn.Module):
             self.lape = Lape(llm_width, tokens, config.lape_preset, config.lape_sigma)
 
     @classmethod
-    def assemble(cls, config: VLMConfig, llm: nn.Module, tokenizer: Any, **facts: Any) -> "VLM":
+    def assemble(cls, config: VLMConfig, llm: Any, tokenizer: Any, **facts: Any) -> "VLM":
         """Return a model with fresh projector, frame tokens, tables and head over a given LLM."""
         if getattr(llm.config, "use_sliding_window", False):
             raise ValueError(
@@ -353,7 +356,7 @@ def read_model_config(folder: Path) -> Json:
     return dict(facts) | {"model": VLMConfig(**facts["model"])}
 
 
-def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a causal LLM by hub name or folder, with its LoRA adapter where one lies inside."""
     llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     if (Path(path) / "lora").exists():
@@ -363,7 +366,7 @@ def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     return llm
 
 
-def save_llm(llm: nn.Module, path: Path) -> None:
+def save_llm(llm: Any, path: Path) -> None:
     """Save an LLM so that transformers alone loads it; an adapter lies beside it in `lora/`."""
     if not hasattr(llm, "peft_config"):
         llm.save_pretrained(path)

@@ -52,7 +52,7 @@ def main() -> None:
     type=Strides(),
     default="4,8",
     show_default=True,
-    help="Patches per cell side; each stride is banked for every frame. The finest is slow, the coarsest fast.",
+    help="Patches per cell side, each banked for every frame: finest slow, coarsest fast.",
 )
 @click.option("--frames", type=click.IntRange(min=1), help="Frames of each clip, uniformly.")
 @click.option("--fps", help="Frames per second of each clip, such as 1 or 0.5.  [default: 1]")

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -151,7 +151,7 @@ def encode_unit(
     child: DecodeChild,
     options: EncodeOptions,
     summary: Summary,
-    bar: "tqdm[None]",
+    bar: "tqdm[NoReturn]",
 ) -> None:
     """Make one shard: decoding runs a clip ahead of the tower, in another process."""
     writer = ShardWriter(shard_path(out, unit))

@@ -127,7 +127,7 @@ def _annotated(path: Path, roots: Sequence[str], problems: list[str]) -> list[Cl
             items = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             items = json.loads(text)
-        named = {
+        named: set[tuple[str, float | None, float | None]] = {
             (str(video), item.get("start"), item.get("end"))
             for item in items
             for video in _videos(item)
@@ -136,7 +136,7 @@ def _annotated(path: Path, roots: Sequence[str], problems: list[str]) -> list[Cl
         problems.append(f"{path}: not readable as records: {error}")
         return []
     sources, missing = [], []
-    for video, start, end in sorted(named, key=str):
+    for video, start, end in sorted(named, key=lambda item: str(item)):
         candidates = [Path(root) / video for root in [*roots, path.parent]]
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def split_text(columns: Columns, name: str) -> list[str]:
     """Return a ragged text column as strings, one per row."""
     blob = columns[name].tobytes()
     offsets = columns[f"{name}_offsets"].tolist()
-    return [blob[a:b].decode() for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [blob[a:b].decode() for a, b in pairwise(offsets)]
 
 
 def _column(values: Iterable[float | int], dtype: type[np.generic]) -> np.ndarray:

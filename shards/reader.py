@@ -110,7 +110,7 @@ class Bank:
         nbytes = int(np.prod(cell_shape)) * dtype.itemsize
         file = self._file(int(self.columns["shard"][row]))
         out = np.empty((len(wanted), *cell_shape), dtype)
-        view = memoryview(out).cast("B") if len(wanted) else memoryview(b"")
+        view = out.reshape(-1).view(np.uint8).data
         for first, last in runs(wanted):
             assert 0 <= wanted[first] <= wanted[last] < total, (wanted, total)
             target = view[first * nbytes : (last + 1) * nbytes]

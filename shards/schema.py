@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -165,7 +166,7 @@ class SampleMeta:
 
 def check_strides(strides: Sequence[int]) -> None:
     """Refuse strides that are not one or more strictly increasing positive integers."""
-    rising = all(a < b for a, b in zip(strides, strides[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(strides))
     if not strides or strides[0] < 1 or not rising:
         shown = ",".join(map(str, strides))
         raise ValueError(

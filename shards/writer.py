@@ -28,7 +28,7 @@ class ShardWriter:
         self.part = path.with_name(path.name + ".part")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.part, "wb")  # noqa: SIM115 - closed by commit or abandon
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._samples: list[Json] = []
 
     def write(self, key: str, meta: SampleMeta, arrays: Mapping[int, np.ndarray]) -> None:

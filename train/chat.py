@@ -25,7 +25,8 @@ PLAIN_TEMPLATE = (
 class AnchorIds(Protocol):
     """What is needed of LAPE's tokens here: how many anchors, and their ids."""
 
-    counts: tuple[int, int, int]
+    @property
+    def counts(self) -> tuple[int, int, int]: ...
 
     def token_id(self, axis: int, coord: float) -> int: ...
 

@@ -340,7 +340,7 @@ def _expected(kind: Any, above: float | None) -> str:
     number = "integer" if kind is int else "number"
     if kind in (int, float):
         return {0: f"a positive {number}", -1: f"a {number}, not negative"}.get(
-            above or 0, f"a {number}"
+            int(above or 0), f"a {number}"
         )
     return "a list" if isinstance(kind, types.GenericAlias) else "a text"
 

@@ -21,7 +21,8 @@ from train.chat import MEDIA, Encoded
 class ClipFeatures(Protocol):
     """A clip's features, from a bank or fresh from a tower."""
 
-    info: ClipInfo
+    @property
+    def info(self) -> ClipInfo: ...
 
     def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
         """Return `(frames, cell_rows, cell_cols, dim)`: float16, or uint16 that holds bfloat16."""

@@ -1,0 +1,136 @@
+"""Ask a trained model about a raw video; times come back as seconds, places as pixels.
+
+    python train/ask.py clip.mp4 "When is the red circle visible?" --model runs/a
+
+The clip goes through the same sampling, tower and pooling as `preprocess encode`.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from preprocess.decode_child import DecodeChild
+from preprocess.packets import VideoError
+from shards.reader import ClipInfo
+from shards.schema import FeatureConfig
+from train.config import refuse
+from train.records import MARKUP, Turn
+
+
+@dataclass(frozen=True)
+class FreshClip:
+    """A clip's features, just made by the tower."""
+
+    info: ClipInfo
+    features: dict[int, np.ndarray]
+
+    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
+        return self.features[stride][list(frames)]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("video", type=Path)
+    parser.add_argument("question")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="a run's folder or a checkpoint-N"
+    )
+    parser.add_argument(
+        "--tower", help="where the vision tower lies now [as when the bank was made]"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    args = parser.parse_args(argv)
+    try:
+        print(ask(args.video, args.question, args.model, args.tower, args.max_new_tokens))  # noqa: T201
+    except ValueError as error:
+        refuse([str(error)])
+
+
+def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tokens: int) -> str:
+    """Return a model's answer about a video, in seconds and pixels."""
+    from model.generate import generate, write_answer
+    from model.vlm import VLM, read_model_config
+    from train.chat import Chat
+    from train.packing import collate, lay_out
+
+    read_model_config(folder)
+    model = VLM.load(folder).eval()
+    features = FeatureConfig.from_json(model.features)
+    clip = fresh_clip(video, features, tower or model.tower)
+    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    turns = [Turn("user", f"<video>\n{question}")]
+    encoded = chat.encode(turns, [clip.info.duration], prompt=True)
+    row = lay_out(encoded, [clip.info], model.config, features.pool)
+    batch = collate([row], [[clip]], model.config, [str(video)])
+    pieces = generate(model, batch, stop=chat.stop, max_new_tokens=max_new_tokens)[0]
+    return in_pixels(write_answer(model, pieces, clip.info.duration), clip.info.display_size)
+
+
+def fresh_clip(video: Path, features: FeatureConfig, tower_name: str) -> FreshClip:
+    """Return a video's features exactly as `preprocess encode` would bank them."""
+    from model.tower import Tower
+
+    if not video.is_file():
+        raise ValueError(f"{video}: no such file")
+    tower = Tower.load(
+        tower_name, layer=features.layer, dtype=features.tower_dtype, attention=features.attention
+    )
+    if tower.digest != features.tower_digest:
+        raise ValueError(
+            f"tower {tower_name}: not the tower that the model was trained on (digest "
+            f"{tower.digest[:12]}, expected {features.tower_digest[:12]}); name it with --tower"
+        )
+    if tower.pixels.to_json() != features.processor:
+        raise ValueError(
+            f"tower {tower_name}: its image processor has other values than when the bank was made: "
+            f"{tower.pixels.to_json()}, expected {features.processor}"
+        )
+    with DecodeChild() as child:
+        try:
+            clip = child.read_clip(video, features.sampling)
+        except VideoError as error:
+            raise ValueError(str(error)) from None
+    height, width = clip.display_size
+    stored, _ = tower.features(
+        tower.pixels.resize(clip.frames),
+        features.strides,
+        pool_mode=features.pool,
+        dtype=features.dtype,
+    )
+    info = ClipInfo(
+        id=str(video),
+        start=clip.start,
+        end=clip.end,
+        timestamps=clip.timestamps,
+        frame_index=clip.frame_index,
+        display_size=(height, width),
+        patch_grid=tower.patch_grid,
+        covered=tower.pixels.covered(height, width),
+    )
+    return FreshClip(info, stored)
+
+
+def in_pixels(answer: str, display_size: tuple[int, int]) -> str:
+    """Return an answer with its markup written out: times in seconds, places in pixels."""
+    height, width = display_size
+
+    def written(match: re.Match[str]) -> str:
+        letter, number = match.group(1), float(match.group(2))
+        if letter == "t":
+            return f"{number:.2f} s"
+        return f"{letter} {number * (width if letter == 'x' else height):.0f} px "
+
+    return MARKUP.sub(written, answer).strip()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
