@@ -88,10 +88,6 @@ class FrameCausal(nn.Module):
                 copied[slot] += len(pairs.source_frame)
         return FrameLoss(loss, copy, count, copied)
 
-    def zero(self) -> Tensor:
-        """Return a zero that touches every parameter, so that no rank waits for another's gradient."""
-        return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
-
 
 def frame_target(features: Tensor) -> Tensor:
     """Return banked features layer-normalised per cell, without gradient: fp32 `(n, cells, dim)`."""

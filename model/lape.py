@@ -169,7 +169,8 @@ class Lape(nn.Module):
 
     def embed(self, axis: int, coord: Tensor) -> Tensor:
         """Return the input vectors of coordinates on an axis: `(n,)` -> fp32 `(n, width)`."""
-        return hat_weights(coord, self.tokens.counts[axis]) @ self.table("input", axis)
+        with _in_fp32(coord.device):
+            return hat_weights(coord, self.tokens.counts[axis]) @ self.table("input", axis)
 
     def positions(
         self, grid: Grid, covered: tuple[float, ...], time: Tensor, timed: Tensor
@@ -178,15 +179,16 @@ class Lape(nn.Module):
 
         time: fp32 `(frames,)` in [0, 1]; timed: fp32 `(frames,)`, 0 where a clip has no duration.
         """
-        mean = [(self.table("input", a) + self.table("output", a)) / 2 for a in range(3)]
-        at_time = hat_weights(time, self.tokens.counts[TIME]) @ mean[TIME] * timed[:, None]
-        at_row = self._span(grid.patch_rows, grid, HEIGHT, covered, time.device) @ mean[HEIGHT]
-        at_col = self._span(grid.patch_cols, grid, WIDTH, covered, time.device) @ mean[WIDTH]
-        return (
-            self.gamma[TIME] * at_time[:, None, None]
-            + self.gamma[HEIGHT] * at_row[None, :, None]
-            + self.gamma[WIDTH] * at_col[None, None, :]
-        )
+        with _in_fp32(time.device):
+            mean = [(self.table("input", a) + self.table("output", a)) / 2 for a in range(3)]
+            at_time = hat_weights(time, self.tokens.counts[TIME]) @ mean[TIME] * timed[:, None]
+            at_row = self._span(grid.patch_rows, grid, HEIGHT, covered, time.device) @ mean[HEIGHT]
+            at_col = self._span(grid.patch_cols, grid, WIDTH, covered, time.device) @ mean[WIDTH]
+            return (
+                self.gamma[TIME] * at_time[:, None, None]
+                + self.gamma[HEIGHT] * at_row[None, :, None]
+                + self.gamma[WIDTH] * at_col[None, None, :]
+            )
 
     def _span(
         self, patches: int, grid: Grid, axis: int, covered: tuple[float, ...], device: torch.device
@@ -199,8 +201,8 @@ class Lape(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits over all anchors, axis after axis: fp32 `(n, sum of counts)`."""
-        tables = torch.cat([self.table("output", axis) for axis in range(3)])
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _in_fp32(hidden.device):
+            tables = torch.cat([self.table("output", axis) for axis in range(3)])
             return hidden.float() @ tables.T
 
     def target(self, axis: int, coord: Tensor) -> Tensor:
@@ -249,3 +251,8 @@ def _window_mean(probability: Tensor, window: Tensor, anchors: Tensor) -> Tensor
 
 def _empty(rows: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(rows, width))
+
+
+def _in_fp32(device: torch.device) -> torch.autocast:
+    """Return a context in which autocast rounds no coordinate: bfloat16 keeps 8 bits of a weight."""
+    return torch.autocast(device.type, enabled=False)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -73,11 +74,8 @@ class Tower:
         """Load by Hub name or local folder; ValueError names what cannot serve and why."""
         try:
             config = AutoConfig.from_pretrained(name)
-            processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"tower {name}: cannot be loaded: {str(error).splitlines()[0]}"
-            ) from None
+            raise _not_loaded(name, error) from None
         if any(kind in config.model_type for kind in MIXES_FRAMES):
             raise ValueError(
                 f"tower {name}: {config.model_type} mixes frames, so the features of a frame would "
@@ -87,9 +85,13 @@ class Tower:
             raise ValueError(
                 f"tower {name}: {config.model_type} is not supported (have {', '.join(MODELS)})"
             )
-        model = MODELS[config.model_type].from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attention
-        )
+        try:
+            processor = AutoImageProcessor.from_pretrained(name)
+            model = MODELS[config.model_type].from_pretrained(
+                name, dtype=torch.float32, attn_implementation=attention
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise _not_loaded(name, error) from None
         model.requires_grad_(False).eval()
         vision = model.config
         layers = vision.num_hidden_layers
@@ -100,6 +102,12 @@ class Tower:
         pixels = Pixels.from_processor(processor)
         rows, cols = (side // vision.patch_size for side in pixels.output_size)
         digest = tower_digest(vision, model)
+        try:
+            model.to(device=device, dtype=DTYPES[dtype])
+        except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+            raise ValueError(
+                f"device {device}: cannot hold the tower: {_first_line(error)}; try --device cpu"
+            ) from None
         return cls(
             name=name,
             model_type=vision.model_type,
@@ -110,7 +118,7 @@ class Tower:
             pixels=pixels,
             patch_grid=(rows, cols),
             width=vision.hidden_size,
-            model=model.to(device=device, dtype=DTYPES[dtype]),
+            model=model,
             device=torch.device(device),
         )
 
@@ -164,11 +172,14 @@ class Tower:
 
     def normalise(self, frames: np.ndarray) -> Tensor:
         """Rescale and normalise: uint8 `(frames, h, w, 3)` -> the tower's `(frames, 3, h, w)`."""
-        values = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).float()
+        values = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2)
         mean, std = (
             torch.tensor(v, device=self.device) for v in (self.pixels.mean, self.pixels.std)
         )
-        values = (values * self.pixels.scale - mean[:, None, None]) / std[:, None, None]
+        # transformers rescales in double and rounds once; in float the last bit would differ
+        levels = (torch.arange(256, dtype=torch.float64) * self.pixels.scale).float()
+        values = levels.to(self.device)[values.long()]
+        values = (values - mean[:, None, None]) / std[:, None, None]
         return values.to(DTYPES[self.dtype])
 
     @torch.inference_mode()
@@ -178,6 +189,17 @@ class Tower:
         prefix = PREFIX_TOKENS.get(self.model_type, 0)
         prefix += getattr(self.model.config, "num_register_tokens", 0)
         return hidden[:, prefix:].unflatten(1, self.patch_grid).float()  # frames, rows, cols, width
+
+
+def _not_loaded(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"tower {name}: cannot be loaded; name a folder with config.json, preprocessor_config.json "
+        f"and weights, or a model of the Hub: {_first_line(error)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def tower_digest(config: Any, model: nn.Module) -> str:

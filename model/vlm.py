@@ -208,9 +208,13 @@ class VLM(nn.Module):
             frame = self.frame_causal(hidden, batch)
             out |= {"ar": frame.loss, "ar_copy": frame.copy}
             out |= {"ar_count": frame.count, "ar_copy_count": frame.copy_count}
-            out["ce"] = out["ce"] + self.frame_causal.zero()
-        out["ce"] = out["ce"] + self.visual.zero()
+        out["ce"] = out["ce"] + self._zero()
         return out
+
+    def _zero(self) -> Tensor:
+        """Return a zero that touches every parameter outside the LLM."""
+        modules = [module for name, module in self.named_children() if name != "llm"]
+        return torch.stack([p.sum() for m in modules for p in m.parameters()]).sum() * 0.0
 
     @torch.no_grad()
     def calibrate(self, batch: Batch) -> float:
@@ -284,7 +288,9 @@ class VLM(nn.Module):
         _load_weights(model.projector, folder / "projector.safetensors")
         _load_weights(model.visual, folder / "visual.safetensors")
         if model.lape is not None:
-            saved = json.loads((folder / "lape" / "tokens.json").read_text())
+            path = folder / "lape" / "tokens.json"
+            _require(path)
+            saved = json.loads(path.read_text())
             ours = json.loads(json.dumps(asdict(model.lape.tokens)))
             if saved != ours:
                 raise ValueError(
@@ -335,9 +341,6 @@ class VisualTokens(nn.Module):
         self.frame_end.copy_(mean + spread * torch.randn(len(mean), generator=generator))
         self.stream.copy_(0.1 * spread * torch.randn(2, len(mean), generator=generator))
 
-    def zero(self) -> Tensor:
-        return (self.frame_end.sum() + self.stream.sum()) * 0.0
-
 
 def read_model_config(folder: Path) -> Json:
     """Return a model folder's config.json with `model` as a VLMConfig; ValueError if it is none."""
@@ -357,8 +360,15 @@ def read_model_config(folder: Path) -> Json:
 
 
 def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a causal LLM by hub name or folder, with its LoRA adapter where one lies inside."""
-    llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    """Load a causal LLM by hub name or folder, with its LoRA adapter where one lies inside.
+
+    A weight that is not there is refused: transformers would draw it at random and warn.
+    """
+    llm, found = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise ValueError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")
     if (Path(path) / "lora").exists():
         from peft import PeftModel
 
@@ -385,9 +395,13 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
 
 
-def _load_weights(module: nn.Module, path: Path) -> None:
+def _require(path: Path) -> None:
     if not path.exists():
         raise ValueError(f"{path}: missing; the model folder was copied in part, copy it again")
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    _require(path)
     saved, own = load_file(path), module.state_dict()
     wrong = [
         f"{name} is {tuple(saved[name].shape)}, the config asks for {tuple(own[name].shape)}"

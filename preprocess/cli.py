@@ -1,8 +1,10 @@
 """The commands. Parsing only: torch, decoders and zarr are imported inside."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -29,7 +31,39 @@ class Strides(click.ParamType):
         return strides
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """A group whose usage errors are one line, as all our errors are."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with one_line_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Say what is wrong, a line each, and exit with 2."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        problems = error.format_message()
+    except (ValueError, OSError) as error:
+        problems = str(error) or repr(error)
+    else:
+        return
+    for line in problems.splitlines():
+        click.echo(f"error: {line}", err=True)
+    raise SystemExit(2)
+
+
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="framebank")
 def main() -> None:
     """Encode videos once into a bank of features; train on it many times.
@@ -108,16 +142,17 @@ def encode(
     preprocess encode videos/ --stride 4,8 --out bank --tower google/siglip-so400m-patch14-384
     preprocess encode train.json --video-root videos/ --frames 16 --out bank --tower ./tower
     """
-    try:
-        sampling = make_sampling(frames, fps, max_frames)
-    except ValueError as error:
-        usage(error)
+    from preprocess.plan import find_clips
+
+    sampling = make_sampling(frames, fps, max_frames)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; name a folder")
+    clips = find_clips(inputs, rest["video_roots"])
 
     import torch
     from transformers.utils import logging
 
-    from preprocess.encode import EncodeOptions
-    from preprocess.encode import encode as run
+    from preprocess.encode import EncodeOptions, encode_clips
 
     logging.disable_progress_bar()
     if device == "auto":
@@ -133,10 +168,7 @@ def encode(
         shard_bytes=shard_size * 1024**2,
         **rest,
     )
-    try:
-        summary = run(inputs, out, options)
-    except ValueError as error:
-        usage(error)
+    summary = encode_clips(clips, out, options)
     click.echo(
         f"{out}: {summary.clips} clips, {summary.frames} frames, {size(summary.nbytes)} "
         f"in {summary.seconds:.1f} s; {summary.skipped} clips were there already"
@@ -173,10 +205,3 @@ def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -
 
 def size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def usage(error: ValueError) -> NoReturn:
-    """Say what is wrong, a line each, and exit with 2."""
-    for line in str(error).splitlines():
-        click.echo(f"error: {line}", err=True)
-    raise SystemExit(2)

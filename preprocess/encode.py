@@ -85,15 +85,23 @@ class Summary:
 
 def encode(inputs: Sequence[str], out: Path, options: EncodeOptions) -> Summary:
     """Bank the features of every clip of the inputs; returns what was done and what failed."""
-    clips = find_clips(inputs, options.video_roots)
+    return encode_clips(find_clips(inputs, options.video_roots), out, options)
+
+
+def encode_clips(clips: Sequence[ClipSource], out: Path, options: EncodeOptions) -> Summary:
+    """Do what `encode` does, for clips that were found already."""
     tower = Tower.load(
         options.tower, layer=options.layer, dtype=options.tower_dtype, device=options.device
     )
     plan = make_plan(out, clips, tower, options)
     summary, started = Summary(), time.monotonic()
-    failed = {entry["id"] for entry in read_quarantine(out)}
+    quarantined = read_quarantine(out)
+    failed = {entry["id"] for entry in quarantined}
+    asked = {clip.id for clip in clips}
+    summary.failures = [entry for entry in quarantined if entry["id"] in asked]
     todo = [(unit, sources) for unit, sources in enumerate(plan.units) if not committed(out, unit)]
-    summary.skipped = len(plan.clips) - sum(len(sources) for _, sources in todo)
+    there = {clip.id for clip in plan.clips} - {clip.id for _, unit in todo for clip in unit}
+    summary.skipped = len(there - failed)
     with (
         DecodeChild() as child,
         tqdm(
@@ -112,7 +120,7 @@ def encode(inputs: Sequence[str], out: Path, options: EncodeOptions) -> Summary:
         for unit in range(len(plan.units))
         if committed(out, unit)
     ]
-    finish(out, plan, tower, commits, summary)
+    finish(out, plan, tower, commits)
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -134,12 +142,34 @@ def make_plan(out: Path, clips: Sequence[ClipSource], tower: Tower, options: Enc
     known = read_plan(out)
     if known is not None:
         refuse_other_features(out, features, known.features)
+        refuse_other_videos(out, clips, known.clips)
     grids = [Grid(*tower.patch_grid, stride, options.pool) for stride in options.strides]
     clip_bytes = options.sampling.most_frames * sum(grid.cells for grid in grids) * tower.width * 2
     plan = (known or Plan(features, [])).extended(clips, options.shard_bytes, clip_bytes)
     out.mkdir(parents=True, exist_ok=True)
     write_plan(out, plan)
     return plan
+
+
+def refuse_other_videos(
+    bank: Path, clips: Sequence[ClipSource], banked: Sequence[ClipSource]
+) -> None:
+    """Raise ValueError naming each clip whose id stands for another video in the bank.
+
+    A folder that was moved, or copied with its content, holds the same videos.
+    """
+    paths = {clip.id: Path(clip.path) for clip in banked}
+    problems = [
+        f"{clip.path}: has the id {clip.id!r}, as {path} in {bank} has; encode them from a common "
+        "folder, or into two banks"
+        for clip in clips
+        if (path := paths.get(clip.id))
+        and path.is_file()
+        and not path.samefile(clip.path)
+        and identity(path) != identity(Path(clip.path))
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def encode_unit(
@@ -155,6 +185,7 @@ def encode_unit(
 ) -> None:
     """Make one shard: decoding runs a clip ahead of the tower, in another process."""
     writer = ShardWriter(shard_path(out, unit))
+    underflows = 0
     try:
         for source, decoded in ahead(sources, lambda s: decode(child, s, options, tower.pixels)):
             try:
@@ -172,13 +203,14 @@ def encode_unit(
                 meta = describe(source, clip, tower, arrays)
                 writer.write(source.key, meta, arrays)
                 summary.clips += 1
-                summary.underflowed += underflowed
+                underflows += underflowed
                 summary.frames += len(frames)
             bar.update(1)
             rate = summary.frames / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
         summary.nbytes += writer.nbytes
-        writer.commit(unit, features.fingerprint)
+        summary.underflowed += underflows
+        writer.commit(unit, features.fingerprint, underflows)
     except BaseException:
         writer.abandon()
         raise
@@ -251,7 +283,7 @@ def quarantine(out: Path, source: ClipSource, error: ValueError, summary: Summar
         file.write(json.dumps(entry, sort_keys=True) + "\n")
 
 
-def finish(out: Path, plan: Plan, tower: Tower, commits: list[Json], summary: Summary) -> None:
+def finish(out: Path, plan: Plan, tower: Tower, commits: list[Json]) -> None:
     """Write the catalogue, and the manifest last."""
     columns = build_columns(out / "shards", commits, plan.features.strides)
     write_columns(out / "index.zarr", columns)
@@ -272,7 +304,7 @@ def finish(out: Path, plan: Plan, tower: Tower, commits: list[Json], summary: Su
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
-            "underflowed": summary.underflowed,
+            "underflowed": sum(commit["underflowed"] for commit in commits),
         },
     }
     write_atomic(out / "bank.json", signed_json(manifest))

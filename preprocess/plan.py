@@ -5,6 +5,7 @@ predicted bytes, and only ever appended: clips added later make new units, old s
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -89,7 +90,11 @@ def find_clips(inputs: Sequence[str], video_roots: Sequence[str]) -> list[ClipSo
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+            files = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in VIDEO_SUFFIXES and not file.is_dir()
+            )
             if not files:
                 problems.append(f"{path}: no video files in this folder")
             sources = [_source(file, file.relative_to(path).as_posix()) for file in files]
@@ -116,7 +121,11 @@ def _source(
     file: Path, relative: str, start: float | None = None, end: float | None = None
 ) -> ClipSource:
     id_ = clip_id(relative, start, end)
-    return ClipSource(id_, sample_key(id_), str(file.absolute()), relative, start, end)
+    try:
+        key = sample_key(id_)
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(file)!a}: its name is not UTF-8; rename it") from None
+    return ClipSource(id_, key, str(file.absolute()), relative, start, end)
 
 
 def _annotated(path: Path, roots: Sequence[str], problems: list[str]) -> list[ClipSource]:
@@ -124,7 +133,7 @@ def _annotated(path: Path, roots: Sequence[str], problems: list[str]) -> list[Cl
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".jsonl":
-            items = [json.loads(line) for line in text.splitlines() if line.strip()]
+            items = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             items = json.loads(text)
         named: set[tuple[str, float | None, float | None]] = {
@@ -136,10 +145,15 @@ def _annotated(path: Path, roots: Sequence[str], problems: list[str]) -> list[Cl
         problems.append(f"{path}: not readable as records: {error}")
         return []
     sources, missing = [], []
-    for video, start, end in sorted(named, key=lambda item: str(item)):
-        candidates = [Path(root) / video for root in [*roots, path.parent]]
+    for video, start, end in sorted(named, key=str):
+        candidates = [root / video for root in [*map(Path, roots), path.parent]]
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if file is None:
+        if not _is_part(start, end):
+            problems.append(
+                f"{path}: {video}: start {start!r} and end {end!r} bound no part; write seconds, "
+                "start before end"
+            )
+        elif file is None:
             missing.append(video)
         else:
             sources.append(_source(file, Path(video).as_posix(), start, end))
@@ -150,6 +164,12 @@ def _annotated(path: Path, roots: Sequence[str], problems: list[str]) -> list[Cl
             f"(looked under {looked}); name their folder with --video-root"
         )
     return sources
+
+
+def _is_part(start: object, end: object) -> bool:
+    times = [time for time in (start, end) if time is not None]
+    numbers = [time for time in times if isinstance(time, int | float) and 0 <= time < math.inf]
+    return len(numbers) == len(times) and sorted(set(numbers)) == numbers
 
 
 def _videos(item: Json) -> list[str]:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,14 @@ class Bank:
         """Open a finished bank; raises ValueError naming what is missing or newer."""
         path = Path(path)
         manifest = read_manifest(path)
-        columns = read_columns(path / "index.zarr")
-        ids = split_text(columns, "id")
+        try:
+            columns = read_columns(path / "index.zarr")
+            ids = split_text(columns, "id")
+        except (OSError, KeyError):
+            raise ValueError(
+                f"{path}: its catalogue index.zarr is not whole: the bank was copied in part; copy "
+                "it again"
+            ) from None
         if len(ids) != manifest["clips"]:
             raise ValueError(
                 f"{path}: the catalogue lists {len(ids)} clips, bank.json {manifest['clips']}: "
@@ -150,8 +157,8 @@ def read_manifest(path: Path) -> Json:
 def runs(indices: Sequence[int]) -> list[tuple[int, int]]:
     """Return (first, last) positions of each stretch of consecutive indices."""
     breaks = [k for k in range(1, len(indices)) if indices[k] != indices[k - 1] + 1]
-    starts = [0, *breaks] if len(indices) else []
-    return [(a, b - 1) for a, b in zip(starts, [*breaks, len(indices)], strict=True)]
+    edges = [0, *breaks, len(indices)] if len(indices) else []
+    return [(a, b - 1) for a, b in pairwise(edges)]
 
 
 class Banks:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import PurePosixPath
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -100,6 +101,8 @@ class FeatureConfig:
     def from_json(cls, data: Json) -> "FeatureConfig":
         """Rebuild a config; a key this version does not know is refused by name."""
         unknown = sorted(set(data) - {field.name for field in fields(cls)})
+        sampling = {field.name for field in fields(Sampling)}
+        unknown += sorted(f"sampling.{name}" for name in set(data["sampling"]) - sampling)
         if unknown:
             raise ValueError(
                 f"feature config has unknown fields {unknown}: made by a newer framebank; update it"
@@ -178,7 +181,9 @@ def clip_id(path: str, start: float | None = None, end: float | None = None) -> 
     """Return the id of a clip: its POSIX path, plus `#start-end` in seconds when it is a part.
 
     Seconds are written to the millisecond without trailing zeros; an open end is left empty.
+    `./a.mp4` and `a.mp4` are one clip.
     """
+    path = PurePosixPath(path).as_posix()
     if start is None and end is None:
         return path
     return f"{path}#{_seconds(start or 0.0)}-{'' if end is None else _seconds(end)}"

@@ -62,8 +62,11 @@ class ShardWriter:
     def nbytes(self) -> int:
         return self._tar.offset
 
-    def commit(self, unit: int, fingerprint: str) -> Json:
-        """Sync, rename, write `.idx` and `.done`; return the commit record."""
+    def commit(self, unit: int, fingerprint: str, underflowed: int = 0) -> Json:
+        """Sync, rename, write `.idx` and `.done`; return the commit record.
+
+        underflowed: values of the shard that became zero in its type, for the manifest.
+        """
         end = self._tar.offset
         self._tar.close()
         self._file.flush()
@@ -74,6 +77,7 @@ class ShardWriter:
             "shard": self.path.name,
             "unit": unit,
             "fingerprint": fingerprint,
+            "underflowed": underflowed,
             "nbytes": self.part.stat().st_size,
             "sha256": file_sha256(self.part),
             "samples": self._samples,
@@ -114,7 +118,7 @@ def read_signed_json(path: Path) -> Json:
     try:
         record = json.loads(path.read_bytes())
         claimed = record.pop("self_hash")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not a framebank record; restore it or encode again") from None
     if digest(canonical_json(record)) != claimed:
         raise ValueError(f"{path}: its content does not match its own hash; restore it from a copy")

@@ -91,6 +91,7 @@ class TrainConfig:
     )
     lape_lr: float = setting(0.0, "of LAPE's tables; 0 takes 10 x learning_rate", above=-1)
     weight_decay: float = setting(0.0, "of LLM and projector matrices", above=-1)
+    adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients", above=0)
     warmup_ratio: float = setting(0.03, "share of the steps with rising rate", above=-1)
     max_grad_norm: float = setting(1.0, "gradient clipping", above=0)
     per_device_train_batch_size: int = setting(2, "records of a micro-batch", above=0)
@@ -337,11 +338,11 @@ def _convert(raw: Any, kind: Any) -> Any:
 def _expected(kind: Any, above: float | None) -> str:
     if kind is bool:
         return "true or false"
-    number = "integer" if kind is int else "number"
+    a_number = "an integer" if kind is int else "a number"
     if kind in (int, float):
-        return {0: f"a positive {number}", -1: f"a {number}, not negative"}.get(
-            int(above or 0), f"a {number}"
-        )
+        if above == 0:
+            return f"a positive {a_number.split()[1]}"
+        return f"{a_number}, not negative" if above == -1 else a_number
     return "a list" if isinstance(kind, types.GenericAlias) else "a text"
 
 

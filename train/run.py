@@ -91,7 +91,7 @@ def train(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") -> 
     log.say(banner(config, dataset, model, shape, total, ratio, resumed))
 
     groups = parameter_groups(model, config)
-    optimizer = make_optimizer(groups)
+    optimizer = make_optimizer(groups, config)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if resumed:
         load_optimizer(optimizer, resumed)
@@ -168,8 +168,9 @@ def run_step(
         # dropout depends on where the micro-batch stands in the run, not on the rank's history
         torch.manual_seed(hash((config.seed, step, shape.rank + k * shape.world)) % 2**63)
         last = k == len(batches) - 1
-        with accelerator.autocast(), _no_sync(accelerator, model, last):
-            out = model(batch)
+        with _no_sync(accelerator, model, last):
+            with accelerator.autocast():
+                out = model(batch)
             loss = out["ce"] / num_labels
             if "ar" in out:
                 loss = loss + config.loss_weight * out["ar"].sum() / num_transitions
@@ -287,10 +288,10 @@ def parameter_groups(model: "VLM", config: TrainConfig) -> "list[dict[str, Any]]
     return groups
 
 
-def make_optimizer(groups: "list[dict[str, Any]]") -> "torch.optim.Optimizer":
+def make_optimizer(groups: "list[dict[str, Any]]", config: TrainConfig) -> "torch.optim.Optimizer":
     import torch
 
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adam_beta2))
 
 
 def load_optimizer(optimizer: Any, folder: Path) -> None:

@@ -1,0 +1,271 @@
+"""What several test files share: a small toy world, its bank, and banks of given arrays."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    logging,
+)
+
+from model.batch import Batch
+from model.grid import pool
+from model.vlm import VLM, VLMConfig
+from preprocess.encode import EncodeOptions, encode
+from preprocess.toyworld import make_toyworld, save_llm
+from shards.catalogue import build_columns, write_columns
+from shards.reader import ClipInfo
+from shards.schema import FeatureConfig, SampleMeta, Sampling, sample_key
+from shards.writer import ShardWriter, signed_json
+from train.ask import FreshClip
+from train.chat import Chat
+from train.packing import collate, lay_out
+from train.records import Turn
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy world of 6 training and 3 test clips. Read it only."""
+    out = tmp_path_factory.mktemp("toy") / "world"
+    make_toyworld(out, train_clips=6, test_clips=3)
+    return out
+
+
+@pytest.fixture(scope="session")
+def toy_options(toy: Path) -> EncodeOptions:
+    """How `toy_bank` was made."""
+    return EncodeOptions(tower=str(toy / "tower"), strides=(4, 8), sampling=Sampling(num_frames=8))
+
+
+@pytest.fixture(scope="session")
+def toy_bank(
+    toy: Path, toy_options: EncodeOptions, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The bank of all nine clips, 8 frames each, strides 4 and 8. Read it only."""
+    out = tmp_path_factory.mktemp("toy-bank") / "bank"
+    summary = encode([str(toy / "videos")], out, toy_options)
+    assert (summary.clips, summary.failures) == (9, [])
+    return out
+
+
+@pytest.fixture(scope="session")
+def features() -> FeatureConfig:
+    """A feature config of no tower in particular."""
+    return FeatureConfig(
+        tower_type="siglip_vision_model",
+        tower_digest="00" * 16,
+        layer=-2,
+        processor={"height": 64, "width": 64, "crop": None, "mean": [0.5, 0.5, 0.5]},
+        dtype="float16",
+        tower_dtype="float32",
+        attention="sdpa",
+        sampling=Sampling(num_frames=8),
+        strides=(4, 8),
+        pool="average",
+    )
+
+
+@pytest.fixture(scope="session")
+def make_meta() -> Callable[..., SampleMeta]:
+    """A function that describes a clip of 8 frames per second; any field can be given."""
+
+    def make(id_: str, arrays: Mapping[int, np.ndarray], **fields: Any) -> SampleMeta:
+        frames = len(next(iter(arrays.values())))
+        values = {
+            "id": id_,
+            "path": id_,
+            "size": 1000,
+            "digest": "ab" * 16,
+            "start": 0.0,
+            "end": frames / 8,
+            "fps": 8.0,
+            "frame_count": frames,
+            "frame_index": list(range(frames)),
+            "timestamps": [k / 8 for k in range(frames)],
+            "display_size": (48, 64),
+            "covered": (0.0, 0.125, 1.0, 0.875),
+            "patch_grid": (8, 6),
+            "cell_grids": {str(s): array.shape[1:3] for s, array in arrays.items()},
+            "tower_width": next(iter(arrays.values())).shape[-1],
+            "frames_per_unit": 1,
+            "decoder": "decord",
+            "flags": [],
+        }
+        return SampleMeta(**{**values, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> Callable[..., Path]:
+    """A function that writes a bank of given arrays, one shard for each mapping of clips."""
+
+    def make(
+        out: Path,
+        *shards: Mapping[str, Mapping[int, np.ndarray]],
+        config: FeatureConfig = features,
+        quarantined: tuple[str, ...] = (),
+    ) -> Path:
+        commits = []
+        for unit, clips in enumerate(shards):
+            writer = ShardWriter(out / "shards" / f"bank-{unit:06d}.tar")
+            for id_, arrays in clips.items():
+                writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
+            commits.append(writer.commit(unit, config.fingerprint))
+        columns = build_columns(out / "shards", commits, config.strides)
+        write_columns(out / "index.zarr", columns)
+        manifest = {
+            "format_version": 1,
+            "features": config.to_json(),
+            "fingerprint": config.fingerprint,
+            "tower_width": 64,
+            "clips": len(columns["shard"]),
+            "frames": len(columns["timestamps"]),
+            "nbytes": sum(commit["nbytes"] for commit in commits),
+            "shards": [
+                {"name": commit["shard"], "nbytes": commit["nbytes"], "sha256": commit["sha256"]}
+                for commit in commits
+            ],
+            "provenance": {},
+        }
+        (out / "bank.json").write_bytes(signed_json(manifest))
+        if quarantined:
+            lines = [json.dumps({"id": id_, "reason": "damaged"}) + "\n" for id_ in quarantined]
+            (out / "quarantine.jsonl").write_text("".join(lines))
+        return out
+
+    return make
+
+
+# Models, clips and batches in memory, for tests/test_model_*.py.
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
+    """A function that returns a fresh tokenizer: a model with LAPE adds tokens to the one it gets."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_llm(folder, ["When is the red circle visible? from 1.5 to 2.25", "at 0.5, 0.25"], seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lambda: copy.deepcopy(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def make_llm() -> Callable[..., Any]:
+    """A function that returns a random LLM of two layers."""
+
+    def make(
+        kind: str = "qwen2",
+        *,
+        rows: int = 512,
+        tied: bool = True,
+        attention: str = "sdpa",
+        width: int = 32,
+        seed: int = 0,
+    ) -> Any:
+        config_class, model_class = {
+            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+            "llama": (LlamaConfig, LlamaForCausalLM),
+        }[kind]
+        config = config_class(
+            vocab_size=rows,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=tied,
+            initializer_range=0.2,  # at 0.02 so small a network hardly looks at its input
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        config._attn_implementation = attention
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return model_class(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(
+    make_llm: Callable[..., Any], make_tokenizer: Callable[[], Any]
+) -> Callable[..., VLM]:
+    """A function that assembles a model; settings are those that differ from strides 2 and 4."""
+
+    def make(llm: Any = None, seed: int = 0, **settings: Any) -> VLM:
+        config = VLMConfig(**({"slow_stride": 2, "fast_stride": 4} | settings))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = VLM.assemble(
+                config,
+                llm or make_llm(),
+                make_tokenizer(),
+                width=12,
+                features={"pool": "average"},
+                tower="none",
+            )
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_clip() -> Callable[..., FreshClip]:
+    """A function that returns a clip of random (or given) patches, one frame per second."""
+
+    def make(
+        seed: int = 0,
+        frames: int = 5,
+        patch_grid: tuple[int, int] = (5, 7),
+        covered: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+        patches: np.ndarray | None = None,
+    ) -> FreshClip:
+        if patches is None:
+            patches = np.random.default_rng(seed).normal(size=(frames, *patch_grid, 12))
+        frames = len(patches)
+        info = ClipInfo(
+            id=f"clip-{seed}",
+            start=0.0,
+            end=float(frames),
+            timestamps=np.arange(frames, dtype=np.float64),
+            frame_index=np.arange(frames),
+            display_size=(48, 64),
+            patch_grid=(patches.shape[1], patches.shape[2]),
+            covered=covered,
+        )
+        pooled = {s: pool(torch.from_numpy(patches), s).half().numpy() for s in (2, 4)}
+        return FreshClip(info, pooled)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., Batch]:
+    """A function that collates conversations, each (clips, user text, assistant text, ...)."""
+
+    def make(model: VLM, *talks: tuple[Any, ...], prompt: bool = False) -> Batch:
+        chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+        rows = []
+        for clips, *texts in talks:
+            turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
+            infos = [clip.info for clip in clips]
+            encoded = chat.encode(turns, [info.duration for info in infos], prompt=prompt)
+            rows.append(lay_out(encoded, infos, model.config, model.features["pool"]))
+        names = [f"record-{number}" for number in range(len(talks))]
+        clips_of_rows = [talk[0] for talk in talks]
+        return collate(rows, clips_of_rows, model.config, names, with_copy=True)
+
+    return make

@@ -1,0 +1,118 @@
+"""Records: parsed once, joined by clip id, every problem with its place."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.records import (
+    Coordinate,
+    Record,
+    check_coordinates,
+    order,
+    parse_record,
+    read_mixture,
+    read_records,
+    split_markup,
+)
+
+
+def record(**changes: object) -> dict[str, object]:
+    return {
+        "id": "r1",
+        "video": "a.mp4",
+        "conversations": [
+            {"from": "human", "value": "<video>\nWhen?"},
+            {"from": "gpt", "value": "at <t:1.5>"},
+        ],
+    } | changes
+
+
+def test_a_record_names_its_clip_and_turns() -> None:
+    parsed = parse_record(record(start=1, end=2.5, task="span"), "f:1")
+    assert parsed.clips == ("a.mp4#1-2.5",)
+    assert [turn.role for turn in parsed.turns] == ["user", "assistant"]
+    assert parsed.task == "span"
+
+
+BAD = [
+    ({"conversations": None}, "expected an object with `conversations`"),
+    ({"conversations": [{"from": "human", "value": "<video>?"}]}, "no supervised text"),
+    (
+        {"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": " "}]},
+        "no supervised text",
+    ),
+    ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn needs `from`"),
+    ({"video": None}, "1 <video>/<image> tags for 0 media"),
+    ({"video": ["a.mp4", "b.mp4"]}, "1 <video>/<image> tags for 2 media"),
+    ({"start": 3, "end": 2}, "start 3 is not before end 2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), BAD)
+def test_a_bad_record_is_named_with_its_place(changes: dict[str, object], expected: str) -> None:
+    with pytest.raises(ValueError, match="f:7") as caught:
+        parse_record(record(**changes), "f:7")
+    assert expected in str(caught.value)
+
+
+def test_all_bad_records_of_a_file_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    rows = [record(), record(video=None), record(conversations=[]), record(id="r4")]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    problems: list[str] = []
+    assert len(read_records(path, problems)) == 2
+    assert [p.split(" (")[0] for p in problems] == [f"{path}:2", f"{path}:3"]
+
+
+@given(st.lists(st.sampled_from(["<t:1.25>", "<x:0.5>", "<y:1>", "<TEMP-007>", "text", " a<b "])))
+def test_markup_splits_without_losing_a_character(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    found = split_markup(text)
+    plain = "".join(piece for piece in found if isinstance(piece, str))
+    coordinates = [piece for piece in found if isinstance(piece, Coordinate)]
+    assert plain == "".join(piece for piece in pieces if piece in ("text", " a<b "))
+    assert len(coordinates) == sum(piece.startswith("<") for piece in pieces)
+
+
+def test_a_coordinate_outside_its_clip_or_frame_is_a_problem() -> None:
+    turns = [
+        {"from": "human", "value": "<video>\nx"},
+        {"from": "gpt", "value": "<t:9.5> <x:1.2> <y:0.5>"},
+    ]
+    parsed: Record = parse_record(record(conversations=turns), "f:1")
+    problems: list[str] = []
+    check_coordinates(parsed, [4.0], problems)
+    assert len(problems) == 2
+    assert "time 9.5 is outside [0, 4]" in problems[0]
+    assert "coordinate 1.2 is outside [0, 1]" in problems[1]
+
+
+@given(seed=st.integers(0, 99), epoch=st.integers(0, 9), count=st.integers(1, 200))
+def test_an_epoch_sees_each_record_once_in_an_order_that_only_the_numbers_decide(
+    seed: int, epoch: int, count: int
+) -> None:
+    first = order(seed, epoch, count)
+    assert sorted(first) == list(range(count))
+    assert first == order(seed, epoch, count)
+
+
+def test_a_mixture_repeats_and_names_what_it_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    config = tmp_path / "mix.yaml"
+    config.write_text("a: {records: a.jsonl, banks: bank}\nb: {records: [missing.jsonl]}\n")
+    problems: list[str] = []
+    (part,) = read_mixture(str(config), "a*3", problems)
+    assert (part.repeats, part.records, part.banks) == (
+        3,
+        [str(tmp_path / "a.jsonl")],
+        [str(tmp_path / "bank")],
+    )
+    assert not problems
+    read_mixture(str(config), "a*x+c+b", problems)
+    assert len(problems) == 3
+    assert "repeat by a positive integer" in problems[0]
+    assert "no dataset 'c'" in problems[1]
+    assert "no such file" in problems[2]
