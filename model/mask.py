@@ -5,6 +5,8 @@ later frame and nothing crosses samples. Two int32 vectors hold all of it, and e
 back-end's mask is derived from them.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,3 +54,17 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
         ~mask, torch.finfo(dtype).min
     )
+
+
+def block_mask(start: Tensor, end: Tensor) -> Any:
+    """Return the same mask as flex_attention's BlockMask, which never holds the dense one.
+
+    start, end: int32 `(rows, length)` on a CUDA device.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= start[row, query]) & (key < end[row, query])
+
+    rows, length = start.shape
+    return create_block_mask(sees, rows, None, length, length, device=start.device)

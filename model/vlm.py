@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from model.batch import Batch
+from model.folder import load_llm, load_weights, read_json, save_llm, save_weights, write_json
 from model.frame_causal import PREDICTORS, FrameCausal
 from model.frames import STRATEGIES, exact_ratio
 from model.lape import AXES, INJECTION_SHARE, PRESETS, Lape, LapeTokens
-from model.mask import FRAME_ATTENTION, additive_mask, dense_mask
+from model.mask import FRAME_ATTENTION, additive_mask, block_mask, dense_mask
 from model.projector import PROJECTORS, build_projector
 
 Json = dict[str, Any]
@@ -144,8 +144,10 @@ class VLM(nn.Module):
             )
         return tokens
 
-    def attention_mask(self, batch: Batch) -> Tensor:
+    def attention_mask(self, batch: Batch) -> Any:
         """Return the batch's mask in the form that the LLM's attention implementation reads."""
+        if self.llm.config._attn_implementation == "flex_attention":
+            return block_mask(batch.mask_start, batch.mask_end)
         mask = dense_mask(batch.mask_start, batch.mask_end)
         if self.llm.config._attn_implementation == "eager":
             return additive_mask(mask, self.visual.frame_end.dtype)
@@ -246,83 +248,72 @@ class VLM(nn.Module):
         assert sorted(found) == sorted(everything), "a parameter is in no group or in two"
         return {name: group for name, group in groups.items() if group}
 
+    def modules_on_disk(self) -> list[tuple[str, nn.Module]]:
+        """Return (file, module) of every part beside the LLM that this model has."""
+        parts = (
+            ("projector.safetensors", self.projector),
+            ("visual.safetensors", self.visual),
+            ("lape/tables.safetensors", self.lape),
+            ("frame_causal.safetensors", self.frame_causal),
+        )
+        return [(file, module) for file, module in parts if module is not None]
+
     def save(self, folder: str | Path) -> None:
         """Write the model folder; the LLM in the form that transformers alone can load."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_llm(self.llm, folder / "llm")
         self.tokenizer.save_pretrained(folder / "llm")
-        save_file(_weights(self.projector), folder / "projector.safetensors")
-        save_file(_weights(self.visual), folder / "visual.safetensors")
+        for file, module in self.modules_on_disk():
+            save_weights(module, folder / file)
         if self.lape is not None:
-            (folder / "lape").mkdir(exist_ok=True)
-            save_file(_weights(self.lape), folder / "lape" / "tables.safetensors")
-            _write_json(folder / "lape" / "tokens.json", asdict(self.lape.tokens))
-        if self.frame_causal is not None:
-            save_file(_weights(self.frame_causal), folder / "frame_causal.safetensors")
-        _write_json(
-            folder / "config.json",
-            {
-                "format": FORMAT,
-                "model": asdict(self.config),
-                "tower_width": self.tower_width,
-                "tower": self.tower,
-                "features": self.features,
-            },
-        )
+            write_json(folder / "lape" / "tokens.json", asdict(self.lape.tokens))
+        facts = {"format": FORMAT, "model": asdict(self.config), "tower_width": self.tower_width}
+        facts |= {"tower": self.tower, "features": self.features}
+        write_json(folder / "config.json", facts)
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "VLM":
         """Load a saved model; whatever does not fit is refused by name."""
         folder = Path(folder)
         facts = read_model_config(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
         model = cls(
             facts["model"],
             load_llm(folder / "llm", dtype),
-            tokenizer,
+            AutoTokenizer.from_pretrained(folder / "llm"),
             width=facts["tower_width"],
             features=facts["features"],
             tower=facts["tower"],
         )
-        _load_weights(model.projector, folder / "projector.safetensors")
-        _load_weights(model.visual, folder / "visual.safetensors")
-        if model.lape is not None:
-            path = folder / "lape" / "tokens.json"
-            _require(path)
-            saved = json.loads(path.read_text())
-            ours = json.loads(json.dumps(asdict(model.lape.tokens)))
+        model._check_tokens(folder)
+        for file, module in model.modules_on_disk():
+            load_weights(module, folder / file)
+        return model
+
+    def adopt(self, folder: Path) -> list[str]:
+        """Take over the parts of a saved model beside its LLM; return a line for each."""
+        saved = read_model_config(folder)["model"]
+        lines = []
+        for file, module in self.modules_on_disk():
+            if not (folder / file).exists():
+                lines.append(f"{file}: new, {folder} has none")
+                continue
+            if module is self.lape and saved.lape_preset != self.config.lape_preset:
+                raise ValueError(
+                    f"{folder}: LAPE preset {saved.lape_preset}, asked {self.config.lape_preset}"
+                )
+            load_weights(module, folder / file)
+            lines.append(f"{file}: from {folder}")
+        return lines
+
+    def _check_tokens(self, folder: Path) -> None:
+        if self.lape is not None:
+            saved = read_json(folder / "lape" / "tokens.json")
+            ours = json.loads(json.dumps(asdict(self.lape.tokens)))
             if saved != ours:
                 raise ValueError(
                     f"{folder}/lape: token ids {saved} do not match the tokenizer's {ours}"
                 )
-            _load_weights(model.lape, folder / "lape" / "tables.safetensors")
-        if model.frame_causal is not None:
-            _load_weights(model.frame_causal, folder / "frame_causal.safetensors")
-        return model
-
-    def adopt(self, folder: Path) -> list[str]:
-        """Take over what fits of a saved model's parts beside its LLM; return a line for each."""
-        lines = []
-        saved = read_model_config(folder)["model"]
-        for name, module, file in (
-            ("projector", self.projector, "projector.safetensors"),
-            ("frame tokens", self.visual, "visual.safetensors"),
-            ("LAPE", self.lape, "lape/tables.safetensors"),
-            ("frame predictor", self.frame_causal, "frame_causal.safetensors"),
-        ):
-            if module is None:
-                continue
-            if not (folder / file).exists():
-                lines.append(f"{name}: new ({folder} has none)")
-                continue
-            _load_weights(module, folder / file)
-            if name == "LAPE" and saved.lape_preset != self.config.lape_preset:
-                raise ValueError(
-                    f"{folder}: LAPE preset {saved.lape_preset}, asked {self.config.lape_preset}"
-                )
-            lines.append(f"{name}: from {folder}")
-        return lines
 
 
 class VisualTokens(nn.Module):
@@ -357,63 +348,3 @@ def read_model_config(folder: Path) -> Json:
     if unknown:
         raise ValueError(f"{path}: unknown model settings {sorted(unknown)}; update framebank")
     return dict(facts) | {"model": VLMConfig(**facts["model"])}
-
-
-def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a causal LLM by hub name or folder, with its LoRA adapter where one lies inside.
-
-    A weight that is not there is refused: transformers would draw it at random and warn.
-    """
-    llm, found = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
-    if found["missing_keys"]:
-        raise ValueError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")
-    if (Path(path) / "lora").exists():
-        from peft import PeftModel
-
-        llm = PeftModel.from_pretrained(llm, Path(path) / "lora", is_trainable=True)
-    return llm
-
-
-def save_llm(llm: Any, path: Path) -> None:
-    """Save an LLM so that transformers alone loads it; an adapter lies beside it in `lora/`."""
-    if not hasattr(llm, "peft_config"):
-        llm.save_pretrained(path)
-        return
-    base = llm.get_base_model()
-    own = {
-        name.replace(".base_layer", ""): value
-        for name, value in base.state_dict().items()
-        if "lora_" not in name
-    }
-    base.save_pretrained(path, state_dict=own)
-    llm.save_pretrained(path / "lora")
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-
-
-def _require(path: Path) -> None:
-    if not path.exists():
-        raise ValueError(f"{path}: missing; the model folder was copied in part, copy it again")
-
-
-def _load_weights(module: nn.Module, path: Path) -> None:
-    _require(path)
-    saved, own = load_file(path), module.state_dict()
-    wrong = [
-        f"{name} is {tuple(saved[name].shape)}, the config asks for {tuple(own[name].shape)}"
-        if name in saved and name in own
-        else f"{name} is {'missing' if name in own else 'not in this model'}"
-        for name in sorted(set(saved) | set(own))
-        if name not in saved or name not in own or saved[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{path}: {'; '.join(wrong)}")
-    module.load_state_dict(saved)
-
-
-def _write_json(path: Path, data: Json) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from model.batch import to_device
 from model.mask import FRAME_ATTENTION, additive_mask, dense_mask, intervals
 
 Row = tuple[np.ndarray, np.ndarray]
@@ -208,3 +209,17 @@ def test_eager_and_sdpa_agree(make_llm: Callable[..., Any]) -> None:
         run(make_llm(attention=name), embeds, row, positions, "block") for name in ("eager", "sdpa")
     )
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_flex_attention_gives_the_hidden_states_of_sdpa(
+    make_model: Callable[..., Any], make_clip: Callable[..., Any], make_batch: Callable[..., Any]
+) -> None:
+    """On CUDA only: flex_attention's backward is not implemented for the CPU."""
+    model = make_model().cuda()
+    talks = [([make_clip(seed=k)], "<video>\nWhen?" + "?" * k, "at <t:0.1>") for k in range(2)]
+    batch = to_device(make_batch(model, *talks), torch.device("cuda"))
+    dense = model.hidden_states(batch)
+    model.llm.set_attn_implementation("flex_attention")
+    flex = model.hidden_states(batch)
+    torch.testing.assert_close(flex, dense, atol=2e-4, rtol=2e-3)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.batch import Batch, to_device
+from model.folder import load_llm
 from model.generate import choose, write_answer
 from model.lape import NAMES, PRESETS, TIME
-from model.vlm import VLM, VLMConfig, load_llm
+from model.vlm import VLM, VLMConfig
 
 Model, Clip, Batches, Llm = (
     Callable[..., VLM],

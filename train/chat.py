@@ -14,6 +14,7 @@ from train.records import MEDIA_TAG, Turn, split_markup
 
 MEDIA = -1
 """Stands in `Encoded.ids` for all tokens of one medium."""
+AXES = ("time", "height", "width")
 MARKER = re.compile("\ue000(\\d+)\ue001")
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role + ': ' + m.content }}"
@@ -50,7 +51,9 @@ class Chat:
         self.tokenizer = tokenizer
         self.anchors = anchors
         self.template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-        self.special = set(tokenizer.all_special_ids)
+        # Llama 3's <|eot_id|> is special without being one of the tokenizer's named tokens
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {*tokenizer.all_special_ids, *(id_ for id_, token in added if token.special)}
         turns = [Turn("user", "?"), Turn("assistant", "!")]
         encoded = self.encode(turns, [])
         last = max(place for place, on in enumerate(encoded.supervised) if on)
@@ -62,7 +65,13 @@ class Chat:
         """Return a conversation as tokens; `prompt` ends it where the next answer begins.
 
         durations: seconds of each medium, in the order of the tags; times are fractions of them.
+        Raises ValueError where the tags do not fit the media, or a time has no clip to lie in.
         """
+        tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
+        if tags != len(durations):
+            raise ValueError(
+                f"{tags} <video>/<image> tags for {len(durations)} media; write one tag per medium"
+            )
         messages = [
             {"role": turn.role, "content": f"\ue000{number}\ue001"}
             for number, turn in enumerate(turns)
@@ -115,9 +124,19 @@ class Chat:
                 plain += piece
                 continue
             if piece.anchor is None:
+                if piece.axis == 0 and not duration > 0:
+                    raise ValueError(
+                        f"<t:{piece.value:g}>: there is no clip with a duration that this time could "
+                        "lie in; leave times out of text about pictures or about no medium"
+                    )
                 coord = piece.value / duration if piece.axis == 0 else piece.value
             else:
                 bins = self.anchors.counts[piece.axis] if self.anchors else 100
+                if piece.anchor >= bins:
+                    raise ValueError(
+                        f"anchor {piece.anchor:03d} of {AXES[piece.axis]}: the model has {bins}, "
+                        f"000 to {bins - 1:03d}"
+                    )
                 coord = piece.anchor / (bins - 1)
             if self.anchors is None:
                 value = coord * duration if piece.axis == 0 else coord

@@ -71,6 +71,19 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
+def set_aside(output_dir: Path, step: int) -> None:
+    """Rename what lies beyond the step that a run goes on from, to `checkpoint-N.old`.
+
+    It is damaged, or was left by a run that is not continued: neither `resume: auto` may take it nor
+    `prune` keep it in place of what this run writes.
+    """
+    for folder in checkpoints(output_dir):
+        if step_of(folder) > step:
+            old = folder.with_name(f"{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+
+
 def read_state(folder: Path) -> Json:
     return dict(json.loads((folder / "state.json").read_text()))
 

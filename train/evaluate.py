@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shards.reader import Banks
 from train.config import TrainConfig, refuse
 from train.dataset import Dataset, shorten
-from train.records import MARKUP, Record, Turn, join, read_records
+from train.records import MARKUP, Record, Turn, check_coordinates, join, read_records
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,7 +84,11 @@ def open_records(bank: Sequence[str], paths: Sequence[str], folder: Path) -> Dat
         problems.append(str(error))
     for path in paths:
         read = read_records(path, problems)
-        records += join(read, banks, "error", problems) if banks else []
+        if banks:
+            records += join(read, banks, "error", problems)
+    for record in records:
+        assert banks is not None
+        check_coordinates(record, [banks.clip(id_).info.duration for id_ in record.clips], problems)
     if banks is None or problems:
         refuse(shorten(problems))
     facts = json.loads((folder / "config.json").read_text())["model"]
@@ -134,10 +138,12 @@ def evaluate(
     losses = held_out_loss(model, loader, records, shape, accelerator)
     questions = [question for record in records for question in questions_of(record)]
     mine = questions[shape.rank :: shape.world]
-    answers = []
+    own = []
     for begin in range(0, len(mine), batch_size):
-        answers += answer(model, loader, mine[begin : begin + batch_size])
-    answers = gather_object(answers)
+        own += answer(model, loader, mine[begin : begin + batch_size])
+    # dealt out in turn over the ranks, and put back into the order of the records
+    gathered = gather_object([(shape.rank + k * shape.world, said) for k, said in enumerate(own)])
+    answers = [said for _, said in sorted(gathered)]
     scores = [score(reference, said, duration) for reference, said, duration, _ in answers]
     report: Json = {"records": len(records), "answers": len(answers), "losses": losses}
     report["tasks"] = summarise_scores(scores)

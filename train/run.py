@@ -61,12 +61,16 @@ def train(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") -> 
     from model.batch import to_device
     from model.vlm import VLM
     from train.chat import Chat
-    from train.checkpoint import find_resume, prune, read_state, save_checkpoint
+    from train.checkpoint import find_resume, prune, read_state, save_checkpoint, set_aside
     from train.evaluate import held_out_loss
     from train.loader import Loader, StepShape
     from train.metrics import RunLog, line_of
     from train.report import banner, closing
 
+    if config.attn == "flex_attention" and accelerator.device.type != "cuda":
+        raise ValueError(
+            "attn flex_attention needs CUDA (it cannot train on the CPU); use attn: sdpa"
+        )
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed = find_resume(output_dir, config.resume)
@@ -81,6 +85,9 @@ def train(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") -> 
 
     model = VLM.load(resumed, llm_dtype(config)) if resumed else build(config, dataset)
     refuse_other_run(config, dataset, model, resumed)
+    accelerator.wait_for_everyone()  # all ranks have chosen their checkpoint
+    if accelerator.is_main_process:
+        set_aside(output_dir, state.get("step", 0))
     prepare_llm(model, config)
     chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
     loader = Loader(dataset, chat, model.config, config.seed)
@@ -209,7 +216,8 @@ def assemble(config: TrainConfig, facts: "Json", width: int, features: "Json", t
     import torch
     from transformers import AutoTokenizer
 
-    from model.vlm import VLM, VLMConfig, load_llm
+    from model.folder import load_llm
+    from model.vlm import VLM, VLMConfig
 
     torch.manual_seed(config.seed)
     stage = Path(config.stage_path)
