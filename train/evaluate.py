@@ -116,7 +116,9 @@ def untrained(folder: Path) -> "VLM":
     facts = json.loads((folder / "run.json").read_text())
     config = TrainConfig(**facts["config"])
     saved = json.loads((folder / "config.json").read_text())
-    return assemble(config, saved["model"], saved["tower_width"], saved["features"], saved["tower"])
+    return assemble(
+        config, saved["model"], saved["tower_width"], saved["features"], saved["tower"], print
+    )
 
 
 def evaluate(

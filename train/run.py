@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def train(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") -> 
             json.dumps({"config": asdict(config)}, indent=2) + "\n"
         )
 
-    model = VLM.load(resumed, llm_dtype(config)) if resumed else build(config, dataset)
+    model = VLM.load(resumed, llm_dtype(config)) if resumed else build(config, dataset, log.say)
     refuse_other_run(config, dataset, model, resumed)
     accelerator.wait_for_everyone()  # all ranks have chosen their checkpoint
     if accelerator.is_main_process:
@@ -199,7 +199,7 @@ def run_step(
     return metrics | {"grad_norm": float(norm)}
 
 
-def build(config: TrainConfig, dataset: Dataset) -> "VLM":
+def build(config: TrainConfig, dataset: Dataset, say: Callable[[str], None]) -> "VLM":
     """Return a fresh model for a run on these banks."""
     manifest = dataset.banks.manifest
     return assemble(
@@ -208,10 +208,18 @@ def build(config: TrainConfig, dataset: Dataset) -> "VLM":
         manifest["tower_width"],
         dataset.banks.config.to_json(),
         manifest["provenance"]["tower"],
+        say,
     )
 
 
-def assemble(config: TrainConfig, facts: "Json", width: int, features: "Json", tower: str) -> "VLM":
+def assemble(
+    config: TrainConfig,
+    facts: "Json",
+    width: int,
+    features: "Json",
+    tower: str,
+    say: Callable[[str], None],
+) -> "VLM":
     """Return a model over the LLM of the stage path, taking over the parts of a framebank run."""
     import torch
     from transformers import AutoTokenizer
@@ -231,8 +239,8 @@ def assemble(config: TrainConfig, facts: "Json", width: int, features: "Json", t
         features=features,
         tower=tower,
     )
-    if is_run:
-        model.adopt(stage)
+    for line in model.adopt(stage) if is_run else []:
+        say(f"stage     {line}")
     return model
 
 
