@@ -205,3 +205,28 @@ def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -
 
 def size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+@main.command()
+@click.argument("bank", type=click.Path(path_type=Path))
+@click.argument("key", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="The picture.  [default: KEY.png]")
+def show(bank: Path, key: str | None, out: Path | None) -> None:
+    """Tell what is in BANK; with KEY (a clip's id or its sample's key), draw that clip.
+
+    The picture shows the clip's frames above their features as colours.
+    """
+    if out and not key:
+        raise ValueError(f"--out {out}: a picture is of one clip; name its KEY")
+    if out and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+
+    from preprocess.show import picture, table
+
+    if not key:
+        click.echo(table(bank))
+        return
+    name, image = picture(bank, key)
+    out = out or Path(f"{name}.png")
+    image.save(out)
+    click.echo(out)

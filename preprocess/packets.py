@@ -3,9 +3,10 @@
 A scan demuxes the whole file and decodes its first frame only: milliseconds per clip.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Scan:
 
     @property
     def fps(self) -> float:
-        return float(len(self.pts) / self.duration)
+        """Mean frame rate; 0 for a still picture, which has no duration."""
+        return float(len(self.pts) / self.duration) if self.duration else 0.0
 
     @property
     def seconds(self) -> np.ndarray:
@@ -82,7 +84,33 @@ class Scan:
 
 
 def scan(path: Path) -> Scan:
-    """Read all packets of a file; decode none but those that its first frame needs (rotation)."""
+    """Read all packets of a file; decode none but those that its first frame needs (rotation).
+
+    Of several video streams it takes the first that decodes, FFmpeg's best first, and says which.
+    """
+    best, decodes, others = _scan_stream(path, None)
+    found = best
+    for index in others:
+        if decodes:
+            break
+        found, decodes, _ = _scan_stream(path, index)
+    if not decodes:
+        found = best
+    if isinstance(found, VideoError):
+        raise found
+    flags = set(found.flags)
+    if others:
+        flags.add(f"stream{found.stream}")
+    if found is not best:
+        flags.add("best_fails")
+    return replace(found, flags=tuple(sorted(flags)))
+
+
+def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool, list[int]]:
+    """Return the scan of a stream, whether a frame of it could be decoded, and the other streams.
+
+    index: of the stream in the file, None for FFmpeg's best.
+    """
     import av
 
     corrupt = discard = False
@@ -92,7 +120,12 @@ def scan(path: Path) -> Scan:
     keys: list[int] = []
     furthest: dict[int, int] = {}  # per stream, the end of its last packet
     first_frame = None
-    with opened(path) as (container, stream):
+    with opened(path, index) as (container, stream):
+        others = [
+            other.index
+            for other in container.streams.video
+            if other.index != stream.index and _is_moving(other)
+        ]
         packets = container.demux()
         while True:
             try:
@@ -117,7 +150,8 @@ def scan(path: Path) -> Scan:
             if first_frame is None:
                 first_frame = _first_frame(stream, packet)
         if all(hidden):
-            raise VideoError("no-packets", f"{path}: the video stream is empty; re-encode the file")
+            empty = f"{path}: the video stream is empty; encode the file again"
+            return VideoError("no-packets", empty), False, others
         first_frame = first_frame or _first_frame(stream, None)
         # For a file that gives no frame duration, and one that gives no times at all.
         rate = stream.average_rate or stream.guessed_rate or 25
@@ -155,8 +189,10 @@ def scan(path: Path) -> Scan:
         missing = Fraction(0)
         if promised is not None and not flags["no_index"]:
             missing = max(missing, promised - delivered)
-        flags["truncated"] = missing > SECONDS_SHORT
-        return Scan(
+        flags["truncated"] = missing > SECONDS_SHORT or (
+            container.format.name == "gif" and not _ends_with(path, b";")
+        )
+        scanned = Scan(
             path=path,
             container=container.format.name,
             stream=stream.index,
@@ -172,13 +208,13 @@ def scan(path: Path) -> Scan:
             promised_frames=stream.frames or len(shown) + round(missing * rate),
             flags=tuple(sorted(name for name, is_set in flags.items() if is_set)),
         )
+        return scanned, first_frame is not None, others
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Give PyAV's container and its best video stream, to be decoded by one thread."""
+def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Give PyAV's container and a video stream of it (FFmpeg's best), decoded by one thread."""
     import av
-    from av.stream import Disposition
 
     if not path.is_file():
         raise VideoError("cannot-open", f"{path}: no such file; check the path")
@@ -189,11 +225,27 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         what = "empty" if not path.stat().st_size else f"not a readable video ({error.strerror})"
         raise VideoError("cannot-open", f"{path}: {what}; fetch it again or remove it") from None
     with container:
-        stream = container.streams.best("video")
-        if stream is None or stream.disposition & Disposition.attached_pic:
+        stream = container.streams.best("video") if index is None else container.streams[index]
+        if stream is None or not _is_moving(stream):
+            # FFmpeg holds a cover for best where the video is small or of an unknown codec
+            stream = next(filter(_is_moving, container.streams.video), None)
+        if stream is None:
             raise VideoError("no-video-stream", f"{path}: has no video stream; remove it")
         stream.codec_context.thread_count = 1
         yield container, stream
+
+
+def _is_moving(stream: Any) -> bool:
+    """Whether a video stream is no cover picture, and there is a decoder for it."""
+    from av.stream import Disposition
+
+    return stream.codec_context and not stream.disposition & Disposition.attached_pic
+
+
+def _ends_with(path: Path, tail: bytes) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-len(tail), os.SEEK_END)
+        return file.read() == tail
 
 
 def _first_frame(stream: Any, packet: Any) -> Any:

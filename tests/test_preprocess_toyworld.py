@@ -168,7 +168,7 @@ def test_answers_agree_with_the_pixels(
                 assert answer.split()[0] == list(COLOURS)[first]
             else:
                 assert answer == str(shown.any(0).sum())
-    assert asked == TASKS
+    assert asked == TASKS if split == "test" else "span" in asked
 
 
 def check_place(mask: np.ndarray, colour: int, task: str, answer: str) -> None:

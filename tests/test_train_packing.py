@@ -35,7 +35,7 @@ PATTERNS = [  # strategy, ratio, most frames, and by number of frames which are 
     ("interleave", "0.5", 16, {1: "S", 5: "SFSFS", 8: "SFSFSFSF"}),
     ("interleave", "0.25", 16, {1: "S", 5: "SFFFS", 8: "SFFFSFFF"}),
     ("first_slow", "0.5", 16, {1: "S", 5: "SSSFF", 8: "SSSSFFFF"}),
-    ("uniform", "0.4", 16, {1: "S", 5: "SFFFS", 8: "SFFSFSFS"}),
+    ("uniform", "0.4", 16, {1: "S", 5: "SFFFS", 8: "SFSFSFFS"}),
     ("interleave", "0", 16, {1: "F", 5: "FFFFF", 8: "FFFFFFFF"}),
     ("first_slow", "1", 16, {1: "S", 5: "SSSSS", 8: "SSSSSSSS"}),
     ("interleave", "0.5", 3, {1: "S", 5: "SFS", 8: "SFS"}),

@@ -1,6 +1,7 @@
 """What a step's sums mean, and where they are written: metrics.jsonl, train.log, logs/."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,5 +119,9 @@ class RunLog:
 def keep_until(path: Path, step: int) -> None:
     """Cut a metrics file back to a step, so that a resumed run's lines follow on once each."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        # what follows the last newline was torn by a crash
+        lines = path.read_text().split("\n")[:-1]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)

@@ -1,0 +1,165 @@
+"""The readers: frames of a scanned file, by decord, by PyAV with seek, by PyAV from the start.
+
+Each hands every picture to `shape` as it comes (uint8 `(height, width, 3)`, RGB, as displayed) and
+keeps what that returns: frames resized there never lie side by side at their native size.
+"""
+
+import functools
+import importlib.metadata
+import os
+import re
+import stat
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from preprocess.packets import Scan, VideoError, opened
+
+DECORD_BATCH = 4
+"""Frames that decord returns together: as fast as all at once, and little memory."""
+# What FFmpeg writes at level "info" about a file that is well.
+BENIGN = re.compile(rb"^(\[swscaler @ \w+\] deprecated pixel format.*|\s*)$")
+
+Shape = Callable[[np.ndarray], np.ndarray]
+
+
+class Distrust(Exception):
+    """This reader may be wrong about this file: take the next."""
+
+
+@functools.cache
+def decord_trouble() -> str | None:
+    """Say why decord cannot be used, None where it can.
+
+    decord2 and eva-decord install a module of the same name, in which other files read wrong.
+    """
+    owners = sorted(set(importlib.metadata.packages_distributions().get("decord", [])))
+    if not owners:
+        return "decord is not installed"
+    if owners != ["decord"]:
+        return f"the module decord comes from {', '.join(owners)}, which was not measured"
+    return None
+
+
+def picture(frame: Any, scan: Scan) -> np.ndarray:
+    """Return uint8 `(height, width, 3)` as displayed; a stream that changes size keeps its first."""
+    rgb = frame.to_ndarray(format="rgb24", width=scan.width, height=scan.height)
+    return np.rot90(rgb, round(scan.rotation / 90))
+
+
+def read_decord(scan: Scan, index: Sequence[int], shape: Shape, forced: bool) -> np.ndarray:
+    """Return uint8 `(frames, height, width, 3)` of the shown frames `index`, rising."""
+    import decord
+    from decord._ffi.base import DECORDError, DECORDLimitReachedError
+
+    said_before = _stderr_size()
+    if said_before is not None:
+        decord.logging.set_level(decord.logging.INFO)  # its FFmpeg tells of concealed damage there
+    pictures = []
+    try:
+        reader = decord.VideoReader(str(scan.path.absolute()), num_threads=1, fault_tol=1)
+        if len(reader) != len(scan.pts) and not forced:
+            raise Distrust(f"decord counts {len(reader)} frames, the packets {len(scan.pts)}")
+        for first in range(0, len(index), DECORD_BATCH):
+            frames = reader.get_batch(index[first : first + DECORD_BATCH]).asnumpy()
+            if frames.shape[1:3] != scan.display_size:
+                raise Distrust(f"decord gives {frames.shape[1:3]}, not {scan.display_size}")
+            pictures += [shape(frame) for frame in frames]
+    except (DECORDError, DECORDLimitReachedError, RuntimeError, IndexError) as error:
+        raise Distrust(f"decord: {str(error).splitlines()[0]}") from None
+    finally:
+        reader = None  # left open it goes on decoding, for nobody
+    if said_before is not None and not forced and _complaint(said_before):
+        raise Distrust("FFmpeg complained while decord was reading")
+    return np.stack(pictures)
+
+
+def _stderr_size() -> int | None:
+    """Return the bytes written to stderr where it is a file, as in a decode child; else None."""
+    status = os.fstat(2)
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _complaint(begin: int) -> bool:
+    """Whether FFmpeg wrote of damage to stderr since: decord itself conceals it in silence."""
+    try:
+        said = os.pread(2, 1 << 16, begin)
+    except OSError:  # a file opened for writing only
+        return _stderr_size() != begin
+    return any(not BENIGN.match(line) for line in said.split(b"\n"))
+
+
+def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> np.ndarray:
+    """Return what `read_decord` does: from the keyframe before a frame up to its exact pts."""
+    import av
+
+    pictures = []
+    position = entry = None
+    with opened(scan.path, scan.stream) as (container, stream):
+        for wanted in (scan.pts[i] for i in index):
+            key = scan.key_pts[bisect_right(scan.key_pts, wanted) - 1]
+            try:
+                if position is None or key > position:
+                    container.seek(key, stream=stream)
+                    decoded, entry = container.decode(stream), key
+                while position is None or position < wanted:
+                    frame = next(decoded)
+                    position = frame.pts
+                    if position is None or (position >= entry and frame.is_corrupt):
+                        raise Distrust(f"the frame of pts {position} on the way is damaged")
+            except (av.error.FFmpegError, StopIteration):
+                raise Distrust(f"no frame could be decoded for pts {wanted}") from None
+            if position != wanted:
+                raise Distrust(f"the seek for pts {wanted} gave pts {position}")
+            pictures.append(shape(picture(frame, scan)))
+    return np.stack(pictures)
+
+
+def decode_all(
+    scan: Scan, keep: frozenset[int], shape: Shape
+) -> tuple[Scan, dict[int, np.ndarray]]:
+    """Decode the whole file; return its frames as a scan, and the pictures of those in `keep`."""
+    import av
+
+    pts: list[int | None] = []
+    pictures: dict[int, np.ndarray] = {}
+    damaged = False
+    duration = None
+    with opened(scan.path, scan.stream) as (container, stream):
+        packets = container.demux(stream)
+        ended = False
+        while not ended:
+            try:
+                packet = next(packets, None)
+                ended = packet is None or not packet.size
+                frames = stream.decode(packet)
+            except av.error.EOFError:
+                break
+            except av.error.FFmpegError:
+                damaged = True
+                continue
+            for frame in frames:
+                damaged |= frame.is_corrupt
+                if len(pts) in keep:
+                    pictures[len(pts)] = shape(picture(frame, scan))
+                pts.append(frame.pts)
+                duration = frame.duration
+    if not pts:
+        raise VideoError("decode-failed", f"{scan.path}: no frame can be decoded; encode it again")
+    last_duration = duration or scan.last_duration
+    known = [value for value in pts if value is not None]
+    if len(known) < len(pts):
+        known = [i * last_duration for i in range(len(pts))]
+    # Frames come in the order of display; without true pts FFmpeg's guesses do not (AVI, ASF).
+    flags = set(scan.flags) | ({"damaged"} if damaged else set())
+    came = replace(
+        scan,
+        pts=tuple(sorted(known)),
+        last_duration=last_duration,
+        promised_frames=max(scan.promised_frames, len(scan.pts)),
+        flags=tuple(sorted(flags)),
+    )
+    return came, pictures

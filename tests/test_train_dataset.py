@@ -1,0 +1,259 @@
+"""Banks and records: what is drawn at each step, what is dropped, and what is refused before torch."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.schema import FeatureConfig
+from train.config import TrainConfig
+from train.dataset import Dataset, open_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class World:
+    folder: Path
+    bank: Path
+    """Clips a.mp4 and b.mp4; bad.mp4 is in quarantine."""
+    other: Path
+    """Clip c.mp4."""
+
+    def records(self, name: str, *videos: str, text: str = "x") -> str:
+        path = self.folder / name
+        lines = [
+            json.dumps(
+                {
+                    "id": f"{name}-{k}",
+                    "video": video,
+                    "conversations": [
+                        {"from": "human", "value": "<video>?"},
+                        {"from": "gpt", "value": text},
+                    ],
+                }
+            )
+            for k, video in enumerate(videos)
+        ]
+        path.write_text("".join(line + "\n" for line in lines))
+        return str(path)
+
+    def config(self, **changes: Any) -> TrainConfig:
+        return TrainConfig(**({"bank": [str(self.bank)]} | changes))
+
+
+@pytest.fixture
+def world(make_bank: Callable[..., Path], tmp_path: Path) -> World:
+    def clip() -> dict[int, np.ndarray]:
+        return {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
+
+    bank = make_bank(
+        tmp_path / "bank", {"a.mp4": clip(), "b.mp4": clip()}, quarantined=("bad.mp4",)
+    )
+    return World(tmp_path, bank, make_bank(tmp_path / "other", {"c.mp4": clip()}))
+
+
+def refused(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    with pytest.raises(SystemExit) as stop:
+        open_dataset(config)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    return [line.removeprefix("error: ") for line in lines]
+
+
+def drawn(count: int) -> Dataset:
+    """A dataset that only the number of its records is asked of."""
+    return Dataset(None, [None] * count, [], 0, 4, 8)  # type: ignore[arg-type,list-item]
+
+
+@given(
+    count=st.integers(1, 30),
+    size=st.integers(1, 12),
+    seed=st.integers(0, 5),
+    epochs=st.integers(1, 4),
+)
+def test_each_epoch_draws_each_record_once(count: int, size: int, seed: int, epochs: int) -> None:
+    dataset = drawn(count)
+    steps = -(-epochs * count // size)
+    stream = [index for step in range(steps) for index in dataset.batch_records(step, size, seed)]
+    assert len(stream) == steps * size
+    for epoch in range(epochs):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+@given(
+    count=st.integers(1, 30),
+    size=st.integers(1, 12),
+    seed=st.integers(0, 5),
+    steps=st.lists(st.integers(0, 40), max_size=6),
+)
+def test_a_batch_depends_on_step_size_and_seed_alone(
+    count: int, size: int, seed: int, steps: list[int]
+) -> None:
+    asked_before = drawn(count)
+    for step in steps:
+        asked_before.batch_records(step, size, seed)
+    assert asked_before.batch_records(7, size, seed) == drawn(count).batch_records(7, size, seed)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = {tuple(drawn(20).batch_records(k, 20, seed)) for k in range(3) for seed in range(3)}
+    assert len(orders) == 9
+
+
+def test_records_draw_on_several_banks(world: World) -> None:
+    path = world.records("r.jsonl", "a.mp4", "c.mp4", "b.mp4")
+    dataset = open_dataset(world.config(bank=[str(world.bank), str(world.other)], data_path=[path]))
+    assert [dataset.clips(record)[0].bank.path for record in dataset.records] == [
+        world.bank,
+        world.other,
+        world.bank,
+    ]
+    assert (dataset.slow_stride, dataset.fast_stride) == (4, 8)
+
+
+def test_a_mixture_repeats_its_parts_and_brings_their_banks(world: World) -> None:
+    world.records("first.jsonl", "a.mp4", "b.mp4")
+    world.records("second.jsonl", "c.mp4")
+    mixtures = world.folder / "mixtures.yaml"
+    mixtures.write_text(
+        "one: {records: first.jsonl}\ntwo: {records: [second.jsonl], banks: other}\n"
+        "unused: {records: nowhere.jsonl}\n"
+    )
+    config = world.config(data_config=str(mixtures), data_mixture="one+two*3")
+    counts = Counter(record.id for record in open_dataset(config).records)
+    assert counts == {"first.jsonl-0": 1, "first.jsonl-1": 1, "second.jsonl-0": 3}
+
+
+def test_records_of_quarantined_clips_are_dropped_and_counted(world: World) -> None:
+    path = world.records("r.jsonl", "a.mp4", "bad.mp4", "bad.mp4")
+    dataset = open_dataset(world.config(data_path=[path], eval_path=[path]))
+    assert [record.id for record in dataset.records] == ["r.jsonl-0"]
+    assert dataset.dropped == 2
+    assert [record.id for record in dataset.held_out] == ["r.jsonl-0"]
+
+
+def test_an_unknown_clip_is_refused_unless_it_may_be_missing(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = world.records("r.jsonl", "a.mp4", "z.mp4")
+    (line,) = refused(world.config(data_path=[path]), capsys)
+    assert line == (
+        f"{path}:2 (id r.jsonl-1): no bank knows the clip 'z.mp4'; encode it, name its bank, "
+        "or set missing: drop"
+    )
+    dataset = open_dataset(world.config(data_path=[path], missing="drop"))
+    assert ([r.id for r in dataset.records], dataset.dropped) == (["r.jsonl-0"], 1)
+
+
+def test_nothing_left_to_train_on_is_refused(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = world.records("r.jsonl", "bad.mp4")
+    (line,) = refused(world.config(data_path=[path]), capsys)
+    assert line.startswith("no records are left to train on")
+
+
+STRIDES = [
+    ({"mm_spatial_pool_stride": 2}, "mm_spatial_pool_stride 2: BANK holds the strides 4, 8; ask"),
+    ({"fast_stride": 16}, "fast_stride 16: BANK holds the strides 4, 8; ask for one of them, or "),
+    ({"mm_spatial_pool_stride": 8, "fast_stride": 4}, "the slow stride 8 must be finer than the"),
+    ({"fast_stride": 4}, "slow_frame_ratio 0.5: slow and fast are both stride 4, so it can only"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), STRIDES)
+def test_strides_that_do_not_fit_are_refused_by_name(
+    world: World, capsys: pytest.CaptureFixture[str], changes: dict[str, int], expected: str
+) -> None:
+    path = world.records("r.jsonl", "a.mp4")
+    (line,) = refused(world.config(data_path=[path], **changes), capsys)
+    assert line.startswith(expected.replace("BANK", str(world.bank)))
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "1.0"])
+def test_one_stride_serves_where_all_frames_are_alike(world: World, ratio: str) -> None:
+    path = world.records("r.jsonl", "a.mp4")
+    config = world.config(data_path=[path], fast_stride=4, slow_frame_ratio=ratio)
+    dataset = open_dataset(config)
+    assert (dataset.slow_stride, dataset.fast_stride) == (4, 4)
+
+
+def test_banks_of_different_towers_are_refused_by_field(
+    world: World,
+    make_bank: Callable[..., Path],
+    features: FeatureConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arrays = {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
+    strange = make_bank(
+        world.folder / "strange", {"d.mp4": arrays}, config=replace(features, layer=-1)
+    )
+    path = world.records("r.jsonl", "a.mp4")
+    banks = [str(world.bank), str(strange)]
+    (line,) = refused(world.config(bank=banks, data_path=[path]), capsys)
+    assert "cannot be joined: layer: -2 here, -1 there" in line
+
+
+def test_all_problems_are_listed_together(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = world.records("r.jsonl", "z.mp4", "a.mp4", text="at <t:7.5>")
+    lines = refused(world.config(data_path=[path], fast_stride=3), capsys)
+    assert len(lines) == 3 + 1  # the stride, an unfit order of strides, the clip, the time
+    text = "\n".join(lines)
+    for part in ("fast_stride 3", "'z.mp4'", "r.jsonl:2 (id r.jsonl-1): time 7.5 is outside [0, 1]"):
+        assert part in text
+
+
+def test_many_problems_are_counted_not_all_printed(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = world.records("r.jsonl", *["z.mp4"] * 50)
+    lines = refused(world.config(data_path=[path]), capsys)
+    assert len(lines) == 31
+    assert lines[-1] == "... and 20 more like these"
+
+
+def test_a_missing_bank_is_refused_with_what_makes_one(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = world.records("r.jsonl", "a.mp4")
+    (line,) = refused(world.config(bank=[str(world.folder / "none")], data_path=[path]), capsys)
+    assert line.startswith(f"{world.folder / 'none'}: no bank here (bank.json is missing)")
+    (line,) = refused(world.config(bank=[], data_path=[path]), capsys)
+    assert line.startswith("bank: missing; give --bank BANK")
+
+
+def test_what_a_bank_lacks_is_refused_without_torch(world: World) -> None:
+    llm = world.folder / "llm"
+    llm.mkdir()
+    (llm / "config.json").write_text("{}")
+    path = world.records("r.jsonl", "z.mp4")
+    argv = [
+        *("--stage_path", str(llm), "--data_path", path, "--bank", str(world.bank)),
+        *("--output_dir", str(world.folder / "out"), "--fast_stride", "3"),
+    ]
+    script = (
+        "import sys\nfrom train.run import main\n"
+        f"try:\n    main({argv!r})\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'decord', 'av'} & set(sys.modules)\n"
+        "print(heavy)\nsys.exit(3 if heavy else code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "fast_stride 3" in done.stderr
+    assert "no bank knows the clip 'z.mp4'" in done.stderr
+    assert not (world.folder / "out").exists()
