@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 
 def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -18,6 +19,7 @@ def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 
     A weight that is not there is refused: transformers would draw it at random and warn.
     """
+    logging.disable_progress_bar()  # its bar for every file drowns the run's own lines
     llm, found = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )

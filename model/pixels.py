@@ -63,6 +63,12 @@ class Pixels:
             | {"crop": list(self.crop) if self.crop else None}
         )
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Pixels":
+        """Rebuild what `to_json` wrote."""
+        lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
+        return cls(**(data | lists))
+
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of what the tower gets."""
@@ -84,13 +90,18 @@ class Pixels:
         top, left = (rows - self.crop[0]) // 2, (cols - self.crop[1]) // 2
         return top / rows, left / cols, (top + self.crop[0]) / rows, (left + self.crop[1]) / cols
 
+    def check(self, height: int, width: int) -> None:
+        """Raise ValueError for a frame size that cannot be made to fit."""
+        rows, cols = self.resized(height, width)
+        if min(rows, cols) < 1 or rows < self.output_size[0] or cols < self.output_size[1]:
+            raise ValueError(f"a crop of {self.crop} does not fit a frame resized to {rows}x{cols}")
+
     def resize(self, frames: np.ndarray) -> np.ndarray:
         """Resize and crop: uint8 `(frames, height, width, 3)` -> uint8 at `output_size`."""
+        self.check(frames.shape[1], frames.shape[2])
         rows, cols = self.resized(frames.shape[1], frames.shape[2])
         out = np.empty((len(frames), *self.output_size, 3), np.uint8)
         top, left = (rows - out.shape[1]) // 2, (cols - out.shape[2]) // 2
-        if top < 0 or left < 0:
-            raise ValueError(f"a crop of {self.crop} does not fit a frame resized to {rows}x{cols}")
         for place, frame in enumerate(frames):
             image = Image.fromarray(frame).resize((cols, rows), Image.Resampling(self.resample))
             out[place] = np.asarray(image)[top : top + out.shape[1], left : left + out.shape[2]]

@@ -81,6 +81,8 @@ class VLM(nn.Module):
     ) -> None:
         super().__init__()
         llm_width = llm.get_input_embeddings().embedding_dim
+        self.calibrated = True
+        """Whether LAPE's gamma is set; a fresh model's is set from the run's first batch."""
         self.config = config
         self.tokenizer = tokenizer
         self.tower_width = width
@@ -108,6 +110,7 @@ class VLM(nn.Module):
                 "replace; set use_sliding_window to false in its config.json to train it without"
             )
         model = cls(config, llm, tokenizer, **facts)
+        model.calibrated = False
         embeddings = llm.get_input_embeddings().weight
         with torch.no_grad():
             model.visual.initialise(embeddings)
@@ -224,8 +227,9 @@ class VLM(nn.Module):
 
         Returns the ratio at gamma 1. Called once, on the run's first batch, on every rank alike.
         """
-        if self.lape is None or not batch.groups:
+        if self.lape is None or self.calibrated or not batch.groups:
             return float("nan")
+        self.calibrated = True
         inside = positions = 0.0
         for group in batch.groups:
             tokens = self.projector(group.features.to(self.visual.frame_end.dtype))
@@ -303,6 +307,7 @@ class VLM(nn.Module):
                     f"{folder}: LAPE preset {saved.lape_preset}, asked {self.config.lape_preset}"
                 )
             load_weights(module, folder / file)
+            self.calibrated |= module is self.lape
             lines.append(f"{file}: from {folder}")
         return lines
 
