@@ -269,3 +269,66 @@ def make_batch() -> Callable[..., Batch]:
         return collate(rows, clips_of_rows, model.config, names, with_copy=True)
 
     return make
+
+
+# Training runs, for tests/test_train_*.py.
+
+
+@pytest.fixture(scope="session")
+def run_settings(toy: Path, toy_bank: Path) -> dict[str, Any]:
+    """A run of four steps on the toy bank; `output_dir` is left out."""
+    return {
+        "stage_path": toy / "llm",
+        "bank": toy_bank,
+        "data_path": toy / "train.jsonl",
+        "num_temporal_tokens": 20,
+        "num_spatial_tokens": 20,
+        "max_frames_num": 6,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+    }
+
+
+@pytest.fixture(scope="session")
+def as_flags() -> Callable[[Mapping[str, Any]], list[str]]:
+    """A function that writes settings as a command line."""
+
+    def flags(settings: Mapping[str, Any]) -> list[str]:
+        words = []
+        for name, value in settings.items():
+            values = value if isinstance(value, list) else [value]
+            shown = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+            words += [f"--{name}", *shown]
+        return words
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def train_here(
+    run_settings: dict[str, Any], as_flags: Callable[[Mapping[str, Any]], list[str]]
+) -> Callable[..., Path]:
+    """A function that trains in this process, with one thread; returns the output folder."""
+    from accelerate.state import AcceleratorState
+
+    from train.run import main
+
+    def train(out: Path, **settings: Any) -> Path:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            main(as_flags(run_settings | {"output_dir": out} | settings))
+        finally:
+            torch.set_num_threads(threads)
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return out
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def trained_run(train_here: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has seen the toy clips often enough to answer in coordinates."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    return train_here(out, max_steps=40, per_device_train_batch_size=4, learning_rate=3e-3)

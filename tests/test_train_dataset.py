@@ -205,14 +205,16 @@ def test_banks_of_different_towers_are_refused_by_field(
     assert "cannot be joined: layer: -2 here, -1 there" in line
 
 
-def test_all_problems_are_listed_together(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_problems_are_listed_together(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     path = world.records("r.jsonl", "z.mp4", "a.mp4", text="at <t:7.5>")
     lines = refused(world.config(data_path=[path], fast_stride=3), capsys)
     assert len(lines) == 3 + 1  # the stride, an unfit order of strides, the clip, the time
     text = "\n".join(lines)
-    for part in ("fast_stride 3", "'z.mp4'", "r.jsonl:2 (id r.jsonl-1): time 7.5 is outside [0, 1]"):
+    for part in (
+        "fast_stride 3",
+        "'z.mp4'",
+        "r.jsonl:2 (id r.jsonl-1): time 7.5 is outside [0, 1]",
+    ):
         assert part in text
 
 

@@ -17,7 +17,10 @@ from train.loader import Loader, StepShape
 CONFIG = VLMConfig(max_frames_num=4)
 SIZE = 12
 CUTS = [
-    (world, size) for world in (1, 2, 3, 4) for size in (1, 2, 3, 4, 6, 12) if SIZE // size % world == 0
+    (world, size)
+    for world in (1, 2, 3, 4)
+    for size in (1, 2, 3, 4, 6, 12)
+    if SIZE // size % world == 0
 ]
 
 

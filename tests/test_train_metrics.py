@@ -15,7 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.vlm import VLM
 from train.metrics import NUM_SUMS, PAIRS, RunLog, keep_until, line_of, summarise, sums_of
 
-LOSSES = st.lists(st.tuples(st.sampled_from(PAIRS), st.floats(0.01, 4), st.floats(0.01, 4)), max_size=8)
+LOSSES = st.lists(
+    st.tuples(st.sampled_from(PAIRS), st.floats(0.01, 4), st.floats(0.01, 4)), max_size=8
+)
 TOKENS = st.lists(st.tuples(st.floats(0, 9), st.booleans()), max_size=8)
 
 

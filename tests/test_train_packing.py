@@ -134,9 +134,7 @@ class Token:
     slow: bool = False
 
 
-def slow_rows(
-    world: World, chat: Chat, most: int, patterns: dict[int, str]
-) -> list[list[Token]]:
+def slow_rows(world: World, chat: Chat, most: int, patterns: dict[int, str]) -> list[list[Token]]:
     rows = []
     for (clips, _), encoded in zip(TALKS, encode(world, chat), strict=True):
         row: list[Token] = []
@@ -306,7 +304,9 @@ def test_a_clip_without_duration_has_no_time(make_clip: Callable[..., Any], chat
     assert (group.time.tolist(), group.timed.tolist()) == ([0.0], [0.0])
 
 
-def test_times_of_a_part_count_from_its_own_start(make_clip: Callable[..., Any], chat: Chat) -> None:
+def test_times_of_a_part_count_from_its_own_start(
+    make_clip: Callable[..., Any], chat: Chat
+) -> None:
     clip = make_clip(frames=4)
     times = np.asarray([10.0, 10.5, 12.0, 13.9])
     part = replace(clip, info=replace(clip.info, start=10.0, end=14.0, timestamps=times))
@@ -334,6 +334,9 @@ def test_fewer_frames_are_taken_evenly_from_first_to_last(total: int, most: int)
     assert len(chosen) == count
     # each is the frame at or just before its even place
     places = [k * (total - 1) / (count - 1) if count > 1 else 0 for k in range(count)]
-    assert all(frame <= place + 1e-9 < frame + 1 + 1e-6 for frame, place in zip(chosen, places, strict=True))
+    assert all(
+        frame <= place + 1e-9 < frame + 1 + 1e-6
+        for frame, place in zip(chosen, places, strict=True)
+    )
     assert chosen[0] == 0
     assert count == 1 or chosen[-1] == total - 1

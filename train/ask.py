@@ -11,15 +11,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from preprocess.decode_child import DecodeChild
-from preprocess.packets import VideoError
 from shards.reader import ClipInfo
 from shards.schema import FeatureConfig
 from train.config import refuse
 from train.records import MARKUP, Turn
+
+if TYPE_CHECKING:
+    from model.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
     read_model_config(folder)
     model = VLM.load(folder).eval()
     features = FeatureConfig.from_json(model.features)
-    clip = fresh_clip(video, features, tower or model.tower)
+    with DecodeChild() as child:
+        clip = fresh_clip(video, features, load_tower(features, tower or model.tower), child)
     chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
     turns = [Turn("user", f"<video>\n{question}")]
     encoded = chat.encode(turns, [clip.info.duration], prompt=True)
@@ -75,36 +79,36 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
     return in_pixels(write_answer(model, pieces, clip.info.duration), clip.info.display_size)
 
 
-def fresh_clip(video: Path, features: FeatureConfig, tower_name: str) -> FreshClip:
-    """Return a video's features exactly as `preprocess encode` would bank them."""
+def load_tower(features: FeatureConfig, name: str) -> "Tower":
+    """Load the tower that made some features; ValueError where it is another one."""
     from model.tower import Tower
 
-    if not video.is_file():
-        raise ValueError(f"{video}: no such file")
     tower = Tower.load(
-        tower_name, layer=features.layer, dtype=features.tower_dtype, attention=features.attention
+        name, layer=features.layer, dtype=features.tower_dtype, attention=features.attention
     )
     if tower.digest != features.tower_digest:
         raise ValueError(
-            f"tower {tower_name}: not the tower that the model was trained on (digest "
+            f"tower {name}: not the tower that the model was trained on (digest "
             f"{tower.digest[:12]}, expected {features.tower_digest[:12]}); name it with --tower"
         )
     if tower.pixels.to_json() != features.processor:
         raise ValueError(
-            f"tower {tower_name}: its image processor has other values than when the bank was made: "
+            f"tower {name}: its image processor has other values than when the bank was made: "
             f"{tower.pixels.to_json()}, expected {features.processor}"
         )
-    with DecodeChild() as child:
-        try:
-            clip = child.read_clip(video, features.sampling)
-        except VideoError as error:
-            raise ValueError(str(error)) from None
+    return tower
+
+
+def fresh_clip(
+    video: Path, features: FeatureConfig, tower: "Tower", child: DecodeChild
+) -> FreshClip:
+    """Return a video's features exactly as `preprocess encode` would bank them."""
+    if not video.exists():
+        raise ValueError(f"{video}: no such file")
+    clip = child.read_clip(video, features.sampling, pixels=tower.pixels)
     height, width = clip.display_size
     stored, _ = tower.features(
-        tower.pixels.resize(clip.frames),
-        features.strides,
-        pool_mode=features.pool,
-        dtype=features.dtype,
+        clip.frames, features.strides, pool_mode=features.pool, dtype=features.dtype
     )
     info = ClipInfo(
         id=str(video),

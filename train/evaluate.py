@@ -52,9 +52,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     dataset = open_records(args.bank, args.data_path, args.model)
 
+    import torch
     from accelerate import Accelerator
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     try:
         model = untrained(args.model) if args.untrained else load(args.model, dataset)
     except ValueError as error:

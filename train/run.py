@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 COPY_EVERY = 10
 """Steps between readings of the copy baseline, which needs both streams of a clip."""
+CALIBRATED = 8
+"""Records of the first step that set the scale of LAPE's positions, however the step is cut."""
 
 
 def main(argv: list[str]) -> None:
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes on the CPU do not find each other
         mixed_precision="bf16" if config.bf16 else "no",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
@@ -63,8 +66,9 @@ def train(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") -> 
     from train.chat import Chat
     from train.checkpoint import find_resume, prune, read_state, save_checkpoint, set_aside
     from train.evaluate import held_out_loss
-    from train.loader import Loader, StepShape
+    from train.loader import Loader
     from train.metrics import RunLog, line_of
+    from train.optimizer import load_optimizer, make_optimizer, rate
     from train.report import banner, closing
 
     if config.attn == "flex_attention" and accelerator.device.type != "cuda":
@@ -92,13 +96,12 @@ def train(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") -> 
     chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
     loader = Loader(dataset, chat, model.config, config.seed)
     ratio = math.nan
-    if not resumed:
-        whole = StepShape(shape.size, shape.micro_batches, 0, 1)
-        ratio = model.calibrate(loader.micro_batches(0, whole, with_copy=False)[0])
+    if not model.calibrated:
+        chosen = dataset.batch_records(0, shape.records, config.seed)[:CALIBRATED]
+        ratio = model.calibrate(loader.batch([dataset.records[k] for k in chosen], with_copy=False))
     log.say(banner(config, dataset, model, shape, total, ratio, resumed))
 
-    groups = parameter_groups(model, config)
-    optimizer = make_optimizer(groups, config)
+    optimizer = make_optimizer(model, config)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if resumed:
         load_optimizer(optimizer, resumed)
@@ -231,9 +234,12 @@ def assemble(
     stage = Path(config.stage_path)
     is_run = (stage / "projector.safetensors").exists()
     llm_path = stage / "llm" if is_run else config.stage_path
+    llm = load_llm(llm_path, llm_dtype(config))
+    if hasattr(llm, "peft_config") and config.tune_llm != "lora":
+        llm = llm.merge_and_unload()
     model = VLM.assemble(
         VLMConfig(**facts),
-        load_llm(llm_path, llm_dtype(config)),
+        llm,
         AutoTokenizer.from_pretrained(llm_path),
         width=width,
         features=features,
@@ -282,47 +288,6 @@ def prepare_llm(model: "VLM", config: TrainConfig) -> None:
     if config.gradient_checkpointing:
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-
-
-def parameter_groups(model: "VLM", config: TrainConfig) -> "list[dict[str, Any]]":
-    """Return the optimizer's groups: every trained parameter in exactly one, vectors never decayed."""
-    head_rate = config.projector_lr or config.learning_rate
-    rates = {"llm": config.learning_rate, "lape": config.lape_lr or 10 * config.learning_rate}
-    groups = []
-    for part, parameters in model.parts().items():
-        for decay in (True, False):
-            chosen = [p for p in parameters if (p.ndim >= 2 and part != "lape") == decay]
-            if chosen:
-                groups.append(
-                    {
-                        "params": chosen,
-                        "name": part,
-                        "peak": rates.get(part, head_rate),
-                        "weight_decay": config.weight_decay if decay else 0.0,
-                    }
-                )
-    return groups
-
-
-def make_optimizer(groups: "list[dict[str, Any]]", config: TrainConfig) -> "torch.optim.Optimizer":
-    import torch
-
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adam_beta2))
-
-
-def load_optimizer(optimizer: Any, folder: Path) -> None:
-    import torch
-
-    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.optimizer.load_state_dict(saved)
-
-
-def rate(step: int, total: int, warmup_ratio: float) -> float:
-    """Return the learning rate at a step as a share of its peak: linear warm-up, then cosine."""
-    warmup = math.ceil(total * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def step_shape(config: TrainConfig, accelerator: "Accelerator", state: "Json") -> "StepShape":

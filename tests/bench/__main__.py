@@ -1,7 +1,7 @@
 """`make bench`: each benchmark prints a table and writes bench-results/<name>.json.
 
-    python -m tests.bench            # all
-    python -m tests.bench training   # one
+python -m tests.bench            # all
+python -m tests.bench training   # one
 """
 
 import importlib
