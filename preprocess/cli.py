@@ -4,11 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shards.schema import DTYPES, POOL_MODES, Sampling, check_strides
+
+if TYPE_CHECKING:
+    from preprocess.unit import Summary
+
+
+ALLOW_TRUNCATED = "Bank what comes of truncated or damaged videos; their flags say so."
 
 
 class Strides(click.ParamType):
@@ -71,6 +77,7 @@ def main() -> None:
     \b
     preprocess toyworld demo/toy             draw a small world of videos to try everything on
     preprocess encode VIDEOS --out BANK ...  run a frozen vision tower over videos, once
+    preprocess retry BANK                    encode what failed again, and nothing else
     """
 
 
@@ -118,6 +125,9 @@ def main() -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--decoder", type=click.Choice(["auto", "decord", "pyav"]), default="auto",
               show_default=True, help="auto lets a scan of each file's packets choose.")  # fmt: skip
+@click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED)
+@click.option("--folder-fps", "picture_fps", default="2", show_default=True,
+              help="Pictures per second of folders of frames.")  # fmt: skip
 @click.option("--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
               help="MB of a shard, at most.")  # fmt: skip
 def encode(
@@ -133,21 +143,30 @@ def encode(
     shard_size: int,
     **rest: Any,
 ) -> None:
-    """Bank the features of INPUTS: video files, folders, or annotation files (.json, .jsonl).
+    """Bank the features of INPUTS.
 
-    Rerunning skips what is done. A clip that cannot be read is named in BANK/quarantine.jsonl.
-    Exit code 0: all done; 1: some clips failed and are listed; 2: wrong usage.
+    An input is a video, a folder, an annotation file (.json, .jsonl) or an archive (.tar, .tar.gz,
+    .tgz). A folder gives its videos and .gif files at any depth, and each folder in which there is
+    nothing but pictures is one clip (its rate: --folder-fps). The `video` of an annotation
+    may be a video, a folder of pictures, an animation or a still picture. An archive gives its
+    videos, read one at a time and not unpacked; name archives themselves, not their folder.
+
+    Rerunning skips what is done. A clip that cannot be read is named in BANK/quarantine.jsonl;
+    `preprocess retry BANK` tries it again. Exit code 0: all done; 1: some clips failed and are
+    listed; 2: wrong usage.
 
     \b
     preprocess encode videos/ --stride 4,8 --out bank --tower google/siglip-so400m-patch14-384
     preprocess encode train.json --video-root videos/ --frames 16 --out bank --tower ./tower
+    preprocess encode 0_30_s_academic_v0_1_videos_*.tar.gz --out bank --tower ./tower
     """
     from preprocess.plan import find_clips
 
     sampling = make_sampling(frames, fps, max_frames)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
-    clips = find_clips(inputs, rest["video_roots"])
+    rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps
+    clips = find_clips(inputs, rest["video_roots"], rest["picture_fps"])
 
     import torch
     from transformers.utils import logging
@@ -168,16 +187,45 @@ def encode(
         shard_bytes=shard_size * 1024**2,
         **rest,
     )
-    summary = encode_clips(clips, out, options)
-    click.echo(
-        f"{out}: {summary.clips} clips, {summary.frames} frames, {size(summary.nbytes)} "
-        f"in {summary.seconds:.1f} s; {summary.skipped} clips were there already"
-    )
-    if summary.failures:
-        click.echo(f"{len(summary.failures)} clips failed, listed in {out / 'quarantine.jsonl'}:")
-        for entry in summary.failures[:20]:
-            click.echo(f"  {entry['id']}: {entry['reason']}: {entry['message']}")
-        raise SystemExit(1)
+    report(out, encode_clips(clips, out, options))
+
+
+@main.command()
+@click.argument("bank", type=click.Path(path_type=Path))
+@click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option("--batch-frames", type=click.IntRange(min=1), default=16, show_default=True,
+              help="Frames that pass through the tower together, as when encoding.")  # fmt: skip
+@click.option("--decoder", type=click.Choice(["auto", "decord", "pyav"]), default="auto",
+              show_default=True, help="auto lets a scan of each file's packets choose.")  # fmt: skip
+@click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED)
+def retry(bank: Path, device: str, **how: Any) -> None:
+    """Encode again the clips in BANK/quarantine.jsonl, and nothing else.
+
+    Mend or replace the videos where they lie, then run this. Tower, frames and strides are those
+    of the bank. Clips that succeed are added in a new shard and leave the quarantine; the others
+    stay, with one attempt more. Exit codes are those of encode.
+
+    \b
+    preprocess retry bank
+    preprocess retry bank --allow-truncated
+    """
+    from preprocess.plan import read_plan
+
+    if read_plan(bank) is None:
+        raise ValueError(
+            f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`"
+        )
+
+    import torch
+    from transformers.utils import logging
+
+    from preprocess.retry import retry as encode_again
+
+    logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    report(bank, encode_again(bank, device=device, **how))
 
 
 @main.command()
@@ -191,6 +239,19 @@ def toyworld(out: Path, train_clips: int, test_clips: int, seed: int) -> None:
 
     make_toyworld(out, train_clips=train_clips, test_clips=test_clips, seed=seed)
     click.echo(f"{out}: {train_clips} training and {test_clips} test clips, tower/, llm/")
+
+
+def report(bank: Path, summary: "Summary") -> None:
+    """Say what a run did; exit with 1 if clips failed."""
+    click.echo(
+        f"{bank}: {summary.clips} clips, {summary.frames} frames, {size(summary.nbytes)} "
+        f"in {summary.seconds:.1f} s; {summary.skipped} clips were there already"
+    )
+    if summary.failures:
+        click.echo(f"{len(summary.failures)} clips failed, listed in {bank / 'quarantine.jsonl'}:")
+        for entry in summary.failures[:20]:
+            click.echo(f"  {entry['id']}: {entry['reason']}: {entry['message']}")
+        raise SystemExit(1)
 
 
 def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -> Sampling:

@@ -5,8 +5,9 @@
 
 The child is this module run as a script, without torch. A request is one JSON line on its stdin.
 It answers on its stdout with the scan, from which the deadline follows, then with the clip or the
-error; the frames lie in an anonymous memory file, gone with the two processes. The deadline counts
-the child's CPU seconds, so a busy machine changes no outcome. Linux only.
+error; the frames, resized there where `pixels` is given, lie in an anonymous memory file, gone with
+the two processes. The deadline counts the child's CPU seconds, so a busy machine changes no
+outcome. Linux only.
 """
 
 import json
@@ -24,8 +25,10 @@ from types import TracebackType
 
 import numpy as np
 
-from preprocess.packets import VideoError, scan
-from preprocess.video import DECODERS, Clip, read_scanned
+from model.pixels import Pixels
+from preprocess.packets import VideoError
+from preprocess.pictures import PICTURE_FPS
+from preprocess.video import DECODERS, Clip, read_scanned, scan_source
 from shards.schema import Json, Sampling
 
 SCAN_SECONDS = 30.0
@@ -76,6 +79,8 @@ class DecodeChild:
         end: float | None = None,
         decoder: str = "auto",
         allow_truncated: bool = False,
+        pixels: Pixels | None = None,
+        picture_fps: str = PICTURE_FPS,
     ) -> Clip:
         """Do what `video.read_clip` does; a child that hangs or dies is a `VideoError` too."""
         assert decoder in DECODERS, decoder
@@ -90,6 +95,8 @@ class DecodeChild:
             "end": end,
             "decoder": decoder,
             "allow_truncated": allow_truncated,
+            "pixels": pixels.to_json() if pixels else None,
+            "picture_fps": picture_fps,
         }
         finished = False
         try:
@@ -110,6 +117,7 @@ class DecodeChild:
         clip = reply["clip"]
         return Clip(
             frames=frames.reshape(clip.pop("shape")),
+            display_size=tuple(clip.pop("display_size")),
             timestamps=np.array(clip.pop("timestamps"), dtype=np.float64),
             frame_index=np.array(clip.pop("frame_index"), dtype=np.int64),
             flags=tuple(clip.pop("flags")),
@@ -199,6 +207,14 @@ class DecodeChild:
                 )
             if used > seen:
                 seen, moved = used, now
+            elif now - moved > min(deadline, self.base_seconds) and _waits_for_itself(
+                self._process.pid
+            ):
+                raise VideoError(  # which of the two a file meets in decord is chance
+                    "timeout",
+                    f"{path}: the decoder's threads wait for each other; encode the file again or "
+                    "remove it",
+                )
             elif now - moved > STALL_FACTOR * deadline:
                 raise VideoError(
                     "stalled",
@@ -233,6 +249,16 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def _waits_for_itself(pid: int) -> bool:
+    """Whether all threads wait for a lock, but for the one that listens to the parent."""
+    try:
+        waits = [task.joinpath("wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return False
+    elsewhere = [wait for wait in waits if "futex" not in wait]
+    return len(elsewhere) <= 1 and all("pipe" in wait for wait in elsewhere)
+
+
 def _serve(frames_fd: int) -> None:
     """Answer requests until stdin closes."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
@@ -244,11 +270,14 @@ def _serve(frames_fd: int) -> None:
         request = json.loads(requests.get())
         path = Path(request.pop("path"))
         sampling = Sampling(**request.pop("sampling"))
+        pixels = request.pop("pixels")
         try:
-            scanned = scan(path)
+            scanned = scan_source(path, request.pop("picture_fps"))
             size = {name: getattr(scanned, name) for name in ("width", "height", "packets")}
             print(json.dumps({"scan": size}), file=replies)
-            clip = read_scanned(scanned, sampling, **request)
+            clip = read_scanned(
+                scanned, sampling, pixels=Pixels.from_json(pixels) if pixels else None, **request
+            )
         except VideoError as error:
             print(json.dumps({"error": error.args}), file=replies)
             continue

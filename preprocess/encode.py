@@ -7,26 +7,14 @@ Finished shards are skipped on a rerun; other features in the same folder are re
 fails is named in `quarantine.jsonl` and never stops the run. `bank.json` is written last.
 """
 
-import json
 import platform
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from model.grid import Grid
-from model.pixels import Pixels
 from model.tower import Tower
-from preprocess.decode_child import DecodeChild
-from preprocess.packets import VideoError
 from preprocess.plan import (
     ClipSource,
     Plan,
@@ -35,99 +23,65 @@ from preprocess.plan import (
     refuse_other_features,
     write_plan,
 )
-from preprocess.video import Clip
+from preprocess.quarantine import read_entries, settle
+from preprocess.sources import identity
+from preprocess.unit import EncodeOptions, Encoder, Summary, committed, shard_path
 from shards.catalogue import build_columns, write_columns
-from shards.reader import read_quarantine
-from shards.schema import FeatureConfig, Json, SampleMeta, Sampling, digest
-from shards.writer import (
-    ShardWriter,
-    done_path,
-    read_signed_json,
-    signed_json,
-    write_atomic,
-)
-
-HEAD_TAIL = 64 * 1024
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """What to make of each clip, and how to go about it."""
-
-    tower: str
-    strides: tuple[int, ...]
-    sampling: Sampling
-    layer: int = -2
-    pool: str = "average"
-    dtype: str = "float16"
-    tower_dtype: str = "float32"
-    device: str = "cpu"
-    batch_frames: int = 16
-    decoder: str = "auto"
-    video_roots: tuple[str, ...] = ()
-    shard_bytes: int = 512 * 1024**2
-
-
-@dataclass
-class Summary:
-    """What a run did."""
-
-    clips: int = 0
-    frames: int = 0
-    nbytes: int = 0
-    skipped: int = 0
-    """Clips that were in the bank already."""
-    seconds: float = 0.0
-    failures: list[Json] = field(default_factory=list)
-    underflowed: int = 0
-    """Values that are not zero in the tower's output and zero in the bank."""
+from shards.schema import FeatureConfig, Json
+from shards.writer import done_path, read_signed_json, signed_json, write_atomic
 
 
 def encode(inputs: Sequence[str], out: Path, options: EncodeOptions) -> Summary:
     """Bank the features of every clip of the inputs; returns what was done and what failed."""
-    return encode_clips(find_clips(inputs, options.video_roots), out, options)
+    clips = find_clips(inputs, options.video_roots, options.picture_fps)
+    return encode_clips(clips, out, options)
 
 
 def encode_clips(clips: Sequence[ClipSource], out: Path, options: EncodeOptions) -> Summary:
     """Do what `encode` does, for clips that were found already."""
-    tower = Tower.load(
+    tower = load_tower(options)
+    plan = make_plan(out, clips, tower, options)
+    refuse_missing_shards(out, plan)
+    quarantined = read_entries(out)
+    asked = {clip.id for clip in clips}
+    todo = [unit for unit in range(len(plan.units)) if not committed(out, unit)]
+    undone = {clip.id for unit in todo for clip in plan.units[unit]}
+    with Encoder(out, plan.features, tower, options) as encoder:
+        summary = encoder.summary
+        summary.failures = [entry for id_, entry in quarantined.items() if id_ in asked]
+        summary.skipped = len({clip.id for clip in plan.clips} - undone - set(quarantined))
+        encoder.bar.total = sum(len(plan.units[unit]) for unit in todo)
+        for unit in todo:
+            good = [source for source in plan.units[unit] if source.id not in quarantined]
+            encoder.bar.update(len(plan.units[unit]) - len(good))
+            encoder.encode_unit(unit, good)
+        finish(out, plan, tower)
+    return summary
+
+
+def load_tower(options: EncodeOptions) -> Tower:
+    return Tower.load(
         options.tower, layer=options.layer, dtype=options.tower_dtype, device=options.device
     )
-    plan = make_plan(out, clips, tower, options)
-    summary, started = Summary(), time.monotonic()
-    quarantined = read_quarantine(out)
-    failed = {entry["id"] for entry in quarantined}
-    asked = {clip.id for clip in clips}
-    summary.failures = [entry for entry in quarantined if entry["id"] in asked]
-    todo = [(unit, sources) for unit, sources in enumerate(plan.units) if not committed(out, unit)]
-    there = {clip.id for clip in plan.clips} - {clip.id for _, unit in todo for clip in unit}
-    summary.skipped = len(there - failed)
-    with (
-        DecodeChild() as child,
-        tqdm(
-            total=sum(len(sources) for _, sources in todo),
-            unit="clip",
-            desc="encode",
-            mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants few lines
-        ) as bar,
-    ):
-        for unit, sources in todo:
-            good = [source for source in sources if source.id not in failed]
-            bar.update(len(sources) - len(good))
-            encode_unit(out, unit, good, plan.features, tower, child, options, summary, bar)
-    commits = [
-        read_signed_json(done_path(shard_path(out, unit)))
-        for unit in range(len(plan.units))
-        if committed(out, unit)
-    ]
-    finish(out, plan, tower, commits)
-    summary.seconds = time.monotonic() - started
-    return summary
 
 
 def make_plan(out: Path, clips: Sequence[ClipSource], tower: Tower, options: EncodeOptions) -> Plan:
     """Return the bank's plan with these clips in it, written before any decoding."""
-    features = FeatureConfig(
+    features = feature_config(tower, options)
+    known = read_plan(out)
+    if known is not None:
+        refuse_other_features(out, features, known.features)
+        refuse_other_videos(out, clips, known.clips)
+    clip_bytes = predicted_bytes(tower, options)
+    plan = (known or Plan(features, [])).extended(clips, options.shard_bytes, clip_bytes)
+    out.mkdir(parents=True, exist_ok=True)
+    write_plan(out, plan)
+    return plan
+
+
+def feature_config(tower: Tower, options: EncodeOptions) -> FeatureConfig:
+    """Return all that the bytes of the bank will depend on."""
+    return FeatureConfig(
         tower_type=tower.model_type,
         tower_digest=tower.digest,
         layer=options.layer,
@@ -139,16 +93,25 @@ def make_plan(out: Path, clips: Sequence[ClipSource], tower: Tower, options: Enc
         strides=options.strides,
         pool=options.pool,
     )
-    known = read_plan(out)
-    if known is not None:
-        refuse_other_features(out, features, known.features)
-        refuse_other_videos(out, clips, known.clips)
+
+
+def predicted_bytes(tower: Tower, options: EncodeOptions) -> int:
+    """Return the most that one clip can take in a shard."""
     grids = [Grid(*tower.patch_grid, stride, options.pool) for stride in options.strides]
-    clip_bytes = options.sampling.most_frames * sum(grid.cells for grid in grids) * tower.width * 2
-    plan = (known or Plan(features, [])).extended(clips, options.shard_bytes, clip_bytes)
-    out.mkdir(parents=True, exist_ok=True)
-    write_plan(out, plan)
-    return plan
+    return options.sampling.most_frames * sum(grid.cells for grid in grids) * tower.width * 2
+
+
+def refuse_missing_shards(bank: Path, plan: Plan) -> None:
+    """Raise ValueError naming each finished shard that is not there any more."""
+    shards = [shard_path(bank, unit) for unit in range(len(plan.units)) if committed(bank, unit)]
+    problems = [
+        f"{shard}: was finished and is gone; restore it, or remove {done_path(shard)} and run again "
+        "to encode its clips again"
+        for shard in shards
+        if not shard.is_file()
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def refuse_other_videos(
@@ -158,135 +121,43 @@ def refuse_other_videos(
 
     A folder that was moved, or copied with its content, holds the same videos.
     """
-    paths = {clip.id: Path(clip.path) for clip in banked}
-    problems = [
-        f"{clip.path}: has the id {clip.id!r}, as {path} in {bank} has; encode them from a common "
-        "folder, or into two banks"
-        for clip in clips
-        if (path := paths.get(clip.id))
-        and path.is_file()
-        and not path.samefile(clip.path)
-        and identity(path) != identity(Path(clip.path))
-    ]
+    known = {clip.id: clip for clip in banked}
+    problems = []
+    for clip in clips:
+        other = known.get(clip.id)
+        path = Path(other.path) if other else None
+        if other is None or path is None or not path.exists():
+            continue
+        if clip.picture_fps != other.picture_fps:
+            problems.append(
+                f"{clip.path}: {other.picture_fps} pictures per second in {bank}, "
+                f"{clip.picture_fps} here; ask for the same, or write to another bank"
+            )
+        elif path.samefile(clip.path):
+            if (clip.offset, clip.nbytes) != (other.offset, other.nbytes):
+                problems.append(
+                    f"{clip.where}: the archive is another than when {bank} was planned; "
+                    "restore it, or write to another bank"
+                )
+        elif identity(path) != identity(Path(clip.path)):
+            problems.append(
+                f"{clip.where}: has the id {clip.id!r}, as {other.where} in {bank} has; encode "
+                "them from a common folder, or into two banks"
+            )
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def encode_unit(
-    out: Path,
-    unit: int,
-    sources: Sequence[ClipSource],
-    features: FeatureConfig,
-    tower: Tower,
-    child: DecodeChild,
-    options: EncodeOptions,
-    summary: Summary,
-    bar: "tqdm[NoReturn]",
-) -> None:
-    """Make one shard: decoding runs a clip ahead of the tower, in another process."""
-    writer = ShardWriter(shard_path(out, unit))
-    underflows = 0
-    try:
-        for source, decoded in ahead(sources, lambda s: decode(child, s, options, tower.pixels)):
-            try:
-                clip, frames = decoded.result()
-                arrays, underflowed = tower.features(
-                    frames,
-                    options.strides,
-                    pool_mode=options.pool,
-                    dtype=options.dtype,
-                    batch_frames=options.batch_frames,
-                )
-            except ValueError as error:
-                quarantine(out, source, error, summary)
-            else:
-                meta = describe(source, clip, tower, arrays)
-                writer.write(source.key, meta, arrays)
-                summary.clips += 1
-                underflows += underflowed
-                summary.frames += len(frames)
-            bar.update(1)
-            rate = summary.frames / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
-        summary.nbytes += writer.nbytes
-        summary.underflowed += underflows
-        writer.commit(unit, features.fingerprint, underflows)
-    except BaseException:
-        writer.abandon()
-        raise
-
-
-def decode(
-    child: DecodeChild, source: ClipSource, options: EncodeOptions, pixels: Pixels
-) -> tuple[Clip, np.ndarray]:
-    """Return a clip, and its frames at the tower's size."""
-    clip = child.read_clip(
-        Path(source.path),
-        options.sampling,
-        start=source.start,
-        end=source.end,
-        decoder=options.decoder,
-    )
-    return clip, pixels.resize(clip.frames)
-
-
-def describe(
-    source: ClipSource, clip: Clip, tower: Tower, arrays: dict[int, np.ndarray]
-) -> SampleMeta:
-    """Return the json of a sample."""
-    height, width = clip.display_size
-    size, hash_ = identity(Path(source.path))
-    return SampleMeta(
-        id=source.id,
-        path=source.relative,
-        size=size,
-        digest=hash_,
-        start=clip.start,
-        end=clip.end,
-        fps=clip.fps,
-        frame_count=clip.frame_count,
-        frame_index=clip.frame_index.tolist(),
-        timestamps=clip.timestamps.tolist(),
-        display_size=(height, width),
-        covered=tower.pixels.covered(height, width),
-        patch_grid=tower.patch_grid,
-        cell_grids={str(stride): array.shape[1:3] for stride, array in arrays.items()},
-        tower_width=tower.width,
-        frames_per_unit=1,
-        decoder=clip.decoder,
-        flags=list(clip.flags),
-    )
-
-
-def identity(path: Path) -> tuple[int, str]:
-    """Return a file's size, and a hash of its size, first and last 64 KiB."""
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        head = file.read(HEAD_TAIL)
-        file.seek(max(0, size - HEAD_TAIL))
-        return size, digest(str(size).encode() + head + file.read(HEAD_TAIL))
-
-
-def quarantine(out: Path, source: ClipSource, error: ValueError, summary: Summary) -> None:
-    """Append a clip that failed to `quarantine.jsonl`, with the reason."""
-    entry: Json = {
-        "id": source.id,
-        "key": source.key,
-        "path": source.path,
-        "stage": "decode" if isinstance(error, VideoError) else "tower",
-        "reason": error.reason if isinstance(error, VideoError) else "not-representable",
-        "message": str(error),
-    }
-    summary.failures.append(entry)
-    with open(out / "quarantine.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, sort_keys=True) + "\n")
-
-
-def finish(out: Path, plan: Plan, tower: Tower, commits: list[Json]) -> None:
-    """Write the catalogue, and the manifest last."""
+def finish(out: Path, plan: Plan, tower: Tower) -> None:
+    """Write the catalogue, let banked clips leave the quarantine, and write the manifest last."""
+    commits = [
+        read_signed_json(done_path(shard_path(out, unit)))
+        for unit in range(len(plan.units))
+        if committed(out, unit)
+    ]
     columns = build_columns(out / "shards", commits, plan.features.strides)
     write_columns(out / "index.zarr", columns)
+    settle(out, [sample["key"] for commit in commits for sample in commit["samples"]])
     manifest: Json = {
         "format_version": plan.features.format_version,
         "features": plan.features.to_json(),
@@ -308,29 +179,3 @@ def finish(out: Path, plan: Plan, tower: Tower, commits: list[Json]) -> None:
         },
     }
     write_atomic(out / "bank.json", signed_json(manifest))
-
-
-def shard_path(out: Path, unit: int) -> Path:
-    return out / "shards" / f"bank-{unit:06d}.tar"
-
-
-def committed(out: Path, unit: int) -> bool:
-    return done_path(shard_path(out, unit)).exists()
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def ahead(
-    items: Sequence[Item], work: Callable[[Item], Result], depth: int = 2
-) -> Iterator[tuple[Item, "Future[Result]"]]:
-    """Yield (item, its finished work), with up to `depth` items being worked on meanwhile."""
-    with ThreadPoolExecutor(max_workers=1) as pool_:
-        waiting = iter(items)
-        running = [(item, pool_.submit(work, item)) for item in islice(waiting, depth)]
-        while running:
-            item, future = running.pop(0)
-            future.exception()  # waits; the caller asks for the result
-            running += [(nxt, pool_.submit(work, nxt)) for nxt in islice(waiting, 1)]
-            yield item, future

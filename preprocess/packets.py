@@ -130,7 +130,7 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
         while True:
             try:
                 packet = next(packets, None)
-            except av.error.FFmpegError:
+            except (av.error.FFmpegError, IndexError):  # the latter: a stream found late
                 corrupt = True
                 break
             if packet is None:
@@ -181,7 +181,9 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
             promised = ((stream.start_time or 0) + stream.duration) * stream.time_base
         elif container.duration:
             # The file's, not the video's: sound may outlast the picture.
-            promised = Fraction((container.start_time or 0) + container.duration, av.time_base)
+            promised = Fraction(container.duration, av.time_base)
+            if not container.format.name.startswith("matroska"):  # there FFmpeg counts from zero
+                promised += Fraction(container.start_time or 0, av.time_base)
             delivered = max(
                 [delivered]
                 + [end * container.streams[index].time_base for index, end in furthest.items()]
@@ -225,7 +227,9 @@ def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
         what = "empty" if not path.stat().st_size else f"not a readable video ({error.strerror})"
         raise VideoError("cannot-open", f"{path}: {what}; fetch it again or remove it") from None
     with container:
-        stream = container.streams.best("video") if index is None else container.streams[index]
+        if index is not None and index >= len(container.streams):
+            raise VideoError("decode-failed", f"{path}: its streams change; encode it again")
+        stream = _best(container) if index is None else container.streams[index]
         if stream is None or not _is_moving(stream):
             # FFmpeg holds a cover for best where the video is small or of an unknown codec
             stream = next(filter(_is_moving, container.streams.video), None)
@@ -233,6 +237,13 @@ def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
             raise VideoError("no-video-stream", f"{path}: has no video stream; remove it")
         stream.codec_context.thread_count = 1
         yield container, stream
+
+
+def _best(container: Any) -> Any:
+    try:
+        return container.streams.best("video")
+    except IndexError:  # a stream that PyAV had not seen when it opened the file
+        return None
 
 
 def _is_moving(stream: Any) -> bool:

@@ -2,15 +2,19 @@
 
 A unit is the work that makes one shard. Units are cut from the clips in order of key, by
 predicted bytes, and only ever appended: clips added later make new units, old shards never move.
+Clips in archives come after the others and in the order of their archive, which is as fixed as
+that of keys and lets a .tar.gz be read from its start once.
 """
 
 import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from preprocess.archive import archive_members, is_archive
+from preprocess.pictures import PICTURE_FPS, PICTURE_SUFFIXES, picture_files
 from shards.schema import FORMAT_VERSION, FeatureConfig, Json, clip_id, differences, sample_key
 from shards.writer import read_signed_json, signed_json, write_atomic
 
@@ -32,21 +36,40 @@ VIDEO_SUFFIXES = frozenset(
         ".3gp",
     ]
 )
+# In a folder these are clips by themselves, as videos are.
+CLIP_SUFFIXES = VIDEO_SUFFIXES | {".gif", ".apng"}
 ANNOTATION_SUFFIXES = frozenset((".json", ".jsonl"))
 
 
 @dataclass(frozen=True)
 class ClipSource:
-    """A clip to encode: a video file, or a part of one."""
+    """A clip to encode: a video file, a folder of pictures or a member of an archive, or a part."""
 
     id: str
     key: str
     path: str
-    """Of the file, on this machine."""
+    """Of the file, folder or archive, on this machine."""
     relative: str
-    """Of the file under the root it was found in, POSIX form."""
+    """Of the file or folder under the root it was found in, POSIX form; or in its archive."""
     start: float | None = None
     end: float | None = None
+    picture_fps: str | None = None
+    """Of a folder of pictures: how many are shown a second."""
+    offset: int | None = None
+    """Of a member of an archive: where its bytes lie in the uncompressed tar."""
+    nbytes: int | None = None
+
+    @property
+    def where(self) -> str:
+        """The path, and the member of an archive, for messages."""
+        return self.path if self.offset is None else f"{self.path}: {self.relative}"
+
+    @property
+    def place(self) -> tuple[str, str, int, str]:
+        """What units are sorted by."""
+        if self.offset is None:
+            return "", "", 0, self.key
+        return Path(self.path).name, self.path, self.offset, self.key
 
 
 @dataclass(frozen=True)
@@ -70,15 +93,19 @@ class Plan:
 def cut_units(
     clips: Sequence[ClipSource], shard_bytes: int, clip_bytes: int
 ) -> list[list[ClipSource]]:
-    """Return units of clips in order of key, each of at most `shard_bytes` (one clip at least)."""
-    ordered = sorted(clips, key=lambda clip: clip.key)
+    """Return units of clips in order of place, each of at most `shard_bytes` (one clip at least)."""
+    ordered = sorted(clips, key=lambda clip: clip.place)
     size = max(1, shard_bytes // max(1, clip_bytes))
     return [ordered[k : k + size] for k in range(0, len(ordered), size)]
 
 
-def find_clips(inputs: Sequence[str], video_roots: Sequence[str]) -> list[ClipSource]:
-    """Return the clips of video files, folders (recursive) and annotation files, each once.
+def find_clips(
+    inputs: Sequence[str], video_roots: Sequence[str], picture_fps: str = PICTURE_FPS
+) -> list[ClipSource]:
+    """Return the clips of files, folders, archives and annotation files, each once.
 
+    A folder gives its videos and animations (.gif), at any depth, and one clip for each folder in
+    which there is nothing but pictures. Archives are read where they are named themselves.
     Raises ValueError that lists every input which cannot be found and every pair of different
     files with one id.
     """
@@ -90,31 +117,63 @@ def find_clips(inputs: Sequence[str], video_roots: Sequence[str]) -> list[ClipSo
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            files = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in VIDEO_SUFFIXES and not file.is_dir()
-            )
-            if not files:
+            sources = _in_folder(path)
+            if not sources:
                 problems.append(f"{path}: no video files in this folder")
-            sources = [_source(file, file.relative_to(path).as_posix()) for file in files]
         elif not path.exists():
             problems.append(f"{path}: no such file or folder")
             continue
         elif path.suffix.lower() in ANNOTATION_SUFFIXES:
             sources = _annotated(path, video_roots, problems)
+        elif is_archive(path):
+            sources = _archived(path, problems)
         else:
             sources = [_source(path, path.name)]
         for source in sources:
+            if Path(source.path).is_dir():
+                source = replace(source, picture_fps=picture_fps)
             other = found.setdefault(source.id, source)
-            if os.path.realpath(other.path) != os.path.realpath(source.path):
+            same_file = os.path.realpath(other.path) == os.path.realpath(source.path)
+            if not same_file or other.offset != source.offset:
                 problems.append(
-                    f"{source.path}: has the id {source.id!r}, as {other.path} has; encode them from "
-                    "a common folder, or into two banks"
+                    f"{source.where}: has the id {source.id!r}, as {other.where} has; encode them "
+                    "from a common folder, or into two banks"
                 )
     if problems:
         raise ValueError("\n".join(problems))
     return list(found.values())
+
+
+def _in_folder(root: Path) -> list[ClipSource]:
+    sources = []
+    for folder, names, files in os.walk(root):
+        names.sort()
+        here = Path(folder)
+        clips = [name for name in sorted(files) if Path(name).suffix.lower() in CLIP_SUFFIXES]
+        sources += [_source(here / n, (here / n).relative_to(root).as_posix()) for n in clips]
+        seen = [name for name in files if not name.startswith(".")]
+        if seen and not names and all(Path(n).suffix.lower() in PICTURE_SUFFIXES for n in seen):
+            # The folder given is named from its own folder, as a file is.
+            own = os.path.basename(os.path.abspath(root))
+            sources.append(
+                _source(here, own if here == root else here.relative_to(root).as_posix())
+            )
+    return sources
+
+
+def _archived(path: Path, problems: list[str]) -> list[ClipSource]:
+    """Return the videos in an archive: their ids are their paths in it."""
+    try:
+        members = archive_members(path, CLIP_SUFFIXES)
+    except ValueError as error:
+        problems.append(str(error))
+        return []
+    if not members:
+        problems.append(f"{path}: no video files in this archive")
+    return [
+        replace(_source(path, member.name), offset=member.offset, nbytes=member.nbytes)
+        for member in members
+    ]
 
 
 def _source(
@@ -147,7 +206,7 @@ def _annotated(path: Path, roots: Sequence[str], problems: list[str]) -> list[Cl
     sources, missing = [], []
     for video, start, end in sorted(named, key=str):
         candidates = [root / video for root in [*map(Path, roots), path.parent]]
-        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        file = next(filter(_is_source, candidates), None)
         if not _is_part(start, end):
             problems.append(
                 f"{path}: {video}: start {start!r} and end {end!r} bound no part; write seconds, "
@@ -164,6 +223,10 @@ def _annotated(path: Path, roots: Sequence[str], problems: list[str]) -> list[Cl
             f"(looked under {looked}); name their folder with --video-root"
         )
     return sources
+
+
+def _is_source(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and bool(picture_files(path)))
 
 
 def _is_part(start: object, end: object) -> bool:
@@ -193,9 +256,13 @@ def write_plan(bank: Path, plan: Plan) -> None:
     data = {
         "format_version": FORMAT_VERSION,
         "features": plan.features.to_json(),
-        "units": [[asdict(clip) for clip in unit] for unit in plan.units],
+        "units": [[_clip_json(clip) for clip in unit] for unit in plan.units],
     }
     write_atomic(bank / "plan.json", signed_json(data))
+
+
+def _clip_json(clip: ClipSource) -> Json:
+    return {name: value for name, value in asdict(clip).items() if value is not None}
 
 
 def refuse_other_features(bank: Path, asked: FeatureConfig, banked: FeatureConfig) -> None:

@@ -18,10 +18,14 @@ import numpy as np
 
 from preprocess.packets import Scan, VideoError, opened
 
-DECORD_BATCH = 4
-"""Frames that decord returns together: as fast as all at once, and little memory."""
+DECORD_BATCH_BYTES = 8 << 20
+"""Frames that decord returns together: as fast as all at once, in a third of the memory."""
 # What FFmpeg writes at level "info" about a file that is well.
-BENIGN = re.compile(rb"^(\[swscaler @ \w+\] deprecated pixel format.*|\s*)$")
+BENIGN = re.compile(
+    rb"\s*$|\[swscaler @ \w+\] deprecated pixel format|\[NULL @ \w+\] Failed to parse extradata"
+)
+# Containers that give each packet its pts.
+TRUE_PTS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
 
 Shape = Callable[[np.ndarray], np.ndarray]
 
@@ -63,8 +67,9 @@ def read_decord(scan: Scan, index: Sequence[int], shape: Shape, forced: bool) ->
         reader = decord.VideoReader(str(scan.path.absolute()), num_threads=1, fault_tol=1)
         if len(reader) != len(scan.pts) and not forced:
             raise Distrust(f"decord counts {len(reader)} frames, the packets {len(scan.pts)}")
-        for first in range(0, len(index), DECORD_BATCH):
-            frames = reader.get_batch(index[first : first + DECORD_BATCH]).asnumpy()
+        step = max(1, DECORD_BATCH_BYTES // (scan.height * scan.width * 3))
+        for first in range(0, len(index), step):
+            frames = reader.get_batch(index[first : first + step]).asnumpy()
             if frames.shape[1:3] != scan.display_size:
                 raise Distrust(f"decord gives {frames.shape[1:3]}, not {scan.display_size}")
             pictures += [shape(frame) for frame in frames]
@@ -92,6 +97,14 @@ def _complaint(begin: int) -> bool:
     return any(not BENIGN.match(line) for line in said.split(b"\n"))
 
 
+def _av_errors() -> int:
+    """Return how many errors PyAV's FFmpeg has reported so far; not all of them mark a frame."""
+    from av import logging
+
+    logging.set_level(logging.PANIC)  # errors are counted, and printed nowhere
+    return int(logging.get_last_error()[0])
+
+
 def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> np.ndarray:
     """Return what `read_decord` does: from the keyframe before a frame up to its exact pts."""
     import av
@@ -99,6 +112,7 @@ def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> np.ndarray:
     pictures = []
     position = entry = None
     with opened(scan.path, scan.stream) as (container, stream):
+        errors = _av_errors()
         for wanted in (scan.pts[i] for i in index):
             key = scan.key_pts[bisect_right(scan.key_pts, wanted) - 1]
             try:
@@ -112,6 +126,8 @@ def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> np.ndarray:
                         raise Distrust(f"the frame of pts {position} on the way is damaged")
             except (av.error.FFmpegError, StopIteration):
                 raise Distrust(f"no frame could be decoded for pts {wanted}") from None
+            if _av_errors() != errors:
+                raise Distrust(f"FFmpeg reported an error on the way to pts {wanted}")
             if position != wanted:
                 raise Distrust(f"the seek for pts {wanted} gave pts {position}")
             pictures.append(shape(picture(frame, scan)))
@@ -120,8 +136,12 @@ def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> np.ndarray:
 
 def decode_all(
     scan: Scan, keep: frozenset[int], shape: Shape
-) -> tuple[Scan, dict[int, np.ndarray]]:
-    """Decode the whole file; return its frames as a scan, and the pictures of those in `keep`."""
+) -> tuple[Scan, list[int], dict[int, np.ndarray]]:
+    """Decode the whole file, counting the frames as they come.
+
+    Returns them as a scan, the count of each frame of the scan, and the pictures of the counts in
+    `keep`.
+    """
     import av
 
     pts: list[int | None] = []
@@ -130,6 +150,7 @@ def decode_all(
     duration = None
     with opened(scan.path, scan.stream) as (container, stream):
         packets = container.demux(stream)
+        errors = _av_errors()
         ended = False
         while not ended:
             try:
@@ -141,19 +162,25 @@ def decode_all(
             except av.error.FFmpegError:
                 damaged = True
                 continue
+            if frames and not pts and "first_not_key" in scan.flags:
+                errors = _av_errors()  # what precedes the first keyframe cannot be decoded
             for frame in frames:
                 damaged |= frame.is_corrupt
                 if len(pts) in keep:
                     pictures[len(pts)] = shape(picture(frame, scan))
                 pts.append(frame.pts)
                 duration = frame.duration
+        damaged |= _av_errors() != errors
     if not pts:
         raise VideoError("decode-failed", f"{scan.path}: no frame can be decoded; encode it again")
     last_duration = duration or scan.last_duration
     known = [value for value in pts if value is not None]
     if len(known) < len(pts):
         known = [i * last_duration for i in range(len(pts))]
-    # Frames come in the order of display; without true pts FFmpeg's guesses do not (AVI, ASF).
+    order = list(range(len(known)))
+    if scan.container in TRUE_PTS:
+        order.sort(key=known.__getitem__)
+    # Elsewhere frames come in the order of display, with pts that FFmpeg guessed (AVI, ASF).
     flags = set(scan.flags) | ({"damaged"} if damaged else set())
     came = replace(
         scan,
@@ -162,4 +189,4 @@ def decode_all(
         promised_frames=max(scan.promised_frames, len(scan.pts)),
         flags=tuple(sorted(flags)),
     )
-    return came, pictures
+    return came, order, pictures

@@ -1,31 +1,37 @@
-"""One video file, or a part of it, to a `Clip`: decoded frames and their true times.
+"""One source, or a part of it, to a `Clip`: decoded frames and their true times.
 
     clip = read_clip(Path("bikes.mp4"), Sampling(fps="1", max_frames=64))
 
-A packet scan, without decoding, chooses the reader. decord is fast, but on some files it returns
-wrong frames without a word, so it gets only files of kinds on which it was measured to be right.
-PyAV by seek checks the pts of every frame; PyAV from the start is always right, and slowest.
-Every failure is one `VideoError`. A decoder can loop for ever: `preprocess.decode_child` runs all
-this in a process that can be killed.
+A source is a video file, a folder of pictures, an animation or a still picture. A packet scan,
+without decoding, chooses the reader. decord is fast, but on some files it returns wrong frames
+without a word, so it gets only files of kinds on which it was measured to be right. PyAV by seek
+checks the pts of every frame; PyAV from the start is always right, and slowest; Pillow reads
+pictures. Every failure is one `VideoError`. A decoder can loop for ever: `preprocess.decode_child`
+runs all this in a process that can be killed.
 """
 
-import importlib.util
-import os
-import stat
-from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from model.frames import uniform_indices
-from preprocess.packets import Scan, VideoError, opened, scan
+from model.pixels import Pixels
+from preprocess.packets import Scan, VideoError, scan
+from preprocess.pictures import (
+    PICTURE_FPS,
+    PICTURES,
+    holds_pictures,
+    read_pictures,
+    scan_pictures,
+)
+from preprocess.readers import Distrust, Shape, decode_all, decord_trouble, read_decord, read_seek
 from shards.schema import Sampling
 
 DECODERS = ("auto", "decord", "pyav")
-DECORD_CODECS = ("h264", "hevc", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg")
+# Not VP8 and VP9: decord shows damaged frames of theirs without a word, and PyAV is faster.
+DECORD_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg")
 FROM_START = {"nopts", "no_index", "avi_b", "first_not_key", "dup", "corrupt", "truncated"}
 
 
@@ -34,7 +40,9 @@ class Clip:
     """Sampled frames of a video or of a part of it."""
 
     frames: np.ndarray
-    """uint8 `(frames, height, width, 3)`, RGB, turned as displayed."""
+    """uint8 `(frames, height, width, 3)`, RGB, turned as displayed; or at a tower's size."""
+    display_size: tuple[int, int]
+    """(height, width) of a frame as displayed, in pixels, before any resizing."""
     timestamps: np.ndarray
     """float64 `(frames,)`, seconds from the file's first shown pts."""
     frame_index: np.ndarray
@@ -47,7 +55,7 @@ class Clip:
     frame_count: int
     """Frames that the source shows within the clip."""
     decoder: str
-    """`decord`, `pyav-seek` or `pyav-scan`."""
+    """`decord`, `pyav-seek`, `pyav-scan` or `pillow`."""
     flags: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -63,11 +71,6 @@ class Clip:
         assert self.start <= self.timestamps[0]
         assert self.timestamps[-1] <= self.end
 
-    @property
-    def display_size(self) -> tuple[int, int]:
-        """(height, width) of a frame, in pixels."""
-        return self.frames.shape[1], self.frames.shape[2]
-
 
 def read_clip(
     path: Path,
@@ -77,20 +80,29 @@ def read_clip(
     end: float | None = None,
     decoder: str = "auto",
     allow_truncated: bool = False,
+    pixels: Pixels | None = None,
+    picture_fps: str = PICTURE_FPS,
 ) -> Clip:
     """Return the sampled frames of the file, or of those with start <= time < end, in seconds.
 
     `decoder` is for tests and measurements: `decord` takes it whatever the scan says, `pyav` does
     without it. `allow_truncated` takes what came of a truncated or damaged file, flagged.
+    `pixels` resizes each frame as it comes. `picture_fps` is the rate of a folder of pictures.
     """
     return read_scanned(
-        scan(path),
+        scan_source(path, picture_fps),
         sampling,
         start=start,
         end=end,
         decoder=decoder,
         allow_truncated=allow_truncated,
+        pixels=pixels,
     )
+
+
+def scan_source(path: Path, picture_fps: str = PICTURE_FPS) -> Scan:
+    """Return what there is to see in a file or a folder, before any frame is wanted."""
+    return scan_pictures(path, picture_fps) if holds_pictures(path) else scan(path)
 
 
 def sample_indices(times: np.ndarray, end: float, sampling: Sampling) -> list[int]:
@@ -121,28 +133,32 @@ def read_scanned(
     end: float | None = None,
     decoder: str = "auto",
     allow_truncated: bool = False,
+    pixels: Pixels | None = None,
 ) -> Clip:
     """Do what `read_clip` does after the scan."""
     assert decoder in DECODERS, decoder
     if not allow_truncated:
         _refuse_incomplete(scan)
     part = _Part(sampling, start, end)
-    readers = _readers(scan, decoder)
-    for reader in readers:
+    shape = _resizing(scan, pixels)
+    for reader in _readers(scan, decoder):
         try:
-            if reader == "decord":
-                picked = _pick(scan, part)
-                frames = _read_decord(scan, picked.index, forced=decoder == "decord")
-            elif reader == "pyav-seek":
-                picked = _pick(scan, part)
-                frames = _read_seek(scan, picked.index)
+            if reader == "pyav-scan":
+                scan, picked, frames = _read_from_start(scan, part, shape, allow_truncated)
             else:
-                scan, picked, frames = _read_from_start(scan, part, allow_truncated)
-        except _Distrust as error:
+                picked = _pick(scan, part)
+                if reader == "pillow":
+                    frames = read_pictures(scan, picked.index, shape)
+                elif reader == "decord":
+                    frames = read_decord(scan, picked.index, shape, forced=decoder == "decord")
+                else:
+                    frames = read_seek(scan, picked.index, shape)
+        except Distrust as error:
             distrust = str(error)  # the error itself would keep the reader open
             continue
         return Clip(
             frames=frames,
+            display_size=scan.display_size,
             timestamps=scan.seconds[picked.index],
             frame_index=np.array(picked.index, dtype=np.int64),
             start=picked.start,
@@ -170,8 +186,15 @@ class _Picked:
     frame_count: int
 
 
-class _Distrust(Exception):
-    """This reader may be wrong about this file: take the next."""
+def _resizing(scan: Scan, pixels: Pixels | None) -> Shape:
+    """Return what is done to each picture as it comes."""
+    if pixels is None:
+        return lambda picture: picture
+    try:
+        pixels.check(*scan.display_size)
+    except ValueError as error:
+        raise VideoError("cannot-resize", f"{scan.path}: {error}; leave it out") from None
+    return lambda picture: pixels.resize(picture[None])[0]
 
 
 def _refuse_incomplete(scan: Scan) -> None:
@@ -185,10 +208,16 @@ def _refuse_incomplete(scan: Scan) -> None:
 
 
 def _readers(scan: Scan, decoder: str) -> tuple[str, ...]:
-    flags = set(scan.flags) - {"short"}
+    """Return the readers to try, in order: by the scan alone, so that no run reads otherwise."""
+    # Which stream was taken is no reason to mistrust: decord takes FFmpeg's best too.
+    flags = {flag for flag in scan.flags if flag != "short" and not flag.startswith("stream")}
+    if scan.codec == PICTURES:
+        return ("pillow",)
     if decoder == "decord":
         return ("decord",)
-    if flags & FROM_START:
+    # An AVI counts its frames: where some are missing, each reader counts on in its own way.
+    miscounted = "short" in scan.flags and scan.container == "avi"
+    if flags & FROM_START or miscounted:
         return ("pyav-scan",)
     if decoder == "pyav" or flags or scan.codec not in DECORD_CODECS or not _has_decord():
         return ("pyav-seek", "pyav-scan")
@@ -196,7 +225,7 @@ def _readers(scan: Scan, decoder: str) -> tuple[str, ...]:
 
 
 def _has_decord() -> bool:
-    return importlib.util.find_spec("decord") is not None
+    return decord_trouble() is None
 
 
 def _pick(scan: Scan, part: _Part) -> _Picked:
@@ -224,17 +253,18 @@ def _pick(scan: Scan, part: _Part) -> _Picked:
 
 
 def _read_from_start(
-    scan: Scan, part: _Part, allow_truncated: bool
+    scan: Scan, part: _Part, shape: Shape, allow_truncated: bool
 ) -> tuple[Scan, _Picked, np.ndarray]:
     """Return the scan corrected by the frames that really came, what it picks, and the frames."""
     try:
         expected = _pick(scan, part).index
     except VideoError:
         expected = []
-    came, pictures = _decode_all(scan, frozenset(expected))
+    came, order, pictures = decode_all(scan, frozenset(expected), shape)
     if not allow_truncated:
         _refuse_incomplete(came)
     picked = _pick(came, part)
-    if picked.index != expected:
-        _, pictures = _decode_all(scan, frozenset(picked.index))
-    return came, picked, np.stack([pictures[i] for i in picked.index])
+    wanted = [order[i] for i in picked.index]
+    if not set(wanted) <= set(pictures):
+        _, _, pictures = decode_all(scan, frozenset(wanted), shape)
+    return came, picked, np.stack([pictures[i] for i in wanted])

@@ -23,8 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {
     "encode": (
         "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype "
-        "--tower-dtype --batch-frames --device --decoder --shard-size --help"
+        "--tower-dtype --batch-frames --device --decoder --allow-truncated --folder-fps --shard-size "
+        "--help"
     ),
+    "retry": "--tower --device --batch-frames --decoder --allow-truncated --help",
+    "show": "--out --help",
     "toyworld": "--train-clips --test-clips --seed --help",
 }
 HEAVY = ("torch", "transformers", "decord", "av", "zarr")

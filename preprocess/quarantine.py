@@ -1,0 +1,65 @@
+"""`quarantine.jsonl`: the clips of a bank that could not be encoded, one json object a line.
+
+A line: `id key path stage reason message attempts seconds`. Lines are appended as clips fail; the
+file is rewritten, whole or not at all, when clips leave it.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from shards.schema import Json
+from shards.writer import write_atomic
+
+
+def quarantine_path(bank: Path) -> Path:
+    return bank / "quarantine.jsonl"
+
+
+def read_entries(bank: Path) -> dict[str, Json]:
+    """Return the last entry of each clip, by id. A last line cut off by a power loss is no entry."""
+    path = quarantine_path(bank)
+    if not path.exists():
+        return {}
+    lines = path.read_bytes().split(b"\n")
+    entries = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+            entries[entry["id"]] = entry
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}:{number}: not an entry of a quarantine; remove the line, its clip is "
+                "encoded again by `preprocess encode` into another bank"
+            ) from None
+    return entries
+
+
+def append_entry(bank: Path, entry: Json) -> None:
+    """Add a line and see it on the disk."""
+    path = quarantine_path(bank)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        settle(bank, [])
+    with open(path, "ab") as file:
+        file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def settle(bank: Path, banked: Sequence[str]) -> None:
+    """Keep the last entry of each clip, and none of the clips whose keys are banked."""
+    path = quarantine_path(bank)
+    if not path.exists():
+        return
+    keys = set(banked)
+    kept = [entry for entry in read_entries(bank).values() if entry.get("key") not in keys]
+    data = b"".join(json.dumps(entry, sort_keys=True).encode() + b"\n" for entry in kept)
+    if not kept:
+        path.unlink()
+    elif data != path.read_bytes():
+        write_atomic(path, data)

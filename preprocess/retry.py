@@ -1,0 +1,104 @@
+"""`preprocess retry`: encode the clips of a bank's quarantine again, into new shards.
+
+    summary = retry(Path("bank"), tower=None, device="cuda")
+
+What is banked stays where it is. A clip that succeeds leaves the quarantine, one that fails again
+stays there with one attempt more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from preprocess.archive import archive_members
+from preprocess.encode import (
+    feature_config,
+    finish,
+    load_tower,
+    predicted_bytes,
+    refuse_missing_shards,
+)
+from preprocess.plan import (
+    CLIP_SUFFIXES,
+    ClipSource,
+    Plan,
+    cut_units,
+    read_plan,
+    refuse_other_features,
+    write_plan,
+)
+from preprocess.quarantine import read_entries
+from preprocess.unit import EncodeOptions, Encoder, Summary, committed
+from shards.reader import read_manifest
+
+
+def retry(bank: Path, tower: str | None = None, **how: Any) -> Summary:
+    """Encode the failed clips again; `how` are the `EncodeOptions` that are no part of the plan.
+
+    tower: where it lies now, if not where the bank's manifest says; another tower is refused.
+    """
+    plan, failed = read_plan(bank), read_entries(bank)
+    if plan is None:
+        raise ValueError(
+            f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`"
+        )
+    plan = without_cut_off_retry(bank, plan, set(failed))
+    refuse_missing_shards(bank, plan)
+    if not all(committed(bank, unit) for unit in range(len(plan.units))):
+        raise ValueError(f"{bank}: its run is not over; finish `preprocess encode` before a retry")
+    tower_name = tower or str(read_manifest(bank)["provenance"]["tower"])
+    planned = {clip.id: clip for clip in plan.clips}
+    sources = relocated([planned[id_] for id_ in failed if id_ in planned])
+    if not sources:
+        return Summary()
+    features = plan.features
+    options = EncodeOptions(
+        tower=tower_name,
+        strides=features.strides,
+        sampling=features.sampling,
+        layer=features.layer,
+        pool=features.pool,
+        dtype=features.dtype,
+        tower_dtype=features.tower_dtype,
+        **how,
+    )
+    loaded = load_tower(options)
+    refuse_other_features(bank, feature_config(loaded, options), features)
+    with Encoder(bank, features, loaded, options) as encoder:
+        encoder.attempts = {id_: int(entry.get("attempts", 1)) for id_, entry in failed.items()}
+        encoder.bar.total = len(sources)
+        for clips in cut_units(sources, options.shard_bytes, predicted_bytes(loaded, options)):
+            longer = Plan(features, [*plan.units, clips])
+            write_plan(bank, longer)
+            if encoder.encode_unit(len(plan.units), clips, keep_empty=False):
+                plan = longer
+        write_plan(bank, plan)
+        finish(bank, plan, loaded)
+    return encoder.summary
+
+
+def without_cut_off_retry(bank: Path, plan: Plan, failed: set[str]) -> Plan:
+    """Return the plan without the unit that a killed retry left: all its clips have failed before."""
+    units = list(plan.units)
+    while units and not committed(bank, len(units) - 1) and {c.id for c in units[-1]} <= failed:
+        units.pop()
+    return Plan(plan.features, units)
+
+
+def relocated(sources: Sequence[ClipSource]) -> list[ClipSource]:
+    """Return the clips with the places that members have in their archives now."""
+    archives = {source.path for source in sources if source.offset is not None}
+    members = {
+        (path, member.name): member
+        for path in archives
+        if Path(path).is_file()
+        for member in archive_members(Path(path), CLIP_SUFFIXES)
+    }
+    found = []
+    for source in sources:
+        member = members.get((source.path, source.relative))
+        found.append(
+            replace(source, offset=member.offset, nbytes=member.nbytes) if member else source
+        )
+    return found
