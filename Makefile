@@ -7,8 +7,10 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-all lint bench clean
 
-# One process, said explicitly: `accelerate launch` prints a page of warnings about its defaults.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# One process on all cores, said explicitly: `accelerate launch` gives it one thread otherwise, and
+# prints a page of warnings about its defaults.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(shell nproc) \
+    --num_machines 1 --mixed_precision no --dynamo_backend no
 ASKED := demo/toy/videos/test/clip-00000.mp4
 
 demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate, ask
