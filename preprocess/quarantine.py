@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from shards.reader import read_quarantine
 from shards.schema import Json
 from shards.writer import write_atomic
 
@@ -18,26 +19,8 @@ def quarantine_path(bank: Path) -> Path:
 
 
 def read_entries(bank: Path) -> dict[str, Json]:
-    """Return the last entry of each clip, by id. A last line cut off by a power loss is no entry."""
-    path = quarantine_path(bank)
-    if not path.exists():
-        return {}
-    lines = path.read_bytes().split(b"\n")
-    entries = {}
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            entry = json.loads(line)
-            entries[entry["id"]] = entry
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}:{number}: not an entry of a quarantine; remove the line, its clip is "
-                "encoded again by `preprocess encode` into another bank"
-            ) from None
-    return entries
+    """Return the last entry of each clip, by id."""
+    return {entry["id"]: entry for entry in read_quarantine(bank)}
 
 
 def append_entry(bank: Path, entry: Json) -> None:

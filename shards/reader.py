@@ -222,9 +222,29 @@ class BankedClip:
 
 
 def read_quarantine(path: Path) -> list[Json]:
-    """Return the entries of a bank's `quarantine.jsonl`, none where there is no such file."""
+    """Return the last entry of each clip in a bank's `quarantine.jsonl`; none where it is not there.
+
+    A last line cut off by a power loss is no entry.
+    """
     file = path / "quarantine.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    lines = file.read_bytes().split(b"\n")
+    entries = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+            entries[entry["id"]] = entry
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{file}:{number}: not an entry of a quarantine; remove the line, its clip is "
+                "encoded again by `preprocess encode` into another bank"
+            ) from None
+    return list(entries.values())
 
 
 def joint(config: FeatureConfig) -> Json:
