@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
         refuse([problem])
     dataset = open_dataset(config)
 
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the loader's
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
