@@ -15,12 +15,12 @@ ASKED := demo/toy/videos/test/clip-00000.mp4
 
 demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate, ask
 	rm -rf demo && mkdir demo
-	$(BIN)/preprocess toyworld demo/toy --train-clips 2048
+	$(BIN)/preprocess toyworld demo/toy --train-clips 1536
 	set -o pipefail; $(BIN)/preprocess encode demo/toy/videos --stride 4,8 --frames 16 \
 	    --out demo/bank --tower demo/toy/tower | tee demo/encode.txt
 	$(LAUNCH) train/run.py --config train/presets/toy.yaml --stage_path demo/toy/llm \
 	    --bank demo/bank --data_path demo/toy/train.jsonl --output_dir demo/run-a
-	$(LAUNCH) train/evaluate.py --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl --untrained
+	$(LAUNCH) train/evaluate.py --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl --untrained --max_records 128
 	$(LAUNCH) train/evaluate.py --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl
 	$(BIN)/python train/ask.py $(ASKED) "When is the red square visible?" --model demo/run-a
 	@echo "--- the next experiment: another slow/fast pattern on the same bank, no video is read"

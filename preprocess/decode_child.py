@@ -38,6 +38,8 @@ STALL_FACTOR = 10
 """A child that used no CPU for this many deadlines waits for a disk or the like."""
 CLIPS_PER_CHILD = 1000
 """PyAV keeps some 50 kB of every file opened."""
+KEPT_BYTES = 64 << 20
+"""Of shared memory kept between clips: faulting fresh pages in costs as much as the copy."""
 POLL_SECONDS = 0.05
 
 
@@ -164,9 +166,10 @@ class DecodeChild:
             os.close(self._stderr)
 
     def _forget(self) -> None:
-        """Give back the memory of the last answer."""
+        """Give back the memory of a large answer; a small one's pages serve the next clip."""
         self._frames.seek(0)
-        self._frames.truncate()
+        if os.fstat(self._frames.fileno()).st_size > KEPT_BYTES:
+            self._frames.truncate()
         os.lseek(self._stderr, 0, os.SEEK_SET)  # the child's position too
         os.ftruncate(self._stderr, 0)
 
