@@ -15,7 +15,7 @@ ASKED := demo/toy/videos/test/clip-00000.mp4
 
 demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate, ask
 	rm -rf demo && mkdir demo
-	$(BIN)/preprocess toyworld demo/toy --train-clips 1536
+	$(BIN)/preprocess toyworld demo/toy --train-clips 2048
 	set -o pipefail; $(BIN)/preprocess encode demo/toy/videos --stride 4,8 --frames 16 \
 	    --out demo/bank --tower demo/toy/tower | tee demo/encode.txt
 	$(LAUNCH) train/run.py --config train/presets/toy.yaml --stage_path demo/toy/llm \

@@ -47,7 +47,7 @@ OBJECTS = (2, 4)
 RADIUS = (0.18, 0.26)  # half a box side, as a fraction of the frame
 SPAN = (0.17, 0.4)  # visible part of a clip; the best constant answer has tIoU 0.33
 MAX_SPEED = 0.3  # frame sides per second, along each axis
-TURNS_BEYOND_SPANS = 1
+TURNS_BEYOND_SPANS = 2
 
 # The order is also the order in which "what is seen" lists objects.
 COLOURS = {
