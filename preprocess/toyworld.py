@@ -45,7 +45,7 @@ FPS = 8  # times k / 8 are exact in milliseconds
 FRAMES = (32, 48)
 OBJECTS = (2, 4)
 RADIUS = (0.18, 0.26)  # half a box side, as a fraction of the frame
-SPAN = (0.17, 0.4)  # visible part of a clip; the best constant answer has tIoU 0.33
+SPAN = (0.17, 0.4)  # visible part of a clip; the best constant answer has IoU 0.33
 MAX_SPEED = 0.3  # frame sides per second, along each axis
 TURNS_BEYOND_SPANS = 2
 
@@ -148,12 +148,9 @@ def make_toyworld(
         lines = [json.dumps(row) + "\n" for row in rows]
         (out / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     turns = [turn["value"] for record in records["train"] for turn in record["conversations"]]
-    had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # transformers draws one for each model that it saves
     save_tower(out / "tower", seed)
     save_llm(out / "llm", turns, seed)
-    if had_bars:
-        logging.enable_progress_bar()
     world = {"seed": seed, "fps": FPS, "size": SIZE, "colours": COLOURS, "clips": truth}
     (out / "world.json").write_text(json.dumps(world), encoding="utf-8")
 
@@ -350,10 +347,9 @@ def save_tower(folder: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = SiglipVisionModel(config)
-        # Filters that see a patch's colour more than its texture, and layers that tell colours apart:
-        # one strong constant keeps the layer norms from blowing a grey patch up to full size. It is
-        # taken out again at layer -2, or the frames of a clip would be almost equal there. A linear
-        # probe then tells from one cell which colours a frame shows with over 99.5 % accuracy.
+        # Filters see a patch's colour more than its texture. One strong constant keeps the layer norms
+        # from blowing a grey patch up to full size; it is taken out at layer -2, where the frames of
+        # a clip would else be almost equal. A linear probe then names a cell's colours to 99.5 %.
         with torch.no_grad():
             filters = tower.embeddings.patch_embedding.weight  # (width, rgb, rows, columns)
             filters.mul_(0.1).add_(torch.randn(*filters.shape[:2], 1, 1) * 0.02)

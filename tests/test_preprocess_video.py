@@ -486,7 +486,9 @@ def test_child_that_dies_between_clips_is_nobodys_error(child: DecodeChild, vide
 def test_clip_beyond_its_deadline_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_child, "POLL_SECONDS", 0.0)
     with DecodeChild(base_seconds=-1.0, seconds_per_pixel=0.0) as child:
-        with pytest.raises(VideoError, match=r"v\.mp4: decoding had not ended") as error:
+        # a limit below zero may also meet the child between two steps, when all its threads wait
+        either = r"v\.mp4: (decoding had not ended|the decoder's threads wait for each other)"
+        with pytest.raises(VideoError, match=either) as error:
             child.read_clip(video, ALL)
         assert error.value.reason == "timeout"
         assert child.pid is None
