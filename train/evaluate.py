@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shards.reader import Banks
 from train.config import TrainConfig, refuse
 from train.dataset import Dataset, shorten
-from train.records import MARKUP, Record, Turn, check_coordinates, join, read_records
+from train.records import MARKUP, Record, check_coordinates, join, read_records
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -310,10 +310,6 @@ def table(report: Json) -> str:
     if "constant_span_miou" in report:
         lines.append(f"best constant span: mIoU {report['constant_span_miou']:.3f}")
     return "\n".join(lines)
-
-
-def prompt_turns(question: str) -> tuple[Turn, ...]:
-    return (Turn("user", f"<video>\n{question}"),)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.frame_causal import PAIRS, skill
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from model.batch import Batch
 
 Json = dict[str, Any]
-PAIRS = ("SS", "SF", "FS", "FF")
 SCALARS = ("ce", "coordinate_ce", "supervised", "coordinates", "tokens")
 VECTORS = ("ar", "ar_count", "ar_copy", "ar_copy_count")
 NUM_SUMS = len(SCALARS) + 4 * len(VECTORS)
@@ -58,7 +59,7 @@ def summarise(sums: "Tensor", loss_weight: float) -> Json:
         out |= {f"ar_{pair}": ar[k] / count[k] for k, pair in enumerate(PAIRS) if count[k]}
     if transitions and sum(copy_count) == transitions and sum(copy) > 0:
         out["ar_copy_baseline"] = sum(copy) / transitions
-        out["ar_skill"] = 1 - sum(ar) / sum(copy)
+        out["ar_skill"] = skill(sum(ar), sum(copy))
     return {"loss": loss, **out}
 
 
