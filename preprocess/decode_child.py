@@ -6,11 +6,13 @@
 The child is this module run as a script, without torch. A request is one JSON line on its stdin.
 It answers on its stdout with the scan, from which the deadline follows, then with the clip or the
 error; the frames, resized there where `pixels` is given, lie in an anonymous memory file, gone with
-the two processes. The deadline counts the child's CPU seconds, so a busy machine changes no
+the two processes, and are not copied: the file serves another clip when the last array over it is
+gone. The deadline counts the child's CPU seconds, so a busy machine changes no
 outcome. Linux only.
 """
 
 import json
+import mmap
 import os
 import queue
 import select
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -38,8 +41,12 @@ STALL_FACTOR = 10
 """A child that used no CPU for this many deadlines waits for a disk or the like."""
 CLIPS_PER_CHILD = 1000
 """PyAV keeps some 50 kB of every file opened."""
+FRAME_FILES = 4
+"""Clips that a caller may hold at a time without a copy being made of each."""
 KEPT_BYTES = 64 << 20
-"""Of shared memory kept between clips: faulting fresh pages in costs as much as the copy."""
+"""Of a memory file, kept between clips: faulting fresh pages in takes longer than filling them."""
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+"""For the child's malloc, for the same reason."""
 POLL_SECONDS = 0.05
 
 
@@ -99,13 +106,12 @@ class DecodeChild:
             "allow_truncated": allow_truncated,
             "pixels": pixels.to_json() if pixels else None,
             "picture_fps": picture_fps,
+            "file": self._free[-1],
         }
         finished = False
         try:
             reply = self._ask(path, request)
-            frames = (
-                np.fromfile(self._frames, np.uint8, reply["bytes"]) if "clip" in reply else None
-            )
+            frames = self._take(reply["bytes"]) if "clip" in reply else None
             finished = True
         finally:
             if not finished:  # also on Ctrl-C: a half-read answer must not meet the next request
@@ -127,19 +133,21 @@ class DecodeChild:
         )
 
     def _start(self) -> None:
-        self._frames = os.fdopen(os.memfd_create("framebank-frames"), "r+b", buffering=0)
+        self._files = [os.memfd_create("framebank-frames") for _ in range(FRAME_FILES)]
+        self._free = list(range(FRAME_FILES))
         self._stderr = os.memfd_create("framebank-stderr")
         root = str(Path(__file__).resolve().parents[1])
         inherited = os.environ.get("PYTHONPATH")
         self._process = subprocess.Popen(
             # -P: a folder called `shards` where the user stands must not be imported
-            [sys.executable, "-P", "-m", "preprocess.decode_child", str(self._frames.fileno())],
+            [sys.executable, "-P", "-m", "preprocess.decode_child", *map(str, self._files)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             bufsize=0,
-            pass_fds=[self._frames.fileno()],
+            pass_fds=self._files,
             env=os.environ
+            | KEEP_MEMORY
             | {"PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])},
             start_new_session=True,  # Ctrl-C is the parent's
         )
@@ -162,14 +170,25 @@ class DecodeChild:
             process.kill()
             process.wait()
             process.stdout.close()
-            self._frames.close()
-            os.close(self._stderr)
+            for file in [*self._files, self._stderr]:
+                os.close(file)
+
+    def _take(self, nbytes: int) -> np.ndarray:
+        """Return the bytes that the child wrote: a view, or a copy where no other file is free."""
+        file = self._files[self._free[-1]]
+        if len(self._free) == 1 or nbytes > KEPT_BYTES or not nbytes:
+            frames = np.empty(nbytes, np.uint8)
+            view = memoryview(frames)
+            while view:
+                view = view[os.preadv(file, [view], nbytes - len(view)) :]
+            if nbytes > KEPT_BYTES:
+                os.ftruncate(file, 0)
+            return frames
+        mapped = mmap.mmap(file, nbytes)
+        weakref.finalize(mapped, self._free.insert, 0, self._free.pop())
+        return np.frombuffer(mapped, np.uint8)
 
     def _forget(self) -> None:
-        """Give back the memory of a large answer; a small one's pages serve the next clip."""
-        self._frames.seek(0)
-        if os.fstat(self._frames.fileno()).st_size > KEPT_BYTES:
-            self._frames.truncate()
         os.lseek(self._stderr, 0, os.SEEK_SET)  # the child's position too
         os.ftruncate(self._stderr, 0)
 
@@ -262,16 +281,16 @@ def _waits_for_itself(pid: int) -> bool:
     return len(elsewhere) <= 1 and all("pipe" in wait for wait in elsewhere)
 
 
-def _serve(frames_fd: int) -> None:
+def _serve(frame_files: list[int]) -> None:
     """Answer requests until stdin closes."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not pass for an answer
-    frames = os.fdopen(frames_fd, "r+b", buffering=0)
+    files = [os.fdopen(file, "r+b", buffering=0) for file in frame_files]
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     while True:
         request = json.loads(requests.get())
-        path = Path(request.pop("path"))
+        path, frames = Path(request.pop("path")), files[request.pop("file")]
         sampling = Sampling(**request.pop("sampling"))
         pixels = request.pop("pixels")
         try:
@@ -284,8 +303,8 @@ def _serve(frames_fd: int) -> None:
         except VideoError as error:
             print(json.dumps({"error": error.args}), file=replies)
             continue
+        frames.seek(0)
         clip.frames.tofile(frames)
-        frames.seek(0)  # one position for both processes
         fields = {name: value for name, value in vars(clip).items() if name != "frames"}
         fields["shape"] = clip.frames.shape
         fields["timestamps"] = clip.timestamps.tolist()
@@ -302,4 +321,4 @@ def _listen(requests: queue.SimpleQueue[str]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve([int(word) for word in sys.argv[1:]])
