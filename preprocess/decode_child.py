@@ -12,6 +12,7 @@ outcome. Linux only.
 """
 
 import json
+import math
 import mmap
 import os
 import queue
@@ -31,6 +32,7 @@ import numpy as np
 from model.pixels import Pixels
 from preprocess.packets import VideoError
 from preprocess.pictures import PICTURE_FPS
+from preprocess.readers import Canvas
 from preprocess.video import DECODERS, Clip, read_scanned, scan_source
 from shards.schema import Json, Sampling
 
@@ -45,8 +47,6 @@ FRAME_FILES = 4
 """Clips that a caller may hold at a time without a copy being made of each."""
 KEPT_BYTES = 64 << 20
 """Of a memory file, kept between clips: faulting fresh pages in takes longer than filling them."""
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
-"""For the child's malloc, for the same reason."""
 POLL_SECONDS = 0.05
 
 
@@ -147,7 +147,6 @@ class DecodeChild:
             bufsize=0,
             pass_fds=self._files,
             env=os.environ
-            | KEEP_MEMORY
             | {"PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])},
             start_new_session=True,  # Ctrl-C is the parent's
         )
@@ -178,7 +177,7 @@ class DecodeChild:
         file = self._files[self._free[-1]]
         if len(self._free) == 1 or nbytes > KEPT_BYTES or not nbytes:
             frames = np.empty(nbytes, np.uint8)
-            view = memoryview(frames)
+            view = frames.data
             while view:
                 view = view[os.preadv(file, [view], nbytes - len(view)) :]
             if nbytes > KEPT_BYTES:
@@ -285,12 +284,12 @@ def _serve(frame_files: list[int]) -> None:
     """Answer requests until stdin closes."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not pass for an answer
-    files = [os.fdopen(file, "r+b", buffering=0) for file in frame_files]
+    files = [_FrameFile(number) for number in frame_files]
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     while True:
         request = json.loads(requests.get())
-        path, frames = Path(request.pop("path")), files[request.pop("file")]
+        path, file = Path(request.pop("path")), request.pop("file")
         sampling = Sampling(**request.pop("sampling"))
         pixels = request.pop("pixels")
         try:
@@ -298,19 +297,37 @@ def _serve(frame_files: list[int]) -> None:
             size = {name: getattr(scanned, name) for name in ("width", "height", "packets")}
             print(json.dumps({"scan": size}), file=replies)
             clip = read_scanned(
-                scanned, sampling, pixels=Pixels.from_json(pixels) if pixels else None, **request
+                scanned,
+                sampling,
+                pixels=Pixels.from_json(pixels) if pixels else None,
+                canvas=Canvas(allocate=files[file].array),
+                **request,
             )
         except VideoError as error:
             print(json.dumps({"error": error.args}), file=replies)
             continue
-        frames.seek(0)
-        clip.frames.tofile(frames)
         fields = {name: value for name, value in vars(clip).items() if name != "frames"}
         fields["shape"] = clip.frames.shape
         fields["timestamps"] = clip.timestamps.tolist()
         fields["frame_index"] = clip.frame_index.tolist()
         print(json.dumps({"clip": fields, "bytes": clip.frames.nbytes}), file=replies)
         del clip
+
+
+class _FrameFile:
+    """A memory file and the child's view of it, which stays: its pages are faulted in once."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._view: mmap.mmap | None = None
+
+    def array(self, shape: tuple[int, ...]) -> np.ndarray:
+        nbytes = math.prod(shape)
+        if os.fstat(self.number).st_size < nbytes:
+            os.ftruncate(self.number, nbytes)
+        if self._view is None or len(self._view) < nbytes:
+            self._view = mmap.mmap(self.number, nbytes)
+        return np.frombuffer(self._view, np.uint8, nbytes).reshape(shape)
 
 
 def _listen(requests: queue.SimpleQueue[str]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from preprocess.packets import Scan, VideoError
-from preprocess.readers import Shape
+from preprocess.readers import Canvas
 
 PICTURE_FPS = "2"
 """Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
@@ -87,10 +87,10 @@ def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
     )
 
 
-def read_pictures(scan: Scan, index: Sequence[int], shape: Shape) -> np.ndarray:
+def read_pictures(scan: Scan, index: Sequence[int], canvas: Canvas) -> np.ndarray:
     """Return uint8 `(frames, height, width, 3)` of the frames `index`, rising."""
     if not scan.path.is_dir():
-        return np.stack([shape(frame) for frame in _frames(scan.path, index)])
+        return canvas.gather([canvas.shape(frame) for frame in _frames(scan.path, index)])
     files = picture_files(scan.path)
     pictures = []
     for path in [files[place] for place in index]:
@@ -101,8 +101,8 @@ def read_pictures(scan: Scan, index: Sequence[int], shape: Shape) -> np.ndarray:
                 f"{path}: {picture.shape[0]}x{picture.shape[1]} pixels, the folder's first picture "
                 f"has {scan.height}x{scan.width}; bring them to one size or into two folders",
             )
-        pictures.append(shape(picture))
-    return np.stack(pictures)
+        pictures.append(canvas.shape(picture))
+    return canvas.gather(pictures)
 
 
 def _natural(file: Path) -> tuple[list[tuple[int, int | str]], str]:

@@ -1,7 +1,7 @@
 """The readers: frames of a scanned file, by decord, by PyAV with seek, by PyAV from the start.
 
-Each hands every picture to `shape` as it comes (uint8 `(height, width, 3)`, RGB, as displayed) and
-keeps what that returns: frames resized there never lie side by side at their native size.
+Each hands every picture to the canvas as it comes (uint8 `(height, width, 3)`, RGB, as displayed) and
+keeps what that makes of it: frames resized there never lie side by side at their native size.
 """
 
 import functools
@@ -11,7 +11,7 @@ import re
 import stat
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,17 @@ BENIGN = re.compile(
 # Containers that give each packet its pts.
 TRUE_PTS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
 
-Shape = Callable[[np.ndarray], np.ndarray]
+
+@dataclass(frozen=True)
+class Canvas:
+    """What is done to each picture, and where all of them come to lie."""
+
+    shape: Callable[[np.ndarray], np.ndarray] = lambda picture: picture
+    allocate: Callable[[tuple[int, ...]], np.ndarray] = lambda shape: np.empty(shape, np.uint8)
+
+    def gather(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Return shaped pictures as one array."""
+        return np.stack(pictures, out=self.allocate((len(pictures), *pictures[0].shape)))
 
 
 class Distrust(Exception):
@@ -57,7 +67,7 @@ def picture(frame: Any, scan: Scan) -> np.ndarray:
     return np.rot90(rgb, round(scan.rotation / 90))
 
 
-def read_decord(scan: Scan, index: Sequence[int], shape: Shape, forced: bool) -> np.ndarray:
+def read_decord(scan: Scan, index: Sequence[int], canvas: Canvas, forced: bool) -> np.ndarray:
     """Return uint8 `(frames, height, width, 3)` of the shown frames `index`, rising."""
     import decord
     from decord._ffi.base import DECORDError, DECORDLimitReachedError
@@ -78,7 +88,7 @@ def read_decord(scan: Scan, index: Sequence[int], shape: Shape, forced: bool) ->
                 raise Distrust(f"decord gives {frames.shape[1:3]}, not {scan.display_size}")
             kept += list(frames)
             if len(kept) * frames[0].nbytes > DECORD_KEPT_BYTES:
-                pictures += [shape(frame) for frame in kept]
+                pictures += map(canvas.shape, kept)
                 kept = []
     except (DECORDError, DECORDLimitReachedError, RuntimeError, IndexError) as error:
         raise Distrust(f"decord: {str(error).splitlines()[0]}") from None
@@ -86,7 +96,7 @@ def read_decord(scan: Scan, index: Sequence[int], shape: Shape, forced: bool) ->
         reader = None  # left open it goes on decoding, for nobody
     if said_before is not None and not forced and _complaint(said_before):
         raise Distrust("FFmpeg complained while decord was reading")
-    return np.stack(pictures + [shape(frame) for frame in kept])
+    return canvas.gather([*pictures, *map(canvas.shape, kept)])
 
 
 def _stderr_size() -> int | None:
@@ -112,7 +122,7 @@ def _av_errors() -> int:
     return int(logging.get_last_error()[0])
 
 
-def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> np.ndarray:
+def read_seek(scan: Scan, index: Sequence[int], canvas: Canvas) -> np.ndarray:
     """Return what `read_decord` does: from the keyframe before a frame up to its exact pts."""
     import av
 
@@ -137,12 +147,12 @@ def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> np.ndarray:
                 raise Distrust(f"FFmpeg reported an error on the way to pts {wanted}")
             if position != wanted:
                 raise Distrust(f"the seek for pts {wanted} gave pts {position}")
-            pictures.append(shape(picture(frame, scan)))
-    return np.stack(pictures)
+            pictures.append(canvas.shape(picture(frame, scan)))
+    return canvas.gather(pictures)
 
 
 def decode_all(
-    scan: Scan, keep: frozenset[int], shape: Shape
+    scan: Scan, keep: frozenset[int], canvas: Canvas
 ) -> tuple[Scan, list[int], dict[int, np.ndarray]]:
     """Decode the whole file, counting the frames as they come.
 
@@ -174,7 +184,7 @@ def decode_all(
             for frame in frames:
                 damaged |= frame.is_corrupt
                 if len(pts) in keep:
-                    pictures[len(pts)] = shape(picture(frame, scan))
+                    pictures[len(pts)] = canvas.shape(picture(frame, scan))
                 pts.append(frame.pts)
                 duration = frame.duration
         damaged |= _av_errors() != errors

@@ -10,7 +10,8 @@ pictures. Every failure is one `VideoError`. A decoder can loop for ever: `prepr
 runs all this in a process that can be killed.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from preprocess.pictures import (
     read_pictures,
     scan_pictures,
 )
-from preprocess.readers import Distrust, Shape, decode_all, decord_trouble, read_decord, read_seek
+from preprocess.readers import Canvas, Distrust, decode_all, decord_trouble, read_decord, read_seek
 from shards.schema import Sampling
 
 DECODERS = ("auto", "decord", "pyav")
@@ -134,25 +135,26 @@ def read_scanned(
     decoder: str = "auto",
     allow_truncated: bool = False,
     pixels: Pixels | None = None,
+    canvas: Canvas | None = None,
 ) -> Clip:
-    """Do what `read_clip` does after the scan."""
+    """Do what `read_clip` does after the scan; the frames lie where `canvas` allocates them."""
     assert decoder in DECODERS, decoder
     if not allow_truncated:
         _refuse_incomplete(scan)
     part = _Part(sampling, start, end)
-    shape = _resizing(scan, pixels)
+    canvas = replace(canvas or Canvas(), shape=_resizing(scan, pixels))
     for reader in _readers(scan, decoder):
         try:
             if reader == "pyav-scan":
-                scan, picked, frames = _read_from_start(scan, part, shape, allow_truncated)
+                scan, picked, frames = _read_from_start(scan, part, canvas, allow_truncated)
             else:
                 picked = _pick(scan, part)
                 if reader == "pillow":
-                    frames = read_pictures(scan, picked.index, shape)
+                    frames = read_pictures(scan, picked.index, canvas)
                 elif reader == "decord":
-                    frames = read_decord(scan, picked.index, shape, forced=decoder == "decord")
+                    frames = read_decord(scan, picked.index, canvas, forced=decoder == "decord")
                 else:
-                    frames = read_seek(scan, picked.index, shape)
+                    frames = read_seek(scan, picked.index, canvas)
         except Distrust as error:
             distrust = str(error)  # the error itself would keep the reader open
             continue
@@ -186,7 +188,7 @@ class _Picked:
     frame_count: int
 
 
-def _resizing(scan: Scan, pixels: Pixels | None) -> Shape:
+def _resizing(scan: Scan, pixels: Pixels | None) -> Callable[[np.ndarray], np.ndarray]:
     """Return what is done to each picture as it comes."""
     if pixels is None:
         return lambda picture: picture
@@ -253,18 +255,18 @@ def _pick(scan: Scan, part: _Part) -> _Picked:
 
 
 def _read_from_start(
-    scan: Scan, part: _Part, shape: Shape, allow_truncated: bool
+    scan: Scan, part: _Part, canvas: Canvas, allow_truncated: bool
 ) -> tuple[Scan, _Picked, np.ndarray]:
     """Return the scan corrected by the frames that really came, what it picks, and the frames."""
     try:
         expected = _pick(scan, part).index
     except VideoError:
         expected = []
-    came, order, pictures = decode_all(scan, frozenset(expected), shape)
+    came, order, pictures = decode_all(scan, frozenset(expected), canvas)
     if not allow_truncated:
         _refuse_incomplete(came)
     picked = _pick(came, part)
     wanted = [order[i] for i in picked.index]
     if not set(wanted) <= set(pictures):
-        _, _, pictures = decode_all(scan, frozenset(wanted), shape)
-    return came, picked, np.stack([pictures[i] for i in wanted])
+        _, _, pictures = decode_all(scan, frozenset(wanted), canvas)
+    return came, picked, canvas.gather([pictures[i] for i in wanted])

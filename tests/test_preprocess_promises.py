@@ -327,7 +327,7 @@ def test_many_frames_of_1080p_need_little_memory(child: DecodeChild) -> None:
     assert clip.frames.nbytes == 64 * 384 * 384 * 3
     status = Path(f"/proc/{child.pid}/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-    assert peak < 600, f"{peak:.0f} MiB"
+    assert peak < 800, f"{peak:.0f} MiB"
 
 
 def test_a_frame_that_a_crop_does_not_fit_is_refused(tmp_path: Path) -> None:
