@@ -148,23 +148,17 @@ class Tower:
         """Return what a bank stores of frames, and how many of its values underflowed to zero.
 
         frames: uint8 at the tower's size. Per stride: float16, or uint16 that holds bfloat16,
-        `(frames, cell_rows, cell_cols, width)`. ValueError where the type cannot hold the values.
+        `(frames, cell_rows, cell_cols, width)`. ValueError names the first frame and stride whose
+        values the type cannot hold.
         """
         patches = self.encode(frames, batch_frames)
         stored, underflowed = {}, 0
         for stride in strides:
             cells = pool(patches, stride, pool_mode)
-            largest = cells.abs().max().item()
-            if not math.isfinite(largest):
-                raise ValueError(f"stride {stride}: the tower's output holds NaN or infinity")
+            _refuse_too_large(cells, stride, math.inf if dtype == "bfloat16" else LARGEST_FLOAT16)
             if dtype == "bfloat16":
                 stored[stride] = cells.bfloat16().view(torch.uint16).cpu().numpy()
                 continue
-            if largest > LARGEST_FLOAT16:
-                raise ValueError(
-                    f"stride {stride}: |feature| up to {largest:.0f} does not fit float16; "
-                    "use --dtype bfloat16"
-                )
             half = cells.half()
             underflowed += int(((half == 0) & (cells != 0)).sum())
             stored[stride] = half.cpu().numpy()
@@ -189,6 +183,19 @@ class Tower:
         prefix = PREFIX_TOKENS.get(self.model_type, 0)
         prefix += getattr(self.model.config, "num_register_tokens", 0)
         return hidden[:, prefix:].unflatten(1, self.patch_grid).float()  # frames, rows, cols, width
+
+
+def _refuse_too_large(cells: Tensor, stride: int, most: float) -> None:
+    for frame, largest in enumerate(cells.abs().amax(dim=(1, 2, 3)).tolist()):
+        where = f"frame {frame}, stride {stride}"
+        if not math.isfinite(largest):
+            raise ValueError(
+                f"{where}: the tower's output holds NaN or infinity; try --tower-dtype float32"
+            )
+        if largest > most:
+            raise ValueError(
+                f"{where}: |feature| up to {largest:.0f} does not fit float16; use --dtype bfloat16"
+            )
 
 
 def _not_loaded(name: str, error: Exception) -> ValueError:

@@ -8,6 +8,7 @@ The plan keeps where each member's bytes lie in the (uncompressed) tar. A .tar i
 (see `plan.cut_units`): asked in that order, one pass over the archive serves all of a run.
 """
 
+import errno
 import gzip
 import os
 import tarfile
@@ -25,6 +26,8 @@ from preprocess.packets import VideoError
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of the disk that is written to, which are no archive's and no clip's fault."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def archive_members(path: Path, suffixes: frozenset[str]) -> list[Member]:
     members: list[Member] = []
     problems: list[str] = []
     try:
-        with _opened(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_tar(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 name = PurePosixPath(info.name)
                 if name.suffix.lower() not in suffixes or info.isdir():
@@ -105,6 +108,8 @@ class Unpacker:
             try:
                 self._copy(archive, offset, nbytes, copy)
             except BROKEN as error:
+                if isinstance(error, OSError) and error.errno in DISK_FULL:
+                    raise
                 self._close()
                 raise VideoError(
                     "cannot-unpack", f"{archive}: {error}; fetch the archive again"
@@ -114,7 +119,7 @@ class Unpacker:
     def _copy(self, archive: Path, offset: int, nbytes: int, copy: IO[bytes]) -> None:
         if archive != self._archive or self._file is None:
             self._close()
-            self._archive, self._file = archive, _opened(archive)
+            self._archive, self._file = archive, open_tar(archive)
         # A .gz goes on from where it is, or for an earlier member again from the start.
         self._file.seek(offset - tarfile.BLOCKSIZE)
         header = tarfile.TarInfo.frombuf(
@@ -137,7 +142,7 @@ class Unpacker:
         self._archive = self._file = None
 
 
-def _opened(path: Path) -> IO[bytes]:
+def open_tar(path: Path) -> IO[bytes]:
     """Open the uncompressed tar."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"

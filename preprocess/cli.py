@@ -3,43 +3,40 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.schema import DTYPES, POOL_MODES, Sampling, check_strides
+from preprocess.cli_check import gc, repair, status, verify
+from preprocess.cli_export import export, index
+from preprocess.flags import HOW, PLANNED, given, make_sampling, size
 
 if TYPE_CHECKING:
-    from preprocess.unit import Summary
+    from preprocess.plan import ClipSource
+    from preprocess.unit import EncodeOptions, Summary
 
-
-ALLOW_TRUNCATED = "Bank what comes of truncated or damaged videos; their flags say so."
-
-
-class Strides(click.ParamType):
-    """`4,8` -> (4, 8)."""
-
-    name = "stride,stride"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            strides = tuple(int(word) for word in value.split(","))
-            check_strides(strides)
-        except ValueError:
-            self.fail(
-                f"strictly increasing positive integers such as 4,8 are needed, got {value!r}",
-                param,
-                ctx,
-            )
-        return strides
+ORDER = (
+    "toyworld",
+    "plan",
+    "encode",
+    "retry",
+    "status",
+    "show",
+    "verify",
+    "repair",
+    "diff",
+    "index",
+    "export",
+    "gc",
+)
 
 
 class Commands(click.Group):
     """A group whose usage errors are one line, as all our errors are."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self.commands, key=ORDER.index)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with one_line_errors():
@@ -77,73 +74,40 @@ def main() -> None:
 
     \b
     preprocess toyworld demo/toy             draw a small world of videos to try everything on
+    preprocess plan VIDEOS --out BANK ...    say what encoding will cost, and encode nothing
     preprocess encode VIDEOS --out BANK ...  run a frozen vision tower over videos, once
     preprocess retry BANK                    encode what failed again, and nothing else
+    preprocess verify BANK                   find what is damaged; `repair` encodes only that
     """
 
 
 @main.command()
-@click.argument("inputs", nargs=-1, required=True, type=click.Path())
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bank's folder.")
-@click.option(
-    "--tower", required=True, help="Hub name or folder of a SigLIP, CLIP or DINOv2 tower."
-)
-@click.option(
-    "--stride",
-    "strides",
-    type=Strides(),
-    default="4,8",
-    show_default=True,
-    help="Patches per cell side, each banked for every frame: finest slow, coarsest fast.",
-)
-@click.option("--frames", type=click.IntRange(min=1), help="Frames of each clip, uniformly.")
-@click.option("--fps", help="Frames per second of each clip, such as 1 or 0.5.  [default: 1]")
-@click.option(
-    "--max-frames",
-    type=click.IntRange(min=1),
-    help="With --fps: sample longer clips uniformly with this many.  [default: 64]",
-)
-@click.option(
-    "--video-root",
-    "video_roots",
-    multiple=True,
-    type=click.Path(),
-    help="Folder that annotation files' videos lie under. Repeatable.",
-)
-@click.option("--layer", default=-2, show_default=True, help="Hidden layer of the tower.")
-@click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), default="float16", show_default=True,
-              help="Of the stored features.")  # fmt: skip
-@click.option(
-    "--tower-dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the tower's arithmetic; auto is bfloat16 on CUDA, float32 elsewhere.",
-)
-@click.option("--batch-frames", type=click.IntRange(min=1), default=16, show_default=True,
-              help="Frames that pass through the tower together.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
-@click.option("--decoder", type=click.Choice(["auto", "decord", "pyav"]), default="auto",
-              show_default=True, help="auto lets a scan of each file's packets choose.")  # fmt: skip
-@click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED)
-@click.option("--folder-fps", "picture_fps", default="2", show_default=True,
-              help="Pictures per second of folders of frames.")  # fmt: skip
-@click.option("--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
-              help="MB of a shard, at most.")  # fmt: skip
-def encode(
-    inputs: tuple[str, ...],
-    out: Path,
-    tower: str,
-    strides: tuple[int, ...],
-    frames: int | None,
-    fps: str | None,
-    max_frames: int | None,
-    device: str,
-    tower_dtype: str,
-    shard_size: int,
-    **rest: Any,
-) -> None:
+@PLANNED
+@click.option("--no-estimate", is_flag=True, help="Do not encode a few clips to estimate hours.")
+def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) -> None:
+    """Write the plan that encode would execute, and say what it will cost.
+
+    INPUTS and flags are those of encode. Inputs are opened, none is decoded but a few to estimate
+    the hours. Exit code 2: wrong usage.
+
+    \b
+    preprocess plan videos/ --out bank --tower google/siglip-so400m-patch14-384
+    """
+    clips, options, rest = prepared(inputs, out, **flags)
+
+    from preprocess.encode import plan_clips
+    from preprocess.forecast import forecast
+
+    tower, changes = plan_clips(clips, out, options, **rest)
+    for line in forecast(out, changes, tower, options, hours=not no_estimate):
+        click.echo(line)
+
+
+@main.command()
+@PLANNED
+@click.option("--procs", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Processes, each with its tower and decoder, over all GPUs.")  # fmt: skip
+def encode(inputs: tuple[str, ...], out: Path, procs: int, **flags: Any) -> None:
     """Bank the features of INPUTS.
 
     An input is a video, a folder, an annotation file (.json, .jsonl) or an archive (.tar, .tar.gz,
@@ -152,56 +116,100 @@ def encode(
     may be a video, a folder of pictures, an animation or a still picture. An archive gives its
     videos, read one at a time and not unpacked; name archives themselves, not their folder.
 
-    Rerunning skips what is done. A clip that cannot be read is named in BANK/quarantine.jsonl;
-    `preprocess retry BANK` tries it again. Exit code 0: all done; 1: some clips failed and are
-    listed; 2: wrong usage.
+    Rerunning skips what is done, encodes what is new, and encodes again videos that have changed.
+    A clip that cannot be read is named in BANK/quarantine.jsonl; `preprocess retry BANK` tries it
+    again. Exit code 0: all done; 1: some clips failed and are listed; 2: wrong usage, or the
+    machine failed: what is committed stays, run the same command again.
 
     \b
     preprocess encode videos/ --stride 4,8 --out bank --tower google/siglip-so400m-patch14-384
     preprocess encode train.json --video-root videos/ --frames 16 --out bank --tower ./tower
     preprocess encode 0_30_s_academic_v0_1_videos_*.tar.gz --out bank --tower ./tower
     """
-    from preprocess.plan import find_clips
+    clips, options, rest = prepared(inputs, out, **flags)
+
+    from preprocess.encode import encode_clips
+    from preprocess.forecast import gone
+
+    summary, changes = encode_clips(clips, out, options, procs=procs, **rest)
+    for line in gone(changes):
+        click.echo(line.strip())
+    report(out, summary)
+
+
+def prepared(
+    inputs: tuple[str, ...],
+    out: Path,
+    *,
+    frames: int | None,
+    fps: str | None,
+    max_frames: int | None,
+    device: str,
+    tower_dtype: str,
+    shard_size: int,
+    batch_frames: int | None,
+    tower_threads: int | None,
+    verify_inputs: str,
+    prune: bool,
+    **rest: Any,
+) -> tuple[list["ClipSource"], "EncodeOptions", dict[str, Any]]:
+    """Return the clips, how to encode them, and how to plan: what flags of plan and encode mean."""
+    from preprocess.plan import How, find_clips, read_plan
 
     sampling = make_sampling(frames, fps, max_frames)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
     rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps
     clips = find_clips(inputs, rest["video_roots"], rest["picture_fps"])
+    known = read_plan(out)
+    how = known.how if known else How()
 
-    let_idle_threads_sleep()
-    import torch
-    from transformers.utils import logging
+    device = start_torch(device)
+    from preprocess.unit import EncodeOptions
 
-    from preprocess.encode import EncodeOptions, encode_clips
-
-    logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if tower_dtype == "auto":
         tower_dtype = "bfloat16" if device.startswith("cuda") else "float32"
     options = EncodeOptions(
-        tower=tower,
-        strides=strides,
         sampling=sampling,
         device=device,
         tower_dtype=tower_dtype,
+        batch_frames=batch_frames or how.batch_frames,
+        tower_threads=tower_threads or how.tower_threads,
         shard_bytes=shard_size * 1024**2,
         **rest,
     )
-    report(out, encode_clips(clips, out, options))
+    return clips, options, {"full": verify_inputs == "full", "prune": prune}
+
+
+def start_torch(device: str) -> str:
+    """Import torch, quietly and with idle threads asleep; return the device that is meant.
+
+    Spinning threads take the cores that the decoder needs: on two cores with one more busy process
+    encoding took eight times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 @main.command()
 @click.argument("bank", type=click.Path(path_type=Path))
 @click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
-@click.option("--batch-frames", type=click.IntRange(min=1), default=16, show_default=True,
-              help="Frames that pass through the tower together, as when encoding.")  # fmt: skip
-@click.option("--decoder", type=click.Choice(["auto", "decord", "pyav"]), default="auto",
-              show_default=True, help="auto lets a scan of each file's packets choose.")  # fmt: skip
-@click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED)
-def retry(bank: Path, device: str, **how: Any) -> None:
+@click.option("--video-root", "roots", multiple=True, type=click.Path(),
+              help="Where videos may lie that have moved. Repeatable.")  # fmt: skip
+@HOW
+def retry(
+    bank: Path,
+    tower: str | None,
+    roots: tuple[str, ...],
+    device: str,
+    **how: Any,
+) -> None:
     """Encode again the clips in BANK/quarantine.jsonl, and nothing else.
 
     Mend or replace the videos where they lie, then run this. Tower, frames and strides are those
@@ -218,17 +226,29 @@ def retry(bank: Path, device: str, **how: Any) -> None:
         raise ValueError(
             f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`"
         )
-
-    let_idle_threads_sleep()
-    import torch
-    from transformers.utils import logging
-
+    device = start_torch(device)
     from preprocess.retry import retry as encode_again
 
-    logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    report(bank, encode_again(bank, device=device, **how))
+    report(bank, encode_again(bank, tower, roots, device=device, **given(how)))
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+def diff(a: Path, b: Path) -> None:
+    """Say in which features A and B differ, field by field.
+
+    Each is a bank, a folder with a plan, or a json file of either. Exit code 0: the same features,
+    and one may be extended as the other was made; 1: they differ.
+    """
+    from preprocess.diff import diff as differing
+
+    lines = differing(a, b)
+    for line in lines:
+        click.echo(line)
+    if lines:
+        raise SystemExit(1)
+    click.echo("same features")
 
 
 @main.command()
@@ -257,29 +277,6 @@ def report(bank: Path, summary: "Summary") -> None:
         raise SystemExit(1)
 
 
-def let_idle_threads_sleep() -> None:
-    """Tell OpenMP, before torch is imported, not to spin while it waits.
-
-    Spinning threads take the cores that the decoder needs: on two cores with one more busy process
-    encoding took eight times as long.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -> Sampling:
-    """Return the sampling that the flags mean."""
-    if frames is not None and (fps is not None or max_frames is not None):
-        raise ValueError("--frames N stands alone; leave out --fps and --max-frames")
-    if frames is not None:
-        return Sampling(num_frames=frames)
-    sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64)
-    return Sampling(fps=str(Fraction(sampling.fps or "1")), max_frames=sampling.max_frames)
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
 @main.command()
 @click.argument("bank", type=click.Path(path_type=Path))
 @click.argument("key", required=False)
@@ -303,3 +300,7 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
     out = out or Path(f"{name}.png")
     image.save(out)
     click.echo(out)
+
+
+for command in (status, verify, repair, index, export, gc):
+    main.add_command(command)

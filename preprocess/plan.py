@@ -4,13 +4,16 @@ A unit is the work that makes one shard. Units are cut from the clips in order o
 predicted bytes, and only ever appended: clips added later make new units, old shards never move.
 Clips in archives come after the others and in the order of their archive, which is as fixed as
 that of keys and lets a .tar.gz be read from its start once.
+
+A clip whose source has changed, or that failed and is tried again, is in a second unit. The last
+unit that holds a clip is the one that counts: what earlier ones banked of it is served no more.
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from preprocess.archive import archive_members, is_archive
@@ -58,6 +61,16 @@ class ClipSource:
     offset: int | None = None
     """Of a member of an archive: where its bytes lie in the uncompressed tar."""
     nbytes: int | None = None
+    size: int | None = None
+    """Bytes of the source when it was planned: the file, a folder's pictures, or a member."""
+    mtime_ns: int | None = None
+    """Of the file, of a folder's newest picture, or of the archive."""
+    digest: str | None = None
+    """As in the sample's json; None for a source that could not be read."""
+    full_digest: str | None = None
+    """blake2b of all its bytes, where that was asked for."""
+    frames: int | None = None
+    """How many are predicted to be banked: none of a source that cannot be opened."""
 
     @property
     def where(self) -> str:
@@ -65,11 +78,27 @@ class ClipSource:
         return self.path if self.offset is None else f"{self.path}: {self.relative}"
 
     @property
+    def archive(self) -> str:
+        """The name of the archive, of a member of one."""
+        return Path(self.path).name
+
+    @property
     def place(self) -> tuple[str, str, int, str]:
         """What units are sorted by."""
         if self.offset is None:
             return "", "", 0, self.key
-        return Path(self.path).name, self.path, self.offset, self.key
+        return self.archive, self.path, self.offset, self.key
+
+
+@dataclass(frozen=True)
+class How:
+    """How the tower is run. The bytes hang on it a little, so that reruns do as the first run did."""
+
+    batch_frames: int = 16
+    """Frames that pass through the tower together."""
+    tower_threads: int = 4
+    tower: str = ""
+    """Where it lay."""
 
 
 @dataclass(frozen=True)
@@ -78,25 +107,72 @@ class Plan:
 
     features: FeatureConfig
     units: list[list[ClipSource]]
+    how: How = How()
+    calibration: Mapping[str, list[float]] | None = None
+    """int8: per stride, as text, the scale of each channel; None until it is measured."""
+    quality: Mapping[str, Mapping[str, float]] | None = None
+    """Per stride, as text, what the codec loses; None until it is measured."""
+    pruned: frozenset[str] = field(default=frozenset())
+    """Keys of clips that are not to be served any more."""
 
     @property
     def clips(self) -> list[ClipSource]:
-        return [clip for unit in self.units for clip in unit]
+        """Each clip once, as the last unit that holds it has it."""
+        return list({clip.key: clip for unit in self.units for clip in unit}.values())
 
-    def extended(self, clips: Sequence[ClipSource], shard_bytes: int, clip_bytes: int) -> "Plan":
-        """Return the plan with units for the clips that it does not hold yet."""
-        known = {clip.key for clip in self.clips}
-        new = [clip for clip in clips if clip.key not in known]
-        return Plan(self.features, [*self.units, *cut_units(new, shard_bytes, clip_bytes)])
+    @property
+    def counts(self) -> dict[str, int]:
+        """By key, the unit that counts for it: the last one that holds it."""
+        return {clip.key: number for number, unit in enumerate(self.units) for clip in unit}
+
+    def served(self) -> dict[str, int]:
+        """By key, the unit whose shard serves it, if it banked it; pruned clips are left out."""
+        return {key: unit for key, unit in self.counts.items() if key not in self.pruned}
+
+    def work(self) -> list[list[ClipSource]]:
+        """Return, of each unit, the clips that it is to bank."""
+        served = self.served()
+        return [
+            [clip for clip in unit if served.get(clip.key) == number]
+            for number, unit in enumerate(self.units)
+        ]
+
+    def extended(
+        self, clips: Sequence[ClipSource], shard_bytes: int, clip_bytes: Callable[[ClipSource], int]
+    ) -> "Plan":
+        """Return the plan with these clips in units of their own at its end."""
+        return replace(self, units=[*self.units, *cut_units(clips, shard_bytes, clip_bytes)])
 
 
 def cut_units(
-    clips: Sequence[ClipSource], shard_bytes: int, clip_bytes: int
+    clips: Sequence[ClipSource], shard_bytes: int, clip_bytes: Callable[[ClipSource], int]
 ) -> list[list[ClipSource]]:
-    """Return units of clips in order of place, each of at most `shard_bytes` (one clip at least)."""
-    ordered = sorted(clips, key=lambda clip: clip.place)
-    size = max(1, shard_bytes // max(1, clip_bytes))
-    return [ordered[k : k + size] for k in range(0, len(ordered), size)]
+    """Return units of clips in order of place, each of at most `shard_bytes` (one clip at least).
+
+    clip_bytes: what the features of a clip are predicted to take.
+    """
+    units: list[list[ClipSource]] = []
+    room = 0
+    for clip in sorted(clips, key=lambda clip: clip.place):
+        nbytes = clip_bytes(clip)
+        if not units or nbytes > room:
+            units.append([])
+            room = shard_bytes
+        units[-1].append(clip)
+        room -= nbytes
+    return units
+
+
+def clips_under(clips: Sequence[ClipSource], roots: Sequence[str]) -> list[ClipSource]:
+    """Return the clips; those whose path is gone with that of the same name under a root."""
+    return [clip if Path(clip.path).exists() else _under(clip, roots) for clip in clips]
+
+
+def _under(clip: ClipSource, roots: Sequence[str]) -> ClipSource:
+    name = clip.relative if clip.offset is None else clip.archive
+    paths = [Path(root) / name for root in roots]
+    found = next((path for path in paths if path.exists()), None)
+    return replace(clip, path=str(found.absolute())) if found else clip
 
 
 def find_clips(
@@ -249,13 +325,24 @@ def read_plan(bank: Path) -> Plan | None:
     if data["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{path}: written by a newer framebank; update it")
     units = [[ClipSource(**clip) for clip in unit] for unit in data["units"]]
-    return Plan(FeatureConfig.from_json(data["features"]), units)
+    return Plan(
+        FeatureConfig.from_json(data["features"]),
+        units,
+        How(**data["how"]),
+        data["calibration"],
+        data["quality"],
+        frozenset(data["pruned"]),
+    )
 
 
 def write_plan(bank: Path, plan: Plan) -> None:
     data = {
         "format_version": FORMAT_VERSION,
         "features": plan.features.to_json(),
+        "calibration": plan.calibration,
+        "quality": plan.quality,
+        "how": asdict(plan.how),
+        "pruned": sorted(plan.pruned),
         "units": [[_clip_json(clip) for clip in unit] for unit in plan.units],
     }
     write_atomic(bank / "plan.json", signed_json(data))

@@ -1,12 +1,14 @@
 """`quarantine.jsonl`: the clips of a bank that could not be encoded, one json object a line.
 
-A line: `id key path stage reason message attempts seconds`. Lines are appended as clips fail; the
-file is rewritten, whole or not at all, when clips leave it.
+A line: `id key path stage reason message attempts seconds`. Lines are appended as clips fail, by
+several processes; the file is rewritten, whole or not at all, when clips leave it.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shards.reader import read_quarantine
@@ -26,23 +28,38 @@ def read_entries(bank: Path) -> dict[str, Json]:
 def append_entry(bank: Path, entry: Json) -> None:
     """Add a line and see it on the disk."""
     path = quarantine_path(bank)
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        settle(bank, [])
-    with open(path, "ab") as file:
-        file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with _alone(bank):
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            _rewrite(bank, set())
+        with open(path, "ab") as file:
+            file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def settle(bank: Path, banked: Sequence[str]) -> None:
+def settle(bank: Path, banked: Collection[str]) -> None:
     """Keep the last entry of each clip, and none of the clips whose keys are banked."""
+    if quarantine_path(bank).exists():
+        with _alone(bank):
+            _rewrite(bank, set(banked))
+
+
+def _rewrite(bank: Path, gone: set[str]) -> None:
     path = quarantine_path(bank)
-    if not path.exists():
-        return
-    keys = set(banked)
-    kept = [entry for entry in read_entries(bank).values() if entry.get("key") not in keys]
+    kept = [entry for entry in read_entries(bank).values() if entry.get("key") not in gone]
     data = b"".join(json.dumps(entry, sort_keys=True).encode() + b"\n" for entry in kept)
     if not kept:
         path.unlink()
     elif data != path.read_bytes():
         write_atomic(path, data)
+
+
+@contextmanager
+def _alone(bank: Path) -> Iterator[None]:
+    """Wait until no other process changes the file; the folder is locked, for the file is replaced."""
+    folder = os.open(bank, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

@@ -13,63 +13,76 @@ from typing import Any
 
 from preprocess.archive import archive_members
 from preprocess.encode import (
+    calibrated,
     feature_config,
     finish,
     load_tower,
+    plan_codec,
     predicted_bytes,
     refuse_missing_shards,
 )
+from preprocess.lock import BankLock
 from preprocess.plan import (
     CLIP_SUFFIXES,
     ClipSource,
     Plan,
+    clips_under,
     cut_units,
     read_plan,
     refuse_other_features,
     write_plan,
 )
+from preprocess.probe import probe
 from preprocess.quarantine import read_entries
 from preprocess.unit import EncodeOptions, Encoder, Summary, committed
-from shards.reader import read_manifest
 
 
-def retry(bank: Path, tower: str | None = None, **how: Any) -> Summary:
+def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how: Any) -> Summary:
     """Encode the failed clips again; `how` are the `EncodeOptions` that are no part of the plan.
 
-    tower: where it lies now, if not where the bank's manifest says; another tower is refused.
+    tower: where it lies now, if not where it lay at first; another tower is refused. roots: where
+    videos may lie now whose paths are gone.
     """
-    plan, failed = read_plan(bank), read_entries(bank)
-    if plan is None:
+    if not (bank / "plan.json").exists():
         raise ValueError(
             f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`"
         )
+    with BankLock(bank, "preprocess retry"):
+        return _retry(bank, tower, roots, how)
+
+
+def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, Any]) -> Summary:
+    plan, failed = read_plan(bank), read_entries(bank)
+    assert plan
     plan = without_cut_off_retry(bank, plan, set(failed))
     refuse_missing_shards(bank, plan)
     if not all(committed(bank, unit) for unit in range(len(plan.units))):
         raise ValueError(f"{bank}: its run is not over; finish `preprocess encode` before a retry")
-    tower_name = tower or str(read_manifest(bank)["provenance"]["tower"])
-    planned = {clip.id: clip for clip in plan.clips}
-    sources = relocated([planned[id_] for id_ in failed if id_ in planned])
+    sources = [clip for clip in plan.clips if clip.id in failed and clip.key not in plan.pruned]
     if not sources:
         return Summary()
     features = plan.features
+    how = {"batch_frames": plan.how.batch_frames, "tower_threads": plan.how.tower_threads} | how
     options = EncodeOptions(
-        tower=tower_name,
+        tower=tower or plan.how.tower,
         strides=features.strides,
         sampling=features.sampling,
         layer=features.layer,
         pool=features.pool,
         dtype=features.dtype,
+        codec=features.codec,
         tower_dtype=features.tower_dtype,
         **how,
     )
     loaded = load_tower(options)
     refuse_other_features(bank, feature_config(loaded, options), features)
-    with Encoder(bank, features, loaded, options) as encoder:
+    sources = probe(relocated(clips_under(sources, roots)), {}, features.sampling)
+    plan = calibrated(bank, plan, loaded, options)
+    with Encoder(bank, features, loaded, options, plan_codec(plan)) as encoder:
         encoder.attempts = {id_: int(entry.get("attempts", 1)) for id_, entry in failed.items()}
         encoder.bar.total = len(sources)
         for clips in cut_units(sources, options.shard_bytes, predicted_bytes(loaded, options)):
-            longer = Plan(features, [*plan.units, clips])
+            longer = replace(plan, units=[*plan.units, clips])
             write_plan(bank, longer)
             if encoder.encode_unit(len(plan.units), clips, keep_empty=False):
                 plan = longer
@@ -83,7 +96,7 @@ def without_cut_off_retry(bank: Path, plan: Plan, failed: set[str]) -> Plan:
     units = list(plan.units)
     while units and not committed(bank, len(units) - 1) and {c.id for c in units[-1]} <= failed:
         units.pop()
-    return Plan(plan.features, units)
+    return replace(plan, units=units)
 
 
 def relocated(sources: Sequence[ClipSource]) -> list[ClipSource]:

@@ -4,6 +4,7 @@
         outcome = reader.read(source, sampling, pixels)
 
 It never raises for a clip: an `Outcome` holds the clip, or the error that goes into the quarantine.
+It raises OSError where the disk that videos are unpacked to is full.
 """
 
 import time
@@ -11,9 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from model.pixels import Pixels
-from preprocess.archive import Unpacker
+from preprocess.archive import DISK_FULL, Unpacker
 from preprocess.decode_child import DecodeChild
 from preprocess.packets import VideoError
 from preprocess.pictures import PICTURE_FPS, picture_files
@@ -78,6 +80,8 @@ class SourceReader:
             except VideoError as failure:
                 error = failure
             except OSError as failure:
+                if failure.errno in DISK_FULL:
+                    raise
                 error = VideoError("cannot-open", f"{source.path}: {failure}; check the disk")
         return Outcome(
             clip=clip,
@@ -130,8 +134,12 @@ def identity(path: Path) -> tuple[int, str]:
         parts = [(file.name, *identity(file)) for file in picture_files(path)]
         return sum(size for _, size, _ in parts), digest(repr(parts).encode())
     with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        head = file.read(HEAD_TAIL)
-        file.seek(max(0, size - HEAD_TAIL))
-        return size, digest(str(size).encode() + head + file.read(HEAD_TAIL))
+        return identity_of(file, 0, file.seek(0, 2))
+
+
+def identity_of(file: IO[bytes], offset: int, size: int) -> tuple[int, str]:
+    """Return the identity of `size` bytes of an open file."""
+    file.seek(offset)
+    head = file.read(min(size, HEAD_TAIL))
+    file.seek(offset + max(0, size - HEAD_TAIL))
+    return size, digest(str(size).encode() + head + file.read(min(size, HEAD_TAIL)))

@@ -1,22 +1,34 @@
 """Read a bank: (clip, stride, frames) -> array, by positional reads of just those bytes.
 
-bank = Bank.open("banks/toy")
+bank = Bank.open("banks/toy")             # or s3://..., memory://..., whatever fsspec knows
 row = bank.row("train/clip-00000.mp4")
 features = bank.read(row, stride=4, frames=[0, 2])   # float16 (2, rows, cols, dim)
+for features in bank.read_many([(row, 4, None), (row, 8, [0])]): ...   # threads read ahead
 """
 
-import json
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
+import google_crc32c
 import numpy as np
 
-from shards.catalogue import Columns, read_columns, split_text
-from shards.schema import FORMAT_VERSION, FeatureConfig, Json, differences
-from shards.writer import read_signed_json
+from shards.catalogue import Columns, TextColumn, id_hash
+from shards.codec import Codec
+from shards.files import Files, LocalFiles, open_files
+from shards.opening import load, load_partial, read_manifest, read_quarantine, refuse_missing_shards
+from shards.schema import FeatureConfig, Json, differences
+
+__all__ = ["Bank", "BankedClip", "Banks", "ClipInfo", "DamagedSample", "joint", "read_manifest",
+           "read_quarantine"]  # fmt: skip
+
+Check = Literal["always", "first", "never"]
+Request = tuple[int, int, Sequence[int] | None]
+"""Row, stride, frames (None for all)."""
 
 
 @dataclass(frozen=True)
@@ -41,47 +53,99 @@ class ClipInfo:
         return self.end - self.start
 
 
-@dataclass
-class Bank:
-    """An opened bank. Safe to fork and to pickle: files are opened on first use in each process."""
+class DamagedSample(ValueError):
+    """Bytes of a sample that are not those which were banked."""
 
-    path: Path
-    manifest: Json
-    config: FeatureConfig
-    columns: Columns
-    ids: list[str]
-    _rows: dict[str, int] = field(repr=False)
-    _files: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the values of one npy lie in a shard, frame after frame."""
+
+    row: int
+    stride: int
+    begin: int
+    edges: list[int]
+    """From `begin`: where each frame begins, and the end."""
+    crc32c: int
+
+
+class Bank:
+    """An opened bank. Safe to fork, to pickle and to share among threads."""
+
+    def __init__(
+        self, files: Files, manifest: Json, columns: Columns, check: Check, damaged: str
+    ) -> None:
+        """Use `Bank.open`."""
+        self.files, self.manifest, self.columns = files, manifest, columns
+        self.check, self.damaged = check, damaged
+        self.config = FeatureConfig.from_json(manifest["features"])
+        self.ids = TextColumn(columns, "id")
+        """Of each row, decoded as it is asked for."""
+        self.skipped: list[tuple[str, str]] = []
+        """(id, reason) of each damaged clip that was passed over."""
+        scales = {
+            int(stride): np.asarray(scale, np.float32)
+            for stride, scale in (manifest.get("calibration") or {}).items()
+        }
+        self._codec = Codec(self.config.codec, self.config.dtype, scales)
+        self._sorted_hashes = columns["key_hash"][columns["key_order"]]
+        self._checked = self._none_checked()
 
     @classmethod
-    def open(cls, path: str | Path) -> "Bank":
-        """Open a finished bank; raises ValueError naming what is missing or newer."""
-        path = Path(path)
-        manifest = read_manifest(path)
-        try:
-            columns = read_columns(path / "index.zarr")
-            ids = split_text(columns, "id")
-        except (OSError, KeyError):
-            raise ValueError(
-                f"{path}: its catalogue index.zarr is not whole: the bank was copied in part; copy "
-                "it again"
-            ) from None
-        if len(ids) != manifest["clips"]:
-            raise ValueError(
-                f"{path}: the catalogue lists {len(ids)} clips, bank.json {manifest['clips']}: "
-                "the bank was copied in part; copy it again"
-            )
-        config = FeatureConfig.from_json(manifest["features"])
-        return cls(path, manifest, config, columns, ids, {id_: row for row, id_ in enumerate(ids)})
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        check: Check = "first",
+        damaged: Literal["raise", "skip"] = "raise",
+        allow_partial: bool = False,
+    ) -> "Bank":
+        """Open a finished bank; raises ValueError naming what is missing, damaged or newer.
+
+        check: whether the checksum of a clip's stream is compared when it is read: always, when
+        this process first reads of it, never. damaged: what `try_read` and `read_many` do with a
+        clip that is: raise DamagedSample, or give None and note it in `skipped`. allow_partial:
+        of a bank whose run is not over, open the shards that are finished.
+        """
+        files = open_files(path)
+        manifest, columns = (load_partial if allow_partial else load)(files)
+        refuse_missing_shards(files, manifest["shards"])
+        return cls(files, manifest, columns, check, damaged)
+
+    @property
+    def path(self) -> Path:
+        """The bank's folder; of a bank at a URL there is none."""
+        assert isinstance(self.files, LocalFiles), f"{self.where} is no folder"
+        return self.files.folder
+
+    @property
+    def where(self) -> str:
+        """The bank's folder or URL, for messages."""
+        return self.files.where
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __contains__(self, id_: str) -> bool:
-        return id_ in self._rows
+        return self.find(id_) is not None
 
     def row(self, id_: str) -> int:
-        return self._rows[id_]
+        """Return a clip's row; KeyError for one that is not here."""
+        found = self.find(id_)
+        if found is None:
+            raise KeyError(id_)
+        return found
+
+    def find(self, id_: str) -> int | None:
+        """Return a clip's row, None for one that is not here."""
+        key = np.uint64(id_hash(id_))
+        place = int(np.searchsorted(self._sorted_hashes, key))
+        while place < len(self) and self._sorted_hashes[place] == key:
+            row = int(self.columns["key_order"][place])
+            if self.ids[row] == id_:
+                return row
+            place += 1
+        return None
 
     def clip(self, row: int) -> ClipInfo:
         columns = self.columns
@@ -105,53 +169,149 @@ class Bank:
         frames, rows, cols, dim = self.columns[f"stride{stride}_shape"][4 * row : 4 * row + 4]
         return int(frames), int(rows), int(cols), int(dim)
 
-    def read(self, row: int, stride: int, frames: Sequence[int] | None = None) -> np.ndarray:
-        """Return the features of some frames (default all), read without touching the others.
+    def read(
+        self,
+        row: int,
+        stride: int,
+        frames: Sequence[int] | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return the features of some frames (default all), in any order and with repeats.
 
-        Returns float16 (uint16 for a bfloat16 bank) `(frames, cell_rows, cell_cols, dim)`.
+        Returns float16 (uint16 for a bfloat16 bank) `(frames, cell_rows, cell_cols, dim)`: `out`
+        where it is given, contiguous and of that shape and type, such as pinned memory that is used
+        again and again. Once a stream is checked, no bytes of other frames are touched. Raises
+        DamagedSample.
         """
-        total, *cell_shape = self.shape(row, stride)
+        total, *cells = self.shape(row, stride)
         wanted = range(total) if frames is None else frames
-        begin = int(self.columns[f"stride{stride}_offset"][row])
-        dtype = np.dtype(np.float16 if self.config.dtype == "float16" else np.uint16)
-        nbytes = int(np.prod(cell_shape)) * dtype.itemsize
-        file = self._file(int(self.columns["shard"][row]))
-        out = np.empty((len(wanted), *cell_shape), dtype)
-        view = out.reshape(-1).view(np.uint8).data
-        for first, last in runs(wanted):
-            assert 0 <= wanted[first] <= wanted[last] < total, (wanted, total)
-            target = view[first * nbytes : (last + 1) * nbytes]
-            got = os.preadv(file, [target], begin + wanted[first] * nbytes)
-            if got != len(target):
-                shard = self.manifest["shards"][int(self.columns["shard"][row])]["name"]
-                raise ValueError(f"{self.path}/shards/{shard}: ends early; copy the bank again")
+        assert all(0 <= frame < total for frame in wanted), (wanted, total)
+        codec, name = self._codec, f"stride{stride}"
+        if out is None:
+            out = np.empty((len(wanted), *cells), codec.stored_dtype)
+        assert out.shape == (len(wanted), *cells), (out.shape, len(wanted), cells)
+        assert out.dtype == codec.stored_dtype
+        assert out.flags.c_contiguous
+        scale = frame_nbytes = None
+        if codec.name == "blosc":
+            begin, end = self.columns[f"{name}_frame_nbytes_offsets"][row : row + 2].tolist()
+            sizes = self.columns[f"{name}_frame_nbytes"][begin:end].tolist()
+            frame_nbytes = [sizes[frame] for frame in wanted]
+            data = np.empty(sum(frame_nbytes), np.uint8)
+            edges = [0, *np.cumsum(sizes).tolist()]
+        else:
+            data = out if codec.name == "none" else np.empty(out.shape, np.int8)
+            edges = _even(total, int(np.prod(cells)) * data.itemsize)
+        self._fill(data, self._place(row, stride, name, edges), wanted)
+        if codec.name == "int8":
+            scale = np.empty(out.shape[:-1], np.float32)
+            edges = _even(total, int(np.prod(cells[:-1])) * scale.itemsize)
+            self._fill(scale, self._place(row, stride, f"{name}_scale", edges), wanted)
+        self._checked[stride][row] = True
+        if codec.name != "none":
+            try:
+                np.copyto(out, codec.decode(stride, data, cells, frame_nbytes, scale))
+            except ValueError as error:
+                raise self._damaged(row, stride, str(error)) from None
         return out
 
-    def _file(self, shard: int) -> int:
-        place = (os.getpid(), shard)
-        if place not in self._files:
-            name = self.manifest["shards"][shard]["name"]
-            self._files[place] = os.open(self.path / "shards" / name, os.O_RDONLY)
-        return self._files[place]
+    def try_read(
+        self,
+        row: int,
+        stride: int,
+        frames: Sequence[int] | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray | None:
+        """Do as `read` does; but None for a damaged clip, where the bank was opened to skip those."""
+        try:
+            return self.read(row, stride, frames, out)
+        except DamagedSample as error:
+            if self.damaged == "raise":
+                raise
+            entry = (self.ids[row], str(error))
+            if entry not in self.skipped:
+                self.skipped.append(entry)
+            return None
+
+    def read_many(
+        self, requests: Iterable[Request], threads: int = 4
+    ) -> Iterator[np.ndarray | None]:
+        """Yield what `try_read` gives for each request, in order; threads read ahead meanwhile."""
+        running: deque[Future[np.ndarray | None]] = deque()
+        pool = ThreadPoolExecutor(threads)
+        try:
+            for request in requests:
+                running.append(pool.submit(self.try_read, *request))
+                if len(running) > 2 * threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _place(self, row: int, stride: int, name: str, edges: list[int]) -> _Place:
+        begin, crc = self.columns[f"{name}_offset"][row], self.columns[f"{name}_crc32c"][row]
+        return _Place(row, stride, int(begin), edges, int(crc))
+
+    def _fill(self, target: np.ndarray, place: _Place, frames: Sequence[int]) -> None:
+        """Read the bytes of some frames into `target`; of all, and checked, where they are not yet."""
+        view = target.reshape(-1).view(np.uint8)
+        edges = place.edges
+        whole = len(view) == edges[-1] and list(frames) == list(range(len(edges) - 1))
+        if self.check == "always" or (
+            self.check == "first" and not self._checked[place.stride][place.row]
+        ):
+            everything = view if whole else np.empty(edges[-1], np.uint8)
+            self._read(everything, place, 0)
+            if google_crc32c.value(everything) != place.crc32c:
+                raise self._damaged(place.row, place.stride, "checksum does not match")
+            if not whole:
+                _gather(view, everything, edges, frames)
+            return
+        filled = 0
+        for first, last in runs(frames):
+            begin, end = edges[frames[first]], edges[frames[last] + 1]
+            self._read(view[filled : filled + end - begin], place, begin)
+            filled += end - begin
+
+    def _read(self, view: np.ndarray, place: _Place, begin: int) -> None:
+        try:
+            got = self.files.read_into(self._shard(place.row), place.begin + begin, view)
+        except FileNotFoundError:
+            raise self._damaged(place.row, place.stride, "the shard is gone") from None
+        if got != len(view):
+            raise self._damaged(place.row, place.stride, "the shard ends early")
+
+    def _shard(self, row: int) -> str:
+        return f"shards/{self.manifest['shards'][int(self.columns['shard'][row])]['name']}"
+
+    def _damaged(self, row: int, stride: int, reason: str) -> DamagedSample:
+        begin, end = self.columns["key_offsets"][row : row + 2]
+        key = self.columns["key"][begin:end].tobytes().decode()
+        return DamagedSample(
+            f"{self.where}/{self._shard(row)}: sample {key}, stride {stride}: {reason}; run "
+            f"`preprocess repair {self.where}`, or copy the shard again"
+        )
+
+    def _none_checked(self) -> dict[int, np.ndarray]:
+        return {stride: np.zeros(len(self), np.bool_) for stride in self.config.strides}
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": {}}
+        return self.__dict__ | {"_checked": self._none_checked()}
 
 
-def read_manifest(path: Path) -> Json:
-    """Read and check `bank.json`, whose existence means that a bank is there."""
-    if not (path / "bank.json").exists():
-        raise ValueError(
-            f"{path}: no bank here (bank.json is missing); make one with "
-            f"`preprocess encode INPUT --stride 4,8 --out {path} --tower NAME`"
-        )
-    manifest = read_signed_json(path / "bank.json")
-    if manifest["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format {manifest['format_version']}, this framebank reads up to "
-            f"{FORMAT_VERSION}; update framebank"
-        )
-    return manifest
+def _even(frames: int, nbytes: int) -> list[int]:
+    return [k * nbytes for k in range(frames + 1)]
+
+
+def _gather(
+    target: np.ndarray, source: np.ndarray, edges: Sequence[int], frames: Sequence[int]
+) -> None:
+    filled = 0
+    for frame in frames:
+        piece = source[edges[frame] : edges[frame + 1]]
+        target[filled : filled + len(piece)] = piece
+        filled += len(piece)
 
 
 def runs(indices: Sequence[int]) -> list[tuple[int, int]]:
@@ -169,21 +329,14 @@ class Banks:
         assert banks
         self.banks = list(banks)
         first = self.banks[0]
-        for other in self.banks[1:]:
+        for number, other in enumerate(self.banks[1:], 1):
             lines = differences(joint(first.config), joint(other.config))
             if lines:
                 raise ValueError(
-                    f"{first.path} and {other.path} cannot be joined: {'; '.join(lines)}"
+                    f"{first.where} and {other.where} cannot be joined: {'; '.join(lines)}"
                 )
-        self._places: dict[str, tuple[Bank, int]] = {}
-        for bank in self.banks:
-            for row, id_ in enumerate(bank.ids):
-                if id_ in self._places:
-                    raise ValueError(
-                        f"clip {id_!r} is in {self._places[id_][0].path} and in {bank.path}; "
-                        "leave one of the two banks out"
-                    )
-                self._places[id_] = (bank, row)
+            for earlier in self.banks[:number]:
+                _refuse_common_clips(earlier, other)
 
     @classmethod
     def open(cls, paths: Sequence[str | Path]) -> "Banks":
@@ -198,15 +351,29 @@ class Banks:
         return self.banks[0].manifest
 
     def __contains__(self, id_: str) -> bool:
-        return id_ in self._places
+        return any(id_ in bank for bank in self.banks)
 
     def clip(self, id_: str) -> "BankedClip":
-        bank, row = self._places[id_]
-        return BankedClip(bank, row, bank.clip(row))
+        """Return a clip; KeyError for one that no bank holds."""
+        for bank in self.banks:
+            row = bank.find(id_)
+            if row is not None:
+                return BankedClip(bank, row, bank.clip(row))
+        raise KeyError(id_)
 
     def quarantined(self) -> set[str]:
         """Return the ids of clips that could not be encoded."""
-        return {entry["id"] for bank in self.banks for entry in read_quarantine(bank.path)}
+        return {entry["id"] for bank in self.banks for entry in read_quarantine(bank.where)}
+
+
+def _refuse_common_clips(one: Bank, other: Bank) -> None:
+    common = np.intersect1d(one.columns["key_hash"], other.columns["key_hash"])
+    for row in np.flatnonzero(np.isin(other.columns["key_hash"], common)):
+        if other.ids[row] in one:
+            raise ValueError(
+                f"clip {other.ids[row]!r} is in {one.where} and in {other.where}; leave one of the "
+                "two banks out"
+            )
 
 
 @dataclass(frozen=True)
@@ -218,33 +385,8 @@ class BankedClip:
     info: ClipInfo
 
     def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
+        """Return features as `Bank.read` does; raises DamagedSample."""
         return self.bank.read(self.row, stride, frames)
-
-
-def read_quarantine(path: Path) -> list[Json]:
-    """Return the last entry of each clip in a bank's `quarantine.jsonl`; none where it is not there.
-
-    A last line cut off by a power loss is no entry.
-    """
-    file = path / "quarantine.jsonl"
-    if not file.exists():
-        return []
-    lines = file.read_bytes().split(b"\n")
-    entries = {}
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            entry = json.loads(line)
-            entries[entry["id"]] = entry
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{file}:{number}: not an entry of a quarantine; remove the line, its clip is "
-                "encoded again by `preprocess encode` into another bank"
-            ) from None
-    return list(entries.values())
 
 
 def joint(config: FeatureConfig) -> Json:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import PurePosixPath
@@ -18,6 +18,7 @@ from typing import Any
 FORMAT_VERSION = 1
 POOL_MODES = ("average", "average_floor", "max", "bilinear")
 DTYPES = ("float16", "bfloat16")
+CODECS = ("none", "blosc", "int8")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 Json = dict[str, Any]
@@ -85,6 +86,7 @@ class FeatureConfig:
     """Patches per cell side, strictly increasing: finest (slow) first."""
     pool: str
     codec: str = "none"
+    """How features are stored: `none`, `blosc` or `int8`."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -93,6 +95,8 @@ class FeatureConfig:
             raise ValueError(f"pool must be one of {', '.join(POOL_MODES)}, got {self.pool!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.codec not in CODECS:
+            raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
 
     def to_json(self) -> Json:
         return asdict(self) | {"strides": list(self.strides)}
@@ -100,8 +104,8 @@ class FeatureConfig:
     @classmethod
     def from_json(cls, data: Json) -> "FeatureConfig":
         """Rebuild a config; a key this version does not know is refused by name."""
-        unknown = sorted(set(data) - {field.name for field in fields(cls)})
-        sampling = {field.name for field in fields(Sampling)}
+        unknown = sorted(set(data) - {one.name for one in fields(cls)})
+        sampling = {one.name for one in fields(Sampling)}
         unknown += sorted(f"sampling.{name}" for name in set(data["sampling"]) - sampling)
         if unknown:
             raise ValueError(
@@ -156,9 +160,14 @@ class SampleMeta:
     """Which reader gave the frames: `decord`, `pyav-seek`, `pyav-scan`."""
     flags: list[str]
     """What the packet scan found unusual about the file."""
+    frame_nbytes: dict[str, list[int]] = field(default_factory=dict)
+    """Per stride, as text, the compressed bytes of each frame; not in the json where none are."""
 
     def to_json(self) -> Json:
-        return asdict(self)
+        data = asdict(self)
+        if not self.frame_nbytes:
+            del data["frame_nbytes"]
+        return data
 
     @classmethod
     def from_json(cls, data: Json) -> "SampleMeta":
@@ -204,6 +213,10 @@ def sample_key(id_: str) -> str:
 
 def member_name(key: str, stride: int) -> str:
     return f"{key}.stride{stride}.npy"
+
+
+def scale_name(key: str, stride: int) -> str:
+    return f"{key}.stride{stride}_scale.npy"
 
 
 def canonical_json(data: Json) -> bytes:

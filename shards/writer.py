@@ -1,7 +1,15 @@
 """Write a shard: a deterministic tar under a temporary name, then its index, then its commit record.
 
-A shard is committed when `<name>.done` exists: the tar is synced and renamed first, `.idx` next,
-`.done` last. The same samples in the same order give the same bytes on every machine.
+    with ShardWriter(path, unit=0, fingerprint=config.fingerprint) as writer:
+        for key in wanted - writer.keys:
+            writer.write(key, meta, arrays)
+        writer.commit()
+
+While it is written, `<name>.part` holds the samples and `<name>.journal` a line for each that is on
+the disk; both are synced, so that a writer that was killed is followed by one that goes on after
+the last whole sample. A shard is committed when `<name>.done` exists: the tar is synced and renamed
+first, `.idx` next, `.done` last. The same samples in the same order give the same bytes on every
+machine, however often the writer was killed.
 """
 
 import hashlib
@@ -10,93 +18,258 @@ import json
 import os
 import tarfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 
 import google_crc32c
 import numpy as np
 
-from shards.schema import KEY_PATTERN, Json, SampleMeta, canonical_json, digest, member_name
+from shards.codec import Codec, Stored
+from shards.schema import (
+    KEY_PATTERN,
+    Json,
+    SampleMeta,
+    canonical_json,
+    digest,
+    member_name,
+    scale_name,
+)
 
 BLOCK = tarfile.BLOCKSIZE
+PLAIN = Codec()
 
 
 class ShardWriter:
     """Appends samples to `<path>.part`; `commit` turns it into the shard at `path`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.part = path.with_name(path.name + ".part")
+    def __init__(self, path: Path, unit: int, fingerprint: str, codec: Codec = PLAIN) -> None:
+        """Go on after the samples of an earlier writer of the same unit and fingerprint."""
+        self.path, self.codec = path, codec
+        self.unit, self.fingerprint = unit, fingerprint
+        self.part, self._journal_path = part_path(path), journal_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.part, "wb")  # noqa: SIM115 - closed by commit or abandon
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
-        self._samples: list[Json] = []
+        lost = not self.part.exists() and not done_path(path).exists()
+        if lost and self._journal_path.exists() and path.exists():
+            os.replace(path, self.part)  # a commit was cut off after its first rename
+        self.entries = read_journal(path, unit, fingerprint)
+        """Of each sample written: its record, and the note of the caller."""
+        self.keys = {entry["sample"]["key"] for entry in self.entries}
+        whole = len(self.entries)
+        # Unbuffered: after a full disk nothing may be left to write.
+        self._file = io.FileIO(self.part, "r+" if whole else "w")  # closed by close
+        self.nbytes = self._file.truncate(self._good_end())
+        self._file.seek(self.nbytes)
+        head = canonical_json({"unit": unit, "fingerprint": fingerprint})
+        lines = [head, *map(canonical_json, self.entries)]
+        write_atomic(self._journal_path, b"".join(map(_checked_line, lines)))
+        self._journal = io.FileIO(self._journal_path, "a")
 
-    def write(self, key: str, meta: SampleMeta, arrays: Mapping[int, np.ndarray]) -> None:
-        """Append one clip: its json, then one npy per stride, finest first.
+    def __enter__(self) -> "ShardWriter":
+        return self
 
-        arrays: stride -> float16 or uint16 `(frames, cell_rows, cell_cols, dim)`.
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def write(
+        self, key: str, meta: SampleMeta, arrays: Mapping[int, np.ndarray], note: Json | None = None
+    ) -> None:
+        """Append one clip: its json, then the arrays of each stride, finest first; sync them.
+
+        arrays: stride -> float16 or uint16 `(frames, cell_rows, cell_cols, dim)`. note: kept in the
+        journal until the commit, for the caller.
         """
         assert KEY_PATTERN.fullmatch(key), key
-        offset = self._tar.offset
-        start, nbytes = self._add(f"{key}.json", canonical_json(meta.to_json()))
-        streams = {}
-        for stride in sorted(arrays):
-            array = arrays[stride]
-            assert array.ndim == 4, array.shape
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0))
-            data = buffer.getvalue()
-            begin, length = self._add(member_name(key, stride), data)
-            header = length - array.nbytes
-            streams[str(stride)] = {
-                "offset": begin + header,
-                "nbytes": array.nbytes,
-                "shape": list(array.shape),
-                "crc32c": google_crc32c.value(data[header:]),
-            }
-        self._samples.append(
-            {"key": key, "offset": offset, "json": [start, nbytes], "streams": streams}
+        assert key not in self.keys, key
+        assert all(array.ndim == 4 for array in arrays.values()), key
+        stored = {stride: self.codec.encode(stride, arrays[stride]) for stride in sorted(arrays)}
+        frames = {str(s): one.frame_nbytes for s, one in stored.items() if one.frame_nbytes}
+        sample = _Sample(self.nbytes)
+        place = sample.add(
+            f"{key}.json", canonical_json(replace(meta, frame_nbytes=frames).to_json())
         )
+        streams = {
+            str(stride): _add_stream(sample, key, stride, arrays[stride].shape, one)
+            for stride, one in stored.items()
+        }
+        blob = sample.blob()
+        self._append(blob, {"key": key, "json": place, "streams": streams}, note)
 
-    @property
-    def nbytes(self) -> int:
-        return self._tar.offset
+    def copy(self, blob: bytes, record: Json, note: Json | None = None) -> None:
+        """Append a sample's bytes as they lie in another shard, of which `record` tells."""
+        assert google_crc32c.value(blob) == record["crc32c"], record["key"]
+        self._append(blob, moved(record, self.nbytes - record["offset"]), note)
 
-    def commit(self, unit: int, fingerprint: str, underflowed: int = 0) -> Json:
-        """Sync, rename, write `.idx` and `.done`; return the commit record.
+    def _append(self, blob: bytes, record: Json, note: Json | None) -> None:
+        sample = record | {
+            "offset": self.nbytes,
+            "nbytes": len(blob),
+            "crc32c": google_crc32c.value(blob),
+        }
+        _write_synced(self._file, blob)
+        entry = {"sample": sample, "note": note or {}}
+        _write_synced(self._journal, _checked_line(canonical_json(entry)))
+        self.nbytes += len(blob)
+        self.entries.append(entry)
+        self.keys.add(sample["key"])
 
-        underflowed: values of the shard that became zero in its type, for the manifest.
-        """
-        end = self._tar.offset
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        offsets = [sample["offset"] for sample in self._samples] + [end]
-        record: Json = {
+    def commit(self, **facts: object) -> Json:
+        """Sync, rename, write `.idx` and `.done`; return the commit record, with `facts` in it."""
+        _write_synced(self._file, end_of_archive(self.nbytes))
+        self.close()
+        samples = [entry["sample"] for entry in self.entries]
+        record = facts | {
             "shard": self.path.name,
-            "unit": unit,
-            "fingerprint": fingerprint,
-            "underflowed": underflowed,
-            "nbytes": self.part.stat().st_size,
-            "sha256": file_sha256(self.part),
-            "samples": self._samples,
+            "unit": self.unit,
+            "fingerprint": self.fingerprint,
+            **file_facts(self.part),
+            "samples": samples,
         }
         os.replace(self.part, self.path)
-        write_atomic(index_path(self.path), np.asarray(offsets, dtype="<u8").tobytes())
+        write_atomic(index_path(self.path), index_bytes(samples, self.nbytes))
         write_atomic(done_path(self.path), signed_json(record))
+        self._journal_path.unlink(missing_ok=True)  # another writer of the bank may tidy up
         return record
 
-    def abandon(self) -> None:
+    def close(self) -> None:
+        """Leave what is written to the next writer."""
         self._file.close()
+        self._journal.close()
+
+    def abandon(self) -> None:
+        """Leave nothing."""
+        self.close()
+        self._journal_path.unlink(missing_ok=True)  # first: without it the rest counts for nothing
         self.part.unlink(missing_ok=True)
 
-    def _add(self, name: str, data: bytes) -> tuple[int, int]:
+    def _good_end(self) -> int:
+        if not self.entries:
+            return 0
+        last = self.entries[-1]["sample"]
+        return int(last["offset"] + last["nbytes"])
+
+
+class _Sample:
+    """The members of one sample, as they will lie in a tar from `offset` on."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.pieces: list[bytes] = []
+
+    def add(self, name: str, data: bytes) -> list[int]:
+        """Append a member; return where in the tar its data begins, and its length."""
         info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, mode 0644
         info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
-        padded = -(-len(data) // BLOCK) * BLOCK
-        return self._tar.offset - padded, len(data)
+        header = info.tobuf(tarfile.USTAR_FORMAT)
+        begin = self.offset + len(header)
+        self.pieces += [header, data, bytes(-len(data) % BLOCK)]
+        self.offset = begin + len(data) + len(self.pieces[-1])
+        return [begin, len(data)]
+
+    def blob(self) -> bytes:
+        return b"".join(self.pieces)
+
+
+def _add_stream(
+    sample: _Sample, key: str, stride: int, shape: tuple[int, ...], stored: Stored
+) -> Json:
+    entry = _add_array(sample, member_name(key, stride), stored.data) | {"shape": list(shape)}
+    if stored.frame_nbytes is not None:
+        entry["frame_nbytes"] = stored.frame_nbytes
+    if stored.scale is not None:
+        entry["scale"] = _add_array(sample, scale_name(key, stride), stored.scale)
+    return entry
+
+
+def _add_array(sample: _Sample, name: str, array: np.ndarray) -> Json:
+    """Append an array as npy; return where its values lie, without the header of the npy."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+    values = array.tobytes()
+    begin, _ = sample.add(name, head.getvalue() + values)
+    return {
+        "offset": begin + head.tell(),
+        "nbytes": len(values),
+        "crc32c": google_crc32c.value(values),
+    }
+
+
+def moved(record: Json, by: int) -> Json:
+    """Return a sample's record as it is `by` bytes further on."""
+    offset, nbytes = record["json"]
+    streams = {}
+    for stride, entry in record["streams"].items():
+        streams[stride] = entry | {"offset": entry["offset"] + by}
+        if "scale" in entry:
+            scale = entry["scale"]
+            streams[stride]["scale"] = scale | {"offset": scale["offset"] + by}
+    return record | {
+        "offset": record["offset"] + by,
+        "json": [offset + by, nbytes],
+        "streams": streams,
+    }
+
+
+def read_journal(path: Path, unit: int, fingerprint: str) -> list[Json]:
+    """Return the entries of the samples of an unfinished shard that are whole in its `.part`.
+
+    Lines after one that was cut off, and samples after one whose checksum is wrong, do not count:
+    a machine that lost its power may have kept the later bytes and not the earlier.
+    """
+    if not journal_path(path).exists() or not part_path(path).exists():
+        return []
+    lines = []
+    for line in journal_path(path).read_bytes().splitlines(keepends=True):
+        body, _, check = line.rpartition(b" ")
+        if not line.endswith(b"\n") or f"{google_crc32c.value(body):08x}\n".encode() != check:
+            break
+        lines.append(json.loads(body))
+    if not lines or lines[0] != {"unit": unit, "fingerprint": fingerprint}:
+        return []
+    whole, end = [], 0
+    with open(part_path(path), "rb") as file:
+        for entry in lines[1:]:
+            sample = entry["sample"]
+            blob = file.read(sample["nbytes"])
+            if sample["offset"] != end or google_crc32c.value(blob) != sample["crc32c"]:
+                break
+            whole.append(entry)
+            end += len(blob)
+    return whole
+
+
+def _write_synced(file: io.FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
+
+
+def _checked_line(body: bytes) -> bytes:
+    return body + f" {google_crc32c.value(body):08x}\n".encode()
+
+
+def end_of_archive(nbytes: int) -> bytes:
+    """Return the zeros that end a tar whose members take `nbytes`: two blocks, whole records."""
+    return bytes(2 * BLOCK + -(nbytes + 2 * BLOCK) % tarfile.RECORDSIZE)
+
+
+def index_bytes(samples: list[Json], end: int) -> bytes:
+    """Return the content of `.idx`, which Megatron-Energon and Lhotse read."""
+    return np.asarray([sample["offset"] for sample in samples] + [end], "<u8").tobytes()
+
+
+def part_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".part")
+
+
+def journal_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".journal")
 
 
 def index_path(shard: Path) -> Path:
@@ -115,23 +288,28 @@ def signed_json(record: Json) -> bytes:
 
 def read_signed_json(path: Path) -> Json:
     """Read a file written by `signed_json`; a damaged or edited one is refused."""
+    return parse_signed_json(path.read_bytes(), str(path))
+
+
+def parse_signed_json(data: bytes, where: str) -> Json:
+    """Return what `signed_json` was given; `where` the bytes came from is for the message."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(data)
         claimed = record.pop("self_hash")
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not a framebank record; restore it or encode again") from None
+        raise ValueError(f"{where}: not a framebank record; restore it or encode again") from None
     if digest(canonical_json(record)) != claimed:
-        raise ValueError(f"{path}: its content does not match its own hash; restore it from a copy")
+        raise ValueError(
+            f"{where}: its content does not match its own hash; restore it from a copy"
+        )
     return dict(record)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write beside, sync, rename, sync the folder: readers see the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with open(temporary, "wb", buffering=0) as file:
+        _write_synced(file, data)
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -140,6 +318,15 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def file_sha256(path: Path) -> str:
+def file_facts(path: Path) -> Json:
+    """Return a file's size, sha256 and crc32c."""
+    sha256, crc = hashlib.sha256(), google_crc32c.Checksum()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(1 << 22):
+            sha256.update(piece)
+            crc.update(piece)
+        return {
+            "nbytes": file.tell(),
+            "sha256": sha256.hexdigest(),
+            "crc32c": int.from_bytes(crc.digest(), "big"),
+        }

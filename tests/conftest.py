@@ -23,7 +23,8 @@ from model.grid import pool
 from model.vlm import VLM, VLMConfig
 from preprocess.encode import EncodeOptions, encode
 from preprocess.toyworld import make_toyworld, save_llm
-from shards.catalogue import build_columns, write_columns
+from shards.catalogue import build_columns, checksums, write_columns
+from shards.codec import Codec, channel_rms
 from shards.reader import ClipInfo
 from shards.schema import FeatureConfig, SampleMeta, Sampling, sample_key
 from shards.writer import ShardWriter, signed_json
@@ -118,12 +119,18 @@ def make_bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> 
         config: FeatureConfig = features,
         quarantined: tuple[str, ...] = (),
     ) -> Path:
+        scales = {}
+        if config.codec == "int8":
+            every = [arrays for clips in shards for arrays in clips.values()]
+            scales = {s: channel_rms(arrays[s] for arrays in every) for s in config.strides}
+        codec = Codec(config.codec, config.dtype, scales)
         commits = []
         for unit, clips in enumerate(shards):
-            writer = ShardWriter(out / "shards" / f"bank-{unit:06d}.tar")
+            path = out / "shards" / f"bank-{unit:06d}.tar"
+            writer = ShardWriter(path, unit, config.fingerprint, codec)
             for id_, arrays in clips.items():
                 writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
-            commits.append(writer.commit(unit, config.fingerprint))
+            commits.append(writer.commit())
         columns = build_columns(out / "shards", commits, config.strides)
         write_columns(out / "index.zarr", columns)
         manifest = {
@@ -138,6 +145,9 @@ def make_bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> 
                 {"name": commit["shard"], "nbytes": commit["nbytes"], "sha256": commit["sha256"]}
                 for commit in commits
             ],
+            "catalogue": checksums(columns),
+            "superseded": {},
+            "calibration": {str(s): scale.tolist() for s, scale in scales.items()} or None,
             "provenance": {},
         }
         (out / "bank.json").write_bytes(signed_json(manifest))

@@ -9,25 +9,40 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from transformers import VideoMAEConfig, VideoMAEImageProcessor
 
-from preprocess.cli import main, make_sampling
+from preprocess.cli import ORDER, main
+from preprocess.flags import make_sampling
+from preprocess.plan import read_plan, write_plan
 from shards.reader import Bank
 from shards.schema import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
+PLANNED = (
+    "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype --codec "
+    "--tower-dtype --batch-frames --tower-threads --device --decoder --allow-truncated --folder-fps "
+    "--shard-size --verify-inputs --prune --help"
+)
 OPTIONS = {
-    "encode": (
-        "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype "
-        "--tower-dtype --batch-frames --device --decoder --allow-truncated --folder-fps --shard-size "
+    "plan": f"{PLANNED} --no-estimate",
+    "encode": f"{PLANNED} --procs",
+    "retry": (
+        "--tower --video-root --device --batch-frames --tower-threads --decoder --allow-truncated "
         "--help"
     ),
-    "retry": "--tower --device --batch-frames --decoder --allow-truncated --help",
     "show": "--out --help",
+    "status": "--help",
+    "verify": "--deep --help",
+    "repair": "--tower --device --video-root --help",
+    "diff": "--help",
+    "index": "--rebuild --help",
+    "export": "--help",
+    "gc": "--dry-run --help",
     "toyworld": "--train-clips --test-clips --seed --help",
 }
 HEAVY = ("torch", "transformers", "decord", "av", "zarr")
@@ -67,8 +82,9 @@ def test_help_names_every_option_and_no_other(command: str) -> None:
 def test_the_bare_command_lists_the_commands(words: list[str]) -> None:
     result = preprocess(*words)
     assert result.exit_code == (0 if words else 2)
-    for command in OPTIONS:
-        assert re.search(rf"^  {command} ", result.output, re.MULTILINE)
+    listed = re.findall(r"^  ([a-z]+)  ", result.output.split("Commands:")[1], re.MULTILINE)
+    assert listed == list(ORDER)
+    assert set(ORDER) == set(OPTIONS)
 
 
 def test_a_mistyped_flag_is_refused_with_a_suggestion(toy: Path, tmp_path: Path) -> None:
@@ -106,6 +122,10 @@ def test_strides_that_do_not_rise_are_refused(toy: Path, tmp_path: Path, strides
         (["--max-frames", -1], "--max-frames"),
         (["--pool", "median"], "--pool"),
         (["--dtype", "int8"], "--dtype"),
+        (["--codec", "zip"], "--codec"),
+        (["--procs", 0], "--procs"),
+        (["--tower-threads", 0], "--tower-threads"),
+        (["--verify-inputs", "some"], "--verify-inputs"),
         (["--layer", "last"], "--layer"),
         (["--batch-frames", 0], "--batch-frames"),
         (["--shard-size", 0], "--shard-size"),
@@ -272,7 +292,7 @@ def test_a_bad_video_is_listed_with_exit_code_1_on_every_run(toy: Path, tmp_path
 IMPORTED = """
 import sys
 sys.argv[0] = "preprocess"
-from preprocess.cli import main
+from preprocess.cli import ORDER, main
 try:
     main()
 finally:
@@ -286,6 +306,8 @@ finally:
     [
         (["--help"], 0),
         (["encode", "--help"], 0),
+        (["verify", "--help"], 0),
+        (["diff", "a", "b"], 2),
         (["toyworld", "--help"], 0),
         (["encode", "v", "--out", "b", "--tower", "t", "--stride", "8,4"], 2),
         (["encode", "v", "--out", "b", "--tower", "t", "--frames", "8", "--fps", "1"], 2),
@@ -311,3 +333,73 @@ def test_the_installed_command_is_this_one() -> None:
     script = Path(sys.executable).parent / "preprocess"
     result = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"preprocess, version \d+\.\d+\.\d+\n", result.stdout)
+
+
+def test_a_plan_says_what_it_will_cost_and_encode_executes_it(toy: Path, tmp_path: Path) -> None:
+    videos = shutil.copytree(toy / "videos" / "test", tmp_path / "videos")
+    (videos / "bad.mp4").write_text("no video")
+    bank = tmp_path / "b"
+    words = [videos, "--out", bank, "--tower", toy / "tower", "--frames", 4, "--device", "cpu"]
+    result = preprocess("plan", *words)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in bank.iterdir()] == ["plan.json"]
+    said = result.stdout
+    assert f"{bank}: 4 clips, 12 frames in 1 shards\n" in said
+    assert "stride 4: 0.0 MB; stride 8: 0.0 MB\n" in said
+    assert "new: 4 clips; changed: 0; gone: 0; pruned: 0\n" in said
+    assert "cannot be opened: 1 clips (bad.mp4)\n" in said
+    assert "to encode: 4 clips, 12 frames\n" in said
+    assert re.search(r"roughly [0-9.]+ seconds to .* for one process here .* on 3 clips", said)
+    planned = (bank / "plan.json").read_bytes()
+    assert preprocess("encode", *words).exit_code == 1
+    plan = read_plan(bank)
+    assert plan
+    written = replace(plan, quality=None)  # none loses nothing, which encode adds
+    assert (bank / "plan.json").exists()
+    write_plan(tmp_path, written)
+    assert (tmp_path / "plan.json").read_bytes() == planned
+    result = preprocess("plan", *words, "--no-estimate")
+    assert "in 1 shards, 1 of them finished\n" in result.stdout
+    assert "new: 0 clips;" in result.stdout
+    assert "nothing is left to encode\n" in result.stdout
+    assert "roughly" not in result.stdout
+
+
+def test_a_rerun_encodes_as_the_first_run_did_unless_told_otherwise(
+    toy: Path, tmp_path: Path
+) -> None:
+    words = encode_words(toy, tmp_path / "b", "--frames", 2, "--device", "cpu")
+    assert preprocess(*words, "--batch-frames", 2, "--tower-threads", 1).exit_code == 0
+    for file, flags in (("late1", ()), ("late2", ("--batch-frames", 4))):
+        (tmp_path / "v").mkdir(exist_ok=True)
+        shutil.copy(toy / "videos/train/clip-00000.mp4", tmp_path / "v" / f"{file}.mp4")
+        more = ["encode", tmp_path / "v", *words[2:], *flags]
+        assert preprocess(*more).exit_code == 0
+    plan = read_plan(tmp_path / "b")
+    assert plan
+    assert (plan.how.batch_frames, plan.how.tower_threads) == (2, 1)
+    encoded = Bank.open(tmp_path / "b").manifest["provenance"]["encoded"]
+    assert [(how["batch_frames"], how["tower_threads"]) for how in encoded] == [(2, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("codec", ["blosc", "int8"])
+def test_a_codec_is_chosen_at_encode_and_measured_in_the_manifest(
+    toy: Path, toy_bank: Path, tmp_path: Path, codec: str
+) -> None:
+    words = encode_words(toy, tmp_path / "b", "--frames", 8, "--codec", codec, "--device", "cpu")
+    assert preprocess(*words).exit_code == 0
+    bank, plain = Bank.open(tmp_path / "b"), Bank.open(toy_bank)
+    facts = bank.manifest["codec"]
+    assert facts["name"] == codec
+    assert set(facts["strides"]) == {"4", "8"}
+    for told in facts["strides"].values():
+        assert 0.4 < told["ratio"] < 1.5
+        assert told["cosine_min"] > 0.99
+        assert told["channel_error_worst"] < 0.05
+    for row, id_ in enumerate(bank.ids):
+        exact = plain.read(plain.row(f"test/{id_}"), 4).astype(float)
+        error = abs(bank.read(row, 4).astype(float) - exact).max() / exact.std()
+        assert error == 0 if codec == "blosc" else 0 < error < 0.1
+    before = (tmp_path / "b" / "bank.json").read_bytes()
+    assert preprocess(*words).exit_code == 0
+    assert (tmp_path / "b" / "bank.json").read_bytes() == before

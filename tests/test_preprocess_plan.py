@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preprocess.changes import compare
 from preprocess.plan import (
     ClipSource,
+    How,
     Plan,
     cut_units,
     find_clips,
@@ -221,6 +223,10 @@ def source(id_: str) -> ClipSource:
     return ClipSource(id_, sample_key(id_), f"/videos/{id_}", id_)
 
 
+def each(nbytes: int) -> Callable[[ClipSource], int]:
+    return lambda clip: nbytes
+
+
 names = st.lists(st.text("abc", min_size=1, max_size=4), unique=True, max_size=30)
 sizes = st.integers(1, 5000)
 
@@ -229,7 +235,7 @@ sizes = st.integers(1, 5000)
 def test_units_hold_every_clip_once_in_order_of_key(
     some: list[str], shard_bytes: int, clip_bytes: int
 ) -> None:
-    units = cut_units([*map(source, some)], shard_bytes, clip_bytes)
+    units = cut_units([*map(source, some)], shard_bytes, each(clip_bytes))
     assert [clip.key for unit in units for clip in unit] == sorted(map(sample_key, some))
     for unit in units:
         assert len(unit) == 1 or 1 <= len(unit) * clip_bytes <= shard_bytes
@@ -243,13 +249,14 @@ def test_units_do_not_depend_on_the_order_of_inputs(
 ) -> None:
     clips = [*map(source, some)]
     shuffled = random.sample(clips, len(clips))
-    assert cut_units(shuffled, shard_bytes, clip_bytes) == cut_units(clips, shard_bytes, clip_bytes)
+    cost = each(clip_bytes)
+    assert cut_units(shuffled, shard_bytes, cost) == cut_units(clips, shard_bytes, cost)
 
 
 def test_plans_do_not_depend_on_the_order_of_inputs_on_disk(videos: Path) -> None:
     inputs = [str(videos / "a.mp4"), str(videos), str(videos / "sub" / "b.MKV")]
-    forward = cut_units(find_clips(inputs, []), 10, 5)
-    assert cut_units(find_clips(inputs[::-1], []), 10, 5) == forward
+    forward = cut_units(find_clips(inputs, []), 10, each(5))
+    assert cut_units(find_clips(inputs[::-1], []), 10, each(5)) == forward
     assert len(forward) > 1
 
 
@@ -260,13 +267,15 @@ def test_an_extended_plan_keeps_its_units_and_adds_each_new_clip_once(
     plan = Plan(features, [])
     seen: set[str] = set()
     for some, shard_bytes in steps:
-        extended = plan.extended([*map(source, some)], shard_bytes, clip_bytes)
+        changes = compare(Path("bank"), plan, [*map(source, some)])
+        extended = changes.plan.extended(changes.todo, shard_bytes, each(clip_bytes))
         assert extended.units[: len(plan.units)] == plan.units
         new = [clip.id for unit in extended.units[len(plan.units) :] for clip in unit]
         assert sorted(new) == sorted(set(some) - seen)
         assert all(extended.units)
         seen |= set(some)
-        assert extended.extended([*map(source, sorted(seen))], 1, 1) == extended
+        again = compare(Path("bank"), extended, [*map(source, sorted(seen))])
+        assert (again.plan, again.todo) == (extended, [])
         plan = extended
     assert {clip.id for clip in plan.clips} == seen
 
@@ -279,8 +288,15 @@ def test_a_plan_survives_the_disk(
     shard_bytes: int,
 ) -> None:
     bank = tmp_path_factory.mktemp("bank")
-    clips = [replace(source(id_), start=0.5, end=None) for id_ in some]
-    plan = Plan(features, cut_units(clips, shard_bytes, 100))
+    clips = [replace(source(id_), start=0.5, end=None, size=9, frames=0) for id_ in some]
+    plan = Plan(
+        features,
+        cut_units(clips, shard_bytes, each(100)),
+        How(8, 2, "tower"),
+        {"4": [0.1, 1e-30]},
+        {"4": {"cosine_mean": 1.0}},
+        frozenset(clip.key for clip in clips[:1]),
+    )
     write_plan(bank, plan)
     assert read_plan(bank) == plan
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from preprocess.cli import main
 from preprocess.decode_child import DecodeChild
 from preprocess.encode import encode
+from preprocess.lock import BankLock
 from preprocess.packets import VideoError
 from preprocess.plan import ClipSource, read_plan, write_plan
 from preprocess.quarantine import append_entry, quarantine_path, read_entries, settle
@@ -246,6 +248,27 @@ def test_settling_keeps_the_last_entry_of_each_clip_that_is_not_banked(tmp_path:
     assert [(e["id"], e["attempts"]) for e in read_quarantine(tmp_path)] == [("a", 2), ("c", 1)]
     settle(tmp_path, [sample_key("a"), sample_key("c")])
     assert not quarantine_path(tmp_path).exists()
+
+
+def test_several_writers_lose_no_line_of_each_other(tmp_path: Path) -> None:
+    def fail(name: str) -> None:
+        for k in range(40):
+            append_entry(tmp_path, entry(f"{name}{k}"))
+            if k % 5 == 0:
+                settle(tmp_path, [sample_key("x")])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fail, "abcd"))
+    assert len(read_quarantine(tmp_path)) == 160
+
+
+def test_a_bank_that_is_being_written_is_not_retried(bank: Path) -> None:
+    with BankLock(bank, "preprocess encode"):
+        result = command("retry", bank, "--device", "cpu")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "preprocess encode" in line
+    assert str(os.getpid()) in line
 
 
 # --- two attempts where the machine may be at fault ---

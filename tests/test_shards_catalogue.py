@@ -16,11 +16,31 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.catalogue import build_columns, read_columns, split_text, write_columns
-from shards.schema import SampleMeta, sample_key
-from shards.writer import ShardWriter
+from shards.catalogue import (
+    CatalogueMismatch,
+    Columns,
+    TextColumn,
+    build_columns,
+    checksums,
+    read_columns,
+    refuse_damaged_shards,
+    split_text,
+    write_columns,
+)
+from shards.codec import Codec, channel_rms
+from shards.files import open_files
+from shards.reader import Bank
+from shards.schema import FeatureConfig, SampleMeta, sample_key
+from shards.writer import ShardWriter, done_path, read_signed_json
 
+MakeBank = Callable[..., Path]
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+def written(path: Path, columns: Columns) -> Columns:
+    """Return columns as they come back from the disk."""
+    write_columns(path, columns)
+    return read_columns(open_files(path.parent), checksums(columns))
 
 
 def samples_of(bank: Path) -> list[tuple[str, dict[str, Any], dict[str, np.ndarray], int]]:
@@ -96,18 +116,22 @@ def test_columns_survive_the_disk(
     tmp_path_factory: pytest.TempPathFactory, wanted: dict[str, np.ndarray]
 ) -> None:
     path = tmp_path_factory.mktemp("columns") / "index.zarr"
-    write_columns(path, wanted)
-    found = read_columns(path)
+    found = written(path, wanted)
     assert set(found) == set(wanted)
     for name, column in wanted.items():
         assert found[name].dtype == column.dtype
         np.testing.assert_array_equal(found[name], column)
 
 
-def test_more_rows_than_a_chunk_survive_the_disk(tmp_path: Path) -> None:
+def test_each_column_is_one_chunk_of_plain_values(tmp_path: Path) -> None:
     column = np.arange(150_001, dtype=np.uint64) ** 2
-    write_columns(tmp_path / "index.zarr", {"offset": column})
-    np.testing.assert_array_equal(read_columns(tmp_path / "index.zarr")["offset"], column)
+    zeros = np.zeros(7, np.float64)
+    found = written(tmp_path / "index.zarr", {"offset": column, "zeros": zeros})
+    np.testing.assert_array_equal(found["offset"], column)
+    for name, values in (("offset", column), ("zeros", zeros)):
+        assert (tmp_path / "index.zarr" / name / "c" / "0").read_bytes() == values.tobytes()
+    with pytest.raises(ValueError, match="read-only"):
+        found["offset"][0] = 1
 
 
 def test_a_catalogue_replaces_the_older_one_whole(tmp_path: Path) -> None:
@@ -115,10 +139,10 @@ def test_a_catalogue_replaces_the_older_one_whole(tmp_path: Path) -> None:
     write_columns(path, {"old": np.arange(3), "both": np.arange(3)})
     (tmp_path / "index.zarr.tmp").mkdir()
     (tmp_path / "index.zarr.tmp" / "left").write_text("by a crash")
-    write_columns(path, {"both": np.arange(5)})
-    found = read_columns(path)
-    assert list(found) == ["both"]
+    (tmp_path / "index.zarr.old").mkdir()
+    found = written(path, {"both": np.arange(5)})
     assert len(found["both"]) == 5
+    assert [entry.name for entry in path.iterdir() if entry.is_dir()] == ["both"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["index.zarr"]
 
 
@@ -132,12 +156,12 @@ def test_ids_and_ragged_times_of_any_clips_are_kept_in_order_of_shards(
     shards = tmp_path_factory.mktemp("shards")
     commits = []
     for unit in range(2):  # the odd clips, then the even ones
-        writer = ShardWriter(shards / f"bank-{unit:06d}.tar")
+        writer = ShardWriter(shards / f"bank-{unit:06d}.tar", unit, "")
         for id_, frames in clips[unit::2]:
             arrays = {4: np.full((frames, 1, 1, 2), frames, np.float16)}
             times = [0.1 * k for k in range(frames)]
             writer.write(sample_key(id_), make_meta(id_, arrays, timestamps=times), arrays)
-        commits.append(writer.commit(unit, ""))
+        commits.append(writer.commit())
     wanted = [*clips[0::2], *clips[1::2]]
     built = build_columns(shards, commits, [4])
     assert split_text(built, "id") == [id_ for id_, _ in wanted]
@@ -145,3 +169,131 @@ def test_ids_and_ragged_times_of_any_clips_are_kept_in_order_of_shards(
     offsets = built["timestamps_offsets"]
     assert np.diff(offsets).tolist() == [frames for _, frames in wanted]
     assert built["timestamps"].tolist() == [0.1 * k for _, frames in wanted for k in range(frames)]
+
+
+def edit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 16
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda folder: (folder / "c" / "0").unlink(), "column end is not there"),
+        (lambda folder: edit(folder / "c" / "0"), "column end has another checksum"),
+        (lambda folder: (folder / "c" / "0").write_bytes(b"1234"), "column end is damaged"),
+        (lambda folder: (folder / "zarr.json").write_text("{"), "column end is damaged"),
+        (lambda folder: (folder / "zarr.json").unlink(), "column end is not there"),
+    ],
+)
+def test_a_column_that_is_not_as_it_was_written_is_named(
+    tmp_path: Path, change: Callable[[Path], object], told: str
+) -> None:
+    columns = {"end": np.arange(5.0), "shard": np.zeros(5, np.uint32)}
+    write_columns(tmp_path / "index.zarr", columns)
+    change(tmp_path / "index.zarr" / "end")
+    with pytest.raises(CatalogueMismatch) as caught:
+        read_columns(open_files(tmp_path), checksums(columns))
+    assert str(caught.value) == f"{tmp_path}/index.zarr: {told}"
+    assert list(caught.value.wrong) == ["end"]
+    assert caught.value.rows == 5
+
+
+@pytest.mark.parametrize("codec", ["none", "blosc", "int8"])
+def test_the_columns_say_where_each_stored_array_lies(
+    codec: str, make_meta: Callable[..., SampleMeta], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    clips = {
+        f"{k}.mp4": {s: rng.normal(size=(k + 1, 2, s, 6)).astype(np.float16) for s in (4, 8)}
+        for k in range(3)
+    }
+    scales = {s: channel_rms(arrays[s] for arrays in clips.values()) for s in (4, 8)}
+    path = tmp_path / "bank-000000.tar"
+    with ShardWriter(path, 0, "", Codec(codec, "float16", scales)) as writer:
+        for id_, arrays in clips.items():
+            writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
+        columns = build_columns(tmp_path, [writer.commit()], (4, 8))
+    raw = path.read_bytes()
+    with tarfile.open(path, "r:") as tar:
+        for row, (id_, arrays) in enumerate(clips.items()):
+            for stride in (4, 8):
+                places = {f"stride{stride}": f"{sample_key(id_)}.stride{stride}.npy"}
+                if codec == "int8":
+                    places[f"stride{stride}_scale"] = f"{sample_key(id_)}.stride{stride}_scale.npy"
+                for name, member in places.items():
+                    file = tar.extractfile(member)
+                    assert file
+                    values = np.load(io.BytesIO(file.read()), allow_pickle=False).tobytes()
+                    begin, nbytes = (int(columns[f"{name}_{x}"][row]) for x in ("offset", "nbytes"))
+                    assert raw[begin : begin + nbytes] == values
+                shape = columns[f"stride{stride}_shape"][4 * row : 4 * row + 4]
+                assert shape.tolist() == list(arrays[stride].shape)
+                if codec == "blosc":
+                    first, last = columns[f"stride{stride}_frame_nbytes_offsets"][row : row + 2]
+                    sizes = columns[f"stride{stride}_frame_nbytes"][first:last]
+                    assert len(sizes) == len(arrays[stride])
+                    assert sizes.sum() == columns[f"stride{stride}_nbytes"][row]
+
+
+def test_only_the_samples_that_are_served_have_rows(
+    make_meta: Callable[..., SampleMeta], tmp_path: Path
+) -> None:
+    def shard(unit: int, *ids: str) -> dict[str, Any]:
+        writer = ShardWriter(tmp_path / f"bank-{unit:06d}.tar", unit, "")
+        for id_ in ids:
+            arrays = {4: np.full((1, 1, 1, 2), unit, np.float16)}
+            writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
+        return writer.commit()
+
+    commits = [shard(0, "a", "b", "c"), shard(1, "d"), shard(3, "b", "d")]
+    serving = {sample_key(id_): unit for id_, unit in [("a", 0), ("b", 3), ("d", 3), ("c", 2)]}
+    columns = build_columns(tmp_path, commits, [4], serving)
+    assert split_text(columns, "id") == ["a", "b", "d"]  # c: its unit 2 has no shard
+    assert columns["shard"].tolist() == [0, 2, 2], "of the commits, not the units"
+
+
+def test_a_clip_is_found_by_the_hash_that_its_key_ends_with(
+    make_bank: MakeBank, tmp_path: Path
+) -> None:
+    arrays = {s: np.ones((1, 1, 1, 2), np.float16) for s in (4, 8)}
+    bank = Bank.open(make_bank(tmp_path / "bank", {f"clip {k}.mp4": arrays for k in range(50)}))
+    hashes, order = bank.columns["key_hash"], bank.columns["key_order"]
+    assert [f"{value:016x}" for value in hashes] == [sample_key(id_)[-16:] for id_ in bank.ids]
+    assert sorted(order.tolist()) == list(range(50))
+    assert (np.diff(hashes[order].astype(object)) > 0).all()
+    assert [bank.row(id_) for id_ in bank.ids] == list(range(50))
+
+
+def test_text_is_decoded_row_by_row() -> None:
+    texts = ["", "a", "žluť", "", "漢字/1.mp4"]
+    blob = "".join(texts).encode()
+    offsets = np.cumsum([0] + [len(text.encode()) for text in texts])
+    column = TextColumn({"id": np.frombuffer(blob, np.uint8), "id_offsets": offsets}, "id")
+    assert list(column) == texts
+    assert column == texts
+    assert column != texts[1:]
+    assert column[2] == column[-3] == "žluť"
+    assert column[1:4] == texts[1:4]
+    assert (len(column), column.index("漢字/1.mp4"), "b" in column) == (5, 4, False)
+    with pytest.raises(IndexError):
+        column[5]
+
+
+def test_a_shard_that_is_not_what_was_committed_is_named(
+    make_bank: MakeBank, features: FeatureConfig, tmp_path: Path
+) -> None:
+    arrays = {s: np.ones((1, 1, 1, 2), np.float16) for s in (4, 8)}
+    bank = make_bank(tmp_path / "bank", {"a": arrays}, {"b": arrays}, {"c": arrays})
+    shards = sorted((bank / "shards").glob("*.tar"))
+    commits = [read_signed_json(done_path(shard)) for shard in shards]
+    refuse_damaged_shards(bank / "shards", commits)
+    edit(shards[0])
+    shards[2].unlink()
+    with pytest.raises(ValueError, match="repair") as caught:
+        refuse_damaged_shards(bank / "shards", commits)
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(shards[0]), str(shards[2])]
+    assert "sha256" in lines[0]
+    assert "is gone" in lines[1]

@@ -6,7 +6,10 @@ pytest tests/test_shards_writer.py
 import hashlib
 import io
 import json
+import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,9 +24,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from preprocess.plan import read_plan
+from shards.codec import Codec
 from shards.reader import Bank
 from shards.schema import SampleMeta, sample_key
-from shards.writer import ShardWriter, read_signed_json, signed_json
+from shards.writer import (
+    ShardWriter,
+    done_path,
+    journal_path,
+    moved,
+    part_path,
+    read_signed_json,
+    signed_json,
+)
 
 Arrays = dict[int, np.ndarray]
 MakeMeta = Callable[..., SampleMeta]
@@ -56,10 +68,10 @@ def some_arrays(seed: int, dtype: type = np.float16) -> Arrays:
 
 
 def write(path: Path, make_meta: MakeMeta, clips: dict[str, Arrays]) -> dict[str, Any]:
-    writer = ShardWriter(path)
+    writer = ShardWriter(path, 3, "fe" * 16)
     for id_, arrays in clips.items():
         writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
-    return writer.commit(3, "fe" * 16)
+    return writer.commit()
 
 
 @pytest.fixture
@@ -194,10 +206,11 @@ def test_any_array_written_is_read_back_by_tarfile_and_numpy(
 def test_a_shard_without_commit_leaves_no_final_file(
     tmp_path: Path, make_meta: MakeMeta, clips: dict[str, Arrays]
 ) -> None:
-    writer = ShardWriter(tmp_path / "bank-000000.tar")
+    writer = ShardWriter(tmp_path / "bank-000000.tar", 0, "")
     for id_, arrays in clips.items():
         writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
-    assert [path.name for path in tmp_path.iterdir()] == ["bank-000000.tar.part"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["bank-000000.tar.journal", "bank-000000.tar.part"]
     writer.abandon()
     assert list(tmp_path.iterdir()) == []
 
@@ -213,6 +226,159 @@ def test_what_a_crash_left_does_not_reach_the_next_shard(
     assert (tmp_path / "bank-000000.tar").read_bytes() == (
         tmp_path / "clean" / "bank-000000.tar"
     ).read_bytes()
+
+
+LENGTHS = [1, 3, 2, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.floats(0, 1), st.floats(0, 1)), max_size=5),
+    st.sampled_from(["none", "blosc", "int8"]),
+)
+def test_a_writer_stopped_anywhere_and_followed_by_another_gives_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_meta: MakeMeta,
+    stops: list[tuple[int, float, float]],
+    name: str,
+) -> None:
+    """A stop cuts the files at any byte, as a power loss may, after so many samples more."""
+    folder = tmp_path_factory.mktemp("stopped")
+    scale = {stride: np.linspace(1, 50, 6, dtype=np.float32) for stride in (4, 8)}
+    codec = Codec(name, "float16", scale)
+    clips = {f"{k}.mp4": some_arrays(k) for k in range(4)}
+
+    def go_on(path: Path, samples: int) -> ShardWriter:
+        writer = ShardWriter(path, 7, "fe", codec)
+        for id_, arrays in clips.items():
+            if samples and sample_key(id_) not in writer.keys:
+                writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
+                samples -= 1
+        return writer
+
+    path = folder / "stopped" / "bank-000000.tar"
+    for samples, *cuts in stops:
+        go_on(path, samples).close()
+        for file, cut in zip((part_path(path), journal_path(path)), cuts, strict=True):
+            raw = file.read_bytes()
+            file.write_bytes(raw[: int(cut * len(raw)) or None])
+    stopped = go_on(path, 4).commit()
+    clean = go_on(folder / "clean" / "bank-000000.tar", 4).commit()
+    assert stopped == clean
+    for file in ("bank-000000.tar", "bank-000000.tar.idx", "bank-000000.done"):
+        assert (folder / "stopped" / file).read_bytes() == (folder / "clean" / file).read_bytes()
+    assert len(list((folder / "stopped").iterdir())) == 3
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", range(1, 11))
+def test_a_writer_killed_within_its_commit_is_followed_by_one_that_encodes_nothing(
+    tmp_path: Path, make_meta: MakeMeta, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """It dies at its n-th call to the system; a commit takes 9."""
+    path, clips = tmp_path / "a" / "bank-000000.tar", {key: some_arrays(ord(key)) for key in "ab"}
+    clean = write(tmp_path / "b" / "bank-000000.tar", make_meta, clips)
+    writer = ShardWriter(path, 3, "fe" * 16)
+    for id_, arrays in clips.items():
+        writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
+    calls = 0
+    with monkeypatch.context() as context:
+        for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+            real = getattr(owner, name)
+
+            def dying(*args: Any, real: Callable[..., Any] = real, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == step:
+                    raise Killed
+                return real(*args, **options)
+
+            context.setattr(owner, name, dying)
+        try:
+            writer.commit()
+        except Killed:
+            writer.close()
+        else:
+            assert step > 9, "a commit that takes fewer steps"
+    done = done_path(path)
+    if not done.exists():
+        assert not path.exists() or not part_path(path).exists()
+        with ShardWriter(path, 3, "fe" * 16) as again:
+            assert again.keys == {sample_key(id_) for id_ in clips}
+            assert again.commit() == clean
+    assert read_signed_json(done) == clean
+    for name in ("bank-000000.tar", "bank-000000.tar.idx", "bank-000000.done"):
+        assert (path.parent / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_full_disk_leaves_what_the_next_writer_goes_on_from(
+    tmp_path: Path, make_meta: MakeMeta
+) -> None:
+    path, clips = tmp_path / "bank-000000.tar", {key: some_arrays(7) for key in "abc"}
+    clean = write(tmp_path / "b" / "bank-000000.tar", make_meta, clips)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = clean["samples"][1]["offset"] + 600  # within the second sample
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):  # noqa: PT012, SIM117
+            with ShardWriter(path, 3, "fe" * 16) as writer:
+                for id_, arrays in clips.items():
+                    writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert part_path(path).stat().st_size == limit
+    with ShardWriter(path, 3, "fe" * 16) as writer:
+        assert writer.keys == {sample_key("a")}
+        for id_ in "bc":
+            writer.write(sample_key(id_), make_meta(id_, clips[id_]), clips[id_])
+        assert writer.commit() == clean
+
+
+def test_samples_on_the_disk_are_not_written_again(tmp_path: Path, make_meta: MakeMeta) -> None:
+    path, arrays = tmp_path / "bank-000000.tar", some_arrays(0)
+    with ShardWriter(path, 0, "fe") as writer:
+        writer.write("a", make_meta("a", arrays), arrays, {"seen": 1})
+    with ShardWriter(path, 0, "fe") as writer:
+        assert writer.keys == {"a"}
+        assert writer.entries[0]["note"] == {"seen": 1}
+    with ShardWriter(path, 0, "other features") as writer:
+        assert writer.keys == set()
+
+
+def test_a_flipped_bit_in_what_was_left_drops_its_sample_and_the_later(
+    tmp_path: Path, make_meta: MakeMeta
+) -> None:
+    path, arrays = tmp_path / "bank-000000.tar", some_arrays(0)
+    with ShardWriter(path, 0, "fe") as writer:
+        for key in "abc":
+            writer.write(key, make_meta(key, arrays), arrays)
+        second = writer.entries[1]["sample"]
+    raw = bytearray(part_path(path).read_bytes())
+    raw[second["offset"] + 700] ^= 4
+    part_path(path).write_bytes(raw)
+    with ShardWriter(path, 0, "fe") as writer:
+        assert writer.keys == {"a"}
+
+
+def test_a_copied_sample_is_the_one_that_was_written(tmp_path: Path, make_meta: MakeMeta) -> None:
+    path, copied = tmp_path / "a.tar", tmp_path / "b" / "a.tar"
+    clips = {key: some_arrays(k) for k, key in enumerate("abc")}
+    codec = Codec("int8", "float16", {s: np.ones(6, np.float32) for s in (4, 8)})
+    writer = ShardWriter(path, 0, "fe", codec)
+    for key, arrays in clips.items():
+        writer.write(key, make_meta(key, arrays), arrays)
+    whole, raw = writer.commit(), path.read_bytes()
+    other = ShardWriter(copied, 0, "fe", codec)
+    for sample in whole["samples"]:  # each from where it does not lie in the end
+        blob = raw[sample["offset"] : sample["offset"] + sample["nbytes"]]
+        other.copy(blob, moved(sample, 512 * 9))
+    assert other.commit() == whole
+    assert copied.read_bytes() == raw
 
 
 def test_an_empty_shard_is_a_tar_too(tmp_path: Path, make_meta: MakeMeta) -> None:

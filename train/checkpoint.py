@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from model.vlm import VLM
-from shards.writer import file_sha256
+from shards.writer import file_facts
 
 Json = dict[str, Any]
 
@@ -29,7 +29,7 @@ def save_checkpoint(
     torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
     (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=2) + "\n")
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    hashes = {path.relative_to(temporary).as_posix(): file_sha256(path) for path in files}
+    hashes = {path.relative_to(temporary).as_posix(): file_facts(path)["sha256"] for path in files}
     (temporary / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n")
     for path in [*files, temporary / "hashes.json"]:
         _sync(path)
@@ -43,7 +43,7 @@ def verifies(folder: Path) -> bool:
     """Tell whether a checkpoint is whole: every file there, with the digest it was written with."""
     try:
         hashes = json.loads((folder / "hashes.json").read_text())
-        return all(file_sha256(folder / name) == value for name, value in hashes.items())
+        return all(file_facts(folder / name)["sha256"] == value for name, value in hashes.items())
     except (OSError, ValueError):
         return False
 

@@ -90,7 +90,7 @@ def choose_strides(
     for name, stride in (("mm_spatial_pool_stride", slow), ("fast_stride", fast)):
         if stride and stride not in banked:
             problems.append(
-                f"{name} {stride}: {banks.banks[0].path} holds the strides "
+                f"{name} {stride}: {banks.banks[0].where} holds the strides "
                 f"{', '.join(map(str, banked))}; ask for one of them, or encode with --stride "
                 f"{','.join(map(str, sorted({*banked, stride})))}"
             )

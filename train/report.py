@@ -43,7 +43,7 @@ def banner(
     parts = {name: sum(p.numel() for p in group) for name, group in model.parts().items()}
     clips = sum(len(b) for b in dataset.banks.banks)
     lines = [
-        f"bank      {', '.join(str(b.path) for b in dataset.banks.banks)}: {clips} clips, "
+        f"bank      {', '.join(b.where for b in dataset.banks.banks)}: {clips} clips, "
         f"fingerprint {bank.config.fingerprint[:12]}",
         f"records   {len(dataset.records)} to train on, {len(dataset.held_out)} held out, "
         f"{dataset.dropped} dropped",

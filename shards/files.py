@@ -1,0 +1,150 @@
+"""Where the bytes of a bank come from: a folder, or a URL that fsspec knows, by ranged reads.
+
+files = open_files("s3://lab/banks/toy")
+header = files.read("shards/bank-000000.tar", 0, 512)
+
+Both kinds may be forked, pickled and used by many threads: nothing is shared but positions that
+nobody moves.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+MOST_OPEN = 128
+
+
+class Files(Protocol):
+    """The files under one folder, by their names below it."""
+
+    where: str
+    """The folder, for messages."""
+
+    def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        """Return a part of a file, by default all of it; fewer bytes where the file ends early.
+
+        Raises FileNotFoundError; other OSErrors are of the disk or the network.
+        """
+
+    def read_into(self, name: str, offset: int, target: np.ndarray) -> int:
+        """Fill uint8 `target` from `offset` on; return how many bytes the file had to give."""
+
+    def size(self, name: str) -> int:
+        """Return a file's bytes, -1 where there is no such file."""
+
+
+def open_files(place: str | Path) -> Files:
+    """Return the files at a local path or at a URL such as `s3://bucket/bank`."""
+    return RemoteFiles(place) if isinstance(place, str) and "://" in place else LocalFiles(place)
+
+
+class _Opened:
+    """A descriptor that is closed when the last reader lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+class LocalFiles:
+    """A folder. Files that are read in parts stay open, up to `MOST_OPEN` of them."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.where = str(folder)
+        self._opened: dict[str, _Opened] = {}
+        self._process = os.getpid()
+
+    def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        if nbytes is None:
+            with open(self.folder / name, "rb") as file:
+                file.seek(offset)
+                return file.read()
+        return os.pread(self._file(name).number, nbytes, offset)
+
+    def read_into(self, name: str, offset: int, target: np.ndarray) -> int:
+        opened, view, done = self._file(name), target.data, 0
+        while done < len(view):  # one call gives 2 GiB at most
+            got = _read_into(opened.number, view[done:], offset + done)
+            if not got:
+                break
+            done += got
+        return done
+
+    def size(self, name: str) -> int:
+        try:
+            return (self.folder / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return -1
+
+    def _file(self, name: str) -> _Opened:
+        if self._process != os.getpid():
+            self._opened, self._process = {}, os.getpid()
+        opened = self._opened.get(name)
+        if opened is None:
+            # No lock, which a fork could copy as held: of two that race one is kept, one closed.
+            opened = self._opened.setdefault(name, _Opened(self.folder / name))
+            if len(self._opened) > MOST_OPEN:
+                self._opened.pop(list(self._opened)[0], None)  # noqa: RUF015 - list() is atomic
+        return opened
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_opened": {}}
+
+
+def _read_into(file: int, view: memoryview, offset: int) -> int:
+    """Read into `view`, straight where the system can; the GIL is released meanwhile."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [view], offset)
+    data = os.pread(file, len(view), offset)
+    view[: len(data)] = data
+    return len(data)
+
+
+class RemoteFiles:
+    """A URL, read through fsspec: one ranged request for each stretch of bytes."""
+
+    def __init__(self, url: str) -> None:
+        self.where = url.rstrip("/")
+        self._opened: tuple[int, Any, str] | None = None
+
+    def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        if nbytes == 0:
+            return b""
+        system, root = self._system()
+        end = None if nbytes is None else offset + nbytes
+        return bytes(system.cat_file(f"{root}/{name}", start=offset, end=end))
+
+    def read_into(self, name: str, offset: int, target: np.ndarray) -> int:
+        data = self.read(name, offset, len(target))
+        assert len(data) <= len(target), f"{self.where}/{name}: gives more bytes than asked for"
+        target[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)
+
+    def size(self, name: str) -> int:
+        system, root = self._system()
+        try:
+            return int(system.info(f"{root}/{name}")["size"])
+        except FileNotFoundError:
+            return -1
+
+    def _system(self) -> tuple[Any, str]:
+        """Return the file system, made anew in each process, and the bank's path in it."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                from fsspec.core import url_to_fs
+
+                system, root = url_to_fs(self.where)
+            except (ImportError, ValueError) as error:
+                raise ValueError(f"{self.where}: cannot be opened: {error}") from None
+            self._opened = (os.getpid(), system, root)
+        return self._opened[1:]
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_opened": None}
