@@ -10,7 +10,8 @@ import click
 
 from preprocess.cli_check import gc, repair, status, verify
 from preprocess.cli_export import export, index
-from preprocess.flags import HOW, PLANNED, given, make_sampling, size
+from preprocess.flags import HOW, PLANNED, given, make_sampling
+from preprocess.wording import counted, in_bytes
 
 if TYPE_CHECKING:
     from preprocess.plan import ClipSource
@@ -267,11 +268,13 @@ def toyworld(out: Path, train_clips: int, test_clips: int, seed: int) -> None:
 def report(bank: Path, summary: "Summary") -> None:
     """Say what a run did; exit with 1 if clips failed."""
     click.echo(
-        f"{bank}: {summary.clips} clips, {summary.frames} frames, {size(summary.nbytes)} "
-        f"in {summary.seconds:.1f} s; {summary.skipped} clips were there already"
+        f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
+        f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "
+        f"{counted(summary.skipped, 'clip')} there already"
     )
     if summary.failures:
-        click.echo(f"{len(summary.failures)} clips failed, listed in {bank / 'quarantine.jsonl'}:")
+        failed = counted(len(summary.failures), "clip")
+        click.echo(f"{failed} failed, listed in {bank / 'quarantine.jsonl'}:")
         for entry in summary.failures[:20]:
             click.echo(f"  {entry['id']}: {entry['reason']}: {entry['message']}")
         raise SystemExit(1)

@@ -28,7 +28,7 @@ def verify(bank: Path, deep: bool) -> None:
     """
     from preprocess.lock import writer_of
     from preprocess.rubbish import rubbish
-    from preprocess.status import printable
+    from preprocess.wording import counted, printable
     from shards.check import verify as check
 
     writer = writer_of(bank)
@@ -40,7 +40,7 @@ def verify(bank: Path, deep: bool) -> None:
         pieces = rubbish(bank)
         if pieces:
             click.echo(
-                f"note: {len(pieces)} leftovers; `preprocess gc {bank} --dry-run` lists them"
+                f"note: {counted(len(pieces), 'leftover')}; `preprocess gc {bank} --dry-run` lists them"
             )
     for damage in damages:
         click.echo(printable(str(damage)))
@@ -51,7 +51,8 @@ def verify(bank: Path, deep: bool) -> None:
     files = {damage.file for damage in damages}
     remedies = {damage.remedy for damage in damages}
     click.echo(
-        f"{bank}: {len(damages)} damages in {len(files)} files, {len(keys)} clips; "
+        f"{bank}: {counted(len(damages), 'damage')} in {counted(len(files), 'file')}, "
+        f"{counted(len(keys), 'clip')}; "
         f"`preprocess repair {bank}` "
         + ("encodes what must be encoded again" if "encode" in remedies else "needs no tower")
     )
@@ -85,7 +86,7 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     preprocess repair bank --tower ./tower --video-root /data/videos
     """
     from preprocess.cli import start_torch
-    from preprocess.status import printable
+    from preprocess.wording import counted, printable
     from shards.books import read_books
 
     read_books(bank)  # refuses what is no bank before torch is imported
@@ -100,8 +101,9 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     for note in done.notes:
         click.echo(f"note: {printable(note)}")
     click.echo(
-        f"{bank}: {len(done.damages)} damages, {len(done.encoded)} clips encoded again, "
-        f"{len(done.files)} files written"
+        f"{bank}: {counted(len(done.damages), 'damage')}, "
+        f"{counted(len(done.encoded), 'clip')} encoded again, "
+        f"{counted(len(done.files), 'file')} written"
     )
     for damage in done.remaining:
         click.echo(f"remains: {printable(str(damage))}")
@@ -145,7 +147,7 @@ def gc(bank: Path, dry_run: bool) -> None:
     """
     from preprocess.lock import writer_of
     from preprocess.rubbish import collect, dead_shards, rubbish
-    from preprocess.status import printable, size
+    from preprocess.wording import in_bytes, printable
     from shards.books import read_books
 
     books = read_books(bank)
@@ -155,8 +157,8 @@ def gc(bank: Path, dry_run: bool) -> None:
     pieces = rubbish(bank) if dry_run else collect(bank)
     for piece in pieces:
         name = printable(str(piece.path.relative_to(bank)))
-        click.echo(f"{size(piece.nbytes):>10}  {name}: {piece.why}")
-    total = size(sum(piece.nbytes for piece in pieces))
+        click.echo(f"{in_bytes(piece.nbytes):>10}  {name}: {piece.why}")
+    total = in_bytes(sum(piece.nbytes for piece in pieces))
     click.echo(f"{total:>10}  {'can be removed' if dry_run else 'removed'}, {len(pieces)} in all")
     for name in dead_shards(books):
         click.echo(

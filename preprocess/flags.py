@@ -162,7 +162,3 @@ def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags that were given."""
     return {name: value for name, value in flags.items() if value is not None}
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

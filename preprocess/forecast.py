@@ -12,11 +12,11 @@ from model.tower import Tower
 from preprocess.changes import Changes
 from preprocess.decode_child import DecodeChild
 from preprocess.encode import frame_bytes
-from preprocess.flags import size
 from preprocess.plan import ClipSource, Plan
 from preprocess.quarantine import read_entries
 from preprocess.sources import SourceReader
 from preprocess.unit import EncodeOptions, committed, encode_frames
+from preprocess.wording import counted, in_bytes
 
 TRIED = 3
 NAMED = 5
@@ -43,11 +43,11 @@ def forecast(
     frames = sum(clip.frames or 0 for clip in clips)
     done = sum(committed(bank, unit) for unit in range(len(plan.units)))
     lines = [
-        f"{bank}: {len(clips)} clips, {frames} frames in {len(plan.units)} shards"
-        + (f", {done} of them finished" if done else ""),
+        f"{bank}: {counted(len(clips), 'clip')}, {counted(frames, 'frame')} in "
+        f"{counted(len(plan.units), 'shard')}" + (f", {done} of them finished" if done else ""),
         "  "
         + "; ".join(
-            f"stride {stride}: {size(frames * nbytes)}"
+            f"stride {stride}: {in_bytes(frames * nbytes)}"
             for stride, nbytes in frame_bytes(tower, options).items()
         )
         + (" before compression" if options.codec == "blosc" else ""),
@@ -81,7 +81,7 @@ def gone(changes: Changes) -> list[str]:
 def named(ids: Sequence[str]) -> str:
     """Return how many clips, and the first ones' names."""
     more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-    return f"{len(ids)} clips ({', '.join(ids[:NAMED])}{more})"
+    return f"{counted(len(ids), 'clip')} ({', '.join(ids[:NAMED])}{more})"
 
 
 def _todo(bank: Path, plan: Plan) -> list[ClipSource]:

@@ -25,6 +25,7 @@ from preprocess.decode_child import DecodeChild
 from preprocess.plan import read_plan
 from preprocess.quarantine import read_entries
 from preprocess.sources import SourceReader
+from preprocess.wording import in_bytes, printable
 from shards.catalogue import split_text
 from shards.reader import Bank
 from shards.schema import Json, SampleMeta, Sampling, sample_key
@@ -127,7 +128,19 @@ def facts(bank: Bank) -> list[str]:
         named = ", ".join(grid for grid, _ in grids.most_common(EXAMPLES)) or "no cells"
         nbytes = in_bytes(int(bank.columns[f"stride{stride}_nbytes"].sum()))
         lines[f"stride {stride}"] = f"{named}{' ...' * (len(grids) > EXAMPLES)}, {nbytes}"
+        if config.codec != "none":
+            lines[f"stride {stride}"] += f", {codec_quality(manifest, stride)}"
     return [f"{name:<12} {printable(value)}" for name, value in lines.items()]
+
+
+def codec_quality(manifest: Json, stride: int) -> str:
+    """Return what a codec saves and what it loses."""
+    measured = manifest["codec"]["strides"][str(stride)]
+    return (
+        f"{measured['ratio']:.2f} of the plain bytes, cosine {measured['cosine_mean']:.5f} "
+        f"(worst {measured['cosine_min']:.5f}), worst channel off by "
+        f"{measured['channel_error_worst']:.1%}"
+    )
 
 
 def histogram(durations: np.ndarray) -> list[str]:
@@ -164,16 +177,6 @@ def quarantine(entries: Sequence[Json]) -> list[str]:
         more = f" and {count - len(ids):,} more" if count > len(ids) else ""
         lines.append(printable(f"  {reason} {count:,}: {', '.join(ids)}{more}"))
     return lines
-
-
-def in_bytes(nbytes: int) -> str:
-    power = min(4, len(str(nbytes)) // 3 - (len(str(nbytes)) % 3 == 0))
-    return f"{nbytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def printable(text: str) -> str:
-    """Return text that cannot steer a terminal: what does not print is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def colours(features: Arrays) -> dict[int, np.ndarray]:

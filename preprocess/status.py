@@ -15,6 +15,7 @@ from pathlib import Path
 
 from preprocess.lock import lock_path, writer_of
 from preprocess.rubbish import dead_samples, dead_shards, disk_size, rubbish
+from preprocess.wording import in_bytes, printable
 from shards.books import Books, read_books, shard_name
 from shards.opening import read_quarantine
 from shards.schema import FeatureConfig, Json
@@ -181,7 +182,7 @@ def table(found: Status) -> str:
         f"{progress.clips_left} to do"
     )
     rows["frames"] = f"{progress.frames} banked, {progress.frames_begun} written"
-    rows["disk"] = f"{size(found.nbytes)} in shards"
+    rows["disk"] = f"{in_bytes(found.nbytes)} in shards"
     if found.seconds is not None:
         rows["rate"] = _rate(progress, found.seconds)
     failed = sum(found.quarantine.values())
@@ -189,10 +190,12 @@ def table(found: Status) -> str:
     rows["quarantine"] = f"{failed} clips: {reasons}; `preprocess retry`" if failed else "empty"
     if found.dead:
         whole = f"; nothing else in {', '.join(found.dead_shards)}" if found.dead_shards else ""
-        rows["dead"] = f"{found.dead} samples superseded or pruned, {size(found.dead_bytes)}{whole}"
+        rows["dead"] = (
+            f"{found.dead} samples superseded or pruned, {in_bytes(found.dead_bytes)}{whole}"
+        )
     if found.leftovers:
         rows["leftovers"] = (
-            f"{found.leftovers} files or folders, {size(found.leftover_bytes)}; `preprocess gc`"
+            f"{found.leftovers} files or folders, {in_bytes(found.leftover_bytes)}; `preprocess gc`"
         )
     shown = [printable(problem) for problem in found.problems[:5]]
     if len(found.problems) > 5:
@@ -233,14 +236,3 @@ def _rate(progress: Progress, seconds: float) -> str:
     days = int(progress.clips_left / rate // 86400)
     ahead = f"{f'{days} days ' if days else ''}{left}"
     return f"{rate:.2f} clips/s since the run began, start-up included; about {ahead} to go"
-
-
-def printable(text: str) -> str:
-    """Escape what would not show, or would move the cursor: control and lone surrogate characters."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

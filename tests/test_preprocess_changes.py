@@ -176,7 +176,7 @@ def test_removed_videos_stay_until_they_are_pruned_and_may_come_back(
     result = command(*words, "--device", "cpu")
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stdout.splitlines() if "are gone" in line]
-    assert "1 clips (clip-00001.mp4)" in line
+    assert "1 clip (clip-00001.mp4)" in line
     assert "--prune" in line
     assert set(features(bank)) == set(old)
     result = command(*words, "--device", "cpu", "--prune")

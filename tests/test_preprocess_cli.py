@@ -266,10 +266,10 @@ def test_encode_says_what_it_did_and_a_rerun_that_it_was_done(toy: Path, tmp_pat
     words = encode_words(toy, tmp_path / "b", "--frames", 4)
     first = preprocess(*words)
     assert first.exit_code == 0
-    assert re.search(r"b: 3 clips, 12 frames, .*; 0 clips were there already\n$", first.stdout)
+    assert re.search(r"b: 3 clips, 12 frames, .*; 0 clips there already\n$", first.stdout)
     second = preprocess(*words)
     assert second.exit_code == 0
-    assert re.search(r"b: 0 clips, 0 frames, .*; 3 clips were there already\n$", second.stdout)
+    assert re.search(r"b: 0 clips, 0 frames, .*; 3 clips there already\n$", second.stdout)
     bank = Bank.open(tmp_path / "b")
     assert (len(bank), bank.config.strides, bank.config.layer) == (3, (4, 8), -2)
     assert bank.config.sampling == Sampling(num_frames=4)
@@ -282,7 +282,7 @@ def test_a_bad_video_is_listed_with_exit_code_1_on_every_run(toy: Path, tmp_path
     for _ in range(2):
         result = preprocess(*words)
         assert result.exit_code == 1
-        assert f"1 clips failed, listed in {tmp_path / 'b' / 'quarantine.jsonl'}" in result.stdout
+        assert f"1 clip failed, listed in {tmp_path / 'b' / 'quarantine.jsonl'}" in result.stdout
         assert re.search(r"^  bad\.mp4: cannot-open: .*bad\.mp4", result.stdout, re.MULTILINE)
     (entry,) = map(json.loads, (tmp_path / "b" / "quarantine.jsonl").read_text().splitlines())
     assert (entry["id"], entry["reason"]) == ("bad.mp4", "cannot-open")
@@ -344,10 +344,10 @@ def test_a_plan_says_what_it_will_cost_and_encode_executes_it(toy: Path, tmp_pat
     assert result.exit_code == 0, result.output
     assert [path.name for path in bank.iterdir()] == ["plan.json"]
     said = result.stdout
-    assert f"{bank}: 4 clips, 12 frames in 1 shards\n" in said
-    assert "stride 4: 0.0 MB; stride 8: 0.0 MB\n" in said
+    assert f"{bank}: 4 clips, 12 frames in 1 shard\n" in said
+    assert "stride 4: 6.1 kB; stride 8: 1.5 kB\n" in said
     assert "new: 4 clips; changed: 0; gone: 0; pruned: 0\n" in said
-    assert "cannot be opened: 1 clips (bad.mp4)\n" in said
+    assert "cannot be opened: 1 clip (bad.mp4)\n" in said
     assert "to encode: 4 clips, 12 frames\n" in said
     assert re.search(r"roughly [0-9.]+ seconds to .* for one process here .* on 3 clips", said)
     planned = (bank / "plan.json").read_bytes()
@@ -359,7 +359,7 @@ def test_a_plan_says_what_it_will_cost_and_encode_executes_it(toy: Path, tmp_pat
     write_plan(tmp_path, written)
     assert (tmp_path / "plan.json").read_bytes() == planned
     result = preprocess("plan", *words, "--no-estimate")
-    assert "in 1 shards, 1 of them finished\n" in result.stdout
+    assert "in 1 shard, 1 of them finished\n" in result.stdout
     assert "new: 0 clips;" in result.stdout
     assert "nothing is left to encode\n" in result.stdout
     assert "roughly" not in result.stdout

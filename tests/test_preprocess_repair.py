@@ -450,7 +450,7 @@ def test_the_commands_tell_what_was_found_and_done(bank: Path, world: Path) -> N
     assert f"shards/bank-000000.tar: {key}: stride4: " in result.stdout
     result = run(repair_command, bank, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "1 damages, 1 clips encoded again" in result.stdout
+    assert "1 damage, 1 clip encoded again" in result.stdout
     assert contents(bank) == contents(world / "bank")
 
 

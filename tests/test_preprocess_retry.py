@@ -72,7 +72,7 @@ def test_a_mended_video_joins_the_bank_and_the_other_counts_another_attempt(
     mend(videos)
     result = command("retry", bank, "--device", "cpu")
     assert result.exit_code == 1
-    assert "1 clips, 8 frames" in result.stdout
+    assert "1 clip, 8 frames" in result.stdout
     assert "bad.mp4: cannot-open: " in result.stdout
     after = {path.name: path.read_bytes() for path in (bank / "shards").iterdir()}
     assert {name: after[name] for name in before} == before
@@ -204,7 +204,7 @@ def test_a_truncated_video_is_banked_on_demand_and_its_flags_say_so(
     assert b'"truncated"]' in tar.read_bytes()
     again = command(*words, "--allow-truncated", "--device", "cpu")
     assert again.exit_code == 0
-    assert "1 clips were there already" in again.stdout
+    assert "1 clip there already" in again.stdout
 
 
 # --- the file ---

@@ -24,15 +24,14 @@ from preprocess.show import (
     cells_tile,
     colours,
     find,
-    in_bytes,
     page,
-    printable,
     read_meta,
     shortened,
     table,
     title,
 )
 from preprocess.video import read_clip
+from preprocess.wording import in_bytes, printable
 from shards.reader import Bank
 from shards.schema import POOL_MODES, FeatureConfig, SampleMeta, Sampling, sample_key
 
