@@ -4,6 +4,7 @@ Frames are grouped by stream, grid and covered part, so that each group is one t
 indices are flat: row * length + position.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -80,6 +81,10 @@ class Batch:
     groups: tuple[FrameGroup, ...]
     transitions: tuple[Transitions, ...]
     record_ids: tuple[str, ...]
+    label_task: Tensor | None = None
+    """int64 `(supervised,)`: what the answer of each label is, by which its loss is reported."""
+    causal: bool = False
+    """Whether plain causal attention over each row is its mask: one record a row, frames `token`."""
 
     @property
     def num_transitions(self) -> int:
@@ -91,12 +96,20 @@ T = TypeVar("T", bound="FrameGroup | Transitions | Batch")
 
 def to_device(item: T, device: torch.device) -> T:
     """Return a copy with every tensor on a device."""
+    return _moved(item, lambda tensor: tensor.to(device, non_blocking=True))
 
+
+def pinned(item: T) -> T:
+    """Return a copy in page-locked memory, from which copies to a CUDA device run beside its work."""
+    return _moved(item, lambda tensor: tensor.pin_memory())
+
+
+def _moved(item: T, place: Callable[[Tensor], Tensor]) -> T:
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
+            return place(value)
         if isinstance(value, tuple):
             return tuple(move(v) for v in value)
-        return to_device(value, device) if isinstance(value, FrameGroup | Transitions) else value
+        return _moved(value, place) if isinstance(value, FrameGroup | Transitions) else value
 
     return replace(item, **{f.name: move(getattr(item, f.name)) for f in fields(item)})

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 FRAME_ATTENTION = ("block", "token")
+BLOCK = 128
+"""Queries and keys of a block of flex_attention's mask; its default, which the kernels want."""
 
 
 def intervals(
@@ -57,14 +60,45 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(start: Tensor, end: Tensor) -> Any:
-    """Return the same mask as flex_attention's BlockMask, which never holds the dense one.
+    """Return the same mask as flex_attention's BlockMask, built from the intervals themselves.
 
-    start, end: int32 `(rows, length)` on a CUDA device.
+    start, end: int32 `(rows, length)`, as of `intervals`; best with a length that is a multiple of
+    `BLOCK`, the same for all batches, as the kernel is compiled anew for another.
+
+    Starts and ends never fall along a row and each query sees itself, so that the keys of
+    consecutive queries are one interval too: a block of keys is touched iff it meets the interval
+    from the least start to the greatest end, and wholly seen iff it lies in that from the greatest
+    start to the least end. `create_block_mask` evaluates every pair for that.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= start[row, query]) & (key < end[row, query])
 
     rows, length = start.shape
-    return create_block_mask(sees, rows, None, length, length, device=start.device)
+    blocks = -(-length // BLOCK)
+    # queries behind the end touch nothing, and no block of theirs counts as wholly seen
+    missing = (0, blocks * BLOCK - length)
+    starts = F.pad(start, missing, value=length).view(rows, 1, blocks, BLOCK)
+    ends = F.pad(end, missing, value=0).view(rows, 1, blocks, BLOCK)
+    first = torch.arange(blocks, device=start.device, dtype=start.dtype) * BLOCK
+    touched = (first + BLOCK > starts.amin(-1, keepdim=True)) & (
+        first < ends.amax(-1, keepdim=True)
+    )
+    whole = (first >= starts.amax(-1, keepdim=True)) & (
+        first + BLOCK <= ends.amin(-1, keepdim=True)
+    )
+    return BlockMask.from_kv_blocks(
+        *_ordered(touched & ~whole),
+        *_ordered(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, per block of queries, how many blocks of keys are chosen, and all with these first."""
+    chosen = blocks.int()
+    order = chosen.argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32), order.int()

@@ -16,10 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from model.batch import Batch
-from model.folder import load_llm, load_weights, read_json, save_llm, save_weights, write_json
+from model.folder import (
+    LlmBase,
+    load_llm,
+    load_weights,
+    read_base,
+    read_json,
+    save_llm,
+    save_weights,
+    write_json,
+)
 from model.frame_causal import PREDICTORS, FrameCausal
 from model.frames import STRATEGIES, exact_ratio
 from model.lape import AXES, INJECTION_SHARE, PRESETS, Lape, LapeTokens
@@ -28,6 +38,8 @@ from model.projector import PROJECTORS, build_projector
 
 Json = dict[str, Any]
 FORMAT = 1
+HEAD_ROWS = 1024
+"""Supervised tokens whose logits exist at once."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +95,15 @@ class VLM(nn.Module):
         llm_width = llm.get_input_embeddings().embedding_dim
         self.calibrated = True
         """Whether LAPE's gamma is set; a fresh model's is set from the run's first batch."""
+        self.base: LlmBase | None = None
+        """Where the LLM's own weights lie, when they are not trained."""
         self.config = config
         self.tokenizer = tokenizer
         self.tower_width = width
         self.features = features
         self.tower = tower
         self.llm = llm
+        self._no_split_modules = list(llm._no_split_modules)  # FSDP2's units: the decoder layers
         self.projector = build_projector(config.mm_projector_type, width, llm_width)
         self.visual = VisualTokens(llm_width)
         self.frame_causal = (
@@ -151,6 +166,8 @@ class VLM(nn.Module):
         """Return the batch's mask in the form that the LLM's attention implementation reads."""
         if self.llm.config._attn_implementation == "flex_attention":
             return block_mask(batch.mask_start, batch.mask_end)
+        if batch.causal and self.llm.config._attn_implementation in ("sdpa", "flash_attention_2"):
+            return None  # is_causal, with its faster kernels; padding on the right sees, unseen
         mask = dense_mask(batch.mask_start, batch.mask_end)
         if self.llm.config._attn_implementation == "eager":
             return additive_mask(mask, self.visual.frame_end.dtype)
@@ -180,32 +197,65 @@ class VLM(nn.Module):
         return torch.cat([text, self.lape.logits(hidden)], dim=-1)
 
     def language_loss(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return sums over supervised tokens; only their rows pass through the head."""
-        logits = self.logits(hidden[batch.predict_index])
+        """Return sums over supervised tokens, and each's loss; only their rows pass the head.
+
+        Above `HEAD_ROWS` rows they pass in chunks, whose logits are computed again in the backward
+        pass: fp32 logits of 152k columns take 0.6 GB per 1024 rows, twice with their gradient.
+        """
+        rows = hidden[batch.predict_index]
+        chunks = zip(
+            rows.split(HEAD_ROWS),
+            batch.labels.split(HEAD_ROWS),
+            batch.label_axis.split(HEAD_ROWS),
+            batch.label_coord.split(HEAD_ROWS),
+            strict=True,
+        )
+        if len(rows) <= HEAD_ROWS:
+            return self._head_loss(*next(chunks))
+        parts = [
+            checkpoint(self._head_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+        out = {
+            name: torch.stack([p[name] for p in parts]).sum() for name in ("ce", "coordinate_ce")
+        }
+        return out | {"token_ce": torch.cat([part["token_ce"] for part in parts])}
+
+    def _head_loss(
+        self, rows: Tensor, labels: Tensor, label_axis: Tensor, label_coord: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the sums of cross-entropies of hidden states `(n, width)`, and each; n may be 0."""
+        logits = self.logits(rows)
         if self.lape is None:
-            total = F.cross_entropy(logits, batch.labels, reduction="sum")
-            return {"ce": total, "coordinate_ce": total.detach() * 0}
+            each = F.cross_entropy(logits, labels, reduction="none")
+            total = each.sum()
+            return {"ce": total, "coordinate_ce": total.detach() * 0, "token_ce": each.detach()}
         log_z = logits.logsumexp(dim=-1)
         offset = logits.shape[-1] - sum(self.lape.tokens.counts)
-        is_text = batch.label_axis < 0
-        picked = logits.gather(1, batch.labels.where(is_text, 0)[:, None]).squeeze(1)
-        loss = (log_z - picked)[is_text].sum()
+        is_text = label_axis < 0
+        picked = logits.gather(1, labels.where(is_text, 0)[:, None]).squeeze(1)
+        losses = log_z - picked
+        each = losses.detach().clone()
+        loss = losses[is_text].sum()
         coordinates = loss.detach() * 0
         for axis, bins in enumerate(self.lape.tokens.counts):
-            rows = torch.nonzero(batch.label_axis == axis).flatten()
-            target = self.lape.target(axis, batch.label_coord[rows])
-            expected = (target * logits[rows, offset : offset + bins]).sum(dim=-1)
-            part = (log_z[rows] - expected).sum()
+            of_axis = torch.nonzero(label_axis == axis).flatten()
+            target = self.lape.target(axis, label_coord[of_axis])
+            expected = (target * logits[of_axis, offset : offset + bins]).sum(dim=-1)
+            losses = log_z[of_axis] - expected
+            each[of_axis] = losses.detach()
+            part = losses.sum()
             loss, coordinates = loss + part, coordinates + part.detach()
             offset += bins
-        return {"ce": loss, "coordinate_ce": coordinates}
+        return {"ce": loss, "coordinate_ce": coordinates, "token_ce": each}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss sums of a batch and their counts, for division by global counts.
 
-        ce, coordinate_ce: sums over supervised tokens. ar, ar_copy: `(4,)` sums over transitions
-        by pair of streams; ar_count, ar_copy_count likewise. A batch without frames or supervised
-        tokens still reaches every parameter, so that no rank waits for a gradient.
+        ce, coordinate_ce: sums over supervised tokens; token_ce: of each, without gradient. ar,
+        ar_copy: `(4,)` sums over transitions by pair of streams; ar_count, ar_copy_count likewise.
+        A batch without frames or supervised tokens still reaches every parameter, so that no rank
+        waits for a gradient.
         """
         hidden = self.hidden_states(batch)
         out = self.language_loss(hidden, batch)
@@ -262,11 +312,14 @@ class VLM(nn.Module):
         )
         return [(file, module) for file, module in parts if module is not None]
 
-    def save(self, folder: str | Path) -> None:
-        """Write the model folder; the LLM in the form that transformers alone can load."""
+    def save(self, folder: str | Path, *, whole: bool = True) -> None:
+        """Write the model folder; the LLM in the form that transformers alone can load.
+
+        Unless `whole`, weights that are not trained are named, not copied.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_llm(self.llm, folder / "llm")
+        save_llm(self.llm, folder / "llm", None if whole else self.base)
         self.tokenizer.save_pretrained(folder / "llm")
         for file, module in self.modules_on_disk():
             save_weights(module, folder / file)
@@ -277,18 +330,27 @@ class VLM(nn.Module):
         write_json(folder / "config.json", facts)
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "VLM":
-        """Load a saved model; whatever does not fit is refused by name."""
+    def load(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        base: LlmBase | None = None,
+    ) -> "VLM":
+        """Load a saved model; whatever does not fit is refused by name.
+
+        base: where the LLM lies now that a checkpoint only names, [as when it was written].
+        """
         folder = Path(folder)
         facts = read_model_config(folder)
         model = cls(
             facts["model"],
-            load_llm(folder / "llm", dtype),
+            load_llm(folder / "llm", dtype, base),
             AutoTokenizer.from_pretrained(folder / "llm"),
             width=facts["tower_width"],
             features=facts["features"],
             tower=facts["tower"],
         )
+        model.base = base or read_base(folder / "llm")
         model._check_tokens(folder)
         for file, module in model.modules_on_disk():
             load_weights(module, folder / file)

@@ -1,6 +1,8 @@
 """Attention intervals against the rule written out, and through a real transformers model."""
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import create_causal_mask
 
 from model.batch import to_device
-from model.mask import FRAME_ATTENTION, additive_mask, dense_mask, intervals
+from model.mask import (
+    BLOCK,
+    FRAME_ATTENTION,
+    additive_mask,
+    block_mask,
+    dense_mask,
+    intervals,
+)
 
 Row = tuple[np.ndarray, np.ndarray]
 
@@ -211,15 +221,115 @@ def test_eager_and_sdpa_agree(make_llm: Callable[..., Any]) -> None:
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.gpu
-def test_flex_attention_gives_the_hidden_states_of_sdpa(
+def long_row(rng: np.random.Generator, length: int) -> Row:
+    """Return a row of samples with frames of up to 200 tokens, padded to a length."""
+    sample, block, number, frame = [], [], 0, 0
+    while True:
+        one: list[int] = []
+        for _ in range(rng.integers(1, 6)):
+            size = int(rng.integers(1, 200))
+            one += [frame if rng.random() < 0.6 else -1] * size
+            frame += 1
+        if len(sample) + len(one) > length:
+            break
+        sample += [number] * len(one)
+        block += one
+        number += 1
+    padding = [-1] * (length - len(sample))
+    return np.array(sample + padding), np.array(block + padding)
+
+
+@pytest.mark.parametrize("length", [256, 1024, 1000, 130])
+@pytest.mark.parametrize("frame_attention", FRAME_ATTENTION)
+def test_a_block_mask_is_the_dense_mask_and_its_full_blocks_are_full(
+    length: int, frame_attention: str
+) -> None:
+    rng = np.random.default_rng(length)
+    rows = [intervals(*long_row(rng, length), frame_attention) for _ in range(4)]
+    start, end = (torch.from_numpy(np.stack(bounds)) for bounds in zip(*rows, strict=True))
+    mask, dense = block_mask(start, end), dense_mask(start, end)
+    assert mask.seq_lengths == (length, length)
+    blocks = -(-length // BLOCK)
+    missing = blocks * BLOCK - length
+    tiles = (  # rows, query blocks, key blocks, pairs of a block
+        torch.nn.functional.pad(dense[:, 0], (0, missing, 0, missing))
+        .view(len(rows), blocks, BLOCK, blocks, BLOCK)
+        .transpose(2, 3)
+        .flatten(3)
+    )
+    seen = torch.zeros(len(rows), blocks, blocks, dtype=torch.int32)
+    for kind, counts, indices in (
+        (1, mask.kv_num_blocks, mask.kv_indices),
+        (2, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        assert counts.dtype == indices.dtype == torch.int32
+        for row, query in itertools.product(range(len(rows)), range(blocks)):
+            chosen = indices[row, 0, query, : counts[row, 0, query]].long()
+            assert chosen.tolist() == sorted(set(chosen.tolist()))
+            assert (seen[row, query, chosen] == 0).all()  # never both partial and full
+            seen[row, query, chosen] = kind
+    assert torch.equal(seen == 2, tiles.all(dim=-1))
+    assert torch.equal(seen == 1, tiles.any(dim=-1) & ~tiles.all(dim=-1))
+    assert torch.equal(mask.to_dense()[:, 0].bool(), seen > 0)
+    place = torch.arange(length)
+    pairs = [
+        mask.mask_mod(torch.tensor(row), torch.tensor(0), place[:, None], place[None])
+        for row in range(len(rows))
+    ]
+    assert torch.equal(torch.stack(pairs)[:, None], dense)
+
+
+def test_a_block_mask_has_the_blocks_that_torch_finds_by_trying_every_pair() -> None:
+    row = long_row(np.random.default_rng(3), 640)
+    start, end = (torch.from_numpy(bound)[None] for bound in intervals(*row))
+    ours = block_mask(start, end)
+    theirs = create_block_mask(ours.mask_mod, 1, None, 640, 640, device="cpu")
+    for name in ("num_blocks", "indices"):
+        for kind in ("kv", "full_kv", "q", "full_q"):
+            one, two = (getattr(mask, f"{kind}_{name}") for mask in (ours, theirs))
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_plain_causal_rows_need_no_mask(
     make_model: Callable[..., Any], make_clip: Callable[..., Any], make_batch: Callable[..., Any]
 ) -> None:
+    model = make_model(frame_attention="token")
+    talks = [([make_clip(seed=k)], "<video>\nWhen?" + "?" * k, "at <t:0.1>") for k in range(3)]
+    masked = make_batch(model, *talks)
+    plain = replace(masked, causal=True)
+    assert model.attention_mask(plain) is None
+    real = (torch.arange(masked.input_ids.shape[1]) < masked.lengths[:, None]).flatten()
+    assert not real.all()
+    one, two = (model.hidden_states(batch)[real] for batch in (masked, plain))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    losses = [model(batch)["ce"] for batch in (masked, plain)]
+    grads = [torch.autograd.grad(loss, list(model.projector.parameters())) for loss in losses]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    model.llm.set_attn_implementation("eager")
+    assert model.attention_mask(plain) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_attention_gives_losses_and_gradients_of_sdpa(
+    make_model: Callable[..., Any],
+    make_clip: Callable[..., Any],
+    make_batch: Callable[..., Any],
+    make_llm: Callable[..., Any],
+    dtype: torch.dtype,
+) -> None:
     """On CUDA only: flex_attention's backward is not implemented for the CPU."""
-    model = make_model().cuda()
+    model = make_model(make_llm(width=128)).cuda()
     talks = [([make_clip(seed=k)], "<video>\nWhen?" + "?" * k, "at <t:0.1>") for k in range(2)]
     batch = to_device(make_batch(model, *talks), torch.device("cuda"))
-    dense = model.hidden_states(batch)
-    model.llm.set_attn_implementation("flex_attention")
-    flex = model.hidden_states(batch)
-    torch.testing.assert_close(flex, dense, atol=2e-4, rtol=2e-3)
+    found = []
+    for attention in ("sdpa", "flex_attention"):
+        model.llm.set_attn_implementation(attention)
+        model.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            out = model(batch)
+        (out["ce"] + out["ar"].sum()).backward()
+        found.append([out["ce"], out["ar"], *(p.grad for p in model.parameters())])
+    loose = 2e-3 if dtype == torch.float32 else 5e-2
+    for dense, flex in zip(*found, strict=True):
+        torch.testing.assert_close(flex, dense, rtol=loose, atol=loose * float(dense.abs().max()))

@@ -220,6 +220,96 @@ def test_the_language_loss_is_that_of_a_slow_loop(
     assert out["coordinate_ce"].item() == pytest.approx(coordinates, rel=1e-5)
 
 
+def gradients(model: VLM, loss: Tensor) -> dict[str, Tensor]:
+    """Return every parameter's gradient, zero where the loss does not reach it."""
+    model.zero_grad()
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if found[name] is None else found[name].clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def assert_same_gradients(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    scale = max(grad.abs().max().item() for grad in one.values())
+    for name, grad in one.items():
+        torch.testing.assert_close(grad, two[name], rtol=1e-6, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head_rows", [1024, 4])
+def test_without_lape_the_language_loss_is_that_of_transformers_on_all_logits(
+    make_llm: Llm,
+    make_model: Model,
+    make_clip: Clip,
+    make_batch: Batches,
+    monkeypatch: pytest.MonkeyPatch,
+    tied: bool,
+    head_rows: int,
+) -> None:
+    monkeypatch.setattr("model.vlm.HEAD_ROWS", head_rows)
+    model = make_model(make_llm(tied=tied), enable_lape=False, loss_weight=0)
+    batch = make_batch(model, ([make_clip()], QUESTION, ANSWER), ([], *SHORT))
+    labels = torch.full_like(batch.input_ids, -100).flatten()
+    labels[batch.predict_index + 1] = batch.labels
+    theirs = model.llm(
+        inputs_embeds=model.embed(batch),
+        attention_mask=model.attention_mask(batch),
+        position_ids=batch.position_ids,
+        labels=labels.view_as(batch.input_ids),
+        num_items_in_batch=1,  # a sum
+    ).loss
+    expected = gradients(model, theirs)
+    ours = model(batch)["ce"]
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert_same_gradients(expected, gradients(model, ours))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_language_loss_in_chunks_is_that_in_one(
+    make_model: Model,
+    make_clip: Clip,
+    make_batch: Batches,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+) -> None:
+    model = make_model(lape_preset=preset)
+    batch = make_batch(model, ([make_clip()], QUESTION, ANSWER), ([], *SHORT))
+    whole = model(batch)
+    expected = gradients(model, whole["ce"])
+    monkeypatch.setattr("model.vlm.HEAD_ROWS", 5)
+    assert len(batch.labels) % 5, "the last chunk should be a short one"
+    chunked = model(batch)
+    for name in ("ce", "coordinate_ce"):
+        assert chunked[name].item() == pytest.approx(whole[name].item(), rel=1e-6)
+    assert_same_gradients(expected, gradients(model, chunked["ce"]))
+
+
+@pytest.mark.parametrize("enable_lape", [True, False])
+def test_only_supervised_rows_pass_through_the_head(
+    make_model: Model,
+    make_clip: Clip,
+    make_batch: Batches,
+    monkeypatch: pytest.MonkeyPatch,
+    enable_lape: bool,
+) -> None:
+    model = make_model(enable_lape=enable_lape)
+    batch = make_batch(model, ([make_clip()], QUESTION, ANSWER), ([], *SHORT))
+    rows: list[int] = []
+    head = model.llm.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    model(batch)
+    assert rows == [len(batch.labels)]
+    monkeypatch.setattr("model.vlm.HEAD_ROWS", 4)
+    rows.clear()
+    out = model(batch)
+    assert sum(rows) == len(batch.labels)
+    assert max(rows) <= 4
+    out["ce"].backward()
+    assert sum(rows) == 2 * len(batch.labels)  # each chunk once more
+
+
 def test_lape_off_leaves_tokenizer_and_logits_as_they_are(
     make_llm: Llm,
     make_tokenizer: Callable[[], Any],

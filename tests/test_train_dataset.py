@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from shards.schema import FeatureConfig
 from train.config import TrainConfig
-from train.dataset import Dataset, open_dataset
+from train.dataset import open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,46 +69,6 @@ def refused(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> list[str
     return [line.removeprefix("error: ") for line in lines]
 
 
-def drawn(count: int) -> Dataset:
-    """A dataset that only the number of its records is asked of."""
-    return Dataset(None, [None] * count, [], 0, 4, 8)  # type: ignore[arg-type,list-item]
-
-
-@given(
-    count=st.integers(1, 30),
-    size=st.integers(1, 12),
-    seed=st.integers(0, 5),
-    epochs=st.integers(1, 4),
-)
-def test_each_epoch_draws_each_record_once(count: int, size: int, seed: int, epochs: int) -> None:
-    dataset = drawn(count)
-    steps = -(-epochs * count // size)
-    stream = [index for step in range(steps) for index in dataset.batch_records(step, size, seed)]
-    assert len(stream) == steps * size
-    for epoch in range(epochs):
-        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
-
-
-@given(
-    count=st.integers(1, 30),
-    size=st.integers(1, 12),
-    seed=st.integers(0, 5),
-    steps=st.lists(st.integers(0, 40), max_size=6),
-)
-def test_a_batch_depends_on_step_size_and_seed_alone(
-    count: int, size: int, seed: int, steps: list[int]
-) -> None:
-    asked_before = drawn(count)
-    for step in steps:
-        asked_before.batch_records(step, size, seed)
-    assert asked_before.batch_records(7, size, seed) == drawn(count).batch_records(7, size, seed)
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = {tuple(drawn(20).batch_records(k, 20, seed)) for k in range(3) for seed in range(3)}
-    assert len(orders) == 9
-
-
 def test_records_draw_on_several_banks(world: World) -> None:
     path = world.records("r.jsonl", "a.mp4", "c.mp4", "b.mp4")
     dataset = open_dataset(world.config(bank=[str(world.bank), str(world.other)], data_path=[path]))
@@ -139,7 +97,7 @@ def test_records_of_quarantined_clips_are_dropped_and_counted(world: World) -> N
     path = world.records("r.jsonl", "a.mp4", "bad.mp4", "bad.mp4")
     dataset = open_dataset(world.config(data_path=[path], eval_path=[path]))
     assert [record.id for record in dataset.records] == ["r.jsonl-0"]
-    assert dataset.dropped == 2
+    assert dataset.dropped == {"clip in quarantine": 2}
     assert [record.id for record in dataset.held_out] == ["r.jsonl-0"]
 
 
@@ -153,7 +111,26 @@ def test_an_unknown_clip_is_refused_unless_it_may_be_missing(
         "or set missing: drop"
     )
     dataset = open_dataset(world.config(data_path=[path], missing="drop"))
-    assert ([r.id for r in dataset.records], dataset.dropped) == (["r.jsonl-0"], 1)
+    assert [r.id for r in dataset.records] == ["r.jsonl-0"]
+    assert dataset.dropped == {"clip in no bank": 1}
+
+
+def test_a_record_without_an_answer_is_refused_unless_it_may_be_dropped(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = world.records("r.jsonl", "a.mp4")
+    mute = world.records("mute.jsonl", "a.mp4", "b.mp4", text=" ")
+    mixtures = world.folder / "mixtures.yaml"
+    mixtures.write_text(f"one: {{records: {path}}}\ntwo: {{records: {mute}}}\n")
+    mixed = {"data_config": str(mixtures), "data_mixture": "one+two*3"}
+    lines = refused(world.config(**mixed), capsys)
+    assert lines[0] == (
+        f"{mute}:1 (id mute.jsonl-0): no supervised text: no gpt turn with an answer; mend it, or "
+        "set unsupervised: drop"
+    )
+    dataset = open_dataset(world.config(**mixed, unsupervised="drop"))
+    assert [r.id for r in dataset.records] == ["r.jsonl-0"]
+    assert dataset.dropped == {"no supervised text": 6}
 
 
 def test_nothing_left_to_train_on_is_refused(

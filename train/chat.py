@@ -8,10 +8,14 @@ supervised - each answer and the token that closes it - follows from the same re
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import lru_cache
+from threading import Lock
+from typing import Any, NamedTuple, Protocol
 
 from train.records import MEDIA_TAG, Turn, split_markup
 
+VERSION = 1
+"""Raised whenever `Chat.encode` makes other tokens of the same text: cached lengths are then stale."""
 MEDIA = -1
 """Stands in `Encoded.ids` for all tokens of one medium."""
 AXES = ("time", "height", "width")
@@ -44,6 +48,19 @@ class Encoded:
     supervised: list[bool]
 
 
+class Piece(NamedTuple):
+    """A stretch of a conversation: text of the template or of a turn, a medium, or a coordinate."""
+
+    text: str
+    """Empty for a medium and a coordinate."""
+    template: bool = False
+    supervised: bool = False
+    """Of a piece of the template: an answer ends here, and its closing tokens are supervised."""
+    axis: int = MEDIA
+    """The axis of a coordinate, `MEDIA` for a medium."""
+    coord: float = 0.0
+
+
 class Chat:
     """Encodes conversations for one tokenizer, with coordinates as anchors or as plain numbers."""
 
@@ -54,6 +71,8 @@ class Chat:
         # Llama 3's <|eot_id|> is special without being one of the tokenizer's named tokens
         added = tokenizer.added_tokens_decoder.items()
         self.special = {*tokenizer.all_special_ids, *(id_ for id_, token in added if token.special)}
+        self._rendered = lru_cache(maxsize=1024)(self._render)
+        self._one_at_a_time = Lock()
         turns = [Turn("user", "?"), Turn("assistant", "!")]
         encoded = self.encode(turns, [])
         last = max(place for place, on in enumerate(encoded.supervised) if on)
@@ -67,14 +86,84 @@ class Chat:
         durations: seconds of each medium, in the order of the tags; times are fractions of them.
         Raises ValueError where the tags do not fit the media, or a time has no clip to lie in.
         """
+        out = Encoded([], [], [], [])
+        for piece in self.pieces(turns, durations, prompt=prompt):
+            if piece.template:
+                ids = self._tokenise([piece.text], split_special=False)[0]
+                closing = self._closing(ids) if piece.supervised else 0
+                for k, id_ in enumerate(ids):
+                    _append(out, id_, supervised=k < closing)
+            elif piece.text:
+                for id_ in self._tokenise([piece.text], split_special=True)[0]:
+                    _append(out, id_, supervised=piece.supervised)
+            elif piece.axis == MEDIA:
+                _append(out, MEDIA)
+            else:
+                assert self.anchors is not None
+                id_ = self.anchors.token_id(piece.axis, piece.coord)
+                _append(out, id_, axis=piece.axis, coord=piece.coord, supervised=piece.supervised)
+        return out
+
+    def count(self, talks: Sequence[Sequence[Piece]]) -> list[tuple[int, int]]:
+        """Return (tokens without media, supervised tokens) of each conversation's pieces.
+
+        Exactly what `encode` makes of them, many at a time: a text is tokenised once.
+        """
+        texts = list({p.text: None for talk in talks for p in talk if p.text and not p.template})
+        tokens = self._tokenise(texts, split_special=True)
+        plain = {text: len(ids) for text, ids in zip(texts, tokens, strict=True)}
+        frame: dict[tuple[str, bool], tuple[int, int]] = {}
+        counts = []
+        for talk in talks:
+            total = supervised = 0
+            for piece in talk:
+                if piece.template:
+                    key = piece.text, piece.supervised
+                    if key not in frame:
+                        ids = self._tokenise([piece.text], split_special=False)[0]
+                        frame[key] = len(ids), self._closing(ids) if piece.supervised else 0
+                    tokens_here, closing = frame[key]
+                    total += tokens_here
+                    supervised += closing
+                    continue
+                here = plain[piece.text] if piece.text else int(piece.axis != MEDIA)
+                total += here
+                supervised += here * piece.supervised
+            counts.append((total, supervised))
+        return counts
+
+    def pieces(
+        self, turns: Sequence[Turn], durations: Sequence[float], *, prompt: bool = False
+    ) -> list[Piece]:
+        """Return a conversation in pieces, before anything is tokenised; raises as `encode`."""
         tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
         if tags != len(durations):
             raise ValueError(
                 f"{tags} <video>/<image> tags for {len(durations)} media; write one tag per medium"
             )
+        out: list[Piece] = []
+        media = iter(durations)
+        duration = durations[0] if durations else 0.0
+        closing = False
+        rendered = self._rendered(tuple(turn.role for turn in turns), prompt)
+        for place, text in enumerate(rendered):
+            if place % 2 == 0:
+                out.append(Piece(text, template=True, supervised=closing))
+                continue
+            turn = turns[place // 2]
+            closing = turn.role == "assistant"
+            for part in _TAGS.split(turn.text):
+                if MEDIA_TAG.fullmatch(part):
+                    duration = next(media)
+                    out.append(Piece(""))
+                elif part:
+                    out += self._content(part, duration, closing)
+        return out
+
+    def _render(self, roles: tuple[str, ...], prompt: bool) -> list[str]:
+        """Return the template's own text around turns of these roles: turns stand at odd places."""
         messages = [
-            {"role": turn.role, "content": f"\ue000{number}\ue001"}
-            for number, turn in enumerate(turns)
+            {"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)
         ]
         rendered = self.tokenizer.apply_chat_template(
             messages,
@@ -83,41 +172,40 @@ class Chat:
             **({"chat_template": self.template} if self.template else {}),
         )
         found = [int(number) for number in MARKER.findall(rendered)]
-        if found != list(range(len(turns))):
+        if found != list(range(len(roles))):
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path} shows the turns {found} of "
-                f"{len(turns)}; use a tokenizer whose template keeps each turn once and in order"
+                f"{len(roles)}; use a tokenizer whose template keeps each turn once and in order"
             )
-        out = Encoded([], [], [], [])
-        media = iter(durations)
-        duration = durations[0] if durations else 0.0
-        closing = False
-        for place, piece in enumerate(MARKER.split(rendered)):
-            if place % 2:
-                turn = turns[int(piece)]
-                closing = turn.role == "assistant"
-                for part in re.split(f"({MEDIA_TAG.pattern})", turn.text):
-                    if MEDIA_TAG.fullmatch(part):
-                        duration = next(media)
-                        _append(out, MEDIA)
-                    elif part:
-                        self._content(out, part, duration, closing)
-            else:
-                self._template(out, piece, closing)
-        return out
+        return MARKER.split(rendered)
 
-    def _template(self, out: Encoded, text: str, closing: bool) -> None:
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+    def _tokenise(self, texts: list[str], *, split_special: bool) -> list[list[int]]:
+        """Return the ids of texts; split, what spells a special token stays text."""
+        if not texts:
+            return []
+        # a call switches the tokenizer itself between the two, so that threads must take turns
+        with self._one_at_a_time:
+            tokens = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                split_special_tokens=split_special,
+                return_attention_mask=False,
+                verbose=False,
+            )
+        return list(tokens.input_ids)
+
+    def _closing(self, ids: list[int]) -> int:
+        """Return how many tokens of the template close an answer: up to its first special one."""
         end = next((k for k, id_ in enumerate(ids) if id_ in self.special), None)
-        if closing and end is None:
+        if end is None:
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path} closes an answer by no special "
                 "token, so a model could not learn to stop; use another template"
             )
-        for k, id_ in enumerate(ids):
-            _append(out, id_, supervised=closing and end is not None and k <= end)
+        return end + 1
 
-    def _content(self, out: Encoded, text: str, duration: float, supervised: bool) -> None:
+    def _content(self, text: str, duration: float, supervised: bool) -> list[Piece]:
+        out: list[Piece] = []
         plain = ""
         for piece in split_markup(text):
             if isinstance(piece, str):
@@ -142,17 +230,16 @@ class Chat:
                 value = coord * duration if piece.axis == 0 else coord
                 plain += f"{value:.1f}" if piece.axis == 0 else f"{value:.3f} "
                 continue
-            self._text(out, plain, supervised)
-            plain = ""
-            id_ = self.anchors.token_id(piece.axis, coord)
-            _append(out, id_, axis=piece.axis, coord=coord, supervised=supervised)
-        self._text(out, plain, supervised)
+            if plain:
+                out.append(Piece(plain, supervised=supervised))
+                plain = ""
+            out.append(Piece("", supervised=supervised, axis=piece.axis, coord=coord))
+        if plain:
+            out.append(Piece(plain, supervised=supervised))
+        return out
 
-    def _text(self, out: Encoded, text: str, supervised: bool) -> None:
-        if text:
-            tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            for id_ in tokens.input_ids:
-                _append(out, id_, supervised=supervised)
+
+_TAGS = re.compile(f"({MEDIA_TAG.pattern})")
 
 
 def _append(

@@ -5,6 +5,7 @@ together, each with where it stands and how to mend it, and exit code 2.
 """
 
 import difflib
+import importlib.util
 import os
 import re
 import sys
@@ -49,6 +50,9 @@ class TrainConfig:
     missing: str = setting(
         "error", "a record whose clip no bank has: stop, or drop it", choices=("error", "drop")
     )
+    unsupervised: str = setting(
+        "error", "a record without an answer: stop, or drop it", choices=("error", "drop")
+    )
 
     mm_projector_type: str = setting("mlp2x_gelu", "projector", choices=("mlp2x_gelu", "linear"))
     mm_spatial_pool_stride: int = setting(0, "slow stride; 0 takes the bank's finest", above=-1)
@@ -77,7 +81,9 @@ class TrainConfig:
         "block", "frames see themselves wholly, or token by token", choices=("block", "token")
     )
     attn: str = setting(
-        "sdpa", "attention implementation", choices=("sdpa", "eager", "flex_attention")
+        "auto",
+        "attention implementation; auto says what it takes and why",
+        choices=("auto", "sdpa", "eager", "flex_attention", "flash_attention_2"),
     )
 
     tune_llm: str = setting(
@@ -93,21 +99,52 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "of LLM and projector matrices", above=-1)
     adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients", above=0)
     warmup_ratio: float = setting(0.03, "share of the steps with rising rate", above=-1)
+    lape_warmup_steps: int = setting(
+        0, "first steps in which the LLM is left as it is, and all else learns", above=-1
+    )
     max_grad_norm: float = setting(1.0, "gradient clipping", above=0)
-    per_device_train_batch_size: int = setting(2, "records of a micro-batch", above=0)
+    per_device_train_batch_size: int = setting(2, "rows of a micro-batch", above=0)
     gradient_accumulation_steps: int = setting(1, "micro-batches of a step, per device", above=0)
+    pack_tokens: int = setting(
+        0, "pack records into rows of up to this many tokens; 0: one record a row", above=-1
+    )
+    max_tokens: int = setting(
+        0, "tokens of a record at most, by leaving out whole frames; 0: no limit", above=-1
+    )
+    prefetch: int = setting(2, "steps whose batches are prepared ahead", above=0)
     num_train_epochs: float = setting(1.0, "passes over the mixture", above=0)
     max_steps: int = setting(0, "stop after this many steps; 0: epochs decide", above=-1)
-    gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
+    gradient_checkpointing: str = setting(
+        "none", "recompute activations to save memory: none, full, or N for every N-th layer"
+    )
+    compile: bool = setting(False, "torch.compile the LLM's layers; pays with pack_tokens")
     bf16: bool = setting(False, "bf16 arithmetic; trained weights stay fp32")
     tf32: bool = setting(True, "TF32 matrix products on CUDA")
     seed: int = setting(0, "of order, initialisation and dropout", above=-1)
 
+    plan: bool = setting(False, "print what the run would be, and stop: no weights, no GPU")
+    assumed_mfu: float = setting(0.4, "share of a device's peak that --plan counts with", above=0)
+
+    device_flops: float = setting(
+        0.0,
+        "a device's peak FLOP/s, for MFU; 0 takes the data sheet's where known (--plan: an H100's)",
+        above=-1,
+    )
+    wandb: bool = setting(False, "mirror metrics to Weights & Biases")
     logging_steps: int = setting(10, "steps between printed lines", above=0)
     eval_steps: int = setting(0, "steps between held-out losses; 0: at the end", above=-1)
     save_steps: int = setting(0, "steps between checkpoints; 0: at the end", above=-1)
     save_total_limit: int = setting(2, "checkpoints kept, the best one besides", above=0)
     resume: str = setting("auto", "auto, none, or a checkpoint folder")
+    reduce: str = setting(
+        "fast",
+        "gradients: fast (DDP, FSDP), or exact: the same bits on any number of processes",
+        choices=("fast", "exact"),
+    )
+    num_threads: int = setting(
+        0, "torch's threads of a process, kept on resume; 0: as it starts", above=-1
+    )
+    rehearsal: bool = setting(True, "run the heaviest pack before step 1, so that it fits or never")
 
 
 Origin = str
@@ -173,7 +210,9 @@ def read_flags(argv: Sequence[str], problems: list[str]) -> list[tuple[str, Any,
             following.append(words.pop(0))
         if equals:
             following.insert(0, value)
-        if not following:
+        if not following and typing.get_type_hints(TrainConfig).get(name) is bool:
+            found.append((name, "true", f"--{name}"))
+        elif not following:
             problems.append(f"--{name}: needs a value")
         elif len(following) > 1 and not _is_list(name):
             problems.append(f"--{name}: takes one value, got {' '.join(following)}")
@@ -247,15 +286,44 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
         problems.append(
             f"{where} slow_frame_ratio must be a number in [0, 1], got {config.slow_frame_ratio!r}"
         )
+    if config.attn.startswith("flash") and (
+        config.frame_attention == "block" or config.pack_tokens
+    ):
+        why = (
+            "frames cannot see themselves wholly in it; use frame_attention: token, or attn: auto"
+            if config.frame_attention == "block"
+            else "it would let packed records see each other; use attn: auto, or pack_tokens: 0"
+        )
+        problems.append(f"{origins.get('attn', 'attn')} attn {config.attn}: {why}")
+    if checkpoint_every(config.gradient_checkpointing) is None:
+        where = origins.get("gradient_checkpointing", "default")
+        problems.append(
+            f"{where} gradient_checkpointing must be none, full or a positive integer, got "
+            f"{config.gradient_checkpointing!r}"
+        )
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        where = origins.get("wandb", "wandb")
+        problems.append(f"{where} wandb: not installed; pip install wandb, or set wandb: false")
     for name in ("num_temporal_tokens", "num_spatial_tokens"):
         if config.enable_lape and getattr(config, name) == 1:
             problems.append(f"{origins[name]} {name} must be at least 2, got 1")
-    if config.resume not in ("auto", "none") and not (Path(config.resume) / "state.json").exists():
+    if (
+        config.resume not in ("auto", "none")
+        and not (Path(config.resume) / "checkpoint.json").exists()
+    ):
         problems.append(
             f"{origins.get('resume', 'resume')} resume: {config.resume} is no checkpoint "
             "(expected auto, none, or a checkpoint-N folder)"
         )
     return problems
+
+
+def checkpoint_every(word: str) -> int | None:
+    """Return N where every N-th layer's activations are recomputed, 0 for none; None if not valid."""
+    named = {"full": 1} | {name: int(on) for name, on in BOOLEANS.items()} | {"none": 0}
+    if word.lower() in named:
+        return named[word.lower()]
+    return int(word) if word.isdigit() else None
 
 
 def is_model_name(name: str) -> bool:

@@ -1,11 +1,27 @@
 """The run's inputs: banks and records, opened, joined and checked before torch is imported."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
 
 from shards.reader import BankedClip, Banks
 from train.config import TrainConfig, refuse
-from train.records import Record, check_coordinates, join, order, read_mixture, read_records
+from train.records import MARKUP, Record, check_coordinates, join, read_mixture, read_records
+
+
+@dataclass(frozen=True)
+class Part:
+    """The records of one file."""
+
+    path: str
+    digest: str
+    """Of the file's bytes."""
+    records: list[Record]
+    """Those that are kept."""
+    repeats: int
 
 
 @dataclass(frozen=True)
@@ -13,23 +29,17 @@ class Dataset:
     """Joined records, ready to be drawn from."""
 
     banks: Banks
-    records: list[Record]
-    """Of the mixture, repeated as it asks."""
+    parts: tuple[Part, ...]
     held_out: list[Record]
-    dropped: int
-    """Records left out because their clip is in quarantine, or is missing and `missing: drop`."""
+    dropped: Counter[str]
+    """Records left out, by reason, as often as the mixture repeats them."""
     slow_stride: int
     fast_stride: int
 
-    def batch_records(self, step: int, size: int, seed: int) -> list[int]:
-        """Return which records make up a step's global batch: a function of these numbers alone.
-
-        Epochs follow one another in one endless stream; a batch may span two of them.
-        """
-        count = len(self.records)
-        places = range(step * size, (step + 1) * size)
-        epochs = {epoch: order(seed, epoch, count) for epoch in {p // count for p in places}}
-        return [epochs[place // count][place % count] for place in places]
+    @cached_property
+    def records(self) -> list[Record]:
+        """All records of the mixture, repeated as it asks."""
+        return [record for part in self.parts for record in part.records * part.repeats]
 
     def clips(self, record: Record) -> list[BankedClip]:
         return [self.banks.clip(id_) for id_ in record.clips]
@@ -66,20 +76,32 @@ def _join(
     slow, fast = choose_strides(
         banks, config.mm_spatial_pool_stride, config.fast_stride, config.slow_frame_ratio, problems
     )
-    records, dropped = [], 0
+    parts: list[Part] = []
+    dropped: Counter[str] = Counter()
     for path, repeats in files:
-        read = read_records(path, problems)
-        kept = join(read, banks, config.missing, problems)
-        dropped += (len(read) - len(kept)) * repeats
-        records += kept * repeats
+        left_out: Counter[str] = Counter()
+        without_answer = left_out if config.unsupervised == "drop" else None
+        read = read_records(path, problems, without_answer)
+        kept = join(read, banks, config.missing, problems, left_out)
+        dropped.update({reason: count * repeats for reason, count in left_out.items()})
+        parts.append(Part(path, file_digest(path), kept, repeats))
     held_out = []
     for path in config.eval_path:
         held_out += join(read_records(path, problems), banks, config.missing, problems)
-    for record in {record.where: record for record in [*records, *held_out]}.values():
-        check_coordinates(record, [banks.clip(id_).info.duration for id_ in record.clips], problems)
-    if not records and not problems:
+    own = [record for part in parts for record in part.records]
+    for record in {record.where: record for record in [*own, *held_out]}.values():
+        if MARKUP.search("".join(turn.text for turn in record.turns)):
+            seconds = [banks.clip(id_).info.duration for id_ in record.clips]
+            check_coordinates(record, seconds, problems)
+    if not own and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")
-    return Dataset(banks, records, held_out, dropped, slow, fast)
+    return Dataset(banks, tuple(parts), held_out, dropped, slow, fast)
+
+
+def file_digest(path: str) -> str:
+    """Return a digest of a file's bytes; of none where it cannot be read, which is a problem by then."""
+    data = Path(path).read_bytes() if Path(path).is_file() else b""
+    return blake2b(data, digest_size=16).hexdigest()
 
 
 def choose_strides(

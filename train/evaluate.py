@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from shards.reader import Banks
 from train.config import TrainConfig, refuse
 from train.dataset import Dataset, shorten
-from train.records import MARKUP, Record, check_coordinates, join, read_records
+from train.records import MARKUP, Record, check_coordinates, join, kind_of, read_records
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from model.vlm import VLM
-    from train.loader import Loader, StepShape
+    from train.loader import Loader
 
 Json = dict[str, Any]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -93,7 +93,7 @@ def open_records(bank: Sequence[str], paths: Sequence[str], folder: Path) -> Dat
     if banks is None or problems:
         refuse(shorten(problems))
     facts = json.loads((folder / "config.json").read_text())["model"]
-    return Dataset(banks, [], records, 0, facts["slow_stride"], facts["fast_stride"])
+    return Dataset(banks, (), records, Counter(), facts["slow_stride"], facts["fast_stride"])
 
 
 def load(folder: Path, dataset: Dataset) -> "VLM":
@@ -133,19 +133,19 @@ def evaluate(
     from accelerate.utils import gather_object
 
     from train.chat import Chat
-    from train.loader import Loader, StepShape
+    from train.loader import Loader
 
     chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
-    loader = Loader(dataset, chat, model.config, seed=0)
-    shape = StepShape(batch_size, 1, accelerator.process_index, accelerator.num_processes)
-    losses = held_out_loss(model, loader, records, shape, accelerator)
+    loader = Loader(dataset, chat, model.config)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    losses = held_out_loss(model, loader, records, batch_size, accelerator)
     questions = [question for record in records for question in questions_of(record)]
-    mine = questions[shape.rank :: shape.world]
+    mine = questions[rank::world]
     own = []
     for begin in range(0, len(mine), batch_size):
         own += answer(model, loader, mine[begin : begin + batch_size])
     # dealt out in turn over the ranks, and put back into the order of the records
-    gathered = gather_object([(shape.rank + k * shape.world, said) for k, said in enumerate(own)])
+    gathered = gather_object([(rank + k * world, said) for k, said in enumerate(own)])
     answers = [said for _, said in sorted(gathered)]
     scores = [score(reference, said, duration) for reference, said, duration, _ in answers]
     report: Json = {"records": len(records), "answers": len(answers), "losses": losses}
@@ -163,10 +163,10 @@ def held_out_loss(
     model: "VLM",
     loader: "Loader",
     records: Sequence[Record],
-    shape: "StepShape",
+    size: int,
     accelerator: "Accelerator",
 ) -> Json:
-    """Return the metrics of records that are not trained on; every rank sees a share."""
+    """Return the metrics of records that are not trained on, `size` at a time; ranks share them."""
     import torch
 
     from model.batch import to_device
@@ -174,14 +174,18 @@ def held_out_loss(
 
     was_training = model.training
     model.eval()
-    total = torch.zeros(NUM_SUMS, dtype=torch.float64, device=accelerator.device)
-    for begin in range(shape.rank * shape.size, len(records), shape.size * shape.world):
-        batch = loader.batch(list(records[begin : begin + shape.size]), with_copy=True)
+    # a row for each batch, so that they are added up in the same order on any number of ranks
+    sums = torch.zeros(-(-len(records) // size), NUM_SUMS, dtype=torch.float64)
+    sums = sums.to(accelerator.device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for begin in range(rank * size, len(records), size * world):
+        batch = loader.batch(records[begin : begin + size], with_copy=True)
         batch = to_device(batch, accelerator.device)
         with torch.no_grad(), accelerator.autocast():
-            total += sums_of(model(batch), batch)
+            sums[begin // size] = sums_of(model(batch), batch)
     model.train(was_training)
-    return summarise(accelerator.reduce(total, reduction="sum"), model.config.loss_weight)
+    total = accelerator.reduce(sums, reduction="sum").sum(dim=0)
+    return summarise(total, model.config.loss_weight)
 
 
 def questions_of(record: Record) -> list[tuple[Record, str]]:
@@ -201,7 +205,7 @@ def answer(
     from model.generate import generate, write_answer
 
     records = [record for record, _ in questions]
-    batch = to_device(loader.batch(records, with_copy=False, prompt=True), device_of(model))
+    batch = to_device(loader.batch(records, prompt=True), device_of(model))
     pieces = generate(model, batch, stop=loader.chat.stop)
     durations = [first_duration(loader.dataset, record) for record in records]
     return [
@@ -216,12 +220,6 @@ def device_of(model: "VLM") -> Any:
 
 def first_duration(dataset: Dataset, record: Record) -> float:
     return dataset.clips(record)[0].info.duration if record.clips else 0.0
-
-
-def kind_of(reference: str) -> str:
-    """Return what a reference answer is: span, time, point, box or text, by its markup."""
-    letters = "".join(match.group(1) or "?" for match in MARKUP.finditer(reference))
-    return {"tt": "span", "t": "time", "xy": "point", "xyxy": "box"}.get(letters, "text")
 
 
 def numbers_of(text: str) -> list[float]:

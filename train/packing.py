@@ -1,7 +1,11 @@
-"""Encoded conversations and banked features -> the model's batch, one conversation per row."""
+"""Encoded conversations and banked features -> the model's batch.
+
+A row holds one conversation or, packed, several: each counts its positions from 0 and sees itself
+alone, as the row's sample and frame numbers say.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -44,23 +48,34 @@ class PlacedFrame:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation laid out as tokens; the arrays have one entry per token."""
+    """Conversations laid out as tokens; the arrays have one entry per token."""
 
     ids: np.ndarray
     axis: np.ndarray
     coord: np.ndarray
     supervised: np.ndarray
     block: np.ndarray
-    """Number of the frame that a token belongs to, -1 for text."""
+    """Number of the frame in the row that a token belongs to, -1 for text."""
+    sample: np.ndarray
+    """Number of the conversation in the row."""
+    position: np.ndarray
+    """Place within the conversation."""
     frames: list[PlacedFrame]
+    clips: int
+    """Media of all conversations together."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def choose_frames(info: ClipInfo, config: VLMConfig, pool: str) -> list[tuple[int, int, Grid]]:
-    """Return (banked frame, stream, grid) of each frame of a clip that the model sees, in time."""
-    chosen = uniform_indices(len(info.timestamps), config.max_frames_num)
+def choose_frames(
+    info: ClipInfo, config: VLMConfig, pool: str, most: int | None = None
+) -> list[tuple[int, int, Grid]]:
+    """Return (banked frame, stream, grid) of each frame of a clip that the model sees, in time.
+
+    most: frames at most, where the record's length allows fewer than the config.
+    """
+    chosen = uniform_indices(len(info.timestamps), most or config.max_frames_num)
     slow = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, len(chosen))
     rows, cols = info.patch_grid
     strides = {SLOW: config.slow_stride, FAST: config.fast_stride}
@@ -71,7 +86,13 @@ def choose_frames(info: ClipInfo, config: VLMConfig, pool: str) -> list[tuple[in
     ]
 
 
-def lay_out(encoded: Encoded, infos: Sequence[ClipInfo], config: VLMConfig, pool: str) -> Row:
+def lay_out(
+    encoded: Encoded,
+    infos: Sequence[ClipInfo],
+    config: VLMConfig,
+    pool: str,
+    most: int | None = None,
+) -> Row:
     """Return the row of a conversation: every medium becomes its frames' cells and closing tokens."""
     ids: list[int] = []
     axis: list[int] = []
@@ -90,7 +111,7 @@ def lay_out(encoded: Encoded, infos: Sequence[ClipInfo], config: VLMConfig, pool
             supervised.append(on)
             block.append(-1)
             continue
-        for frame, stream, grid in choose_frames(infos[clip], config, pool):
+        for frame, stream, grid in choose_frames(infos[clip], config, pool, most):
             tokens = grid.cells + 1
             block += [len(frames)] * tokens
             frames.append(PlacedFrame(clip, frame, stream, grid, len(ids)))
@@ -106,7 +127,39 @@ def lay_out(encoded: Encoded, infos: Sequence[ClipInfo], config: VLMConfig, pool
         coord=np.asarray(coord, np.float32),
         supervised=np.asarray(supervised, bool),
         block=np.asarray(block, np.int64),
+        sample=np.zeros(len(ids), np.int64),
+        position=np.arange(len(ids)),
         frames=frames,
+        clips=clip,
+    )
+
+
+def pack(rows: Sequence[Row]) -> Row:
+    """Return conversations one after the other in one row; clips are numbered through as well."""
+    frames: list[PlacedFrame] = []
+    samples, blocks = [], []
+    first = clips = 0
+    for number, row in enumerate(rows):
+        assert (row.sample == 0).all()
+        assert not row.supervised[:1].any(), "nothing of its own conversation precedes it"
+        samples.append(np.full(len(row), number))
+        blocks.append(np.where(row.block >= 0, row.block + len(frames), -1))
+        frames += [
+            replace(frame, clip=frame.clip + clips, first=frame.first + first)
+            for frame in row.frames
+        ]
+        first += len(row)
+        clips += row.clips
+    joined = {
+        name: np.concatenate([getattr(row, name) for row in rows])
+        for name in ("ids", "axis", "coord", "supervised", "position")
+    }
+    return Row(
+        **joined,
+        block=np.concatenate(blocks),
+        sample=np.concatenate(samples),
+        frames=frames,
+        clips=clips,
     )
 
 
@@ -117,13 +170,17 @@ def collate(
     record_ids: Sequence[str],
     *,
     with_copy: bool = False,
+    length: int = 0,
+    tasks: Sequence[int] | None = None,
 ) -> Batch:
-    """Return the batch of some rows, right-padded to the longest.
+    """Return the batch of some rows, right-padded to the longest, or to `length` where that is more.
 
-    clips: the clips of each row. `with_copy` also reads, for each transition, the source frame on
-    the target's grid, which the copy baseline needs.
+    clips: the clips of each row, those of its conversations one after the other. `with_copy` also
+    reads, for each transition, the source frame on the target's grid, which the copy baseline needs.
+    tasks: what each record's answer is, by which losses are reported.
     """
-    length = max(len(row) for row in rows)
+    length = max(length, *(len(row) for row in rows))
+    packed = any(row.sample[-1] > 0 for row in rows)
 
     def padded(name: str, fill: float, dtype: type[np.generic]) -> np.ndarray:
         out = np.full((len(rows), length), fill, dtype)
@@ -132,33 +189,42 @@ def collate(
         return out
 
     block = padded("block", -1, np.int64)
-    lengths = np.asarray([len(row) for row in rows])
-    sample = np.where(np.arange(length)[None] < lengths[:, None], 0, -1)
+    sample = padded("sample", -1, np.int64)
+    position = padded("position", -1, np.int64)
+    # padding goes on counting behind a single conversation, and nothing reads it behind several
+    position = np.where(position >= 0, position, 0 if packed else np.arange(length))
     bounds = [
         intervals(sample[number], block[number], config.frame_attention)
         for number in range(len(rows))
     ]
     input_ids, axis = padded("ids", 0, np.int64), padded("axis", -1, np.int64)
     coord = padded("coord", 0.0, np.float32)
-    # the hidden state before a token predicts it; a row's first token has none before it
+    # the hidden state before a token predicts it; a conversation's first token has none before it
     predicted = np.flatnonzero(padded("supervised", False, np.bool_))
-    assert not (predicted % length == 0).any()
+    assert position.reshape(-1)[predicted].all()
+    label_task = None
+    if tasks is not None:
+        before = np.cumsum([0] + [row.sample[-1] + 1 for row in rows])  # conversations
+        record = before[predicted // length] + sample.reshape(-1)[predicted]
+        label_task = torch.from_numpy(np.asarray(tasks, np.int64)[record])
     groups, transitions = group_frames(rows, clips, length, config, with_copy)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         axis=torch.from_numpy(axis),
         coord=torch.from_numpy(coord),
-        position_ids=torch.arange(length).expand(len(rows), length).contiguous(),
+        position_ids=torch.from_numpy(position),
         mask_start=torch.from_numpy(np.stack([start for start, _ in bounds])),
         mask_end=torch.from_numpy(np.stack([end for _, end in bounds])),
         predict_index=torch.from_numpy(predicted - 1),
         labels=torch.from_numpy(input_ids.reshape(-1)[predicted]),
         label_axis=torch.from_numpy(axis.reshape(-1)[predicted]),
         label_coord=torch.from_numpy(coord.reshape(-1)[predicted]),
-        lengths=torch.from_numpy(lengths),
+        lengths=torch.tensor([len(row) for row in rows]),
         groups=groups,
         transitions=transitions,
         record_ids=tuple(record_ids),
+        label_task=label_task,
+        causal=config.frame_attention == "token" and not packed,
     )
 
 

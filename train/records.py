@@ -7,6 +7,7 @@ and `<y:0.52>` (fractions of the frame), or an anchor by name such as `<TEMP-037
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,10 @@ class Record:
     """`file:line` or `file[index]`, for messages."""
 
 
+TASKS = ("text", "time", "span", "point", "box")
+"""What an answer may be; the losses are split by it."""
+
+
 @dataclass(frozen=True)
 class Coordinate:
     """A coordinate written in text, before it is normalised."""
@@ -62,14 +67,28 @@ class Coordinate:
     """The anchor's number where it was written by name."""
 
 
-def read_records(path: str | Path, problems: list[str]) -> list[Record]:
-    """Read a .json or .jsonl file; what is wrong with a record goes to `problems`, with its place."""
+class UnsupervisedError(ValueError):
+    """A record without an answer, from which nothing can be learned."""
+
+
+def read_records(
+    path: str | Path, problems: list[str], dropped: Counter[str] | None = None
+) -> list[Record]:
+    """Read a .json or .jsonl file; what is wrong with a record goes to `problems`, with its place.
+
+    Records without an answer are a problem too, or - given `dropped` - left out and counted there.
+    """
     path = Path(path)
     records = []
     try:
         for where, data in _items(path):
             try:
                 records.append(parse_record(data, where))
+            except UnsupervisedError as error:
+                if dropped is None:
+                    problems.append(f"{error}; mend it, or set unsupervised: drop")
+                else:
+                    dropped["no supervised text"] += 1
             except ValueError as error:
                 problems.append(str(error))
     except (OSError, json.JSONDecodeError) as error:
@@ -101,7 +120,7 @@ def parse_record(data: Any, where: str) -> Record:
             )
         turns.append(Turn(ROLES[turn["from"]], str(turn["value"])))
     if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
-        raise ValueError(f"{name}: no supervised text: no gpt turn with an answer")
+        raise UnsupervisedError(f"{name}: no supervised text: no gpt turn with an answer")
     video = data.get("video", data.get("image"))
     media = [] if video is None else video if isinstance(video, list) else [video]
     tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
@@ -139,20 +158,41 @@ def split_markup(text: str) -> list[str | Coordinate]:
     return pieces
 
 
+def kind_of(reference: str) -> str:
+    """Return what a reference answer is, by its markup: one of `TASKS`."""
+    letters = "".join(match.group(1) or "?" for match in MARKUP.finditer(reference))
+    return {"tt": "span", "t": "time", "xy": "point", "xyxy": "box"}.get(letters, "text")
+
+
+def task_of(record: Record) -> int:
+    """Return the place in `TASKS` of a record's first answer that is more than text."""
+    kinds = [TASKS.index(kind_of(t.text)) for t in record.turns if t.role == "assistant"]
+    return next((kind for kind in kinds if kind), 0)
+
+
 def join(
-    records: Sequence[Record], banks: Banks, missing: str, problems: list[str]
+    records: Sequence[Record],
+    banks: Banks,
+    missing: str,
+    problems: list[str],
+    dropped: Counter[str] | None = None,
 ) -> list[Record]:
     """Keep the records whose clips are banked; others are dropped when in quarantine or asked for.
 
-    Returns the kept records; the caller counts the rest.
+    Returns the kept records; the others are counted in `dropped`, by reason.
     """
     kept = []
     quarantined = banks.quarantined()
+    dropped = Counter() if dropped is None else dropped
     for record in records:
         unknown = [id_ for id_ in record.clips if id_ not in banks]
         if not unknown:
             kept.append(record)
-        elif missing == "error" and not all(id_ in quarantined for id_ in unknown):
+        elif all(id_ in quarantined for id_ in unknown):
+            dropped["clip in quarantine"] += 1
+        elif missing == "drop":
+            dropped["clip in no bank"] += 1
+        else:
             problems.append(
                 f"{record.where} (id {record.id}): no bank knows the clip {unknown[0]!r}; encode it, "
                 "name its bank, or set missing: drop"

@@ -5,6 +5,7 @@ python -m train.report runs/a runs/b     # compares finished runs on one bank
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from train.dataset import Dataset
 
 if TYPE_CHECKING:
     from model.vlm import VLM
-    from train.loader import StepShape
+    from train.plan import RunPlan
 
 Json = dict[str, Any]
 
@@ -22,8 +23,8 @@ def banner(
     config: TrainConfig,
     dataset: Dataset,
     model: "VLM",
-    shape: "StepShape",
-    total: int,
+    plan: "RunPlan",
+    world: int,
     ratio: float,
     resumed: Path | None,
 ) -> str:
@@ -46,12 +47,16 @@ def banner(
         f"bank      {', '.join(b.where for b in dataset.banks.banks)}: {clips} clips, "
         f"fingerprint {bank.config.fingerprint[:12]}",
         f"records   {len(dataset.records)} to train on, {len(dataset.held_out)} held out, "
-        f"{dataset.dropped} dropped",
+        f"{dropped_line(plan.dropped)}",
         f"frames    {draw_pattern(pattern)} (S: stride {dataset.slow_stride}, "
         f"{'x'.join(map(str, cells[dataset.slow_stride]))} cells; F: stride {dataset.fast_stride}, "
         f"{'x'.join(map(str, cells[dataset.fast_stride]))}), {tokens} tokens of a clip",
-        f"steps     {total} of {shape.records} records: {shape.size} x {shape.micro_batches} "
-        f"micro-batches on {shape.world} process{'es' if shape.world > 1 else ''}",
+        f"steps     {plan.num_steps} of {plan.rows_per_step} {rows_line(plan)}: "
+        f"{plan.rows_per_pack} x {plan.packs_per_step} micro-batches on {world} "
+        f"process{'es' if world > 1 else ''}",
+        f"plan      {plan.per_step(plan.tokens).mean():,.0f} tokens a step, "
+        f"{plan.num_labels.mean():,.0f} of them supervised; {plan.efficiency:.1%} of the places hold "
+        f"one; fingerprint {plan.fingerprint[:12]}",
         f"trained   {sum(parts.values()):,} parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
         f"losses    language + {config.loss_weight:g} x frame-causal ({config.predictor}, "
@@ -70,6 +75,16 @@ def banner(
     if resumed:
         lines.append(f"resumed   from {resumed}")
     return "\n".join(lines)
+
+
+def dropped_line(dropped: Mapping[str, int]) -> str:
+    """Return how many records were left out, and why."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    return f"{sum(dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
+
+
+def rows_line(plan: "RunPlan") -> str:
+    return f"rows of up to {plan.pack_tokens} tokens" if plan.pack_tokens else "records"
 
 
 def closing(

@@ -4,8 +4,8 @@
     accelerate launch --multi_gpu --num_processes 2 train/run.py --config ...   # also on CPU
     torchrun --nproc_per_node 2 -m train.run --config ...
 
-The story: settings -> banks and records -> model -> steps -> checkpoints. Everything that can be
-refused is refused before torch is imported.
+The story: settings -> banks and records -> plan -> model -> steps -> checkpoints. Everything that
+can be refused is refused before torch is imported. `--plan` stops after the plan and prints it.
 """
 
 import json
@@ -20,28 +20,33 @@ from typing import TYPE_CHECKING, Any
 
 from train.config import TrainConfig, parse, refuse
 from train.dataset import Dataset, open_dataset
+from train.signals import Requests
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
-    from model.batch import Batch
+    from model.folder import LlmBase
     from model.vlm import VLM
-    from train.loader import StepShape
     from train.metrics import Json
+    from train.plan import RunPlan
 
 COPY_EVERY = 10
 """Steps between readings of the copy baseline, which needs both streams of a clip."""
 CALIBRATED = 8
 """Records of the first step that set the scale of LAPE's positions, however the step is cut."""
+CHECKED = 3
+"""First steps whose counts are compared with those of the plan."""
 
 
 def main(argv: list[str]) -> None:
     config = parse(argv)
-    problem = silent_single_process(os.environ)
+    problem = silent_single_process(os.environ) or unsupported(config, os.environ)
     if problem:
         refuse([problem])
     dataset = open_dataset(config)
+    if config.plan:
+        show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
+        return
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the loader's
     import torch
@@ -55,152 +60,197 @@ def main(argv: list[str]) -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     try:
-        train(config, dataset, accelerator)
+        with Requests() as requests:
+            train(config, dataset, accelerator, requests)
     except ValueError as error:
         refuse([str(error)])
     accelerator.end_training()
 
 
-def train(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") -> None:
-    from model.batch import to_device
-    from model.vlm import VLM
-    from train.chat import Chat
-    from train.checkpoint import find_resume, prune, read_state, save_checkpoint, set_aside
-    from train.evaluate import held_out_loss
-    from train.loader import Loader
-    from train.metrics import RunLog, line_of
-    from train.optimizer import load_optimizer, make_optimizer, rate
-    from train.report import banner, closing
+def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
+    """Print what the run would be on so many devices: from lengths alone, without torch."""
+    from train.estimate import table
+    from train.plan import plan_run
 
-    if config.attn == "flex_attention" and accelerator.device.type != "cuda":
-        raise ValueError(
-            "attn flex_attention needs CUDA (it cannot train on the CPU); use attn: sdpa"
-        )
+    try:
+        plan = plan_run(config, dataset, rows_per_step(config, world, {}))
+    except ValueError as error:
+        refuse([str(error)])
+    print(table(config, dataset, plan, world))  # noqa: T201
+
+
+def train(
+    config: TrainConfig, dataset: Dataset, accelerator: "Accelerator", requests: Requests
+) -> None:
+    import torch
+
+    from model.vlm import VLM
+    from train.attention import choose_attention
+    from train.chat import Chat
+    from train.checkpoint import (
+        changed_settings,
+        prune,
+        read_state,
+        refuse_other_run,
+        save_checkpoint,
+        set_aside,
+    )
+    from train.evaluate import held_out_loss
+    from train.guard import Heaviest, Movement, fits, rehearse
+    from train.loader import Loader, Share
+    from train.metrics import RunLog, line_of, make_pace
+    from train.optimizer import allocate, load_optimizer, make_optimizer, rate
+    from train.plan import plan_run
+    from train.reduce import make_reduction
+    from train.report import banner, closing
+    from train.sharding import Whole
+    from train.step import Losses, run_step
+    from train.tuning import llm_dtype, prepare_llm
+
+    on_cuda = accelerator.device.type == "cuda"
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    resumed = find_resume(output_dir, config.resume)
+    resumed = chosen_checkpoint(output_dir, config.resume, accelerator)
     state = read_state(resumed) if resumed else {}
-    shape = step_shape(config, accelerator, state)
-    total = num_steps(config, dataset, shape)
-    log = RunLog(output_dir, state.get("step", 0), accelerator.is_main_process)
+    pin_threads(config, state, accelerator.num_processes)
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    with accelerator.local_main_process_first():  # the others then find the lengths cached
+        plan = plan_run(config, dataset, rows_per_step(config, share.world, state))
+    if accelerator.is_fsdp2 and plan.packs_per_step % share.world:
+        raise ValueError(
+            f"FSDP needs as many micro-batches on each process: {plan.packs_per_step} of a step do not "
+            f"divide among {share.world}; use a divisor of {plan.packs_per_step} processes"
+        )
+    total = plan.num_steps
+    longest = int(plan.tokens.max())
+    attention, reason = choose_attention(config, accelerator.device.type, longest)
+    facts = facts_of(config, dataset, plan)
+    if resumed:
+        refuse_other_run(resumed, state, facts)
+    log = RunLog(
+        output_dir,
+        state.get("step", 0),
+        accelerator.is_main_process,
+        wandb=asdict(config) if config.wandb else None,
+    )
     if accelerator.is_main_process:
         (output_dir / "run.json").write_text(
             json.dumps({"config": asdict(config)}, indent=2) + "\n"
         )
 
-    model = VLM.load(resumed, llm_dtype(config)) if resumed else build(config, dataset, log.say)
-    refuse_other_run(config, dataset, model, resumed)
-    accelerator.wait_for_everyone()  # all ranks have chosen their checkpoint
+    if resumed:
+        model = VLM.load(resumed, llm_dtype(config), llm_base(config))
+    else:
+        model = build(config, dataset, log.say)
     if accelerator.is_main_process:
         set_aside(output_dir, state.get("step", 0))
-    prepare_llm(model, config)
+    prepare_llm(model, config, attention, accelerator.device)
     chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
-    loader = Loader(dataset, chat, model.config, config.seed)
+    # what is compiled is compiled for one length of rows; flex_attention cuts it into blocks of 128
+    compiled = attention == "flex_attention" or config.compile
+    row_length = -(-config.pack_tokens // 128) * 128 if compiled else 0
+    loader = Loader(dataset, chat, model.config, row_length=row_length, pin=on_cuda)
     ratio = math.nan
     if not model.calibrated:
-        chosen = dataset.batch_records(0, shape.records, config.seed)[:CALIBRATED]
-        ratio = model.calibrate(loader.batch([dataset.records[k] for k in chosen], with_copy=False))
-    log.say(banner(config, dataset, model, shape, total, ratio, resumed))
+        ratio = model.calibrate(
+            loader.batch([dataset.records[k] for k in plan.records(0)[:CALIBRATED]])
+        )
+    log.say(banner(config, dataset, model, plan, share.world, ratio, resumed))
+    if resumed and (changed := changed_settings(resumed, state, asdict(config))):
+        log.say(changed)
+    log.say(f"attention {attention}: {reason}")
 
-    optimizer = make_optimizer(model, config)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    whole = Whole(model, accelerator)
+    reduction = make_reduction(config.reduce, accelerator, model, make_optimizer(model, config))
+    optimizer = reduction.optimizer.optimizer
+    allocate(optimizer)
     if resumed:
-        load_optimizer(optimizer, resumed)
-    started, best = time.monotonic(), state.get("best")
+        load_optimizer(optimizer, model, resumed)
     first = state.get("step", 0)
-    waited = time.monotonic()
+    heaviest = Heaviest.of(plan, model)
+    if config.rehearsal and first < total:
+        at, pack = plan.heaviest
+        with fits("the heaviest pack, tried before the first step", heaviest, config):
+            rehearse(
+                reduction,
+                model,
+                loader.pack(plan, at, pack, with_copy=True),
+                Losses(config, plan, at, accelerator),
+                accumulated=plan.packs_per_step > share.world,
+            )
+    movement = Movement(model, accelerator)
+    started, best = time.monotonic(), state.get("best")
+    pace = make_pace(config, model, accelerator.device, share.world, first, total)
+    log.say(pace.legend)
     metrics: Json = {}
-    for step, batches in loader.steps(first, total, shape, COPY_EVERY):
-        began = time.monotonic()
+    for step, batches in loader.steps(
+        plan, share, first, copy_every=COPY_EVERY, prefetch=config.prefetch
+    ):
+        pace.ready()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(step, total, config.warmup_ratio)
-        on_device = [to_device(batch, accelerator.device) for batch in batches]
-        metrics = run_step(wrapped, optimizer, on_device, step, shape, config, accelerator)
-        done, now = step + 1, time.monotonic()
-        metrics |= {
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "seconds": now - waited,
-            "data_wait": (began - waited) / (now - waited),
-            "tokens_per_second": metrics["tokens"] / (now - waited),
-            "eta_seconds": (now - started) / (done - first) * (total - done),
-        }
-        waited = now
+        with fits(f"step {step + 1}", heaviest, config):
+            taken = run_step(reduction, accelerator, model, batches, plan, step, config, requests)
+        metrics = taken.metrics
+        movement.check(
+            step,
+            frames=bool(plan.num_transitions[step]),
+            warming_up=step < config.lape_warmup_steps,
+        )
+        if step < first + CHECKED:
+            check_counts(plan, step, metrics)
+        done = step + 1
+        metrics |= {"learning_rate": optimizer.param_groups[0]["lr"]}
+        metrics |= pace.done(done, metrics)
         log.record(done, metrics)
         if done % config.logging_steps == 0 or done in (first + 1, total):
             log.say(line_of(done, total, metrics))
         if dataset.held_out and (done == total or _every(config.eval_steps, done)):
-            held = held_out_loss(model, loader, dataset.held_out, shape, accelerator)
+            held = held_out_loss(
+                model,
+                loader,
+                dataset.held_out,
+                config.per_device_train_batch_size,
+                accelerator,
+            )
             log.record(done, held, kind="eval")
             log.say(f"held out: {line_of(done, total, held)}")
             if best is None or held["loss"] < best["loss"]:
                 best = {"loss": held["loss"], "step": done}
-            waited = time.monotonic()
+            pace.rest()
         better = best is not None and best["step"] == done and config.eval_steps > 0
-        if done == total or _every(config.save_steps, done) or better:
+        asked = taken.stop or taken.save
+        if done == total or _every(config.save_steps, done) or better or asked:
+            saved = whole.gather(optimizer)
             if accelerator.is_main_process:
-                state = {"best": best, "global_batch": shape.records, "config": asdict(config)}
-                save_checkpoint(output_dir, done, model, optimizer.optimizer, state)
+                state = {"best": best, "global_batch": plan.rows_per_step, "facts": facts}
+                state |= {"plan": plan.fingerprint, "config": asdict(config)}
+                state |= {"threads": torch.get_num_threads(), "processes": share.world}
+                save_checkpoint(output_dir, done, *saved, state)
                 keep = f"checkpoint-{best['step']}" if best else None
                 prune(output_dir, config.save_total_limit, keep)
             accelerator.wait_for_everyone()
-            waited = time.monotonic()
+            pace.rest()
+        if taken.stop and done < total:
+            log.say(
+                f"stopped by SIGTERM after step {done} of {total}; checkpoint-{done} is saved, the "
+                "same command with resume: auto goes on from it"
+            )
+            log.close()
+            return
+    saved = whole.gather(optimizer)
     if accelerator.is_main_process:
-        model.save(output_dir)
+        saved[0].save(output_dir)
     log.say(closing(config, model, output_dir, time.monotonic() - started, metrics, best))
     log.close()
 
 
-def run_step(
-    model: Any,
-    optimizer: Any,
-    batches: "list[Batch]",
-    step: int,
-    shape: "StepShape",
-    config: TrainConfig,
-    accelerator: "Accelerator",
-) -> "Json":
-    """Take one optimizer step on a global batch; return its metrics, summed over all ranks.
-
-    Both losses are sums divided by global counts, over every rank and micro-batch, so that the
-    gradient does not depend on how the batch was cut.
-    """
-    import torch
-
-    from train.metrics import summarise, sums_of
-
-    counts = torch.tensor(
-        [sum(len(b.labels) for b in batches), sum(b.num_transitions for b in batches)],
-        dtype=torch.float64,
-        device=accelerator.device,
-    )
-    num_labels, num_transitions = accelerator.reduce(counts, reduction="sum").clamp(min=1).tolist()
-    totals = []
-    for k, batch in enumerate(batches):
-        # dropout depends on where the micro-batch stands in the run, not on the rank's history
-        torch.manual_seed(hash((config.seed, step, shape.rank + k * shape.world)) % 2**63)
-        last = k == len(batches) - 1
-        with _no_sync(accelerator, model, last):
-            with accelerator.autocast():
-                out = model(batch)
-            loss = out["ce"] / num_labels
-            if "ar" in out:
-                loss = loss + config.loss_weight * out["ar"].sum() / num_transitions
-            # DDP averages over ranks, the denominators are global already
-            accelerator.backward(loss * accelerator.num_processes)
-        totals.append(sums_of(out, batch))
-    metrics = summarise(
-        accelerator.reduce(torch.stack(totals).sum(dim=0), reduction="sum"), config.loss_weight
-    )
-    norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not math.isfinite(metrics["loss"]) or not math.isfinite(float(norm)):
-        names = [id_ for batch in batches for id_ in batch.record_ids]
-        raise ValueError(
-            f"step {step + 1}: loss {metrics['loss']}, gradient norm {float(norm)}; this rank had the "
-            f"records {', '.join(names)}. Lower learning_rate, or look at these records"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return metrics | {"grad_norm": float(norm)}
+def check_counts(plan: "RunPlan", step: int, metrics: "Json") -> None:
+    """Assert that what all ranks counted in a step is what the plan divided by."""
+    counted = metrics["supervised_tokens"], metrics["tokens"]
+    assert counted == (plan.num_labels[step], plan.per_step(plan.tokens)[step]), (step, metrics)
+    if metrics["transitions"]:  # none without a frame head
+        assert metrics["transitions"] == plan.num_transitions[step], (step, metrics)
 
 
 def build(config: TrainConfig, dataset: Dataset, say: Callable[[str], None]) -> "VLM":
@@ -230,11 +280,13 @@ def assemble(
 
     from model.folder import load_llm
     from model.vlm import VLM, VLMConfig
+    from train.plan import llm_name
+    from train.tuning import llm_dtype
 
     torch.manual_seed(config.seed)
     stage = Path(config.stage_path)
     is_run = (stage / "projector.safetensors").exists()
-    llm_path = stage / "llm" if is_run else config.stage_path
+    llm_path = llm_name(config.stage_path)
     llm = load_llm(llm_path, llm_dtype(config))
     if hasattr(llm, "peft_config") and config.tune_llm != "lora":
         llm = llm.merge_and_unload()
@@ -246,17 +298,23 @@ def assemble(
         features=features,
         tower=tower,
     )
+    model.base = llm_base(config)
     for line in model.adopt(stage) if is_run else []:
         say(f"stage     {line}")
     return model
 
 
-def llm_dtype(config: TrainConfig) -> "torch.dtype":
-    """Return the LLM's own type: trained weights are fp32, frozen ones as small as asked."""
-    import torch
+def llm_base(config: TrainConfig) -> "LlmBase | None":
+    """Return where the LLM lies that is not trained, so that checkpoints need no copy of it."""
+    from model.folder import base_of
+    from train.plan import llm_name
+    from train.tuning import llm_dtype
 
-    frozen = config.tune_llm != "full"
-    return torch.bfloat16 if frozen and config.bf16 else torch.float32
+    if config.tune_llm == "full":
+        return None
+    path = llm_name(config.stage_path)
+    merged = config.tune_llm == "frozen" and (Path(path) / "lora").exists()
+    return base_of(path, llm_dtype(config), merged=merged)
 
 
 def model_config(config: TrainConfig, dataset: Dataset) -> Any:
@@ -273,63 +331,58 @@ def model_config(config: TrainConfig, dataset: Dataset) -> Any:
     )
 
 
-def prepare_llm(model: "VLM", config: TrainConfig) -> None:
-    """Freeze, adapt or free the LLM, and set how it attends and what it keeps in memory."""
-    llm = model.llm
-    llm.set_attn_implementation(config.attn)
-    if config.tune_llm == "frozen":
-        llm.requires_grad_(False)
-    elif config.tune_llm == "lora" and not hasattr(llm, "peft_config"):
-        from peft import LoraConfig, get_peft_model
+def rows_per_step(config: TrainConfig, world: int, state: "Json") -> int:
+    """Return the rows of a step over all ranks; a resumed run keeps its own on any world size.
 
-        lora = LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear"
-        )
-        model.llm = get_peft_model(llm, lora)
-    if config.gradient_checkpointing:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-
-
-def step_shape(config: TrainConfig, accelerator: "Accelerator", state: "Json") -> "StepShape":
-    """Return how a global batch is cut; a resumed run keeps its global batch on any world size."""
-    from train.loader import StepShape
-
-    size, world = config.per_device_train_batch_size, accelerator.num_processes
-    records = state.get("global_batch") or size * config.gradient_accumulation_steps * world
-    if records % (size * world):
+    The packs need not divide by the number of processes, but each must have one.
+    """
+    size = config.per_device_train_batch_size
+    rows = state.get("global_batch") or size * config.gradient_accumulation_steps * world
+    if rows % size:
         raise ValueError(
-            f"the run's global batch of {records} records does not divide into micro-batches of "
-            f"{size} on {world} processes; set per_device_train_batch_size to a divisor of "
-            f"{records // world if records % world == 0 else records}"
+            f"the run's global batch of {rows} rows does not divide into micro-batches of {size}; "
+            "set per_device_train_batch_size to a divisor of it"
         )
-    return StepShape(size, records // size, accelerator.process_index, world)
+    if rows // size < world:
+        raise ValueError(
+            f"the run's global batch of {rows} rows gives {rows // size} micro-batches of {size} to "
+            f"{world} processes; use at most {rows} processes, and per_device_train_batch_size "
+            f"{max(1, rows // world)} or a smaller divisor of {rows}"
+        )
+    return int(rows)
 
 
-def num_steps(config: TrainConfig, dataset: Dataset, shape: "StepShape") -> int:
-    """Return the run's steps: as asked, or whole global batches that the epochs give (one at least)."""
-    if config.max_steps:
-        return config.max_steps
-    return max(1, int(config.num_train_epochs * len(dataset.records) / shape.records))
-
-
-def refuse_other_run(
-    config: TrainConfig, dataset: Dataset, model: "VLM", resumed: Path | None
-) -> None:
-    """Raise ValueError where a checkpoint was made with another model or bank than asked for."""
+def facts_of(config: TrainConfig, dataset: Dataset, plan: "RunPlan") -> "dict[str, Json]":
+    """Return what must be the same to go on from a checkpoint, by subject and name."""
     from shards.reader import joint
-    from shards.schema import FeatureConfig, differences
 
-    if resumed is None:
-        return
-    lines = differences(asdict(model_config(config, dataset)), asdict(model.config))
-    theirs = FeatureConfig.from_json(model.features)
-    lines += differences(joint(dataset.banks.config), joint(theirs), "bank ")
-    if lines:
-        raise ValueError(
-            f"{resumed} does not fit this run: {'; '.join(lines)}. Use the same settings, another "
-            "output_dir, or resume: none"
-        )
+    model = asdict(model_config(config, dataset))
+    adapter = ("lora_r", "lora_alpha") if config.tune_llm == "lora" else ()
+    return {
+        "model": model | {name: getattr(config, name) for name in ("tune_llm", *adapter)},
+        "bank": joint(dataset.banks.config),
+        "plan": {k: v for k, v in plan.facts.items() if k not in model and k != "bank"},
+    }
+
+
+def chosen_checkpoint(output_dir: Path, resume: str, accelerator: "Accelerator") -> Path | None:
+    """Return the checkpoint to go on from: one process reads them through, all take the same."""
+    from accelerate.utils import broadcast_object_list
+
+    from train.checkpoint import find_resume
+
+    chosen = [find_resume(output_dir, resume) if accelerator.is_main_process else None]
+    return broadcast_object_list(chosen)[0]
+
+
+def pin_threads(config: TrainConfig, state: "Json", processes: int) -> None:
+    """Set torch's threads: as asked, or as the run began, whose sums they cut into parts."""
+    import torch
+
+    as_before = config.reduce == "exact" or state.get("processes") == processes
+    threads = config.num_threads or (state.get("threads") if as_before else None)
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def silent_single_process(environ: Mapping[str, str]) -> str | None:
@@ -348,14 +401,26 @@ def silent_single_process(environ: Mapping[str, str]) -> str | None:
     return None
 
 
+def unsupported(config: TrainConfig, environ: Mapping[str, str]) -> str | None:
+    """Return why Accelerate's way of sharing the model over processes is refused, if it is."""
+    asked = {name: environ.get(name, "false").lower() for name in environ}
+    if asked.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return (
+            "DeepSpeed is not supported: it scales, clips and accumulates by itself, and this "
+            "trainer does so over exact counts. Use DDP, or FSDP2: "
+            "accelerate launch --config_file train/presets/fsdp2_8gpu.yaml train/run.py ..."
+        )
+    if asked.get("ACCELERATE_USE_FSDP") != "true":
+        return None
+    if environ.get("FSDP_VERSION", "1") != "2":
+        return "FSDP 1 is not supported; set fsdp_version: 2, as train/presets/fsdp2_8gpu.yaml does"
+    if config.reduce == "exact":
+        return "reduce exact adds up whole gradients, which FSDP2 never has; use reduce: fast"
+    return None
+
+
 def _every(steps: int, done: int) -> bool:
     return steps > 0 and done % steps == 0
-
-
-def _no_sync(accelerator: "Accelerator", model: Any, last: bool) -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext() if last else accelerator.no_sync(model)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""What a planned run will cost, as a table: from lengths and two config.json, before anything loads.
+
+Memory counts 4 bytes of each trained weight and 12 of its gradient and moments, and 34 activations of
+the LLM's width per place and layer in 2 or 4 bytes (Korthikanti et al., arXiv 2205.05198, without
+attention scores, which no implementation here keeps): an estimate, to be read as such.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from train.config import TrainConfig, checkpoint_every
+from train.dataset import Dataset
+from train.flops import (
+    DEVICES,
+    LlmShape,
+    attended_pairs,
+    forward_flops,
+    read_config,
+    step_flops,
+    tower_flops,
+)
+from train.plan import RunPlan, llm_name
+from train.report import dropped_line
+
+ACTIVATIONS = 34
+"""Bytes of half-precision activations per place and unit of width that a layer keeps."""
+
+
+def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> str:
+    """Return what a run would do and need, one line a fact."""
+    rows_of = f"rows of {plan.pack_tokens} tokens" if plan.pack_tokens else "rows of one record"
+    step_tokens = plan.per_step(plan.tokens)
+    records = len(dataset.records) - sum(
+        count for reason, count in plan.dropped.items() if reason not in dataset.dropped
+    )
+    step, number = plan.heaviest
+    pack = plan.pack(step, number)
+    names = [dataset.records[k].id for row in pack for k in row]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    widest = max(int(plan.tokens[row].sum()) for row in pack)
+    lines = [
+        ("records", f"{records} kept, {dropped_line(plan.dropped)}"),
+        (
+            "packs",
+            f"{plan.num_steps * plan.packs_per_step} of {plan.rows_per_pack} {rows_of}, "
+            f"{len(plan.uses)} uses of records; {plan.efficiency:.2%} of the places hold a token",
+        ),
+        (
+            "steps",
+            f"{plan.num_steps} of {plan.packs_per_step} packs on {world} "
+            f"process{'es' if world > 1 else ''}",
+        ),
+        (
+            "tokens",
+            f"{step_tokens.mean():,.0f} a step, {plan.num_labels.mean():,.0f} of them supervised, "
+            f"{plan.num_transitions.mean():,.0f} transitions",
+        ),
+        (
+            "heaviest",
+            f"step {step + 1}, pack {number}: {len(pack)} x {widest} places, {shown}",
+        ),
+    ]
+    shape = LlmShape.of(read_config(llm_name(config.stage_path)) or {})
+    if shape is None:
+        lines.append(("model", "its config.json is of another family: no FLOPs, memory and time"))
+    else:
+        lines += costs(config, dataset, plan, world, shape, widest * len(pack))
+    lines.append(("plan", plan.fingerprint))
+    return "\n".join(f"{name:<10}{text}" for name, text in lines)
+
+
+def costs(
+    config: TrainConfig,
+    dataset: Dataset,
+    plan: RunPlan,
+    world: int,
+    shape: LlmShape,
+    places: int,
+) -> list[tuple[str, str]]:
+    """Return the lines that need the LLM's sizes; places: of the heaviest pack."""
+    whole_frames = plan.frame_pairs if config.frame_attention == "block" else 0
+    pairs = attended_pairs(plan.tokens) + whole_frames
+    flops = step_flops(
+        shape, plan.tokens, pairs, plan.supervised, config.tune_llm
+    )  # of each record
+    per_step = float(plan.per_step(flops).mean())
+    peak = config.device_flops or DEVICES["H100"]
+    speed = world * peak * config.assumed_mfu
+    seconds = per_step / speed
+    memory = memory_bytes(config, shape, dataset.banks.manifest["tower_width"], places)
+    read = float(plan.per_step(read_bytes(config, dataset, plan)).mean())
+    head = float(plan.per_step(forward_flops(shape, 0, 0, plan.supervised)).mean())
+    at = f"at {config.assumed_mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s a device"
+    return [
+        (
+            "model",
+            f"{per_step / 1e12:,.2f} TFLOPs a step ({config.tune_llm}; the head's forward "
+            f"{head / 1e12:,.2f}, on supervised rows only)",
+        ),
+        ("encoder", encoder_line(dataset, plan, per_step)),
+        (
+            "memory",
+            f"about {memory / 2**30:,.1f} GiB a device at its peak, in the heaviest pack",
+        ),
+        ("read", f"{read / seconds / world / 1e6:,.1f} MB/s a device {at}"),
+        ("time", f"{_clock(seconds * plan.num_steps)}, {seconds:,.3f} s a step {at}"),
+    ]
+
+
+def memory_bytes(config: TrainConfig, shape: LlmShape, tower_width: int, places: int) -> float:
+    """Return an estimate of a device's peak: weights, gradients, moments, activations, logits."""
+    llm = shape.layer_weights + 2 * shape.rows * shape.width
+    heads = 4 * shape.width * (shape.width + tower_width)
+    trained = heads + (llm if config.tune_llm == "full" else 0)
+    if config.tune_llm == "lora":
+        trained += 2 * config.lora_r * shape.layers * (6 * shape.width + 3 * shape.mlp)
+    small = 2 if config.bf16 else 4
+    frozen = 0 if config.tune_llm == "full" else llm * small
+    every = checkpoint_every(config.gradient_checkpointing)
+    whole = shape.layers if not every else shape.layers - -(-shape.layers // every) + 1
+    kept = small / 2 * shape.width * places * (ACTIVATIONS * whole + 2 * shape.layers)
+    logits = 2 * 4 * min(1024, places) * shape.rows
+    return 16 * trained + frozen + kept + logits
+
+
+def read_bytes(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> np.ndarray:
+    """Return the bytes of features that each record reads; the copy baseline's are left out."""
+    width = dataset.banks.manifest["tower_width"]
+    frames = plan.transitions + plan.clips
+    return (plan.visual - frames) * width * 2
+
+
+def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:
+    """Return what encoding each step's frames anew would take."""
+    name = dataset.banks.manifest["provenance"].get("tower", "")
+    config = read_config(name) if name else None
+    patches = dataset.banks.banks[0].clip(0).patch_grid
+    frame = None
+    if config:
+        layer = dataset.banks.config.layer
+        frame = tower_flops(config, patches[0] * patches[1], layer)
+    if frame is None:
+        return f"the tower's config.json is not at hand ({Path(name).name or 'no name'})"
+    frames = float(plan.per_step(plan.transitions + plan.clips).mean())
+    return (
+        f"{frames * frame / 1e12:,.2f} TFLOPs a step avoided ({frames:,.0f} frames), "
+        f"{frames * frame / per_step:.1f} x the model's"
+    )
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return (
+        f"{hours}:{rest // 60:02}:{rest % 60:02} h" if hours else f"{rest // 60}:{rest % 60:02} min"
+    )
