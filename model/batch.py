@@ -34,6 +34,13 @@ class FrameGroup:
     """fp32 `(frames,)`, 0 at the clip's start and 1 at its end."""
     timed: Tensor
     """fp32 `(frames,)`, 0 where the clip has no duration and so no time."""
+    finer: Tensor | None = None
+    """As banked at the finer stride whose cells the projector joins, where it joins any."""
+
+    @property
+    def projected(self) -> Tensor:
+        """What the projector is given."""
+        return self.features if self.finer is None else self.finer
 
     def __post_init__(self) -> None:
         shape = tuple(self.features.shape)

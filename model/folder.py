@@ -6,15 +6,22 @@ LLM that is not trained names it in `llm/base.json` instead of holding a copy.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
+
+ORIGINAL_LLAVA = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
+"""The `model_type` of LLaVA's own checkpoints -> the family of the LLM that lies flat in them."""
+PREFIXES = (("language_model.", ""), ("model.language_model.", "model."), ("lm_head.", "lm_head."))
+"""How the LLM's weights begin in a LLaVA checkpoint of transformers, older and newer, and alone."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,70 @@ def load_llm(
 
 def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
     logging.disable_progress_bar()  # its bar for every file drowns the run's own lines
-    llm, found = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
+    folder = Path(path)
+    written = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    kind = written.get("model_type", "")
+    if kind in ORIGINAL_LLAVA or (kind.startswith("llava") and "text_config" in written):
+        llm, found = _load_inner(folder, written, dtype)
+    else:
+        try:
+            llm, found = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            )
+        except ValueError as error:  # of many lines where the model is of another sort
+            reason = str(error).splitlines()[0].partition(" for this kind of")[0]
+            raise ValueError(
+                f"{path}: not a causal LLM, nor a LLaVA checkpoint that holds one: {reason}"
+            ) from None
     if found["missing_keys"]:
         raise ValueError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")
     return llm
+
+
+def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return the causal LLM inside a LLaVA checkpoint, and transformers' report of what it lacks."""
+    if written["model_type"] in ORIGINAL_LLAVA:
+        facts = {k: v for k, v in written.items() if k not in ("model_type", "architectures")}
+        config = AutoConfig.for_model(ORIGINAL_LLAVA[written["model_type"]], **facts)
+        prefixes: tuple[tuple[str, str], ...] = (("model.", "model."), ("lm_head.", "lm_head."))
+    else:
+        config, prefixes = AutoConfig.from_pretrained(folder).text_config, PREFIXES
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    own = empty.state_dict()
+
+    def renamed(name: str) -> str | None:
+        names = (to + name[len(old) :] for old, to in prefixes if name.startswith(old))
+        return next((new for new in names if new in own), None)
+
+    weights = read_tensors(folder, renamed)
+    wrong = shape_problems(weights, {name: own[name] for name in own if name in weights})
+    if wrong:
+        raise ValueError(f"{folder}: {'; '.join(wrong)}; its config.json is of another model")
+    # not by `key_mapping`, which would name the weights the old way again when they are saved
+    llm, found = type(empty).from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+    )
+    llm.name_or_path = llm.config._name_or_path = str(folder)
+    return llm, found
+
+
+def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
+    """Return the tensors of a folder's safetensors files under their new names; None leaves one out."""
+    out: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt", device="cpu") as saved:
+            for name in saved.keys():  # noqa: SIM118 - it is no mapping
+                new = rename(name)
+                if new is not None:
+                    out[new] = saved.get_tensor(name)
+    return out
 
 
 def _load_base(named: LlmBase, named_in: str | Path, base: LlmBase | None) -> Any:
@@ -154,16 +219,21 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """Load a part's weights; ValueError lists every tensor that is missing, extra or of another shape."""
     _require(path)
     saved, own = load_file(path), module.state_dict()
-    wrong = [
+    wrong = shape_problems(saved, own)
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
+    module.load_state_dict(saved)
+
+
+def shape_problems(saved: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """Return a line for each tensor that only one of the two has, or that has another shape."""
+    return [
         f"{name} is {tuple(saved[name].shape)}, the config asks for {tuple(own[name].shape)}"
         if name in saved and name in own
         else f"{name} is {'missing' if name in own else 'not in this model'}"
         for name in sorted(set(saved) | set(own))
         if name not in saved or name not in own or saved[name].shape != own[name].shape
     ]
-    if wrong:
-        raise ValueError(f"{path}: {'; '.join(wrong)}")
-    module.load_state_dict(saved)
 
 
 def read_json(path: Path) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.choices import LAPE_AXES
 from model.grid import Grid, cell_patches
 
 AXES = ("time", "height", "width")
@@ -36,9 +37,17 @@ class LapeTokens:
     counts: tuple[int, int, int]
     placeholders: tuple[int, ...]
     """Ids of the six data-layer markers; none may reach the LLM."""
+    axes: tuple[int, ...] = LAPE_AXES["all"]
+    """Those of which coordinates are tokens; the others' anchors are never likely."""
 
     @classmethod
-    def add_to(cls, tokenizer: Any, num_temporal: int, num_spatial: int) -> "LapeTokens":
+    def add_to(
+        cls,
+        tokenizer: Any,
+        num_temporal: int,
+        num_spatial: int,
+        axes: tuple[int, ...] = LAPE_AXES["all"],
+    ) -> "LapeTokens":
         """Add the placeholders and anchors to a tokenizer (again: finds them); return their ids."""
         counts = (num_temporal, num_spatial, num_spatial)
         placeholders = [f"<{name}-{role}>" for name in NAMES for role in ("INPUT", "OUTPUT")]
@@ -60,7 +69,12 @@ class LapeTokens:
             first=(first, first + counts[0], first + counts[0] + counts[1]),
             counts=counts,
             placeholders=tuple(ids[: len(placeholders)]),
+            axes=axes,
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a tokenizer holds; which axes are used is the model's setting."""
+        return {"first": self.first, "counts": self.counts, "placeholders": self.placeholders}
 
     def token_id(self, axis: int, coord: float) -> int:
         """Return the id of the anchor nearest to a coordinate."""
@@ -184,11 +198,10 @@ class Lape(nn.Module):
             at_time = hat_weights(time, self.tokens.counts[TIME]) @ mean[TIME] * timed[:, None]
             at_row = self._span(grid.patch_rows, grid, HEIGHT, covered, time.device) @ mean[HEIGHT]
             at_col = self._span(grid.patch_cols, grid, WIDTH, covered, time.device) @ mean[WIDTH]
-            return (
-                self.gamma[TIME] * at_time[:, None, None]
-                + self.gamma[HEIGHT] * at_row[None, :, None]
-                + self.gamma[WIDTH] * at_col[None, None, :]
-            )
+            parts = (at_time[:, None, None], at_row[None, :, None], at_col[None, None, :])
+            first, *others = (self.gamma[axis] * parts[axis] for axis in self.tokens.axes)
+            # an axis that is not used leaves its size of 1, which is spread out here
+            return sum(others, first).expand(len(time), grid.rows, grid.cols, -1)
 
     def _span(
         self, patches: int, grid: Grid, axis: int, covered: tuple[float, ...], device: torch.device
@@ -203,7 +216,12 @@ class Lape(nn.Module):
         """Return logits over all anchors, axis after axis: fp32 `(n, sum of counts)`."""
         with _in_fp32(hidden.device):
             tables = torch.cat([self.table("output", axis) for axis in range(3)])
-            return hidden.float() @ tables.T
+            logits = hidden.float() @ tables.T
+        if self.tokens.axes == LAPE_AXES["all"]:
+            return logits
+        counts = self.tokens.counts
+        unused = [torch.full((n,), a not in self.tokens.axes) for a, n in enumerate(counts)]
+        return logits.masked_fill(torch.cat(unused).to(logits.device), -1e9)
 
     def target(self, axis: int, coord: Tensor) -> Tensor:
         """Return the soft target over an axis's anchors: fp32 `(n, bins)`, rows sum to 1."""

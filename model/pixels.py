@@ -4,11 +4,43 @@ Resizing and cropping are done by Pillow on uint8, exactly as transformers' Pill
 it needs no torch, so a decoding process can do it before frames travel.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+MOST_ELONGATED = 200
+"""Longer side / shorter side of a frame that Qwen's resizing takes."""
+
+
+@dataclass(frozen=True)
+class OwnSize:
+    """A size that follows the frame's own, as Qwen2-VL and Qwen2.5-VL resize.
+
+    Both sides become multiples of `multiple` near their own length; a frame of more than `most`
+    pixels is shrunk and one of fewer than `least` is blown up, its sides in proportion.
+    """
+
+    multiple: int
+    """Patch size times merge size: whole merged patches."""
+    least: int
+    most: int
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that a frame of this size is resized to."""
+        rows, cols = (round(side / self.multiple) for side in (height, width))
+        area = rows * cols * self.multiple**2
+        if area > self.most:
+            shrink = math.sqrt(height * width / self.most)
+            rows, cols = (
+                max(1, math.floor(side / shrink / self.multiple)) for side in (height, width)
+            )
+        elif area < self.least:
+            grow = math.sqrt(self.least / (height * width))
+            rows, cols = (math.ceil(side * grow / self.multiple) for side in (height, width))
+        return rows * self.multiple, cols * self.multiple
 
 
 @dataclass(frozen=True)
@@ -16,7 +48,8 @@ class Pixels:
     """The resolved values of an image processor: what it does to a frame, in this order."""
 
     height: int
-    """Of the resized frame; with `shortest_edge`, the target of the shorter side alone."""
+    """Of the resized frame; with `shortest_edge`, the target of the shorter side alone; 0 where
+    frames keep a size of their own."""
     width: int
     shortest_edge: bool
     """Whether resizing keeps the aspect ratio, `height` (= `width`) being the shorter side."""
@@ -27,13 +60,27 @@ class Pixels:
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    own_size: OwnSize | None = None
+    """Where frames of different sizes make different patch grids."""
 
     @classmethod
     def from_processor(cls, processor: Any) -> "Pixels":
         """Read the values of a transformers image processor; ValueError for one we cannot follow."""
         name = type(processor).__name__
         size = dict(processor.size or {})
+        values: dict[str, Any] = {
+            "resample": int(processor.resample),
+            "scale": float(processor.rescale_factor) if processor.do_rescale else 1.0,
+            "mean": tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
+            "std": tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
+        }
         edge = size.get("shortest_edge")
+        if processor.do_resize and edge and "longest_edge" in size:
+            if not hasattr(processor, "merge_size"):
+                raise ValueError(f"{name}: resizes to {size}, a rule that is not known here")
+            multiple = processor.patch_size * processor.merge_size
+            own_size = OwnSize(multiple, least=int(edge), most=int(size["longest_edge"]))
+            return cls(0, 0, False, crop=None, own_size=own_size, **values)
         if not processor.do_resize or not (edge or {"height", "width"} <= set(size)):
             raise ValueError(
                 f"{name}: resizes to {size}; only a fixed height and width, or shortest_edge with a "
@@ -48,15 +95,15 @@ class Pixels:
             height=int(edge or size["height"]),
             width=int(edge or size["width"]),
             shortest_edge=bool(edge),
-            resample=int(processor.resample),
             crop=crop,
-            scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
-            mean=tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
-            std=tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
+            **values,
         )
 
     def to_json(self) -> dict[str, Any]:
+        """Return the values as a bank's fingerprint has them: no `own_size` where there is none."""
         values = asdict(self)
+        if self.own_size is None:
+            del values["own_size"]
         return (
             values
             | {name: list(values[name]) for name in ("mean", "std")}
@@ -66,16 +113,21 @@ class Pixels:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Pixels":
         """Rebuild what `to_json` wrote."""
-        lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
-        return cls(**(data | lists))
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        if "own_size" in values:
+            values["own_size"] = OwnSize(**values["own_size"])
+        return cls(**values)
 
-    @property
-    def output_size(self) -> tuple[int, int]:
-        """(height, width) of what the tower gets."""
-        return self.crop or (self.height, self.width)
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) of what the tower gets of a frame."""
+        return self.crop or self.resized(height, width)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that a frame is resized to, before the crop."""
+        if self.own_size:
+            return self.own_size.of(height, width)
         if not self.shortest_edge:
             return self.height, self.width
         if height <= width:
@@ -92,15 +144,22 @@ class Pixels:
 
     def check(self, height: int, width: int) -> None:
         """Raise ValueError for a frame size that cannot be made to fit."""
+        if self.own_size and max(height, width) > MOST_ELONGATED * min(height, width):
+            raise ValueError(
+                f"a frame of {height}x{width} is more than {MOST_ELONGATED} times as long as wide, "
+                "which the tower's processor refuses"
+            )
         rows, cols = self.resized(height, width)
-        if min(rows, cols) < 1 or rows < self.output_size[0] or cols < self.output_size[1]:
+        least = self.output_size(height, width)
+        if min(rows, cols) < 1 or rows < least[0] or cols < least[1]:
             raise ValueError(f"a crop of {self.crop} does not fit a frame resized to {rows}x{cols}")
 
     def resize(self, frames: np.ndarray) -> np.ndarray:
         """Resize and crop: uint8 `(frames, height, width, 3)` -> uint8 at `output_size`."""
-        self.check(frames.shape[1], frames.shape[2])
-        rows, cols = self.resized(frames.shape[1], frames.shape[2])
-        out = np.empty((len(frames), *self.output_size, 3), np.uint8)
+        height, width = frames.shape[1:3]
+        self.check(height, width)
+        rows, cols = self.resized(height, width)
+        out = np.empty((len(frames), *self.output_size(height, width), 3), np.uint8)
         top, left = (rows - out.shape[1]) // 2, (cols - out.shape[2]) // 2
         for place, frame in enumerate(frames):
             image = Image.fromarray(frame).resize((cols, rows), Image.Resampling(self.resample))

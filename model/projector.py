@@ -1,15 +1,57 @@
-"""Banked features -> LLM width. The names are LLaVA's `mm_projector_type`."""
+"""Banked features -> LLM width. The names, and those of the weights, are those of LLaVA and VILA.
 
-from torch import nn
+`linear`; `mlpNx_gelu`, N linear layers; and VILA's `mlp_downsample` families, which join a block of
+2x2 or 3x3 neighbouring cells before the first layer (`base_projector.py`, `DownSampleBlock`). What
+they join must be banked at a stride that is finer by that factor.
+"""
 
-PROJECTORS = ("mlp2x_gelu", "linear")
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.choices import MLP, joined_cells
 
 
 def build_projector(kind: str, tower_width: int, llm_width: int) -> nn.Module:
-    """Return a module that maps `(..., tower_width)` to `(..., llm_width)`."""
+    """Return a module that maps `(frames, rows, cols, tower_width)` to the LLM's width.
+
+    A downsampling one makes `(frames, ceil(rows / n), ceil(cols / n), llm_width)` of it.
+    """
     if kind == "linear":
         return nn.Linear(tower_width, llm_width)
-    assert kind == "mlp2x_gelu", kind
-    return nn.Sequential(
-        nn.Linear(tower_width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width)
-    )
+    side = joined_cells(kind)
+    joined = side * side * tower_width
+    if side == 1:
+        found = MLP.fullmatch(kind)
+        assert found
+        widths = [tower_width] + [llm_width] * int(found.group(1))
+    elif side == 2:
+        widths = [joined, llm_width, llm_width]
+    else:
+        widths = [joined, side * tower_width, llm_width, llm_width]
+    layers: list[nn.Module] = [JoinCells(side), nn.LayerNorm(joined)] if side > 1 else []
+    for place, (before, after) in enumerate(pairwise(widths)):
+        if place:
+            layers.append(nn.GELU())
+        if side == 3 and place == 1:
+            layers.append(nn.LayerNorm(before))
+        layers.append(nn.Linear(before, after))
+    return nn.Sequential(*layers)
+
+
+class JoinCells(nn.Module):
+    """Joins each block of `side` x `side` cells, row by row; blocks over the border are padded by 0."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """`(frames, rows, cols, width)` -> `(frames, ceil(rows/n), ceil(cols/n), n n width)`."""
+        side = self.side
+        rows, cols = cells.shape[1:3]
+        cells = F.pad(cells, (0, 0, 0, -cols % side, 0, -rows % side))
+        blocks = cells.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # f, R, n, C, n, width
+        return torch.flatten(blocks.permute(0, 1, 3, 2, 4, 5), 3)

@@ -7,7 +7,8 @@ patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,10 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersModel,
     SiglipVisionModel,
+    logging,
 )
 
+from model import qwen_tower
 from model.grid import pool
 from model.pixels import Pixels
 
@@ -34,10 +37,12 @@ MODELS = {
     "clip_vision_model": CLIPVisionModel,
     "dinov2": Dinov2Model,
     "dinov2_with_registers": Dinov2WithRegistersModel,
+    **qwen_tower.MODELS,
 }
 PREFIX_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 1}
 """Tokens before the patches: CLS; DINOv2's registers come on top."""
 MIXES_FRAMES = ("vivit", "videomae", "timesformer", "vjepa2", "xclip", "internvideo", "video_llama")
+NAFLEX = ("siglip2", "siglip2_vision_model")
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 LARGEST_FLOAT16 = 65504.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,10 +61,13 @@ class Tower:
     dtype: str
     attention: str
     pixels: Pixels
-    patch_grid: tuple[int, int]
+    patch: int
+    """Pixels on a side of a patch."""
     width: int
     model: nn.Module
     device: torch.device
+    frames_per_unit: int = 1
+    """Frames that the tower sees as one: 2 for Qwen's."""
 
     @classmethod
     def load(
@@ -81,17 +89,35 @@ class Tower:
                 f"tower {name}: {config.model_type} mixes frames, so the features of a frame would "
                 "hold later ones and the frame-causal loss would leak; use SigLIP, CLIP or DINOv2"
             )
+        if config.model_type in NAFLEX:
+            raise ValueError(
+                f"tower {name}: {config.model_type} (NaFlex) pads the patches of every picture to one "
+                "length, and is not supported; use a SigLIP 2 of fixed resolution, whose model type "
+                "is siglip"
+            )
         if config.model_type not in MODELS:
             raise ValueError(
                 f"tower {name}: {config.model_type} is not supported (have {', '.join(MODELS)})"
             )
+        pairs_frames = config.model_type in qwen_tower.MODELS
+        part = qwen_tower.part_of(config) if pairs_frames else {}
         try:
             processor = AutoImageProcessor.from_pretrained(name)
-            model = MODELS[config.model_type].from_pretrained(
-                name, dtype=torch.float32, attn_implementation=attention
-            )
+            with _without_report():
+                model, found = MODELS[config.model_type].from_pretrained(
+                    name,
+                    dtype=torch.float32,
+                    attn_implementation=attention,
+                    output_loading_info=True,
+                    **part,
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _not_loaded(name, error) from None
+        if found["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(
+                f"tower {name}: {len(found['missing_keys'])} of its weights are not there, such as "
+                f"{min(found['missing_keys'])}; download it again"
+            )
         model.requires_grad_(False).eval()
         vision = model.config
         layers = vision.num_hidden_layers
@@ -100,40 +126,58 @@ class Tower:
                 f"tower {name}: layer {layer} of {layers} layers; use -1 to {-layers - 1}"
             )
         pixels = Pixels.from_processor(processor)
-        rows, cols = (side // vision.patch_size for side in pixels.output_size)
+        wanted = vision.patch_size * vision.spatial_merge_size if pairs_frames else None
+        given = pixels.own_size.multiple if pixels.own_size else None
+        if given != wanted:
+            raise ValueError(
+                f"tower {name}: its image processor belongs to another tower: it makes sides that are "
+                f"multiples of {given}, expected {wanted}"
+            )
         digest = tower_digest(vision, model)
         try:
-            model.to(device=device, dtype=DTYPES[dtype])
+            for weight in model.parameters():  # no buffers: rotary frequencies stay exact
+                weight.data = weight.data.to(DTYPES[dtype])
+            model.to(device)
         except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
             raise ValueError(
                 f"device {device}: cannot hold the tower: {_first_line(error)}; try --device cpu"
             ) from None
         return cls(
             name=name,
-            model_type=vision.model_type,
+            model_type=type(vision).model_type,
             digest=digest,
             layer=layer,
             dtype=dtype,
             attention=attention,
             pixels=pixels,
-            patch_grid=(rows, cols),
-            width=vision.hidden_size,
+            patch=vision.patch_size,
+            width=qwen_tower.width(model) if pairs_frames else vision.hidden_size,
             model=model,
             device=torch.device(device),
+            frames_per_unit=vision.temporal_patch_size if pairs_frames else 1,
         )
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Return the patch (rows, columns) of a frame that is displayed at this size."""
+        rows, cols = self.pixels.output_size(height, width)
+        return rows // self.patch, cols // self.patch
+
     def encode(self, frames: np.ndarray, batch_frames: int = 16) -> Tensor:
-        """Return the patch grid of each frame: fp32 `(frames, patch_rows, patch_cols, width)`.
+        """Return the patch grid of each unit: fp32 `(units, patch_rows, patch_cols, width)`.
 
         frames: uint8 `(frames, height, width, 3)` at the tower's size. They pass in batches of one
-        fixed shape, the last one filled up, so that a frame's features do not depend on others.
+        fixed shape, the last one filled up, so that a unit's features do not depend on others. A
+        unit is a frame, or `frames_per_unit` of them, the last frame repeated where one is missing.
         """
-        out = []
-        for begin in range(0, len(frames), batch_frames):
-            batch = frames[begin : begin + batch_frames]
-            filled = np.zeros((batch_frames, *batch.shape[1:]), np.uint8)
+        each, out = self.frames_per_unit, []
+        together = max(1, batch_frames // each) * each
+        for begin in range(0, len(frames), together):
+            batch = frames[begin : begin + together]
+            filled = np.zeros((together, *batch.shape[1:]), np.uint8)
             filled[: len(batch)] = batch
-            out.append(self._patches(self.normalise(filled))[: len(batch)])
+            units = -(-len(batch) // each)
+            filled[len(batch) : units * each] = batch[-1]
+            out.append(self._patches(self.normalise(filled))[:units])
         return torch.cat(out)
 
     def features(
@@ -144,18 +188,27 @@ class Tower:
         pool_mode: str = "average",
         dtype: str = "float16",
         batch_frames: int = 16,
+        threads: int = 4,
     ) -> tuple[dict[int, np.ndarray], int]:
         """Return what a bank stores of frames, and how many of its values underflowed to zero.
 
+        threads: of the CPU, while the tower runs: sums in another number of threads may round
+        otherwise, and a live clip is to have the features of a banked one.
         frames: uint8 at the tower's size. Per stride: float16, or uint16 that holds bfloat16,
-        `(frames, cell_rows, cell_cols, width)`. ValueError names the first frame and stride whose
+        `(units, cell_rows, cell_cols, width)`. ValueError names the first frame and stride whose
         values the type cannot hold.
         """
-        patches = self.encode(frames, batch_frames)
+        others = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            patches = self.encode(frames, batch_frames)
+        finally:
+            torch.set_num_threads(others)
         stored, underflowed = {}, 0
         for stride in strides:
             cells = pool(patches, stride, pool_mode)
-            _refuse_too_large(cells, stride, math.inf if dtype == "bfloat16" else LARGEST_FLOAT16)
+            most = math.inf if dtype == "bfloat16" else LARGEST_FLOAT16
+            _refuse_too_large(cells, stride, most, self.frames_per_unit)
             if dtype == "bfloat16":
                 stored[stride] = cells.bfloat16().view(torch.uint16).cpu().numpy()
                 continue
@@ -178,16 +231,19 @@ class Tower:
 
     @torch.inference_mode()
     def _patches(self, pixels: Tensor) -> Tensor:
+        if self.frames_per_unit > 1:
+            return qwen_tower.encode(self.model, pixels, self.layer).float()
         output = self.model(pixel_values=pixels, output_hidden_states=True)
         hidden = output.hidden_states[self.layer]
         prefix = PREFIX_TOKENS.get(self.model_type, 0)
         prefix += getattr(self.model.config, "num_register_tokens", 0)
-        return hidden[:, prefix:].unflatten(1, self.patch_grid).float()  # frames, rows, cols, width
+        grid = [side // self.patch for side in pixels.shape[2:]]
+        return hidden[:, prefix:].unflatten(1, grid).float()  # frames, rows, cols, width
 
 
-def _refuse_too_large(cells: Tensor, stride: int, most: float) -> None:
-    for frame, largest in enumerate(cells.abs().amax(dim=(1, 2, 3)).tolist()):
-        where = f"frame {frame}, stride {stride}"
+def _refuse_too_large(cells: Tensor, stride: int, most: float, frames_per_unit: int) -> None:
+    for unit, largest in enumerate(cells.abs().amax(dim=(1, 2, 3)).tolist()):
+        where = f"frame {unit * frames_per_unit}, stride {stride}"
         if not math.isfinite(largest):
             raise ValueError(
                 f"{where}: the tower's output holds NaN or infinity; try --tower-dtype float32"
@@ -196,6 +252,17 @@ def _refuse_too_large(cells: Tensor, stride: int, most: float) -> None:
             raise ValueError(
                 f"{where}: |feature| up to {largest:.0f} does not fit float16; use --dtype bfloat16"
             )
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from listing the weights of a text model: what is missing we see ourselves."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _not_loaded(name: str, error: Exception) -> ValueError:

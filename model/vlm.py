@@ -9,7 +9,7 @@ A saved model is one folder: `llm/` (Hugging Face form, with the tokenizer), `pr
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from model.batch import Batch
+from model.choices import LAPE_AXES
+from model.config import FORMAT, VLMConfig, read_model_config
 from model.folder import (
     LlmBase,
     load_llm,
@@ -30,49 +32,14 @@ from model.folder import (
     save_weights,
     write_json,
 )
-from model.frame_causal import PREDICTORS, FrameCausal
-from model.frames import STRATEGIES, exact_ratio
-from model.lape import AXES, INJECTION_SHARE, PRESETS, Lape, LapeTokens
-from model.mask import FRAME_ATTENTION, additive_mask, block_mask, dense_mask
-from model.projector import PROJECTORS, build_projector
+from model.frame_causal import FrameCausal
+from model.lape import AXES, INJECTION_SHARE, Lape, LapeTokens
+from model.mask import additive_mask, block_mask, dense_mask
+from model.projector import build_projector
 
 Json = dict[str, Any]
-FORMAT = 1
 HEAD_ROWS = 1024
 """Supervised tokens whose logits exist at once."""
-
-
-@dataclass(frozen=True)
-class VLMConfig:
-    """What a trained model is, beside its weights: everything that must agree to use them."""
-
-    mm_projector_type: str = "mlp2x_gelu"
-    slow_stride: int = 4
-    fast_stride: int = 8
-    frame_sampling_strategy: str = "interleave"
-    slow_frame_ratio: str = "0.5"
-    max_frames_num: int = 16
-    frame_attention: str = "block"
-    predictor: str = "resample"
-    loss_weight: float = 0.15
-    enable_lape: bool = True
-    num_temporal_tokens: int = 100
-    num_spatial_tokens: int = 100
-    lape_preset: str = "plus"
-    lape_sigma: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("mm_projector_type", PROJECTORS),
-            ("frame_sampling_strategy", STRATEGIES),
-            ("frame_attention", FRAME_ATTENTION),
-            ("predictor", PREDICTORS),
-            ("lape_preset", PRESETS),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        exact_ratio(self.slow_frame_ratio)
 
 
 class VLM(nn.Module):
@@ -112,7 +79,10 @@ class VLM(nn.Module):
         self.lape: Lape | None = None
         if config.enable_lape:
             tokens = LapeTokens.add_to(
-                tokenizer, config.num_temporal_tokens, config.num_spatial_tokens
+                tokenizer,
+                config.num_temporal_tokens,
+                config.num_spatial_tokens,
+                LAPE_AXES[config.lape_axes],
             )
             self.lape = Lape(llm_width, tokens, config.lape_preset, config.lape_sigma)
 
@@ -154,9 +124,9 @@ class VLM(nn.Module):
 
     def frame_tokens(self, batch: Batch, group: Any) -> Tensor:
         """Return projector(features) + positions + stream: `(frames, cell_rows, cell_cols, width)`."""
-        tokens = self.projector(group.features.to(self.visual.frame_end.dtype))
+        tokens = self.projector(group.projected.to(self.visual.frame_end.dtype))
         tokens = tokens + self.visual.stream[group.stream]
-        if self.lape is not None:
+        if self.lape is not None and self.config.lape_positions:
             tokens = tokens + self.lape.positions(
                 group.grid, group.covered, group.time, group.timed
             )
@@ -277,12 +247,14 @@ class VLM(nn.Module):
 
         Returns the ratio at gamma 1. Called once, on the run's first batch, on every rank alike.
         """
-        if self.lape is None or self.calibrated or not batch.groups:
+        if self.lape is None or not self.config.lape_positions:
+            return float("nan")
+        if self.calibrated or not batch.groups:
             return float("nan")
         self.calibrated = True
         inside = positions = 0.0
         for group in batch.groups:
-            tokens = self.projector(group.features.to(self.visual.frame_end.dtype))
+            tokens = self.projector(group.projected.to(self.visual.frame_end.dtype))
             placed = self.lape.positions(group.grid, group.covered, group.time, group.timed)
             inside += tokens.float().square().mean(dim=-1).sum().item()
             positions += placed.square().mean(dim=-1).sum().item()
@@ -324,7 +296,7 @@ class VLM(nn.Module):
         for file, module in self.modules_on_disk():
             save_weights(module, folder / file)
         if self.lape is not None:
-            write_json(folder / "lape" / "tokens.json", asdict(self.lape.tokens))
+            write_json(folder / "lape" / "tokens.json", self.lape.tokens.to_json())
         facts = {"format": FORMAT, "model": asdict(self.config), "tower_width": self.tower_width}
         facts |= {"tower": self.tower, "features": self.features}
         write_json(folder / "config.json", facts)
@@ -376,7 +348,7 @@ class VLM(nn.Module):
     def _check_tokens(self, folder: Path) -> None:
         if self.lape is not None:
             saved = read_json(folder / "lape" / "tokens.json")
-            ours = json.loads(json.dumps(asdict(self.lape.tokens)))
+            ours = json.loads(json.dumps(self.lape.tokens.to_json()))
             if saved != ours:
                 raise ValueError(
                     f"{folder}/lape: token ids {saved} do not match the tokenizer's {ours}"
@@ -398,20 +370,3 @@ class VisualTokens(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.frame_end.copy_(mean + spread * torch.randn(len(mean), generator=generator))
         self.stream.copy_(0.1 * spread * torch.randn(2, len(mean), generator=generator))
-
-
-def read_model_config(folder: Path) -> Json:
-    """Return a model folder's config.json with `model` as a VLMConfig; ValueError if it is none."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder}: no trained model here (config.json is missing)")
-    facts = json.loads(path.read_text())
-    if facts.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: not a framebank model of format {FORMAT} (got {facts.get('format')!r}); "
-            "--model takes the output folder of train/run.py or a checkpoint-N in it"
-        )
-    unknown = set(facts["model"]) - {field.name for field in fields(VLMConfig)}
-    if unknown:
-        raise ValueError(f"{path}: unknown model settings {sorted(unknown)}; update framebank")
-    return dict(facts) | {"model": VLMConfig(**facts["model"])}

@@ -81,9 +81,11 @@ def _encoded(
         )
         if outcome.clip is None:
             continue
-        frames = outcome.clip.frames
+        frames, each = outcome.clip.frames, tower.frames_per_unit
+        units = uniform_indices(-(-len(frames) // each), FRAMES // each)
+        chosen = np.concatenate([frames[each * unit : each * (unit + 1)] for unit in units])
         try:
-            arrays, _ = encode_frames(tower, frames[uniform_indices(len(frames), FRAMES)], options)
+            arrays, _ = encode_frames(tower, chosen, options)
         except ValueError:
             continue
         yield arrays

@@ -161,7 +161,12 @@ def prepared(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
     rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps
-    clips = find_clips(inputs, rest["video_roots"], rest["picture_fps"])
+    clips = find_clips(
+        inputs,
+        rest["video_roots"],
+        rest["picture_fps"],
+        allow_outside=rest["allow_outside"],
+    )
     known = read_plan(out)
     how = known.how if known else How()
 

@@ -58,7 +58,12 @@ def encode(
     procs: processes, each with a tower and a decoder of its own. full: hash whole sources, not only
     their heads and tails. prune: serve no longer the clips whose sources are gone.
     """
-    clips = find_clips(inputs, options.video_roots, options.picture_fps)
+    clips = find_clips(
+        inputs,
+        options.video_roots,
+        options.picture_fps,
+        allow_outside=options.allow_outside,
+    )
     return encode_clips(clips, out, options, procs=procs, full=full, prune=prune)[0]
 
 
@@ -201,11 +206,16 @@ def feature_config(tower: Tower, options: EncodeOptions) -> FeatureConfig:
     )
 
 
+PREDICTED_SIZE = 720, 1280
+"""(height, width) that frames are taken to have, where the grid follows it: no plan has seen them."""
+
+
 def frame_bytes(tower: Tower, options: EncodeOptions) -> dict[int, int]:
     """Return the bytes of a frame per stride; of blosc, what it takes before it is compressed."""
     each = tower.width + 4 if options.codec == "int8" else 2 * tower.width
-    grids = [Grid(*tower.patch_grid, stride, options.pool) for stride in options.strides]
-    return {grid.stride: grid.cells * each for grid in grids}
+    patches = tower.grid_of(*PREDICTED_SIZE)
+    grids = [Grid(*patches, stride, options.pool) for stride in options.strides]
+    return {grid.stride: grid.cells * each // tower.frames_per_unit for grid in grids}
 
 
 def predicted_bytes(tower: Tower, options: EncodeOptions) -> Callable[[ClipSource], int]:

@@ -100,6 +100,11 @@ PLANNED = _all(
         help="With --fps: sample longer clips uniformly with this many.  [default: 64]",
     ),
     VIDEO_ROOTS,
+    click.option(
+        "--allow-outside",
+        is_flag=True,
+        help="Annotation files may name videos by absolute paths, or by `..`.",
+    ),
     click.option("--layer", default=-2, show_default=True, help="Hidden layer of the tower."),
     click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True),
     click.option(

@@ -9,16 +9,27 @@ A clip whose source has changed, or that failed and is tried again, is in a seco
 unit that holds a clip is the one that counts: what earlier ones banked of it is served no more.
 """
 
-import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from preprocess.annotations import (
+    ANNOTATION_SUFFIXES,
+    AS_RECORDS,
+    OTHER_RECORDS,
+    annotated_media,
+)
 from preprocess.archive import archive_members, is_archive
-from preprocess.pictures import PICTURE_FPS, PICTURE_SUFFIXES, picture_files
-from shards.schema import FORMAT_VERSION, FeatureConfig, Json, clip_id, differences, sample_key
+from preprocess.pictures import PICTURE_FPS, PICTURE_SUFFIXES
+from shards.schema import (
+    FORMAT_VERSION,
+    FeatureConfig,
+    Json,
+    clip_id,
+    differences,
+    sample_key,
+)
 from shards.writer import read_signed_json, signed_json, write_atomic
 
 VIDEO_SUFFIXES = frozenset(
@@ -41,7 +52,6 @@ VIDEO_SUFFIXES = frozenset(
 )
 # In a folder these are clips by themselves, as videos are.
 CLIP_SUFFIXES = VIDEO_SUFFIXES | {".gif", ".apng"}
-ANNOTATION_SUFFIXES = frozenset((".json", ".jsonl"))
 
 
 @dataclass(frozen=True)
@@ -176,14 +186,18 @@ def _under(clip: ClipSource, roots: Sequence[str]) -> ClipSource:
 
 
 def find_clips(
-    inputs: Sequence[str], video_roots: Sequence[str], picture_fps: str = PICTURE_FPS
+    inputs: Sequence[str],
+    video_roots: Sequence[str],
+    picture_fps: str = PICTURE_FPS,
+    *,
+    allow_outside: bool = False,
 ) -> list[ClipSource]:
     """Return the clips of files, folders, archives and annotation files, each once.
 
     A folder gives its videos and animations (.gif), at any depth, and one clip for each folder in
     which there is nothing but pictures. Archives are read where they are named themselves.
     Raises ValueError that lists every input which cannot be found and every pair of different
-    files with one id.
+    files with one id. allow_outside: annotation files may name videos outside of their roots.
     """
     found: dict[str, ClipSource] = {}
     problems: list[str] = []
@@ -200,7 +214,11 @@ def find_clips(
             problems.append(f"{path}: no such file or folder")
             continue
         elif path.suffix.lower() in ANNOTATION_SUFFIXES:
-            sources = _annotated(path, video_roots, problems)
+            named = annotated_media(path, video_roots, problems, allow_outside)
+            sources = [_source(*media) for media in named]
+        elif path.suffix.lower() in OTHER_RECORDS:
+            problems.append(f"{path}: {AS_RECORDS.format(path)}")
+            continue
         elif is_archive(path):
             sources = _archived(path, problems)
         else:
@@ -261,59 +279,6 @@ def _source(
     except UnicodeEncodeError:
         raise ValueError(f"{str(file)!a}: its name is not UTF-8; rename it") from None
     return ClipSource(id_, key, str(file.absolute()), relative, start, end)
-
-
-def _annotated(path: Path, roots: Sequence[str], problems: list[str]) -> list[ClipSource]:
-    """Return the clips that an annotation file names, resolved against the roots."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix.lower() == ".jsonl":
-            items = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            items = json.loads(text)
-        named: set[tuple[str, float | None, float | None]] = {
-            (str(video), item.get("start"), item.get("end"))
-            for item in items
-            for video in _videos(item)
-        }
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        problems.append(f"{path}: not readable as records: {error}")
-        return []
-    sources, missing = [], []
-    for video, start, end in sorted(named, key=str):
-        candidates = [root / video for root in [*map(Path, roots), path.parent]]
-        file = next(filter(_is_source, candidates), None)
-        if not _is_part(start, end):
-            problems.append(
-                f"{path}: {video}: start {start!r} and end {end!r} bound no part; write seconds, "
-                "start before end"
-            )
-        elif file is None:
-            missing.append(video)
-        else:
-            sources.append(_source(file, Path(video).as_posix(), start, end))
-    if missing:
-        looked = ", ".join([*map(str, roots), str(path.parent)])
-        problems.append(
-            f"{path}: {len(missing)} of {len(named)} videos not found, first {missing[0]!r} "
-            f"(looked under {looked}); name their folder with --video-root"
-        )
-    return sources
-
-
-def _is_source(path: Path) -> bool:
-    return path.is_file() or (path.is_dir() and bool(picture_files(path)))
-
-
-def _is_part(start: object, end: object) -> bool:
-    times = [time for time in (start, end) if time is not None]
-    numbers = [time for time in times if isinstance(time, int | float) and 0 <= time < math.inf]
-    return len(numbers) == len(times) and sorted(set(numbers)) == numbers
-
-
-def _videos(item: Json) -> list[str]:
-    video = item.get("video")
-    return [] if video is None else video if isinstance(video, list) else [video]
 
 
 def read_plan(bank: Path) -> Plan | None:

@@ -56,6 +56,8 @@ class EncodeOptions:
     allow_truncated: bool = False
     """Take what comes of a truncated or damaged video; its flags say so."""
     video_roots: tuple[str, ...] = ()
+    allow_outside: bool = False
+    """Annotation files may name videos by absolute paths, or by `..`."""
     picture_fps: str = PICTURE_FPS
     """Of folders of pictures."""
     shard_bytes: int = 512 * 1024**2
@@ -220,20 +222,14 @@ def encode_frames(
     tower: Tower, frames: np.ndarray, options: EncodeOptions
 ) -> tuple[dict[int, np.ndarray], int]:
     """Return `Tower.features` of frames at the tower's size, as the options ask."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.tower_threads)
-    try:
-        return tower.features(
-            frames,
-            options.strides,
-            pool_mode=options.pool,
-            dtype=options.dtype,
-            batch_frames=options.batch_frames,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    return tower.features(
+        frames,
+        options.strides,
+        pool_mode=options.pool,
+        dtype=options.dtype,
+        batch_frames=options.batch_frames,
+        threads=options.tower_threads,
+    )
 
 
 def provenance(tower: Tower, options: EncodeOptions) -> Json:
@@ -269,10 +265,10 @@ def describe(
         timestamps=clip.timestamps.tolist(),
         display_size=(height, width),
         covered=tower.pixels.covered(height, width),
-        patch_grid=tower.patch_grid,
+        patch_grid=tower.grid_of(height, width),
         cell_grids={str(stride): array.shape[1:3] for stride, array in arrays.items()},
         tower_width=tower.width,
-        frames_per_unit=1,
+        frames_per_unit=tower.frames_per_unit,
         decoder=clip.decoder,
         flags=list(clip.flags),
     )

@@ -40,8 +40,10 @@ class ClipInfo:
     end: float
     """Bounds in seconds from the file's first shown frame; 0 to its end for a whole file."""
     timestamps: np.ndarray
-    """Of each banked frame, float64 seconds from the file's first shown frame."""
+    """Of each entry of a stream's axis 0, float64 seconds from the file's first shown frame: of a
+    frame, or the mean of the frames that the tower saw as one unit."""
     frame_index: np.ndarray
+    """Of each such entry, its (first) frame among those that the file shows."""
     display_size: tuple[int, int]
     """(height, width) in pixels."""
     patch_grid: tuple[int, int]
@@ -51,6 +53,17 @@ class ClipInfo:
     @property
     def duration(self) -> float:
         return self.end - self.start
+
+
+def of_units(
+    timestamps: np.ndarray, frame_index: np.ndarray, frames_per_unit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean time and the first index of the frames of each unit; the last may have fewer."""
+    if frames_per_unit == 1:
+        return timestamps, frame_index
+    first = np.arange(0, len(timestamps), frames_per_unit)
+    counts = np.diff(first, append=len(timestamps))
+    return np.add.reduceat(timestamps, first) / counts, frame_index[first]
 
 
 class DamagedSample(ValueError):
@@ -154,6 +167,9 @@ class Bank:
             offsets = columns[f"{name}_offsets"]
             ragged[name] = columns[name][offsets[row] : offsets[row + 1]]
         y0, x0, y1, x1 = columns["covered"][4 * row : 4 * row + 4].tolist()
+        timestamps, frame_index = of_units(
+            **ragged, frames_per_unit=columns["frames_per_unit"][row]
+        )
         return ClipInfo(
             id=self.ids[row],
             start=float(columns["start"][row]),
@@ -161,7 +177,8 @@ class Bank:
             display_size=(int(columns["display_height"][row]), int(columns["display_width"][row])),
             patch_grid=(int(columns["patch_rows"][row]), int(columns["patch_cols"][row])),
             covered=(y0, x0, y1, x1),
-            **ragged,
+            timestamps=timestamps,
+            frame_index=frame_index,
         )
 
     def shape(self, row: int, stride: int) -> tuple[int, int, int, int]:
@@ -188,7 +205,7 @@ class Bank:
         assert all(0 <= frame < total for frame in wanted), (wanted, total)
         codec, name = self._codec, f"stride{stride}"
         if out is None:
-            out = np.empty((len(wanted), *cells), codec.stored_dtype)
+            out = self._empty(row, stride, frames)
         assert out.shape == (len(wanted), *cells), (out.shape, len(wanted), cells)
         assert out.dtype == codec.stored_dtype
         assert out.flags.c_contiguous
@@ -241,13 +258,21 @@ class Bank:
         pool = ThreadPoolExecutor(threads)
         try:
             for request in requests:
-                running.append(pool.submit(self.try_read, *request))
+                # made here: memory that other threads allocate is given back at once, and faulted
+                # in again by the next read
+                out = self._empty(*request)
+                running.append(pool.submit(self.try_read, *request, out))
                 if len(running) > 2 * threads:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _empty(self, row: int, stride: int, frames: Sequence[int] | None) -> np.ndarray:
+        total, *cells = self.shape(row, stride)
+        number = total if frames is None else len(frames)
+        return np.empty((number, *cells), self._codec.stored_dtype)
 
     def _place(self, row: int, stride: int, name: str, edges: list[int]) -> _Place:
         begin, crc = self.columns[f"{name}_offset"][row], self.columns[f"{name}_crc32c"][row]

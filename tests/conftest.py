@@ -273,7 +273,8 @@ def make_batch() -> Callable[..., Batch]:
             turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
             infos = [clip.info for clip in clips]
             encoded = chat.encode(turns, [info.duration for info in infos], prompt=prompt)
-            rows.append(lay_out(encoded, infos, model.config, model.features["pool"]))
+            pool_mode = model.features["pool"]
+            rows.append(lay_out(encoded, infos, model.config, pool_mode, stamp=chat.stamp))
         names = [f"record-{number}" for number in range(len(talks))]
         clips_of_rows = [talk[0] for talk in talks]
         return collate(rows, clips_of_rows, model.config, names, with_copy=True)

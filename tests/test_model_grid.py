@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from model.grid import Grid, cell_patches, pool, resample_map
 
@@ -51,6 +52,33 @@ def test_a_cell_is_the_mean_or_maximum_of_its_patches(
             np.testing.assert_allclose(got[:, a, b], expected, atol=1e-6)
     whole = math.ceil if mode == "average" else math.floor
     assert got.shape[1:3] == (whole(rows / stride), whole(cols / stride))
+
+
+def llava_next(frames: torch.Tensor, stride: int, rule: str) -> torch.Tensor:
+    """What LLaVA-NeXT makes of `(frames, rows, cols, dim)`, from the description of its pooling.
+
+    `average` and `max` are avg_pool2d and max_pool2d of that stride (floor); `bilinear` interpolates
+    to ceil(side / stride), align_corners unset, no antialiasing.
+    """
+    planes = frames.permute(0, 3, 1, 2)
+    if rule == "bilinear":
+        size = [math.ceil(side / stride) for side in planes.shape[2:]]
+        small = F.interpolate(planes, size=size, mode="bilinear")
+    else:
+        small = {"average": F.avg_pool2d, "max": F.max_pool2d}[rule](planes, stride)
+    return small.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(24, 24), (27, 27), (32, 32), (26, 46), (46, 26), (9, 31)]
+)
+def test_pooling_is_that_of_llava_next(rows: int, cols: int, stride: int) -> None:
+    patches = torch.from_numpy(random_patches(rows * cols, rows, cols))
+    for ours, theirs in (("average_floor", "average"), ("max", "max"), ("bilinear", "bilinear")):
+        expected = llava_next(patches, stride, theirs)
+        torch.testing.assert_close(pool(patches, stride, ours), expected, rtol=0, atol=1e-6)
+        assert Grid(rows, cols, stride, ours).cells == expected.shape[1] * expected.shape[2]
 
 
 def bilinear_axis(values: np.ndarray, count: int) -> np.ndarray:

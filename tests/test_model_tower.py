@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     BitImageProcessorPil,
@@ -22,6 +23,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -145,7 +148,7 @@ def test_patches_are_the_hidden_states_of_the_model_itself(
     towers: dict[str, Path], kind: str, layer: int
 ) -> None:
     tower = Tower.load(str(towers[kind]), layer=layer)
-    assert tower.patch_grid == (7, 7)
+    assert tower.grid_of(480, 640) == (7, 7)
     assert tower.width == 16
     frames = frames_of(2, SIDE, SIDE, count=3)
     whole = KINDS[kind].make().from_pretrained(towers[kind]).eval()
@@ -253,7 +256,7 @@ def test_the_covered_part_is_where_the_crop_was_cut(
 def test_a_squeezed_frame_is_covered_whole(towers: dict[str, Path]) -> None:
     pixels = Tower.load(str(towers["siglip"])).pixels
     assert pixels.covered(480, 640) == (0.0, 0.0, 1.0, 1.0)
-    assert pixels.output_size == (SIDE, SIDE)
+    assert pixels.output_size(480, 640) == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -308,6 +311,23 @@ def test_towers_that_mix_frames_are_refused(
     save(tmp_path, model, siglip_processor() if with_processor else None)
     with pytest.raises(ValueError, match=rf"{tmp_path}: {kind} mixes frames.*use SigLIP"):
         Tower.load(str(tmp_path))
+
+
+def test_siglip_2_of_any_resolution_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    config = Siglip2VisionConfig(**SMALL, patch_size=PATCH, num_patches=16)
+    folder = save(tmp_path, Siglip2VisionModel(config), siglip_processor())
+    with pytest.raises(ValueError, match=r"NaFlex.* a SigLIP 2 of fixed resolution"):
+        Tower.load(str(folder))
+
+
+def test_weights_that_are_not_there_are_refused(towers: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(towers["siglip_vision"], tmp_path / "tower")
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layers.1.mlp.fc1.bias"))
+    del weights[lost]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of its weights are not there, .*1\.mlp\.fc1\.bias"):
+        Tower.load(str(folder))
 
 
 def test_processors_that_make_grids_of_any_size_are_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLANNED = (
     "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype --codec "
     "--tower-dtype --batch-frames --tower-threads --device --decoder --allow-truncated --folder-fps "
-    "--shard-size --verify-inputs --prune --help"
+    "--allow-outside --shard-size --verify-inputs --prune --help"
 )
 OPTIONS = {
     "plan": f"{PLANNED} --no-estimate",

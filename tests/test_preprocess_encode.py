@@ -331,7 +331,7 @@ def test_how_a_bank_is_made_is_no_part_of_its_identity(
 def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
     hashed = {"tower", "strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"}
     free = {"device", "batch_frames", "tower_threads", "decoder", "video_roots", "shard_bytes"}
-    free |= {"allow_truncated", "picture_fps"}  # which clips there are, and the plan's
+    free |= {"allow_truncated", "picture_fps", "allow_outside"}  # which clips there are
     assert {field.name for field in fields(EncodeOptions)} == hashed | free
 
 

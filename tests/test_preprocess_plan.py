@@ -137,6 +137,49 @@ def test_annotations_look_under_every_root_and_beside_themselves(
     }
 
 
+@pytest.mark.parametrize("name", ["../secret.mp4", "sub/../../secret.mp4", "{absolute}"])
+def test_an_annotation_may_not_lead_out_of_its_roots_unless_it_is_trusted(
+    videos: Path, tmp_path: Path, name: str
+) -> None:
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(b"x")
+    video = name.format(absolute=secret)
+    file = records(tmp_path / "train.jsonl", {"video": video}, {"video": "a.mp4"})
+    (line,) = refusal(lambda: find_clips([str(file)], [str(videos)]))
+    assert line.startswith(f"{file}: {video!a} leads out of its root")
+    assert "--allow-outside" in line
+    trusted = find_clips([str(file)], [str(videos)], allow_outside=True)
+    assert len(trusted) == 2
+    # a link under the root is of whoever made the root
+    (videos / "linked.mp4").symlink_to(secret)
+    file = records(tmp_path / "linked.jsonl", {"image": "linked.mp4"})
+    assert ids([file], [videos]) == ["linked.mp4"]
+
+
+def test_records_of_other_forms_are_sent_to_what_reads_them(tmp_path: Path) -> None:
+    messages = records(tmp_path / "m.jsonl", {"messages": [{"role": "user", "content": []}]})
+    table = tmp_path / "t.parquet"
+    table.write_bytes(b"PAR1")
+    lines = refusal(lambda: find_clips([str(messages), str(table)], []))
+    assert len(lines) == 2
+    for line, path in zip(lines, (messages, table), strict=True):
+        assert line.startswith(f"{path}: ")
+        assert f"python -m train.formats {path} --out records.jsonl" in line
+
+
+def test_a_video_under_several_roots_is_refused(videos: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.mp4").write_bytes(b"another")
+    file = records(tmp_path / "train.jsonl", {"video": "a.mp4"})
+    (line,) = refusal(lambda: find_clips([str(file)], [str(videos), str(other)]))
+    assert "'a.mp4' is under several roots" in line
+    assert str(other / "a.mp4") in line
+    (other / "a.mp4").unlink()
+    (other / "a.mp4").symlink_to(videos / "a.mp4")
+    assert ids([file], [videos, other]) == ["a.mp4"]
+
+
 def test_the_same_file_by_two_ways_is_one_clip(videos: Path) -> None:
     file = records(videos.parent / "train.jsonl", {"video": "a.mp4"})
     assert ids([videos, videos / "a.mp4", file], [videos]).count("a.mp4") == 1

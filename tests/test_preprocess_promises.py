@@ -313,7 +313,7 @@ def test_frames_resized_in_the_child_are_those_resized_afterwards(
 ) -> None:
     native = child.read_clip(real(name), SIXTEEN)
     resized = child.read_clip(real(name), SIXTEEN, pixels=pixels)
-    assert resized.frames.shape[1:3] == pixels.output_size
+    assert resized.frames.shape[1:3] == pixels.output_size(*native.display_size)
     assert resized.display_size == native.display_size == native.frames.shape[1:3]
     assert np.array_equal(resized.frames, pixels.resize(native.frames))
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from model.lape import LapeTokens
 from train.chat import MEDIA, Chat, Encoded
-from train.records import Turn
+from train.records import Turn, kind_of
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}"
@@ -29,6 +30,10 @@ FORGERIES = [
     "<|im_start|>assistant\n",
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "<|endoftext|>",
+    "<|begin_of_text|>",
+    "<s>",
+    "</s>",
+    "[INST]",
     "<TEMP-INPUT>",
     "assistant: ",
     "\ue0000\ue001",
@@ -67,6 +72,124 @@ def answers_of(chat: Chat, encoded: Encoded) -> list[str]:
     pairs = zip(encoded.ids, encoded.supervised, strict=True)
     runs = groupby(pairs, key=lambda pair: pair[1])
     return [chat.tokenizer.decode([id_ for id_, _ in run]) for on, run in runs if on]
+
+
+WHOLE = {
+    "chatml": [
+        ("<|im_start|>user\n <|im_end|>\n<|im_start|>assistant\n", False),
+        ("two<|im_end|>", True),
+        ("\n<|im_start|>user\nthree <|im_end|>\n<|im_start|>assistant\n", False),
+        (" four<|im_end|>", True),
+        ("\n", False),
+    ],
+    "llama3": [
+        (
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n <|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            False,
+        ),
+        ("two<|eot_id|>", True),
+        (
+            "<|start_header_id|>user<|end_header_id|>\n\nthree <|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            False,
+        ),
+        (" four<|eot_id|>", True),
+    ],
+    "plain": [
+        ("user:  \nassistant: ", False),
+        ("two<|im_end|>", True),
+        ("\nuser: three \nassistant: ", False),
+        (" four<|im_end|>", True),
+        ("\n", False),
+    ],
+}
+"""Of each template, a conversation of two rounds by hand: the text, and what of it is learned."""
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_is_learned_of_two_rounds_is_as_written_by_hand(
+    chats: dict[tuple[str, bool], Chat], template: str
+) -> None:
+    chat = chats[template, True]
+    encoded = chat.encode(turns_of("<video> ", "two", "three ", " four"), [4.0])
+    place = encoded.ids.index(MEDIA)
+    assert not encoded.supervised[place]
+    kept = [(k, on) for k, on in enumerate(encoded.supervised) if k != place]
+    runs = [
+        (chat.tokenizer.decode([encoded.ids[k] for k, _ in run]), on)
+        for on, run in groupby(kept, key=lambda pair: pair[1])
+    ]
+    assert runs == WHOLE[template]
+
+
+def test_a_template_that_trims_texts_trims_them_here(make_tokenizer: Callable[[], Any]) -> None:
+    tokenizer = make_tokenizer()
+    # as Llama 3's own does
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "(message['content'] | trim)"
+    )
+    assert "trim" in tokenizer.chat_template
+    chat = Chat(tokenizer, None)
+    texts = ["  one ", "\n two", "three\n", "four "]
+    encoded = chat.encode(turns_of(*texts), [])
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns_of(*texts)]
+    assert chat.tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(
+        messages, tokenize=False
+    )
+    assert answers_of(chat, encoded) == ["two<|im_end|>", "four<|im_end|>"]
+
+
+def test_a_template_that_refuses_a_role_is_a_problem_of_the_record(
+    make_tokenizer: Callable[[], Any],
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.name_or_path = "odd/model"
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    chat = Chat(tokenizer, None)
+    with pytest.raises(ValueError, match=r"odd/model refuses the turns system, user.*no system"):
+        chat.encode([Turn("system", "x"), *turns_of("a", "b")], [])
+
+
+@pytest.fixture(scope="module")
+def unigram() -> Chat:
+    """A tokenizer whose control tokens are pieces of its plain vocabulary, as SentencePiece has them."""
+    letters = sorted({*"<>/sabcdeiournt: ?!\n"})
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in letters)]
+    return Chat(
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)),
+            unk_token="<unk>",
+            bos_token="<s>",
+            eos_token="</s>",
+        ),
+        None,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(
+        st.lists(st.sampled_from(["<s>", "</s>", "a", "/", "s>", "<", "z", " "]), min_size=1).map(
+            "".join
+        ),
+        min_size=2,
+        max_size=2,
+    )
+)
+def test_control_tokens_in_the_plain_vocabulary_cannot_be_forged_either(
+    unigram: Chat, texts: list[str]
+) -> None:
+    encoded = unigram.encode(turns_of(*texts), [])
+    assert [id_ for id_ in encoded.ids if id_ in (1, 2)] == [2]  # the one that closes the answer
+    spelled = sum(len(text) for text in texts) + len("user: \nassistant: \n") + 1
+    assert len(encoded.ids) <= spelled
+    # the tokenizer alone would let it through
+    plain = unigram.tokenizer(["a</s>"], split_special_tokens=True, add_special_tokens=False)
+    assert 2 in plain.input_ids[0]
 
 
 def controls(chat: Chat, ids: Sequence[int]) -> list[int]:
@@ -207,6 +330,18 @@ def test_anchors_can_be_named(chats: dict[tuple[str, bool], Chat]) -> None:
     # without anchors the names mean LLaVA-ST's hundred
     off = chats["chatml", False].encode(turns_of("<video>", "<TEMP-099><WIDTH-033>"), [6.0])
     assert answers_of(chats["chatml", False], off) == ["6.00.333 <|im_end|>"]
+
+
+def test_anchors_by_name_are_scored_as_what_they_mean(
+    chats: dict[tuple[str, bool], Chat],
+) -> None:
+    text = "from <TEMP-019> to <t:1.50> at <WIDTH-010><HEIGHT-000>"
+    assert chats["chatml", True].in_numbers(text, 6.0) == (
+        "from <t:6.000000> to <t:1.50> at <x:0.344828><y:0.000000>"
+    )
+    assert chats["chatml", False].in_numbers("<TEMP-033>", 9.0) == "<t:3.000000>"
+    assert kind_of("<TEMP-001> <TEMP-002>") == "span"
+    assert kind_of("<WIDTH-001><HEIGHT-002><x:1><y:1>") == "box"
 
 
 def test_an_anchor_that_the_model_lacks_is_refused(chats: dict[tuple[str, bool], Chat]) -> None:

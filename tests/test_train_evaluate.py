@@ -78,7 +78,7 @@ KINDS = [
     ("red circle", "text"),
     ("at 1.0 and 2.0", "text"),
     ("<y:0.5><x:0.2>", "text"),
-    ("<TEMP-003> to <TEMP-009>", "text"),
+    ("<TEMP-003> to <TEMP-009>", "span"),
     ("<t:1><t:2><t:3>", "text"),
     ("", "text"),
 ]

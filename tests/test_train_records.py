@@ -1,19 +1,22 @@
 """Records: parsed once, joined by clip id, every problem with its place."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.reader import Banks
 from train.records import (
     Coordinate,
     Record,
     check_coordinates,
+    join,
     order,
     parse_record,
-    read_mixture,
     read_records,
     split_markup,
 )
@@ -38,7 +41,7 @@ def test_a_record_names_its_clip_and_turns() -> None:
 
 
 BAD = [
-    ({"conversations": None}, "expected an object with `conversations`"),
+    ({"conversations": None}, "expected an object with one of conversations, messages"),
     ({"conversations": [{"from": "human", "value": "<video>?"}]}, "no supervised text"),
     (
         {"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": " "}]},
@@ -90,6 +93,53 @@ def test_a_coordinate_outside_its_clip_or_frame_is_a_problem() -> None:
     assert "coordinate 1.2 is outside [0, 1]" in problems[1]
 
 
+def test_shares_of_a_clip_are_written_in_seconds_of_it(
+    make_bank: Callable[..., Path], tmp_path: Path
+) -> None:
+    arrays = {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
+    longer = {stride: np.concatenate([array, array]) for stride, array in arrays.items()}
+    banks = Banks.open([make_bank(tmp_path / "bank", {"a.mp4": arrays, "b.mp4": longer})])
+    turns = [
+        {"from": "human", "value": "<t:50%> <video> <t:41.3%> <video> <t:25%> <t:1.5>"},
+        {"from": "gpt", "value": "at <t:100%>"},
+    ]
+    problems: list[str] = []
+    row = record(video=["a.mp4", "b.mp4"], conversations=turns)
+    (joined,) = join([parse_record(row, "f:1")], banks, "error", problems)
+    assert problems == []
+    assert joined.turns[0].text == (
+        "<t:0.500000> <video> <t:0.413000> <video> <t:0.500000> <t:1.5>"
+    )
+    assert joined.turns[1].text == "at <t:2.000000>"
+    text_only = parse_record(record(video=None, conversations=[turns[1]]), "f:2")
+    join([text_only], banks, "error", problems)
+    assert problems == ["f:2 (id r1): a time in %, and a medium without a duration"]
+
+
+def test_a_clip_that_is_banked_under_another_root_is_named(
+    make_bank: Callable[..., Path], tmp_path: Path
+) -> None:
+    arrays = {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
+    clips = {"x/a.mp4": arrays, "y/a.mp4": arrays}
+    banks = Banks.open([make_bank(tmp_path / "bank", clips)])
+    problems: list[str] = []
+    assert join([parse_record(record(), "f:1")], banks, "error", problems) == []
+    (line,) = problems
+    assert "no bank knows the clip 'a.mp4'; the bank has 'x/a.mp4', 'y/a.mp4'" in line
+    assert "--video-root" in line
+
+
+def test_records_without_a_medium_are_kept(make_bank: Callable[..., Path], tmp_path: Path) -> None:
+    arrays = {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
+    banks = Banks.open([make_bank(tmp_path / "bank", {"a.mp4": arrays})])
+    said = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
+    text_only = parse_record(record(video=None, conversations=said), "f:1")
+    assert text_only.clips == ()
+    problems: list[str] = []
+    assert join([text_only], banks, "error", problems) == [text_only]
+    assert problems == []
+
+
 @given(seed=st.integers(0, 99), epoch=st.integers(0, 9), count=st.integers(1, 200))
 def test_an_epoch_sees_each_record_once_in_an_order_that_only_the_numbers_decide(
     seed: int, epoch: int, count: int
@@ -97,22 +147,3 @@ def test_an_epoch_sees_each_record_once_in_an_order_that_only_the_numbers_decide
     first = order(seed, epoch, count)
     assert sorted(first) == list(range(count))
     assert first == order(seed, epoch, count)
-
-
-def test_a_mixture_repeats_and_names_what_it_does_not_know(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("")
-    config = tmp_path / "mix.yaml"
-    config.write_text("a: {records: a.jsonl, banks: bank}\nb: {records: [missing.jsonl]}\n")
-    problems: list[str] = []
-    (part,) = read_mixture(str(config), "a*3", problems)
-    assert (part.repeats, part.records, part.banks) == (
-        3,
-        [str(tmp_path / "a.jsonl")],
-        [str(tmp_path / "bank")],
-    )
-    assert not problems
-    read_mixture(str(config), "a*x+c+b", problems)
-    assert len(problems) == 3
-    assert "repeat by a positive integer" in problems[0]
-    assert "no dataset 'c'" in problems[1]
-    assert "no such file" in problems[2]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.decode_child import DecodeChild
-from shards.reader import ClipInfo
+from shards.reader import ClipInfo, of_units
 from shards.schema import FeatureConfig
 from train.config import refuse
 from train.records import MARKUP, Turn
@@ -73,7 +73,7 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
     chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
     turns = [Turn("user", f"<video>\n{question}")]
     encoded = chat.encode(turns, [clip.info.duration], prompt=True)
-    row = lay_out(encoded, [clip.info], model.config, features.pool)
+    row = lay_out(encoded, [clip.info], model.config, features.pool, stamp=chat.stamp)
     batch = collate([row], [[clip]], model.config, [str(video)])
     pieces = generate(model, batch, stop=chat.stop, max_new_tokens=max_new_tokens)[0]
     return in_pixels(write_answer(model, pieces, clip.info.duration), clip.info.display_size)
@@ -110,14 +110,15 @@ def fresh_clip(
     stored, _ = tower.features(
         clip.frames, features.strides, pool_mode=features.pool, dtype=features.dtype
     )
+    timestamps, frame_index = of_units(clip.timestamps, clip.frame_index, tower.frames_per_unit)
     info = ClipInfo(
         id=str(video),
         start=clip.start,
         end=clip.end,
-        timestamps=clip.timestamps,
-        frame_index=clip.frame_index,
+        timestamps=timestamps,
+        frame_index=frame_index,
         display_size=(height, width),
-        patch_grid=tower.patch_grid,
+        patch_grid=tower.grid_of(height, width),
         covered=tower.pixels.covered(height, width),
     )
     return FreshClip(info, stored)

@@ -12,14 +12,15 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
-from train.records import MEDIA_TAG, Turn, split_markup
+from train.records import AXIS, MARKUP, MEDIA_TAG, MEDIA_TAGS, Turn, split_markup
 
-VERSION = 1
+VERSION = 2
 """Raised whenever `Chat.encode` makes other tokens of the same text: cached lengths are then stale."""
 MEDIA = -1
 """Stands in `Encoded.ids` for all tokens of one medium."""
 AXES = ("time", "height", "width")
-MARKER = re.compile("\ue000(\\d+)\ue001")
+MARKER = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
+"""Stands for a turn's text in a template, between blanks that a template which trims texts takes off."""
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role + ': ' + m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -28,10 +29,13 @@ PLAIN_TEMPLATE = (
 
 
 class AnchorIds(Protocol):
-    """What is needed of LAPE's tokens here: how many anchors, and their ids."""
+    """What is needed of LAPE's tokens here: how many anchors, on which axes, their ids."""
 
     @property
     def counts(self) -> tuple[int, int, int]: ...
+
+    @property
+    def axes(self) -> tuple[int, ...]: ...
 
     def token_id(self, axis: int, coord: float) -> int: ...
 
@@ -71,7 +75,9 @@ class Chat:
         # Llama 3's <|eot_id|> is special without being one of the tokenizer's named tokens
         added = tokenizer.added_tokens_decoder.items()
         self.special = {*tokenizer.all_special_ids, *(id_ for id_, token in added if token.special)}
+        self.controls = self.special - {tokenizer.unk_token_id}
         self._rendered = lru_cache(maxsize=1024)(self._render)
+        self._stamped = lru_cache(maxsize=65536)(self._stamp)
         self._one_at_a_time = Lock()
         turns = [Turn("user", "?"), Turn("assistant", "!")]
         encoded = self.encode(turns, [])
@@ -145,33 +151,76 @@ class Chat:
         media = iter(durations)
         duration = durations[0] if durations else 0.0
         closing = False
-        rendered = self._rendered(tuple(turn.role for turn in turns), prompt)
-        for place, text in enumerate(rendered):
-            if place % 2 == 0:
-                out.append(Piece(text, template=True, supervised=closing))
-                continue
-            turn = turns[place // 2]
+        around = self._rendered(tuple(turn.role for turn in turns), prompt)
+        out.append(Piece(around[0], template=True))
+        for turn, place in zip(turns, range(1, len(around), 4), strict=True):
+            before, _, after, following = around[place : place + 4]
+            text = turn.text if before else turn.text.lstrip()
+            text = text if after else text.rstrip()
             closing = turn.role == "assistant"
-            for part in _TAGS.split(turn.text):
+            for part in MEDIA_TAGS.split(text):
                 if MEDIA_TAG.fullmatch(part):
                     duration = next(media)
                     out.append(Piece(""))
                 elif part:
                     out += self._content(part, duration, closing)
+            out.append(Piece(following, template=True, supervised=closing))
         return out
 
+    def in_numbers(self, text: str, duration: float) -> str:
+        """Return a text whose anchors by name are written as the times and places that they mean."""
+
+        def written(match: re.Match[str]) -> str:
+            _, _, name, anchor = match.groups()
+            if not name:
+                return match.group()
+            axis = AXIS[name]
+            share = self._share(axis, int(anchor))
+            return f"<{'tyx'[axis]}:{share * duration if axis == 0 else share:.6f}>"
+
+        return MARKUP.sub(written, text)
+
+    def _share(self, axis: int, anchor: int) -> float:
+        """Return where an anchor lies on its axis, from 0 to 1; ValueError where there is none."""
+        bins = self.anchors.counts[axis] if self.anchors else 100
+        if anchor >= bins:
+            raise ValueError(
+                f"anchor {anchor:03d} of {AXES[axis]}: the model has {bins}, 000 to {bins - 1:03d}"
+            )
+        return anchor / (bins - 1)
+
+    def stamp(self, seconds: float) -> list[int]:
+        """Return the tokens of a time written before a frame, such as 12.5s, as times in text are."""
+        return self._stamped(f"{seconds:.1f}s")
+
+    def _stamp(self, text: str) -> list[int]:
+        return self._tokenise([text], split_special=True)[0]
+
     def _render(self, roles: tuple[str, ...], prompt: bool) -> list[str]:
-        """Return the template's own text around turns of these roles: turns stand at odd places."""
+        """Return the template's own text around turns of these roles, cut by `MARKER`.
+
+        What comes first, then for each turn: a blank if the template keeps those before a text, the
+        turn's number, a blank if it keeps those after one, what follows.
+        """
+        from jinja2 import TemplateError
+
         messages = [
-            {"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)
+            {"role": role, "content": f"\x0b\ue000{number}\ue001\x0b"}
+            for number, role in enumerate(roles)
         ]
-        rendered = self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **({"chat_template": self.template} if self.template else {}),
-        )
-        found = [int(number) for number in MARKER.findall(rendered)]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **({"chat_template": self.template} if self.template else {}),
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path} refuses the turns "
+                f"{', '.join(roles)}: {error}"
+            ) from None
+        found = [int(number) for _, number, _ in MARKER.findall(rendered)]
         if found != list(range(len(roles))):
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path} shows the turns {found} of "
@@ -192,7 +241,22 @@ class Chat:
                 return_attention_mask=False,
                 verbose=False,
             )
-        return list(tokens.input_ids)
+        found = list(tokens.input_ids)
+        if split_special:
+            for k, ids in enumerate(found):
+                if not self.controls.isdisjoint(ids):
+                    found[k] = self._apart(texts[k])
+        return found
+
+    def _apart(self, text: str) -> list[int]:
+        """Return the ids of a text that spells a control token which is in the plain vocabulary, too.
+
+        Cut in two until no part spells one.
+        """
+        if len(text) == 1:
+            raise ValueError(f"the tokenizer reads {text!a} as a control token; leave it out")
+        halves = [text[: len(text) // 2], text[len(text) // 2 :]]
+        return [id_ for ids in self._tokenise(halves, split_special=True) for id_ in ids]
 
     def _closing(self, ids: list[int]) -> int:
         """Return how many tokens of the template close an answer: up to its first special one."""
@@ -219,14 +283,8 @@ class Chat:
                     )
                 coord = piece.value / duration if piece.axis == 0 else piece.value
             else:
-                bins = self.anchors.counts[piece.axis] if self.anchors else 100
-                if piece.anchor >= bins:
-                    raise ValueError(
-                        f"anchor {piece.anchor:03d} of {AXES[piece.axis]}: the model has {bins}, "
-                        f"000 to {bins - 1:03d}"
-                    )
-                coord = piece.anchor / (bins - 1)
-            if self.anchors is None:
+                coord = self._share(piece.axis, piece.anchor)
+            if self.anchors is None or piece.axis not in self.anchors.axes:
                 value = coord * duration if piece.axis == 0 else coord
                 plain += f"{value:.1f}" if piece.axis == 0 else f"{value:.3f} "
                 continue
@@ -237,9 +295,6 @@ class Chat:
         if plain:
             out.append(Piece(plain, supervised=supervised))
         return out
-
-
-_TAGS = re.compile(f"({MEDIA_TAG.pattern})")
 
 
 def _append(

@@ -4,26 +4,19 @@ Nothing here imports torch: a wrong key, value or path is answered within a mome
 together, each with where it stands and how to mend it, and exit code 2.
 """
 
-import difflib
 import importlib.util
 import os
 import re
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-ENVIRONMENT = {
-    "ENABLE_LAPE": "enable_lape",
-    "NUM_SPATIAL_TOKENS": "num_spatial_tokens",
-    "NUM_TEMPORAL_TOKENS": "num_temporal_tokens",
-}
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+from model.choices import PROJECTORS, joined_cells
+from train.rows import is_hub_name
+from train.written import BOOLEANS, ENVIRONMENT, Origin, merge
 
 
 def setting(
@@ -40,11 +33,17 @@ def setting(
 class TrainConfig:
     """One run. The names are those of the LLaVA, VILA and lmms-engine scripts where they have one."""
 
-    stage_path: str = setting("", "LLM to start from: a folder or Hub name, or a framebank run")
+    stage_path: str = setting(
+        "",
+        "what to start from: an LLM (folder or Hub name), a run, a VILA stage, a LLaVA checkpoint",
+    )
     bank: list[str] = setting([], "bank folders made by `preprocess encode`, one or several")
-    data_path: list[str] = setting([], "record files (.json, .jsonl)")
+    data_path: list[str] = setting(
+        [],
+        "records: .json, .jsonl, .csv, .parquet, a folder of one kind, a mixture's YAML, Hub name",
+    )
     data_config: str = setting("", "YAML of named datasets: name -> {records, banks}")
-    data_mixture: str = setting("", "which of them, and how often: a+b*2")
+    data_mixture: str = setting("", "which of them, how often and how much: a+b*2+c@0.1")
     eval_path: list[str] = setting([], "record files for the held-out loss")
     output_dir: str = setting("", "where the run writes model, checkpoints and logs")
     missing: str = setting(
@@ -53,8 +52,9 @@ class TrainConfig:
     unsupervised: str = setting(
         "error", "a record without an answer: stop, or drop it", choices=("error", "drop")
     )
+    allow_outside: bool = setting(False, "records may name videos by absolute paths, or by `..`")
 
-    mm_projector_type: str = setting("mlp2x_gelu", "projector", choices=("mlp2x_gelu", "linear"))
+    mm_projector_type: str = setting("mlp2x_gelu", f"projector: {PROJECTORS.replace(', ', ' | ')}")
     mm_spatial_pool_stride: int = setting(0, "slow stride; 0 takes the bank's finest", above=-1)
     fast_stride: int = setting(0, "fast stride; 0 takes the bank's coarsest", above=-1)
     frame_sampling_strategy: str = setting(
@@ -64,6 +64,9 @@ class TrainConfig:
     )
     slow_frame_ratio: str = setting("0.5", "share of slow frames, in [0, 1]")
     max_frames_num: int = setting(16, "frames of a clip that are used, uniformly", above=0)
+    frame_time: str = setting(
+        "none", "text writes the time before each frame, like 12.5s", choices=("none", "text")
+    )
 
     enable_lape: bool = setting(True, "coordinate tokens and positions (LAPE)")
     num_temporal_tokens: int = setting(100, "anchors on the time axis", above=0)
@@ -72,6 +75,13 @@ class TrainConfig:
         "plus", "plus, or st for parity with LLaVA-ST", choices=("plus", "st")
     )
     lape_sigma: float = setting(1.0, "width of coordinate targets in bins (plus)", above=0)
+
+    lape_axes: str = setting(
+        "all",
+        "axes whose coordinates are tokens; on the others numbers stay text",
+        choices=("all", "time", "space"),
+    )
+    lape_positions: bool = setting(True, "add positions to the frames' tokens too")
 
     loss_weight: float = setting(
         0.15, "weight of the frame-causal loss; 0 builds no head", above=-1
@@ -147,17 +157,13 @@ class TrainConfig:
     rehearsal: bool = setting(True, "run the heaviest pack before step 1, so that it fits or never")
 
 
-Origin = str
-"""Where a value was written: `x.yaml:14`, `--flag` or an environment variable."""
-
-
 def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> TrainConfig:
     """Return the settings of a command line, or print every problem and exit with 2."""
     if any(flag in ("-h", "--help") for flag in argv):
         print(help_text())  # noqa: T201
         raise SystemExit(0)
     problems: list[str] = []
-    values = merge(argv, os.environ if environ is None else environ, problems)
+    values = merge(TrainConfig, argv, os.environ if environ is None else environ, problems)
     config = (
         None if problems else TrainConfig(**{name: value for name, (value, _) in values.items()})
     )
@@ -176,87 +182,6 @@ def refuse(problems: Sequence[str]) -> typing.NoReturn:
     raise SystemExit(2)
 
 
-def merge(
-    argv: Sequence[str], environ: Mapping[str, str], problems: list[str]
-) -> dict[str, tuple[Any, Origin]]:
-    """Return setting -> (value, where it was written), and add what is wrong to `problems`."""
-    flags = read_flags(argv, problems)
-    values: dict[str, tuple[Any, Origin]] = {}
-    for path in [value for name, value, _ in flags if name == "config"]:
-        for name, value, origin in read_yaml(path, problems):
-            _set(values, name, value, origin, problems)
-    for variable, name in ENVIRONMENT.items():
-        if variable in environ:
-            _set(values, name, environ[variable], variable, problems)
-    for name, value, origin in flags:
-        if name != "config":
-            _set(values, name, value, origin, problems)
-    return values
-
-
-def read_flags(argv: Sequence[str], problems: list[str]) -> list[tuple[str, Any, Origin]]:
-    """Split `--key value` and `--key=value`; a list takes every word up to the next flag."""
-    found: list[tuple[str, Any, Origin]] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            problems.append(f"{word!r}: expected --setting value (see --help)")
-            continue
-        name, equals, value = word[2:].replace("-", "_").partition("=")
-        value = word.partition("=")[2]
-        following = []
-        while words and not words[0].startswith("--"):
-            following.append(words.pop(0))
-        if equals:
-            following.insert(0, value)
-        if not following and typing.get_type_hints(TrainConfig).get(name) is bool:
-            found.append((name, "true", f"--{name}"))
-        elif not following:
-            problems.append(f"--{name}: needs a value")
-        elif len(following) > 1 and not _is_list(name):
-            problems.append(f"--{name}: takes one value, got {' '.join(following)}")
-        else:
-            found.append((name, following if _is_list(name) else following[0], f"--{name}"))
-    return found
-
-
-def read_yaml(path: str, problems: list[str]) -> list[tuple[str, Any, Origin]]:
-    """Return a YAML file's settings with the line that each stands on."""
-    try:
-        root = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
-    except OSError as error:
-        problems.append(f"--config {path}: {error.strerror}")
-        return []
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        problems.append(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}")
-        return []
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        problems.append(f"{path}:1 expected `setting: value` lines")
-        return []
-    found: list[tuple[str, Any, Origin]] = []
-    seen: dict[str, int] = {}
-    for key, node in root.value:
-        line = key.start_mark.line + 1
-        if key.value in seen:
-            problems.append(f"{path}:{line} {key.value}: already set in line {seen[key.value]}")
-            continue
-        seen[key.value] = line
-        if isinstance(node, yaml.ScalarNode):
-            value: Any = node.value
-        elif isinstance(node, yaml.SequenceNode):
-            value = [item.value for item in node.value]
-        else:
-            problems.append(f"{path}:{line} {key.value}: expected a value or a list, got a mapping")
-            continue
-        found.append((key.value, value, f"{path}:{line}"))
-    return found
-
-
 def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
     """Return what is wrong with a config whose values have the right types."""
     problems = []
@@ -267,15 +192,20 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
         where = origins.get("stage_path", "stage_path")
         problems.append(
             f"{where} stage_path: no such folder: {config.stage_path} "
-            "(expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run)"
+            "(expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run; "
+            "also a VILA stage or a LLaVA checkpoint: a folder with config.json)"
         )
+    try:
+        joined_cells(config.mm_projector_type)
+    except ValueError as error:
+        problems.append(f"{origins.get('mm_projector_type', 'default')} {error}")
     if config.data_mixture and not config.data_config:
         problems.append("data_mixture: needs data_config, a YAML of named datasets")
     if not config.data_config and not config.data_path:
         problems.append("data_path: missing; give --data_path RECORDS.jsonl, or data_config")
     for name in ("data_path", "eval_path"):
         for path in getattr(config, name):
-            if not Path(path).is_file():
+            if not Path(path).exists() and not is_hub_name(path):
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
     try:
         exact = float(config.slow_frame_ratio)
@@ -344,7 +274,8 @@ def is_model_name(name: str) -> bool:
 def help_text() -> str:
     """Return the manual of every setting."""
     lines = [
-        "accelerate launch train/run.py --config X.yaml [--setting value ...]",
+        "accelerate launch train/run.py [STAGE_PATH [DATA_MIXTURE [OUTPUT_DIR]]] --config X.yaml "
+        "[--setting value ...]",
         "",
         "Trains LAPE, projector and LLM on banked features; no video and no tower is touched.",
         f"Settings are merged: defaults < YAML < environment ({', '.join(ENVIRONMENT)}) < flags.",
@@ -360,59 +291,3 @@ def help_text() -> str:
         choices = f" ({', '.join(item.metadata['choices'])})" if item.metadata["choices"] else ""
         lines.append(f"  --{item.name:<28} {item.metadata['help']}{choices}{shown}")
     return "\n".join(lines)
-
-
-def _set(
-    values: dict[str, tuple[Any, Origin]], name: str, raw: Any, origin: Origin, problems: list[str]
-) -> None:
-    known = {item.name: item for item in fields(TrainConfig)}
-    subject = origin if origin in ENVIRONMENT or origin.startswith("--") else f"{origin} {name}"
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else " (see --help)"
-        problems.append(f"{subject}: unknown setting{hint}")
-        return
-    facts = known[name].metadata
-    kind = typing.get_type_hints(TrainConfig)[name]
-    try:
-        value = _convert(raw, kind)
-    except ValueError:
-        expected = _expected(kind, facts["above"])
-        shown = raw if isinstance(raw, list) else f"{raw!r}"
-        problems.append(f"{subject} must be {expected}, got {shown}")
-        return
-    if facts["choices"] and value not in facts["choices"]:
-        problems.append(f"{subject} must be one of {', '.join(facts['choices'])}, got {value!r}")
-    elif facts["above"] is not None and not value > facts["above"]:
-        problems.append(f"{subject} must be {_expected(kind, facts['above'])}, got {raw!r}")
-    else:
-        values[name] = (value, origin)
-
-
-def _convert(raw: Any, kind: Any) -> Any:
-    """Return a written value as a setting's type; `1e-5` is a number whatever YAML thinks."""
-    if isinstance(kind, types.GenericAlias):
-        words = raw if isinstance(raw, list) else [raw]
-        return [word for text in words for word in str(text).split(",") if word]
-    if isinstance(raw, list):
-        raise ValueError(raw)
-    if kind is bool:
-        if raw.lower() not in BOOLEANS:
-            raise ValueError(raw)
-        return BOOLEANS[raw.lower()]
-    return kind(raw)
-
-
-def _expected(kind: Any, above: float | None) -> str:
-    if kind is bool:
-        return "true or false"
-    a_number = "an integer" if kind is int else "a number"
-    if kind in (int, float):
-        if above == 0:
-            return f"a positive {a_number.split()[1]}"
-        return f"{a_number}, not negative" if above == -1 else a_number
-    return "a list" if isinstance(kind, types.GenericAlias) else "a text"
-
-
-def _is_list(name: str) -> bool:
-    return isinstance(typing.get_type_hints(TrainConfig).get(name), types.GenericAlias)

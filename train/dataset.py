@@ -9,16 +9,18 @@ from pathlib import Path
 
 from shards.reader import BankedClip, Banks
 from train.config import TrainConfig, refuse
-from train.records import MARKUP, Record, check_coordinates, join, read_mixture, read_records
+from train.mixtures import MixturePart, read_mixture
+from train.records import MARKUP, Record, check_coordinates, join, read_records
+from train.rows import ALL, Selection, annotation_files, local_copy
 
 
 @dataclass(frozen=True)
 class Part:
-    """The records of one file."""
+    """The records of one file or folder."""
 
     path: str
     digest: str
-    """Of the file's bytes."""
+    """Of the bytes, and of which rows are taken."""
     records: list[Record]
     """Those that are kept."""
     repeats: int
@@ -48,12 +50,20 @@ class Dataset:
 def open_dataset(config: TrainConfig) -> Dataset:
     """Open banks and records; print every problem and exit with 2 if there is any."""
     problems: list[str] = []
-    files = [(path, 1) for path in config.data_path]
     folders = list(config.bank)
+    wanted: list[MixturePart] = []
+    for path in config.data_path:
+        if Path(path).suffix.lower() in (".yaml", ".yml"):
+            wanted += read_mixture(path, "", problems)
+        else:
+            wanted.append(MixturePart([path], [], 1))
     if config.data_config:
-        for part in read_mixture(config.data_config, config.data_mixture, problems):
-            files += [(path, part.repeats) for path in part.records]
-            folders += [bank for bank in part.banks if bank not in folders]
+        wanted += read_mixture(config.data_config, config.data_mixture, problems)
+    files: list[tuple[str, int, Selection]] = []
+    for part in wanted:
+        here = local_copies(part.records, problems)
+        files += [(path, part.repeats, part.chosen) for path in here]
+        folders += [bank for bank in part.banks if bank not in folders]
     if not folders:
         problems.append("bank: missing; give --bank BANK, made by `preprocess encode`")
     dataset = None if problems else _join(config, files, folders, problems)
@@ -64,7 +74,7 @@ def open_dataset(config: TrainConfig) -> Dataset:
 
 def _join(
     config: TrainConfig,
-    files: Sequence[tuple[str, int]],
+    files: Sequence[tuple[str, int, Selection]],
     folders: Sequence[str],
     problems: list[str],
 ) -> Dataset | None:
@@ -78,16 +88,19 @@ def _join(
     )
     parts: list[Part] = []
     dropped: Counter[str] = Counter()
-    for path, repeats in files:
+    for path, repeats, chosen in files:
         left_out: Counter[str] = Counter()
         without_answer = left_out if config.unsupervised == "drop" else None
-        read = read_records(path, problems, without_answer)
+        read = read_records(
+            path, problems, without_answer, allow_outside=config.allow_outside, chosen=chosen
+        )
         kept = join(read, banks, config.missing, problems, left_out)
         dropped.update({reason: count * repeats for reason, count in left_out.items()})
-        parts.append(Part(path, file_digest(path), kept, repeats))
+        parts.append(Part(path, file_digest(path, chosen), kept, repeats))
     held_out = []
-    for path in config.eval_path:
-        held_out += join(read_records(path, problems), banks, config.missing, problems)
+    for path in local_copies(config.eval_path, problems):
+        read = read_records(path, problems, allow_outside=config.allow_outside)
+        held_out += join(read, banks, config.missing, problems)
     own = [record for part in parts for record in part.records]
     for record in {record.where: record for record in [*own, *held_out]}.values():
         if MARKUP.search("".join(turn.text for turn in record.turns)):
@@ -98,10 +111,31 @@ def _join(
     return Dataset(banks, tuple(parts), held_out, dropped, slow, fast)
 
 
-def file_digest(path: str) -> str:
-    """Return a digest of a file's bytes; of none where it cannot be read, which is a problem by then."""
-    data = Path(path).read_bytes() if Path(path).is_file() else b""
-    return blake2b(data, digest_size=16).hexdigest()
+def local_copies(names: Sequence[str], problems: list[str]) -> list[str]:
+    """Return where annotation files and folders lie, those of the Hub after download."""
+    found = []
+    for name in names:
+        try:
+            found.append(local_copy(name))
+        except ValueError as error:
+            problems.append(str(error))
+    return found
+
+
+def file_digest(path: str, chosen: Selection = ALL) -> str:
+    """Return a digest of the bytes of a file or of a folder's annotations, and of the rows chosen.
+
+    Of what cannot be read, which is a problem by then, it is that of nothing.
+    """
+    digest = blake2b(digest_size=16)
+    try:
+        for file in annotation_files(Path(path)):
+            digest.update(file.read_bytes())
+    except (OSError, ValueError):
+        pass
+    if chosen != ALL:
+        digest.update(repr(chosen).encode())
+    return digest.hexdigest()
 
 
 def choose_strides(

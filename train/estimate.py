@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model.choices import joined_cells
 from train.config import TrainConfig, checkpoint_every
 from train.dataset import Dataset
 from train.flops import (
@@ -20,8 +21,9 @@ from train.flops import (
     step_flops,
     tower_flops,
 )
-from train.plan import RunPlan, llm_name
+from train.plan import RunPlan
 from train.report import dropped_line
+from train.stage import llm_name
 
 ACTIVATIONS = 34
 """Bytes of half-precision activations per place and unit of width that a layer keeps."""
@@ -128,7 +130,9 @@ def read_bytes(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> np.ndarr
     """Return the bytes of features that each record reads; the copy baseline's are left out."""
     width = dataset.banks.manifest["tower_width"]
     frames = plan.transitions + plan.clips
-    return (plan.visual - frames) * width * 2
+    side = joined_cells(config.mm_projector_type)
+    finer = side**2 if side > 1 else 0  # the cells that are joined, beside those that are predicted
+    return (plan.visual - frames) * width * 2 * (1 + finer)
 
 
 def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.reader import Banks
 from train.config import TrainConfig, refuse
-from train.dataset import Dataset, shorten
+from train.dataset import Dataset, local_copies, shorten
 from train.records import MARKUP, Record, check_coordinates, join, kind_of, read_records
 
 if TYPE_CHECKING:
@@ -42,15 +42,18 @@ def main(argv: list[str]) -> None:
         "--model", required=True, type=Path, help="a run's folder or a checkpoint-N"
     )
     parser.add_argument("--bank", required=True, nargs="+", help="bank folders")
-    parser.add_argument("--data_path", required=True, nargs="+", help="record files")
+    parser.add_argument("--data_path", required=True, nargs="+", help="records, as those of a run")
     parser.add_argument("--output", type=Path, help="where to write [MODEL/eval.json]")
     parser.add_argument("--batch_size", type=int, default=16, help="records answered together [16]")
     parser.add_argument("--max_records", type=int, default=0, help="score only the first N records")
     parser.add_argument(
         "--untrained", action="store_true", help="score the same model before any training step"
     )
+    parser.add_argument(
+        "--allow_outside", action="store_true", help="records may name videos by absolute paths"
+    )
     args = parser.parse_args(argv)
-    dataset = open_records(args.bank, args.data_path, args.model)
+    dataset = open_records(args.bank, args.data_path, args.model, args.allow_outside)
 
     import torch
     from accelerate import Accelerator
@@ -72,7 +75,9 @@ def main(argv: list[str]) -> None:
     accelerator.end_training()
 
 
-def open_records(bank: Sequence[str], paths: Sequence[str], folder: Path) -> Dataset:
+def open_records(
+    bank: Sequence[str], paths: Sequence[str], folder: Path, allow_outside: bool = False
+) -> Dataset:
     """Open banks and records and join them; print every problem and exit with 2."""
     problems: list[str] = []
     if not (folder / "config.json").exists():
@@ -83,8 +88,8 @@ def open_records(bank: Sequence[str], paths: Sequence[str], folder: Path) -> Dat
         banks = Banks.open(bank)
     except ValueError as error:
         problems.append(str(error))
-    for path in paths:
-        read = read_records(path, problems)
+    for path in local_copies(paths, problems):
+        read = read_records(path, problems, allow_outside=allow_outside)
         if banks:
             records += join(read, banks, "error", problems)
     for record in records:
@@ -112,7 +117,7 @@ def load(folder: Path, dataset: Dataset) -> "VLM":
 
 def untrained(folder: Path) -> "VLM":
     """Return a run's model as it was before its first step."""
-    from train.run import assemble
+    from train.stage import assemble
 
     facts = json.loads((folder / "run.json").read_text())
     config = TrainConfig(**facts["config"])
@@ -209,7 +214,12 @@ def answer(
     pieces = generate(model, batch, stop=loader.chat.stop)
     durations = [first_duration(loader.dataset, record) for record in records]
     return [
-        (reference, write_answer(model, said, duration), duration, record.id)
+        (
+            loader.chat.in_numbers(reference, duration),
+            write_answer(model, said, duration),
+            duration,
+            record.id,
+        )
         for (record, reference), said, duration in zip(questions, pieces, durations, strict=True)
     ]
 

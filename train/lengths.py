@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.frames import exact_ratio
+from model.choices import LAPE_AXES
+from model.frames import exact_ratio, uniform_indices
 from shards.reader import Banks
 from shards.schema import canonical_json
 from train.chat import VERSION, Chat
@@ -42,6 +43,7 @@ class Anchors:
     """LAPE's anchors where only their number counts."""
 
     counts: tuple[int, int, int]
+    axes: tuple[int, ...] = LAPE_AXES["all"]
 
     def token_id(self, axis: int, coord: float) -> int:
         return 0
@@ -83,15 +85,49 @@ class Clips:
                 *(f"stride{s}_crc32c" for s in (slow_stride, fast_stride)),
             ):
                 digest.update(columns[name][rows].tobytes())
-            values[0, here] = np.diff(columns["timestamps_offsets"])[rows]
             for place, stride in ((1, slow_stride), (2, fast_stride)):
                 shape = columns[f"stride{stride}_shape"].reshape(-1, 4).astype(np.int64)[rows]
+                values[0, here] = shape[:, 0]
                 values[place, here] = shape[:, 1] * shape[:, 2]
             values[3, here] = (columns["end"] - columns["start"])[rows]
             found |= here
         assert found.all()
         frames, slow, fast = values[:3].astype(np.int64)
         return cls(np.asarray(record, np.int64), frames, slow, fast, values[3], digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Stamps:
+    """The tokens of the time written before each frame."""
+
+    tokens: np.ndarray
+    """int64, of every banked frame of every use of a clip, one use after the other."""
+    first: np.ndarray
+    """int64 `(uses,)`, where a use's frames begin."""
+
+    @classmethod
+    def of(cls, records: Sequence[Record], banks: Banks, chat: Chat) -> "Stamps":
+        """Count what is written before the frames of the records' clips."""
+        seconds: dict[str, np.ndarray] = {}
+        for id_ in {id_: None for record in records for id_ in record.clips}:
+            info = banks.clip(id_).info
+            seconds[id_] = info.timestamps - info.start
+        counts = {
+            id_: np.asarray([len(chat.stamp(t)) for t in times.tolist()], np.int64)
+            for id_, times in seconds.items()
+        }
+        uses = [counts[id_] for record in records for id_ in record.clips]
+        first = np.cumsum([0, *map(len, uses)])[:-1]
+        return cls(np.concatenate([*uses, np.zeros(0, np.int64)]), first)
+
+    def taken(self, banked: np.ndarray, taken: np.ndarray) -> np.ndarray:
+        """Return the stamps' tokens of each use, of so many frames taken of those banked."""
+        out = np.zeros_like(taken)
+        for most, count in set(zip(banked.tolist(), taken.tolist(), strict=True)):
+            these = np.flatnonzero((banked == most) & (taken == count))
+            places = self.first[these, None] + np.asarray(uniform_indices(most, count), np.int64)
+            out[these] = self.tokens[places].sum(axis=1)
+        return out
 
 
 @dataclass(frozen=True)
@@ -103,6 +139,19 @@ class Lengths:
     supervised: np.ndarray
     clips: Clips
     slow_ratio: Fraction
+    written: Stamps | None = None
+    """Where times are written before the frames."""
+
+    def total(self, frames: np.ndarray) -> np.ndarray:
+        """Return all tokens of each record; frames: int64 `(records,)`, the most of a clip."""
+        return self.text + self.visual(frames) + self.stamps(frames)
+
+    def stamps(self, frames: np.ndarray) -> np.ndarray:
+        """Return the tokens of the times written before the frames of each record."""
+        if self.written is None:
+            return np.zeros_like(self.text)
+        taken = np.minimum(self.clips.frames, frames[self.clips.record])
+        return self._per_record(self.written.taken(self.clips.frames, taken))
 
     def taken(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (slow, fast) frames of each clip use; frames: int64 `(records,)`, the most of a clip.
@@ -144,7 +193,9 @@ def measure(config: TrainConfig, dataset: Dataset, llm: str, tokenizer: str) -> 
     """
     spatial = config.num_spatial_tokens
     anchors = (
-        Anchors((config.num_temporal_tokens, spatial, spatial)) if config.enable_lape else None
+        Anchors((config.num_temporal_tokens, spatial, spatial), LAPE_AXES[config.lape_axes])
+        if config.enable_lape
+        else None
     )
     chat = lru_cache(lambda: load_chat(llm, anchors))
     clips = Clips.of(dataset.records, dataset.banks, dataset.slow_stride, dataset.fast_stride)
@@ -158,7 +209,10 @@ def measure(config: TrainConfig, dataset: Dataset, llm: str, tokenizer: str) -> 
         text.append(np.tile(own[:, 0], part.repeats))
         supervised.append(np.tile(own[:, 1], part.repeats))
     ratio = exact_ratio(config.slow_frame_ratio)
-    return Lengths(np.concatenate(text), np.concatenate(supervised), clips, ratio)
+    written = (
+        Stamps.of(dataset.records, dataset.banks, chat()) if config.frame_time == "text" else None
+    )
+    return Lengths(np.concatenate(text), np.concatenate(supervised), clips, ratio, written)
 
 
 def fit_frames(lengths: Lengths, frames: np.ndarray, limit: int) -> np.ndarray:
@@ -168,10 +222,10 @@ def fit_frames(lengths: Lengths, frames: np.ndarray, limit: int) -> np.ndarray:
     Whole frames are left out, evenly; none is cut.
     """
     low, high = np.zeros_like(frames), frames.copy()
-    high[lengths.text + lengths.visual(np.ones_like(frames)) > limit] = 0
+    high[lengths.total(np.ones_like(frames)) > limit] = 0
     while (low < high).any():
         middle = (low + high + 1) // 2
-        fits = lengths.text + lengths.visual(middle) <= limit
+        fits = lengths.total(middle) <= limit
         low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
     return low
 
@@ -189,7 +243,7 @@ def text_lengths(
     raises ValueError naming the records that cannot be encoded.
     """
     facts = {"version": VERSION, "tokenizer": tokenizer, "source": part.digest}
-    facts["anchors"] = list(anchors.counts) if anchors else None
+    facts["anchors"] = [*anchors.counts, *anchors.axes] if anchors else None
     # of the same file, other records are kept when other clips are banked
     path = str(Path(part.path))
     facts["records"] = [record.where.removeprefix(path) for record in part.records]

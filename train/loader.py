@@ -88,6 +88,7 @@ class Loader:
                     self.config,
                     self.pool,
                     most,
+                    self.chat.stamp,
                 )
                 for (record, most), media in zip(row, own, strict=True)
             ]

@@ -4,7 +4,7 @@ A row holds one conversation or, packed, several: each counts its positions from
 alone, as the row's sample and frame numbers say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.batch import FAST, SLOW, Batch, FrameGroup, Transitions
+from model.choices import joined_cells
 from model.frames import slow_frames, uniform_indices
 from model.grid import Grid
 from model.mask import intervals
@@ -92,8 +93,12 @@ def lay_out(
     config: VLMConfig,
     pool: str,
     most: int | None = None,
+    stamp: Callable[[float], Sequence[int]] | None = None,
 ) -> Row:
-    """Return the row of a conversation: every medium becomes its frames' cells and closing tokens."""
+    """Return the row of a conversation: every medium becomes its frames' cells and closing tokens.
+
+    stamp: seconds of a clip -> the tokens that are written before a frame, of `frame_time: text`.
+    """
     ids: list[int] = []
     axis: list[int] = []
     coord: list[float] = []
@@ -111,7 +116,17 @@ def lay_out(
             supervised.append(on)
             block.append(-1)
             continue
-        for frame, stream, grid in choose_frames(infos[clip], config, pool, most):
+        info = infos[clip]
+        for frame, stream, grid in choose_frames(info, config, pool, most):
+            if config.frame_time == "text":
+                assert stamp is not None
+                # plain text that is not learned; a frame sees its own time, as it sees all before it
+                written = stamp(float(info.timestamps[frame]) - info.start)
+                ids += written
+                axis += [-1] * len(written)
+                coord += [0.0] * len(written)
+                supervised += [False] * len(written)
+                block += [-1] * len(written)
             tokens = grid.cells + 1
             block += [len(frames)] * tokens
             frames.append(PlacedFrame(clip, frame, stream, grid, len(ids)))
@@ -253,7 +268,8 @@ def group_frames(
             previous = (key, len(group), frame)
             group.append((number, frame))
     order = {key: place for place, key in enumerate(members)}
-    groups = tuple(_group(key, frames, clips, length) for key, frames in members.items())
+    side = joined_cells(config.mm_projector_type)
+    groups = tuple(_group(key, frames, clips, length, side) for key, frames in members.items())
     transitions = tuple(
         Transitions(
             source=order[source],
@@ -272,7 +288,9 @@ def _group(
     frames: Sequence[tuple[int, PlacedFrame]],
     clips: Sequence[Sequence[ClipFeatures]],
     length: int,
+    side: int,
 ) -> FrameGroup:
+    """side: how many cells on a side the projector joins, which are banked at a finer stride."""
     stream, grid, covered = key
     wanted: dict[tuple[int, int], list[int]] = {}
     times, timed = [], []
@@ -282,17 +300,22 @@ def _group(
         timed.append(float(info.duration > 0))
         since = float(info.timestamps[frame.frame]) - info.start
         times.append(since / info.duration if info.duration > 0 else 0.0)
-    features = [clips[number][clip].read(grid.stride, ks) for (number, clip), ks in wanted.items()]
+
+    def read(stride: int) -> Tensor:
+        parts = [clips[number][clip].read(stride, ks) for (number, clip), ks in wanted.items()]
+        return as_tensor(np.concatenate(parts))
+
     first = torch.tensor([number * length + frame.first for number, frame in frames])
     return FrameGroup(
         stream=stream,
         grid=grid,
         covered=covered,
-        features=as_tensor(np.concatenate(features)),
+        features=read(grid.stride),
         token_index=first[:, None] + torch.arange(grid.cells),
         end_index=first + grid.cells,
         time=torch.tensor(times, dtype=torch.float32),
         timed=torch.tensor(timed, dtype=torch.float32),
+        finer=read(grid.stride // side) if side > 1 else None,
     )
 
 

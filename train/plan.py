@@ -22,6 +22,7 @@ from train.dataset import Dataset
 from train.flops import LlmShape, read_config
 from train.lengths import Lengths, fit_frames, measure, tokenizer_digest
 from train.records import order
+from train.stage import llm_name
 
 WINDOW = 1024
 """Records of the shuffled order that are packed together."""
@@ -161,6 +162,8 @@ SETTINGS = (
     "enable_lape",
     "num_temporal_tokens",
     "num_spatial_tokens",
+    "lape_axes",
+    "frame_time",
 )
 """Settings that a plan depends on."""
 
@@ -203,12 +206,6 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
     return make_plan(lengths, cut, dropped=dataset.dropped, facts=facts)
 
 
-def llm_name(stage_path: str) -> str:
-    """Return where the LLM and its tokenizer lie: in a framebank run's `llm`, or there itself."""
-    is_run = (Path(stage_path) / "projector.safetensors").exists()
-    return str(Path(stage_path) / "llm") if is_run else stage_path
-
-
 def make_plan(
     lengths: Lengths,
     cut: Cut,
@@ -235,7 +232,8 @@ def make_plan(
         frames = np.maximum(frames, 1)
     if not len(kept):
         raise ValueError(f"no record fits {min(limits)} tokens; raise max_tokens and pack_tokens")
-    tokens = lengths.text + lengths.visual(frames)
+    visual = lengths.visual(frames)
+    tokens = lengths.text + visual + lengths.stamps(frames)
     if cut.pack_tokens:
         uses, row_start, num_steps = packed_rows(kept, tokens, cut)
     else:
@@ -248,7 +246,7 @@ def make_plan(
         num_steps=num_steps,
         frames=frames,
         tokens=tokens,
-        visual=tokens - lengths.text,
+        visual=visual,
         supervised=lengths.supervised,
         transitions=lengths.transitions(frames),
         frame_pairs=lengths.frame_pairs(frames),

@@ -1,25 +1,29 @@
 """Annotation files -> records, joined to banked clips; coordinate markup in their text.
 
 A record is `{id, video, start?, end?, conversations: [{from: human|gpt, value}]}` with one
-`<video>` or `<image>` tag per medium. Text may carry `<t:12.5>` (seconds of the clip), `<x:0.31>`
-and `<y:0.52>` (fractions of the frame), or an anchor by name such as `<TEMP-037>`.
+`<video>` or `<image>` tag per medium; `train.formats` brings other forms into this one. Text may
+carry `<t:12.5>` (seconds of the clip) or `<t:41.3%>` (a share of it), `<x:0.31>` and `<y:0.52>`
+(fractions of the frame), or an anchor by name such as `<TEMP-037>`.
 """
 
-import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from shards.reader import Banks
-from shards.schema import clip_id
+from shards.schema import clip_id, leads_outside
+from train.formats import MEDIA_TAG, Json, canonical
+from train.rows import ALL, Selection, UnreadableRow, read_rows
 
-MEDIA_TAG = re.compile(r"<(?:video|image)>")
+MEDIA_TAGS = re.compile(f"({MEDIA_TAG.pattern})")
+SHARE = re.compile(r"<t:(\d+(?:\.\d+)?)%>")
+"""A time as a share of its clip; `join` writes it in seconds."""
 MARKUP = re.compile(r"<([txy]):(-?\d+(?:\.\d+)?)>|<(TEMP|HEIGHT|WIDTH)-(\d{3})>")
 AXIS = {"t": 0, "y": 1, "x": 2, "TEMP": 0, "HEIGHT": 1, "WIDTH": 2}
 ROLES = {
@@ -72,72 +76,122 @@ class UnsupervisedError(ValueError):
 
 
 def read_records(
-    path: str | Path, problems: list[str], dropped: Counter[str] | None = None
+    path: str | Path,
+    problems: list[str],
+    dropped: Counter[str] | None = None,
+    *,
+    allow_outside: bool = False,
+    chosen: Selection = ALL,
 ) -> list[Record]:
-    """Read a .json or .jsonl file; what is wrong with a record goes to `problems`, with its place.
+    """Read a file or folder of any form; what is wrong with a record goes to `problems`, by place.
 
     Records without an answer are a problem too, or - given `dropped` - left out and counted there.
+    chosen: which rows are read. allow_outside: paths may be absolute, or lead out of their root.
     """
-    path = Path(path)
     records = []
-    try:
-        for where, data in _items(path):
-            try:
-                records.append(parse_record(data, where))
-            except UnsupervisedError as error:
-                if dropped is None:
-                    problems.append(f"{error}; mend it, or set unsupervised: drop")
-                else:
-                    dropped["no supervised text"] += 1
-            except ValueError as error:
-                problems.append(str(error))
-    except (OSError, json.JSONDecodeError) as error:
-        problems.append(f"{path}: not readable as records: {error}")
+    for where, row in _rows(path, problems, chosen):
+        try:
+            records.append(parse_record(row, where, allow_outside=allow_outside))
+        except UnsupervisedError as error:
+            if dropped is None:
+                problems.append(f"{error}; mend it, or set unsupervised: drop")
+            else:
+                dropped["no supervised text"] += 1
+        except ValueError as error:
+            problems.append(str(error))
     return records
 
 
-def _items(path: Path) -> Iterable[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                yield f"{path}:{number}", json.loads(line)
-    else:
-        for index, item in enumerate(json.loads(text)):
-            yield f"{path}[{index}]", item
+def checked_rows(
+    path: str | Path, problems: list[str], *, allow_outside: bool = False
+) -> list[Json]:
+    """Return the rows of a file as rows of ours, as `read_records` understands them."""
+    rows = []
+    for where, row in _rows(path, problems, ALL):
+        try:
+            parse_record(row, where, allow_outside=allow_outside)
+            rows.append(canonical(row))
+        except ValueError as error:
+            problems.append(str(error))
+    return rows
 
 
-def parse_record(data: Any, where: str) -> Record:
+def _rows(path: str | Path, problems: list[str], chosen: Selection) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a file or folder that are chosen and could be read."""
+    try:
+        rows = list(read_rows(path))
+    except ValueError as error:
+        problems.append(str(error))
+        return
+    for k in chosen.of(len(rows)):
+        where, row = rows[k]
+        if isinstance(row, UnreadableRow):
+            problems.append(f"{where}: {row}")
+        else:
+            yield where, row
+
+
+def parse_record(data: Any, where: str, *, allow_outside: bool = False) -> Record:
     """Return a record, or raise ValueError naming its place, its id and what is wrong."""
-    if not isinstance(data, dict) or not isinstance(data.get("conversations"), list):
-        raise ValueError(f"{where}: expected an object with `conversations`")
-    name = f"{where} (id {data.get('id', '?')})"
+    given = data.get("id") if isinstance(data, dict) else None
+    id_ = shown(where if given is None else str(given))
+    name = where if given is None else f"{where} (id {id_})"
+    try:
+        return _record(canonical(data), id_, where, allow_outside)
+    except UnsupervisedError as error:
+        raise UnsupervisedError(f"{name}: {error}") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: holds half of a UTF-16 pair; write UTF-8 text") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _record(data: Json, id_: str, where: str, allow_outside: bool) -> Record:
     turns = []
     for turn in data["conversations"]:
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES or "value" not in turn:
+        if turn["from"] not in ROLES:
             raise ValueError(
-                f"{name}: a turn needs `from` (human or gpt) and `value`, got {turn!r}"
+                f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
+                f"known are {', '.join(ROLES)}"
             )
-        turns.append(Turn(ROLES[turn["from"]], str(turn["value"])))
+        turn["value"].encode()
+        turns.append(Turn(ROLES[turn["from"]], turn["value"]))
     if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
-        raise UnsupervisedError(f"{name}: no supervised text: no gpt turn with an answer")
-    video = data.get("video", data.get("image"))
-    media = [] if video is None else video if isinstance(video, list) else [video]
+        raise UnsupervisedError("no supervised text: no gpt turn with an answer")
+    video = data.get("video", [])
+    media = video if isinstance(video, list) else [video]
+    for medium in media:
+        medium.encode()
+        if not allow_outside and leads_outside(medium):
+            raise ValueError(
+                f"video {medium!a} leads out of its root; name it relative to the folder that was "
+                "encoded, or set allow_outside: true"
+            )
     tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
     if tags != len(media):
         raise ValueError(
-            f"{name}: {tags} <video>/<image> tags for {len(media)} media; write one tag per medium"
+            f"{tags} <video>/<image> tags for {len(media)} media; write one tag per medium"
         )
-    start, end = data.get("start"), data.get("end")
+    times = [data.get("start"), data.get("end")]
+    for side, time in zip(("start", "end"), times, strict=True):
+        a_number = isinstance(time, int | float) and not isinstance(time, bool)
+        if time is not None and not (a_number and 0 <= time < math.inf):
+            raise ValueError(f"{side} must be seconds, not negative, got {time!a}")
+    start, end = times
     if start is not None and end is not None and not start < end:
-        raise ValueError(f"{name}: start {start} is not before end {end}")
+        raise ValueError(f"start {start} is not before end {end}")
     return Record(
-        id=str(data.get("id", where)),
-        clips=tuple(clip_id(str(medium), start, end) for medium in media),
+        id=id_,
+        clips=tuple(clip_id(medium, start, end) for medium in media),
         turns=tuple(turns),
         task=str(data.get("task", "")),
         where=where,
     )
+
+
+def shown(text: str) -> str:
+    """Return a text as it may be printed: what would steer a terminal is written out, as `\\x1b`."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def split_markup(text: str) -> list[str | Coordinate]:
@@ -160,7 +214,8 @@ def split_markup(text: str) -> list[str | Coordinate]:
 
 def kind_of(reference: str) -> str:
     """Return what a reference answer is, by its markup: one of `TASKS`."""
-    letters = "".join(match.group(1) or "?" for match in MARKUP.finditer(reference))
+    found = [match.group(1) or match.group(3) for match in MARKUP.finditer(reference)]
+    letters = "".join("tyx"[AXIS[axis]] for axis in found)
     return {"tt": "span", "t": "time", "xy": "point", "xyxy": "box"}.get(letters, "text")
 
 
@@ -184,78 +239,65 @@ def join(
     kept = []
     quarantined = banks.quarantined()
     dropped = Counter() if dropped is None else dropped
+    elsewhere: dict[str, list[str]] = {}
     for record in records:
         unknown = [id_ for id_ in record.clips if id_ not in banks]
         if not unknown:
-            kept.append(record)
+            kept.append(in_seconds(record, banks, problems))
         elif all(id_ in quarantined for id_ in unknown):
             dropped["clip in quarantine"] += 1
         elif missing == "drop":
             dropped["clip in no bank"] += 1
         else:
+            elsewhere = elsewhere or by_name(banks)
+            alike = elsewhere.get(file_name(unknown[0]), [])
+            has = (
+                f"the bank has {', '.join(map(repr, alike[:3]))}: are the records' paths relative to "
+                "another root? Encode from that folder, or with --video-root"
+                if alike
+                else "encode it, name its bank"
+            )
             problems.append(
-                f"{record.where} (id {record.id}): no bank knows the clip {unknown[0]!r}; encode it, "
-                "name its bank, or set missing: drop"
+                f"{record.where} (id {record.id}): no bank knows the clip {unknown[0]!r}; {has}, or "
+                "set missing: drop"
             )
     return kept
 
 
-@dataclass(frozen=True)
-class MixturePart:
-    """One dataset of a mixture."""
+def by_name(banks: Banks) -> dict[str, list[str]]:
+    """Return the ids of all banked clips by the name of their file, without its folder."""
+    found: dict[str, list[str]] = {}
+    for bank in banks.banks:
+        for id_ in bank.ids:
+            found.setdefault(file_name(id_), []).append(id_)
+    return found
 
-    records: list[str]
-    banks: list[str]
-    repeats: int
+
+def file_name(id_: str) -> str:
+    """Return the name of a clip's file, without folder and part."""
+    return id_.partition("#")[0].rpartition("/")[2]
 
 
-def read_mixture(config: str, mixture: str, problems: list[str]) -> list[MixturePart]:
-    """Return the datasets of a mixture such as `a+b*2`; an empty mixture takes each once.
-
-    The YAML maps a name to `records` and, beside the run's own, `banks`; paths are relative to it.
-    """
-    try:
-        named = yaml.safe_load(Path(config).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        problems.append(f"data_config {config}: {error}")
-        return []
-    if not isinstance(named, dict):
+def in_seconds(record: Record, banks: Banks, problems: list[str]) -> Record:
+    """Return a banked record with the times that are shares of a clip in seconds of it."""
+    if not any(SHARE.search(turn.text) for turn in record.turns):
+        return record
+    durations = [banks.clip(id_).info.duration for id_ in record.clips]
+    if not durations or min(durations) <= 0:
         problems.append(
-            f"data_config {config}: expected `name: {{records: ..., banks: ...}}` entries"
+            f"{record.where} (id {record.id}): a time in %, and a medium without a duration"
         )
-        return []
-    parts = []
-    for term in mixture.split("+") if mixture else named:
-        name, _, times = term.strip().partition("*")
-        if name not in named:
-            problems.append(
-                f"data_mixture: no dataset {name!r} in {config} (has {', '.join(named)})"
-            )
-        elif times and not (times.isdigit() and int(times) > 0):
-            problems.append(
-                f"data_mixture {term.strip()!r}: repeat by a positive integer, like {name}*2"
-            )
-        elif not isinstance(named[name], dict) or "records" not in named[name]:
-            problems.append(f"data_config {config}: {name} needs `records`")
-        else:
-            part = MixturePart(
-                records=_paths(named[name]["records"], config),
-                banks=_paths(named[name].get("banks", []), config),
-                repeats=int(times or 1),
-            )
-            problems += [
-                f"data_config {config}: {name}: no such file: {path}"
-                for path in part.records
-                if not Path(path).is_file()
-            ]
-            parts.append(part)
-    return parts
-
-
-def _paths(value: str | list[str], config: str) -> list[str]:
-    return [
-        str(Path(config).parent / path) for path in (value if isinstance(value, list) else [value])
-    ]
+    media = iter(durations)
+    duration = durations[0] if durations else 0.0
+    turns = []
+    for turn in record.turns:
+        text = ""
+        for place, part in enumerate(MEDIA_TAGS.split(turn.text)):
+            duration = next(media) if place % 2 else duration
+            seconds = duration / 100
+            text += SHARE.sub(lambda share, s=seconds: f"<t:{float(share[1]) * s:.6f}>", part)
+        turns.append(Turn(turn.role, text))
+    return replace(record, turns=tuple(turns))
 
 
 def check_coordinates(record: Record, durations: Sequence[float], problems: list[str]) -> None:
@@ -263,7 +305,7 @@ def check_coordinates(record: Record, durations: Sequence[float], problems: list
     media = iter(durations)
     duration = durations[0] if durations else 0.0
     for turn in record.turns:
-        for part in re.split(f"({MEDIA_TAG.pattern})", turn.text):
+        for part in MEDIA_TAGS.split(turn.text):
             if MEDIA_TAG.fullmatch(part):
                 duration = next(media)
                 continue

@@ -32,7 +32,8 @@ def banner(
     from model.frames import draw_pattern, slow_frames
 
     bank = dataset.banks.banks[0]
-    frames = min(bank.config.sampling.most_frames, config.max_frames_num)
+    units = -(-bank.config.sampling.most_frames // int(bank.columns["frames_per_unit"][0]))
+    frames = min(units, config.max_frames_num)
     pattern = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, frames)
     cells = {
         stride: bank.shape(0, stride)[1:3] for stride in {dataset.slow_stride, dataset.fast_stride}
@@ -50,7 +51,8 @@ def banner(
         f"{dropped_line(plan.dropped)}",
         f"frames    {draw_pattern(pattern)} (S: stride {dataset.slow_stride}, "
         f"{'x'.join(map(str, cells[dataset.slow_stride]))} cells; F: stride {dataset.fast_stride}, "
-        f"{'x'.join(map(str, cells[dataset.fast_stride]))}), {tokens} tokens of a clip",
+        f"{'x'.join(map(str, cells[dataset.fast_stride]))}), {tokens} tokens of a clip"
+        + (", and the time before each frame" if config.frame_time == "text" else ""),
         f"steps     {plan.num_steps} of {plan.rows_per_step} {rows_line(plan)}: "
         f"{plan.rows_per_pack} x {plan.packs_per_step} micro-batches on {world} "
         f"process{'es' if world > 1 else ''}",

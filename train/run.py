@@ -13,20 +13,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from train.config import TrainConfig, parse, refuse
 from train.dataset import Dataset, open_dataset
 from train.signals import Requests
+from train.stage import bank_problem, build, llm_base, model_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from model.folder import LlmBase
-    from model.vlm import VLM
     from train.metrics import Json
     from train.plan import RunPlan
 
@@ -44,6 +43,8 @@ def main(argv: list[str]) -> None:
     if problem:
         refuse([problem])
     dataset = open_dataset(config)
+    if problem := bank_problem(config, dataset):
+        refuse([problem])
     if config.plan:
         show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
         return
@@ -251,84 +252,6 @@ def check_counts(plan: "RunPlan", step: int, metrics: "Json") -> None:
     assert counted == (plan.num_labels[step], plan.per_step(plan.tokens)[step]), (step, metrics)
     if metrics["transitions"]:  # none without a frame head
         assert metrics["transitions"] == plan.num_transitions[step], (step, metrics)
-
-
-def build(config: TrainConfig, dataset: Dataset, say: Callable[[str], None]) -> "VLM":
-    """Return a fresh model for a run on these banks."""
-    manifest = dataset.banks.manifest
-    return assemble(
-        config,
-        asdict(model_config(config, dataset)),
-        manifest["tower_width"],
-        dataset.banks.config.to_json(),
-        manifest["provenance"]["tower"],
-        say,
-    )
-
-
-def assemble(
-    config: TrainConfig,
-    facts: "Json",
-    width: int,
-    features: "Json",
-    tower: str,
-    say: Callable[[str], None],
-) -> "VLM":
-    """Return a model over the LLM of the stage path, taking over the parts of a framebank run."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from model.folder import load_llm
-    from model.vlm import VLM, VLMConfig
-    from train.plan import llm_name
-    from train.tuning import llm_dtype
-
-    torch.manual_seed(config.seed)
-    stage = Path(config.stage_path)
-    is_run = (stage / "projector.safetensors").exists()
-    llm_path = llm_name(config.stage_path)
-    llm = load_llm(llm_path, llm_dtype(config))
-    if hasattr(llm, "peft_config") and config.tune_llm != "lora":
-        llm = llm.merge_and_unload()
-    model = VLM.assemble(
-        VLMConfig(**facts),
-        llm,
-        AutoTokenizer.from_pretrained(llm_path),
-        width=width,
-        features=features,
-        tower=tower,
-    )
-    model.base = llm_base(config)
-    for line in model.adopt(stage) if is_run else []:
-        say(f"stage     {line}")
-    return model
-
-
-def llm_base(config: TrainConfig) -> "LlmBase | None":
-    """Return where the LLM lies that is not trained, so that checkpoints need no copy of it."""
-    from model.folder import base_of
-    from train.plan import llm_name
-    from train.tuning import llm_dtype
-
-    if config.tune_llm == "full":
-        return None
-    path = llm_name(config.stage_path)
-    merged = config.tune_llm == "frozen" and (Path(path) / "lora").exists()
-    return base_of(path, llm_dtype(config), merged=merged)
-
-
-def model_config(config: TrainConfig, dataset: Dataset) -> Any:
-    """Return what of the settings stays with the model."""
-    from dataclasses import fields
-
-    from model.vlm import VLMConfig
-
-    own = {field.name for field in fields(VLMConfig)} - {"slow_stride", "fast_stride"}
-    return VLMConfig(
-        slow_stride=dataset.slow_stride,
-        fast_stride=dataset.fast_stride,
-        **{name: getattr(config, name) for name in own},
-    )
 
 
 def rows_per_step(config: TrainConfig, world: int, state: "Json") -> int:

@@ -1,0 +1,80 @@
+"""The vision towers of Qwen2-VL and Qwen2.5-VL, as they are before the merger.
+
+A patch here is `temporal_patch_size` (2) frames deep: frames go in by such units, and no attention
+passes from one unit to another. The merger behind the tower joins `spatial_merge_size` x the same
+patches, so the tower has patches in order of these blocks, and Qwen2.5-VL's, while at work, in order
+of the windows that most of its layers attend in. What comes out here is row by row.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+MODELS = {
+    "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
+    "qwen2_vl_vision": Qwen2VisionTransformerPretrainedModel,
+    "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
+    "qwen2_5_vl_vision": Qwen2_5_VisionTransformerPretrainedModel,
+}
+
+
+def part_of(config: Any) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to take the tower out of a whole model's folder."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return {}
+    return {"config": vision, "key_mapping": {r"^model\.visual\.": "", r"^visual\.": ""}}
+
+
+def width(model: Any) -> int:
+    """Return the channels of a patch. The two configs call them by different names."""
+    return int(model.patch_embed.embed_dim)
+
+
+def encode(model: Any, pixels: Tensor, layer: int) -> Tensor:
+    """Return the hidden states of each unit: `(units, patch_rows, patch_cols, width)`.
+
+    pixels: `(frames, 3, height, width)`, whole units of whole blocks.
+    """
+    config = model.config
+    deep, side, merge = config.temporal_patch_size, config.patch_size, config.spatial_merge_size
+    patches = patchify(pixels, deep, side, merge)
+    units, rows, cols = len(pixels) // deep, pixels.shape[2] // side, pixels.shape[3] // side
+    sizes = torch.tensor([[units, rows, cols]], device=pixels.device)
+    output = model(patches, grid_thw=sizes, output_hidden_states=True)
+    hidden = output.hidden_states[layer].unflatten(0, (units, rows * cols))
+    window = getattr(config, "window_size", 0) // side // merge  # in blocks
+    places = torch.from_numpy(patch_order(rows, cols, merge, window)).to(pixels.device)
+    in_rows = torch.empty_like(hidden)
+    in_rows[:, places] = hidden
+    return in_rows.unflatten(1, (rows, cols))
+
+
+def patchify(pixels: Tensor, deep: int, side: int, merge: int) -> Tensor:
+    """Return patches in order of units and blocks: `(patches, 3 * deep * side * side)`."""
+    frames, channels, height, width_ = pixels.shape
+    blocks = pixels.reshape(
+        frames // deep, deep, channels,
+        height // side // merge, merge, side,
+        width_ // side // merge, merge, side,
+    )  # fmt: skip
+    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * deep * side * side)
+
+
+def patch_order(rows: int, cols: int, merge: int, window: int) -> np.ndarray:
+    """Return each patch's place (row by row) in the order that the tower has them in: int64.
+
+    By windows of `window` x `window` blocks where it is not 0, then by blocks, then by rows.
+    """
+    row, col = np.indices((rows, cols)).reshape(2, -1)
+    block_row, block_col = row // merge, col // merge
+    keys = [block_row, block_col, row, col]
+    if window:
+        keys = [block_row // window, block_col // window, *keys]
+    return np.lexsort(keys[::-1])

@@ -1,0 +1,148 @@
+"""Hand a trained model on: `hf` writes a folder whose LLM transformers loads alone.
+
+    python -m train.export hf runs/a out/a --merge_lora
+
+OUT is a model folder too (`VLM.load`, train/ask.py, train/evaluate.py), with a README.md that says what
+is where, and what other trainers would drop of it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.config import refuse
+
+if TYPE_CHECKING:
+    from model.vlm import VLM
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("form", choices=("hf",), help="the form to write: Hugging Face folders")
+    parser.add_argument("run", type=Path, help="a run's folder or a checkpoint-N")
+    parser.add_argument("out", type=Path, help="where to write; new or empty")
+    parser.add_argument(
+        "--merge_lora", action="store_true", help="add the LoRA adapter to the LLM's weights"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the LLM's weights [float32]"
+    )
+    args = parser.parse_args(argv)
+    try:
+        export(args.run, args.out, merge_lora=args.merge_lora, dtype=args.dtype)
+    except ValueError as error:
+        refuse([str(error)])
+    print(f"written: {args.out}, see {args.out / 'README.md'}")  # noqa: T201
+
+
+def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "float32") -> None:
+    """Write a run's model so that transformers alone loads its LLM; ValueError if it cannot be."""
+    if not (run / "config.json").exists():
+        raise ValueError(f"{run}: no trained model here (config.json is missing)")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: not empty; name a new folder")
+    adapted = (run / "llm" / "lora").exists()
+    if merge_lora and not adapted:
+        raise ValueError(f"{run}: has no LoRA adapter; leave out --merge_lora")
+
+    import torch
+
+    from model.vlm import VLM
+
+    model = VLM.load(run)
+    if merge_lora:
+        model.llm = model.llm.merge_and_unload()
+    for weight in model.llm.parameters():
+        weight.data = weight.data.to(getattr(torch, dtype))
+    model.save(out)
+    (out / "README.md").write_text(readme(model, adapter=adapted and not merge_lora))
+
+
+def readme(model: "VLM", *, adapter: bool) -> str:
+    """Return what an exported folder says of itself."""
+    config, features = model.config, model.features
+    rows = model.llm.get_input_embeddings().num_embeddings
+    with_adapter = (
+        "\nThe LLM's weights are those it was trained over; the adapter that was trained lies beside\n"
+        'them: `PeftModel.from_pretrained(llm, "llm/lora")`, or export again with `--merge_lora`.\n'
+    )
+    coordinates = (
+        "\nIts tokenizer holds coordinate tokens from id "
+        f"{model.lape.tokens.all_ids[0]} on. Their vectors are the tables in `lape/`,\n"
+        f"none of the LLM's {rows} rows: alone, the LLM can neither read nor write them.\n"
+        if model.lape
+        else ""
+    )
+    files = {
+        "llm/": "the LLM and its tokenizer, in Hugging Face form",
+        "projector.safetensors": f"{config.mm_projector_type}: pooled tower features -> LLM width",
+        "visual.safetensors": "the vector that closes a frame, and one per stream (slow, fast)",
+        "lape/": "six coordinate tables, gamma, and the ids of their tokens",
+        "frame_causal.safetensors": "the frame predictor; only its loss needs it",
+        "config.json": "settings of the model, and of the features it was trained on",
+    }
+    absent = {"lape/": model.lape is None, "frame_causal.safetensors": model.frame_causal is None}
+    table = "\n".join(f"| `{n}` | {text} |" for n, text in files.items() if not absent.get(n))
+    settings = {
+        "tower": Path(model.tower).name if Path(model.tower).is_absolute() else model.tower,
+        "layer": features.get("layer"),
+        "sampling": json.dumps(_given(features.get("sampling", {}))),
+        "pool mode": features.get("pool"),
+        "slow, fast stride": f"{config.slow_stride}, {config.fast_stride}",
+        "pattern": f"{config.frame_sampling_strategy} {config.slow_frame_ratio}",
+        "max_frames_num": config.max_frames_num,
+        "frame_attention": config.frame_attention,
+        "frame_time": config.frame_time,
+    }
+    frames = "\n".join(f"- {name}: {value}" for name, value in settings.items())
+    return f"""# A video LLM trained by framebank
+
+| file | what it is |
+|---|---|
+{table}
+
+## The LLM alone
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+llm = AutoModelForCausalLM.from_pretrained("llm")
+tokenizer = AutoTokenizer.from_pretrained("llm")
+```
+{with_adapter if adapter else ""}{coordinates}
+## The whole model
+
+With framebank installed; no remote code is run:
+
+```python
+from model.vlm import VLM
+model = VLM.load(".")
+```
+
+`python train/ask.py clip.mp4 "When does it begin?" --model .` asks it about a video,
+`train/evaluate.py` scores it on a bank. Frames go in as it was trained:
+
+{frames}
+
+## What other trainers would drop
+
+VILA sorts weights into files by their names (`llm`, `vision_tower`, `mm_projector`) and leaves out the
+rest without a word: of this model `visual`, `lape` and `frame_causal`. It also drops special tokens
+when it decodes, and with them every coordinate. LLaVA and VILA pool after the projector, this model
+before it, so the projector's weights mean something only on features pooled as above.
+"""
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

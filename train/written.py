@@ -1,0 +1,181 @@
+"""Settings as they are written - flags, environment, YAML - read as the values that they mean.
+
+What is wrong is collected, each problem with where it stands; which settings there are is the caller's.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ENVIRONMENT = {
+    "ENABLE_LAPE": "enable_lape",
+    "NUM_SPATIAL_TOKENS": "num_spatial_tokens",
+    "NUM_TEMPORAL_TOKENS": "num_temporal_tokens",
+}
+POSITIONAL = ("stage_path", "data_mixture", "output_dir")
+"""What words before the first flag mean, as in VILA's scripts."""
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+Origin = str
+"""Where a value was written: `x.yaml:14`, `--flag` or an environment variable."""
+
+
+def merge(
+    settings: type, argv: Sequence[str], environ: Mapping[str, str], problems: list[str]
+) -> dict[str, tuple[Any, Origin]]:
+    """Return setting -> (value, where it was written), and add what is wrong to `problems`.
+
+    settings: the dataclass that declares them.
+    """
+    flags = read_flags(settings, argv, problems)
+    values: dict[str, tuple[Any, Origin]] = {}
+    for path in [value for name, value, _ in flags if name == "config"]:
+        for name, value, origin in read_yaml(path, problems):
+            _set(settings, values, name, value, origin, problems)
+    for variable, name in ENVIRONMENT.items():
+        if variable in environ:
+            _set(settings, values, name, environ[variable], variable, problems)
+    for name, value, origin in flags:
+        if name != "config":
+            _set(settings, values, name, value, origin, problems)
+    return values
+
+
+def read_flags(
+    settings: type, argv: Sequence[str], problems: list[str]
+) -> list[tuple[str, Any, Origin]]:
+    """Split `--key value` and `--key=value`; a list takes every word up to the next flag.
+
+    Up to three words before the first flag are the stage path, the mixture and the output folder.
+    """
+    found: list[tuple[str, Any, Origin]] = []
+    words = list(argv)
+    for name in POSITIONAL:
+        if words and not words[0].startswith("-"):
+            found.append((name, words.pop(0), f"--{name}"))
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"{word!r}: expected --setting value (see --help)")
+            continue
+        name, equals, value = word[2:].replace("-", "_").partition("=")
+        value = word.partition("=")[2]
+        following = []
+        while words and not words[0].startswith("--"):
+            following.append(words.pop(0))
+        if equals:
+            following.insert(0, value)
+        if not following and typing.get_type_hints(settings).get(name) is bool:
+            found.append((name, "true", f"--{name}"))
+        elif not following:
+            problems.append(f"--{name}: needs a value")
+        elif len(following) > 1 and not _is_list(settings, name):
+            problems.append(f"--{name}: takes one value, got {' '.join(following)}")
+        else:
+            found.append(
+                (name, following if _is_list(settings, name) else following[0], f"--{name}")
+            )
+    return found
+
+
+def read_yaml(path: str, problems: list[str]) -> list[tuple[str, Any, Origin]]:
+    """Return a YAML file's settings with the line that each stands on."""
+    try:
+        root = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
+    except OSError as error:
+        problems.append(f"--config {path}: {error.strerror}")
+        return []
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problems.append(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}")
+        return []
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        problems.append(f"{path}:1 expected `setting: value` lines")
+        return []
+    found: list[tuple[str, Any, Origin]] = []
+    seen: dict[str, int] = {}
+    for key, node in root.value:
+        line = key.start_mark.line + 1
+        if key.value in seen:
+            problems.append(f"{path}:{line} {key.value}: already set in line {seen[key.value]}")
+            continue
+        seen[key.value] = line
+        if isinstance(node, yaml.ScalarNode):
+            value: Any = node.value
+        elif isinstance(node, yaml.SequenceNode):
+            value = [item.value for item in node.value]
+        else:
+            problems.append(f"{path}:{line} {key.value}: expected a value or a list, got a mapping")
+            continue
+        found.append((key.value, value, f"{path}:{line}"))
+    return found
+
+
+def _set(
+    settings: type,
+    values: dict[str, tuple[Any, Origin]],
+    name: str,
+    raw: Any,
+    origin: Origin,
+    problems: list[str],
+) -> None:
+    known = {item.name: item for item in fields(settings)}
+    subject = origin if origin in ENVIRONMENT or origin.startswith("--") else f"{origin} {name}"
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else " (see --help)"
+        problems.append(f"{subject}: unknown setting{hint}")
+        return
+    facts = known[name].metadata
+    kind = typing.get_type_hints(settings)[name]
+    try:
+        value = _convert(raw, kind)
+    except ValueError:
+        expected = _expected(kind, facts["above"])
+        shown = raw if isinstance(raw, list) else f"{raw!r}"
+        problems.append(f"{subject} must be {expected}, got {shown}")
+        return
+    if facts["choices"] and value not in facts["choices"]:
+        problems.append(f"{subject} must be one of {', '.join(facts['choices'])}, got {value!r}")
+    elif facts["above"] is not None and not value > facts["above"]:
+        problems.append(f"{subject} must be {_expected(kind, facts['above'])}, got {raw!r}")
+    else:
+        values[name] = (value, origin)
+
+
+def _convert(raw: Any, kind: Any) -> Any:
+    """Return a written value as a setting's type; `1e-5` is a number whatever YAML thinks."""
+    if isinstance(kind, types.GenericAlias):
+        words = raw if isinstance(raw, list) else [raw]
+        return [word for text in words for word in str(text).split(",") if word]
+    if isinstance(raw, list):
+        raise ValueError(raw)
+    if kind is bool:
+        if raw.lower() not in BOOLEANS:
+            raise ValueError(raw)
+        return BOOLEANS[raw.lower()]
+    return kind(raw)
+
+
+def _expected(kind: Any, above: float | None) -> str:
+    if kind is bool:
+        return "true or false"
+    a_number = "an integer" if kind is int else "a number"
+    if kind in (int, float):
+        if above == 0:
+            return f"a positive {a_number.split()[1]}"
+        return f"{a_number}, not negative" if above == -1 else a_number
+    return "a list" if isinstance(kind, types.GenericAlias) else "a text"
+
+
+def _is_list(settings: type, name: str) -> bool:
+    return isinstance(typing.get_type_hints(settings).get(name), types.GenericAlias)
