@@ -32,10 +32,10 @@ demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate,
 	@$(BIN)/python -m train.report demo/run-a demo/run-b
 
 test: $(READY)  ## the default tests (at most four minutes on two cores)
-	$(BIN)/pytest -q -m "not slow and not gpu" -n 2
+	$(BIN)/pytest -q -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-all: $(READY)  ## the default tests and the long ones
-	$(BIN)/pytest -q -m "not gpu" -n 2
+	$(BIN)/pytest -q -m "not gpu" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

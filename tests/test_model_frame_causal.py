@@ -259,6 +259,7 @@ def moving_patches(rng: np.random.Generator, frames: int = 4) -> np.ndarray:
     return np.stack([panorama[:, k : k + 8] for k in range(frames)])
 
 
+@pytest.mark.slow
 def test_a_moving_picture_is_predicted_better_than_by_repeating_the_last_frame(
     make_model: Callable[..., VLM], make_clip: Callable[..., Any], make_batch: Callable[..., Batch]
 ) -> None:

@@ -566,6 +566,7 @@ encode([videos], Path(bank), EncodeOptions(tower, (4, 8), Sampling(num_frames=24
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(toy: Path, tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-c", ENCODE, str(toy / "videos"), str(killed), str(toy / "tower")]

@@ -78,6 +78,7 @@ def test_the_bank_is_the_same_for_any_order_of_work(
     assert promised(bank) == promised(alone)
 
 
+@pytest.mark.slow
 def test_bad_videos_are_told_once_by_several_workers(
     toy: Path, options: EncodeOptions, tmp_path: Path
 ) -> None:
@@ -192,6 +193,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told_in_a_line_and_the_rest_goes_on(
     toy: Path, options: EncodeOptions, alone: Path, tmp_path: Path, run: Callable[[Path], object]
 ) -> None:

@@ -66,6 +66,7 @@ encode([videos], Path(out), EncodeOptions(tower=tower, strides=(4, 8),
 """
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_and_what_a_kill_leaves_is_told(
     toy: Path, options: EncodeOptions, tmp_path: Path
 ) -> None:

@@ -205,6 +205,7 @@ def evaluate_here(trained: Path, toy_bank: Path, questions: Path) -> Callable[..
     return run
 
 
+@pytest.mark.slow
 def test_the_command_scores_a_model_alone_and_in_two_processes(
     evaluate_here: Callable[..., None],
     trained: Path,

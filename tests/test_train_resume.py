@@ -233,6 +233,7 @@ def test_exact_sums_over_packs_that_do_not_divide_by_the_processes(
     assert_same_run(tmp_path / "3", tmp_path / "1", step=4)
 
 
+@pytest.mark.slow
 def test_signals_to_any_rank_save_on_all_at_the_same_step(
     run_jobs: Callable[..., list[list[int]]], tmp_path: Path
 ) -> None:

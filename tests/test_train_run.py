@@ -190,6 +190,7 @@ def test_a_run_touches_no_video_and_no_tower(launched: Path) -> None:
     assert not (launched / "toy" / "videos").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(
     train_here: Callable[..., Path],
     run_settings: dict[str, Any],
