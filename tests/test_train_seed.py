@@ -1,4 +1,4 @@
-"""SEEDS.md is true: each setting, flag, metric and file that it names is here, with that default.
+"""The README's tables for users of other scripts are true: what they name is here, with that default.
 
 The guides' own command lines, as they are written there, are tried too.
 """
@@ -23,9 +23,10 @@ from train.metrics import FIELDS
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {field.name: field for field in fields(TrainConfig)}
 ENCODE = {name: o for o in preprocess.commands["encode"].params for name in o.opts}  # type: ignore[attr-defined]
+TABLES = (ROOT / "README.md").read_text().partition("Coming from the LAPE SFT script")[2]
 ROWS = [
     tuple(cell.strip() for cell in line.strip("|").split("|"))
-    for line in (ROOT / "SEEDS.md").read_text().splitlines()
+    for line in TABLES.partition("</details>")[0].splitlines()
     if line.startswith("| ") and not line.startswith("| in the ")
 ]
 NAME = re.compile(r"`([^`]+)`")
