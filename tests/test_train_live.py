@@ -4,6 +4,7 @@ Each tower is random, small, and loaded from a folder as a user's would be. Its 
 `preprocess encode` makes one; the live path starts from the video again, as `train/ask.py` does.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import cache, cached_property
@@ -47,6 +48,7 @@ from train.ask import FreshClip, fresh_clip
 from train.lengths import Clips
 from train.records import Record
 
+CLIPS = os.environ.get("FRAMEBANK_CLIPS", "")
 WIDTH, PATCH, LAYER = 12, 8, -2
 SMALL = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 3}
 VISION = SMALL | {"intermediate_size": 20, "image_size": 64, "patch_size": PATCH}
@@ -249,9 +251,29 @@ def test_cached_and_live_logits_agree(
     make_model: Callable[..., VLM],
     make_batch: Callable[..., Any],
 ) -> None:
-    model = make_model()
+    assert_same_answers(make_model(), make_batch, family.banked, family.live)
+
+
+@pytest.mark.skipif(not CLIPS, reason="FRAMEBANK_CLIPS does not name the test videos")
+def test_cached_and_live_logits_agree_on_real_clips(
+    family: Family,
+    tmp_path: Path,
+    make_model: Callable[..., VLM],
+    make_batch: Callable[..., Any],
+) -> None:
+    paths = [Path(CLIPS) / name for name in ("bikes.mp4", "nasa_rotated.mp4", "mpeg1_ps.mpg")]
+    assert encode([str(path) for path in paths], tmp_path / "bank", family.options).clips == 3
+    banks = Banks.open([tmp_path / "bank"])
+    banked = [banks.clip(path.name) for path in paths]
+    live = [fresh_clip(path, banks.config, family.tower, family.child) for path in paths]
+    assert_same_answers(make_model(), make_batch, banked, live)
+
+
+def assert_same_answers(
+    model: VLM, make_batch: Callable[..., Any], banked: list[Any], live: list[Any]
+) -> None:
     found, losses = [], []
-    for clips in (family.banked, family.live):
+    for clips in (banked, live):
         batch = make_batch(model, *talks(clips))
         with torch.no_grad():
             found.append(model.logits(model.hidden_states(batch)))
