@@ -45,6 +45,9 @@ MIXES_FRAMES = ("vivit", "videomae", "timesformer", "vjepa2", "xclip", "internvi
 NAFLEX = ("siglip2", "siglip2_vision_model")
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 LARGEST_FLOAT16 = 65504.0
+THREADS = 2
+"""Of the CPU: the same on every machine, since sums may round otherwise; more work takes more
+processes. Four on two cores took a third longer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -188,7 +191,7 @@ class Tower:
         pool_mode: str = "average",
         dtype: str = "float16",
         batch_frames: int = 16,
-        threads: int = 4,
+        threads: int = THREADS,
     ) -> tuple[dict[int, np.ndarray], int]:
         """Return what a bank stores of frames, and how many of its values underflowed to zero.
 

@@ -57,7 +57,7 @@ HOW = _all(
     click.option(
         "--tower-threads",
         type=click.IntRange(min=1),
-        help="CPU threads of the tower.  [default: as at first, 4]",
+        help="CPU threads of the tower.  [default: as at first, 2]",
     ),
     DEVICE,
     click.option(

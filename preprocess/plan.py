@@ -106,7 +106,7 @@ class How:
 
     batch_frames: int = 16
     """Frames that pass through the tower together."""
-    tower_threads: int = 4
+    tower_threads: int = 2
     tower: str = ""
     """Where it lay."""
 

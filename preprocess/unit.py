@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from model.tower import Tower
+from model.tower import THREADS, Tower
 from preprocess.decode_child import DecodeChild
 from preprocess.packets import VideoError
 from preprocess.pictures import PICTURE_FPS
@@ -50,7 +50,7 @@ class EncodeOptions:
     tower_dtype: str = "float32"
     device: str = "cpu"
     batch_frames: int = 16
-    tower_threads: int = 4
+    tower_threads: int = THREADS
     """While the tower runs: sums in another number of threads may round otherwise."""
     decoder: str = "auto"
     allow_truncated: bool = False

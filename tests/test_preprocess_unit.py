@@ -92,7 +92,7 @@ def test_threads_outside_do_not_reach_the_bytes_and_are_left_as_they_were(
     assert seen == {toy_options.tower_threads}
     facts = found[0]["provenance"]
     assert set(facts) == {"batch_frames", "tower_threads", "torch", "transformers", "machine"}
-    assert (facts["batch_frames"], facts["tower_threads"]) == (16, 4)
+    assert (facts["batch_frames"], facts["tower_threads"]) == (16, 2)
 
 
 def test_what_is_left_of_a_unit_of_other_clips_is_not_used(
