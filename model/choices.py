@@ -11,6 +11,10 @@ MLP = re.compile(r"mlp([1-9])x_gelu")
 LAPE_AXES = {"all": (0, 1, 2), "time": (0,), "space": (1, 2)}
 """The axes (time, height, width) whose coordinates are tokens; on the others numbers stay text."""
 
+TOWER_THREADS = 2
+"""Of the CPU: the same on every machine, since sums may round otherwise; more work takes more
+processes. Four on two cores took a third longer."""
+
 
 def joined_cells(kind: str) -> int:
     """Return how many cells on a side a projector makes one token of; ValueError if it is unknown."""

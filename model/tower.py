@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from model import qwen_tower
+from model.choices import TOWER_THREADS
 from model.grid import pool
 from model.pixels import Pixels
 
@@ -45,9 +46,6 @@ MIXES_FRAMES = ("vivit", "videomae", "timesformer", "vjepa2", "xclip", "internvi
 NAFLEX = ("siglip2", "siglip2_vision_model")
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 LARGEST_FLOAT16 = 65504.0
-THREADS = 2
-"""Of the CPU: the same on every machine, since sums may round otherwise; more work takes more
-processes. Four on two cores took a third longer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -191,7 +189,7 @@ class Tower:
         pool_mode: str = "average",
         dtype: str = "float16",
         batch_frames: int = 16,
-        threads: int = THREADS,
+        threads: int = TOWER_THREADS,
     ) -> tuple[dict[int, np.ndarray], int]:
         """Return what a bank stores of frames, and how many of its values underflowed to zero.
 

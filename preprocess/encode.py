@@ -40,7 +40,7 @@ from preprocess.sources import SourceReader
 from preprocess.unit import EncodeOptions, Summary, committed, disk_errors, shard_path
 from shards.catalogue import build_columns, checksums, write_columns
 from shards.codec import Codec
-from shards.schema import FeatureConfig, Json, canonical_json
+from shards.schema import FeatureConfig, Json, canonical_json, shard_entries
 from shards.writer import done_path, read_signed_json, signed_json, write_atomic
 
 
@@ -294,10 +294,7 @@ def finish(out: Path, plan: Plan, tower: NamedTower) -> None:
         "clips": len(columns["shard"]),
         "frames": len(columns["timestamps"]),
         "nbytes": sum(commit["nbytes"] for commit in commits),
-        "shards": [
-            {"name": commit["shard"], "nbytes": commit["nbytes"], "sha256": commit["sha256"]}
-            for commit in commits
-        ],
+        "shards": shard_entries(commits),
         "catalogue": checksums(columns),
         "superseded": superseded,
         "codec": {

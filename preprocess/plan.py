@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from model.choices import TOWER_THREADS
 from preprocess.annotations import (
     ANNOTATION_SUFFIXES,
     AS_RECORDS,
@@ -106,7 +107,7 @@ class How:
 
     batch_frames: int = 16
     """Frames that pass through the tower together."""
-    tower_threads: int = 2
+    tower_threads: int = TOWER_THREADS
     tower: str = ""
     """Where it lay."""
 

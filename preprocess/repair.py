@@ -26,10 +26,10 @@ from preprocess.lock import BankLock
 from preprocess.plan import ClipSource, Plan, clips_under, read_plan, refuse_other_features
 from preprocess.sources import SourceReader
 from preprocess.unit import EncodeOptions, describe, encode_frames, provenance
-from shards.books import Books, Damage, read_books, shard_name
+from shards.books import Books, Damage, read_books
 from shards.check import expected_keys, proven_samples, verify
 from shards.members import Sight, Tally, Tar, fault_of_json, layout, records
-from shards.schema import Json, SampleMeta
+from shards.schema import Json, SampleMeta, shard_name
 from shards.writer import (
     ShardWriter,
     done_path,

@@ -16,9 +16,9 @@ from pathlib import Path
 from preprocess.lock import lock_path, writer_of
 from preprocess.rubbish import dead_samples, dead_shards, disk_size, rubbish
 from preprocess.wording import in_bytes, printable
-from shards.books import Books, read_books, shard_name
+from shards.books import Books, read_books
 from shards.opening import read_quarantine
-from shards.schema import FeatureConfig, Json
+from shards.schema import FeatureConfig, Json, shard_name
 from shards.writer import done_path, journal_path
 
 

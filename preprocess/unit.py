@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from model.tower import THREADS, Tower
+from model.choices import TOWER_THREADS
+from model.tower import Tower
 from preprocess.decode_child import DecodeChild
 from preprocess.packets import VideoError
 from preprocess.pictures import PICTURE_FPS
@@ -30,7 +31,7 @@ from preprocess.readers import decord_trouble
 from preprocess.sources import Outcome, SourceReader
 from preprocess.video import Clip
 from shards.codec import Codec
-from shards.schema import FeatureConfig, Json, SampleMeta, Sampling
+from shards.schema import FeatureConfig, Json, SampleMeta, Sampling, shard_name
 from shards.writer import ShardWriter, done_path, journal_path, part_path
 
 PLAIN = Codec()
@@ -50,7 +51,7 @@ class EncodeOptions:
     tower_dtype: str = "float32"
     device: str = "cpu"
     batch_frames: int = 16
-    tower_threads: int = THREADS
+    tower_threads: int = TOWER_THREADS
     """While the tower runs: sums in another number of threads may round otherwise."""
     decoder: str = "auto"
     allow_truncated: bool = False
@@ -302,7 +303,7 @@ def _drop_stale_journals(shards: Path) -> None:
 
 
 def shard_path(out: Path, unit: int) -> Path:
-    return out / "shards" / f"bank-{unit:06d}.tar"
+    return out / "shards" / shard_name(unit)
 
 
 def committed(out: Path, unit: int) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shards.schema import FORMAT_VERSION, Json
+from shards.schema import FORMAT_VERSION, Json, served_units, shard_name
 from shards.writer import done_path, journal_path, read_signed_json, signed_json
 
 Remedy = Literal["rewrite", "encode", "restore", "remove"]
@@ -63,17 +63,10 @@ class Books:
     def served(self) -> dict[str, int]:
         """By key, the unit whose sample of it is served: the last one that holds it."""
         assert self.plan
-        units = {
-            clip["key"]: number for number, unit in enumerate(self.plan["units"]) for clip in unit
-        }
-        return {key: unit for key, unit in units.items() if key not in self.plan["pruned"]}
+        return served_units(self.plan)
 
     def sound_commits(self) -> list[Json]:
         return [commit for _, commit in sorted(self.commits.items()) if commit]
-
-
-def shard_name(unit: int) -> str:
-    return f"bank-{unit:06d}.tar"
 
 
 def read_books(bank: Path) -> Books:

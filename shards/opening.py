@@ -10,8 +10,15 @@ from pathlib import Path
 
 from shards.catalogue import CatalogueMismatch, Columns, build_columns, checksums, read_columns
 from shards.files import Files, open_files
-from shards.schema import FORMAT_VERSION, FeatureConfig, Json
-from shards.writer import parse_signed_json
+from shards.schema import (
+    FORMAT_VERSION,
+    FeatureConfig,
+    Json,
+    served_units,
+    shard_entries,
+    shard_name,
+)
+from shards.writer import done_path, parse_signed_json
 
 TRIES = 5
 PAUSE = 0.25
@@ -121,20 +128,14 @@ def load_partial(files: Files) -> tuple[Json, Columns]:
         return load(files)
     commits = []
     for unit in range(len(plan["units"])):
-        commit = _read_signed(files, f"shards/bank-{unit:06d}.done")
+        commit = _read_signed(files, f"shards/{done_path(Path(shard_name(unit)))}")
         if commit is not None:
             commits.append(commit)
     finished = _read_signed(files, "bank.json")
     if finished and len(finished["shards"]) == len(commits):
         return load(files)
     features = FeatureConfig.from_json(plan["features"])
-    pruned = set(plan["pruned"])
-    serving = {
-        clip["key"]: number
-        for number, unit in enumerate(plan["units"])
-        for clip in unit
-        if clip["key"] not in pruned
-    }
+    serving = served_units(plan)
     columns = build_columns(f"{files.where}/shards", commits, features.strides, serving)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -143,10 +144,7 @@ def load_partial(files: Files) -> tuple[Json, Columns]:
         "clips": len(columns["shard"]),
         "frames": len(columns["timestamps"]),
         "nbytes": sum(commit["nbytes"] for commit in commits),
-        "shards": [
-            {"name": commit["shard"], "nbytes": commit["nbytes"], "sha256": commit["sha256"]}
-            for commit in commits
-        ],
+        "shards": shard_entries(commits),
         "catalogue": checksums(columns),
         "calibration": plan["calibration"],
         "provenance": {},

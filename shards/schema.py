@@ -219,6 +219,29 @@ def sample_key(id_: str) -> str:
     return f"{slug}-{digest(id_.encode(), size=8)}".lstrip("-")
 
 
+def shard_name(unit: int) -> str:
+    return f"bank-{unit:06d}.tar"
+
+
+def shard_entries(commits: Sequence[Json]) -> list[Json]:
+    """Return what a manifest tells of the shards of some commit records."""
+    return [
+        {"name": commit["shard"], "nbytes": commit["nbytes"], "sha256": commit["sha256"]}
+        for commit in commits
+    ]
+
+
+def served_units(plan: Json) -> dict[str, int]:
+    """Return, by key, the unit of a plan.json that serves it: the last that holds it, unless pruned."""
+    pruned = set(plan["pruned"])
+    return {
+        clip["key"]: number
+        for number, unit in enumerate(plan["units"])
+        for clip in unit
+        if clip["key"] not in pruned
+    }
+
+
 def member_name(key: str, stride: int) -> str:
     return f"{key}.stride{stride}.npy"
 
