@@ -1,18 +1,32 @@
-"""What a trained model is, beside its weights, and its place in a model folder: config.json."""
+"""What a trained model is, beside its weights: every model setting, once; torch-free."""
 
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from model.choices import LAPE_AXES, joined_cells
-from model.frame_causal import PREDICTORS
-from model.frames import STRATEGIES, exact_ratio
-from model.lape import PRESETS
-from model.mask import FRAME_ATTENTION
+from model.lape.tokens import LAPE_AXES, PRESETS
+from model.slow_fast import STRATEGIES, exact_ratio
+
+PROJECTORS = "linear, mlpNx_gelu, mlp_downsample, mlp_downsample_2x2_fix, mlp_downsample_3x3_fix"
+JOINED = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
+"""Cells on a side that become one token. VILA's first two differ in the order of tokens alone: the
+older one's run down the columns; here tokens follow the rows in both."""
+MLP = re.compile(r"mlp([1-9])x_gelu")
+
+
+def joined_cells(kind: str) -> int:
+    """Return how many cells on a side a projector makes one token of; ValueError if it is unknown."""
+    if kind != "linear" and not MLP.fullmatch(kind) and kind not in JOINED:
+        raise ValueError(f"mm_projector_type must be one of {PROJECTORS}, got {kind!r}")
+    return JOINED.get(kind, 1)
+
 
 Json = dict[str, Any]
 FORMAT = 1
+FRAME_ATTENTION = ("block", "token")
+PREDICTORS = ("resample", "xattn")
 FRAME_TIME = ("none", "text")
 """Whether a time stamp is written before each frame."""
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.batch import STREAMS, Batch, FrameGroup, Transitions
+from model.config import PREDICTORS
 from model.grid import resample_map
 
-PREDICTORS = ("resample", "xattn")
 NUM_FREQUENCIES = 8
 PREDICTOR_WIDTH = 2048
 PAIRS = ("SS", "SF", "FS", "FF")

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from model.batch import Batch
-from model.lape import TIME
+from model.lape.tokens import TIME
 from model.mask import additive_mask
 from model.vlm import VLM
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FRAME_ATTENTION = ("block", "token")
+from model.config import FRAME_ATTENTION
+
 BLOCK = 128
 """Queries and keys of a block of flex_attention's mask; its default, which the kernels want."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.choices import MLP, joined_cells
+from model.config import MLP, joined_cells
 
 
 def build_projector(kind: str, tower_width: int, llm_width: int) -> nn.Module:

@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from model.batch import Batch
-from model.choices import LAPE_AXES
 from model.config import FORMAT, VLMConfig, read_model_config
-from model.folder import (
+from model.frame_causal import FrameCausal
+from model.lape.tables import INJECTION_SHARE, Lape
+from model.lape.tokens import AXES, LAPE_AXES, LapeTokens
+from model.llm import (
     LlmBase,
     load_llm,
     load_weights,
@@ -32,8 +34,6 @@ from model.folder import (
     save_weights,
     write_json,
 )
-from model.frame_causal import FrameCausal
-from model.lape import AXES, INJECTION_SHARE, Lape, LapeTokens
 from model.mask import additive_mask, block_mask, dense_mask
 from model.projector import build_projector
 

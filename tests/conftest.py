@@ -21,17 +21,19 @@ from transformers import (
 from model.batch import Batch
 from model.grid import pool
 from model.vlm import VLM, VLMConfig
-from preprocess.encode import EncodeOptions, encode
+from preprocess.encode.run import EncodeOptions, encode
 from preprocess.toyworld import make_toyworld, save_llm
-from shards.catalogue import build_columns, checksums, write_columns
-from shards.codec import Codec, channel_rms
-from shards.reader import ClipInfo
-from shards.schema import FeatureConfig, SampleMeta, Sampling, sample_key
-from shards.writer import ShardWriter, signed_json
+from shards.format.catalogue import build_columns, checksums, write_columns
+from shards.format.codec import Codec, channel_rms
+from shards.format.features import FeatureConfig, Sampling
+from shards.format.samples import SampleMeta, sample_key
+from shards.read.bank import ClipInfo
+from shards.signed import signed_json
+from shards.write.shard import ShardWriter
 from train.ask import FreshClip
-from train.chat import Chat
-from train.packing import collate, lay_out
-from train.records import Turn
+from train.batches.chat import Chat
+from train.batches.collate import collate, lay_out
+from train.data.records import Turn
 
 logging.disable_progress_bar()
 

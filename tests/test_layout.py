@@ -20,9 +20,9 @@ ALLOWED = {
     "preprocess": {"preprocess", "shards", "model"},
     "train": {"train", "shards", "model"},
 }
-FOR_ASK = {"preprocess.video", "preprocess.packets", "preprocess.decode_child"}
+FOR_ASK = {"preprocess.decode.clip", "preprocess.decode.scan", "preprocess.decode.child"}
 NO_VIDEO = ("model.tower", "preprocess", "decord", "av", "PIL", "cv2", "torchvision")
-LIGHT = ("preprocess.cli", "train.config", "shards.schema")
+LIGHT = ("preprocess.cli.main", "train.settings.config", "shards.format.features")
 HEAVY = ("torch", "transformers", "accelerate", "decord", "av", "zarr")
 
 
@@ -179,21 +179,21 @@ def test_the_walker_sees_imports_at_any_level() -> None:
         "    class G:\n"
         "        import e as g\n"
         "if True:\n"
-        "    from shards import schema\n"
-        "from . import config\n"
-        "from .records import x\n"
+        "    from shards.format import features\n"
+        "from .settings import config\n"
+        "from .data.records import x\n"
         "h = __import__('i.j')\n"
     )
     assert imports("train.run", tree) == {
         "a.b",
         "c",
         "e",
-        "shards",
-        "shards.schema",
-        "train",
-        "train.config",
-        "train.records",
+        "shards.format",
+        "shards.format.features",
+        "train.settings",
+        "train.settings.config",
+        "train.data.records",
         "i.j",
     }
-    assert imports("train.run", top_level(tree)) >= {"a.b", "shards.schema"}
+    assert imports("train.run", top_level(tree)) >= {"a.b", "shards.format.features"}
     assert not {"c", "e"} & imports("train.run", top_level(tree))

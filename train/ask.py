@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.decode_child import DecodeChild
-from shards.reader import ClipInfo, of_units
-from shards.schema import FeatureConfig
-from train.config import refuse
-from train.records import MARKUP, Turn
+from preprocess.decode.child import DecodeChild
+from shards.format.features import FeatureConfig
+from shards.format.plan import TOWER_THREADS
+from shards.read.bank import ClipInfo, of_units
+from train.data.markup import MARKUP
+from train.data.records import Turn
+from train.settings.config import refuse
 
 if TYPE_CHECKING:
-    from model.tower import Tower
+    from model.tower.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
     """Return a model's answer about a video, in seconds and pixels."""
     from model.generate import generate, write_answer
     from model.vlm import VLM, read_model_config
-    from train.chat import Chat
-    from train.packing import collate, lay_out
+    from train.batches.chat import Chat
+    from train.batches.collate import collate, lay_out
 
     read_model_config(folder)
     model = VLM.load(folder).eval()
@@ -81,7 +83,7 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
 
 def load_tower(features: FeatureConfig, name: str) -> "Tower":
     """Load the tower that made some features; ValueError where it is another one."""
-    from model.tower import Tower
+    from model.tower.tower import Tower
 
     tower = Tower.load(
         name, layer=features.layer, dtype=features.tower_dtype, attention=features.attention
@@ -108,7 +110,11 @@ def fresh_clip(
     clip = child.read_clip(video, features.sampling, pixels=tower.pixels)
     height, width = clip.display_size
     stored, _ = tower.features(
-        clip.frames, features.strides, pool_mode=features.pool, dtype=features.dtype
+        clip.frames,
+        features.strides,
+        pool_mode=features.pool,
+        dtype=features.dtype,
+        threads=TOWER_THREADS,
     )
     timestamps, frame_index = of_units(clip.timestamps, clip.frame_index, tower.frames_per_unit)
     info = ClipInfo(

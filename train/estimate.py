@@ -9,24 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from model.choices import joined_cells
-from train.config import TrainConfig, checkpoint_every
-from train.dataset import Dataset
-from train.flops import (
+from model.config import joined_cells
+from train.batches.plan import RunPlan
+from train.cost import (
     DEVICES,
     LlmShape,
     attended_pairs,
     forward_flops,
-    read_config,
+    memory_bytes,
     step_flops,
     tower_flops,
 )
-from train.plan import RunPlan
+from train.data.dataset import Dataset
 from train.report import dropped_line
-from train.stage import llm_name
-
-ACTIVATIONS = 34
-"""Bytes of half-precision activations per place and unit of width that a layer keeps."""
+from train.settings.config import TrainConfig
+from train.start.stage import llm_name, read_config
 
 
 def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> str:
@@ -108,22 +105,6 @@ def costs(
         ("read", f"{read / seconds / world / 1e6:,.1f} MB/s a device {at}"),
         ("time", f"{_clock(seconds * plan.num_steps)}, {seconds:,.3f} s a step {at}"),
     ]
-
-
-def memory_bytes(config: TrainConfig, shape: LlmShape, tower_width: int, places: int) -> float:
-    """Return an estimate of a device's peak: weights, gradients, moments, activations, logits."""
-    llm = shape.layer_weights + 2 * shape.rows * shape.width
-    heads = 4 * shape.width * (shape.width + tower_width)
-    trained = heads + (llm if config.tune_llm == "full" else 0)
-    if config.tune_llm == "lora":
-        trained += 2 * config.lora_r * shape.layers * (6 * shape.width + 3 * shape.mlp)
-    small = 2 if config.bf16 else 4
-    frozen = 0 if config.tune_llm == "full" else llm * small
-    every = checkpoint_every(config.gradient_checkpointing)
-    whole = shape.layers if not every else shape.layers - -(-shape.layers // every) + 1
-    kept = small / 2 * shape.width * places * (ACTIVATIONS * whole + 2 * shape.layers)
-    logits = 2 * 4 * min(1024, places) * shape.rows
-    return 16 * trained + frozen + kept + logits
 
 
 def read_bytes(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> np.ndarray:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.config import refuse
+from train.settings.config import refuse
 
 if TYPE_CHECKING:
     from model.vlm import VLM

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.config import TrainConfig, refuse
-from train.dataset import Dataset
+from train.data.dataset import Dataset
+from train.settings.config import TrainConfig, refuse
 
 if TYPE_CHECKING:
     from model.vlm import VLM
-    from train.plan import RunPlan
+    from train.batches.plan import RunPlan
 
 Json = dict[str, Any]
 
@@ -29,7 +29,7 @@ def banner(
     resumed: Path | None,
 ) -> str:
     """Return what a run is about to do, in the words of its settings."""
-    from model.frames import draw_pattern, slow_frames
+    from model.slow_fast import draw_pattern, slow_frames
 
     bank = dataset.banks.banks[0]
     units = -(-bank.config.sampling.most_frames // int(bank.columns["frames_per_unit"][0]))

@@ -18,16 +18,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.config import TrainConfig, parse, refuse
-from train.dataset import Dataset, open_dataset
-from train.signals import Requests
-from train.stage import bank_problem, build, llm_base, model_config
+from train.data.dataset import Dataset, open_dataset
+from train.loop.signals import Requests
+from train.settings.config import TrainConfig, parse, refuse
+from train.start.stage import bank_problem, build, llm_base, model_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from train.metrics import Json
-    from train.plan import RunPlan
+    from train.batches.plan import RunPlan
+    from train.loop.metrics import Json
 
 COPY_EVERY = 10
 """Steps between readings of the copy baseline, which needs both streams of a clip."""
@@ -70,8 +70,8 @@ def main(argv: list[str]) -> None:
 
 def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
     """Print what the run would be on so many devices: from lengths alone, without torch."""
+    from train.batches.plan import plan_run
     from train.estimate import table
-    from train.plan import plan_run
 
     try:
         plan = plan_run(config, dataset, rows_per_step(config, world, {}))
@@ -86,9 +86,10 @@ def train(
     import torch
 
     from model.vlm import VLM
-    from train.attention import choose_attention
-    from train.chat import Chat
-    from train.checkpoint import (
+    from train.batches.chat import Chat
+    from train.batches.loader import Loader, Share
+    from train.batches.plan import plan_run
+    from train.loop.checkpoint import (
         changed_settings,
         prune,
         read_state,
@@ -96,17 +97,17 @@ def train(
         save_checkpoint,
         set_aside,
     )
-    from train.evaluate import held_out_loss
-    from train.guard import Heaviest, Movement, fits, rehearse
-    from train.loader import Loader, Share
-    from train.metrics import RunLog, line_of, make_pace
-    from train.optimizer import allocate, load_optimizer, make_optimizer, rate
-    from train.plan import plan_run
-    from train.reduce import make_reduction
+    from train.loop.checks import Heaviest, Movement, fits, rehearse
+    from train.loop.fsdp import Whole
+    from train.loop.gradients import make_reduction
+    from train.loop.held_out import held_out_loss
+    from train.loop.log import RunLog, line_of
+    from train.loop.optimizer import allocate, load_optimizer, make_optimizer, rate
+    from train.loop.speed import make_pace
+    from train.loop.step import Losses, run_step
     from train.report import banner, closing
-    from train.sharding import Whole
-    from train.step import Losses, run_step
-    from train.tuning import llm_dtype, prepare_llm
+    from train.start.attention import choose_attention
+    from train.start.prepare_llm import llm_dtype, prepare_llm
 
     on_cuda = accelerator.device.type == "cuda"
     output_dir = Path(config.output_dir)
@@ -277,7 +278,7 @@ def rows_per_step(config: TrainConfig, world: int, state: "Json") -> int:
 
 def facts_of(config: TrainConfig, dataset: Dataset, plan: "RunPlan") -> "dict[str, Json]":
     """Return what must be the same to go on from a checkpoint, by subject and name."""
-    from shards.reader import joint
+    from shards.read.banks import joint
 
     model = asdict(model_config(config, dataset))
     adapter = ("lora_r", "lora_alpha") if config.tune_llm == "lora" else ()
@@ -292,7 +293,7 @@ def chosen_checkpoint(output_dir: Path, resume: str, accelerator: "Accelerator")
     """Return the checkpoint to go on from: one process reads them through, all take the same."""
     from accelerate.utils import broadcast_object_list
 
-    from train.checkpoint import find_resume
+    from train.loop.checkpoint import find_resume
 
     chosen = [find_resume(output_dir, resume) if accelerator.is_main_process else None]
     return broadcast_object_list(chosen)[0]

@@ -28,12 +28,12 @@ from transformers import (
 from model.batch import Batch, to_device
 from model.vlm import VLM, VLMConfig
 from preprocess.toyworld import save_llm
-from shards.reader import ClipInfo
+from shards.read.bank import ClipInfo
 from train.ask import FreshClip
-from train.chat import MEDIA, Encoded
-from train.lengths import Clips, Lengths
-from train.packing import Row, collate, lay_out, pack
-from train.plan import Cut, RunPlan, make_plan
+from train.batches.chat import MEDIA, Encoded
+from train.batches.collate import Row, collate, lay_out, pack
+from train.batches.lengths import Clips, Lengths
+from train.batches.plan import Cut, RunPlan, make_plan
 
 PATCHES = 24
 """Of a side: stride 4 gives 6 x 6 cells, stride 12 gives 2 x 2."""

@@ -56,7 +56,7 @@ def preadv(folder: Path) -> Passes:
 
 def ours(folder: Path, codec: str = "none", check: Any = "first", reuse: bool = True) -> Passes:
     """Random order, each pass another; into the same memory, as a pinned buffer is used."""
-    from shards.reader import Bank
+    from shards.read.bank import Bank
 
     bank = Bank.open(folder / codec, check=check)
     out = {s: np.empty(bank.shape(0, s), np.float16) if reuse else None for s in (4, 8)}
@@ -69,7 +69,7 @@ def ours(folder: Path, codec: str = "none", check: Any = "first", reuse: bool = 
 
 
 def ours_threads(folder: Path) -> Passes:
-    from shards.reader import Bank
+    from shards.read.bank import Bank
 
     bank = Bank.open(folder / "none", check="never")
 
@@ -241,7 +241,7 @@ def _import(name: str) -> Callable[[], object]:
 
 # Imported before the clock starts.
 IMPORTS: dict[str, Callable[[], object]] = {
-    "ours": _import("shards.reader"),
+    "ours": _import("shards.read.bank"),
     "webdataset": _import("webdataset"),
     "HF": _import("datasets"),
     "litdata": _import("litdata"),

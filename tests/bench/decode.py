@@ -22,12 +22,12 @@ import av
 import numpy as np
 from PIL import Image
 
-from model.frames import uniform_indices
-from model.pixels import Pixels
-from preprocess.decode_child import DecodeChild
-from preprocess.readers import decord_trouble
-from preprocess.video import read_clip, scan_source
-from shards.schema import Sampling
+from model.slow_fast import uniform_indices
+from model.tower.pixels import Pixels
+from preprocess.decode.child import DecodeChild
+from preprocess.decode.clip import read_clip, scan_source
+from preprocess.decode.read_decord import decord_trouble
+from shards.format.features import Sampling
 
 COUNTS = (16, 32, 64)
 CLIPS = (

@@ -22,11 +22,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from shards.catalogue import Columns, build_columns, checksums, write_columns
-from shards.codec import Codec, channel_rms
-from shards.reader import Bank
-from shards.schema import FeatureConfig, Json, SampleMeta, Sampling, digest, sample_key
-from shards.writer import ShardWriter, signed_json
+from shards.format.catalogue import Columns, build_columns, checksums, write_columns
+from shards.format.codec import Codec, channel_rms
+from shards.format.features import FeatureConfig, Sampling
+from shards.format.samples import SampleMeta, sample_key
+from shards.read.bank import Bank
+from shards.signed import Json, digest, signed_json
+from shards.write.shard import ShardWriter
 from tests.bench._readers import READERS
 
 SIZE = float(os.environ.get("FRAMEBANK_READING_GB", "2"))

@@ -26,13 +26,13 @@ from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from model.batch import Batch
-from model.pixels import Pixels
-from model.tower import Tower
+from model.tower.pixels import Pixels
+from model.tower.tower import Tower
 from model.vlm import VLM
-from preprocess.decode_child import DecodeChild
-from preprocess.encode import EncodeOptions, encode
+from preprocess.decode.child import DecodeChild
+from preprocess.encode.run import EncodeOptions, encode
 from preprocess.toyworld import make_toyworld
-from shards.schema import Sampling
+from shards.format.features import Sampling
 from tests.bench._mix import (
     Mix,
     assert_same_loss,
@@ -44,12 +44,12 @@ from tests.bench._mix import (
 )
 from tests.bench.decode import draw
 from train.ask import load_tower
-from train.chat import Chat
-from train.config import TrainConfig, parse
-from train.dataset import Dataset, open_dataset
-from train.loader import Loader, Share
-from train.plan import plan_run
-from train.stage import build
+from train.batches.chat import Chat
+from train.batches.loader import Loader, Share
+from train.batches.plan import plan_run
+from train.data.dataset import Dataset, open_dataset
+from train.settings.config import TrainConfig, parse
+from train.start.stage import build
 
 ROUNDS = 3
 PADDED_SIZE = 8
@@ -163,7 +163,7 @@ def online_toy(toy: Path, bank: Path) -> Row:
         seconds = medians(
             {
                 "decode": lambda: decode(),
-                "tower": lambda: [tower.features(f, (4, 8)) for f in frames],
+                "tower": lambda: [tower.features(f, (4, 8), threads=2) for f in frames],
                 "read": lambda: loader.batch(records),
                 "step": lambda: backward(model, loader.batch(records)),
             }

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from tests.bench._mix import Mix, make_vlm, train_ours, train_padded
-from train.flops import LlmShape, attended_pairs, mfu, peak_flops, step_flops
+from train.cost import LlmShape, attended_pairs, mfu, peak_flops, step_flops
 
 PACK = 8192
 RECORDS = 96

@@ -1,0 +1,1 @@
+"""LAPE: coordinates as tokens, and as positions of visual cells."""

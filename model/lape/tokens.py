@@ -1,0 +1,72 @@
+"""The coordinate tokens of LAPE: axes, presets, ids in the vocabulary; torch-free."""
+
+from dataclasses import dataclass
+from typing import Any
+
+AXES = ("time", "height", "width")
+TIME, HEIGHT, WIDTH = range(3)
+NAMES = ("TEMP", "HEIGHT", "WIDTH")
+PRESETS = ("plus", "st")
+LAPE_AXES = {"all": (0, 1, 2), "time": (0,), "space": (1, 2)}
+"""The axes (time, height, width) whose coordinates are tokens; on the others numbers stay text."""
+
+
+@dataclass(frozen=True)
+class LapeTokens:
+    """Where the tokenizer holds the anchors: the id of anchor 0 per axis, and how many there are."""
+
+    first: tuple[int, int, int]
+    counts: tuple[int, int, int]
+    placeholders: tuple[int, ...]
+    """Ids of the six data-layer markers; none may reach the LLM."""
+    axes: tuple[int, ...] = LAPE_AXES["all"]
+    """Those of which coordinates are tokens; the others' anchors are never likely."""
+
+    @classmethod
+    def add_to(
+        cls,
+        tokenizer: Any,
+        num_temporal: int,
+        num_spatial: int,
+        axes: tuple[int, ...] = LAPE_AXES["all"],
+    ) -> "LapeTokens":
+        """Add the placeholders and anchors to a tokenizer (again: finds them); return their ids."""
+        counts = (num_temporal, num_spatial, num_spatial)
+        placeholders = [f"<{name}-{role}>" for name in NAMES for role in ("INPUT", "OUTPUT")]
+        anchors = [[f"<{NAMES[a]}-{i:03d}>" for i in range(counts[a])] for a in range(3)]
+        tokens = placeholders + [token for axis in anchors for token in axis]
+        known = tokenizer.get_added_vocab()
+        present = [token for token in known if token.startswith(("<TEMP-", "<HEIGHT-", "<WIDTH-"))]
+        if present and set(present) != set(tokens):
+            raise ValueError(
+                f"the tokenizer already holds {len(present)} coordinate tokens that do not fit "
+                f"num_temporal_tokens {num_temporal}, num_spatial_tokens {num_spatial}; "
+                "use the numbers it was made with or a tokenizer without them"
+            )
+        tokenizer.add_tokens([t for t in tokens if t not in known], special_tokens=True)
+        ids = tokenizer.convert_tokens_to_ids(tokens)
+        assert ids == list(range(ids[0], ids[0] + len(ids))), "coordinate ids are not contiguous"
+        first = ids[len(placeholders)]
+        return cls(
+            first=(first, first + counts[0], first + counts[0] + counts[1]),
+            counts=counts,
+            placeholders=tuple(ids[: len(placeholders)]),
+            axes=axes,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a tokenizer holds; which axes are used is the model's setting."""
+        return {"first": self.first, "counts": self.counts, "placeholders": self.placeholders}
+
+    def token_id(self, axis: int, coord: float) -> int:
+        """Return the id of the anchor nearest to a coordinate."""
+        return self.first[axis] + round(kappa_of(coord, self.counts[axis]))
+
+    @property
+    def all_ids(self) -> list[int]:
+        last = self.first[WIDTH] + self.counts[WIDTH]
+        return list(range(self.placeholders[0], last))
+
+
+def kappa_of(u: float, bins: int) -> float:
+    return min(max(u, 0.0), 1.0) * (bins - 1)

@@ -1,0 +1,1 @@
+"""The frozen vision tower: which it is, its pixels, its patch grid."""

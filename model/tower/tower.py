@@ -1,0 +1,286 @@
+"""The frozen vision tower: load it, know exactly which it is, turn pixels into a patch grid.
+
+tower = Tower.load("google/siglip-so400m-patch14-384", layer=-2)
+patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 1152)
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    CLIPVisionModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    SiglipVisionModel,
+    logging,
+)
+
+from model.grid import pool
+from model.tower import qwen as qwen_tower
+from model.tower.pixels import Pixels
+
+MODELS = {
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "dinov2": Dinov2Model,
+    "dinov2_with_registers": Dinov2WithRegistersModel,
+    **qwen_tower.MODELS,
+}
+PREFIX_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 1}
+"""Tokens before the patches: CLS; DINOv2's registers come on top."""
+MIXES_FRAMES = ("vivit", "videomae", "timesformer", "vjepa2", "xclip", "internvideo", "video_llama")
+NAFLEX = ("siglip2", "siglip2_vision_model")
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+LARGEST_FLOAT16 = 65504.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Tower:
+    """A frozen tower on a device, with everything that its output depends on."""
+
+    name: str
+    """As the user gave it: a Hub name or a folder."""
+    model_type: str
+    digest: str
+    """blake2b of the vision configuration and weights, wherever they lie."""
+    layer: int
+    dtype: str
+    attention: str
+    pixels: Pixels
+    patch: int
+    """Pixels on a side of a patch."""
+    width: int
+    model: nn.Module
+    device: torch.device
+    frames_per_unit: int = 1
+    """Frames that the tower sees as one: 2 for Qwen's."""
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        layer: int = -2,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        attention: str = "sdpa",
+    ) -> "Tower":
+        """Load by Hub name or local folder; ValueError names what cannot serve and why."""
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise _not_loaded(name, error) from None
+        if any(kind in config.model_type for kind in MIXES_FRAMES):
+            raise ValueError(
+                f"tower {name}: {config.model_type} mixes frames, so the features of a frame would "
+                "hold later ones and the frame-causal loss would leak; use SigLIP, CLIP or DINOv2"
+            )
+        if config.model_type in NAFLEX:
+            raise ValueError(
+                f"tower {name}: {config.model_type} (NaFlex) pads the patches of every picture to one "
+                "length, and is not supported; use a SigLIP 2 of fixed resolution, whose model type "
+                "is siglip"
+            )
+        if config.model_type not in MODELS:
+            raise ValueError(
+                f"tower {name}: {config.model_type} is not supported (have {', '.join(MODELS)})"
+            )
+        pairs_frames = config.model_type in qwen_tower.MODELS
+        part = qwen_tower.part_of(config) if pairs_frames else {}
+        try:
+            processor = AutoImageProcessor.from_pretrained(name)
+            with _without_report():
+                model, found = MODELS[config.model_type].from_pretrained(
+                    name,
+                    dtype=torch.float32,
+                    attn_implementation=attention,
+                    output_loading_info=True,
+                    **part,
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise _not_loaded(name, error) from None
+        if found["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(
+                f"tower {name}: {len(found['missing_keys'])} of its weights are not there, such as "
+                f"{min(found['missing_keys'])}; download it again"
+            )
+        model.requires_grad_(False).eval()
+        vision = model.config
+        layers = vision.num_hidden_layers
+        if not -layers - 1 <= layer <= layers:
+            raise ValueError(
+                f"tower {name}: layer {layer} of {layers} layers; use -1 to {-layers - 1}"
+            )
+        pixels = Pixels.from_processor(processor)
+        wanted = vision.patch_size * vision.spatial_merge_size if pairs_frames else None
+        given = pixels.own_size.multiple if pixels.own_size else None
+        if given != wanted:
+            raise ValueError(
+                f"tower {name}: its image processor belongs to another tower: it makes sides that are "
+                f"multiples of {given}, expected {wanted}"
+            )
+        digest = tower_digest(vision, model)
+        try:
+            for weight in model.parameters():  # no buffers: rotary frequencies stay exact
+                weight.data = weight.data.to(DTYPES[dtype])
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+            raise ValueError(
+                f"device {device}: cannot hold the tower: {_first_line(error)}; try --device cpu"
+            ) from None
+        return cls(
+            name=name,
+            model_type=type(vision).model_type,
+            digest=digest,
+            layer=layer,
+            dtype=dtype,
+            attention=attention,
+            pixels=pixels,
+            patch=vision.patch_size,
+            width=qwen_tower.width(model) if pairs_frames else vision.hidden_size,
+            model=model,
+            device=torch.device(device),
+            frames_per_unit=vision.temporal_patch_size if pairs_frames else 1,
+        )
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Return the patch (rows, columns) of a frame that is displayed at this size."""
+        rows, cols = self.pixels.output_size(height, width)
+        return rows // self.patch, cols // self.patch
+
+    def encode(self, frames: np.ndarray, batch_frames: int = 16) -> Tensor:
+        """Return the patch grid of each unit: fp32 `(units, patch_rows, patch_cols, width)`.
+
+        frames: uint8 `(frames, height, width, 3)` at the tower's size. They pass in batches of one
+        fixed shape, the last one filled up, so that a unit's features do not depend on others. A
+        unit is a frame, or `frames_per_unit` of them, the last frame repeated where one is missing.
+        """
+        each, out = self.frames_per_unit, []
+        together = max(1, batch_frames // each) * each
+        for begin in range(0, len(frames), together):
+            batch = frames[begin : begin + together]
+            filled = np.zeros((together, *batch.shape[1:]), np.uint8)
+            filled[: len(batch)] = batch
+            units = -(-len(batch) // each)
+            filled[len(batch) : units * each] = batch[-1]
+            out.append(self._patches(self.normalise(filled))[:units])
+        return torch.cat(out)
+
+    def features(
+        self,
+        frames: np.ndarray,
+        strides: Sequence[int],
+        *,
+        pool_mode: str = "average",
+        dtype: str = "float16",
+        batch_frames: int = 16,
+        threads: int,
+    ) -> tuple[dict[int, np.ndarray], int]:
+        """Return what a bank stores of frames, and how many of its values underflowed to zero.
+
+        threads: of the CPU, while the tower runs: sums in another number of threads may round
+        otherwise, and a live clip is to have the features of a banked one.
+        frames: uint8 at the tower's size. Per stride: float16, or uint16 that holds bfloat16,
+        `(units, cell_rows, cell_cols, width)`. ValueError names the first frame and stride whose
+        values the type cannot hold.
+        """
+        others = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            patches = self.encode(frames, batch_frames)
+        finally:
+            torch.set_num_threads(others)
+        stored, underflowed = {}, 0
+        for stride in strides:
+            cells = pool(patches, stride, pool_mode)
+            most = math.inf if dtype == "bfloat16" else LARGEST_FLOAT16
+            _refuse_too_large(cells, stride, most, self.frames_per_unit)
+            if dtype == "bfloat16":
+                stored[stride] = cells.bfloat16().view(torch.uint16).cpu().numpy()
+                continue
+            half = cells.half()
+            underflowed += int(((half == 0) & (cells != 0)).sum())
+            stored[stride] = half.cpu().numpy()
+        return stored, underflowed
+
+    def normalise(self, frames: np.ndarray) -> Tensor:
+        """Rescale and normalise: uint8 `(frames, h, w, 3)` -> the tower's `(frames, 3, h, w)`."""
+        values = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2)
+        mean, std = (
+            torch.tensor(v, device=self.device) for v in (self.pixels.mean, self.pixels.std)
+        )
+        # transformers rescales in double and rounds once; in float the last bit would differ
+        levels = (torch.arange(256, dtype=torch.float64) * self.pixels.scale).float()
+        values = levels.to(self.device)[values.long()]
+        values = (values - mean[:, None, None]) / std[:, None, None]
+        return values.to(DTYPES[self.dtype])
+
+    @torch.inference_mode()
+    def _patches(self, pixels: Tensor) -> Tensor:
+        if self.frames_per_unit > 1:
+            return qwen_tower.encode(self.model, pixels, self.layer).float()
+        output = self.model(pixel_values=pixels, output_hidden_states=True)
+        hidden = output.hidden_states[self.layer]
+        prefix = PREFIX_TOKENS.get(self.model_type, 0)
+        prefix += getattr(self.model.config, "num_register_tokens", 0)
+        grid = [side // self.patch for side in pixels.shape[2:]]
+        return hidden[:, prefix:].unflatten(1, grid).float()  # frames, rows, cols, width
+
+
+def _refuse_too_large(cells: Tensor, stride: int, most: float, frames_per_unit: int) -> None:
+    for unit, largest in enumerate(cells.abs().amax(dim=(1, 2, 3)).tolist()):
+        where = f"frame {unit * frames_per_unit}, stride {stride}"
+        if not math.isfinite(largest):
+            raise ValueError(
+                f"{where}: the tower's output holds NaN or infinity; try --tower-dtype float32"
+            )
+        if largest > most:
+            raise ValueError(
+                f"{where}: |feature| up to {largest:.0f} does not fit float16; use --dtype bfloat16"
+            )
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from listing the weights of a text model: what is missing we see ourselves."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _not_loaded(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"tower {name}: cannot be loaded; name a folder with config.json, preprocessor_config.json "
+        f"and weights, or a model of the Hub: {_first_line(error)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def tower_digest(config: Any, model: nn.Module) -> str:
+    """Return blake2b over a vision tower's configuration and weights, in order of name."""
+    kept = {key: value for key, value in config.to_dict().items() if key not in VOLATILE}
+    total = hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, weight in sorted(model.state_dict().items()):
+        total.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        total.update(weight.detach().cpu().contiguous().numpy().data)
+    return total.hexdigest()

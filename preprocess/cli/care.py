@@ -1,0 +1,171 @@
+"""The commands that look after a bank: verify, repair, status, gc."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+BANK = click.argument("bank", type=click.Path(path_type=Path))
+
+
+@click.command()
+@BANK
+@click.option("--deep", is_flag=True, help="Read every byte and compare every checksum.")
+def verify(bank: Path, deep: bool) -> None:
+    """Find what in BANK is damaged, by file, clip and stream.
+
+    Without --deep: are all files there and of their size, do headers, descriptions, index,
+    catalogue and records agree. This finds what a broken copy, a deleted file or another tool did,
+    in seconds. With --deep every byte is read, at the speed of the disk: this finds a single
+    flipped bit. Nothing is changed; `preprocess repair BANK` puts right what is found.
+
+    Exit code 0: all is sound; 1: damage was found and is listed; 2: wrong usage.
+
+    \b
+    preprocess verify bank
+    preprocess verify bank --deep
+    """
+    from shards.care.garbage import rubbish
+    from shards.care.verify import verify as check
+    from shards.text import counted, printable
+    from shards.write.lock import writer_of
+
+    writer = writer_of(bank)
+    with bytes_bar(bank, "verify") as bar:
+        damages = check(bank, deep, bar.update)
+    if writer:
+        click.echo(f"note: `{writer['command']}` writes here; finished shards were checked")
+    elif not any(damage.file in ("plan.json", "bank.json") for damage in damages):
+        pieces = rubbish(bank)
+        if pieces:
+            click.echo(
+                f"note: {counted(len(pieces), 'leftover')}; `preprocess gc {bank} --dry-run` lists them"
+            )
+    for damage in damages:
+        click.echo(printable(str(damage)))
+    if not damages:
+        click.echo(f"{bank}: sound" + (", every byte" if deep else "; --deep reads every byte"))
+        return
+    keys = {(damage.file, damage.key) for damage in damages if damage.key}
+    files = {damage.file for damage in damages}
+    remedies = {damage.remedy for damage in damages}
+    click.echo(
+        f"{bank}: {counted(len(damages), 'damage')} in {counted(len(files), 'file')}, "
+        f"{counted(len(keys), 'clip')}; "
+        f"`preprocess repair {bank}` "
+        + ("encodes what must be encoded again" if "encode" in remedies else "needs no tower")
+    )
+    raise SystemExit(1)
+
+
+@click.command()
+@BANK
+@click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option(
+    "--video-root",
+    "video_roots",
+    multiple=True,
+    type=click.Path(),
+    help="Folder under which videos lie that are not where they were. Repeatable.",
+)
+def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, ...]) -> None:
+    """Put right what is damaged in BANK, and encode again only what must be.
+
+    BANK is verified, every byte. Whatever is there, wherever it was found, is copied as it is; a
+    clip is decoded and encoded again only if its bytes are gone. On the machine and libraries that
+    made the bank this gives the old bytes, which is checked. A video that is gone or was changed is
+    named, its sample stays damaged: `preprocess encode` banks the new video. Index, catalogue and
+    manifest are made from the shards, without a tower.
+
+    Exit code 0: all is repaired; 1: some damage remains and is listed; 2: wrong usage.
+
+    \b
+    preprocess repair bank
+    preprocess repair bank --tower ./tower --video-root /data/videos
+    """
+    from preprocess.cli.main import start_torch
+    from shards.care.inventory import read_books
+    from shards.text import counted, printable
+
+    read_books(bank)  # refuses what is no bank before torch is imported
+    device = start_torch(device)
+
+    from preprocess.encode.repair import repair as mend
+
+    with bytes_bar(bank, "verify") as bar:
+        done = mend(bank, tower, device, video_roots, bar.update)
+    for damage in done.damages:
+        click.echo(f"found: {printable(str(damage))}")
+    for note in done.notes:
+        click.echo(f"note: {printable(note)}")
+    click.echo(
+        f"{bank}: {counted(len(done.damages), 'damage')}, "
+        f"{counted(len(done.encoded), 'clip')} encoded again, "
+        f"{counted(len(done.files), 'file')} written"
+    )
+    for damage in done.remaining:
+        click.echo(f"remains: {printable(str(damage))}")
+    for key in done.lost:
+        click.echo(f"remains: {key}: is gone with its record; `preprocess encode` banks it again")
+    if done.remaining or done.lost:
+        raise SystemExit(1)
+
+
+@click.command()
+@BANK
+def status(bank: Path) -> None:
+    """Tell how far BANK is: units, clips, rate, who writes it, what failed.
+
+    May be asked at any time from another terminal, also while BANK is being written: nothing is
+    locked and nothing is changed.
+
+    \b
+    preprocess status bank
+    watch -n 10 preprocess status bank
+    """
+    from shards.care.status import status as look
+    from shards.care.status import table
+
+    click.echo(table(look(bank)))
+
+
+@click.command()
+@BANK
+@click.option("--dry-run", is_flag=True, help="List what would be removed, and remove nothing.")
+def gc(bank: Path, dry_run: bool) -> None:
+    """Remove from BANK what nothing refers to.
+
+    That is what killed writers left: journals of finished shards, temporary files, shards that no
+    unit of the plan makes. Nothing that BANK/bank.json lists, or a run that goes on needs, is
+    touched. Shards of which every clip was superseded or pruned are told of and stay.
+
+    \b
+    preprocess gc bank --dry-run
+    preprocess gc bank
+    """
+    from shards.care.garbage import collect, dead_shards, rubbish
+    from shards.care.inventory import read_books
+    from shards.text import in_bytes, printable
+    from shards.write.lock import writer_of
+
+    books = read_books(bank)
+    writer = writer_of(bank)
+    if dry_run and writer:
+        click.echo(f"note: `{writer['command']}` writes here; some of these may be its own")
+    pieces = rubbish(bank) if dry_run else collect(bank)
+    for piece in pieces:
+        name = printable(str(piece.path.relative_to(bank)))
+        click.echo(f"{in_bytes(piece.nbytes):>10}  {name}: {piece.why}")
+    total = in_bytes(sum(piece.nbytes for piece in pieces))
+    click.echo(f"{total:>10}  {'can be removed' if dry_run else 'removed'}, {len(pieces)} in all")
+    for name in dead_shards(books):
+        click.echo(
+            f"note: shards/{name} holds no clip that is served; bank.json lists it, it stays"
+        )
+
+
+def bytes_bar(bank: Path, what: str) -> "tqdm[Any]":
+    total = sum(path.stat().st_size for path in bank.glob("shards/*.tar"))
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=None)

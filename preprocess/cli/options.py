@@ -1,0 +1,169 @@
+"""The flags that several commands share, and what they mean. Light: nothing heavy is imported."""
+
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from shards.format.features import CODECS, DTYPES, POOL_MODES, Sampling, check_strides
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+ALLOW_TRUNCATED = "Bank what comes of truncated or damaged videos; their flags say so."
+
+
+class Strides(click.ParamType):
+    """`4,8` -> (4, 8)."""
+
+    name = "stride,stride"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            strides = tuple(int(word) for word in value.split(","))
+            check_strides(strides)
+        except ValueError:
+            self.fail(
+                f"strictly increasing positive integers such as 4,8 are needed, got {value!r}",
+                param,
+                ctx,
+            )
+        return strides
+
+
+def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return what adds options to a command, in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."
+)
+HOW = _all(
+    click.option(
+        "--batch-frames",
+        type=click.IntRange(min=1),
+        help="Frames that pass through the tower together.  [default: as at first, 16]",
+    ),
+    click.option(
+        "--tower-threads",
+        type=click.IntRange(min=1),
+        help="CPU threads of the tower.  [default: as at first, 2]",
+    ),
+    DEVICE,
+    click.option(
+        "--decoder",
+        type=click.Choice(["auto", "decord", "pyav"]),
+        default="auto",
+        show_default=True,
+        help="auto lets a scan of each file's packets choose.",
+    ),
+    click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED),
+)
+VIDEO_ROOTS = click.option(
+    "--video-root",
+    "video_roots",
+    multiple=True,
+    type=click.Path(),
+    help="Folder that annotation files' videos lie under. Repeatable.",
+)
+PLANNED = _all(
+    click.argument("inputs", nargs=-1, required=True, type=click.Path()),
+    click.option(
+        "--out", required=True, type=click.Path(path_type=Path), help="The bank's folder."
+    ),
+    click.option(
+        "--tower", required=True, help="Hub name or folder of a SigLIP, CLIP or DINOv2 tower."
+    ),
+    click.option(
+        "--stride",
+        "strides",
+        type=Strides(),
+        default="4,8",
+        show_default=True,
+        help="Patches per cell side, each banked for every frame: finest slow, coarsest fast.",
+    ),
+    click.option("--frames", type=click.IntRange(min=1), help="Frames of each clip, uniformly."),
+    click.option("--fps", help="Frames per second of each clip, such as 1 or 0.5.  [default: 1]"),
+    click.option(
+        "--max-frames",
+        type=click.IntRange(min=1),
+        help="With --fps: sample longer clips uniformly with this many.  [default: 64]",
+    ),
+    VIDEO_ROOTS,
+    click.option(
+        "--allow-outside",
+        is_flag=True,
+        help="Annotation files may name videos by absolute paths, or by `..`.",
+    ),
+    click.option("--layer", default=-2, show_default=True, help="Hidden layer of the tower."),
+    click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="float16",
+        show_default=True,
+        help="Of the stored features.",
+    ),
+    click.option(
+        "--codec",
+        type=click.Choice(CODECS),
+        default="none",
+        show_default=True,
+        help="none: as they are; blosc: compressed; int8: a byte a value, nearly the same.",
+    ),
+    click.option(
+        "--tower-dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Of the tower's arithmetic; auto is bfloat16 on CUDA, float32 elsewhere.",
+    ),
+    HOW,
+    click.option(
+        "--folder-fps",
+        "picture_fps",
+        default="2",
+        show_default=True,
+        help="Pictures per second of folders of frames.",
+    ),
+    click.option(
+        "--shard-size",
+        type=click.IntRange(min=1),
+        default=512,
+        show_default=True,
+        help="MB of a shard, at most.",
+    ),
+    click.option(
+        "--verify-inputs",
+        type=click.Choice(["quick", "full"]),
+        default="quick",
+        show_default=True,
+        help="Know a changed video by its size, head and tail, or by all its bytes.",
+    ),
+    click.option("--prune", is_flag=True, help="Drop clips whose videos are gone from the bank."),
+)
+
+
+def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -> Sampling:
+    """Return the sampling that the flags mean."""
+    if frames is not None and (fps is not None or max_frames is not None):
+        raise ValueError("--frames N stands alone; leave out --fps and --max-frames")
+    if frames is not None:
+        return Sampling(num_frames=frames)
+    sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64)
+    return Sampling(fps=str(Fraction(sampling.fps or "1")), max_frames=sampling.max_frames)
+
+
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that were given."""
+    return {name: value for name, value in flags.items() if value is not None}

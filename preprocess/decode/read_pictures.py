@@ -1,0 +1,148 @@
+"""Pictures as clips: a folder of frames, an animated WebP or PNG, a still picture.
+
+    scan = scan_pictures(Path("frames/clip-1"), fps="2")
+    frames = read_pictures(scan, [0, 5, 9], shape)
+
+The frames of a folder are its picture files in natural order of name (frame2 before frame10),
+shown at a rate that the caller gives. An animation keeps the duration of each of its frames. A
+still picture is a clip of no duration. Colours are those of Pillow's `convert("RGB")`, as image
+datasets are read everywhere; a picture is turned as its EXIF orientation says.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from preprocess.decode.canvas import Canvas
+from preprocess.decode.scan import Scan, VideoError
+
+PICTURE_FPS = "2"
+"""Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
+PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"))
+PICTURES = "pictures"
+"""Stands for the codec in the scan of pictures."""
+NO_DURATION = 100  # ms that browsers show a frame which gives none
+UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+)
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a source is a folder or a picture file, as its name says."""
+    return path.suffix.lower() in PICTURE_SUFFIXES or path.is_dir()
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Return the picture files of a folder in natural order of name, hidden ones left out."""
+    files = [
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
+    ]
+    return sorted(files, key=_natural)
+
+
+def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
+    """Return what there is to see in a folder of pictures or in a picture file."""
+    if path.is_dir():
+        files = picture_files(path)
+        if not files:
+            raise VideoError("no-pictures", f"{path}: a folder without pictures; remove it")
+        first = files[0]
+        ends = list(range(1, len(files) + 1))
+        tick, kind = 1 / Fraction(fps), "folder"
+    else:
+        if not path.is_file():
+            raise VideoError("cannot-open", f"{path}: no such file; check the path")
+        first = path
+        ends = _animation_ends(path)
+        tick, kind = Fraction(1, 1000), "animation" if len(ends) > 1 else "still"
+    starts = [0, *ends[:-1]]
+    (picture,) = _frames(first, [0])
+    height, width, _ = picture.shape
+    return Scan(
+        path=path,
+        container=kind,
+        stream=0,
+        codec=PICTURES,
+        width=width,
+        height=height,
+        rotation=0,
+        time_base=tick,
+        pts=tuple(starts),
+        key_pts=tuple(starts),
+        last_duration=ends[-1] - starts[-1],
+        packets=len(ends),
+        promised_frames=len(ends),
+        flags=(kind,),
+    )
+
+
+def read_pictures(scan: Scan, index: Sequence[int], canvas: Canvas) -> np.ndarray:
+    """Return uint8 `(frames, height, width, 3)` of the frames `index`, rising."""
+    if not scan.path.is_dir():
+        return canvas.gather([canvas.shape(frame) for frame in _frames(scan.path, index)])
+    files = picture_files(scan.path)
+    pictures = []
+    for path in [files[place] for place in index]:
+        (picture,) = _frames(path, [0])
+        if picture.shape[:2] != scan.display_size:
+            raise VideoError(
+                "mixed-sizes",
+                f"{path}: {picture.shape[0]}x{picture.shape[1]} pixels, the folder's first picture "
+                f"has {scan.height}x{scan.width}; bring them to one size or into two folders",
+            )
+        pictures.append(canvas.shape(picture))
+    return canvas.gather(pictures)
+
+
+def _natural(file: Path) -> tuple[list[tuple[int, int | str]], str]:
+    """Order numbers by value: frame2.jpg before frame10.jpg."""
+    words = re.split(r"([0-9]+)", file.name)
+    return [(0, int(word)) if word.isdecimal() else (1, word) for word in words if word], file.name
+
+
+def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yield frames of a picture file: uint8 `(height, width, 3)`."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels are of mode {image.mode}, not 8 bits a colour")
+            for frame in index:
+                image.seek(frame)
+                yield np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def _animation_ends(path: Path) -> list[int]:
+    """Return the ms at which each frame stops being shown; [0] for a still picture."""
+    try:
+        with Image.open(path) as image:
+            count = getattr(image, "n_frames", 1)
+            if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
+                return [0]
+            ends, end = [], Fraction(0)
+            for frame in range(count):
+                image.seek(frame)
+                image.load()  # WebP tells the duration then
+                end += Fraction(image.info.get("duration") or NO_DURATION)
+                ends.append(round(end))
+            return ends
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> VideoError:
+    empty = path.is_file() and not path.stat().st_size
+    what = "empty" if empty else f"not a readable picture ({' '.join(str(error).split())})"
+    return VideoError("cannot-open", f"{path}: {what}; fetch it again or remove it")

@@ -1,0 +1,1 @@
+"""Clips -> shards: plan, tower, pooling, workers, repair."""

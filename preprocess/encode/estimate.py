@@ -1,0 +1,149 @@
+"""What a plan will cost: clips, frames, bytes, shards, and hours measured on a few of its clips."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.tower.tower import Tower
+from preprocess.decode.child import DecodeChild
+from preprocess.decode.source import SourceReader
+from preprocess.encode.features import EncodeOptions, encode_frames, frame_bytes
+from preprocess.sources.changes import Changes
+from shards.format.commits import committed
+from shards.format.plan import ClipSource, Plan
+from shards.format.quarantine import read_entries
+from shards.text import counted, in_bytes
+
+TRIED = 3
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class Hours:
+    """How long one process will take, as measured here: rough."""
+
+    decode: float
+    tower: float
+    clips: int
+    """That were tried."""
+
+
+def forecast(
+    bank: Path, changes: Changes, tower: Tower, options: EncodeOptions, *, hours: bool
+) -> list[str]:
+    """Return the lines that `preprocess plan` prints. hours: encode a few clips to measure."""
+    plan, failed = changes.plan, read_entries(bank)
+    served = plan.served()
+    clips = [clip for clip in plan.clips if clip.key in served]
+    todo = [clip for clip in _todo(bank, plan) if clip.id not in failed]
+    frames = sum(clip.frames or 0 for clip in clips)
+    done = sum(committed(bank, unit) for unit in range(len(plan.units)))
+    lines = [
+        f"{bank}: {counted(len(clips), 'clip')}, {counted(frames, 'frame')} in "
+        f"{counted(len(plan.units), 'shard')}" + (f", {done} of them finished" if done else ""),
+        "  "
+        + "; ".join(
+            f"stride {stride}: {in_bytes(frames * nbytes)}"
+            for stride, nbytes in frame_bytes(tower, options).items()
+        )
+        + (" before compression" if options.codec == "blosc" else ""),
+        f"  new: {len(changes.new)} clips; changed: {len(changes.changed)}; "
+        f"gone: {len(changes.removed)}; pruned: {len(plan.pruned)}",
+        *gone(changes),
+    ]
+    closed = [clip.id for clip in clips if clip.frames == 0]
+    if closed:
+        lines.append(f"  cannot be opened: {named(closed)}")
+    if not todo:
+        return [*lines, "  nothing is left to encode"]
+    left = sum(clip.frames or 0 for clip in todo)
+    lines.append(f"  to encode: {len(todo)} clips, {left} frames")
+    if hours:
+        lines.append(f"  {_told(measure(bank, todo, tower, options))}")
+    return lines
+
+
+def gone(changes: Changes) -> list[str]:
+    """Return a line about the clips whose sources are gone, if there are any."""
+    if not changes.removed:
+        return []
+    pruned = changes.removed[0].key in changes.plan.pruned
+    fate = "are not served any more" if pruned else "stay in the bank; --prune drops them"
+    return [
+        f"  the sources of {named([clip.id for clip in changes.removed])} are gone; they {fate}"
+    ]
+
+
+def named(ids: Sequence[str]) -> str:
+    """Return how many clips, and the first ones' names."""
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return f"{counted(len(ids), 'clip')} ({', '.join(ids[:NAMED])}{more})"
+
+
+def _todo(bank: Path, plan: Plan) -> list[ClipSource]:
+    work = enumerate(plan.work())
+    return [clip for unit, clips in work if not committed(bank, unit) for clip in clips]
+
+
+def measure(
+    bank: Path, todo: Sequence[ClipSource], tower: Tower, options: EncodeOptions
+) -> Hours | None:
+    """Return the hours of one process, from a few clips of ordinary sizes; None if none decodes."""
+    good = sorted(
+        (clip for clip in todo if clip.frames), key=lambda clip: (clip.size or 0, clip.key)
+    )
+    chosen = [good[len(good) * (2 * k + 1) // (2 * TRIED)] for k in range(TRIED)] if good else []
+    decode = encode = 0.0
+    nbytes = frames = clips = 0
+    with SourceReader(DecodeChild(), bank) as reader:
+        for clip in dict.fromkeys(chosen):
+            outcome = reader.read(clip, options.sampling, tower.pixels, decoder=options.decoder)
+            if outcome.clip is None:
+                continue
+            if not clips:
+                _encode(tower, outcome.clip.frames, options)  # the first time loads kernels
+                began = time.monotonic()
+                reader.read(clip, options.sampling, tower.pixels, decoder=options.decoder)
+                decode += time.monotonic() - began
+            else:
+                decode += outcome.seconds
+            began = time.monotonic()
+            _encode(tower, outcome.clip.frames, options)
+            encode += time.monotonic() - began
+            nbytes += outcome.size
+            frames += len(outcome.clip.frames)
+            clips += 1
+    if not clips:
+        return None
+    all_bytes = sum(clip.size or 0 for clip in todo)
+    all_frames = sum(clip.frames or 0 for clip in todo)
+    return Hours(
+        decode=decode / max(1, nbytes) * all_bytes / 3600,
+        tower=encode / frames * all_frames / 3600,
+        clips=clips,
+    )
+
+
+def _encode(tower: Tower, frames: np.ndarray, options: EncodeOptions) -> None:
+    with suppress(ValueError):  # a value that the type cannot hold takes as long
+        encode_frames(tower, frames, options)
+
+
+def _told(hours: Hours | None) -> str:
+    if hours is None:
+        return "how long it takes is not known: no clip that was tried can be decoded"
+    least, most = max(hours.decode, hours.tower), hours.decode + hours.tower
+    return (
+        f"roughly {_span(least)} to {_span(most)} for one process here (decoding "
+        f"{_span(hours.decode)}, tower {_span(hours.tower)}; measured on {hours.clips} clips)"
+    )
+
+
+def _span(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{hours * 60:.0f} minutes" if hours >= 1 / 60 else f"{hours * 3600:.1f} seconds"

@@ -1,0 +1,117 @@
+"""`preprocess retry`: encode the clips of a bank's quarantine again, into new shards.
+
+    summary = retry(Path("bank"), tower=None, device="cuda")
+
+What is banked stays where it is. A clip that succeeds leaves the quarantine, one that fails again
+stays there with one attempt more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from preprocess.decode.archive import archive_members
+from preprocess.encode.features import (
+    EncodeOptions,
+    feature_config,
+    load_tower,
+    plan_codec,
+    predicted_bytes,
+)
+from preprocess.encode.run import calibrated
+from preprocess.encode.unit import Encoder, Summary
+from preprocess.sources.find import CLIP_SUFFIXES, clips_under
+from preprocess.sources.probe import probe
+from shards.format.commits import committed, refuse_missing_shards
+from shards.format.plan import (
+    ClipSource,
+    Plan,
+    cut_units,
+    read_plan,
+    refuse_other_features,
+    write_plan,
+)
+from shards.format.quarantine import read_entries
+from shards.write.finish import finish
+from shards.write.lock import BankLock
+
+
+def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how: Any) -> Summary:
+    """Encode the failed clips again; `how` are the `EncodeOptions` that are no part of the plan.
+
+    tower: where it lies now, if not where it lay at first; another tower is refused. roots: where
+    videos may lie now whose paths are gone.
+    """
+    if not (bank / "plan.json").exists():
+        raise ValueError(
+            f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`"
+        )
+    with BankLock(bank, "preprocess retry"):
+        return _retry(bank, tower, roots, how)
+
+
+def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, Any]) -> Summary:
+    plan, failed = read_plan(bank), read_entries(bank)
+    assert plan
+    plan = without_cut_off_retry(bank, plan, set(failed))
+    refuse_missing_shards(bank, plan)
+    if not all(committed(bank, unit) for unit in range(len(plan.units))):
+        raise ValueError(f"{bank}: its run is not over; finish `preprocess encode` before a retry")
+    sources = [clip for clip in plan.clips if clip.id in failed and clip.key not in plan.pruned]
+    if not sources:
+        return Summary()
+    features = plan.features
+    how = {"batch_frames": plan.how.batch_frames, "tower_threads": plan.how.tower_threads} | how
+    options = EncodeOptions(
+        tower=tower or plan.how.tower,
+        strides=features.strides,
+        sampling=features.sampling,
+        layer=features.layer,
+        pool=features.pool,
+        dtype=features.dtype,
+        codec=features.codec,
+        tower_dtype=features.tower_dtype,
+        **how,
+    )
+    loaded = load_tower(options)
+    refuse_other_features(bank, feature_config(loaded, options), features)
+    sources = probe(relocated(clips_under(sources, roots)), {}, features.sampling)
+    plan = calibrated(bank, plan, loaded, options)
+    with Encoder(bank, features, loaded, options, plan_codec(plan)) as encoder:
+        encoder.attempts = {id_: int(entry.get("attempts", 1)) for id_, entry in failed.items()}
+        encoder.bar.total = len(sources)
+        for clips in cut_units(sources, options.shard_bytes, predicted_bytes(loaded, options)):
+            longer = replace(plan, units=[*plan.units, clips])
+            write_plan(bank, longer)
+            if encoder.encode_unit(len(plan.units), clips, keep_empty=False):
+                plan = longer
+        write_plan(bank, plan)
+        finish(bank, plan, loaded)
+    return encoder.summary
+
+
+def without_cut_off_retry(bank: Path, plan: Plan, failed: set[str]) -> Plan:
+    """Return the plan without the unit that a killed retry left: all its clips have failed before."""
+    units = list(plan.units)
+    while units and not committed(bank, len(units) - 1) and {c.id for c in units[-1]} <= failed:
+        units.pop()
+    return replace(plan, units=units)
+
+
+def relocated(sources: Sequence[ClipSource]) -> list[ClipSource]:
+    """Return the clips with the places that members have in their archives now."""
+    archives = {source.path for source in sources if source.offset is not None}
+    members = {
+        (path, member.name): member
+        for path in archives
+        if Path(path).is_file()
+        for member in archive_members(Path(path), CLIP_SUFFIXES)
+    }
+    found = []
+    for source in sources:
+        member = members.get((source.path, source.relative))
+        found.append(
+            replace(source, offset=member.offset, nbytes=member.nbytes) if member else source
+        )
+    return found

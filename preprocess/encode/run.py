@@ -1,0 +1,179 @@
+"""The story of `preprocess encode`: plan -> decode -> tower -> pool -> write.
+
+    encode(["videos/"], Path("bank"), EncodeOptions(tower="google/siglip-so400m-patch14-384",
+           strides=(4, 8), sampling=Sampling(fps="1", max_frames=64)))
+
+Finished shards are skipped on a rerun; other features in the same folder are refused; a clip that
+fails is named in `quarantine.jsonl` and never stops the run. `bank.json` is written last.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from model.tower.tower import Tower
+from preprocess.decode.child import DecodeChild
+from preprocess.decode.source import SourceReader
+from preprocess.encode.calibrate import calibrate
+from preprocess.encode.features import (
+    EncodeOptions,
+    feature_config,
+    load_tower,
+    plan_codec,
+    predicted_bytes,
+)
+from preprocess.encode.unit import Summary, disk_errors
+from preprocess.encode.workers import Work, encode_in_processes, encode_work
+from preprocess.sources.changes import Changes, compare
+from preprocess.sources.find import find_clips
+from preprocess.sources.probe import probe
+from shards.format.commits import committed, read_commits, refuse_missing_shards
+from shards.format.plan import ClipSource, How, Plan, read_plan, refuse_other_features, write_plan
+from shards.format.quarantine import read_entries, settle
+from shards.write.finish import finish
+from shards.write.lock import BankLock
+
+
+def encode(
+    inputs: Sequence[str],
+    out: Path,
+    options: EncodeOptions,
+    *,
+    procs: int = 1,
+    full: bool = False,
+    prune: bool = False,
+) -> Summary:
+    """Bank the features of every clip of the inputs; returns what was done and what failed.
+
+    procs: processes, each with a tower and a decoder of its own. full: hash whole sources, not only
+    their heads and tails. prune: serve no longer the clips whose sources are gone.
+    """
+    clips = find_clips(
+        inputs,
+        options.video_roots,
+        options.picture_fps,
+        allow_outside=options.allow_outside,
+    )
+    return encode_clips(clips, out, options, procs=procs, full=full, prune=prune)[0]
+
+
+def encode_clips(
+    clips: Sequence[ClipSource],
+    out: Path,
+    options: EncodeOptions,
+    *,
+    procs: int = 1,
+    full: bool = False,
+    prune: bool = False,
+) -> tuple[Summary, Changes]:
+    """Do what `encode` does for clips that were found already; returns the changes, too."""
+    tower = load_tower(options)
+    predicted_bytes(tower, options)  # refuses what the tower cannot do before there is a folder
+    with disk_errors(out), BankLock(out, "preprocess encode"):
+        changes = make_plan(out, clips, tower, options, full=full, prune=prune)
+        return execute(out, changes.plan, clips, tower, options, procs), changes
+
+
+def plan_clips(
+    clips: Sequence[ClipSource],
+    out: Path,
+    options: EncodeOptions,
+    *,
+    full: bool = False,
+    prune: bool = False,
+) -> tuple[Tower, Changes]:
+    """Write the plan that `encode_clips` would execute, and encode nothing."""
+    tower = load_tower(options)
+    predicted_bytes(tower, options)
+    with disk_errors(out), BankLock(out, "preprocess plan"):
+        return tower, make_plan(out, clips, tower, options, full=full, prune=prune)
+
+
+def make_plan(
+    out: Path,
+    clips: Sequence[ClipSource],
+    tower: Tower,
+    options: EncodeOptions,
+    *,
+    full: bool = False,
+    prune: bool = False,
+) -> Changes:
+    """Return what the clips are to the bank, with its plan, written before any decoding."""
+    features = feature_config(tower, options)
+    known = read_plan(out)
+    if known is not None:
+        refuse_other_features(out, features, known.features)
+        refuse_missing_shards(out, known)
+    how = How(options.batch_frames, options.tower_threads, tower.name)
+    plan = known or Plan(features, [], how)
+    planned = {clip.key: clip for clip in plan.clips}
+    probed = probe(clips, planned, features.sampling, full=full)
+    changes = compare(out, plan, probed, lost_keys(out, plan))
+    clip_bytes = predicted_bytes(tower, options)
+    plan = changes.plan.extended(changes.todo, options.shard_bytes, clip_bytes)
+    if prune:
+        plan = replace(plan, pruned=plan.pruned | {clip.key for clip in changes.removed})
+    with disk_errors(out):
+        settle(out, {clip.key for clip in changes.changed})  # they are to be tried again
+        if plan != known:
+            write_plan(out, plan)
+    return replace(changes, plan=plan)
+
+
+def execute(
+    out: Path,
+    plan: Plan,
+    clips: Sequence[ClipSource],
+    tower: Tower,
+    options: EncodeOptions,
+    procs: int = 1,
+) -> Summary:
+    """Encode what is left of a plan. clips: of this run, whose old failures are told again."""
+    plan = calibrated(out, plan, tower, options)
+    quarantined = read_entries(out)
+    left = [(n, work) for n, work in enumerate(plan.work()) if not committed(out, n)]
+    undone = {clip.id for _, unit in left for clip in unit}
+    good = [(n, [clip for clip in unit if clip.id not in quarantined]) for n, unit in left]
+    work = Work(out, plan.features, plan_codec(plan), good)
+    if min(procs, len(good)) > 1:
+        tower.model.to("cpu")  # the workers need the room
+        summary = encode_in_processes(work, options, min(procs, len(good)))
+    else:
+        summary = encode_work(work, tower, options)
+    asked = {clip.id for clip in clips}
+    earlier = [entry for id_, entry in quarantined.items() if id_ in asked]
+    summary.failures = earlier + summary.failures
+    served = plan.served()
+    there = {clip.id for clip in plan.clips if clip.key in served}
+    summary.skipped = len(there - undone - set(quarantined))
+    with disk_errors(out):
+        finish(out, plan, tower)
+    return summary
+
+
+def calibrated(out: Path, plan: Plan, tower: Tower, options: EncodeOptions) -> Plan:
+    """Return the plan with what its codec needs to know, measured once and kept there."""
+    if plan.quality is not None or not plan.units:
+        return plan
+    with SourceReader(DecodeChild(), out) as reader:
+        found = calibrate(plan.clips, tower, options, reader)
+    scales = {str(stride): scale.tolist() for stride, scale in found.channel_scale.items()}
+    quality = {str(stride): facts for stride, facts in found.quality.items()}
+    plan = replace(plan, calibration=scales or None, quality=quality)
+    write_plan(out, plan)
+    return plan
+
+
+def lost_keys(bank: Path, plan: Plan) -> set[str]:
+    """Return the clips that a finished unit should hold or have put into quarantine, and did not.
+
+    It had been pruned then, or its line was taken out of the quarantine since.
+    """
+    commits = {commit["unit"]: commit for commit in read_commits(bank, plan)}
+    banked = {unit: {s["key"] for s in commit["samples"]} for unit, commit in commits.items()}
+    failed = {entry.get("key") for entry in read_entries(bank).values()}
+    return {
+        key
+        for key, unit in plan.counts.items()
+        if unit in banked and key not in banked[unit] and key not in failed
+    }

@@ -1,0 +1,239 @@
+"""One unit of clips -> one shard: decode, tower, pool, write; what fails goes into the quarantine.
+
+with Encoder(out, features, tower, options, codec) as encoder:
+    encoder.encode_unit(0, plan.units[0])
+"""
+
+import errno
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from model.tower.tower import Tower
+from preprocess.decode.child import DecodeChild
+from preprocess.decode.read_decord import decord_trouble
+from preprocess.decode.scan import VideoError
+from preprocess.decode.source import Outcome, SourceReader
+from preprocess.encode.features import EncodeOptions, describe, encode_frames, provenance
+from shards.format.codec import Codec
+from shards.format.commits import (
+    journal_path,
+    part_path,
+    shard_path,
+)
+from shards.format.features import FeatureConfig
+from shards.format.plan import ClipSource
+from shards.format.quarantine import append_entry
+from shards.signed import Json
+from shards.write.shard import ShardWriter
+
+PLAIN = Codec()
+
+
+def progress_bar(total: int | None = None) -> "tqdm[Any]":
+    return tqdm(
+        total=total,
+        unit="clip",
+        desc="encode",
+        mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants few lines
+    )
+
+
+@dataclass
+class Summary:
+    """What a run did."""
+
+    clips: int = 0
+    frames: int = 0
+    nbytes: int = 0
+    skipped: int = 0
+    """Clips that were in the bank already."""
+    seconds: float = 0.0
+    failures: list[Json] = field(default_factory=list)
+
+
+class Encoder:
+    """What encodes the units of one bank: a decode child, the tower, the books."""
+
+    def __init__(
+        self,
+        out: Path,
+        features: FeatureConfig,
+        tower: Tower,
+        options: EncodeOptions,
+        codec: Codec = PLAIN,
+        bar: "tqdm[Any] | None" = None,
+    ) -> None:
+        assert (codec.name, codec.dtype) == (features.codec, features.dtype)
+        trouble = decord_trouble()
+        if trouble and options.decoder == "decord":
+            raise ValueError(f"--decoder decord: {trouble}; leave it to auto")
+        self.out, self.features, self.tower, self.options = out, features, tower, options
+        self.codec = codec
+        self.summary = Summary()
+        self.attempts: dict[str, int] = {}
+        """Of earlier runs, by clip id."""
+        self._folders: set[Path] = set()
+        """That held clips of this run, and those above them."""
+        self._reader = SourceReader(DecodeChild(), out)
+        self._began = time.monotonic()
+        self.bar = progress_bar() if bar is None else bar
+        if trouble:
+            self.bar.write(f"note: {trouble}; PyAV reads every video", file=sys.stderr)
+        _drop_stale_journals(out / "shards")
+
+    def __enter__(self) -> "Encoder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.summary.seconds = time.monotonic() - self._began
+        self.bar.close()
+        self._reader.__exit__(kind, error, at)
+
+    def encode_unit(
+        self, unit: int, sources: Sequence[ClipSource], *, keep_empty: bool = True
+    ) -> int:
+        """Make one shard, and return how many clips it holds; none at all may make no shard.
+
+        Decoding runs a clip ahead of the tower, in another process. Clips that an earlier run had
+        written are not encoded again. Raises OSError, of one line, where the disk fails.
+        """
+        with disk_errors(self.out), self._writer(unit, sources) as writer:
+            todo = [source for source in sources if source.key not in writer.keys]
+            self._see_folders(todo)
+            self.bar.update(len(sources) - len(todo))
+            for source, future in ahead(todo, self._read):
+                outcome = future.result()
+                if outcome.error:
+                    self._refuse_gone_folder(Path(source.path))
+                self._bank(source, outcome, writer)
+                self.bar.update(1)
+                rate = self.summary.frames / max(self.bar.format_dict["elapsed"], 1e-9)
+                self.bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
+            if not writer.entries and not keep_empty:
+                writer.abandon()
+                return 0
+            self.summary.nbytes += writer.nbytes
+            writer.commit(
+                underflowed=sum(entry["note"]["underflowed"] for entry in writer.entries),
+                provenance=provenance(self.tower, self.options),
+            )
+            return len(writer.entries)
+
+    def _writer(self, unit: int, sources: Sequence[ClipSource]) -> ShardWriter:
+        path = shard_path(self.out, unit)
+        writer = ShardWriter(path, unit, self.features.fingerprint, self.codec)
+        if writer.keys <= {source.key for source in sources}:
+            return writer
+        writer.abandon()  # left from when this unit was planned of other clips
+        return ShardWriter(path, unit, self.features.fingerprint, self.codec)
+
+    def _see_folders(self, sources: Sequence[ClipSource]) -> None:
+        for folder in {Path(source.path).parent for source in sources} - self._folders:
+            if not _is_gone(folder):
+                self._folders |= {folder, *folder.parents}
+
+    def _refuse_gone_folder(self, path: Path) -> None:
+        """Raise FileNotFoundError if a folder above is gone since: no clip is to blame for that."""
+        for folder in self._folders.intersection(path.parents):
+            if _is_gone(folder):
+                raise FileNotFoundError(errno.ENOENT, "the videos here have vanished", str(folder))
+
+    def _read(self, source: ClipSource) -> Outcome:
+        return self._reader.read(
+            source,
+            self.options.sampling,
+            self.tower.pixels,
+            decoder=self.options.decoder,
+            allow_truncated=self.options.allow_truncated,
+        )
+
+    def _bank(self, source: ClipSource, outcome: Outcome, writer: ShardWriter) -> None:
+        """Write a clip's features, or put it into quarantine."""
+        if outcome.clip is None:
+            assert outcome.error
+            self._quarantine(source, outcome, outcome.error)
+            return
+        try:
+            arrays, underflowed = encode_frames(self.tower, outcome.clip.frames, self.options)
+        except ValueError as error:
+            self._quarantine(source, outcome, ValueError(f"{source.where}: {error}"))
+            return
+        meta = describe(source, outcome, outcome.clip, self.tower, arrays)
+        writer.write(source.key, meta, arrays, {"underflowed": underflowed})
+        self.summary.clips += 1
+        self.summary.frames += len(outcome.clip.frames)
+
+    def _quarantine(self, source: ClipSource, outcome: Outcome, error: ValueError) -> None:
+        """Append a clip that failed to `quarantine.jsonl`, with the reason."""
+        entry: Json = {
+            "id": source.id,
+            "key": source.key,
+            "path": source.path,
+            "stage": "decode" if isinstance(error, VideoError) else "tower",
+            "reason": error.reason if isinstance(error, VideoError) else "not-representable",
+            "message": str(error),
+            "attempts": self.attempts.get(source.id, 0) + outcome.attempts,
+            "seconds": round(outcome.seconds, 3),
+        }
+        self.summary.failures.append(entry)
+        append_entry(self.out, entry)
+
+
+@contextmanager
+def disk_errors(bank: Path) -> Iterator[None]:
+    """Turn an OSError into one that says where, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # says so already
+            raise
+        raise OSError(
+            f"{error.filename or bank}: {error.strerror or error}; what is committed is intact, "
+            "free space or mend the disk and run the same command again"
+        ) from None
+
+
+def _is_gone(folder: Path) -> bool:
+    """Tell whether there is no such folder, or nothing in it, as where a mount has vanished."""
+    return not folder.is_dir() or not any(folder.iterdir())
+
+
+def _drop_stale_journals(shards: Path) -> None:
+    """Remove what a writer left that was killed between its commit and its last step."""
+    for done in shards.glob("*.done"):
+        shard = done.with_suffix(".tar")
+        if not part_path(shard).exists():
+            journal_path(shard).unlink(missing_ok=True)
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(
+    items: Sequence[Item], work: Callable[[Item], Result], depth: int = 2
+) -> Iterator[tuple[Item, "Future[Result]"]]:
+    """Yield (item, its finished work), with up to `depth` items being worked on meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as pool_:
+        waiting = iter(items)
+        running = [(item, pool_.submit(work, item)) for item in islice(waiting, depth)]
+        while running:
+            item, future = running.pop(0)
+            future.exception()  # waits; the caller asks for the result
+            running += [(nxt, pool_.submit(work, nxt)) for nxt in islice(waiting, 1)]
+            yield item, future

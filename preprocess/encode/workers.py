@@ -1,0 +1,194 @@
+"""Units over processes: every worker has its own tower and decode child, and takes every N-th unit.
+
+summary = encode_in_processes(work, options, procs=4)
+
+The parent shows one bar. A worker that fails or dies leaves the others at their work; workers end
+with the parent, however it ends.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from model.tower.tower import Tower
+from preprocess.encode.features import EncodeOptions
+from preprocess.encode.unit import Encoder, Summary, progress_bar
+from shards.format.codec import Codec
+from shards.format.features import FeatureConfig
+from shards.format.plan import ClipSource
+
+
+@dataclass(frozen=True)
+class Work:
+    """Units of one bank that are to be encoded."""
+
+    out: Path
+    features: FeatureConfig
+    codec: Codec
+    units: Sequence[tuple[int, list[ClipSource]]]
+    """Numbers in the plan, with the clips to bank."""
+
+    @property
+    def clips(self) -> int:
+        return sum(len(clips) for _, clips in self.units)
+
+
+def encode_work(
+    work: Work, tower: Tower, options: EncodeOptions, bar: "tqdm[Any] | None" = None
+) -> Summary:
+    """Encode the units in this process, one after the other."""
+    with Encoder(work.out, work.features, tower, options, work.codec, bar) as encoder:
+        if bar is None:
+            encoder.bar.total = work.clips
+        elif isinstance(bar, Told):
+            bar.summary = encoder.summary
+        for number, clips in work.units:
+            encoder.encode_unit(number, clips)
+    return encoder.summary
+
+
+def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summary:
+    """Encode the units in several processes.
+
+    Raises ValueError, one line for each reason, when the others are through and some worker could
+    not finish. What is committed stays.
+    """
+    workers: list[tuple[Connection, BaseProcess]] = []
+    done: dict[int, Summary] = {}
+    problems: list[str] = []
+    with progress_bar(work.clips) as bar:
+        try:
+            with _without_interrupt():
+                for rank in range(procs):
+                    workers.append(_start(work, options, rank, procs))
+            waiting = {receiver: rank for rank, (receiver, _) in enumerate(workers)}
+            while waiting:
+                ready = wait(list(waiting))
+                for receiver, rank in [(r, rank) for r, rank in waiting.items() if r in ready]:
+                    try:
+                        what, fact = receiver.recv()
+                    except EOFError:
+                        del waiting[receiver]
+                        process = workers[rank][1]
+                        process.join()
+                        if process.exitcode:
+                            problems.append(_death(rank, procs, process.exitcode))
+                        continue
+                    if what == "clips":
+                        count, done[rank] = fact
+                        bar.update(count)
+                        frames = sum(summary.frames for summary in done.values())
+                        rate = frames / max(bar.format_dict["elapsed"], 1e-9)
+                        bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
+                    elif what == "note" and not rank:
+                        bar.write(fact, file=sys.stderr)
+                    elif what == "failed":
+                        problems += fact.splitlines()
+                    elif what == "done":
+                        done[rank] = fact
+        finally:
+            for _, process in workers:
+                process.terminate()
+            for _, process in workers:
+                process.join()
+        seconds = bar.format_dict["elapsed"]
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return replace(_sum(list(done.values())), seconds=seconds)
+
+
+def _start(
+    work: Work, options: EncodeOptions, rank: int, procs: int
+) -> tuple[Connection, BaseProcess]:
+    import torch
+
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    if options.device == "cuda":
+        options = replace(options, device=f"cuda:{rank % torch.cuda.device_count()}")
+    share = replace(work, units=work.units[rank::procs])
+    process = context.Process(target=_worker, args=(share, options, sender), daemon=True)
+    process.start()
+    sender.close()
+    return receiver, process
+
+
+def _worker(work: Work, options: EncodeOptions, sender: Connection) -> None:
+    """Encode one worker's share, in a process of its own."""
+    from transformers.utils import logging
+
+    from preprocess.encode.features import load_tower
+
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    logging.disable_progress_bar()
+    try:
+        summary = encode_work(work, load_tower(options), options, Told(sender.send))
+    except (ValueError, OSError) as error:
+        sender.send(("failed", str(error) or repr(error)))
+    else:
+        sender.send(("done", summary))
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+class Told(tqdm):
+    """A bar that is shown by the process at the other end of a pipe."""
+
+    def __init__(self, send: Callable[[Any], None]) -> None:
+        super().__init__(disable=True)
+        self.send = send
+        self.summary = Summary()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self.send(("clips", (n, replace(self.summary, failures=[]))))
+        return None
+
+    def write(self, s: str, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        self.send(("note", s))
+
+
+def _sum(summaries: Sequence[Summary]) -> Summary:
+    total = Summary()
+    for summary in summaries:
+        total.clips += summary.clips
+        total.frames += summary.frames
+        total.nbytes += summary.nbytes
+        total.failures += summary.failures
+    return total
+
+
+def _death(rank: int, procs: int, code: int) -> str:
+    how = signal.Signals(-code).name if code < 0 else f"exit {code}"
+    return (
+        f"worker {rank + 1} of {procs} died ({how}); what the others finished stays; run the same "
+        "command again to go on"
+    )
+
+
+@contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach: it is for their parent, which ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,217 @@
+"""A picture of one clip: frames above their features as colours (three principal components)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from tempfile import gettempdir
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from preprocess.decode.child import DecodeChild
+from preprocess.decode.source import SourceReader
+from preprocess.show.table import find, read_meta
+from shards.format.features import Sampling
+from shards.format.plan import read_plan
+from shards.format.samples import SampleMeta, sample_key
+from shards.read.bank import Bank
+from shards.text import printable
+
+Arrays = Mapping[int, np.ndarray]
+
+PAGE, MARGIN, GAP, LABELS, CAPTION, TITLE = 1600, 24, 8, 84, 22, 114  # pixels
+NARROWEST, SMALLEST = 88, 16  # columns hold a time; a tile has both its sides
+TILE_SIDES = ((2, 480), (8, 320), (24, 224), (160, 176))  # up to so many frames: the longer side
+PAPER, INK, FAINT, OUTLINE, GONE, SEEN = "#fff", "#1c1c1c", "#707070", "#b4b4b4", "#ddd", "#f60"
+
+
+def picture(path: Path, name: str) -> tuple[str, Image.Image]:
+    """Return a clip's key and its page. `name` is the id or the key; ValueError if unknown."""
+    bank = Bank.open(path)
+    row = find(bank, name)
+    meta = read_meta(bank, row)
+    features = {stride: bank.read(row, stride) for stride in bank.config.strides}
+    frames = source_frames(path, meta, bank.config.sampling)
+    return sample_key(meta.id), page(meta, frames, features, bank.config.pool)
+
+
+def source_frames(bank: Path, meta: SampleMeta, sampling: Sampling) -> np.ndarray | str:
+    """Return the clip's frames, uint8 `(frames, height, width, 3)`; or why they are not there."""
+    plan = read_plan(bank)
+    source = next((clip for clip in plan.clips if clip.id == meta.id), None) if plan else None
+    if not source or not Path(source.path).exists():
+        return "video gone"
+    incomplete = not {"truncated", "damaged"}.isdisjoint(meta.flags)
+    with SourceReader(DecodeChild(), Path(gettempdir())) as reader:
+        outcome = reader.read(source, sampling, allow_truncated=incomplete)
+    if outcome.clip is None:
+        return f"video {outcome.error.reason if outcome.error else 'unreadable'}"
+    if outcome.digest != meta.digest or outcome.clip.frame_index.tolist() != meta.frame_index:
+        return "video changed"
+    return outcome.clip.frames
+
+
+def colours(features: Arrays) -> dict[int, np.ndarray]:
+    """Return the cells of all strides as colours of one palette.
+
+    features: stride -> float16, or uint16 that holds bfloat16, `(units, rows, cols, dim)`; returns
+    stride -> uint8 `(units, rows, cols, 3)`. The first principal component is red, the second
+    green, the third blue, each from its 1st to its 99th percentile; what does not vary is grey.
+    """
+    wide = {stride: widened(array) for stride, array in features.items()}
+    cells = np.concatenate([array.reshape(-1, array.shape[-1]) for array in wide.values()])
+    scale, centre = np.abs(cells).max(), cells.mean(axis=0)
+    cells -= centre
+    axes = np.linalg.eigh(cells.T @ cells).eigenvectors[:, :-4:-1]  # columns, largest first
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])  # else by chance
+    axes = np.pad(axes, ((0, 0), (0, 3 - axes.shape[1])))
+    low, high = np.percentile(cells @ axes, (1, 99), axis=0)
+    varies = high - low > 1e-9 * scale
+    gain, base = (
+        np.where(varies, 255 / np.where(varies, high - low, 1), 0),
+        np.where(varies, 0, 127),
+    )
+    shades = {stride: ((x - centre) @ axes - low) * gain + base for stride, x in wide.items()}
+    return {stride: x.round().clip(0, 255).astype(np.uint8) for stride, x in shades.items()}
+
+
+def widened(x: np.ndarray) -> np.ndarray:
+    """Return stored features as float64; a uint16 is the upper half of a float32."""
+    narrow = (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
+    return narrow.astype(np.float64)
+
+
+def cell_edges(cells: int, patches: int, stride: int, pool: str) -> np.ndarray:
+    """Return where an axis' cells begin and end, `(cells + 1,)` fractions; as `model.grid`."""
+    if pool == "bilinear":
+        return np.linspace(0, 1, cells + 1)
+    return np.minimum(np.arange(cells + 1) * stride, patches) / patches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tiles lie: columns of a frame above its grids, in as many rows as needed. Pixels."""
+
+    count: int
+    bands: int
+    """Tiles of a column: the frame, then one for each stride."""
+    tile: tuple[int, int]
+    """(width, height)"""
+    column_width: int
+    columns: int
+
+    @classmethod
+    def of(cls, count: int, bands: int, height: int, width: int) -> "Layout":
+        """Return the layout for `count` frames of this display size."""
+        side = next((side for most, side in TILE_SIDES if count <= most), 128) / max(height, width)
+        tile = max(SMALLEST, round(width * side)), max(SMALLEST, round(height * side))
+        column_width = max(tile[0], NARROWEST) + GAP
+        most = (PAGE - 2 * MARGIN - LABELS + GAP) // column_width
+        columns = -(-count // -(-count // most))  # the fewest that need no further row
+        return cls(count, bands, tile, column_width, columns)
+
+    @property
+    def row_height(self) -> int:
+        return CAPTION + self.bands * (self.tile[1] + GAP) + MARGIN
+
+    @property
+    def size(self) -> tuple[int, int]:
+        width = 2 * MARGIN + LABELS + self.columns * self.column_width - GAP
+        return max(width, 720), TITLE + -(-self.count // self.columns) * self.row_height
+
+    def place(self, frame: int, band: int) -> tuple[int, int]:
+        """Return the (x, y) of a tile's upper left corner."""
+        row, column = divmod(frame, self.columns)
+        y = TITLE + row * self.row_height + CAPTION + band * (self.tile[1] + GAP)
+        return MARGIN + LABELS + column * self.column_width, y
+
+
+def page(meta: SampleMeta, frames: np.ndarray | str, features: Arrays, pool: str) -> Image.Image:
+    """Return the picture of a clip; a text for frames stands in their tiles."""
+    layout = Layout.of(len(meta.timestamps), 1 + len(features), *meta.display_size)
+    image = Image.new("RGB", layout.size, PAPER)
+    draw = ImageDraw.Draw(image)
+    styles = ((22, 20, INK), (52, 15, FAINT), (74, 15, FAINT))
+    for (y, size, ink), line in zip(styles, title(meta), strict=True):
+        draw.text((MARGIN, y), shortened(line, size, layout.size[0] - 2 * MARGIN), ink, font(size))
+    labels = [f"stride {stride}\n{a.shape[1]}x{a.shape[2]}" for stride, a in features.items()]
+    palette = colours(features)
+    for k, (time, index) in enumerate(zip(meta.timestamps, meta.frame_index, strict=True)):
+        x, y = layout.place(k, 0)
+        right = x + layout.column_width - GAP
+        draw.text((x, y - CAPTION), f"{time:.3f} s", INK, font(14))
+        if font(14).getlength(f"{time:.3f} s  #{index}") <= right - x:
+            draw.text((right, y - CAPTION), f"#{index}", FAINT, font(14), anchor="ra")
+        tiles = [frame_tile(frames if isinstance(frames, str) else frames[k], layout.tile, meta)]
+        for stride, cells in palette.items():
+            unit = cells[k // meta.frames_per_unit]
+            tiles.append(cells_tile(unit, stride, pool, layout.tile, meta))
+        for band, (tile, label) in enumerate(zip(tiles, ["frame", *labels], strict=True)):
+            x, y = layout.place(k, band)
+            image.paste(tile, (x, y))
+            if k % layout.columns == 0:
+                draw.multiline_text((MARGIN, y), label, FAINT, font(14), spacing=5)
+    return image
+
+
+def title(meta: SampleMeta) -> tuple[str, str, str]:
+    """Return the lines above a clip's tiles."""
+    # The font that comes with Pillow has little beyond ASCII.
+    name = printable(meta.id).encode("ascii", "backslashreplace").decode()
+    start = f" from {meta.start:.3f} s" if meta.start else ""
+    made = f"{meta.end - meta.start:.3f} s{start}  ·  read by {meta.decoder}"
+    flags = f"flags: {', '.join(meta.flags) or 'none'}"
+    count = f"{len(meta.timestamps)} of {meta.frame_count} frames at {meta.fps:.4g} fps"
+    size = "{1}x{0} pixels  ·  {2}x{3} patches".format(*meta.display_size, *meta.patch_grid)
+    return name, f"{made}  ·  {flags}  ·  {count}", f"{size}  ·  {sample_key(meta.id)}"
+
+
+def shortened(text: str, size: int, width: int) -> str:
+    """Return text, its middle left out where it is wider than `width` pixels."""
+    whole = text
+    for keep in range(len(whole) // 2, 0, -1):
+        if font(size).getlength(text) <= width:
+            break
+        text = f"{whole[:keep]}…{whole[-keep:]}"
+    return text
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def frame_tile(frame: np.ndarray | str, size: tuple[int, int], meta: SampleMeta) -> Image.Image:
+    """Return a frame at the size of a tile, with the border of what the tower saw of it."""
+    if isinstance(frame, str):
+        tile = Image.new("RGB", size, GONE)
+        middle, lines = (size[0] / 2, size[1] / 2), frame.replace(" ", "\n")
+        ImageDraw.Draw(tile).text(middle, lines, FAINT, font(14), anchor="mm", align="center")
+    else:
+        tile = Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
+    if meta.covered != (0, 0, 1, 1):
+        y0, x0, y1, x1 = meta.covered
+        box = (x0 * size[0], y0 * size[1], x1 * size[0] - 1, y1 * size[1] - 1)
+        ImageDraw.Draw(tile).rectangle([round(edge) for edge in box], outline=SEEN)
+    return tile
+
+
+def cells_tile(
+    cells: np.ndarray, stride: int, pool: str, size: tuple[int, int], meta: SampleMeta
+) -> Image.Image:
+    """Return colours, uint8 `(rows, cols, 3)`, laid over the covered part of a frame's outline."""
+    tile = Image.new("RGB", size, PAPER)
+    ImageDraw.Draw(tile).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=OUTLINE)
+    pixels = np.array(tile)
+    lines = []
+    for axis, length in enumerate(reversed(size)):
+        edges = cell_edges(cells.shape[axis], meta.patch_grid[axis], stride, pool)
+        near, far = meta.covered[axis], meta.covered[axis + 2]
+        lines.append(((near + edges * (far - near)) * length).round().clip(0, length).astype(int))
+    gap = int(min(np.diff(lines[0]).min(), np.diff(lines[1]).min()) >= 8)
+    for row, (top, bottom) in enumerate(pairwise(lines[0])):
+        for column, (left, right) in enumerate(pairwise(lines[1])):
+            pixels[top : bottom - gap, left : right - gap] = cells[row, column]
+    return Image.fromarray(pixels)

@@ -1,0 +1,139 @@
+"""What is in a bank: a table of the whole, a picture of one clip.
+
+    preprocess show BANK
+    preprocess show BANK KEY --out page.png
+
+The table needs the bank alone. The picture shows a clip's frames, read again from the video where
+that is still there, above their features as colours: three principal components as RGB.
+"""
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from shards.format.catalogue import split_text
+from shards.format.quarantine import read_entries
+from shards.format.samples import SampleMeta
+from shards.read.bank import Bank
+from shards.signed import Json
+from shards.text import in_bytes, printable
+
+BAR = 32  # characters
+EXAMPLES = 3
+DURATIONS = {"0 s": 0, "1 s": 1, "2 s": 2, "5 s": 5, "10 s": 10, "20 s": 20, "30 s": 30}
+DURATIONS |= {f"{n} min": 60 * n for n in (1, 2, 5, 10, 20, 30)} | {"1 h": 3600, "2 h": 7200}
+
+
+def table(path: Path) -> str:
+    """Return what is in the bank at `path`, for a terminal or a log."""
+    bank = Bank.open(path)
+    durations = bank.columns["end"] - bank.columns["start"]
+    metas = (read_meta(bank, row) for row in range(len(bank)))
+    lines = [*facts(bank), *histogram(durations), *origins(metas)]
+    return "\n".join([*lines, *quarantine([*read_entries(path).values()])])
+
+
+def find(bank: Bank, name: str) -> int:
+    """Return the row of the clip whose id or key is `name`."""
+    keys = split_text(bank.columns, "key")
+    for names in (bank.ids, keys):
+        if name in names:
+            return names.index(name)
+    within = [id_ for id_ in bank.ids if name in id_]
+    close = within[:3] or get_close_matches(name, [*bank.ids, *keys], n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else f" among its {len(bank)}"
+    raise ValueError(printable(f"{bank.path}: no clip {name}{hint}"))
+
+
+def read_meta(bank: Bank, row: int) -> SampleMeta:
+    """Return the json of a sample: the first member at its place in the shard."""
+    shard = bank.path / "shards" / bank.manifest["shards"][bank.columns["shard"][row]]["name"]
+    with open(shard, "rb") as file:
+        file.seek(int(bank.columns["offset"][row]))
+        try:
+            member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+            return SampleMeta.from_json(json.loads(file.read(member.size)))
+        except (tarfile.HeaderError, ValueError, KeyError, TypeError):
+            problem = f"{shard}: damaged where {bank.ids[row]} lies; copy the bank again"
+            raise ValueError(printable(problem)) from None
+
+
+def facts(bank: Bank) -> list[str]:
+    """Return the table's lines on how the bank was made and how large it is."""
+    config, manifest = bank.config, bank.manifest
+    tower = f"{config.tower_type}, digest {config.tower_digest[:12]}"
+    many = f"{config.sampling.fps} frames per second, at most {config.sampling.max_frames}"
+    if config.sampling.num_frames:
+        many = f"{config.sampling.num_frames} frames of each clip, uniformly"
+    lines = {
+        "bank": str(bank.path),
+        "tower": f"{manifest['provenance'].get('tower', 'unnamed')} ({tower})",
+        "fingerprint": config.fingerprint,
+        "layer": f"{config.layer}, width {manifest['tower_width']}",
+        "sampling": many,
+        "dtype": f"{config.dtype}, tower ran in {config.tower_dtype}, codec {config.codec}",
+        "pool": config.pool,
+        "clips": f"{len(bank):,}",
+        "frames": f"{len(bank.columns['timestamps']):,}",
+        "bytes": f"{in_bytes(manifest['nbytes'])}, shards {len(manifest['shards']):,}",
+    }
+    for stride in config.strides:
+        shapes = bank.columns[f"stride{stride}_shape"].reshape(-1, 4)
+        grids = Counter(f"{rows}x{columns} cells" for _, rows, columns, _ in shapes.tolist())
+        named = ", ".join(grid for grid, _ in grids.most_common(EXAMPLES)) or "no cells"
+        nbytes = in_bytes(int(bank.columns[f"stride{stride}_nbytes"].sum()))
+        lines[f"stride {stride}"] = f"{named}{' ...' * (len(grids) > EXAMPLES)}, {nbytes}"
+        if config.codec != "none":
+            lines[f"stride {stride}"] += f", {codec_quality(manifest, stride)}"
+    return [f"{name:<12} {printable(value)}" for name, value in lines.items()]
+
+
+def codec_quality(manifest: Json, stride: int) -> str:
+    """Return what a codec saves and what it loses."""
+    measured = manifest["codec"]["strides"][str(stride)]
+    return (
+        f"{measured['ratio']:.2f} of the plain bytes, cosine {measured['cosine_mean']:.5f} "
+        f"(worst {measured['cosine_min']:.5f}), worst channel off by "
+        f"{measured['channel_error_worst']:.1%}"
+    )
+
+
+def histogram(durations: np.ndarray) -> list[str]:
+    """Return the lines that show how long the clips are, in seconds."""
+    if not len(durations):
+        return []
+    low, middle, high = np.percentile(durations, (0, 50, 100))
+    lines = [f"{'durations':<12} {low:.2f} s shortest, {middle:.2f} s median, {high:.2f} s longest"]
+    counts, _ = np.histogram(durations, [*DURATIONS.values(), np.inf])
+    names = [*DURATIONS, "more"]
+    for k in range(np.flatnonzero(counts)[0], np.flatnonzero(counts)[-1] + 1):
+        bar = "█" * max(int(counts[k] > 0), round(BAR * counts[k] / counts.max()))
+        lines.append(f"  {names[k]:>6} to {names[k + 1]:<6}  {bar:<{BAR}}  {counts[k]:,}")
+    return lines
+
+
+def origins(metas: Iterable[SampleMeta]) -> list[str]:
+    """Return the lines on which readers gave the frames and what the scans flagged."""
+    counts: dict[str, Counter[str]] = {"readers": Counter(), "flags": Counter()}
+    for meta in metas:
+        counts["readers"][meta.decoder] += 1
+        counts["flags"].update(meta.flags)
+    return [
+        f"{name:<12} {', '.join(f'{word} {n:,}' for word, n in found.most_common()) or 'none'}"
+        for name, found in counts.items()
+    ]
+
+
+def quarantine(entries: Sequence[Json]) -> list[str]:
+    """Return the lines on the clips that failed, by reason, the commonest first."""
+    lines = [f"{'quarantine':<12} {len(entries) or 'none'}"]
+    for reason, count in Counter(entry["reason"] for entry in entries).most_common():
+        ids = [entry["id"] for entry in entries if entry["reason"] == reason][:EXAMPLES]
+        more = f" and {count - len(ids):,} more" if count > len(ids) else ""
+        lines.append(printable(f"  {reason} {count:,}: {', '.join(ids)}{more}"))
+    return lines

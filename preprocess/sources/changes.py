@@ -1,0 +1,107 @@
+"""What became of a plan's sources: new, changed, moved, gone, back again.
+
+changes = compare(bank, plan, clips, banked)    # clips: probed, all that the inputs give
+plan = changes.plan.extended(changes.todo, shard_bytes, clip_bytes)
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shards.format.plan import ClipSource, Plan
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the inputs of a run are to a plan."""
+
+    plan: Plan
+    """With the paths and times of today, and with nothing pruned that is among the inputs."""
+    new: list[ClipSource]
+    changed: list[ClipSource]
+    """Clips that the plan holds, of sources that are others now."""
+    removed: list[ClipSource]
+    """Clips that the plan holds and whose sources are gone."""
+
+    @property
+    def todo(self) -> list[ClipSource]:
+        """What must go into new units."""
+        return [*self.new, *self.changed]
+
+
+def compare(
+    bank: Path, plan: Plan, clips: Sequence[ClipSource], lost: Collection[str] = ()
+) -> Changes:
+    """Return what the clips are to the plan.
+
+    lost: keys that the plan holds and that must be planned again. Raises ValueError naming each
+    clip whose id stands for another source that is still there.
+    """
+    known = {clip.key: clip for clip in plan.clips}
+    refuse_other_sources(bank, clips, known.values())
+    new = [clip for clip in clips if clip.key not in known or clip.key in lost]
+    changed = [
+        clip
+        for clip in clips
+        if clip.key in known and clip.key not in lost and is_other(clip, known[clip.key])
+    ]
+    planned = {clip.key for clip in [*new, *changed]}
+    today = {clip.key: _refreshed(clip, known.get(clip.key)) for clip in clips}
+    units = [
+        [clip if clip.key in planned else today.get(clip.key, clip) for clip in unit]
+        for unit in plan.units
+    ]
+    archives = {clip.path for clip in clips if clip.offset is not None}
+    removed = [
+        clip
+        for clip in known.values()
+        if clip.key not in today and clip.key not in plan.pruned and _is_gone(clip, archives)
+    ]
+    refreshed = replace(plan, units=units, pruned=plan.pruned - set(today))
+    return Changes(refreshed, new, changed, removed)
+
+
+def is_other(clip: ClipSource, known: ClipSource) -> bool:
+    """Whether a source has other bytes than when it was planned, as far as that is known."""
+    pairs = [(clip.digest, known.digest), (clip.full_digest, known.full_digest)]
+    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+
+
+def _refreshed(clip: ClipSource, known: ClipSource | None) -> ClipSource:
+    """Return the clip with what the plan knows beyond what was looked at now."""
+    if known is None:
+        return clip
+    return replace(clip, full_digest=clip.full_digest or known.full_digest, frames=known.frames)
+
+
+def _is_gone(clip: ClipSource, archives: Collection[str]) -> bool:
+    """Whether the path is gone; or the member, of an archive among the inputs."""
+    return not Path(clip.path).exists() or (clip.offset is not None and clip.path in archives)
+
+
+def refuse_other_sources(
+    bank: Path, clips: Sequence[ClipSource], banked: Collection[ClipSource]
+) -> None:
+    """Raise ValueError naming each clip whose id stands for another source in the bank.
+
+    A folder that was moved, or copied with its content, holds the same sources.
+    """
+    known = {clip.id: clip for clip in banked}
+    problems = []
+    for clip in clips:
+        other = known.get(clip.id)
+        path = Path(other.path) if other else None
+        if other is None or path is None or not path.exists():
+            continue
+        if clip.picture_fps and other.picture_fps and clip.picture_fps != other.picture_fps:
+            problems.append(
+                f"{clip.path}: {other.picture_fps} pictures per second in {bank}, "
+                f"{clip.picture_fps} here; ask for the same, or write to another bank"
+            )
+        elif is_other(clip, other) and not path.samefile(clip.path):
+            problems.append(
+                f"{clip.where}: has the id {clip.id!r}, as {other.where} in {bank} has; encode "
+                "them from a common folder, or into two banks"
+            )
+    if problems:
+        raise ValueError("\n".join(problems))

@@ -1,0 +1,146 @@
+"""Inputs -> clips: files, folders, archives and annotation files, each clip once."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from preprocess.decode.archive import archive_members, is_archive
+from preprocess.decode.read_pictures import PICTURE_FPS, PICTURE_SUFFIXES
+from preprocess.sources.annotations import (
+    ANNOTATION_SUFFIXES,
+    AS_RECORDS,
+    OTHER_RECORDS,
+    annotated_media,
+)
+from shards.format.plan import ClipSource
+from shards.format.samples import clip_id, sample_key
+
+VIDEO_SUFFIXES = frozenset(
+    [
+        ".mp4",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".mov",
+        ".m4v",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".m2ts",
+        ".flv",
+        ".wmv",
+        ".ogv",
+        ".3gp",
+    ]
+)
+# In a folder these are clips by themselves, as videos are.
+CLIP_SUFFIXES = VIDEO_SUFFIXES | {".gif", ".apng"}
+
+
+def clips_under(clips: Sequence[ClipSource], roots: Sequence[str]) -> list[ClipSource]:
+    """Return the clips; those whose path is gone with that of the same name under a root."""
+    return [clip if Path(clip.path).exists() else _under(clip, roots) for clip in clips]
+
+
+def _under(clip: ClipSource, roots: Sequence[str]) -> ClipSource:
+    name = clip.relative if clip.offset is None else clip.archive
+    paths = [Path(root) / name for root in roots]
+    found = next((path for path in paths if path.exists()), None)
+    return replace(clip, path=str(found.absolute())) if found else clip
+
+
+def find_clips(
+    inputs: Sequence[str],
+    video_roots: Sequence[str],
+    picture_fps: str = PICTURE_FPS,
+    *,
+    allow_outside: bool = False,
+) -> list[ClipSource]:
+    """Return the clips of files, folders, archives and annotation files, each once.
+
+    A folder gives its videos and animations (.gif), at any depth, and one clip for each folder in
+    which there is nothing but pictures. Archives are read where they are named themselves.
+    Raises ValueError that lists every input which cannot be found and every pair of different
+    files with one id. allow_outside: annotation files may name videos outside of their roots.
+    """
+    found: dict[str, ClipSource] = {}
+    problems: list[str] = []
+    for root in video_roots:
+        if not Path(root).is_dir():
+            problems.append(f"--video-root {root}: no such folder")
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            sources = _in_folder(path)
+            if not sources:
+                problems.append(f"{path}: no video files in this folder")
+        elif not path.exists():
+            problems.append(f"{path}: no such file or folder")
+            continue
+        elif path.suffix.lower() in ANNOTATION_SUFFIXES:
+            named = annotated_media(path, video_roots, problems, allow_outside)
+            sources = [_source(*media) for media in named]
+        elif path.suffix.lower() in OTHER_RECORDS:
+            problems.append(f"{path}: {AS_RECORDS.format(path)}")
+            continue
+        elif is_archive(path):
+            sources = _archived(path, problems)
+        else:
+            sources = [_source(path, path.name)]
+        for source in sources:
+            if Path(source.path).is_dir():
+                source = replace(source, picture_fps=picture_fps)
+            other = found.setdefault(source.id, source)
+            same_file = os.path.realpath(other.path) == os.path.realpath(source.path)
+            if not same_file or other.offset != source.offset:
+                problems.append(
+                    f"{source.where}: has the id {source.id!r}, as {other.where} has; encode them "
+                    "from a common folder, or into two banks"
+                )
+    if problems:
+        raise ValueError("\n".join(problems))
+    return list(found.values())
+
+
+def _in_folder(root: Path) -> list[ClipSource]:
+    sources = []
+    for folder, names, files in os.walk(root):
+        names.sort()
+        here = Path(folder)
+        clips = [name for name in sorted(files) if Path(name).suffix.lower() in CLIP_SUFFIXES]
+        sources += [_source(here / n, (here / n).relative_to(root).as_posix()) for n in clips]
+        seen = [name for name in files if not name.startswith(".")]
+        if seen and not names and all(Path(n).suffix.lower() in PICTURE_SUFFIXES for n in seen):
+            # The folder given is named from its own folder, as a file is.
+            own = os.path.basename(os.path.abspath(root))
+            sources.append(
+                _source(here, own if here == root else here.relative_to(root).as_posix())
+            )
+    return sources
+
+
+def _archived(path: Path, problems: list[str]) -> list[ClipSource]:
+    """Return the videos in an archive: their ids are their paths in it."""
+    try:
+        members = archive_members(path, CLIP_SUFFIXES)
+    except ValueError as error:
+        problems.append(str(error))
+        return []
+    if not members:
+        problems.append(f"{path}: no video files in this archive")
+    return [
+        replace(_source(path, member.name), offset=member.offset, nbytes=member.nbytes)
+        for member in members
+    ]
+
+
+def _source(
+    file: Path, relative: str, start: float | None = None, end: float | None = None
+) -> ClipSource:
+    id_ = clip_id(relative, start, end)
+    try:
+        key = sample_key(id_)
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(file)!a}: its name is not UTF-8; rename it") from None
+    return ClipSource(id_, key, str(file.absolute()), relative, start, end)

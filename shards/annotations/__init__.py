@@ -1,0 +1,1 @@
+"""Annotation files -> one shape of record; encode and train read the same."""

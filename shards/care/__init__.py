@@ -1,0 +1,1 @@
+"""Looking after a bank: what is damaged, unfinished, left over, different."""

@@ -1,0 +1,73 @@
+"""`preprocess diff A B`: in which features two banks, or a bank and a plan, differ."""
+
+import json
+from pathlib import Path
+
+from shards.format.features import FeatureConfig
+from shards.signed import Json, read_signed_json
+
+WORDS = {
+    "tower_type": "kind of tower",
+    "tower_digest": "tower's weights and configuration",
+    "layer": "layer of the tower",
+    "processor": "image processor",
+    "dtype": "type of the stored features",
+    "tower_dtype": "type of the tower's arithmetic",
+    "attention": "attention of the tower",
+    "sampling": "sampling of frames",
+    "strides": "patches per cell side",
+    "pool": "pooling",
+    "codec": "codec of the stored bytes",
+    "format_version": "format of the bank",
+}
+
+
+def diff(a: Path, b: Path) -> list[str]:
+    """Return a line for each field in which the features of A and B differ; none if they are one.
+
+    A, B: a bank, a folder with a plan, or a json file of either or of a `FeatureConfig`.
+    """
+    ours, theirs = (flat(read_features(path)) for path in (a, b))
+    return [
+        f"{name} ({WORDS[name.split('.')[0]]}): {ours.get(name)} in {a}, {theirs.get(name)} in {b}"
+        for name in sorted(set(ours) | set(theirs))
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def read_features(path: Path) -> Json:
+    """Return what `FeatureConfig.to_json` gives of a bank, a plan, or a json file of one."""
+    if path.is_dir():
+        files = [path / "bank.json", path / "plan.json"]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise ValueError(
+                f"{path}: neither a bank nor a plan (bank.json and plan.json are missing); make "
+                "one with `preprocess plan` or `preprocess encode`"
+            )
+    elif path.is_file():
+        file = path
+    else:
+        raise ValueError(f"{path}: no such file or folder")
+    try:
+        data = json.loads(file.read_bytes())
+        signed = "self_hash" in data
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: not a json file; name a bank, a plan or a config") from None
+    if signed:
+        data = read_signed_json(file)
+    try:
+        return FeatureConfig.from_json(data.get("features", data)).to_json()
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file}: holds no feature config; name a bank, a plan or one") from None
+
+
+def flat(data: Json, prefix: str = "") -> dict[str, object]:
+    """Return nested fields by dotted name."""
+    fields: dict[str, object] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            fields |= flat(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = value
+    return fields

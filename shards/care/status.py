@@ -1,0 +1,239 @@
+"""`preprocess status`: how far a bank is, read beside whoever writes it.
+
+print(table(status(Path("bank"))))
+
+Nothing is locked or changed: files that come and go meanwhile are counted as they are met.
+"""
+
+import calendar
+import json
+import socket
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shards.care.garbage import dead_samples, dead_shards, disk_size, rubbish
+from shards.care.inventory import Books, read_books
+from shards.format.commits import done_path, journal_path, shard_name
+from shards.format.features import FeatureConfig
+from shards.format.quarantine import read_quarantine
+from shards.signed import Json
+from shards.text import in_bytes, printable
+from shards.write.lock import lock_path, writer_of
+
+
+@dataclass
+class Progress:
+    """Units, clips and frames of a bank."""
+
+    units_done: int = 0
+    units_begun: int = 0
+    units_left: int = 0
+    """Neither finished nor begun."""
+    clips: int = 0
+    """Banked and served."""
+    frames: int = 0
+    clips_begun: int = 0
+    """Safe in a journal, in shards that are not finished."""
+    frames_begun: int = 0
+    clips_left: int = 0
+    clips_new: int = 0
+    """Of the present run, finished or begun."""
+
+
+@dataclass
+class Status:
+    """What can be told of a bank without opening it."""
+
+    bank: Path
+    features: FeatureConfig | None
+    manifest: Json | None
+    progress: Progress
+    nbytes: int
+    writer: Json | None
+    """`pid host command started` of who writes, None where nobody does."""
+    quarantine: dict[str, int]
+    """How many clips, by reason."""
+    dead: int = 0
+    dead_bytes: int = 0
+    dead_shards: list[str] = field(default_factory=list)
+    leftovers: int = 0
+    leftover_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    """Since the present run began."""
+
+
+def status(bank: Path) -> Status:
+    """Look at a bank; raises ValueError where there is none."""
+    books = read_books(bank)
+    writer = writer_of(bank)
+    began = _began(bank, writer)
+    entries = read_quarantine(bank)
+    failed = {entry.get("key") for entry in entries}
+    found = Status(
+        bank=bank,
+        features=FeatureConfig.from_json(books.features) if books.features else None,
+        manifest=books.manifest,
+        progress=_progress(books, failed, began),
+        nbytes=sum(_size(path) for path in bank.glob("shards/*")),
+        writer=writer,
+        quarantine=dict(Counter(str(entry.get("reason")) for entry in entries).most_common()),
+        problems=[str(damage) for damage in books.damages],
+        seconds=None if began is None else max(time.time() - began, 1e-9),
+    )
+    for samples in dead_samples(books).values():
+        found.dead += len(samples)
+        found.dead_bytes += sum(sample["nbytes"] for sample in samples)
+    found.dead_shards = dead_shards(books)
+    if not books.damages:
+        try:
+            pieces = rubbish(bank)
+        except OSError:  # a writer took away what was being counted
+            pieces = []
+        found.leftovers, found.leftover_bytes = len(pieces), sum(piece.nbytes for piece in pieces)
+    return found
+
+
+def _began(bank: Path, writer: Json | None) -> float | None:
+    if writer is None or "started" not in writer:
+        return None
+    return calendar.timegm(time.strptime(writer["started"], "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def _progress(books: Books, failed: set[str | None], began: float | None) -> Progress:
+    found = Progress()
+    if not books.plan:
+        return found
+    served = books.served()
+    for unit, clips in enumerate(books.plan["units"]):
+        name = shard_name(unit)
+        path = books.bank / "shards" / name
+        commit = books.commits.get(name)
+        todo = {clip["key"] for clip in clips if served.get(clip["key"]) == unit} - failed
+        if commit:
+            banked = [s for s in commit["samples"] if served.get(s["key"]) == unit]
+            found.units_done += 1
+            found.clips += len(banked)
+            found.frames += sum(map(_frames, banked))
+            if began is not None and _moment(done_path(path)) >= began:
+                found.clips_new += len(banked)
+            continue
+        samples = _journalled(journal_path(path))
+        found.units_begun += bool(samples)
+        found.units_left += not samples
+        found.clips_begun += len(samples)
+        found.frames_begun += sum(map(_frames, samples))
+        found.clips_left += max(len(todo) - len(samples), 0)
+        if began is not None and _moment(journal_path(path)) >= began:
+            found.clips_new += len(samples)
+    return found
+
+
+def _journalled(path: Path) -> list[Json]:
+    """Return the samples that a journal's whole lines tell of."""
+    try:
+        lines = path.read_bytes().split(b"\n")[1:-1]
+    except FileNotFoundError:
+        return []
+    samples = []
+    for line in lines:
+        try:
+            samples.append(json.loads(line.rpartition(b" ")[0])["sample"])
+        except (ValueError, KeyError, TypeError):
+            break
+    return samples
+
+
+def _frames(sample: Json) -> int:
+    return int(next(iter(sample["streams"].values()))["shape"][0])
+
+
+def _size(path: Path) -> int:
+    try:
+        return disk_size(path)
+    except OSError:  # renamed or removed since it was listed
+        return 0
+
+
+def _moment(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def table(found: Status) -> str:
+    """Return one screen of lines, `name  text`."""
+    progress = found.progress
+    rows = {"bank": printable(str(found.bank)), "state": _state(found)}
+    if found.features:
+        features = found.features
+        strides = ",".join(map(str, features.strides))
+        rows["features"] = (
+            f"{features.tower_type}, layer {features.layer}, stride {strides}, {features.pool}, "
+            f"codec {features.codec}, fingerprint {features.fingerprint[:12]}"
+        )
+    rows["units"] = (
+        f"{progress.units_done} finished, {progress.units_begun} begun, {progress.units_left} to do"
+    )
+    rows["clips"] = (
+        f"{progress.clips} banked, {progress.clips_begun} written in units that are begun, "
+        f"{progress.clips_left} to do"
+    )
+    rows["frames"] = f"{progress.frames} banked, {progress.frames_begun} written"
+    rows["disk"] = f"{in_bytes(found.nbytes)} in shards"
+    if found.seconds is not None:
+        rows["rate"] = _rate(progress, found.seconds)
+    failed = sum(found.quarantine.values())
+    reasons = ", ".join(f"{n} {printable(reason)}" for reason, n in found.quarantine.items())
+    rows["quarantine"] = f"{failed} clips: {reasons}; `preprocess retry`" if failed else "empty"
+    if found.dead:
+        whole = f"; nothing else in {', '.join(found.dead_shards)}" if found.dead_shards else ""
+        rows["dead"] = (
+            f"{found.dead} samples superseded or pruned, {in_bytes(found.dead_bytes)}{whole}"
+        )
+    if found.leftovers:
+        rows["leftovers"] = (
+            f"{found.leftovers} files or folders, {in_bytes(found.leftover_bytes)}; `preprocess gc`"
+        )
+    shown = [printable(problem) for problem in found.problems[:5]]
+    if len(found.problems) > 5:
+        shown.append(f"and {len(found.problems) - 5} more; `preprocess verify`")
+    lines = [f"{name:<10}  {text}" for name, text in rows.items()]
+    return "\n".join([*lines, *(f"{'damaged':<10}  {problem}" for problem in shown)])
+
+
+def _state(found: Status) -> str:
+    progress, writer = found.progress, found.writer
+    left = progress.units_begun + progress.units_left
+    if writer:
+        what = printable(
+            f"`{writer['command']}` (process {writer['pid']} on {writer['host']}, since "
+            f"{writer['started']})"
+        )
+        there = (
+            "" if writer["host"] == socket.gethostname() else "; whether it lives is not known here"
+        )
+        return f"being written by {what}{there}"
+    killed = " (its writer was killed)" if lock_path(found.bank).exists() else ""
+    if left:
+        return (
+            f"{left} units to do and nobody writes{killed}; run `preprocess encode` again to go on"
+        )
+    if found.manifest is None:
+        return (
+            f"all units are finished, bank.json is not written{killed}; `preprocess encode` again"
+        )
+    return f"finished{killed}"
+
+
+def _rate(progress: Progress, seconds: float) -> str:
+    rate = progress.clips_new / seconds
+    if not rate:
+        return "no clip of this run is written yet"
+    left = time.strftime("%H:%M:%S", time.gmtime(progress.clips_left / rate))
+    days = int(progress.clips_left / rate // 86400)
+    ahead = f"{f'{days} days ' if days else ''}{left}"
+    return f"{rate:.2f} clips/s since the run began, start-up included; about {ahead} to go"

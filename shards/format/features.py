@@ -1,0 +1,137 @@
+"""What the bytes of a bank depend on, and the names inside it.
+
+`FeatureConfig` is everything that changes a stored feature; its blake2b digest is the bank's
+fingerprint. Worker counts, shard sizes, library versions and hardware are provenance and never
+enter it. `SampleMeta` is the json beside each clip's arrays.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from itertools import pairwise
+
+from shards.signed import Json, canonical_json, digest
+
+FORMAT_VERSION = 1
+POOL_MODES = ("average", "average_floor", "max", "bilinear")
+DTYPES = ("float16", "bfloat16")
+CODECS = ("none", "blosc", "int8")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames of a clip are banked.
+
+    `num_frames` takes that many, uniformly. Otherwise `fps` takes, for each time k / fps from the
+    clip's start, the last frame at or before it; a clip that gives more than `max_frames` is
+    sampled uniformly with `max_frames` instead. A clip is never padded with repeats.
+    """
+
+    num_frames: int | None = None
+    fps: str | None = None
+    """An exact decimal or ratio, frames per second: "1", "0.5", "30000/1001"."""
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.num_frames is None) == (self.fps is None):
+            raise ValueError("sampling takes either --frames N or --fps F --max-frames N, not both")
+        for name in ("num_frames", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value}")
+        if self.fps is not None:
+            try:
+                positive = Fraction(self.fps) > 0
+            except (ValueError, ZeroDivisionError):
+                positive = False
+            if not positive:
+                raise ValueError(
+                    f"fps must be a positive number such as 1, 0.5 or 30000/1001, got {self.fps!r}"
+                )
+
+    @property
+    def most_frames(self) -> int:
+        """The largest number of frames that one clip can give."""
+        limit = self.num_frames or self.max_frames
+        assert limit is not None
+        return limit
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """All that the stored bytes depend on."""
+
+    tower_type: str
+    """transformers' model type of the vision tower, such as `siglip_vision_model`."""
+    tower_digest: str
+    """blake2b of the tower's configuration and weights, independent of where they lie."""
+    layer: int
+    """Index into the tower's hidden states, -1 the last, -2 the one before it."""
+    processor: Json
+    """The tower's resolved image-processor values: sizes, filter, mean, std, crop."""
+    dtype: str
+    """Of the stored features: `float16`, or `bfloat16` (kept as uint16 and marked)."""
+    tower_dtype: str
+    """Of the tower's arithmetic: `float32`, `bfloat16` or `float16`."""
+    attention: str
+    """The tower's attention implementation in transformers: `sdpa` or `eager`."""
+    sampling: Sampling
+    strides: tuple[int, ...]
+    """Patches per cell side, strictly increasing: finest (slow) first."""
+    pool: str
+    codec: str = "none"
+    """How features are stored: `none`, `blosc` or `int8`."""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        check_strides(self.strides)
+        if self.pool not in POOL_MODES:
+            raise ValueError(f"pool must be one of {', '.join(POOL_MODES)}, got {self.pool!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.codec not in CODECS:
+            raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
+
+    def to_json(self) -> Json:
+        return asdict(self) | {"strides": list(self.strides)}
+
+    @classmethod
+    def from_json(cls, data: Json) -> "FeatureConfig":
+        """Rebuild a config; a key this version does not know is refused by name."""
+        unknown = sorted(set(data) - {one.name for one in fields(cls)})
+        sampling = {one.name for one in fields(Sampling)}
+        unknown += sorted(f"sampling.{name}" for name in set(data["sampling"]) - sampling)
+        if unknown:
+            raise ValueError(
+                f"feature config has unknown fields {unknown}: made by a newer framebank; update it"
+            )
+        known = dict(data)
+        known["sampling"] = Sampling(**data["sampling"])
+        known["strides"] = tuple(data["strides"])
+        return cls(**known)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(canonical_json(self.to_json()))
+
+
+def check_strides(strides: Sequence[int]) -> None:
+    """Refuse strides that are not one or more strictly increasing positive integers."""
+    rising = all(a < b for a, b in pairwise(strides))
+    if not strides or strides[0] < 1 or not rising:
+        shown = ",".join(map(str, strides))
+        raise ValueError(
+            f"stride must be strictly increasing positive integers such as 4,8, got {shown!r}"
+        )
+
+
+def differences(ours: Json, theirs: Json, prefix: str = "") -> list[str]:
+    """Return one line for each field in which two configs differ, nested fields by dotted name."""
+    lines = []
+    for name in sorted(set(ours) | set(theirs)):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            lines.append(f"{prefix}{name}: {a!r} here, {b!r} there")
+    return lines

@@ -1,0 +1,198 @@
+"""Inputs -> clips -> units, before anything is decoded.
+
+A unit is the work that makes one shard. Units are cut from the clips in order of key, by
+predicted bytes, and only ever appended: clips added later make new units, old shards never move.
+Clips in archives come after the others and in the order of their archive, which is as fixed as
+that of keys and lets a .tar.gz be read from its start once.
+
+A clip whose source has changed, or that failed and is tried again, is in a second unit. The last
+unit that holds a clip is the one that counts: what earlier ones banked of it is served no more.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from shards.format.features import FORMAT_VERSION, FeatureConfig, differences
+from shards.signed import Json, read_signed_json, signed_json, write_atomic
+
+
+def served_units(plan: Json) -> dict[str, int]:
+    """Return, by key, the unit of a plan.json that serves it: the last that holds it, unless pruned."""
+    pruned = set(plan["pruned"])
+    return {
+        clip["key"]: number
+        for number, unit in enumerate(plan["units"])
+        for clip in unit
+        if clip["key"] not in pruned
+    }
+
+
+TOWER_THREADS = 2
+"""Of the CPU: the same on every machine, since sums may round otherwise; more work takes more
+processes. Four on two cores took a third longer."""
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """A clip to encode: a video file, a folder of pictures or a member of an archive, or a part."""
+
+    id: str
+    key: str
+    path: str
+    """Of the file, folder or archive, on this machine."""
+    relative: str
+    """Of the file or folder under the root it was found in, POSIX form; or in its archive."""
+    start: float | None = None
+    end: float | None = None
+    picture_fps: str | None = None
+    """Of a folder of pictures: how many are shown a second."""
+    offset: int | None = None
+    """Of a member of an archive: where its bytes lie in the uncompressed tar."""
+    nbytes: int | None = None
+    size: int | None = None
+    """Bytes of the source when it was planned: the file, a folder's pictures, or a member."""
+    mtime_ns: int | None = None
+    """Of the file, of a folder's newest picture, or of the archive."""
+    digest: str | None = None
+    """As in the sample's json; None for a source that could not be read."""
+    full_digest: str | None = None
+    """blake2b of all its bytes, where that was asked for."""
+    frames: int | None = None
+    """How many are predicted to be banked: none of a source that cannot be opened."""
+
+    @property
+    def where(self) -> str:
+        """The path, and the member of an archive, for messages."""
+        return self.path if self.offset is None else f"{self.path}: {self.relative}"
+
+    @property
+    def archive(self) -> str:
+        """The name of the archive, of a member of one."""
+        return Path(self.path).name
+
+    @property
+    def place(self) -> tuple[str, str, int, str]:
+        """What units are sorted by."""
+        if self.offset is None:
+            return "", "", 0, self.key
+        return self.archive, self.path, self.offset, self.key
+
+
+@dataclass(frozen=True)
+class How:
+    """How the tower is run. The bytes hang on it a little, so that reruns do as the first run did."""
+
+    batch_frames: int = 16
+    """Frames that pass through the tower together."""
+    tower_threads: int = TOWER_THREADS
+    tower: str = ""
+    """Where it lay."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The features to make, and the units of clips to make them in."""
+
+    features: FeatureConfig
+    units: list[list[ClipSource]]
+    how: How = How()
+    calibration: Mapping[str, list[float]] | None = None
+    """int8: per stride, as text, the scale of each channel; None until it is measured."""
+    quality: Mapping[str, Mapping[str, float]] | None = None
+    """Per stride, as text, what the codec loses; None until it is measured."""
+    pruned: frozenset[str] = field(default=frozenset())
+    """Keys of clips that are not to be served any more."""
+
+    @property
+    def clips(self) -> list[ClipSource]:
+        """Each clip once, as the last unit that holds it has it."""
+        return list({clip.key: clip for unit in self.units for clip in unit}.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """By key, the unit that counts for it: the last one that holds it."""
+        return {clip.key: number for number, unit in enumerate(self.units) for clip in unit}
+
+    def served(self) -> dict[str, int]:
+        """By key, the unit whose shard serves it, if it banked it; pruned clips are left out."""
+        return {key: unit for key, unit in self.counts.items() if key not in self.pruned}
+
+    def work(self) -> list[list[ClipSource]]:
+        """Return, of each unit, the clips that it is to bank."""
+        served = self.served()
+        return [
+            [clip for clip in unit if served.get(clip.key) == number]
+            for number, unit in enumerate(self.units)
+        ]
+
+    def extended(
+        self, clips: Sequence[ClipSource], shard_bytes: int, clip_bytes: Callable[[ClipSource], int]
+    ) -> "Plan":
+        """Return the plan with these clips in units of their own at its end."""
+        return replace(self, units=[*self.units, *cut_units(clips, shard_bytes, clip_bytes)])
+
+
+def cut_units(
+    clips: Sequence[ClipSource], shard_bytes: int, clip_bytes: Callable[[ClipSource], int]
+) -> list[list[ClipSource]]:
+    """Return units of clips in order of place, each of at most `shard_bytes` (one clip at least).
+
+    clip_bytes: what the features of a clip are predicted to take.
+    """
+    units: list[list[ClipSource]] = []
+    room = 0
+    for clip in sorted(clips, key=lambda clip: clip.place):
+        nbytes = clip_bytes(clip)
+        if not units or nbytes > room:
+            units.append([])
+            room = shard_bytes
+        units[-1].append(clip)
+        room -= nbytes
+    return units
+
+
+def read_plan(bank: Path) -> Plan | None:
+    """Return a bank's plan, None where there is none yet."""
+    path = bank / "plan.json"
+    if not path.exists():
+        return None
+    data = read_signed_json(path)
+    if data["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{path}: written by a newer framebank; update it")
+    units = [[ClipSource(**clip) for clip in unit] for unit in data["units"]]
+    return Plan(
+        FeatureConfig.from_json(data["features"]),
+        units,
+        How(**data["how"]),
+        data["calibration"],
+        data["quality"],
+        frozenset(data["pruned"]),
+    )
+
+
+def write_plan(bank: Path, plan: Plan) -> None:
+    data = {
+        "format_version": FORMAT_VERSION,
+        "features": plan.features.to_json(),
+        "calibration": plan.calibration,
+        "quality": plan.quality,
+        "how": asdict(plan.how),
+        "pruned": sorted(plan.pruned),
+        "units": [[_clip_json(clip) for clip in unit] for unit in plan.units],
+    }
+    write_atomic(bank / "plan.json", signed_json(data))
+
+
+def _clip_json(clip: ClipSource) -> Json:
+    return {name: value for name, value in asdict(clip).items() if value is not None}
+
+
+def refuse_other_features(bank: Path, asked: FeatureConfig, banked: FeatureConfig) -> None:
+    """Raise ValueError naming each field in which a bank differs from what is asked of it."""
+    lines = differences(asked.to_json(), banked.to_json())
+    if lines:
+        raise ValueError(
+            f"{bank}: holds other features; write to another folder, or ask for the same. "
+            f"Asked here, banked there: {'; '.join(lines)}"
+        )

@@ -1,0 +1,105 @@
+"""One sample of a shard: its json, its id and key, the names of its members."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+
+from shards.signed import Json, digest
+
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+@dataclass(frozen=True)
+class SampleMeta:
+    """The json member of a sample: where a clip came from and how its grids lie on the picture."""
+
+    id: str
+    """The clip's path relative to its root, plus `#start-end` for a part."""
+    path: str
+    """The video's path relative to the root it was found under."""
+    size: int
+    """Bytes of the video file."""
+    digest: str
+    """Hash of the file's size, first and last 64 KiB."""
+    start: float
+    """Seconds from the file's first shown frame at which the clip begins."""
+    end: float
+    """Seconds at which its last frame stops being shown."""
+    fps: float
+    """Mean frame rate of the source."""
+    frame_count: int
+    """Frames that the source shows within the clip."""
+    frame_index: list[int]
+    """Of each banked frame, its place among the frames shown by the file."""
+    timestamps: list[float]
+    """Of each banked frame, seconds from the file's first shown frame."""
+    display_size: tuple[int, int]
+    """(height, width) of a frame as displayed, in pixels."""
+    covered: tuple[float, float, float, float]
+    """The part of the frame that the patch grid covers: y0, x0, y1, x1 as fractions of it."""
+    patch_grid: tuple[int, int]
+    """(rows, columns) of the tower's output."""
+    cell_grids: dict[str, tuple[int, int]]
+    """Per stride, as text, the (rows, columns) of its cells."""
+    tower_width: int
+    frames_per_unit: int
+    """Frames behind one entry of axis 0 (1; 2 for towers that pair frames)."""
+    decoder: str
+    """Which reader gave the frames: `decord`, `pyav-seek`, `pyav-scan`."""
+    flags: list[str]
+    """What the packet scan found unusual about the file."""
+    frame_nbytes: dict[str, list[int]] = field(default_factory=dict)
+    """Per stride, as text, the compressed bytes of each frame; not in the json where none are."""
+
+    def to_json(self) -> Json:
+        data = asdict(self)
+        if not self.frame_nbytes:
+            del data["frame_nbytes"]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Json) -> "SampleMeta":
+        pairs = {name: tuple(data[name]) for name in ("display_size", "covered", "patch_grid")}
+        grids = {stride: tuple(grid) for stride, grid in data["cell_grids"].items()}
+        return cls(**{**data, **pairs, "cell_grids": grids})
+
+
+def clip_id(path: str, start: float | None = None, end: float | None = None) -> str:
+    """Return the id of a clip: its POSIX path, plus `#start-end` in seconds when it is a part.
+
+    Seconds are written to the millisecond without trailing zeros; an open end is left empty.
+    `./a.mp4` and `a.mp4` are one clip.
+    """
+    path = PurePosixPath(path).as_posix()
+    if start is None and end is None:
+        return path
+    return f"{path}#{_seconds(start or 0.0)}-{'' if end is None else _seconds(end)}"
+
+
+def leads_outside(path: str) -> bool:
+    """Tell whether a path that should lie under a root may lie elsewhere: absolute, or with `..`.
+
+    Links are not followed: those under a root are of whoever made the root, not of who wrote a path.
+    """
+    return path.startswith("/") or ".." in path.split("/")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}".rstrip("0").rstrip(".")
+
+
+def sample_key(id_: str) -> str:
+    """Return a clip's WebDataset key: a readable slug (at most 60) and 16 hex digits of its id.
+
+    No dot and no slash: stock readers cut a member's name at its first dot.
+    """
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", id_)[-60:].strip("-")
+    return f"{slug}-{digest(id_.encode(), size=8)}".lstrip("-")
+
+
+def member_name(key: str, stride: int) -> str:
+    return f"{key}.stride{stride}.npy"
+
+
+def scale_name(key: str, stride: int) -> str:
+    return f"{key}.stride{stride}_scale.npy"

@@ -1,0 +1,93 @@
+"""Index files beside the shards, so that others read them where they lie; nothing is copied.
+
+The shards are plain WebDataset. On every node and in every worker, each sample once over all:
+
+    files = sorted(glob.glob("bank/shards/*.tar"))
+    clips = webdataset.WebDataset(files, nodesplitter=webdataset.split_by_node, shardshuffle=False)
+    loader = webdataset.WebLoader(clips.decode(), batch_size=None, num_workers=2)
+
+A sample is a dict of `__key__`, `json` and, per stride, `strideS.npy` (with codec int8
+`strideS_scale.npy` too; blosc holds compressed bytes, which `shards.format.codec.Codec` decodes). There
+should be as many shards as workers over all nodes, at least.
+"""
+
+import json
+from pathlib import Path
+
+from shards.format.commits import index_path
+from shards.format.manifest import read_manifest
+from shards.signed import Json, write_atomic
+
+CARD = "<!-- written by `preprocess export hf` -->"
+
+
+def write_wids(bank: Path) -> Path:
+    """Write `wids.json`, by which `wids.ShardListDataset` reads samples by their number."""
+    manifest = read_manifest(bank)
+    shards = [
+        {
+            "url": f"shards/{shard['name']}",
+            "nsamples": samples_in(bank, shard),
+            "filesize": shard["nbytes"],
+        }
+        for shard in manifest["shards"]
+    ]
+    index = {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "name": manifest["fingerprint"],
+        "shardlist": [shard for shard in shards if shard["nsamples"]],
+    }
+    path = bank / "wids.json"
+    write_atomic(path, json.dumps(index, indent=2).encode() + b"\n")
+    return path
+
+
+def samples_in(bank: Path, shard: Json) -> int:
+    """Return how many samples lie in a shard, served or not, as its `.idx` tells."""
+    path = index_path(bank / "shards" / shard["name"])
+    if not path.exists():
+        raise ValueError(f"{path}: is gone; run `preprocess repair {bank}`")
+    return path.stat().st_size // 8 - 1
+
+
+def write_hf(bank: Path) -> Path:
+    """Write a dataset card, by which `datasets.load_dataset(BANK, streaming=True)` reads shards."""
+    manifest = read_manifest(bank)
+    path = bank / "README.md"
+    if path.exists() and CARD not in path.read_text("utf-8"):
+        raise ValueError(f"{path}: is there and not ours; move it away")
+    write_atomic(path, card(manifest).encode())
+    return path
+
+
+def card(manifest: Json) -> str:
+    """Return the text of a bank's dataset card."""
+    features = manifest["features"]
+    strides = features["strides"]
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: shards/*.tar
+---
+{CARD}
+# Frozen vision features of {manifest["clips"]} video clips
+
+`{features["tower_type"]}`, hidden layer {features["layer"]}, {features["pool"]} pooling over
+{" and ".join(f"{stride}x{stride}" for stride in strides)} patches, {features["dtype"]}, codec
+{features["codec"]}; {manifest["frames"]} frames, {manifest["nbytes"] / 1e9:.2f} GB. Fingerprint
+`{manifest["fingerprint"]}`. Made by framebank.
+
+```python
+clips = datasets.load_dataset(BANK, split="train", streaming=True)
+for clip in clips:
+    clip["json"]["id"], clip["stride{strides[0]}.npy"]  # frames x rows x columns x channels
+```
+"""
+
+
+def dead_samples(manifest: Json) -> int:
+    """Return how many samples lie in the shards that the bank does not serve any more."""
+    return sum(len(keys) for keys in manifest["superseded"].values())

@@ -1,0 +1,79 @@
+"""Files that prove themselves: canonical json, its hash, and writes that are whole or not there."""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+Json = dict[str, Any]
+
+
+def canonical_json(data: Json) -> bytes:
+    """Return the one spelling of `data` that hashes and shard members use."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def digest(data: bytes, size: int = 16) -> str:
+    return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
+def _write_synced(file: io.FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
+
+
+def signed_json(record: Json) -> bytes:
+    """Return `record` as json with a `self_hash` of everything else in it."""
+    return canonical_json(record | {"self_hash": digest(canonical_json(record))}) + b"\n"
+
+
+def read_signed_json(path: Path) -> Json:
+    """Read a file written by `signed_json`; a damaged or edited one is refused."""
+    return parse_signed_json(path.read_bytes(), str(path))
+
+
+def parse_signed_json(data: bytes, where: str) -> Json:
+    """Return what `signed_json` was given; `where` the bytes came from is for the message."""
+    try:
+        record = json.loads(data)
+        claimed = record.pop("self_hash")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{where}: not a framebank record; restore it or encode again") from None
+    if digest(canonical_json(record)) != claimed:
+        raise ValueError(
+            f"{where}: its content does not match its own hash; restore it from a copy"
+        )
+    return dict(record)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside, sync, rename, sync the folder: readers see the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb", buffering=0) as file:
+        _write_synced(file, data)
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def file_facts(path: Path) -> Json:
+    """Return a file's size, sha256 and crc32c."""
+    sha256, crc = hashlib.sha256(), google_crc32c.Checksum()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            sha256.update(piece)
+            crc.update(piece)
+        return {
+            "nbytes": file.tell(),
+            "sha256": sha256.hexdigest(),
+            "crc32c": int.from_bytes(crc.digest(), "big"),
+        }

@@ -1,0 +1,1 @@
+"""Writing a bank: one shard at a time, one writer at a time, the manifest last."""

@@ -1,0 +1,109 @@
+"""Projectors: shapes, which cells become which token, and VILA's names of weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.batch import FrameGroup
+from model.config import PROJECTORS, joined_cells
+from model.grid import Grid, pool
+from model.projector import JoinCells, build_projector
+
+VILA = {
+    "linear": {"weight": (8, 6)},
+    "mlp1x_gelu": {"0.weight": (8, 6)},
+    "mlp2x_gelu": {"0.weight": (8, 6), "2.weight": (8, 8)},
+    "mlp3x_gelu": {"0.weight": (8, 6), "2.weight": (8, 8), "4.weight": (8, 8)},
+    "mlp_downsample": {"1.weight": (24,), "2.weight": (8, 24), "4.weight": (8, 8)},
+    "mlp_downsample_2x2_fix": {"1.weight": (24,), "2.weight": (8, 24), "4.weight": (8, 8)},
+    "mlp_downsample_3x3_fix": {
+        "1.weight": (54,),
+        "2.weight": (18, 54),
+        "4.weight": (18,),
+        "5.weight": (8, 18),
+        "7.weight": (8, 8),
+    },
+}
+"""Weights by their names in VILA, behind `layers.`, of features of width 6 and an LLM of width 8."""
+
+
+@pytest.mark.parametrize("kind", VILA)
+def test_weights_have_the_names_and_shapes_of_vila(kind: str) -> None:
+    own = build_projector(kind, 6, 8).state_dict()
+    weights = {n: tuple(w.shape) for n, w in own.items() if n.endswith("weight")}
+    assert weights == VILA[kind]
+    biases = {n.replace("bias", "weight"): len(w) for n, w in own.items() if n.endswith("bias")}
+    assert biases == {n: shape[0] for n, shape in weights.items()}
+
+
+@pytest.mark.parametrize("kind", VILA)
+@pytest.mark.parametrize("grid", [(4, 6), (5, 7), (1, 1)])
+def test_a_projector_gives_a_token_for_each_block_of_cells(
+    kind: str, grid: tuple[int, int]
+) -> None:
+    side = joined_cells(kind)
+    tokens = build_projector(kind, 6, 8)(torch.randn(2, *grid, 6))
+    assert tokens.shape == (2, -(-grid[0] // side), -(-grid[1] // side), 8)
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_a_block_is_joined_row_by_row_and_padded_by_zero(side: int) -> None:
+    cells = torch.randn(2, 5, 7, 3)
+    joined = JoinCells(side)(cells)
+    for row in range(joined.shape[1]):
+        for col in range(joined.shape[2]):
+            parts = []
+            for y in range(side * row, side * (row + 1)):
+                for x in range(side * col, side * (col + 1)):
+                    inside = y < 5 and x < 7
+                    parts.append(cells[:, y, x] if inside else torch.zeros(2, 3))
+            assert torch.equal(joined[:, row, col], torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("patches", [24, 27, 32])
+@pytest.mark.parametrize(("fine", "side"), [(1, 2), (1, 3), (2, 2), (2, 3), (4, 2)])
+def test_joined_cells_of_a_finer_stride_are_the_cells_of_the_coarser(
+    patches: int, fine: int, side: int
+) -> None:
+    cells = Grid(patches, patches, fine)
+    tokens = Grid(patches, patches, fine * side)
+    joined = JoinCells(side)(torch.zeros(1, cells.rows, cells.cols, 1))
+    assert joined.shape[1:3] == (tokens.rows, tokens.cols)
+
+
+def test_a_model_projects_the_finer_cells_and_predicts_the_coarser(
+    make_model, make_clip, make_batch
+) -> None:
+    model = make_model(
+        mm_projector_type="mlp_downsample_2x2_fix", slow_stride=2, fast_stride=4, max_frames_num=4
+    )
+    clip = make_clip(frames=4, patch_grid=(6, 8))
+    patches = np.random.default_rng(0).normal(size=(4, 6, 8, 12))
+    for stride in (1, 2, 4):
+        clip.features[stride] = pool(torch.from_numpy(patches), stride).half().numpy()
+    batch = make_batch(model, ([clip], "<video>\nWhen?", "now"))
+    plain = make_batch(
+        make_model(slow_stride=2, fast_stride=4, max_frames_num=4),
+        ([clip], "<video>\nWhen?", "now"),
+    )
+    assert torch.equal(batch.input_ids, plain.input_ids)
+    group: FrameGroup
+    for group, same in zip(batch.groups, plain.groups, strict=True):
+        assert group.finer is not None
+        assert same.finer is None
+        assert torch.equal(group.features, same.features)
+        frames = [0, 2] if group.stream == 0 else [1, 3]
+        stride = group.grid.stride // 2
+        assert torch.equal(group.finer, torch.from_numpy(clip.features[stride][frames]))
+        tokens = model.frame_tokens(batch, group)
+        assert tokens.shape[:3] == group.features.shape[:3]
+    out = model(batch)
+    assert out["ar_count"].sum() == 3
+    (out["ce"] + out["ar"].sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp2x_relu", "mlp_downsample_4x4", "identity", ""])
+def test_an_unknown_projector_is_refused_with_those_there_are(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"one of {PROJECTORS}, got '{kind}'"):
+        joined_cells(kind)

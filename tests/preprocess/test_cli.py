@@ -1,0 +1,405 @@
+"""The commands: every option is told, every mistake is one line and exit code 2, and early.
+
+pytest tests/preprocess/test_cli.py
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from transformers import VideoMAEConfig, VideoMAEImageProcessor
+
+from preprocess.cli.main import ORDER, main
+from preprocess.cli.options import make_sampling
+from shards.format.features import Sampling
+from shards.format.plan import read_plan, write_plan
+from shards.read.bank import Bank
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANNED = (
+    "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype --codec "
+    "--tower-dtype --batch-frames --tower-threads --device --decoder --allow-truncated --folder-fps "
+    "--allow-outside --shard-size --verify-inputs --prune --help"
+)
+OPTIONS = {
+    "plan": f"{PLANNED} --no-estimate",
+    "encode": f"{PLANNED} --procs",
+    "retry": (
+        "--tower --video-root --device --batch-frames --tower-threads --decoder --allow-truncated "
+        "--help"
+    ),
+    "show": "--out --help",
+    "status": "--help",
+    "verify": "--deep --help",
+    "repair": "--tower --device --video-root --help",
+    "diff": "--help",
+    "index": "--rebuild --help",
+    "export": "--help",
+    "gc": "--dry-run --help",
+    "toyworld": "--train-clips --test-clips --seed --help",
+}
+HEAVY = ("torch", "transformers", "decord", "av", "zarr")
+
+
+def preprocess(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], prog_name="preprocess")
+
+
+def refused(result: Result) -> str:
+    """Return what a refusal says: exit code 2, one line, nothing on stdout, no traceback."""
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def encode_words(toy: Path, out: Path, *more: object) -> Sequence[object]:
+    return ["encode", toy / "videos" / "test", "--out", out, "--tower", toy / "tower", *more]
+
+
+def test_the_table_here_names_every_command() -> None:
+    assert set(OPTIONS) == set(main.commands)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_every_option_and_no_other(command: str) -> None:
+    result = preprocess(command, "--help")
+    assert result.exit_code == 0
+    shown = re.findall(r"^  +(?:-\w, )?(--[a-z-]+)", result.output, re.MULTILINE)
+    assert sorted(shown) == sorted(OPTIONS[command].split())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], []])
+def test_the_bare_command_lists_the_commands(words: list[str]) -> None:
+    result = preprocess(*words)
+    assert result.exit_code == (0 if words else 2)
+    listed = re.findall(r"^  ([a-z]+)  ", result.output.split("Commands:")[1], re.MULTILINE)
+    assert listed == list(ORDER)
+    assert set(ORDER) == set(OPTIONS)
+
+
+def test_a_mistyped_flag_is_refused_with_a_suggestion(toy: Path, tmp_path: Path) -> None:
+    line = refused(preprocess(*encode_words(toy, tmp_path / "b", "--strides", "4")))
+    assert "--strides" in line
+    assert re.search(r"Did you mean.*'?--stride\b", line)
+
+
+def test_an_abbreviated_flag_is_not_guessed(toy: Path, tmp_path: Path) -> None:
+    assert "--str" in refused(preprocess(*encode_words(toy, tmp_path / "b", "--str", "4")))
+
+
+def test_a_mistyped_command_is_refused_with_a_suggestion() -> None:
+    assert "'encode'" in refused(preprocess("encod"))
+
+
+@pytest.mark.parametrize("strides", ["8,4", "4,4", "0", "x", "-4,8", "4,", "", "4.0", "4 8"])
+def test_strides_that_do_not_rise_are_refused(toy: Path, tmp_path: Path, strides: str) -> None:
+    line = refused(preprocess(*encode_words(toy, tmp_path / "b", "--stride", strides)))
+    assert "--stride" in line
+    assert "such as 4,8" in line
+    assert repr(strides) in line
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--frames", 8, "--fps", 1], "--frames"),
+        (["--frames", 8, "--max-frames", 9], "--max-frames"),
+        (["--frames", 0], "--frames"),
+        (["--fps", "fast"], "'fast'"),
+        (["--fps", "0"], "'0'"),
+        (["--fps", "nan"], "'nan'"),
+        (["--max-frames", -1], "--max-frames"),
+        (["--pool", "median"], "--pool"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--codec", "zip"], "--codec"),
+        (["--procs", 0], "--procs"),
+        (["--tower-threads", 0], "--tower-threads"),
+        (["--verify-inputs", "some"], "--verify-inputs"),
+        (["--layer", "last"], "--layer"),
+        (["--batch-frames", 0], "--batch-frames"),
+        (["--shard-size", 0], "--shard-size"),
+        (["--video-root", "/no/such/root"], "/no/such/root"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(
+    toy: Path, tmp_path: Path, words: list[object], named: str
+) -> None:
+    assert named in refused(preprocess(*encode_words(toy, tmp_path / "b", *words)))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["encode"],
+        ["encode", "videos", "--tower", "t"],
+        ["encode", "videos", "--out", "b"],
+        ["encode", "--out", "b", "--tower", "t"],
+        ["toyworld"],
+    ],
+)
+def test_what_is_missing_is_named(words: list[str]) -> None:
+    assert "Missing" in refused(preprocess(*words))
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "max_frames", "expected"),
+    [
+        (None, None, None, Sampling(fps="1", max_frames=64)),
+        (None, "0.50", None, Sampling(fps="1/2", max_frames=64)),
+        (None, "30000/1001", 9, Sampling(fps="30000/1001", max_frames=9)),
+        (8, None, None, Sampling(num_frames=8)),
+    ],
+)
+def test_flags_mean_a_sampling(
+    frames: int | None, fps: str | None, max_frames: int | None, expected: Sampling
+) -> None:
+    assert make_sampling(frames, fps, max_frames) == expected
+
+
+def test_every_missing_input_has_its_line(toy: Path, tmp_path: Path) -> None:
+    tower = toy / "tower"
+    words = ["/no/a.mp4", "/no/b", "--video-root", "/no/root", "--out", tmp_path, "--tower", tower]
+    result = preprocess("encode", *words)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "error: --video-root /no/root: no such folder",
+        "error: /no/a.mp4: no such file or folder",
+        "error: /no/b: no such file or folder",
+    ]
+
+
+def test_a_folder_that_is_no_tower_is_refused(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "tower").mkdir()
+    words = encode_words(toy, tmp_path / "b")
+    for tower in (tmp_path / "tower", tmp_path / "nowhere"):
+        line = refused(preprocess(*words, "--tower", tower))
+        assert f"tower {tower}: cannot be loaded" in line
+        assert "name a folder with config.json" in line
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_language_model_is_no_tower(toy: Path, tmp_path: Path) -> None:
+    line = refused(preprocess(*encode_words(toy, tmp_path / "b", "--tower", toy / "llm")))
+    assert "qwen2 is not supported" in line
+    assert "siglip" in line
+
+
+@pytest.mark.parametrize("with_processor", [True, False])
+def test_a_tower_that_mixes_frames_is_refused(
+    toy: Path, tmp_path: Path, with_processor: bool
+) -> None:
+    VideoMAEConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path / "tower")
+    if with_processor:
+        VideoMAEImageProcessor().save_pretrained(tmp_path / "tower")
+    line = refused(preprocess(*encode_words(toy, tmp_path / "b", "--tower", tmp_path / "tower")))
+    assert "videomae mixes frames" in line
+    assert "use SigLIP, CLIP or DINOv2" in line
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_tower_without_whole_weights_is_refused(toy: Path, tmp_path: Path, damage: str) -> None:
+    tower = shutil.copytree(toy / "tower", tmp_path / "tower")
+    (weights,) = tower.glob("*.safetensors")
+    raw = weights.read_bytes()
+    weights.unlink()
+    if damage == "cut":
+        weights.write_bytes(raw[: len(raw) // 2])
+    line = refused(preprocess(*encode_words(toy, tmp_path / "b", "--tower", tower)))
+    assert f"tower {tower}: cannot be loaded" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--layer", 9], "layer 9 of 3 layers"),
+        (["--layer", -5], "layer -5 of 3 layers"),
+        (["--stride", "4,16", "--pool", "max"], "stride 16 with pool max leaves no cell"),
+        (["--device", "typewriter"], "--device cpu"),
+        (["--device", "cuda:99"], "--device cpu"),
+    ],
+)
+def test_what_the_tower_cannot_do_is_refused(
+    toy: Path, tmp_path: Path, words: list[object], named: str
+) -> None:
+    assert named in refused(preprocess(*encode_words(toy, tmp_path / "b", *words)))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_file_is_no_folder_for_a_bank(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    line = refused(preprocess(*encode_words(toy, tmp_path / "file")))
+    assert str(tmp_path / "file") in line
+    assert (tmp_path / "file").read_text() == "mine"
+    assert "file" in refused(preprocess(*encode_words(toy, tmp_path / "file" / "below")))
+
+
+def test_another_config_in_the_same_folder_is_refused(
+    toy: Path, toy_bank: Path, tmp_path: Path
+) -> None:
+    bank = shutil.copytree(toy_bank, tmp_path / "bank")
+    words = encode_words(toy, bank, "--frames", 8, "--stride", "2,4")
+    line = refused(preprocess(*words))
+    assert "strides: [2, 4] here, [4, 8] there" in line
+    assert "write to another folder" in line
+
+
+def test_a_world_is_not_drawn_over_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    line = refused(preprocess("toyworld", tmp_path))
+    assert "remove it or name another" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_encode_says_what_it_did_and_a_rerun_that_it_was_done(toy: Path, tmp_path: Path) -> None:
+    words = encode_words(toy, tmp_path / "b", "--frames", 4)
+    first = preprocess(*words)
+    assert first.exit_code == 0
+    assert re.search(r"b: 3 clips, 12 frames, .*; 0 clips there already\n$", first.stdout)
+    second = preprocess(*words)
+    assert second.exit_code == 0
+    assert re.search(r"b: 0 clips, 0 frames, .*; 3 clips there already\n$", second.stdout)
+    bank = Bank.open(tmp_path / "b")
+    assert (len(bank), bank.config.strides, bank.config.layer) == (3, (4, 8), -2)
+    assert bank.config.sampling == Sampling(num_frames=4)
+
+
+def test_a_bad_video_is_listed_with_exit_code_1_on_every_run(toy: Path, tmp_path: Path) -> None:
+    videos = shutil.copytree(toy / "videos" / "test", tmp_path / "videos")
+    (videos / "bad.mp4").write_text("no video")
+    words = ["encode", videos, "--out", tmp_path / "b", "--tower", toy / "tower", "--frames", 2]
+    for _ in range(2):
+        result = preprocess(*words)
+        assert result.exit_code == 1
+        assert f"1 clip failed, listed in {tmp_path / 'b' / 'quarantine.jsonl'}" in result.stdout
+        assert re.search(r"^  bad\.mp4: cannot-open: .*bad\.mp4", result.stdout, re.MULTILINE)
+    (entry,) = map(json.loads, (tmp_path / "b" / "quarantine.jsonl").read_text().splitlines())
+    assert (entry["id"], entry["reason"]) == ("bad.mp4", "cannot-open")
+    assert len(Bank.open(tmp_path / "b")) == 3
+
+
+IMPORTED = """
+import sys
+sys.argv[0] = "preprocess"
+from preprocess.cli.main import ORDER, main
+try:
+    main()
+finally:
+    heavy = sorted(set({heavy!r}) & set(sys.modules))
+    print("heavy:", *heavy, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["encode", "--help"], 0),
+        (["verify", "--help"], 0),
+        (["diff", "a", "b"], 2),
+        (["toyworld", "--help"], 0),
+        (["encode", "v", "--out", "b", "--tower", "t", "--stride", "8,4"], 2),
+        (["encode", "v", "--out", "b", "--tower", "t", "--frames", "8", "--fps", "1"], 2),
+        (["encode", "/no/video", "--out", "b", "--tower", "t"], 2),
+        (["encode", ".", "--out", "b", "--tower", "t"], 2),
+        (["encod"], 2),
+    ],
+)
+def test_help_and_usage_errors_come_before_torch(
+    tmp_path: Path, words: list[str], code: int
+) -> None:
+    script = IMPORTED.format(heavy=HEAVY)
+    command = [sys.executable, "-c", script, *words]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert result.stderr.splitlines()[-1] == "heavy:"
+    assert "Traceback" not in result.stderr
+    if code == 2:
+        assert len(result.stderr.splitlines()) == 2, result.stderr
+
+
+def test_the_installed_command_is_this_one() -> None:
+    script = Path(sys.executable).parent / "preprocess"
+    result = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"preprocess, version \d+\.\d+\.\d+\n", result.stdout)
+
+
+def test_a_plan_says_what_it_will_cost_and_encode_executes_it(toy: Path, tmp_path: Path) -> None:
+    videos = shutil.copytree(toy / "videos" / "test", tmp_path / "videos")
+    (videos / "bad.mp4").write_text("no video")
+    bank = tmp_path / "b"
+    words = [videos, "--out", bank, "--tower", toy / "tower", "--frames", 4, "--device", "cpu"]
+    result = preprocess("plan", *words)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in bank.iterdir()] == ["plan.json"]
+    said = result.stdout
+    assert f"{bank}: 4 clips, 12 frames in 1 shard\n" in said
+    assert "stride 4: 6.1 kB; stride 8: 1.5 kB\n" in said
+    assert "new: 4 clips; changed: 0; gone: 0; pruned: 0\n" in said
+    assert "cannot be opened: 1 clip (bad.mp4)\n" in said
+    assert "to encode: 4 clips, 12 frames\n" in said
+    assert re.search(r"roughly [0-9.]+ seconds to .* for one process here .* on 3 clips", said)
+    planned = (bank / "plan.json").read_bytes()
+    assert preprocess("encode", *words).exit_code == 1
+    plan = read_plan(bank)
+    assert plan
+    written = replace(plan, quality=None)  # none loses nothing, which encode adds
+    assert (bank / "plan.json").exists()
+    write_plan(tmp_path, written)
+    assert (tmp_path / "plan.json").read_bytes() == planned
+    result = preprocess("plan", *words, "--no-estimate")
+    assert "in 1 shard, 1 of them finished\n" in result.stdout
+    assert "new: 0 clips;" in result.stdout
+    assert "nothing is left to encode\n" in result.stdout
+    assert "roughly" not in result.stdout
+
+
+def test_a_rerun_encodes_as_the_first_run_did_unless_told_otherwise(
+    toy: Path, tmp_path: Path
+) -> None:
+    words = encode_words(toy, tmp_path / "b", "--frames", 2, "--device", "cpu")
+    assert preprocess(*words, "--batch-frames", 2, "--tower-threads", 1).exit_code == 0
+    for file, flags in (("late1", ()), ("late2", ("--batch-frames", 4))):
+        (tmp_path / "v").mkdir(exist_ok=True)
+        shutil.copy(toy / "videos/train/clip-00000.mp4", tmp_path / "v" / f"{file}.mp4")
+        more = ["encode", tmp_path / "v", *words[2:], *flags]
+        assert preprocess(*more).exit_code == 0
+    plan = read_plan(tmp_path / "b")
+    assert plan
+    assert (plan.how.batch_frames, plan.how.tower_threads) == (2, 1)
+    encoded = Bank.open(tmp_path / "b").manifest["provenance"]["encoded"]
+    assert [(how["batch_frames"], how["tower_threads"]) for how in encoded] == [(2, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("codec", ["blosc", "int8"])
+def test_a_codec_is_chosen_at_encode_and_measured_in_the_manifest(
+    toy: Path, toy_bank: Path, tmp_path: Path, codec: str
+) -> None:
+    words = encode_words(toy, tmp_path / "b", "--frames", 8, "--codec", codec, "--device", "cpu")
+    assert preprocess(*words).exit_code == 0
+    bank, plain = Bank.open(tmp_path / "b"), Bank.open(toy_bank)
+    facts = bank.manifest["codec"]
+    assert facts["name"] == codec
+    assert set(facts["strides"]) == {"4", "8"}
+    for told in facts["strides"].values():
+        assert 0.4 < told["ratio"] < 1.5
+        assert told["cosine_min"] > 0.99
+        assert told["channel_error_worst"] < 0.05
+    for row, id_ in enumerate(bank.ids):
+        exact = plain.read(plain.row(f"test/{id_}"), 4).astype(float)
+        error = abs(bank.read(row, 4).astype(float) - exact).max() / exact.std()
+        assert error == 0 if codec == "blosc" else 0 < error < 0.1
+    before = (tmp_path / "b" / "bank.json").read_bytes()
+    assert preprocess(*words).exit_code == 0
+    assert (tmp_path / "b" / "bank.json").read_bytes() == before

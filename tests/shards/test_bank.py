@@ -1,0 +1,720 @@
+"""Reading a bank: any frames in any order, from any process; a wrong bank is one clear line.
+
+pytest tests/shards/test_bank.py
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain, cycle, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from shards import storage as files_module
+from shards.format.catalogue import build_columns, checksums, write_columns
+from shards.format.codec import Codec
+from shards.format.commits import done_path
+from shards.format.features import FeatureConfig, Sampling
+from shards.format.samples import sample_key
+from shards.read import opening
+from shards.read.bank import Bank, DamagedSample, Request, runs
+from shards.read.banks import Banks
+from shards.signed import read_signed_json, signed_json, write_atomic
+from shards.storage import LocalFiles
+
+MakeBank = Callable[..., Path]
+Arrays = dict[int, np.ndarray]
+
+
+def arrays_of(seed: int, frames: int = 7) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return {
+        4: rng.normal(size=(frames, 2, 3, 5)).astype(np.float16),
+        8: rng.normal(size=(frames, 1, 2, 5)).astype(np.float16),
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "PAUSE", 0)
+
+
+CLIPS = {f"clip {k}.mp4": arrays_of(k, frames=3 + 2 * k) for k in range(4)}
+
+
+@pytest.fixture(scope="module")
+def small_bank(make_bank: MakeBank, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clips of 3, 5, 7 and 9 frames in two shards. Read it only."""
+    items = list(CLIPS.items())
+    out = tmp_path_factory.mktemp("small") / "bank"
+    return make_bank(out, dict(items[:1]), dict(items[1:]), quarantined=("bad.mp4",))
+
+
+def test_every_clip_reads_back_whole(small_bank: Path) -> None:
+    bank = Bank.open(small_bank)
+    assert len(bank) == len(CLIPS)
+    for id_, arrays in CLIPS.items():
+        assert id_ in bank
+        for stride, array in arrays.items():
+            read = bank.read(bank.row(id_), stride)
+            assert read.dtype == np.float16
+            np.testing.assert_array_equal(read, array)
+            assert bank.shape(bank.row(id_), stride) == array.shape
+    assert "clip 9.mp4" not in bank
+
+
+@given(id_=st.sampled_from(list(CLIPS)), stride=st.sampled_from([4, 8]), data=st.data())
+def test_any_frames_in_any_order_equal_the_full_read(
+    small_bank: Path, id_: str, stride: int, data: st.DataObject
+) -> None:
+    array = CLIPS[id_][stride]
+    frames = data.draw(st.lists(st.integers(0, len(array) - 1), max_size=12))
+    bank = opened(small_bank)
+    read = bank.read(bank.row(id_), stride, frames)
+    np.testing.assert_array_equal(read, array[frames])
+    assert read.shape == (len(frames), *array.shape[1:])
+    np.testing.assert_array_equal(bank.read(bank.row(id_), stride, np.array(frames, int)), read)
+
+
+BANKS: dict[Path, Bank] = {}
+
+
+def opened(path: Path) -> Bank:
+    if path not in BANKS:
+        BANKS[path] = Bank.open(path)
+    return BANKS[path]
+
+
+@given(st.lists(st.integers(0, 9), max_size=20))
+@example([])
+@example([3, 4, 5, 5, 6, 0])
+def test_runs_cut_any_indices_into_consecutive_stretches(indices: list[int]) -> None:
+    pieces = [list(range(indices[a], indices[a] + b - a + 1)) for a, b in runs(indices)]
+    assert [*chain.from_iterable(pieces)] == indices
+    for left, right in pairwise(pieces):
+        assert right[0] != left[-1] + 1, "two stretches are one"
+
+
+@pytest.mark.parametrize("frames", [[-1], [3], [0, 1, 2, 3]])
+def test_a_frame_that_is_not_there_is_never_delivered(small_bank: Path, frames: list[int]) -> None:
+    bank = Bank.open(small_bank)
+    with pytest.raises(AssertionError):
+        bank.read(bank.row("clip 0.mp4"), 4, frames)
+
+
+def test_a_read_touches_no_other_bytes(small_bank: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(small_bank, tmp_path / "bank")
+    bank = Bank.open(path, check="never")
+    row, frame, nbytes = bank.row("clip 2.mp4"), 4, 2 * 3 * 5 * 2
+    begin = int(bank.columns["stride4_offset"][row]) + frame * nbytes
+    shard = path / "shards" / "bank-000001.tar"
+    size = shard.stat().st_size
+    raw = shard.read_bytes()[begin : begin + nbytes]
+    shard.write_bytes(b"\xff" * begin + raw + b"\xff" * (size - begin - nbytes))
+    np.testing.assert_array_equal(bank.read(row, 4, [frame]), CLIPS["clip 2.mp4"][4][[frame]])
+
+
+def test_the_facts_of_a_clip_are_those_of_its_json(small_bank: Path) -> None:
+    bank = Bank.open(small_bank)
+    clip = bank.clip(bank.row("clip 1.mp4"))
+    assert (clip.id, clip.start, clip.end, clip.duration) == ("clip 1.mp4", 0, 5 / 8, 5 / 8)
+    assert clip.timestamps.tolist() == [k / 8 for k in range(5)]
+    assert clip.frame_index.tolist() == list(range(5))
+    assert (clip.display_size, clip.patch_grid) == ((48, 64), (8, 6))
+    assert clip.covered == (0.0, 0.125, 1.0, 0.875)
+
+
+def read_in_child(bank: Bank, connection: Any) -> None:
+    connection.send({id_: bank.read(bank.row(id_), 4, [2, 0]).tobytes() for id_ in bank.ids})
+    connection.close()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_bank_opened_and_read_before_works_in_another_process(
+    small_bank: Path, method: Any
+) -> None:
+    bank = Bank.open(small_bank)
+    for row in range(len(bank)):
+        bank.read(row, 4)  # its files are open now
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=read_in_child, args=(bank, there))
+    child.start()
+    there.close()
+    assert here.poll(60)
+    assert here.recv() == {id_: CLIPS[id_][4][[2, 0]].tobytes() for id_ in CLIPS}
+    child.join(60)
+    assert child.exitcode == 0
+    np.testing.assert_array_equal(bank.read(0, 4), CLIPS["clip 0.mp4"][4])
+
+
+def test_a_pickled_bank_carries_no_open_file(small_bank: Path) -> None:
+    bank = Bank.open(small_bank)
+    bank.read(0, 4)
+    again = pickle.loads(pickle.dumps(bank))
+    assert isinstance(bank.files, LocalFiles)
+    assert isinstance(again.files, LocalFiles)
+    assert bank.files._opened
+    assert not again.files._opened
+    np.testing.assert_array_equal(again.read(0, 8), CLIPS["clip 0.mp4"][8])
+
+
+def test_threads_share_a_bank(small_bank: Path) -> None:
+    bank = Bank.open(small_bank)
+
+    def work(k: int) -> bool:
+        id_ = f"clip {k % 4}.mp4"
+        return bool((bank.read(bank.row(id_), 4) == CLIPS[id_][4]).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(200)))
+
+
+def test_a_bfloat16_bank_reads_as_uint16(
+    make_bank: MakeBank, features: FeatureConfig, tmp_path: Path
+) -> None:
+    arrays = {s: array.view(np.uint16) for s, array in arrays_of(5).items()}
+    config = replace(features, dtype="bfloat16")
+    bank = Bank.open(make_bank(tmp_path / "bank", {"x.mp4": arrays}, config=config))
+    read = bank.read(0, 8, [6, 1])
+    assert read.dtype == np.uint16
+    np.testing.assert_array_equal(read, arrays[8][[6, 1]])
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def copy(small_bank: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_bank, tmp_path / "copy"))
+
+
+def test_a_folder_without_manifest_is_no_bank(copy: Path) -> None:
+    (copy / "bank.json").unlink()
+    message = refusal(lambda: Bank.open(copy))
+    assert message.startswith(f"{copy}: no bank here")
+    assert "preprocess encode" in message
+
+
+def test_a_folder_that_is_not_there_is_no_bank(tmp_path: Path) -> None:
+    assert "no bank here" in refusal(lambda: Bank.open(tmp_path / "nowhere"))
+
+
+def test_an_edited_manifest_is_refused(copy: Path) -> None:
+    manifest = copy / "bank.json"
+    text = manifest.read_text()
+    assert text.count('"layer":-2') == 1
+    manifest.write_text(text.replace('"layer":-2', '"layer":-1'))
+    message = refusal(lambda: Bank.open(copy))
+    assert str(manifest) in message
+    assert "does not match its own hash" in message
+
+
+def test_a_bank_of_a_newer_format_is_refused(copy: Path) -> None:
+    manifest = json.loads((copy / "bank.json").read_text())
+    manifest.pop("self_hash")
+    (copy / "bank.json").write_bytes(signed_json(manifest | {"format_version": 2}))
+    message = refusal(lambda: Bank.open(copy))
+    assert re.search(r"format 2\b.*up to 1\b.*update framebank", message)
+
+
+def test_a_bank_whose_catalogue_is_of_another_bank_is_refused(
+    copy: Path, make_bank: MakeBank, tmp_path: Path
+) -> None:
+    other = make_bank(tmp_path / "other", {"x.mp4": arrays_of(1)})
+    shutil.rmtree(copy / "index.zarr")
+    shutil.copytree(other / "index.zarr", copy / "index.zarr")
+    message = refusal(lambda: Bank.open(copy))
+    assert "lists 1 clips, bank.json 4" in message
+
+
+def test_a_bank_without_catalogue_is_refused_with_a_way_out(copy: Path) -> None:
+    shutil.rmtree(copy / "index.zarr")
+    message = refusal(lambda: Bank.open(copy))
+    assert str(copy) in message
+    assert "copy it again" in message
+
+
+def test_a_shard_that_ends_early_is_named(copy: Path) -> None:
+    shard = copy / "shards" / "bank-000001.tar"
+    bank = Bank.open(copy)
+    row = len(bank) - 1
+    os.truncate(shard, int(bank.columns["stride8_offset"][row]) + 10)
+    message = refusal(lambda: bank.read(row, 8))
+    assert str(shard) in message
+    assert "ends early" in message
+
+
+def test_a_shard_that_goes_is_named(copy: Path) -> None:
+    bank = Bank.open(copy)
+    (copy / "shards" / "bank-000000.tar").unlink()
+    assert re.search(
+        r"bank-000000\.tar.*is gone.*preprocess repair", refusal(lambda: bank.read(0, 4))
+    )
+
+
+@pytest.mark.parametrize("check", ["always", "first", "never"])
+def test_shards_that_were_not_copied_are_named_at_once(copy: Path, check: Any) -> None:
+    first, second = (copy / "shards" / f"bank-00000{k}.tar" for k in (0, 1))
+    size = second.stat().st_size
+    first.unlink()
+    os.truncate(second, 512)
+    message = refusal(lambda: Bank.open(copy, check=check))
+    assert f"bank-000000.tar is missing, bank-000001.tar has 512 of {size} bytes" in message
+    assert "copy it again" in message
+
+
+def test_two_banks_are_read_as_one_by_id(
+    small_bank: Path, make_bank: MakeBank, tmp_path: Path
+) -> None:
+    more = {"extra.mp4": arrays_of(9, frames=2)}
+    other = make_bank(tmp_path / "other", more, quarantined=("worse.mp4",))
+    banks = Banks.open([small_bank, other])
+    for id_, arrays in (CLIPS | more).items():
+        assert id_ in banks
+        clip = banks.clip(id_)
+        assert clip.info.id == id_
+        assert clip.bank.path == (other if id_ in more else small_bank)
+        np.testing.assert_array_equal(clip.read(8, [1, 0]), arrays[8][[1, 0]])
+    assert "bad.mp4" not in banks
+    assert banks.quarantined() == {"bad.mp4", "worse.mp4"}
+
+
+def config_changes(features: FeatureConfig) -> dict[str, FeatureConfig]:
+    return {
+        "tower_digest": replace(features, tower_digest="11" * 16),
+        "tower_type": replace(features, tower_type="clip_vision_model"),
+        "layer": replace(features, layer=-1),
+        "strides": replace(features, strides=(4,)),
+        "pool": replace(features, pool="max"),
+        "processor.width": replace(features, processor={**features.processor, "width": 32}),
+        "attention": replace(features, attention="eager"),
+        "tower_dtype": replace(features, tower_dtype="bfloat16"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tower_digest",
+        "tower_type",
+        "layer",
+        "strides",
+        "pool",
+        "processor.width",
+        "attention",
+        "tower_dtype",
+    ],
+)
+def test_banks_that_disagree_are_refused_by_field(
+    small_bank: Path, make_bank: MakeBank, features: FeatureConfig, tmp_path: Path, name: str
+) -> None:
+    config = config_changes(features)[name]
+    other = make_bank(tmp_path / "other", {"x.mp4": arrays_of(1)}, config=config)
+    message = refusal(lambda: Banks.open([small_bank, other]))
+    assert f"{small_bank} and {other} cannot be joined: {name}: " in message
+    assert message.count(" here, ") == 1
+
+
+def test_banks_of_other_sampling_join(
+    small_bank: Path, make_bank: MakeBank, features: FeatureConfig, tmp_path: Path
+) -> None:
+    config = replace(features, sampling=Sampling(fps="2", max_frames=9))
+    other = make_bank(tmp_path / "other", {"x.mp4": arrays_of(1)}, config=config)
+    assert "x.mp4" in Banks.open([small_bank, other])
+
+
+def test_banks_with_a_clip_in_common_are_refused(
+    small_bank: Path, make_bank: MakeBank, tmp_path: Path
+) -> None:
+    other = make_bank(tmp_path / "other", {"clip 1.mp4": arrays_of(1)})
+    message = refusal(lambda: Banks.open([small_bank, other]))
+    assert "'clip 1.mp4'" in message
+    assert str(small_bank) in message
+    assert str(other) in message
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 8), max_size=9))
+def test_a_clip_of_joined_banks_reads_any_frames(small_bank: Path, frames: list[int]) -> None:
+    clip = Banks([opened(small_bank)]).clip("clip 3.mp4")
+    np.testing.assert_array_equal(clip.read(4, frames), CLIPS["clip 3.mp4"][4][frames])
+
+
+# Checksums.
+
+
+CODECS = ["none", "blosc", "int8"]
+
+
+@pytest.fixture(scope="module")
+def banks_of(
+    make_bank: MakeBank, features: FeatureConfig, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The clips once in each codec. Read them only."""
+    folder = tmp_path_factory.mktemp("codecs")
+    return {
+        codec: make_bank(folder / codec, CLIPS, config=replace(features, codec=codec))
+        for codec in CODECS
+    }
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec_reads_back_what_it_promises(banks_of: dict[str, Path], codec: str) -> None:
+    bank = Bank.open(banks_of[codec])
+    scales = {int(s): np.float32(x) for s, x in (bank.manifest["calibration"] or {}).items()}
+    own = Codec(codec, "float16", scales)
+    for id_, arrays in CLIPS.items():
+        for stride, array in arrays.items():
+            stored = own.encode(stride, array)
+            wanted = own.decode(
+                stride, stored.data, array.shape[1:], stored.frame_nbytes, stored.scale
+            )
+            read = bank.read(bank.row(id_), stride)
+            assert read.dtype == np.float16
+            np.testing.assert_array_equal(read, wanted)
+            if codec != "int8":
+                np.testing.assert_array_equal(read, array)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("check", ["always", "first", "never"])
+@settings(max_examples=15, deadline=None)
+@given(frames=st.lists(st.integers(0, 8), max_size=9), data=st.data())
+def test_any_frames_are_those_of_the_whole(
+    banks_of: dict[str, Path], codec: str, check: Any, frames: list[int], data: st.DataObject
+) -> None:
+    bank = Bank.open(banks_of[codec], check=check)
+    row, stride = bank.row("clip 3.mp4"), data.draw(st.sampled_from([4, 8]))
+    out = np.empty((len(frames), *bank.shape(row, stride)[1:]), np.float16)
+    read = bank.read(row, stride, frames, out)  # of a fresh bank: a first touch
+    assert read is out
+    again = bank.read(row, stride, frames)
+    whole = bank.read(row, stride)
+    np.testing.assert_array_equal(read, whole[frames])
+    np.testing.assert_array_equal(again, whole[frames])
+
+
+def flip(path: Path, place: int, bit: int = 3) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_flipped_bit_is_found_at_first_touch_whatever_frame_is_asked_for(
+    banks_of: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    codec: str,
+    data: st.DataObject,
+) -> None:
+    path = shutil.copytree(banks_of[codec], tmp_path_factory.mktemp("flip") / "bank")
+    bank = Bank.open(path)
+    id_, stride = data.draw(st.sampled_from(list(CLIPS))), data.draw(st.sampled_from([4, 8]))
+    row = bank.row(id_)
+    names = [f"stride{stride}", *([f"stride{stride}_scale"] if codec == "int8" else [])]
+    name = data.draw(st.sampled_from(names))
+    begin, nbytes = (int(bank.columns[f"{name}_{what}"][row]) for what in ("offset", "nbytes"))
+    place = begin + data.draw(st.integers(0, nbytes - 1))
+    flip(path / "shards" / "bank-000000.tar", place, data.draw(st.integers(0, 7)))
+    frames = data.draw(st.sampled_from([None, [], [0], [2, 1]]))
+    for _ in range(2):  # a stream that failed is looked at again
+        with pytest.raises(DamagedSample) as caught:
+            bank.read(row, stride, frames)
+        for word in ("bank-000000.tar", sample_key(id_), f"stride {stride}", "preprocess repair"):
+            assert word in str(caught.value)
+    for other in set(CLIPS) - {id_}:
+        bank.read(bank.row(other), stride)
+
+
+@pytest.mark.parametrize(
+    ("check", "first", "later"),
+    [("always", True, True), ("first", True, False), ("never", False, False)],
+)
+def test_when_checksums_are_compared(copy: Path, check: Any, first: bool, later: bool) -> None:
+    bank = Bank.open(copy, check=check)
+    place = int(bank.columns["stride4_offset"][2])
+    shard = copy / "shards" / "bank-000001.tar"
+
+    def found(frames: list[int] | None) -> bool:
+        try:
+            bank.read(2, 4, frames)
+        except DamagedSample:
+            return True
+        return False
+
+    flip(shard, place)
+    assert found([1]) == found(None) == first
+    flip(shard, place)  # as it was
+    assert not found([1])
+    flip(shard, place)
+    assert found([1]) == found(None) == later
+    if check == "first":  # the other stream, and another process, have not been here
+        flip(shard, int(bank.columns["stride8_offset"][2]))
+        with pytest.raises(DamagedSample):
+            bank.read(2, 8)
+        with pytest.raises(DamagedSample):
+            pickle.loads(pickle.dumps(bank)).read(2, 4, [1])
+
+
+def test_damaged_clips_can_be_passed_over_and_are_listed(copy: Path) -> None:
+    bank = Bank.open(copy, damaged="skip")
+    flip(copy / "shards" / "bank-000001.tar", int(bank.columns["stride4_offset"][2]))
+    requests: list[Request] = [(row, 4, None) for row in range(4)] * 3
+    found = list(bank.read_many(requests))
+    assert [array is None for array in found] == [False, False, True, False] * 3
+    for (row, _, _), array in zip(requests, found, strict=True):
+        if array is not None:
+            np.testing.assert_array_equal(array, CLIPS[bank.ids[row]][4])
+    ((id_, reason),) = bank.skipped
+    assert id_ == "clip 2.mp4"
+    assert "checksum" in reason
+    assert bank.try_read(2, 8) is not None
+    with pytest.raises(DamagedSample):
+        bank.read(2, 4)
+    with pytest.raises(DamagedSample):
+        list(Bank.open(copy).read_many(requests))
+
+
+# Reading ahead, into given memory, with what the system has.
+
+
+def test_many_reads_come_in_order_and_may_be_left_early(small_bank: Path) -> None:
+    bank = Bank.open(small_bank)
+    rng = np.random.default_rng(0)
+    requests: list[Request] = [
+        (int(row), int(stride), None if k % 3 else [k % 2, 0])
+        for k, (row, stride) in enumerate(
+            zip(rng.integers(0, 4, 200), rng.choice([4, 8], 200), strict=True)
+        )
+    ]
+    for threads in (1, 4):
+        found = bank.read_many(iter(requests), threads)
+        for (row, stride, frames), array in zip(requests, found, strict=True):
+            whole = CLIPS[bank.ids[row]][stride]
+            np.testing.assert_array_equal(array, whole if frames is None else whole[frames])
+    before = threading.active_count()
+    reads = bank.read_many(requests)
+    next(reads)
+    assert threading.active_count() > before
+    reads.close()
+    assert threading.active_count() == before
+    assert list(bank.read_many([])) == []
+
+
+def test_a_read_fills_the_memory_it_is_given_and_no_other_shape(small_bank: Path) -> None:
+    bank = Bank.open(small_bank)
+    pool = np.zeros((2, 9, 2, 3, 5), np.float16)
+    for k, id_ in enumerate(CLIPS):
+        frames = len(CLIPS[id_][4])
+        out = pool[k % 2, :frames]
+        assert bank.read(bank.row(id_), 4, out=out) is out
+        np.testing.assert_array_equal(pool[k % 2, :frames], CLIPS[id_][4])
+    for wrong in (pool[0, :2], pool[0, :3].astype(np.float32), pool[0, :6:2]):
+        with pytest.raises(AssertionError):
+            bank.read(0, 4, out=wrong)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_system_without_preadv_reads_the_same(
+    banks_of: dict[str, Path], codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = Bank.open(banks_of[codec])
+    wanted = [bank.read(row, 4, [1, 2, 0]) for row in range(4)]
+    monkeypatch.delattr(os, "preadv")
+    again = Bank.open(banks_of[codec])
+    for row, array in enumerate(wanted):
+        np.testing.assert_array_equal(again.read(row, 4, [1, 2, 0]), array)
+
+
+def test_ten_epochs_of_random_reads_leave_nothing(
+    make_bank: MakeBank, features: FeatureConfig, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    clips = {
+        f"{k}.mp4": {s: rng.normal(size=(8, 8, 8, 64)).astype(np.float16) for s in (4, 8)}
+        for k in range(48)
+    }
+    bank = make_bank(tmp_path / "bank", clips, config=replace(features, codec="int8"))
+    script = """
+import os, sys
+import numpy as np
+from shards.read.bank import Bank
+bank, sizes = Bank.open(sys.argv[1]), []
+before = os.listdir("/dev/shm"), len(os.listdir("/proc/self/fd"))
+for epoch in range(12):
+    for row in np.random.default_rng(epoch).permutation(len(bank)):
+        bank.read(int(row), 4)
+        bank.read(int(row), 8, [3, 1])
+    for _ in bank.read_many((row, 4, None) for row in range(len(bank))):
+        pass
+    sizes.append(int(open("/proc/self/statm").read().split()[1]))
+print(sizes[1], sizes[-1])
+assert os.listdir("/dev/shm") == before[0]
+assert len(os.listdir("/proc/self/fd")) <= before[1] + 1
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(bank)], check=True, capture_output=True, text=True
+    )
+    early, late = map(int, done.stdout.split())
+    assert late <= 1.02 * early, f"resident pages: {early} after two epochs, {late} after twelve"
+
+
+# Manifest and catalogue that do not belong together.
+
+
+def lock(bank: Path, pid: int) -> None:
+    record = {"pid": pid, "host": socket.gethostname(), "command": "preprocess encode x"}
+    (bank / ".lock").write_text(json.dumps(record | {"started": "now"}))
+
+
+def gone_process() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_a_writer_stopped_before_the_manifest_is_told_with_the_way_out(
+    copy: Path, make_bank: MakeBank, tmp_path: Path
+) -> None:
+    longer = make_bank(tmp_path / "longer", CLIPS, {"new.mp4": arrays_of(8)})
+    shutil.rmtree(copy / "index.zarr")
+    shutil.copytree(longer / "index.zarr", copy / "index.zarr")
+    lock(copy, gone_process())
+    message = refusal(lambda: Bank.open(copy))
+    assert "the catalogue lists 5 clips, bank.json 4" in message
+    assert "a writer was stopped" in message
+    assert f"preprocess index {copy} --rebuild" in message
+    lock(copy, os.getpid())
+    message = refusal(lambda: Bank.open(copy))
+    assert f"is being written by `preprocess encode x` (process {os.getpid()}" in message
+
+
+@pytest.mark.parametrize("harm", ["delete", "edit"])
+def test_one_damaged_column_is_named_with_the_way_out(copy: Path, harm: str) -> None:
+    chunk = copy / "index.zarr" / "stride4_offset" / "c" / "0"
+    if harm == "delete":
+        chunk.unlink()
+    else:
+        flip(chunk, 3)
+    message = refusal(lambda: Bank.open(copy))
+    assert f"{copy}/index.zarr: column stride4_offset" in message
+    assert f"preprocess index {copy} --rebuild" in message
+
+
+def test_a_bank_that_is_rewritten_meanwhile_opens_whole_or_not_at_all(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "PAUSE", 0.02)
+    manifest = read_signed_json(copy / "bank.json")
+    commits = [read_signed_json(done_path(copy / "shards" / s["name"])) for s in manifest["shards"]]
+    states = []
+    for kept in (list(CLIPS), list(CLIPS)[1:]):
+        serving = {sample_key(id_): int(id_ != "clip 0.mp4") for id_ in kept}
+        columns = build_columns(copy / "shards", commits, (4, 8), serving)
+        facts = {"clips": len(kept), "catalogue": checksums(columns)}
+        states.append((columns, signed_json(manifest | facts)))
+    over = threading.Event()
+    lock(copy, os.getpid())
+
+    def rewrite() -> None:
+        for columns, text in islice(cycle(states), 80):
+            write_columns(copy / "index.zarr", columns)
+            write_atomic(copy / "bank.json", text)
+            if over.wait(0.05):
+                return
+
+    opened_with, refused = [], []
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(rewrite)
+        while not writer.done() and (len(opened_with) < 20 or set(opened_with) != {3, 4}):
+            try:
+                bank = Bank.open(copy)
+            except ValueError as error:
+                refused.append(str(error))
+                continue
+            opened_with.append(len(bank))
+            assert len(bank) == bank.manifest["clips"]
+            assert bank.ids == list(CLIPS)[-len(bank) :]
+            for row in range(len(bank)):
+                np.testing.assert_array_equal(bank.read(row, 8), CLIPS[bank.ids[row]][8])
+        over.set()
+        writer.result()
+    assert set(opened_with) == {3, 4}
+    assert all("is being written" in message for message in refused)
+
+
+# A run that is not over.
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_finished_shards_of_an_unfinished_run_open_on_demand(
+    make_bank: MakeBank, features: FeatureConfig, tmp_path: Path, codec: str
+) -> None:
+    config = replace(features, codec=codec)
+    halves = [dict(list(CLIPS.items())[k::2]) for k in (0, 1)]
+    path = make_bank(tmp_path / "bank", *halves, config=config)
+    whole = Bank.open(path)
+    plan = {
+        "format_version": 1,
+        "features": config.to_json(),
+        "calibration": whole.manifest["calibration"],
+        "pruned": [sample_key("clip 3.mp4")],
+        "units": [[{"key": sample_key(id_)} for id_ in half] for half in [*halves, ["new"]]],
+    }
+    (path / "plan.json").write_bytes(signed_json(plan))
+    (path / "bank.json").unlink()
+    shutil.rmtree(path / "index.zarr")
+    assert "allow_partial" in refusal(lambda: Bank.open(path))
+    bank = Bank.open(path, allow_partial=True)
+    assert bank.ids == ["clip 0.mp4", "clip 2.mp4", "clip 1.mp4"]  # clip 3 is pruned
+    for id_ in bank.ids:
+        np.testing.assert_array_equal(bank.read(bank.row(id_), 4), whole.read(whole.row(id_), 4))
+    done_path(path / "shards" / "bank-000000.tar").unlink()
+    assert Bank.open(path, allow_partial=True).ids == ["clip 1.mp4"]
+
+
+def test_a_finished_bank_opens_partially_as_it_is(small_bank: Path) -> None:
+    assert Bank.open(small_bank, allow_partial=True).ids == list(CLIPS)
+    assert "no bank here" in refusal(lambda: Bank.open(small_bank / "shards", allow_partial=True))
+
+
+# Large banks.
+
+
+def test_few_files_stay_open_however_many_shards_there_are(
+    make_bank: MakeBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "MOST_OPEN", 3)
+    clips = {f"{k}.mp4": arrays_of(k, 2) for k in range(10)}
+    bank = Bank.open(make_bank(tmp_path / "bank", *({id_: a} for id_, a in clips.items())))
+    before = len(os.listdir("/proc/self/fd"))
+    requests: list[Request] = [(row, 4, None) for row in range(10)] * 5
+    for (row, _, _), array in zip(requests, bank.read_many(requests, 3), strict=True):
+        np.testing.assert_array_equal(array, clips[bank.ids[row]][4])
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + 4

@@ -1,0 +1,1 @@
+"""Records -> tokens -> rows -> steps: the run as a plan, and its batches."""

@@ -1,0 +1,335 @@
+"""Encoded conversations and banked features -> the model's batch.
+
+A row holds one conversation or, packed, several: each counts its positions from 0 and sees itself
+alone, as the row's sample and frame numbers say.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.batch import FAST, SLOW, Batch, FrameGroup, Transitions
+from model.config import joined_cells
+from model.grid import Grid
+from model.mask import intervals
+from model.slow_fast import slow_frames, uniform_indices
+from model.vlm import VLMConfig
+from shards.read.bank import ClipInfo
+from train.batches.chat import MEDIA, Encoded
+
+
+class ClipFeatures(Protocol):
+    """A clip's features, from a bank or fresh from a tower."""
+
+    @property
+    def info(self) -> ClipInfo: ...
+
+    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
+        """Return `(frames, cell_rows, cell_cols, dim)`: float16, or uint16 that holds bfloat16."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlacedFrame:
+    """A frame in a row: which one, as which stream, and where its tokens begin."""
+
+    clip: int
+    """Place of the clip among those of the row."""
+    frame: int
+    """Index into the banked frames."""
+    stream: int
+    grid: Grid
+    first: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Conversations laid out as tokens; the arrays have one entry per token."""
+
+    ids: np.ndarray
+    axis: np.ndarray
+    coord: np.ndarray
+    supervised: np.ndarray
+    block: np.ndarray
+    """Number of the frame in the row that a token belongs to, -1 for text."""
+    sample: np.ndarray
+    """Number of the conversation in the row."""
+    position: np.ndarray
+    """Place within the conversation."""
+    frames: list[PlacedFrame]
+    clips: int
+    """Media of all conversations together."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def choose_frames(
+    info: ClipInfo, config: VLMConfig, pool: str, most: int | None = None
+) -> list[tuple[int, int, Grid]]:
+    """Return (banked frame, stream, grid) of each frame of a clip that the model sees, in time.
+
+    most: frames at most, where the record's length allows fewer than the config.
+    """
+    chosen = uniform_indices(len(info.timestamps), most or config.max_frames_num)
+    slow = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, len(chosen))
+    rows, cols = info.patch_grid
+    strides = {SLOW: config.slow_stride, FAST: config.fast_stride}
+    streams = [SLOW if is_slow else FAST for is_slow in slow]
+    return [
+        (frame, stream, Grid(rows, cols, strides[stream], pool))
+        for frame, stream in zip(chosen, streams, strict=True)
+    ]
+
+
+def lay_out(
+    encoded: Encoded,
+    infos: Sequence[ClipInfo],
+    config: VLMConfig,
+    pool: str,
+    most: int | None = None,
+    stamp: Callable[[float], Sequence[int]] | None = None,
+) -> Row:
+    """Return the row of a conversation: every medium becomes its frames' cells and closing tokens.
+
+    stamp: seconds of a clip -> the tokens that are written before a frame, of `frame_time: text`.
+    """
+    ids: list[int] = []
+    axis: list[int] = []
+    coord: list[float] = []
+    supervised: list[bool] = []
+    block: list[int] = []
+    frames: list[PlacedFrame] = []
+    clip = 0
+    for id_, a, c, on in zip(
+        encoded.ids, encoded.axis, encoded.coord, encoded.supervised, strict=True
+    ):
+        if id_ != MEDIA:
+            ids.append(id_)
+            axis.append(a)
+            coord.append(c)
+            supervised.append(on)
+            block.append(-1)
+            continue
+        info = infos[clip]
+        for frame, stream, grid in choose_frames(info, config, pool, most):
+            if config.frame_time == "text":
+                assert stamp is not None
+                # plain text that is not learned; a frame sees its own time, as it sees all before it
+                written = stamp(float(info.timestamps[frame]) - info.start)
+                ids += written
+                axis += [-1] * len(written)
+                coord += [0.0] * len(written)
+                supervised += [False] * len(written)
+                block += [-1] * len(written)
+            tokens = grid.cells + 1
+            block += [len(frames)] * tokens
+            frames.append(PlacedFrame(clip, frame, stream, grid, len(ids)))
+            ids += [0] * tokens
+            axis += [-1] * tokens
+            coord += [0.0] * tokens
+            supervised += [False] * tokens
+        clip += 1
+    assert clip == len(infos), (clip, len(infos))
+    return Row(
+        ids=np.asarray(ids, np.int64),
+        axis=np.asarray(axis, np.int64),
+        coord=np.asarray(coord, np.float32),
+        supervised=np.asarray(supervised, bool),
+        block=np.asarray(block, np.int64),
+        sample=np.zeros(len(ids), np.int64),
+        position=np.arange(len(ids)),
+        frames=frames,
+        clips=clip,
+    )
+
+
+def pack(rows: Sequence[Row]) -> Row:
+    """Return conversations one after the other in one row; clips are numbered through as well."""
+    frames: list[PlacedFrame] = []
+    samples, blocks = [], []
+    first = clips = 0
+    for number, row in enumerate(rows):
+        assert (row.sample == 0).all()
+        assert not row.supervised[:1].any(), "nothing of its own conversation precedes it"
+        samples.append(np.full(len(row), number))
+        blocks.append(np.where(row.block >= 0, row.block + len(frames), -1))
+        frames += [
+            replace(frame, clip=frame.clip + clips, first=frame.first + first)
+            for frame in row.frames
+        ]
+        first += len(row)
+        clips += row.clips
+    joined = {
+        name: np.concatenate([getattr(row, name) for row in rows])
+        for name in ("ids", "axis", "coord", "supervised", "position")
+    }
+    return Row(
+        **joined,
+        block=np.concatenate(blocks),
+        sample=np.concatenate(samples),
+        frames=frames,
+        clips=clips,
+    )
+
+
+def collate(
+    rows: Sequence[Row],
+    clips: Sequence[Sequence[ClipFeatures]],
+    config: VLMConfig,
+    record_ids: Sequence[str],
+    *,
+    with_copy: bool = False,
+    length: int = 0,
+    tasks: Sequence[int] | None = None,
+) -> Batch:
+    """Return the batch of some rows, right-padded to the longest, or to `length` where that is more.
+
+    clips: the clips of each row, those of its conversations one after the other. `with_copy` also
+    reads, for each transition, the source frame on the target's grid, which the copy baseline needs.
+    tasks: what each record's answer is, by which losses are reported.
+    """
+    length = max(length, *(len(row) for row in rows))
+    packed = any(row.sample[-1] > 0 for row in rows)
+
+    def padded(name: str, fill: float, dtype: type[np.generic]) -> np.ndarray:
+        out = np.full((len(rows), length), fill, dtype)
+        for number, row in enumerate(rows):
+            out[number, : len(row)] = getattr(row, name)
+        return out
+
+    block = padded("block", -1, np.int64)
+    sample = padded("sample", -1, np.int64)
+    position = padded("position", -1, np.int64)
+    # padding goes on counting behind a single conversation, and nothing reads it behind several
+    position = np.where(position >= 0, position, 0 if packed else np.arange(length))
+    bounds = [
+        intervals(sample[number], block[number], config.frame_attention)
+        for number in range(len(rows))
+    ]
+    input_ids, axis = padded("ids", 0, np.int64), padded("axis", -1, np.int64)
+    coord = padded("coord", 0.0, np.float32)
+    # the hidden state before a token predicts it; a conversation's first token has none before it
+    predicted = np.flatnonzero(padded("supervised", False, np.bool_))
+    assert position.reshape(-1)[predicted].all()
+    label_task = None
+    if tasks is not None:
+        before = np.cumsum([0] + [row.sample[-1] + 1 for row in rows])  # conversations
+        record = before[predicted // length] + sample.reshape(-1)[predicted]
+        label_task = torch.from_numpy(np.asarray(tasks, np.int64)[record])
+    groups, transitions = group_frames(rows, clips, length, config, with_copy)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        axis=torch.from_numpy(axis),
+        coord=torch.from_numpy(coord),
+        position_ids=torch.from_numpy(position),
+        mask_start=torch.from_numpy(np.stack([start for start, _ in bounds])),
+        mask_end=torch.from_numpy(np.stack([end for _, end in bounds])),
+        predict_index=torch.from_numpy(predicted - 1),
+        labels=torch.from_numpy(input_ids.reshape(-1)[predicted]),
+        label_axis=torch.from_numpy(axis.reshape(-1)[predicted]),
+        label_coord=torch.from_numpy(coord.reshape(-1)[predicted]),
+        lengths=torch.tensor([len(row) for row in rows]),
+        groups=groups,
+        transitions=transitions,
+        record_ids=tuple(record_ids),
+        label_task=label_task,
+        causal=config.frame_attention == "token" and not packed,
+    )
+
+
+GroupKey = tuple[int, Grid, tuple[float, float, float, float]]
+
+
+def group_frames(
+    rows: Sequence[Row],
+    clips: Sequence[Sequence[ClipFeatures]],
+    length: int,
+    config: VLMConfig,
+    with_copy: bool,
+) -> tuple[tuple[FrameGroup, ...], tuple[Transitions, ...]]:
+    """Return all frames of a batch grouped by stream and grid, and the steps from frame to frame."""
+    members: dict[GroupKey, list[tuple[int, PlacedFrame]]] = {}
+    steps: dict[tuple[GroupKey, GroupKey], list[tuple[int, int, ClipFeatures, int]]] = {}
+    for number, row in enumerate(rows):
+        previous: tuple[GroupKey, int, PlacedFrame] | None = None
+        for frame in row.frames:
+            source = clips[number][frame.clip]
+            key = (frame.stream, frame.grid, source.info.covered)
+            group = members.setdefault(key, [])
+            if previous is not None and previous[2].clip == frame.clip:
+                step = (previous[1], len(group), source, previous[2].frame)
+                steps.setdefault((previous[0], key), []).append(step)
+            previous = (key, len(group), frame)
+            group.append((number, frame))
+    order = {key: place for place, key in enumerate(members)}
+    side = joined_cells(config.mm_projector_type)
+    groups = tuple(_group(key, frames, clips, length, side) for key, frames in members.items())
+    transitions = tuple(
+        Transitions(
+            source=order[source],
+            target=order[target],
+            source_frame=torch.tensor([pair[0] for pair in pairs]),
+            target_frame=torch.tensor([pair[1] for pair in pairs]),
+            copy=_copy(target[1].stride, pairs) if with_copy else None,
+        )
+        for (source, target), pairs in steps.items()
+    )
+    return groups, transitions
+
+
+def _group(
+    key: GroupKey,
+    frames: Sequence[tuple[int, PlacedFrame]],
+    clips: Sequence[Sequence[ClipFeatures]],
+    length: int,
+    side: int,
+) -> FrameGroup:
+    """side: how many cells on a side the projector joins, which are banked at a finer stride."""
+    stream, grid, covered = key
+    wanted: dict[tuple[int, int], list[int]] = {}
+    times, timed = [], []
+    for number, frame in frames:
+        info = clips[number][frame.clip].info
+        wanted.setdefault((number, frame.clip), []).append(frame.frame)
+        timed.append(float(info.duration > 0))
+        since = float(info.timestamps[frame.frame]) - info.start
+        times.append(since / info.duration if info.duration > 0 else 0.0)
+
+    def read(stride: int) -> Tensor:
+        parts = [clips[number][clip].read(stride, ks) for (number, clip), ks in wanted.items()]
+        return as_tensor(np.concatenate(parts))
+
+    first = torch.tensor([number * length + frame.first for number, frame in frames])
+    return FrameGroup(
+        stream=stream,
+        grid=grid,
+        covered=covered,
+        features=read(grid.stride),
+        token_index=first[:, None] + torch.arange(grid.cells),
+        end_index=first + grid.cells,
+        time=torch.tensor(times, dtype=torch.float32),
+        timed=torch.tensor(timed, dtype=torch.float32),
+        finer=read(grid.stride // side) if side > 1 else None,
+    )
+
+
+def _copy(stride: int, pairs: Sequence[tuple[int, int, ClipFeatures, int]]) -> Tensor:
+    # the pairs of one clip are consecutive, so that one read serves them
+    runs = groupby(pairs, key=lambda pair: id(pair[2]))
+    reads = []
+    for _, run in runs:
+        members = list(run)
+        reads.append(members[0][2].read(stride, [frame for _, _, _, frame in members]))
+    return as_tensor(np.concatenate(reads))
+
+
+def as_tensor(features: np.ndarray) -> Tensor:
+    """Return stored features as floats: uint16 is how a bank holds bfloat16."""
+    tensor = torch.from_numpy(features)
+    return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor

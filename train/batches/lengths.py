@@ -1,0 +1,332 @@
+"""How long each record is: tokens of text, supervised ones, and frames - no weights, no torch.
+
+Text is tokenised once for each (record file, tokenizer, clip durations, settings) and the counts are
+kept under `$XDG_CACHE_HOME/framebank`; frames are counted from the banks' catalogues each time.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from model.lape.tokens import LAPE_AXES
+from model.slow_fast import exact_ratio, uniform_indices
+from shards.read.banks import Banks
+from shards.signed import canonical_json
+from train.batches.chat import VERSION, Chat
+from train.data.dataset import Dataset, Part
+from train.data.records import Record
+from train.settings.config import TrainConfig
+
+CHUNK = 4096
+"""Records tokenised together."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """LAPE's anchors where only their number counts."""
+
+    counts: tuple[int, int, int]
+    axes: tuple[int, ...] = LAPE_AXES["all"]
+
+    def token_id(self, axis: int, coord: float) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of records, one entry per use of a clip, in the order of the records."""
+
+    record: np.ndarray
+    """int64, which record uses it."""
+    frames: np.ndarray
+    """int64, banked frames."""
+    slow_cells: np.ndarray
+    fast_cells: np.ndarray
+    """int64, cells of a frame on either grid."""
+    duration: np.ndarray
+    """float64 seconds."""
+    digest: str
+    """Of the ids, times and features of all of them, in order."""
+
+    @classmethod
+    def of(
+        cls, records: Sequence[Record], banks: Banks, slow_stride: int, fast_stride: int
+    ) -> "Clips":
+        """Read from the catalogues what the records' clips are; every clip is banked."""
+        record = [k for k, own in enumerate(records) for _ in own.clips]
+        ids = [id_ for own in records for id_ in own.clips]
+        values = np.zeros((4, len(ids)))
+        found = np.zeros(len(ids), bool)
+        digest = blake2b("\n".join(ids).encode(), digest_size=16)
+        for bank in banks.banks:
+            here = np.asarray([id_ in bank for id_ in ids], bool)
+            rows = np.asarray([bank.row(id_) for id_ in ids if id_ in bank], np.int64)
+            columns = bank.columns
+            for name in (
+                "start",
+                "end",
+                *(f"stride{s}_crc32c" for s in (slow_stride, fast_stride)),
+            ):
+                digest.update(columns[name][rows].tobytes())
+            for place, stride in ((1, slow_stride), (2, fast_stride)):
+                shape = columns[f"stride{stride}_shape"].reshape(-1, 4).astype(np.int64)[rows]
+                values[0, here] = shape[:, 0]
+                values[place, here] = shape[:, 1] * shape[:, 2]
+            values[3, here] = (columns["end"] - columns["start"])[rows]
+            found |= here
+        assert found.all()
+        frames, slow, fast = values[:3].astype(np.int64)
+        return cls(np.asarray(record, np.int64), frames, slow, fast, values[3], digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Stamps:
+    """The tokens of the time written before each frame."""
+
+    tokens: np.ndarray
+    """int64, of every banked frame of every use of a clip, one use after the other."""
+    first: np.ndarray
+    """int64 `(uses,)`, where a use's frames begin."""
+
+    @classmethod
+    def of(cls, records: Sequence[Record], banks: Banks, chat: Chat) -> "Stamps":
+        """Count what is written before the frames of the records' clips."""
+        seconds: dict[str, np.ndarray] = {}
+        for id_ in {id_: None for record in records for id_ in record.clips}:
+            info = banks.clip(id_).info
+            seconds[id_] = info.timestamps - info.start
+        counts = {
+            id_: np.asarray([len(chat.stamp(t)) for t in times.tolist()], np.int64)
+            for id_, times in seconds.items()
+        }
+        uses = [counts[id_] for record in records for id_ in record.clips]
+        first = np.cumsum([0, *map(len, uses)])[:-1]
+        return cls(np.concatenate([*uses, np.zeros(0, np.int64)]), first)
+
+    def taken(self, banked: np.ndarray, taken: np.ndarray) -> np.ndarray:
+        """Return the stamps' tokens of each use, of so many frames taken of those banked."""
+        out = np.zeros_like(taken)
+        for most, count in set(zip(banked.tolist(), taken.tolist(), strict=True)):
+            these = np.flatnonzero((banked == most) & (taken == count))
+            places = self.first[these, None] + np.asarray(uniform_indices(most, count), np.int64)
+            out[these] = self.tokens[places].sum(axis=1)
+        return out
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What each record costs, as a function of the frames taken of its clips."""
+
+    text: np.ndarray
+    """int64 `(records,)`: tokens that are no frame's."""
+    supervised: np.ndarray
+    clips: Clips
+    slow_ratio: Fraction
+    written: Stamps | None = None
+    """Where times are written before the frames."""
+
+    def total(self, frames: np.ndarray) -> np.ndarray:
+        """Return all tokens of each record; frames: int64 `(records,)`, the most of a clip."""
+        return self.text + self.visual(frames) + self.stamps(frames)
+
+    def stamps(self, frames: np.ndarray) -> np.ndarray:
+        """Return the tokens of the times written before the frames of each record."""
+        if self.written is None:
+            return np.zeros_like(self.text)
+        taken = np.minimum(self.clips.frames, frames[self.clips.record])
+        return self._per_record(self.written.taken(self.clips.frames, taken))
+
+    def taken(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (slow, fast) frames of each clip use; frames: int64 `(records,)`, the most of a clip.
+
+        ceil(ratio * n) of n frames are slow, whatever the strategy.
+        """
+        taken = np.minimum(self.clips.frames, frames[self.clips.record])
+        slow = -(-taken * self.slow_ratio.numerator // self.slow_ratio.denominator)
+        return slow, taken - slow
+
+    def visual(self, frames: np.ndarray) -> np.ndarray:
+        """Return the tokens of all frames of each record, closing tokens included."""
+        slow, fast = self.taken(frames)
+        return self._per_record(
+            slow * (self.clips.slow_cells + 1) + fast * (self.clips.fast_cells + 1)
+        )
+
+    def transitions(self, frames: np.ndarray) -> np.ndarray:
+        """Return the steps from frame to frame within a clip, of each record."""
+        slow, fast = self.taken(frames)
+        return self._per_record(slow + fast - 1)
+
+    def frame_pairs(self, frames: np.ndarray) -> np.ndarray:
+        """Return the (query, key) pairs that frames see beyond causal ones, seeing themselves wholly."""
+        slow, fast = self.taken(frames)
+        sizes = self.clips.slow_cells + 1, self.clips.fast_cells + 1
+        own = [size * (size - 1) // 2 for size in sizes]
+        return self._per_record(slow * own[0] + fast * own[1])
+
+    def _per_record(self, values: np.ndarray) -> np.ndarray:
+        sums = np.bincount(self.clips.record, weights=values, minlength=len(self.text))
+        return sums.astype(np.int64)
+
+
+def measure(config: TrainConfig, dataset: Dataset, llm: str, tokenizer: str) -> Lengths:
+    """Return the lengths of a dataset's records.
+
+    llm: name or folder of the model whose tokenizer is used; tokenizer: its digest.
+    """
+    spatial = config.num_spatial_tokens
+    anchors = (
+        Anchors((config.num_temporal_tokens, spatial, spatial), LAPE_AXES[config.lape_axes])
+        if config.enable_lape
+        else None
+    )
+    chat = lru_cache(lambda: load_chat(llm, anchors))
+    clips = Clips.of(dataset.records, dataset.banks, dataset.slow_stride, dataset.fast_stride)
+    text, supervised = [], []
+    first = 0
+    for part in dataset.parts:
+        uses = sum(len(record.clips) for record in part.records)
+        durations = clips.duration[first : first + uses]
+        first += uses * part.repeats
+        own = text_lengths(part, durations, tokenizer, anchors, chat)
+        text.append(np.tile(own[:, 0], part.repeats))
+        supervised.append(np.tile(own[:, 1], part.repeats))
+    ratio = exact_ratio(config.slow_frame_ratio)
+    written = (
+        Stamps.of(dataset.records, dataset.banks, chat()) if config.frame_time == "text" else None
+    )
+    return Lengths(np.concatenate(text), np.concatenate(supervised), clips, ratio, written)
+
+
+def fit_frames(lengths: Lengths, frames: np.ndarray, limit: int) -> np.ndarray:
+    """Return the most frames of a clip with which each record has at most `limit` tokens.
+
+    frames: int64 `(records,)`, the most there may be. 0 where a single frame of each clip is too much.
+    Whole frames are left out, evenly; none is cut.
+    """
+    low, high = np.zeros_like(frames), frames.copy()
+    high[lengths.total(np.ones_like(frames)) > limit] = 0
+    while (low < high).any():
+        middle = (low + high + 1) // 2
+        fits = lengths.total(middle) <= limit
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
+    return low
+
+
+def text_lengths(
+    part: Part,
+    durations: np.ndarray,
+    tokenizer: str,
+    anchors: Anchors | None,
+    make_chat: Callable[[], Chat],
+) -> np.ndarray:
+    """Return (tokens of text, supervised tokens) of a file's records, from the cache where it knows.
+
+    durations: float64, of the records' clips, one after the other. Returns int64 `(records, 2)`;
+    raises ValueError naming the records that cannot be encoded.
+    """
+    facts = {"version": VERSION, "tokenizer": tokenizer, "source": part.digest}
+    facts["anchors"] = [*anchors.counts, *anchors.axes] if anchors else None
+    # of the same file, other records are kept when other clips are banked
+    path = str(Path(part.path))
+    facts["records"] = [record.where.removeprefix(path) for record in part.records]
+    key = blake2b(canonical_json(facts) + durations.tobytes(), digest_size=16)
+    file = cache_folder() / f"lengths-{key.hexdigest()}.bin"
+    counts = read_counts(file, len(part.records))
+    if counts is None:
+        counts = count_tokens(make_chat(), part.records, durations.tolist())
+        write_counts(file, counts)
+    return counts
+
+
+def count_tokens(chat: Chat, records: Sequence[Record], durations: Sequence[float]) -> np.ndarray:
+    """Return int64 `(records, 2)`: tokens of text and supervised ones, exactly as `encode` makes them."""
+    problems: list[str] = []
+    counts: list[tuple[int, int]] = []
+    place = 0
+    for first in range(0, len(records), CHUNK):
+        talks = []
+        for record in records[first : first + CHUNK]:
+            own = durations[place : place + len(record.clips)]
+            place += len(record.clips)
+            try:
+                talks.append(chat.pieces(record.turns, own))
+            except ValueError as error:
+                problems.append(f"{record.where} (id {record.id}): {error}")
+        counts += chat.count(talks)
+    if problems:
+        more = f"; and {len(problems) - 3} more like these" if len(problems) > 3 else ""
+        raise ValueError("; ".join(problems[:3]) + more)
+    return np.asarray(counts, np.int64).reshape(-1, 2)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framebank"
+
+
+def read_counts(file: Path, num_records: int) -> np.ndarray | None:
+    """Return cached counts, or None where they are not there or not whole."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    body, seal = data[:-16], data[-16:]
+    if len(body) != num_records * 16 or blake2b(body, digest_size=16).digest() != seal:
+        return None
+    return np.frombuffer(body, np.int64).reshape(-1, 2)
+
+
+def write_counts(file: Path, counts: np.ndarray) -> None:
+    """Write counts so that they exist whole or not at all; without a writable cache, say so and go on."""
+    body = np.ascontiguousarray(counts, np.int64).tobytes()
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(body + blake2b(body, digest_size=16).digest())
+        os.replace(temporary, file)
+    except OSError as error:
+        print(f"lengths are not cached: {file}: {error.strerror}", file=sys.stderr)  # noqa: T201
+
+
+def tokenizer_digest(name: str) -> str:
+    """Return a digest of a tokenizer's files: those of a folder, or a Hub model's in its cache."""
+    if not Path(name).is_dir() and not tokenizer_files(name):
+        load_chat(name, None)  # which brings them here
+    digest = blake2b(digest_size=16)
+    for path in tokenizer_files(name):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def tokenizer_files(name: str) -> list[Path]:
+    if Path(name).is_dir():
+        paths = [Path(name) / file for file in TOKENIZER_FILES]
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        paths = [Path(str(try_to_load_from_cache(name, file))) for file in TOKENIZER_FILES]
+    return [path for path in paths if path.is_file()]
+
+
+def load_chat(name: str, anchors: Anchors | None) -> Chat:
+    """Return the chat of a model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return Chat(AutoTokenizer.from_pretrained(name), anchors)

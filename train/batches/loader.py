@@ -1,0 +1,129 @@
+"""Batches from the plan, prepared ahead in threads: what they hold is a pure function of the step."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+from model.batch import Batch, pinned
+from model.vlm import VLMConfig
+from train.batches.chat import Chat, Encoded
+from train.batches.collate import collate, lay_out, pack
+from train.batches.plan import RunPlan
+from train.data.dataset import Dataset
+from train.data.records import Record, task_of
+
+THREADS = 2
+"""Threads that prepare batches; more would take the interpreter from the loop that trains."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of a step's packs are this process's: k = rank, rank + world, ..."""
+
+    rank: int
+    world: int
+
+    def packs(self, plan: RunPlan) -> range:
+        return range(self.rank, plan.packs_per_step, self.world)
+
+
+class Loader:
+    """Makes the batches of a process."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        chat: Chat,
+        config: VLMConfig,
+        *,
+        row_length: int = 0,
+        pin: bool = False,
+    ) -> None:
+        """row_length: places that every row has at least; pin: for copies to a CUDA device."""
+        self.dataset = dataset
+        self.config = config
+        self.pool = dataset.banks.config.pool
+        self.chat = chat
+        self.row_length = row_length
+        self.pin = pin
+        self._encoded = lru_cache(maxsize=100_000)(self._encode)
+
+    def _encode(self, record: Record, prompt: bool) -> Encoded:
+        durations = [clip.info.duration for clip in self.dataset.clips(record)]
+        return self.chat.encode(record.turns, durations, prompt=prompt)
+
+    def batch(
+        self, records: Sequence[Record], *, with_copy: bool = False, prompt: bool = False
+    ) -> Batch:
+        """Return the batch of some records, one a row, features read from the banks.
+
+        `prompt` ends each where its next answer would begin.
+        """
+        return self.rows([[(record, None)] for record in records], with_copy, prompt)
+
+    def pack(self, plan: RunPlan, step: int, number: int, *, with_copy: bool = False) -> Batch:
+        """Return the batch of a pack of the plan."""
+        chosen = plan.pack(step, number)
+        rows = [[(self.dataset.records[k], int(plan.frames[k])) for k in row] for row in chosen]
+        batch = self.rows(rows, with_copy)
+        assert batch.lengths.tolist() == [int(plan.tokens[row].sum()) for row in chosen]
+        return batch
+
+    def rows(
+        self,
+        rows: Sequence[Sequence[tuple[Record, int | None]]],
+        with_copy: bool,
+        prompt: bool = False,
+    ) -> Batch:
+        """Return the batch of rows of (record, most frames of a clip)."""
+        clips = [[self.dataset.clips(record) for record, _ in row] for row in rows]
+        laid = []
+        for row, own in zip(rows, clips, strict=True):
+            talks = [
+                lay_out(
+                    self._encoded(record, prompt),
+                    [clip.info for clip in media],
+                    self.config,
+                    self.pool,
+                    most,
+                    self.chat.stamp,
+                )
+                for (record, most), media in zip(row, own, strict=True)
+            ]
+            laid.append(pack(talks) if len(talks) > 1 else talks[0])
+        batch = collate(
+            laid,
+            [[clip for media in own for clip in media] for own in clips],
+            self.config,
+            [record.id for row in rows for record, _ in row],
+            with_copy=with_copy,
+            length=self.row_length,
+            tasks=[task_of(record) for row in rows for record, _ in row],
+        )
+        return pinned(batch) if self.pin else batch
+
+    def packs(
+        self, plan: RunPlan, share: Share, step: int, *, with_copy: bool = False
+    ) -> list[Batch]:
+        """Return this process's batches of a step."""
+        return [self.pack(plan, step, k, with_copy=with_copy) for k in share.packs(plan)]
+
+    def steps(
+        self, plan: RunPlan, share: Share, first: int, *, copy_every: int, prefetch: int = 2
+    ) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield (step, batches) from a step to the plan's end, up to `prefetch` steps prepared ahead.
+
+        The copy baseline's features are read every `copy_every` steps.
+        """
+        with ThreadPoolExecutor(max_workers=min(prefetch, THREADS)) as pool:
+            running: deque[Future[list[Batch]]] = deque()
+            ahead = first
+            for step in range(first, plan.num_steps):
+                # one more than is asked ahead, as the first of them is needed now
+                while ahead < min(step + prefetch + 1, plan.num_steps):
+                    with_copy = (ahead + 1) % copy_every == 0
+                    running.append(pool.submit(self.packs, plan, share, ahead, with_copy=with_copy))
+                    ahead += 1
+                yield step, running.popleft().result()

@@ -1,0 +1,151 @@
+"""Floating-point operations of a training step, counted from real tokens and attended pairs.
+
+A matrix product (m, k) x (k, n) is 2 m k n. Forward of the LLM (PaLM, appendix B, with the pairs
+that the mask allows in the place of all): 2 N tokens + 4 layers heads head_dim pairs, N the weights
+of its layers; the head 2 width rows for each supervised token, as no other row passes through it.
+The backward pass takes twice the forward where weights are trained, once where the gradient only
+passes through (frozen, and LoRA but for its small matrices). Recomputed activations, padding, norms,
+projector, LAPE and frame predictor count as nothing: a reported MFU is never too high for them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from train.settings.config import TrainConfig, checkpoint_every
+
+Number = Any
+"""An int, a float, or a NumPy array of either."""
+
+DEVICES = {
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
+"""Dense bf16 FLOP/s in NVIDIA's data sheets (for Hopper half of the figure with sparsity)."""
+
+MFU_IS = (
+    "MFU = FLOPs of real (unpadded) tokens and attended pairs / (seconds x devices x peak); factor "
+    "3 full, 2 frozen LLM or LoRA; no recompute counted, the head only on supervised rows"
+)
+
+
+@dataclass(frozen=True)
+class LlmShape:
+    """The sizes of a decoder with gated MLPs and grouped queries: Llama, Qwen2, Qwen3, Mistral."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rows: int
+    """Of the embedding and the head."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "LlmShape | None":
+        """Return the shape that a config.json describes, or None where it is of another family."""
+        config = config.get("text_config", config)
+        try:
+            width, heads = config["hidden_size"], config["num_attention_heads"]
+            return cls(
+                layers=config["num_hidden_layers"],
+                width=width,
+                heads=heads,
+                kv_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or width // heads,
+                mlp=config["intermediate_size"],
+                rows=config["vocab_size"],
+            )
+        except KeyError:
+            return None
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of all layers, without norms and biases."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return self.layers * self.width * (2 * queries + 2 * keys + 3 * self.mlp)
+
+
+def attended_pairs(length: Number, *frames: tuple[Number, int]) -> Number:
+    """Return how many (query, key) pairs a record's mask allows: causal, and whole frames.
+
+    length: tokens of the record. frames: (number of frames, tokens of each) per stream, where frames
+    see themselves wholly; a frame's closing token is among its tokens. NumPy arrays do as well.
+    """
+    return length * (length + 1) // 2 + sum(
+        count * (size * (size - 1) // 2) for count, size in frames
+    )
+
+
+def forward_flops(shape: LlmShape, tokens: Number, pairs: Number, supervised: Number) -> Number:
+    """Return the FLOPs of one forward pass of LLM and head."""
+    attention = 4 * shape.layers * shape.heads * shape.head_dim
+    return (
+        2 * shape.layer_weights * tokens
+        + attention * pairs
+        + 2 * shape.width * shape.rows * supervised
+    )
+
+
+def step_flops(
+    shape: LlmShape, tokens: Number, pairs: Number, supervised: Number, tune_llm: str
+) -> Number:
+    """Return the FLOPs of forward and backward; tune_llm: full, frozen or lora."""
+    return forward_flops(shape, tokens, pairs, supervised) * (3 if tune_llm == "full" else 2)
+
+
+def tower_flops(config: Mapping[str, Any], patches: int, layer: int = -2) -> int | None:
+    """Return the FLOPs of encoding one frame, or None where the tower's config is of another kind.
+
+    config: a tower's config.json, or that of the two-tower model which holds it. patches: of the
+    whole frame. layer: which hidden state is taken, as `preprocess encode --layer`: later ones are
+    not computed by a fair competitor, so they are not counted.
+    """
+    config = config.get("vision_config", config)
+    try:
+        width, depth = config["hidden_size"], config["num_hidden_layers"]
+        mlp = config.get("intermediate_size") or width * config["mlp_ratio"]
+        patch = config["patch_size"]
+    except KeyError:
+        return None
+    used = depth + 1 + layer if layer < 0 else layer
+    per_layer = patches * (8 * width**2 + 4 * width * mlp + 4 * patches * width)
+    return int(used * per_layer + 2 * 3 * patch**2 * width * patches)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the dense bf16 FLOP/s of a device by the name that CUDA gives it, or None."""
+    for name, flops in DEVICES.items():
+        if all(word in device_name for word in name.split()):
+            return flops
+    return None
+
+
+def mfu(flops: float, seconds: float, devices: int, peak: float) -> float:
+    """Return the share of the devices' peak that a step's FLOPs are; all ranks' FLOPs together."""
+    return flops / (seconds * devices * peak)
+
+
+ACTIVATIONS = 34
+"""Bytes of half-precision activations per place and unit of width that a layer keeps."""
+
+
+def memory_bytes(config: TrainConfig, shape: LlmShape, tower_width: int, places: int) -> float:
+    """Return an estimate of a device's peak: weights, gradients, moments, activations, logits."""
+    llm = shape.layer_weights + 2 * shape.rows * shape.width
+    heads = 4 * shape.width * (shape.width + tower_width)
+    trained = heads + (llm if config.tune_llm == "full" else 0)
+    if config.tune_llm == "lora":
+        trained += 2 * config.lora_r * shape.layers * (6 * shape.width + 3 * shape.mlp)
+    small = 2 if config.bf16 else 4
+    frozen = 0 if config.tune_llm == "full" else llm * small
+    every = checkpoint_every(config.gradient_checkpointing)
+    whole = shape.layers if not every else shape.layers - -(-shape.layers // every) + 1
+    kept = small / 2 * shape.width * places * (ACTIVATIONS * whole + 2 * shape.layers)
+    logits = 2 * 4 * min(1024, places) * shape.rows
+    return 16 * trained + frozen + kept + logits

@@ -1,0 +1,1 @@
+"""Records of annotation files, joined to banked clips."""

@@ -1,0 +1,281 @@
+"""Annotation files -> records, joined to banked clips; coordinate markup in their text.
+
+A record is `{id, video, start?, end?, conversations: [{from: human|gpt, value}]}` with one
+`<video>` or `<image>` tag per medium; `shards.annotations` brings other forms into this one. Text may
+carry `<t:12.5>` (seconds of the clip) or `<t:41.3%>` (a share of it), `<x:0.31>` and `<y:0.52>`
+(fractions of the frame), or an anchor by name such as `<TEMP-037>`.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shards.annotations.files import ALL, Selection, UnreadableRow, read_rows
+from shards.annotations.forms import MEDIA_TAG, Json, canonical
+from shards.format.samples import clip_id, leads_outside
+from shards.read.banks import Banks
+from train.data.markup import MEDIA_TAGS, SHARE, kind_of, split_markup
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: str
+    """user, assistant or system."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training example: a conversation about banked clips."""
+
+    id: str
+    clips: tuple[str, ...]
+    """Clip ids, in the order of the media tags."""
+    turns: tuple[Turn, ...]
+    task: str
+    """The record's own task name, or empty."""
+    where: str
+    """`file:line` or `file[index]`, for messages."""
+
+
+TASKS = ("text", "time", "span", "point", "box")
+"""What an answer may be; the losses are split by it."""
+
+
+class UnsupervisedError(ValueError):
+    """A record without an answer, from which nothing can be learned."""
+
+
+def read_records(
+    path: str | Path,
+    problems: list[str],
+    dropped: Counter[str] | None = None,
+    *,
+    allow_outside: bool = False,
+    chosen: Selection = ALL,
+) -> list[Record]:
+    """Read a file or folder of any form; what is wrong with a record goes to `problems`, by place.
+
+    Records without an answer are a problem too, or - given `dropped` - left out and counted there.
+    chosen: which rows are read. allow_outside: paths may be absolute, or lead out of their root.
+    """
+    records = []
+    for where, row in _rows(path, problems, chosen):
+        try:
+            records.append(parse_record(row, where, allow_outside=allow_outside))
+        except UnsupervisedError as error:
+            if dropped is None:
+                problems.append(f"{error}; mend it, or set unsupervised: drop")
+            else:
+                dropped["no supervised text"] += 1
+        except ValueError as error:
+            problems.append(str(error))
+    return records
+
+
+def checked_rows(
+    path: str | Path, problems: list[str], *, allow_outside: bool = False
+) -> list[Json]:
+    """Return the rows of a file as rows of ours, as `read_records` understands them."""
+    rows = []
+    for where, row in _rows(path, problems, ALL):
+        try:
+            parse_record(row, where, allow_outside=allow_outside)
+            rows.append(canonical(row))
+        except ValueError as error:
+            problems.append(str(error))
+    return rows
+
+
+def _rows(path: str | Path, problems: list[str], chosen: Selection) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a file or folder that are chosen and could be read."""
+    try:
+        rows = list(read_rows(path))
+    except ValueError as error:
+        problems.append(str(error))
+        return
+    for k in chosen.of(len(rows)):
+        where, row = rows[k]
+        if isinstance(row, UnreadableRow):
+            problems.append(f"{where}: {row}")
+        else:
+            yield where, row
+
+
+def parse_record(data: Any, where: str, *, allow_outside: bool = False) -> Record:
+    """Return a record, or raise ValueError naming its place, its id and what is wrong."""
+    given = data.get("id") if isinstance(data, dict) else None
+    id_ = shown(where if given is None else str(given))
+    name = where if given is None else f"{where} (id {id_})"
+    try:
+        return _record(canonical(data), id_, where, allow_outside)
+    except UnsupervisedError as error:
+        raise UnsupervisedError(f"{name}: {error}") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: holds half of a UTF-16 pair; write UTF-8 text") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _record(data: Json, id_: str, where: str, allow_outside: bool) -> Record:
+    turns = []
+    for turn in data["conversations"]:
+        if turn["from"] not in ROLES:
+            raise ValueError(
+                f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
+                f"known are {', '.join(ROLES)}"
+            )
+        turn["value"].encode()
+        turns.append(Turn(ROLES[turn["from"]], turn["value"]))
+    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
+        raise UnsupervisedError("no supervised text: no gpt turn with an answer")
+    video = data.get("video", [])
+    media = video if isinstance(video, list) else [video]
+    for medium in media:
+        medium.encode()
+        if not allow_outside and leads_outside(medium):
+            raise ValueError(
+                f"video {medium!a} leads out of its root; name it relative to the folder that was "
+                "encoded, or set allow_outside: true"
+            )
+    tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
+    if tags != len(media):
+        raise ValueError(
+            f"{tags} <video>/<image> tags for {len(media)} media; write one tag per medium"
+        )
+    times = [data.get("start"), data.get("end")]
+    for side, time in zip(("start", "end"), times, strict=True):
+        a_number = isinstance(time, int | float) and not isinstance(time, bool)
+        if time is not None and not (a_number and 0 <= time < math.inf):
+            raise ValueError(f"{side} must be seconds, not negative, got {time!a}")
+    start, end = times
+    if start is not None and end is not None and not start < end:
+        raise ValueError(f"start {start} is not before end {end}")
+    return Record(
+        id=id_,
+        clips=tuple(clip_id(medium, start, end) for medium in media),
+        turns=tuple(turns),
+        task=str(data.get("task", "")),
+        where=where,
+    )
+
+
+def shown(text: str) -> str:
+    """Return a text as it may be printed: what would steer a terminal is written out, as `\\x1b`."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def task_of(record: Record) -> int:
+    """Return the place in `TASKS` of a record's first answer that is more than text."""
+    kinds = [TASKS.index(kind_of(t.text)) for t in record.turns if t.role == "assistant"]
+    return next((kind for kind in kinds if kind), 0)
+
+
+def join(
+    records: Sequence[Record],
+    banks: Banks,
+    missing: str,
+    problems: list[str],
+    dropped: Counter[str] | None = None,
+) -> list[Record]:
+    """Keep the records whose clips are banked; others are dropped when in quarantine or asked for.
+
+    Returns the kept records; the others are counted in `dropped`, by reason.
+    """
+    kept = []
+    quarantined = banks.quarantined()
+    dropped = Counter() if dropped is None else dropped
+    elsewhere: dict[str, list[str]] = {}
+    for record in records:
+        unknown = [id_ for id_ in record.clips if id_ not in banks]
+        if not unknown:
+            kept.append(in_seconds(record, banks, problems))
+        elif all(id_ in quarantined for id_ in unknown):
+            dropped["clip in quarantine"] += 1
+        elif missing == "drop":
+            dropped["clip in no bank"] += 1
+        else:
+            elsewhere = elsewhere or by_name(banks)
+            alike = elsewhere.get(file_name(unknown[0]), [])
+            has = (
+                f"the bank has {', '.join(map(repr, alike[:3]))}: are the records' paths relative to "
+                "another root? Encode from that folder, or with --video-root"
+                if alike
+                else "encode it, name its bank"
+            )
+            problems.append(
+                f"{record.where} (id {record.id}): no bank knows the clip {unknown[0]!r}; {has}, or "
+                "set missing: drop"
+            )
+    return kept
+
+
+def by_name(banks: Banks) -> dict[str, list[str]]:
+    """Return the ids of all banked clips by the name of their file, without its folder."""
+    found: dict[str, list[str]] = {}
+    for bank in banks.banks:
+        for id_ in bank.ids:
+            found.setdefault(file_name(id_), []).append(id_)
+    return found
+
+
+def file_name(id_: str) -> str:
+    """Return the name of a clip's file, without folder and part."""
+    return id_.partition("#")[0].rpartition("/")[2]
+
+
+def in_seconds(record: Record, banks: Banks, problems: list[str]) -> Record:
+    """Return a banked record with the times that are shares of a clip in seconds of it."""
+    if not any(SHARE.search(turn.text) for turn in record.turns):
+        return record
+    durations = [banks.clip(id_).info.duration for id_ in record.clips]
+    if not durations or min(durations) <= 0:
+        problems.append(
+            f"{record.where} (id {record.id}): a time in %, and a medium without a duration"
+        )
+    media = iter(durations)
+    duration = durations[0] if durations else 0.0
+    turns = []
+    for turn in record.turns:
+        text = ""
+        for place, part in enumerate(MEDIA_TAGS.split(turn.text)):
+            duration = next(media) if place % 2 else duration
+            seconds = duration / 100
+            text += SHARE.sub(lambda share, s=seconds: f"<t:{float(share[1]) * s:.6f}>", part)
+        turns.append(Turn(turn.role, text))
+    return replace(record, turns=tuple(turns))
+
+
+def check_coordinates(record: Record, durations: Sequence[float], problems: list[str]) -> None:
+    """Add a problem for each coordinate of a record that lies outside its clip or frame."""
+    media = iter(durations)
+    duration = durations[0] if durations else 0.0
+    for turn in record.turns:
+        for part in MEDIA_TAGS.split(turn.text):
+            if MEDIA_TAG.fullmatch(part):
+                duration = next(media)
+                continue
+            for piece in split_markup(part):
+                if isinstance(piece, str) or piece.anchor is not None:
+                    continue
+                limit = duration if piece.axis == 0 else 1.0
+                # seconds are often rounded to one decimal, so an end may lie a little behind
+                if limit == 0 or not -1e-3 <= piece.value <= limit + (
+                    0.1 if piece.axis == 0 else 1e-3
+                ):
+                    kind = "time" if piece.axis == 0 else "coordinate"
+                    problems.append(
+                        f"{record.where} (id {record.id}): {kind} {piece.value:g} is outside "
+                        f"[0, {limit:g}]"
+                    )

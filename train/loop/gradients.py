@@ -1,0 +1,152 @@
+"""How the gradients of a step's packs become one, on any number of processes.
+
+`fast`: each rank adds up its own packs, and DDP averages the ranks while the backward pass runs; the
+order of the additions depends on the number of processes. `exact`: every pack's gradient is sent
+round as one flat tensor and added in the order of the packs, so that weights are the same bits on
+1, 2 or 3 processes, and after a resume on another number of them.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.batch import Batch
+from model.vlm import VLM
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+LossOf = Callable[[Any, int, Batch], Tensor]
+"""(wrapped model, pack of the step, its batch) -> its share of the step's loss."""
+
+
+class Reduction(Protocol):
+    """A prepared model and optimizer, and the way to a step's gradient."""
+
+    optimizer: Any
+
+    def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
+        """Leave the gradient of a step's loss over all packs in the parameters of every rank.
+
+        batches: this rank's packs k = rank, rank + world, ... of `packs`.
+        """
+
+    def hold_gradients(self) -> None:
+        """Take the memory that gradients have in the midst of a step."""
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients."""
+
+
+def make_reduction(
+    kind: str, accelerator: "Accelerator", model: VLM, optimizer: torch.optim.Optimizer
+) -> Reduction:
+    """Prepare model and optimizer for `fast` or `exact`; ValueError where FSDP forbids the latter."""
+    if kind == "exact" and accelerator.is_fsdp2:
+        raise ValueError(
+            "reduce exact: adds up whole gradients on every process, of which FSDP keeps parts; use "
+            "reduce: fast, or launch without FSDP"
+        )
+    return (Exact if kind == "exact" else Fast)(accelerator, model, optimizer)
+
+
+class Fast:
+    """What Accelerate makes of the model: DDP, FSDP, or the model itself."""
+
+    def __init__(
+        self, accelerator: "Accelerator", model: VLM, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.accelerator = accelerator
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if packs < world:
+            raise ValueError(
+                f"a step has {packs} packs for {world} processes; start at most {packs} of them"
+            )
+        self.drop_gradients()
+        for place, batch in enumerate(batches):
+            last = place == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                # DDP averages over ranks, the denominators are global already
+                loss = loss_of(self.model, rank + place * world, batch) * world
+                self.accelerator.backward(loss)
+
+    def hold_gradients(self) -> None:
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Exact:
+    """No wrapper: three flat fp32 tensors of all trained parameters (two on one process)."""
+
+    def __init__(
+        self, accelerator: "Accelerator", model: VLM, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.model = accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        assert all(p.dtype == torch.float32 for p in self.parameters)
+        if accelerator.device.type == "cuda":
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        if self.world > 1:
+            for value in [*model.parameters(), *model.buffers()]:
+                dist.broadcast(value.data, src=0)
+        size = sum(p.numel() for p in self.parameters)
+        self.own = torch.zeros(size, device=accelerator.device)
+        """This rank's pack; the parameters' gradients are views of it."""
+        self.total = torch.zeros_like(self.own)
+        self.other = torch.empty_like(self.own) if self.world > 1 else self.own
+
+    def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
+        self.hold_gradients()
+        self.total.zero_()
+        for place, first in enumerate(range(0, packs, self.world)):
+            if first + self.rank < packs:
+                self.own.zero_()
+                loss_of(self.model, first + self.rank, batches[place]).backward()
+            for source in range(min(self.world, packs - first)):
+                flat = self.own if source == self.rank else self.other
+                if self.world > 1:
+                    dist.broadcast(flat, src=source)
+                self.total += flat
+        self.own.copy_(self.total)
+
+    def hold_gradients(self) -> None:
+        views = self.own.split([p.numel() for p in self.parameters])
+        for p, view in zip(self.parameters, views, strict=True):
+            p.grad = view.view_as(p)
+
+    def drop_gradients(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+
+def pack_seed(seed: int, step: int, pack: int) -> int:
+    """Return the seed of a pack's dropout: of its place in the run, not of a rank's history."""
+    mixed = hashlib.blake2b(f"{seed} {step} {pack}".encode(), digest_size=8)
+    return int.from_bytes(mixed.digest(), "big") >> 1
+
+
+def sum_in_order(
+    accelerator: "Accelerator", rows: Tensor, requests: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return all packs' sums `(packs, n)`, complete on every rank, and the ranks' requests added up.
+
+    rows: fp64, zero where a pack is another rank's, so that the result is the same bits on any
+    number of processes.
+    """
+    flat = accelerator.reduce(torch.cat([rows.flatten(), requests.to(rows)]), reduction="sum")
+    return flat[: rows.numel()].view_as(rows), flat[rows.numel() :]

@@ -1,0 +1,42 @@
+"""The loss on held-out records, while training."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shards.signed import Json
+from train.data.records import Record
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from model.vlm import VLM
+    from train.batches.loader import Loader
+
+
+def held_out_loss(
+    model: "VLM",
+    loader: "Loader",
+    records: Sequence[Record],
+    size: int,
+    accelerator: "Accelerator",
+) -> Json:
+    """Return the metrics of records that are not trained on, `size` at a time; ranks share them."""
+    import torch
+
+    from model.batch import to_device
+    from train.loop.metrics import NUM_SUMS, summarise, sums_of
+
+    was_training = model.training
+    model.eval()
+    # a row for each batch, so that they are added up in the same order on any number of ranks
+    sums = torch.zeros(-(-len(records) // size), NUM_SUMS, dtype=torch.float64)
+    sums = sums.to(accelerator.device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for begin in range(rank * size, len(records), size * world):
+        batch = loader.batch(records[begin : begin + size], with_copy=True)
+        batch = to_device(batch, accelerator.device)
+        with torch.no_grad(), accelerator.autocast():
+            sums[begin // size] = sums_of(model(batch), batch)
+    model.train(was_training)
+    total = accelerator.reduce(sums, reduction="sum").sum(dim=0)
+    return summarise(total, model.config.loss_weight)

@@ -1,0 +1,106 @@
+"""What a step's sums mean, how fast it was, and where both are written: metrics.jsonl, train.log, logs/.
+
+`FIELDS` documents every field of metrics.jsonl, besides `step` and `kind` (train or eval).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from model.frame_causal import PAIRS, skill
+from train.data.records import TASKS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.batch import Batch
+
+
+Json = dict[str, Any]
+FIELDS = {
+    "loss": "ce_loss + loss_weight x autoregressive_loss",
+    "ce_loss": "cross-entropy per supervised token",
+    **{f"ce_{task}": f"the same over answers that are a {task}" for task in TASKS},
+    "coordinate_ce": "the same over coordinate tokens (LAPE)",
+    "autoregressive_loss": "error of predicting the next frame's features, per transition",
+    "autoregressive_loss_weighted": "times loss_weight",
+    **{f"ar_{pair}": f"the same over transitions {pair[0]} -> {pair[1]}" for pair in PAIRS},
+    "ar_copy_baseline": "error of repeating the last frame, where it was measured",
+    "ar_skill": "1 - autoregressive_loss / ar_copy_baseline; above 0 beats repeating",
+    "tokens": "of the step, over all ranks, without padding",
+    "supervised_tokens": "those of them that are predicted",
+    "pairs": "(query, key) pairs that the mask allows, without padding",
+    "transitions": "from frame to frame",
+    "learning_rate": "of the LLM",
+    "grad_norm": "before clipping",
+    "seconds": "from the end of the last step to the end of this one",
+    "data_wait": "share of them spent waiting for data",
+    "tokens_per_second": "all ranks",
+    "supervised_per_second": "all ranks",
+    "mfu": "model FLOPs utilisation; left out where a device's peak is not known",
+    "memory_gb": "most memory of rank 0 so far: allocated on its GPU, else resident",
+    "eta_seconds": "at the mean pace since the start",
+}
+SCALARS = ("ce", "coordinate_ce", "supervised", "coordinates", "tokens", "pairs")
+VECTORS = ("ar", "ar_count", "ar_copy", "ar_copy_count")
+BY_TASK = ("task_ce", "task_count")
+NUM_SUMS = len(SCALARS) + len(PAIRS) * len(VECTORS) + len(TASKS) * len(BY_TASK)
+
+
+def sums_of(out: "dict[str, Tensor]", batch: "Batch") -> "Tensor":
+    """Return one flat fp64 tensor of a forward's sums and counts, to be added over the step."""
+    import torch
+
+    real, tokens = batch.mask_end - batch.mask_start, batch.lengths.sum()
+    padding = real.numel() - tokens  # each of which sees itself alone
+    counts = {
+        "supervised": torch.tensor(float(len(batch.labels))),
+        "coordinates": (batch.label_axis >= 0).sum(),
+        "tokens": tokens,
+        "pairs": real.sum(dtype=torch.int64) - padding,
+    }
+    if batch.label_task is not None and "token_ce" in out:
+        losses, task = out["token_ce"].detach().double(), batch.label_task.to(out["ce"].device)
+        zeros = losses.new_zeros(len(TASKS))
+        counts["task_ce"] = zeros.index_add(0, task, losses)
+        counts["task_count"] = zeros.index_add(0, task, torch.ones_like(losses))
+    values = {**out, **counts}
+    sizes = dict.fromkeys(SCALARS, 1) | dict.fromkeys(VECTORS, len(PAIRS))
+    parts = [
+        values[name].detach().reshape(size) if name in values else torch.zeros(size)
+        for name, size in (sizes | dict.fromkeys(BY_TASK, len(TASKS))).items()
+    ]
+    return torch.cat([part.double().to(out["ce"].device) for part in parts])
+
+
+def summarise(sums: "Tensor", loss_weight: float) -> Json:
+    """Return the metrics that global sums mean; a mean over nothing is left out.
+
+    `autoregressive_loss` weighs every transition the same; `ar_skill` = 1 - loss / copy baseline,
+    above 0 where the prediction beats repeating the last frame.
+    """
+    scalars, vectors, tasks = sums.tensor_split(
+        [len(SCALARS), len(SCALARS) + len(VECTORS) * len(PAIRS)]
+    )
+    values = dict(zip(SCALARS, scalars.tolist(), strict=True))
+    ar, count, copy, copy_count = vectors.view(len(VECTORS), len(PAIRS)).tolist()
+    task_ce, task_count = tasks.view(len(BY_TASK), len(TASKS)).tolist()
+    supervised, transitions = values["supervised"], sum(count)
+    out: Json = {"tokens": int(values["tokens"]), "supervised_tokens": int(supervised)}
+    out |= {"pairs": int(values["pairs"]), "transitions": int(transitions)}
+    loss = 0.0
+    if supervised:
+        out["ce_loss"] = values["ce"] / supervised
+        loss += out["ce_loss"]
+    out |= {
+        f"ce_{task}": task_ce[k] / task_count[k] for k, task in enumerate(TASKS) if task_count[k]
+    }
+    if values["coordinates"]:
+        out["coordinate_ce"] = values["coordinate_ce"] / values["coordinates"]
+    if transitions:
+        out["autoregressive_loss"] = sum(ar) / transitions
+        out["autoregressive_loss_weighted"] = loss_weight * out["autoregressive_loss"]
+        loss += out["autoregressive_loss_weighted"]
+        out |= {f"ar_{pair}": ar[k] / count[k] for k, pair in enumerate(PAIRS) if count[k]}
+    if transitions and sum(copy_count) == transitions and sum(copy) > 0:
+        out["ar_copy_baseline"] = sum(copy) / transitions
+        out["ar_skill"] = skill(sum(ar), sum(copy))
+    return {"loss": loss, **out}

@@ -1,0 +1,100 @@
+"""AdamW over the model's parts, its state by name, and the learning rate as a function of the step."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.vlm import VLM
+from train.loop.fsdp import copy_into
+from train.settings.config import TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FILE_BYTES = 4 * 2**30
+"""Of an optimizer file, so that a save never holds all moments in memory twice."""
+
+
+def parameter_groups(model: VLM, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: every trained parameter in exactly one, vectors never decayed."""
+    head_rate = config.projector_lr or config.learning_rate
+    rates = {"llm": config.learning_rate, "lape": config.lape_lr or 10 * config.learning_rate}
+    groups = []
+    for part, parameters in model.parts().items():
+        for decay in (True, False):
+            chosen = [p for p in parameters if (p.ndim >= 2 and part != "lape") == decay]
+            if chosen:
+                groups.append(
+                    {
+                        "params": chosen,
+                        "name": part,
+                        "peak": rates.get(part, head_rate),
+                        "weight_decay": config.weight_decay if decay else 0.0,
+                    }
+                )
+    return groups
+
+
+def make_optimizer(model: VLM, config: TrainConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adam_beta2))
+
+
+def allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the state that AdamW would give it at its first step."""
+    for group in optimizer.param_groups:
+        on_device = group["fused"] or group["capturable"]
+        for p in group["params"]:
+            state: dict[str, Tensor] = optimizer.state[p]
+            state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+    """Write the state as `optimizer-N.safetensors`: `<parameter>/<what>`, in files of some GB."""
+    held: dict[str, Tensor] = {}
+    number = 0
+    for name, value in _named_state(optimizer, model):
+        held[name] = value.detach().cpu().contiguous()
+        if sum(tensor.nbytes for tensor in held.values()) >= FILE_BYTES:
+            save_file(held, folder / f"optimizer-{number}.safetensors")
+            held, number = {}, number + 1
+    save_file(held, folder / f"optimizer-{number}.safetensors")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+    """Copy a saved state into an allocated one, tensor by tensor through the CPU.
+
+    ValueError names the parameters that only one of the two has.
+    """
+    ours = dict(_named_state(optimizer, model))
+    for file in sorted(folder.glob("optimizer-*.safetensors")):
+        with safe_open(file, framework="pt", device="cpu") as saved:
+            for name in saved.keys():  # noqa: SIM118 - it is no mapping
+                if name not in ours:
+                    raise ValueError(f"{file}: {name}: not trained here; use the same settings")
+                copy_into(ours.pop(name), saved.get_tensor(name))
+    if ours:
+        raise ValueError(f"{folder}: no optimizer state of {', '.join(sorted(ours))}")
+
+
+def _named_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state's own tensors, by name and in the order of the model."""
+    for name, p in model.named_parameters():
+        for what, value in optimizer.state.get(p, {}).items():
+            yield f"{name}/{what}", value
+
+
+def rate(step: int, total: int, warmup_ratio: float) -> float:
+    """Return the learning rate at a step as a share of its peak: linear warm-up, then cosine."""
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

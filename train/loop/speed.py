@@ -1,0 +1,109 @@
+"""How fast a run is, and what share of the device's peak that is."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from train.cost import MFU_IS, LlmShape, mfu, peak_flops, step_flops
+from train.loop.metrics import FIELDS, Json
+from train.settings.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.vlm import VLM
+
+CLOCK = FIELDS.keys() & {
+    "seconds",
+    "data_wait",
+    "tokens_per_second",
+    "supervised_per_second",
+    "mfu",
+    "memory_gb",
+    "eta_seconds",
+}
+"""Fields that a repeated run does not repeat."""
+
+
+class Pace:
+    """Times the steps of a run: `ready()` when a step's data are there, `done()` when it is taken.
+
+    What lies between two steps and is none - an evaluation, a checkpoint - is left out of `seconds`
+    by `rest()`, and counts in the ETA.
+
+    flops: of a step by its metrics, or None; devices, peak: how many there are and FLOP/s of each.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        total: int,
+        flops: Callable[[Json], float] | None = None,
+        devices: int = 1,
+        peak: float | None = None,
+    ) -> None:
+        self.first, self.total = first, total
+        self.flops, self.devices, self.peak = flops, devices, peak
+        self._started = self._waiting = self._began = time.monotonic()
+
+    @property
+    def legend(self) -> str:
+        """What MFU means in this run, or why there is none."""
+        if self.flops and self.peak:
+            return f"{MFU_IS}; peak {self.peak / 1e12:g} TFLOP/s a device"
+        missing = "this device's peak" if self.flops else "this LLM's shape"
+        return f"no MFU: {missing} is not known" + ("; set device_flops" if self.flops else "")
+
+    def ready(self) -> None:
+        self._began = time.monotonic()
+
+    def done(self, step: int, metrics: Json) -> Json:
+        """Return the rates of a step, the number of steps taken being `step` now."""
+        now = time.monotonic()
+        seconds = now - self._waiting
+        out: Json = {
+            "seconds": seconds,
+            "data_wait": (self._began - self._waiting) / seconds,
+            "tokens_per_second": metrics["tokens"] / seconds,
+            "supervised_per_second": metrics["supervised_tokens"] / seconds,
+            "memory_gb": memory_gb(),
+            "eta_seconds": (now - self._started) / (step - self.first) * (self.total - step),
+        }
+        if self.flops and self.peak:
+            out["mfu"] = mfu(self.flops(metrics), seconds, self.devices, self.peak)
+        self._waiting = now
+        return out
+
+    def rest(self) -> None:
+        self._waiting = time.monotonic()
+
+
+def make_pace(
+    config: TrainConfig, model: "VLM", device: "torch.device", world: int, first: int, total: int
+) -> Pace:
+    """Return the pace of a run, with MFU where the LLM's shape and the device's peak are known."""
+    import torch
+
+    shape = LlmShape.of(model.llm.config.to_dict())
+    peak = config.device_flops or None
+    if peak is None and device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(device))
+
+    def flops(metrics: Json) -> float:
+        assert shape
+        tokens, pairs, supervised = (metrics[n] for n in ("tokens", "pairs", "supervised_tokens"))
+        return float(step_flops(shape, tokens, pairs, supervised, config.tune_llm))
+
+    return Pace(first, total, flops if shape else None, world, peak)
+
+
+def memory_gb() -> float:
+    """Return the most memory that this process had: on its GPU, or resident where it has none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

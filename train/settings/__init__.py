@@ -1,0 +1,1 @@
+"""The run's settings: declared once, read from flags, environment and YAML."""

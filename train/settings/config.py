@@ -1,0 +1,293 @@
+"""The settings of a training run: `parse(argv)` merges defaults < YAML < environment < flags.
+
+Nothing here imports torch: a wrong key, value or path is answered within a moment, all problems
+together, each with where it stands and how to mend it, and exit code 2.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from model.config import PROJECTORS, joined_cells
+from shards.annotations.files import is_hub_name
+from train.settings.parse import BOOLEANS, ENVIRONMENT, Origin, merge
+
+
+def setting(
+    default: Any, help_: str, *, choices: tuple[str, ...] = (), above: float | None = None
+) -> Any:
+    """Declare a setting: its default, what it means, and which values it takes."""
+    facts = {"help": help_, "choices": choices, "above": above}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=facts)
+    return field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The names are those of the LLaVA, VILA and lmms-engine scripts where they have one."""
+
+    stage_path: str = setting(
+        "",
+        "what to start from: an LLM (folder or Hub name), a run, a VILA stage, a LLaVA checkpoint",
+    )
+    bank: list[str] = setting([], "bank folders made by `preprocess encode`, one or several")
+    data_path: list[str] = setting(
+        [],
+        "records: .json, .jsonl, .csv, .parquet, a folder of one kind, a mixture's YAML, Hub name",
+    )
+    data_config: str = setting("", "YAML of named datasets: name -> {records, banks}")
+    data_mixture: str = setting("", "which of them, how often and how much: a+b*2+c@0.1")
+    eval_path: list[str] = setting([], "record files for the held-out loss")
+    output_dir: str = setting("", "where the run writes model, checkpoints and logs")
+    missing: str = setting(
+        "error", "a record whose clip no bank has: stop, or drop it", choices=("error", "drop")
+    )
+    unsupervised: str = setting(
+        "error", "a record without an answer: stop, or drop it", choices=("error", "drop")
+    )
+    allow_outside: bool = setting(False, "records may name videos by absolute paths, or by `..`")
+
+    mm_projector_type: str = setting("mlp2x_gelu", f"projector: {PROJECTORS.replace(', ', ' | ')}")
+    mm_spatial_pool_stride: int = setting(0, "slow stride; 0 takes the bank's finest", above=-1)
+    fast_stride: int = setting(0, "fast stride; 0 takes the bank's coarsest", above=-1)
+    frame_sampling_strategy: str = setting(
+        "interleave",
+        "which frames are slow",
+        choices=("interleave", "first_slow", "uniform"),
+    )
+    slow_frame_ratio: str = setting("0.5", "share of slow frames, in [0, 1]")
+    max_frames_num: int = setting(16, "frames of a clip that are used, uniformly", above=0)
+    frame_time: str = setting(
+        "none", "text writes the time before each frame, like 12.5s", choices=("none", "text")
+    )
+
+    enable_lape: bool = setting(True, "coordinate tokens and positions (LAPE)")
+    num_temporal_tokens: int = setting(100, "anchors on the time axis", above=0)
+    num_spatial_tokens: int = setting(100, "anchors on each of height and width", above=0)
+    lape_preset: str = setting(
+        "plus", "plus, or st for parity with LLaVA-ST", choices=("plus", "st")
+    )
+    lape_sigma: float = setting(1.0, "width of coordinate targets in bins (plus)", above=0)
+
+    lape_axes: str = setting(
+        "all",
+        "axes whose coordinates are tokens; on the others numbers stay text",
+        choices=("all", "time", "space"),
+    )
+    lape_positions: bool = setting(True, "add positions to the frames' tokens too")
+
+    loss_weight: float = setting(
+        0.15, "weight of the frame-causal loss; 0 builds no head", above=-1
+    )
+    predictor: str = setting("resample", "frame predictor", choices=("resample", "xattn"))
+    frame_attention: str = setting(
+        "block", "frames see themselves wholly, or token by token", choices=("block", "token")
+    )
+    attn: str = setting(
+        "auto",
+        "attention implementation; auto says what it takes and why",
+        choices=("auto", "sdpa", "eager", "flex_attention", "flash_attention_2"),
+    )
+
+    tune_llm: str = setting(
+        "full", "what of the LLM is trained", choices=("full", "frozen", "lora")
+    )
+    lora_r: int = setting(128, "LoRA rank", above=0)
+    lora_alpha: int = setting(256, "LoRA alpha", above=0)
+    learning_rate: float = setting(2e-5, "of the LLM", above=0)
+    projector_lr: float = setting(
+        0.0, "of projector and new heads; 0 takes learning_rate", above=-1
+    )
+    lape_lr: float = setting(0.0, "of LAPE's tables; 0 takes 10 x learning_rate", above=-1)
+    weight_decay: float = setting(0.0, "of LLM and projector matrices", above=-1)
+    adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients", above=0)
+    warmup_ratio: float = setting(0.03, "share of the steps with rising rate", above=-1)
+    lape_warmup_steps: int = setting(
+        0, "first steps in which the LLM is left as it is, and all else learns", above=-1
+    )
+    max_grad_norm: float = setting(1.0, "gradient clipping", above=0)
+    per_device_train_batch_size: int = setting(2, "rows of a micro-batch", above=0)
+    gradient_accumulation_steps: int = setting(1, "micro-batches of a step, per device", above=0)
+    pack_tokens: int = setting(
+        0, "pack records into rows of up to this many tokens; 0: one record a row", above=-1
+    )
+    max_tokens: int = setting(
+        0, "tokens of a record at most, by leaving out whole frames; 0: no limit", above=-1
+    )
+    prefetch: int = setting(2, "steps whose batches are prepared ahead", above=0)
+    num_train_epochs: float = setting(1.0, "passes over the mixture", above=0)
+    max_steps: int = setting(0, "stop after this many steps; 0: epochs decide", above=-1)
+    gradient_checkpointing: str = setting(
+        "none", "recompute activations to save memory: none, full, or N for every N-th layer"
+    )
+    compile: bool = setting(False, "torch.compile the LLM's layers; pays with pack_tokens")
+    bf16: bool = setting(False, "bf16 arithmetic; trained weights stay fp32")
+    tf32: bool = setting(True, "TF32 matrix products on CUDA")
+    seed: int = setting(0, "of order, initialisation and dropout", above=-1)
+
+    plan: bool = setting(False, "print what the run would be, and stop: no weights, no GPU")
+    assumed_mfu: float = setting(0.4, "share of a device's peak that --plan counts with", above=0)
+
+    device_flops: float = setting(
+        0.0,
+        "a device's peak FLOP/s, for MFU; 0 takes the data sheet's where known (--plan: an H100's)",
+        above=-1,
+    )
+    wandb: bool = setting(False, "mirror metrics to Weights & Biases")
+    logging_steps: int = setting(10, "steps between printed lines", above=0)
+    eval_steps: int = setting(0, "steps between held-out losses; 0: at the end", above=-1)
+    save_steps: int = setting(0, "steps between checkpoints; 0: at the end", above=-1)
+    save_total_limit: int = setting(2, "checkpoints kept, the best one besides", above=0)
+    resume: str = setting("auto", "auto, none, or a checkpoint folder")
+    reduce: str = setting(
+        "fast",
+        "gradients: fast (DDP, FSDP), or exact: the same bits on any number of processes",
+        choices=("fast", "exact"),
+    )
+    num_threads: int = setting(
+        0, "torch's threads of a process, kept on resume; 0: as it starts", above=-1
+    )
+    rehearsal: bool = setting(True, "run the heaviest pack before step 1, so that it fits or never")
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> TrainConfig:
+    """Return the settings of a command line, or print every problem and exit with 2."""
+    if any(flag in ("-h", "--help") for flag in argv):
+        print(help_text())  # noqa: T201
+        raise SystemExit(0)
+    problems: list[str] = []
+    values = merge(TrainConfig, argv, os.environ if environ is None else environ, problems)
+    config = (
+        None if problems else TrainConfig(**{name: value for name, (value, _) in values.items()})
+    )
+    if config is not None:
+        origins = {name: origin for name, (_, origin) in values.items()}
+        problems += check(config, origins)
+    if problems or config is None:
+        refuse(problems)
+    return config
+
+
+def refuse(problems: Sequence[str]) -> typing.NoReturn:
+    """Print problems, one line each, and exit with 2."""
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(2)
+
+
+def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
+    """Return what is wrong with a config whose values have the right types."""
+    problems = []
+    for name in ("stage_path", "output_dir"):
+        if not getattr(config, name):
+            problems.append(f"{name}: missing; give --{name} PATH or set it in the YAML")
+    if config.stage_path and not is_model_name(config.stage_path):
+        where = origins.get("stage_path", "stage_path")
+        problems.append(
+            f"{where} stage_path: no such folder: {config.stage_path} "
+            "(expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run; "
+            "also a VILA stage or a LLaVA checkpoint: a folder with config.json)"
+        )
+    try:
+        joined_cells(config.mm_projector_type)
+    except ValueError as error:
+        problems.append(f"{origins.get('mm_projector_type', 'default')} {error}")
+    if config.data_mixture and not config.data_config:
+        problems.append("data_mixture: needs data_config, a YAML of named datasets")
+    if not config.data_config and not config.data_path:
+        problems.append("data_path: missing; give --data_path RECORDS.jsonl, or data_config")
+    for name in ("data_path", "eval_path"):
+        for path in getattr(config, name):
+            if not Path(path).exists() and not is_hub_name(path):
+                problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
+    try:
+        exact = float(config.slow_frame_ratio)
+    except ValueError:
+        exact = -1.0
+    if not 0 <= exact <= 1:
+        where = origins.get("slow_frame_ratio", "default")
+        problems.append(
+            f"{where} slow_frame_ratio must be a number in [0, 1], got {config.slow_frame_ratio!r}"
+        )
+    if config.attn.startswith("flash") and (
+        config.frame_attention == "block" or config.pack_tokens
+    ):
+        why = (
+            "frames cannot see themselves wholly in it; use frame_attention: token, or attn: auto"
+            if config.frame_attention == "block"
+            else "it would let packed records see each other; use attn: auto, or pack_tokens: 0"
+        )
+        problems.append(f"{origins.get('attn', 'attn')} attn {config.attn}: {why}")
+    if checkpoint_every(config.gradient_checkpointing) is None:
+        where = origins.get("gradient_checkpointing", "default")
+        problems.append(
+            f"{where} gradient_checkpointing must be none, full or a positive integer, got "
+            f"{config.gradient_checkpointing!r}"
+        )
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        where = origins.get("wandb", "wandb")
+        problems.append(f"{where} wandb: not installed; pip install wandb, or set wandb: false")
+    for name in ("num_temporal_tokens", "num_spatial_tokens"):
+        if config.enable_lape and getattr(config, name) == 1:
+            problems.append(f"{origins[name]} {name} must be at least 2, got 1")
+    if (
+        config.resume not in ("auto", "none")
+        and not (Path(config.resume) / "checkpoint.json").exists()
+    ):
+        problems.append(
+            f"{origins.get('resume', 'resume')} resume: {config.resume} is no checkpoint "
+            "(expected auto, none, or a checkpoint-N folder)"
+        )
+    return problems
+
+
+def checkpoint_every(word: str) -> int | None:
+    """Return N where every N-th layer's activations are recomputed, 0 for none; None if not valid."""
+    named = {"full": 1} | {name: int(on) for name, on in BOOLEANS.items()} | {"none": 0}
+    if word.lower() in named:
+        return named[word.lower()]
+    return int(word) if word.isdigit() else None
+
+
+def is_model_name(name: str) -> bool:
+    """Tell whether a name is a model folder, or a Hub name whose config can be had."""
+    if (Path(name) / "config.json").is_file():
+        return True
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        return False
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, "config.json")
+    except Exception:  # offline, unknown, gated: each means that it cannot be loaded
+        return False
+    return True
+
+
+def help_text() -> str:
+    """Return the manual of every setting."""
+    lines = [
+        "accelerate launch train/run.py [STAGE_PATH [DATA_MIXTURE [OUTPUT_DIR]]] --config X.yaml "
+        "[--setting value ...]",
+        "",
+        "Trains LAPE, projector and LLM on banked features; no video and no tower is touched.",
+        f"Settings are merged: defaults < YAML < environment ({', '.join(ENVIRONMENT)}) < flags.",
+        "",
+    ]
+    for item in fields(TrainConfig):
+        default = "" if item.default is MISSING else item.default
+        shown = (
+            ""
+            if default in ("", 0, None)
+            else f" [{str(default).lower() if isinstance(default, bool) else default}]"
+        )
+        choices = f" ({', '.join(item.metadata['choices'])})" if item.metadata["choices"] else ""
+        lines.append(f"  --{item.name:<28} {item.metadata['help']}{choices}{shown}")
+    return "\n".join(lines)

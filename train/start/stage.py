@@ -1,0 +1,231 @@
+"""What a run starts from (`stage_path`), and what is taken of it.
+
+    a causal LLM                  a folder or Hub name that AutoModelForCausalLM loads
+    a framebank run               its LLM and every part that this run has too
+    a VILA / NVILA stage          folders llm/, mm_projector/, vision_tower/
+    a LLaVA checkpoint            of transformers (LLaVA-OneVision, LLaVA-NeXT, -Video), or of LLaVA
+                                  itself (`llava_qwen`): the LLM, the projector, LLaVA-ST's tables
+
+Weights are read from safetensors alone. Whatever is loaded, new or ignored is said, a line each; a
+tensor of another shape is refused by name.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.config import joined_cells
+from train.settings.config import TrainConfig
+from train.start.vila_llava import Tensors, read_llava, read_vila
+
+if TYPE_CHECKING:
+    from model.llm import LlmBase
+    from model.vlm import VLM
+    from train.data.dataset import Dataset
+
+Json = dict[str, Any]
+Say = Callable[[str], None]
+
+
+def kind_of(name: str) -> str:
+    """Return what a stage path is: run, vila, llava or llm."""
+    if (Path(name) / "projector.safetensors").exists():
+        return "run"
+    config = read_config(name) or {}
+    if "llm_cfg" in config or (Path(name) / "llm" / "config.json").exists():
+        return "vila"
+    return "llava" if str(config.get("model_type", "")).startswith("llava") else "llm"
+
+
+def on_disk(name: str, *, weights: bool) -> Path:
+    """Return the folder of a stage; one of the Hub is brought here, with its weights if asked."""
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+    return Path(snapshot_download(name, allow_patterns=patterns))
+
+
+def llm_name(stage_path: str) -> str:
+    """Return where the LLM's config and tokenizer lie: in the stage's `llm`, or there itself."""
+    kind = kind_of(stage_path)
+    if kind == "llm":
+        return stage_path
+    folder = on_disk(stage_path, weights=False)
+    return str(folder if kind == "llava" else folder / "llm")
+
+
+def bank_problem(config: TrainConfig, dataset: "Dataset") -> str | None:
+    """Return why the projector cannot join cells of these banks, if it cannot."""
+    side = joined_cells(config.mm_projector_type)
+    if side == 1:
+        return None
+    banked, pool = dataset.banks.config.strides, dataset.banks.config.pool
+    name = f"mm_projector_type {config.mm_projector_type}"
+    if pool != "average":
+        return (
+            f"{name}: joins cells of the pool mode `average`, whose grids nest to the border; this "
+            f"bank's is {pool}; use mlp2x_gelu, or encode with --pool average"
+        )
+    strides = sorted({dataset.slow_stride, dataset.fast_stride})
+    lacking = [s for s in strides if s % side or s // side not in banked]
+    if not lacking:
+        return None
+    if any(stride % side for stride in strides):
+        fix = f"take an mm_spatial_pool_stride and fast_stride that are multiples of {side}"
+    else:
+        needed = sorted({*banked, *strides, *(stride // side for stride in strides)})
+        fix = f"encode with --stride {','.join(map(str, needed))}"
+    return (
+        f"{name}: joins {side}x{side} cells into a token, so that tokens of stride {lacking[0]} take "
+        f"cells of stride {lacking[0]}/{side}, and the bank holds the strides "
+        f"{', '.join(map(str, banked))}; {fix}, or use mlp2x_gelu"
+    )
+
+
+def build(config: TrainConfig, dataset: "Dataset", say: Say) -> "VLM":
+    """Return a fresh model for a run on these banks."""
+    manifest = dataset.banks.manifest
+    return assemble(
+        config,
+        asdict(model_config(config, dataset)),
+        manifest["tower_width"],
+        dataset.banks.config.to_json(),
+        manifest["provenance"]["tower"],
+        say,
+    )
+
+
+def assemble(
+    config: TrainConfig, facts: Json, width: int, features: Json, tower: str, say: Say
+) -> "VLM":
+    """Return a model over the LLM of the stage path, taking over what fits of the stage's parts."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from model.llm import load_llm
+    from model.vlm import VLM, VLMConfig
+    from train.start.prepare_llm import llm_dtype
+
+    torch.manual_seed(config.seed)
+    kind = kind_of(config.stage_path)
+    folder = Path(config.stage_path) if kind == "llm" else on_disk(config.stage_path, weights=True)
+    llm_path = llm_name(config.stage_path)
+    llm = load_llm(llm_path, llm_dtype(config))
+    if hasattr(llm, "peft_config") and config.tune_llm != "lora":
+        llm = llm.merge_and_unload()
+    model = VLM.assemble(
+        VLMConfig(**facts),
+        llm,
+        AutoTokenizer.from_pretrained(llm_path),
+        width=width,
+        features=features,
+        tower=tower,
+    )
+    model.base = llm_base(config)
+    lines = [f"LLM: {type(llm).__name__} from {llm_path}"]
+    if kind == "run":
+        lines += model.adopt(folder)
+    elif kind != "llm":
+        lines += take_over(model, kind, folder)
+    for line in lines:
+        say(f"stage     {line}")
+    return model
+
+
+def llm_base(config: TrainConfig) -> "LlmBase | None":
+    """Return where the LLM lies that is not trained, so that checkpoints need no copy of it."""
+    from model.llm import base_of
+    from train.start.prepare_llm import llm_dtype
+
+    if config.tune_llm == "full":
+        return None
+    path = llm_name(config.stage_path)
+    merged = config.tune_llm == "frozen" and (Path(path) / "lora").exists()
+    return base_of(path, llm_dtype(config), merged=merged)
+
+
+def model_config(config: TrainConfig, dataset: "Dataset") -> Any:
+    """Return what of the settings stays with the model."""
+    from dataclasses import fields
+
+    from model.vlm import VLMConfig
+
+    own = {field.name for field in fields(VLMConfig)} - {"slow_stride", "fast_stride"}
+    return VLMConfig(
+        slow_stride=dataset.slow_stride,
+        fast_stride=dataset.fast_stride,
+        **{name: getattr(config, name) for name in own},
+    )
+
+
+def take_over(model: "VLM", kind: str, folder: Path) -> list[str]:
+    """Load what fits of a VILA or LLaVA stage into a fresh model; return a line for each part."""
+    made, projector, tables, others = read_vila(folder) if kind == "vila" else read_llava(folder)
+    asked = model.config.mm_projector_type
+    lines = []
+    if not projector:
+        lines.append(f"projector: new ({asked}), the stage has none")
+    elif made != asked:
+        lines.append(
+            f"projector: new ({asked}), the stage's is {made}: set mm_projector_type to it"
+        )
+    else:
+        fit(
+            model.projector,
+            projector,
+            f"{folder}: projector ({made})",
+            f"the bank's tower has width {model.tower_width}; use a bank of the tower that the stage "
+            "was trained with, or another mm_projector_type, which starts anew",
+        )
+        lines.append(
+            f"projector: from the stage ({made}, {len(projector)} tensors); features are pooled before "
+            "it here, so it has to be tuned again"
+        )
+    lines += take_tables(model, folder, tables)
+    parts = ["visual"] + (["frame_causal"] if model.frame_causal is not None else [])
+    lines += [f"{name}: new, the stage has none" for name in parts]
+    return lines + [f"ignored: {other}" for other in others]
+
+
+def take_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
+    """Load LLaVA-ST's coordinate tables; return what there is to say of them."""
+    if model.lape is None:
+        return ["ignored: coordinate tables, enable_lape is off"] if tables else []
+    if not tables:
+        return ["lape: new, the stage has no coordinate tables"]
+    if model.lape.preset != "st":
+        raise ValueError(
+            f"{folder}: its coordinate tables are of LAPE preset st (LLaVA-ST), asked "
+            f"{model.lape.preset}; set lape_preset: st"
+        )
+    gamma = {"gamma": model.lape.gamma.detach()}  # LLaVA-ST has none: it is 1
+    counts = [len(tables.get(f"input_tables.{axis}", ())) for axis in (0, 1)]
+    fix = f"set num_temporal_tokens {counts[0]}, num_spatial_tokens {counts[1]}"
+    fit(model.lape, tables | gamma, f"{folder}: coordinate tables", fix)
+    model.calibrated = True
+    return [f"lape: from the stage, {counts[0]} temporal, {counts[1]} spatial anchors (LLaVA-ST)"]
+
+
+def fit(module: Any, weights: Tensors, what: str, fix: str) -> None:
+    """Load a part's weights in fp32, or raise ValueError naming each tensor that does not fit."""
+    from model.llm import shape_problems
+
+    if wrong := shape_problems(weights, module.state_dict()):
+        raise ValueError(f"{what}: {'; '.join(wrong)}; {fix}")
+    module.load_state_dict({name: value.float() for name, value in weights.items()})
+
+
+def read_config(name: str) -> dict[str, Any] | None:
+    """Return the config.json of a model folder or of a Hub model already on this machine, or None."""
+    path: str | Path | object = Path(name) / "config.json"
+    if not Path(name).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(name, "config.json")
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return None
+    return dict(json.loads(Path(path).read_text()))

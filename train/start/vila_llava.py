@@ -1,0 +1,88 @@
+"""Checkpoints of VILA and LLaVA, read as ours."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Tensors = dict[str, "Tensor"]
+LINEARS = {"linear_1.": "0.", "linear_2.": "2."}
+"""The layers of transformers' `multi_modal_projector` -> those of an `mlp2x_gelu`."""
+LAPE_TABLES = {
+    f"{where}_{role}_embeddings.weight": f"{role}_tables.{axis}"
+    for axis, where in enumerate(("temporal", "spatial_height", "spatial_width"))
+    for role in ("input", "output")
+}
+"""The names of LLaVA-ST's tables (`llava_arch.py`) -> ours."""
+
+
+Parts = tuple[str, Tensors, Tensors, list[str]]
+"""Of a stage: its projector's type and weights, LLaVA-ST's tables, and what is not used."""
+
+
+def read_vila(folder: Path) -> Parts:
+    """Read a VILA stage: `mm_projector/` holds `layers.*`, its config.json the type."""
+    from model.llm import read_json, read_tensors
+
+    projector: Tensors = {}
+    made = ""
+    place = folder / "mm_projector"
+    if place.is_dir():
+        made = read_json(place / "config.json").get("mm_projector_type", "")
+        projector = read_tensors(place, lambda name: name.removeprefix("layers."))
+    known = {"llm", "mm_projector", "config.json"}
+    others = []
+    for path in sorted(folder.iterdir()):
+        if path.name == "vision_tower":
+            others.append("vision_tower: the bank's features stand for it")
+        elif path.name not in known and (path.is_dir() or path.suffix in (".bin", ".safetensors")):
+            pickled = ": pickles are not read" if path.suffix == ".bin" else ""
+            others.append(f"{path.name}{pickled}")
+    return made, projector, {}, others
+
+
+def read_llava(folder: Path) -> Parts:
+    """Read a LLaVA checkpoint, of transformers or of LLaVA itself: parts by the names of tensors."""
+    from model.llm import read_json, read_tensors
+
+    config = read_json(folder / "config.json")
+    ignored: dict[str, int] = {}
+
+    def renamed(name: str) -> str | None:
+        name = name.removeprefix("model.")
+        if name.startswith("multi_modal_projector."):
+            part = name.removeprefix("multi_modal_projector.")
+            for old, new in LINEARS.items():
+                part = part.replace(old, new)
+            return f"projector.{part}"
+        if name.startswith("mm_projector."):
+            return name.removeprefix("mm_")
+        if name in LAPE_TABLES:
+            return f"lape.{LAPE_TABLES[name]}"
+        part = name.partition(".")[0]
+        if part not in ("language_model", "lm_head", "embed_tokens", "layers", "norm"):
+            ignored[part] = ignored.get(part, 0) + 1
+        return None
+
+    found = read_tensors(folder, renamed)
+    if not found:
+        raise ValueError(
+            f"{folder}: no projector in its *.safetensors (pickled weights are not read); convert "
+            "the checkpoint to safetensors"
+        )
+
+    def part(name: str) -> Tensors:
+        own = {key: value for key, value in found.items() if key.startswith(f"{name}.")}
+        return {key.removeprefix(f"{name}."): value for key, value in own.items()}
+
+    made = config.get("mm_projector_type", "mlp2x_gelu")
+    if "text_config" in config and config.get("projector_hidden_act", "gelu") != "gelu":
+        made = f"an mlp2x with {config['projector_hidden_act']}"
+    others = [
+        f"{name} ({count} tensor{'s' if count > 1 else ''})"
+        + (": the bank's features stand for it" if name == "vision_tower" else "")
+        for name, count in sorted(ignored.items())
+    ]
+    return made, part("projector"), part("lape"), others
