@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.grid import Grid
+from shards.errors import UserError
 
 SLOW, FAST = 0, 1
 STREAMS = "SF"
@@ -46,7 +47,7 @@ class FrameGroup:
         shape = tuple(self.features.shape)
         expected = (len(self.time), self.grid.rows, self.grid.cols)
         if shape[:3] != expected:
-            raise ValueError(f"features {shape} do not fit {expected} frames and cells")
+            raise UserError(f"features {shape} do not fit {expected} frames and cells")
         assert self.token_index.shape == (len(self.time), self.grid.cells)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from model.lape.tokens import LAPE_AXES, PRESETS
 from model.slow_fast import STRATEGIES, exact_ratio
+from shards.errors import UserError
 
 PROJECTORS = "linear, mlpNx_gelu, mlp_downsample, mlp_downsample_2x2_fix, mlp_downsample_3x3_fix"
 JOINED = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
@@ -17,9 +18,9 @@ MLP = re.compile(r"mlp([1-9])x_gelu")
 
 
 def joined_cells(kind: str) -> int:
-    """Return how many cells on a side a projector makes one token of; ValueError if it is unknown."""
+    """Return how many cells on a side a projector makes one token of; UserError if it is unknown."""
     if kind != "linear" and not MLP.fullmatch(kind) and kind not in JOINED:
-        raise ValueError(f"mm_projector_type must be one of {PROJECTORS}, got {kind!r}")
+        raise UserError(f"mm_projector_type must be one of {PROJECTORS}, got {kind!r}")
     return JOINED.get(kind, 1)
 
 
@@ -64,23 +65,23 @@ class VLMConfig:
         ):
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         joined_cells(self.mm_projector_type)
         exact_ratio(self.slow_frame_ratio)
 
 
 def read_model_config(folder: Path) -> Json:
-    """Return a model folder's config.json with `model` as a VLMConfig; ValueError if it is none."""
+    """Return a model folder's config.json with `model` as a VLMConfig; UserError if it is none."""
     path = folder / "config.json"
     if not path.exists():
-        raise ValueError(f"{folder}: no trained model here (config.json is missing)")
+        raise UserError(f"{folder}: no trained model here (config.json is missing)")
     facts = json.loads(path.read_text())
     if facts.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a framebank model of format {FORMAT} (got {facts.get('format')!r}); "
             "--model takes the output folder of train/run.py or a checkpoint-N in it"
         )
     unknown = set(facts["model"]) - {field.name for field in fields(VLMConfig)}
     if unknown:
-        raise ValueError(f"{path}: unknown model settings {sorted(unknown)}; update framebank")
+        raise UserError(f"{path}: unknown model settings {sorted(unknown)}; update framebank")
     return dict(facts) | {"model": VLMConfig(**facts["model"])}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shards.errors import UserError
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -25,7 +27,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.cols < 1:
-            raise ValueError(
+            raise UserError(
                 f"stride {self.stride} with pool {self.mode} leaves no cell of a "
                 f"{self.patch_rows}x{self.patch_cols} patch grid; use a smaller stride or `average`"
             )

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from shards.errors import UserError
+
 ORIGINAL_LLAVA = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
 """The `model_type` of LLaVA's own checkpoints -> the family of the LLM that lies flat in them."""
 PREFIXES = (("language_model.", ""), ("model.language_model.", "model."), ("lm_head.", "lm_head."))
@@ -70,11 +72,11 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
             )
         except ValueError as error:  # of many lines where the model is of another sort
             reason = str(error).splitlines()[0].partition(" for this kind of")[0]
-            raise ValueError(
+            raise UserError(
                 f"{path}: not a causal LLM, nor a LLaVA checkpoint that holds one: {reason}"
             ) from None
     if found["missing_keys"]:
-        raise ValueError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")
+        raise UserError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")
     return llm
 
 
@@ -98,7 +100,7 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
     weights = read_tensors(folder, renamed)
     wrong = shape_problems(weights, {name: own[name] for name in own if name in weights})
     if wrong:
-        raise ValueError(f"{folder}: {'; '.join(wrong)}; its config.json is of another model")
+        raise UserError(f"{folder}: {'; '.join(wrong)}; its config.json is of another model")
     # not by `key_mapping`, which would name the weights the old way again when they are saved
     llm, found = type(empty).from_pretrained(
         None,
@@ -128,7 +130,7 @@ def _load_base(named: LlmBase, named_in: str | Path, base: LlmBase | None) -> An
     if base is None:
         base = replace(named, digest=llm_digest(named.path, adapter=named.merged))
     if base.digest != named.digest:
-        raise ValueError(
+        raise UserError(
             f"{base.path}: not the LLM that {named_in} was trained over (digest {base.digest[:12]}, "
             f"expected {named.digest[:12]}: {named.path}); put that one back, or name it by stage_path"
         )
@@ -163,7 +165,7 @@ def llm_digest(path: str | Path, *, adapter: bool) -> str:
         try:
             folder = Path(snapshot_download(str(path), local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
-            raise ValueError(
+            raise UserError(
                 f"{path}: no LLM here any more; name where it lies now by stage_path, or use the "
                 "output folder of the finished run, which is complete by itself"
             ) from None
@@ -216,12 +218,12 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a part's weights; ValueError lists every tensor that is missing, extra or of another shape."""
+    """Load a part's weights; UserError lists every tensor that is missing, extra or of another shape."""
     _require(path)
     saved, own = load_file(path), module.state_dict()
     wrong = shape_problems(saved, own)
     if wrong:
-        raise ValueError(f"{path}: {'; '.join(wrong)}")
+        raise UserError(f"{path}: {'; '.join(wrong)}")
     module.load_state_dict(saved)
 
 
@@ -247,4 +249,4 @@ def write_json(path: Path, data: Any) -> None:
 
 def _require(path: Path) -> None:
     if not path.exists():
-        raise ValueError(f"{path}: missing; the model folder was copied in part, copy it again")
+        raise UserError(f"{path}: missing; the model folder was copied in part, copy it again")

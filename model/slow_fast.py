@@ -6,6 +6,8 @@ places the slow frames of the `uniform` strategy.
 
 from fractions import Fraction
 
+from shards.errors import UserError
+
 STRATEGIES = ("interleave", "first_slow", "uniform")
 
 
@@ -31,11 +33,11 @@ def slow_frames(strategy: str, ratio: float | str | Fraction, num_frames: int) -
     """
     rho = exact_ratio(ratio)
     if strategy not in STRATEGIES:
-        raise ValueError(
+        raise UserError(
             f"frame_sampling_strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}"
         )
     if num_frames < 1:
-        raise ValueError(f"a slow/fast pattern needs at least one frame, got {num_frames}")
+        raise UserError(f"a slow/fast pattern needs at least one frame, got {num_frames}")
     num_slow = _ceil(rho * num_frames)
     if strategy == "interleave":
         return [_ceil((i + 1) * rho) > _ceil(i * rho) for i in range(num_frames)]
@@ -50,9 +52,9 @@ def exact_ratio(ratio: float | str | Fraction) -> Fraction:
     try:
         rho = Fraction(str(ratio))
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"slow_frame_ratio must be a number in [0, 1], got {ratio!r}") from None
+        raise UserError(f"slow_frame_ratio must be a number in [0, 1], got {ratio!r}") from None
     if not 0 <= rho <= 1:
-        raise ValueError(f"slow_frame_ratio must be in [0, 1], got {ratio}")
+        raise UserError(f"slow_frame_ratio must be in [0, 1], got {ratio}")
     return rho
 
 

@@ -36,6 +36,7 @@ from model.llm import (
 )
 from model.mask import additive_mask, block_mask, dense_mask
 from model.projector import build_projector
+from shards.errors import UserError
 
 Json = dict[str, Any]
 HEAD_ROWS = 1024
@@ -90,7 +91,7 @@ class VLM(nn.Module):
     def assemble(cls, config: VLMConfig, llm: Any, tokenizer: Any, **facts: Any) -> "VLM":
         """Return a model with fresh projector, frame tokens, tables and head over a given LLM."""
         if getattr(llm.config, "use_sliding_window", False):
-            raise ValueError(
+            raise UserError(
                 f"{llm.config.name_or_path}: uses a sliding attention window, which frame masks "
                 "replace; set use_sliding_window to false in its config.json to train it without"
             )
@@ -337,7 +338,7 @@ class VLM(nn.Module):
                 lines.append(f"{file}: new, {folder} has none")
                 continue
             if module is self.lape and saved.lape_preset != self.config.lape_preset:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: LAPE preset {saved.lape_preset}, asked {self.config.lape_preset}"
                 )
             load_weights(module, folder / file)
@@ -350,7 +351,7 @@ class VLM(nn.Module):
             saved = read_json(folder / "lape" / "tokens.json")
             ours = json.loads(json.dumps(self.lape.tokens.to_json()))
             if saved != ours:
-                raise ValueError(
+                raise UserError(
                     f"{folder}/lape: token ids {saved} do not match the tokenizer's {ours}"
                 )
 

@@ -40,6 +40,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from shards.errors import UserError
+
 SIZE = 64  # pixels per side: one tower input, so no resize blurs the shapes
 FPS = 8  # times k / 8 are exact in milliseconds
 FRAMES = (32, 48)
@@ -123,11 +125,11 @@ def make_toyworld(
 ) -> None:
     """Write a world into the empty or new folder `out`; equal arguments give equal bytes."""
     if train_clips < 1 or test_clips < 1:
-        raise ValueError(
+        raise UserError(
             f"a toy world needs at least one clip per split, got {train_clips} and {test_clips}"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder: remove it or name another")
+        raise UserError(f"{out} exists and is not an empty folder: remove it or name another")
     truth: list[Json] = []
     records: dict[str, list[Json]] = {"train": [], "test": []}
     with tqdm(total=train_clips + test_clips, desc="drawing", unit="clip") as bar:

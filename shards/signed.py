@@ -9,6 +9,8 @@ from typing import Any
 
 import google_crc32c
 
+from shards.errors import UserError
+
 Json = dict[str, Any]
 
 
@@ -44,11 +46,9 @@ def parse_signed_json(data: bytes, where: str) -> Json:
         record = json.loads(data)
         claimed = record.pop("self_hash")
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{where}: not a framebank record; restore it or encode again") from None
+        raise UserError(f"{where}: not a framebank record; restore it or encode again") from None
     if digest(canonical_json(record)) != claimed:
-        raise ValueError(
-            f"{where}: its content does not match its own hash; restore it from a copy"
-        )
+        raise UserError(f"{where}: its content does not match its own hash; restore it from a copy")
     return dict(record)
 
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from shards.errors import UserError
+
 MOST_OPEN = 128
 
 
@@ -142,7 +144,7 @@ class RemoteFiles:
 
                 system, root = url_to_fs(self.where)
             except (ImportError, ValueError) as error:
-                raise ValueError(f"{self.where}: cannot be opened: {error}") from None
+                raise UserError(f"{self.where}: cannot be opened: {error}") from None
             self._opened = (os.getpid(), system, root)
         return self._opened[1:]
 

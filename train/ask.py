@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.decode.child import DecodeChild
+from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.format.plan import TOWER_THREADS
 from shards.read.bank import ClipInfo, of_units
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     try:
         print(ask(args.video, args.question, args.model, args.tower, args.max_new_tokens))  # noqa: T201
-    except ValueError as error:
+    except UserError as error:
         refuse([str(error)])
 
 
@@ -82,19 +83,19 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
 
 
 def load_tower(features: FeatureConfig, name: str) -> "Tower":
-    """Load the tower that made some features; ValueError where it is another one."""
+    """Load the tower that made some features; UserError where it is another one."""
     from model.tower.tower import Tower
 
     tower = Tower.load(
         name, layer=features.layer, dtype=features.tower_dtype, attention=features.attention
     )
     if tower.digest != features.tower_digest:
-        raise ValueError(
+        raise UserError(
             f"tower {name}: not the tower that the model was trained on (digest "
             f"{tower.digest[:12]}, expected {features.tower_digest[:12]}); name it with --tower"
         )
     if tower.pixels.to_json() != features.processor:
-        raise ValueError(
+        raise UserError(
             f"tower {name}: its image processor has other values than when the bank was made: "
             f"{tower.pixels.to_json()}, expected {features.processor}"
         )
@@ -106,7 +107,7 @@ def fresh_clip(
 ) -> FreshClip:
     """Return a video's features exactly as `preprocess encode` would bank them."""
     if not video.exists():
-        raise ValueError(f"{video}: no such file")
+        raise UserError(f"{video}: no such file")
     clip = child.read_clip(video, features.sampling, pixels=tower.pixels)
     height, width = clip.display_size
     stored, _ = tower.features(

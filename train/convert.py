@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards.annotations.forms import Json
+from shards.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     for name in args.inputs:
         try:
             path = local_copy(name)
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
             continue
         rows += checked_rows(path, problems, allow_outside=args.allow_outside)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shards.errors import UserError
 from shards.read.banks import Banks
 from train.data.dataset import Dataset, local_copies, shorten
 from train.data.markup import kind_of
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     try:
         model = untrained(args.model) if args.untrained else load(args.model, dataset)
-    except ValueError as error:
+    except UserError as error:
         refuse([str(error)])
     model.to(accelerator.device).eval()
     records = dataset.held_out[: args.max_records or None]
@@ -85,7 +86,7 @@ def open_records(
     banks = None
     try:
         banks = Banks.open(bank)
-    except ValueError as error:
+    except UserError as error:
         problems.append(str(error))
     for path in local_copies(paths, problems):
         read = read_records(path, problems, allow_outside=allow_outside)
@@ -110,7 +111,7 @@ def load(folder: Path, dataset: Dataset) -> "VLM":
     theirs = FeatureConfig.from_json(model.features)
     lines = differences(joint(dataset.banks.config), joint(theirs))
     if lines:
-        raise ValueError(f"the bank's features are not those of {folder}: {'; '.join(lines)}")
+        raise UserError(f"the bank's features are not those of {folder}: {'; '.join(lines)}")
     return model
 
 

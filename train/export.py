@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shards.errors import UserError
 from train.settings.config import refuse
 
 if TYPE_CHECKING:
@@ -38,20 +39,20 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     try:
         export(args.run, args.out, merge_lora=args.merge_lora, dtype=args.dtype)
-    except ValueError as error:
+    except UserError as error:
         refuse([str(error)])
     print(f"written: {args.out}, see {args.out / 'README.md'}")  # noqa: T201
 
 
 def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "float32") -> None:
-    """Write a run's model so that transformers alone loads its LLM; ValueError if it cannot be."""
+    """Write a run's model so that transformers alone loads its LLM; UserError if it cannot be."""
     if not (run / "config.json").exists():
-        raise ValueError(f"{run}: no trained model here (config.json is missing)")
+        raise UserError(f"{run}: no trained model here (config.json is missing)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: not empty; name a new folder")
+        raise UserError(f"{out}: not empty; name a new folder")
     adapted = (run / "llm" / "lora").exists()
     if merge_lora and not adapted:
-        raise ValueError(f"{run}: has no LoRA adapter; leave out --merge_lora")
+        raise UserError(f"{run}: has no LoRA adapter; leave out --merge_lora")
 
     import torch
 

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shards.errors import UserError
 from train.data.dataset import Dataset, open_dataset
 from train.loop.signals import Requests
 from train.settings.config import TrainConfig, parse, refuse
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
     try:
         with Requests() as requests:
             train(config, dataset, accelerator, requests)
-    except ValueError as error:
+    except UserError as error:
         refuse([str(error)])
     accelerator.end_training()
 
@@ -75,7 +76,7 @@ def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
 
     try:
         plan = plan_run(config, dataset, rows_per_step(config, world, {}))
-    except ValueError as error:
+    except UserError as error:
         refuse([str(error)])
     print(table(config, dataset, plan, world))  # noqa: T201
 
@@ -119,7 +120,7 @@ def train(
     with accelerator.local_main_process_first():  # the others then find the lengths cached
         plan = plan_run(config, dataset, rows_per_step(config, share.world, state))
     if accelerator.is_fsdp2 and plan.packs_per_step % share.world:
-        raise ValueError(
+        raise UserError(
             f"FSDP needs as many micro-batches on each process: {plan.packs_per_step} of a step do not "
             f"divide among {share.world}; use a divisor of {plan.packs_per_step} processes"
         )
@@ -263,12 +264,12 @@ def rows_per_step(config: TrainConfig, world: int, state: "Json") -> int:
     size = config.per_device_train_batch_size
     rows = state.get("global_batch") or size * config.gradient_accumulation_steps * world
     if rows % size:
-        raise ValueError(
+        raise UserError(
             f"the run's global batch of {rows} rows does not divide into micro-batches of {size}; "
             "set per_device_train_batch_size to a divisor of it"
         )
     if rows // size < world:
-        raise ValueError(
+        raise UserError(
             f"the run's global batch of {rows} rows gives {rows // size} micro-batches of {size} to "
             f"{world} processes; use at most {rows} processes, and per_device_train_batch_size "
             f"{max(1, rows // world)} or a smaller divisor of {rows}"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from shards.errors import UserError
+
 AXES = ("time", "height", "width")
 TIME, HEIGHT, WIDTH = range(3)
 NAMES = ("TEMP", "HEIGHT", "WIDTH")
@@ -38,7 +40,7 @@ class LapeTokens:
         known = tokenizer.get_added_vocab()
         present = [token for token in known if token.startswith(("<TEMP-", "<HEIGHT-", "<WIDTH-"))]
         if present and set(present) != set(tokens):
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer already holds {len(present)} coordinate tokens that do not fit "
                 f"num_temporal_tokens {num_temporal}, num_spatial_tokens {num_spatial}; "
                 "use the numbers it was made with or a tokenizer without them"

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from shards.errors import UserError
+
 MOST_ELONGATED = 200
 """Longer side / shorter side of a frame that Qwen's resizing takes."""
 
@@ -65,7 +67,7 @@ class Pixels:
 
     @classmethod
     def from_processor(cls, processor: Any) -> "Pixels":
-        """Read the values of a transformers image processor; ValueError for one we cannot follow."""
+        """Read the values of a transformers image processor; UserError for one we cannot follow."""
         name = type(processor).__name__
         size = dict(processor.size or {})
         values: dict[str, Any] = {
@@ -77,12 +79,12 @@ class Pixels:
         edge = size.get("shortest_edge")
         if processor.do_resize and edge and "longest_edge" in size:
             if not hasattr(processor, "merge_size"):
-                raise ValueError(f"{name}: resizes to {size}, a rule that is not known here")
+                raise UserError(f"{name}: resizes to {size}, a rule that is not known here")
             multiple = processor.patch_size * processor.merge_size
             own_size = OwnSize(multiple, least=int(edge), most=int(size["longest_edge"]))
             return cls(0, 0, False, crop=None, own_size=own_size, **values)
         if not processor.do_resize or not (edge or {"height", "width"} <= set(size)):
-            raise ValueError(
+            raise UserError(
                 f"{name}: resizes to {size}; only a fixed height and width, or shortest_edge with a "
                 "centre crop, gives every frame the same patch grid"
             )
@@ -90,7 +92,7 @@ class Pixels:
         if getattr(processor, "do_center_crop", False):
             crop = (int(processor.crop_size["height"]), int(processor.crop_size["width"]))
         if edge and crop is None:
-            raise ValueError(f"{name}: shortest_edge without a centre crop makes grids of any size")
+            raise UserError(f"{name}: shortest_edge without a centre crop makes grids of any size")
         return cls(
             height=int(edge or size["height"]),
             width=int(edge or size["width"]),
@@ -143,16 +145,16 @@ class Pixels:
         return top / rows, left / cols, (top + self.crop[0]) / rows, (left + self.crop[1]) / cols
 
     def check(self, height: int, width: int) -> None:
-        """Raise ValueError for a frame size that cannot be made to fit."""
+        """Raise UserError for a frame size that cannot be made to fit."""
         if self.own_size and max(height, width) > MOST_ELONGATED * min(height, width):
-            raise ValueError(
+            raise UserError(
                 f"a frame of {height}x{width} is more than {MOST_ELONGATED} times as long as wide, "
                 "which the tower's processor refuses"
             )
         rows, cols = self.resized(height, width)
         least = self.output_size(height, width)
         if min(rows, cols) < 1 or rows < least[0] or cols < least[1]:
-            raise ValueError(f"a crop of {self.crop} does not fit a frame resized to {rows}x{cols}")
+            raise UserError(f"a crop of {self.crop} does not fit a frame resized to {rows}x{cols}")
 
     def resize(self, frames: np.ndarray) -> np.ndarray:
         """Resize and crop: uint8 `(frames, height, width, 3)` -> uint8 at `output_size`."""

@@ -29,6 +29,7 @@ from transformers import (
 from model.grid import pool
 from model.tower import qwen as qwen_tower
 from model.tower.pixels import Pixels
+from shards.errors import UserError
 
 MODELS = {
     "siglip": SiglipVisionModel,
@@ -46,6 +47,10 @@ NAFLEX = ("siglip2", "siglip2_vision_model")
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 LARGEST_FLOAT16 = 65504.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FeatureRangeError(UserError):
+    """Features that the stored type cannot hold: of the clip, not of us."""
 
 
 @dataclass
@@ -79,24 +84,24 @@ class Tower:
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
     ) -> "Tower":
-        """Load by Hub name or local folder; ValueError names what cannot serve and why."""
+        """Load by Hub name or local folder; UserError names what cannot serve and why."""
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise _not_loaded(name, error) from None
         if any(kind in config.model_type for kind in MIXES_FRAMES):
-            raise ValueError(
+            raise UserError(
                 f"tower {name}: {config.model_type} mixes frames, so the features of a frame would "
                 "hold later ones and the frame-causal loss would leak; use SigLIP, CLIP or DINOv2"
             )
         if config.model_type in NAFLEX:
-            raise ValueError(
+            raise UserError(
                 f"tower {name}: {config.model_type} (NaFlex) pads the patches of every picture to one "
                 "length, and is not supported; use a SigLIP 2 of fixed resolution, whose model type "
                 "is siglip"
             )
         if config.model_type not in MODELS:
-            raise ValueError(
+            raise UserError(
                 f"tower {name}: {config.model_type} is not supported (have {', '.join(MODELS)})"
             )
         pairs_frames = config.model_type in qwen_tower.MODELS
@@ -114,7 +119,7 @@ class Tower:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _not_loaded(name, error) from None
         if found["missing_keys"]:  # transformers fills them with random numbers
-            raise ValueError(
+            raise UserError(
                 f"tower {name}: {len(found['missing_keys'])} of its weights are not there, such as "
                 f"{min(found['missing_keys'])}; download it again"
             )
@@ -122,14 +127,14 @@ class Tower:
         vision = model.config
         layers = vision.num_hidden_layers
         if not -layers - 1 <= layer <= layers:
-            raise ValueError(
+            raise UserError(
                 f"tower {name}: layer {layer} of {layers} layers; use -1 to {-layers - 1}"
             )
         pixels = Pixels.from_processor(processor)
         wanted = vision.patch_size * vision.spatial_merge_size if pairs_frames else None
         given = pixels.own_size.multiple if pixels.own_size else None
         if given != wanted:
-            raise ValueError(
+            raise UserError(
                 f"tower {name}: its image processor belongs to another tower: it makes sides that are "
                 f"multiples of {given}, expected {wanted}"
             )
@@ -139,7 +144,7 @@ class Tower:
                 weight.data = weight.data.to(DTYPES[dtype])
             model.to(device)
         except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-            raise ValueError(
+            raise UserError(
                 f"device {device}: cannot hold the tower: {_first_line(error)}; try --device cpu"
             ) from None
         return cls(
@@ -195,7 +200,7 @@ class Tower:
         threads: of the CPU, while the tower runs: sums in another number of threads may round
         otherwise, and a live clip is to have the features of a banked one.
         frames: uint8 at the tower's size. Per stride: float16, or uint16 that holds bfloat16,
-        `(units, cell_rows, cell_cols, width)`. ValueError names the first frame and stride whose
+        `(units, cell_rows, cell_cols, width)`. UserError names the first frame and stride whose
         values the type cannot hold.
         """
         others = torch.get_num_threads()
@@ -245,11 +250,11 @@ def _refuse_too_large(cells: Tensor, stride: int, most: float, frames_per_unit: 
     for unit, largest in enumerate(cells.abs().amax(dim=(1, 2, 3)).tolist()):
         where = f"frame {unit * frames_per_unit}, stride {stride}"
         if not math.isfinite(largest):
-            raise ValueError(
+            raise FeatureRangeError(
                 f"{where}: the tower's output holds NaN or infinity; try --tower-dtype float32"
             )
         if largest > most:
-            raise ValueError(
+            raise FeatureRangeError(
                 f"{where}: |feature| up to {largest:.0f} does not fit float16; use --dtype bfloat16"
             )
 
@@ -265,8 +270,8 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _not_loaded(name: str, error: Exception) -> ValueError:
-    return ValueError(
+def _not_loaded(name: str, error: Exception) -> UserError:
+    return UserError(
         f"tower {name}: cannot be loaded; name a folder with config.json, preprocessor_config.json "
         f"and weights, or a model of the Hub: {_first_line(error)}"
     )

@@ -1,6 +1,7 @@
 """The commands. Parsing only: torch, decoders and zarr are imported inside."""
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 from preprocess.cli.care import gc, repair, status, verify
 from preprocess.cli.export import export, index
 from preprocess.cli.options import HOW, PLANNED, given, make_sampling
+from shards.errors import UserError
 from shards.text import counted, in_bytes
 
 if TYPE_CHECKING:
@@ -52,15 +54,20 @@ class Commands(click.Group):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Say what is wrong, a line each, and exit with 2."""
+    """Say what is wrong, a line each, and exit with 2; a bug keeps its traceback and exits with 70."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
         problems = error.format_message()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problems = str(error) or repr(error)
+    except (click.exceptions.Exit, click.Abort):
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(70) from None
     else:
         return
     for line in problems.splitlines():
@@ -162,7 +169,7 @@ def prepared(
 
     sampling = make_sampling(frames, fps, max_frames)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; name a folder")
+        raise UserError(f"--out {out}: is a file; name a folder")
     rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps
     clips = find_clips(
         inputs,
@@ -232,9 +239,7 @@ def retry(
     from shards.format.plan import read_plan
 
     if read_plan(bank) is None:
-        raise ValueError(
-            f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`"
-        )
+        raise UserError(f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`")
     device = start_torch(device)
     from preprocess.encode.retry import retry as encode_again
 
@@ -298,9 +303,9 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
     The picture shows the clip's frames above their features as colours.
     """
     if out and not key:
-        raise ValueError(f"--out {out}: a picture is of one clip; name its KEY")
+        raise UserError(f"--out {out}: a picture is of one clip; name its KEY")
     if out and not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
 
     from preprocess.show.picture import picture
     from preprocess.show.table import table
@@ -310,7 +315,10 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
         return
     name, image = picture(bank, key)
     out = out or Path(f"{name}.png")
-    image.save(out)
+    try:
+        image.save(out)
+    except ValueError as error:  # an ending that PIL knows no format of
+        raise UserError(f"--out {out}: {error}") from None
     click.echo(out)
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from shards.errors import UserError
 from shards.format.features import CODECS, DTYPES, POOL_MODES, Sampling, check_strides
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -25,7 +26,7 @@ class Strides(click.ParamType):
         try:
             strides = tuple(int(word) for word in value.split(","))
             check_strides(strides)
-        except ValueError:
+        except (ValueError, UserError):
             self.fail(
                 f"strictly increasing positive integers such as 4,8 are needed, got {value!r}",
                 param,
@@ -157,7 +158,7 @@ PLANNED = _all(
 def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -> Sampling:
     """Return the sampling that the flags mean."""
     if frames is not None and (fps is not None or max_frames is not None):
-        raise ValueError("--frames N stands alone; leave out --fps and --max-frames")
+        raise UserError("--frames N stands alone; leave out --fps and --max-frames")
     if frames is not None:
         return Sampling(num_frames=frames)
     sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64)

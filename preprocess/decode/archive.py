@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import IO, cast
 
 from preprocess.decode.scan import VideoError
+from shards.errors import UserError
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
@@ -47,7 +48,7 @@ def is_archive(path: Path) -> bool:
 def archive_members(path: Path, suffixes: frozenset[str]) -> list[Member]:
     """Return the files of these suffixes in the archive's order.
 
-    Raises ValueError, a line for each problem: an archive that is cut off or damaged, and members
+    Raises UserError, a line for each problem: an archive that is cut off or damaged, and members
     that cannot be clips of their own: names that lead outside, links, two of one name.
     """
     members: list[Member] = []
@@ -71,13 +72,13 @@ def archive_members(path: Path, suffixes: frozenset[str]) -> list[Member]:
             while file.read(1 << 20):  # to the checksum of a .gz
                 pass
     except BROKEN as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cut off or damaged after {len(members)} videos ({error}); fetch it again"
         ) from None
     twice = [name for name, count in Counter(m.name for m in members).items() if count > 1]
     problems += [f"{path}: holds {name!r} more than once" for name in twice]
     if problems:
-        raise ValueError("\n".join(f"{line}; make the archive again" for line in problems))
+        raise UserError("\n".join(f"{line}; make the archive again" for line in problems))
     return members
 
 

@@ -30,6 +30,7 @@ from preprocess.decode.read_pictures import (
 )
 from preprocess.decode.read_pyav import decode_all, read_seek
 from preprocess.decode.scan import Scan, VideoError, scan
+from shards.errors import UserError
 from shards.format.features import Sampling
 
 DECODERS = ("auto", "decord", "pyav")
@@ -196,7 +197,7 @@ def _resizing(scan: Scan, pixels: Pixels | None) -> Callable[[np.ndarray], np.nd
         return lambda picture: picture
     try:
         pixels.check(*scan.display_size)
-    except ValueError as error:
+    except UserError as error:
         raise VideoError("cannot-resize", f"{scan.path}: {error}; leave it out") from None
     return lambda picture: pixels.resize(picture[None])[0]
 

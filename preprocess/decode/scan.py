@@ -13,20 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from shards.errors import UserError
+
 # Elsewhere (MPEG-TS and PS, ASF, raw streams) a seek lands anywhere, or packets carry no true pts.
 INDEXED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv")
 SECONDS_SHORT = 1  # a video that ends this much before its container says is truncated
 
 
-class VideoError(ValueError):
+class VideoError(UserError):
     """A video that cannot be had: `reason` is a short slug, the text one line with file and fix."""
 
     def __init__(self, reason: str, message: str):
-        super().__init__(reason, message)
+        super().__init__(message)
         self.reason = reason
-
-    def __str__(self) -> str:
-        return str(self.args[1])
+        self.args = (reason, message)  # what pickle makes it again of
 
     @property
     def retryable(self) -> bool:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.slow_fast import uniform_indices
-from model.tower.tower import Tower
+from model.tower.tower import FeatureRangeError, Tower
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions, encode_frames
+from shards.errors import UserError
 from shards.format.codec import Codec, channel_error, channel_rms, token_cosine
 from shards.format.plan import ClipSource
 
@@ -44,13 +45,13 @@ def calibrate(
 ) -> Calibration:
     """Return the scales for `options.codec`; clips that cannot be encoded are passed over.
 
-    Raises ValueError where none can.
+    Raises UserError where none can.
     """
     if options.codec != "int8":
         return Calibration({}, {s: _quality(np.ones(1), np.zeros(1)) for s in options.strides})
     found = list(_encoded(clips, tower, options, reader))
     if not found:
-        raise ValueError(
+        raise UserError(
             f"--codec int8: none of {min(len(clips), TRIED)} clips can be encoded, to calibrate on; "
             "look at the videos, or use --codec none to have each named in the quarantine"
         )
@@ -86,7 +87,7 @@ def _encoded(
         chosen = np.concatenate([frames[each * unit : each * (unit + 1)] for unit in units])
         try:
             arrays, _ = encode_frames(tower, chosen, options)
-        except ValueError:
+        except FeatureRangeError:
             continue
         yield arrays
         good += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.tower.tower import Tower
+from model.tower.tower import FeatureRangeError, Tower
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions, encode_frames, frame_bytes
@@ -129,7 +129,7 @@ def measure(
 
 
 def _encode(tower: Tower, frames: np.ndarray, options: EncodeOptions) -> None:
-    with suppress(ValueError):  # a value that the type cannot hold takes as long
+    with suppress(FeatureRangeError):  # a value that the type cannot hold takes as long
         encode_frames(tower, frames, options)
 
 

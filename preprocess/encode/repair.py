@@ -19,7 +19,7 @@ from types import TracebackType
 import google_crc32c
 import numpy as np
 
-from model.tower.tower import Tower
+from model.tower.tower import FeatureRangeError, Tower
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import (
@@ -35,6 +35,7 @@ from preprocess.sources.find import clips_under
 from shards.care.inventory import Books, Damage, read_books
 from shards.care.tar_scan import Sight, Tally, Tar, fault_of_json, layout, records
 from shards.care.verify import expected_keys, proven_samples, verify
+from shards.errors import UserError
 from shards.format.commits import done_path, index_path, shard_name
 from shards.format.plan import ClipSource, Plan, read_plan, refuse_other_features
 from shards.format.samples import SampleMeta
@@ -186,7 +187,7 @@ class Again:
             )
         try:
             arrays, _ = encode_frames(tower, outcome.clip.frames, options)
-        except ValueError as error:
+        except FeatureRangeError as error:
             return f"{clip.where}: {error}"
         return Features(describe(clip, outcome, outcome.clip, tower, arrays), arrays)
 
@@ -387,7 +388,7 @@ def _rewrite_derived(books: Books, plan: Plan, done: Repaired, spoilt: set[str])
         return
     try:
         finish(books.bank, plan, tower_facts(books, plan))
-    except ValueError as error:
+    except UserError as error:
         done.notes.append(f"catalogue and bank.json are not written: {error}")
         return
     done.files += ["index.zarr", "bank.json"]

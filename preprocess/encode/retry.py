@@ -23,6 +23,7 @@ from preprocess.encode.run import calibrated
 from preprocess.encode.unit import Encoder, Summary
 from preprocess.sources.find import CLIP_SUFFIXES, clips_under
 from preprocess.sources.probe import probe
+from shards.errors import UserError
 from shards.format.commits import committed, refuse_missing_shards
 from shards.format.plan import (
     ClipSource,
@@ -44,9 +45,7 @@ def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how
     videos may lie now whose paths are gone.
     """
     if not (bank / "plan.json").exists():
-        raise ValueError(
-            f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`"
-        )
+        raise UserError(f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`")
     with BankLock(bank, "preprocess retry"):
         return _retry(bank, tower, roots, how)
 
@@ -57,7 +56,7 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
     plan = without_cut_off_retry(bank, plan, set(failed))
     refuse_missing_shards(bank, plan)
     if not all(committed(bank, unit) for unit in range(len(plan.units))):
-        raise ValueError(f"{bank}: its run is not over; finish `preprocess encode` before a retry")
+        raise UserError(f"{bank}: its run is not over; finish `preprocess encode` before a retry")
     sources = [clip for clip in plan.clips if clip.id in failed and clip.key not in plan.pruned]
     if not sources:
         return Summary()

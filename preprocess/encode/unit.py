@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from model.tower.tower import Tower
+from model.tower.tower import FeatureRangeError, Tower
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.read_decord import decord_trouble
 from preprocess.decode.scan import VideoError
 from preprocess.decode.source import Outcome, SourceReader
 from preprocess.encode.features import EncodeOptions, describe, encode_frames, provenance
+from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.commits import (
     journal_path,
@@ -76,7 +77,7 @@ class Encoder:
         assert (codec.name, codec.dtype) == (features.codec, features.dtype)
         trouble = decord_trouble()
         if trouble and options.decoder == "decord":
-            raise ValueError(f"--decoder decord: {trouble}; leave it to auto")
+            raise UserError(f"--decoder decord: {trouble}; leave it to auto")
         self.out, self.features, self.tower, self.options = out, features, tower, options
         self.codec = codec
         self.summary = Summary()
@@ -170,15 +171,15 @@ class Encoder:
             return
         try:
             arrays, underflowed = encode_frames(self.tower, outcome.clip.frames, self.options)
-        except ValueError as error:
-            self._quarantine(source, outcome, ValueError(f"{source.where}: {error}"))
+        except FeatureRangeError as error:
+            self._quarantine(source, outcome, UserError(f"{source.where}: {error}"))
             return
         meta = describe(source, outcome, outcome.clip, self.tower, arrays)
         writer.write(source.key, meta, arrays, {"underflowed": underflowed})
         self.summary.clips += 1
         self.summary.frames += len(outcome.clip.frames)
 
-    def _quarantine(self, source: ClipSource, outcome: Outcome, error: ValueError) -> None:
+    def _quarantine(self, source: ClipSource, outcome: Outcome, error: UserError) -> None:
         """Append a clip that failed to `quarantine.jsonl`, with the reason."""
         entry: Json = {
             "id": source.id,

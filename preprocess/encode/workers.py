@@ -24,6 +24,7 @@ from tqdm import tqdm
 from model.tower.tower import Tower
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.unit import Encoder, Summary, progress_bar
+from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource
@@ -61,7 +62,7 @@ def encode_work(
 def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summary:
     """Encode the units in several processes.
 
-    Raises ValueError, one line for each reason, when the others are through and some worker could
+    Raises UserError, one line for each reason, when the others are through and some worker could
     not finish. What is committed stays.
     """
     workers: list[tuple[Connection, BaseProcess]] = []
@@ -104,7 +105,7 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                 process.join()
         seconds = bar.format_dict["elapsed"]
     if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return replace(_sum(list(done.values())), seconds=seconds)
 
 
@@ -134,7 +135,7 @@ def _worker(work: Work, options: EncodeOptions, sender: Connection) -> None:
     logging.disable_progress_bar()
     try:
         summary = encode_work(work, load_tower(options), options, Told(sender.send))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sender.send(("failed", str(error) or repr(error)))
     else:
         sender.send(("done", summary))

@@ -28,7 +28,7 @@ PAPER, INK, FAINT, OUTLINE, GONE, SEEN = "#fff", "#1c1c1c", "#707070", "#b4b4b4"
 
 
 def picture(path: Path, name: str) -> tuple[str, Image.Image]:
-    """Return a clip's key and its page. `name` is the id or the key; ValueError if unknown."""
+    """Return a clip's key and its page. `name` is the id or the key; UserError if unknown."""
     bank = Bank.open(path)
     row = find(bank, name)
     meta = read_meta(bank, row)

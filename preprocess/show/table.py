@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.errors import UserError
 from shards.format.catalogue import split_text
 from shards.format.quarantine import read_entries
 from shards.format.samples import SampleMeta
@@ -47,7 +48,7 @@ def find(bank: Bank, name: str) -> int:
     within = [id_ for id_ in bank.ids if name in id_]
     close = within[:3] or get_close_matches(name, [*bank.ids, *keys], n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else f" among its {len(bank)}"
-    raise ValueError(printable(f"{bank.path}: no clip {name}{hint}"))
+    raise UserError(printable(f"{bank.path}: no clip {name}{hint}"))
 
 
 def read_meta(bank: Bank, row: int) -> SampleMeta:
@@ -60,7 +61,7 @@ def read_meta(bank: Bank, row: int) -> SampleMeta:
             return SampleMeta.from_json(json.loads(file.read(member.size)))
         except (tarfile.HeaderError, ValueError, KeyError, TypeError):
             problem = f"{shard}: damaged where {bank.ids[row]} lies; copy the bank again"
-            raise ValueError(printable(problem)) from None
+            raise UserError(printable(problem)) from None
 
 
 def facts(bank: Bank) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shards.errors import UserError
 from shards.format.plan import ClipSource, Plan
 
 
@@ -34,7 +35,7 @@ def compare(
 ) -> Changes:
     """Return what the clips are to the plan.
 
-    lost: keys that the plan holds and that must be planned again. Raises ValueError naming each
+    lost: keys that the plan holds and that must be planned again. Raises UserError naming each
     clip whose id stands for another source that is still there.
     """
     known = {clip.key: clip for clip in plan.clips}
@@ -82,7 +83,7 @@ def _is_gone(clip: ClipSource, archives: Collection[str]) -> bool:
 def refuse_other_sources(
     bank: Path, clips: Sequence[ClipSource], banked: Collection[ClipSource]
 ) -> None:
-    """Raise ValueError naming each clip whose id stands for another source in the bank.
+    """Raise UserError naming each clip whose id stands for another source in the bank.
 
     A folder that was moved, or copied with its content, holds the same sources.
     """
@@ -104,4 +105,4 @@ def refuse_other_sources(
                 "them from a common folder, or into two banks"
             )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))

@@ -13,6 +13,7 @@ from preprocess.sources.annotations import (
     OTHER_RECORDS,
     annotated_media,
 )
+from shards.errors import UserError
 from shards.format.plan import ClipSource
 from shards.format.samples import clip_id, sample_key
 
@@ -61,7 +62,7 @@ def find_clips(
 
     A folder gives its videos and animations (.gif), at any depth, and one clip for each folder in
     which there is nothing but pictures. Archives are read where they are named themselves.
-    Raises ValueError that lists every input which cannot be found and every pair of different
+    Raises UserError that lists every input which cannot be found and every pair of different
     files with one id. allow_outside: annotation files may name videos outside of their roots.
     """
     found: dict[str, ClipSource] = {}
@@ -99,7 +100,7 @@ def find_clips(
                     "from a common folder, or into two banks"
                 )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return list(found.values())
 
 
@@ -124,7 +125,7 @@ def _archived(path: Path, problems: list[str]) -> list[ClipSource]:
     """Return the videos in an archive: their ids are their paths in it."""
     try:
         members = archive_members(path, CLIP_SUFFIXES)
-    except ValueError as error:
+    except UserError as error:
         problems.append(str(error))
         return []
     if not members:
@@ -142,5 +143,5 @@ def _source(
     try:
         key = sample_key(id_)
     except UnicodeEncodeError:
-        raise ValueError(f"{str(file)!a}: its name is not UTF-8; rename it") from None
+        raise UserError(f"{str(file)!a}: its name is not UTF-8; rename it") from None
     return ClipSource(id_, key, str(file.absolute()), relative, start, end)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from shards.errors import UserError
+
 Rows = Iterator[tuple[str, Any]]
 """(`file:line` or `file[index]`, row)."""
 
@@ -48,7 +50,7 @@ class Selection:
         whole = number.isdigit() and int(number) > 0
         if (percent and 0 < share <= 1) or (how and whole and not percent):
             return cls(how or "random", 0 if percent else int(number), share, seed)
-        raise ValueError(
+        raise UserError(
             f"sampling_strategy {text!r}: expected all, first:N, end:N, random:N or N%, N rows or N%"
         )
 
@@ -74,16 +76,16 @@ ALL = Selection()
 def read_rows(path: str | Path) -> Rows:
     """Yield the rows of a file or folder; one that cannot be read as an `UnreadableRow`.
 
-    Raises ValueError where nothing can be read on: a folder of several kinds of files, a damaged file.
+    Raises UserError where nothing can be read on: a folder of several kinds of files, a damaged file.
     """
     for file in annotation_files(Path(path)):
         reader = READERS.get(file.suffix.lower(), _json)
         try:
             yield from reader(file)
         except (OSError, csv.Error, RecursionError) as error:
-            raise ValueError(f"{file}: not readable as records: {error}") from None
+            raise UserError(f"{file}: not readable as records: {error}") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not readable as records: not UTF-8: {error}") from None
+            raise UserError(f"{file}: not readable as records: not UTF-8: {error}") from None
 
 
 def annotation_files(path: Path) -> list[Path]:
@@ -96,12 +98,12 @@ def annotation_files(path: Path) -> list[Path]:
         if file.suffix.lower() in READERS and not hidden:
             found.setdefault(file.suffix.lower(), []).append(file)
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{path}: no annotation files in this folder (looked for {', '.join(READERS)})"
         )
     if len(found) > 1:
         kinds = ", ".join(f"{len(files)} {suffix}" for suffix, files in sorted(found.items()))
-        raise ValueError(f"{path}: this folder has {kinds}; name the files of one kind")
+        raise UserError(f"{path}: this folder has {kinds}; name the files of one kind")
     return next(iter(found.values()))
 
 
@@ -109,9 +111,9 @@ def _json(file: Path) -> Rows:
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not readable as records: {error}") from None
+        raise UserError(f"{file}: not readable as records: {error}") from None
     if not isinstance(rows, list):
-        raise ValueError(f"{file}: expected a list of records, got {type(rows).__name__}")
+        raise UserError(f"{file}: expected a list of records, got {type(rows).__name__}")
     for index, row in enumerate(rows):
         yield f"{file}[{index}]", row
 
@@ -161,7 +163,7 @@ def _parquet(file: Path) -> Rows:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise ValueError(f"{file}: parquet needs pyarrow; pip install pyarrow") from None
+        raise UserError(f"{file}: parquet needs pyarrow; pip install pyarrow") from None
     try:
         opened = pq.ParquetFile(file)
         index = 0
@@ -170,7 +172,7 @@ def _parquet(file: Path) -> Rows:
                 yield f"{file}[{index}]", row
                 index += 1
     except pa.ArrowException as error:
-        raise ValueError(f"{file}: not readable as parquet: {error}") from None
+        raise UserError(f"{file}: not readable as parquet: {error}") from None
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -195,7 +197,7 @@ def is_hub_name(name: str) -> bool:
 def local_copy(name: str) -> str:
     """Return where the annotations of a dataset lie: a path itself, a Hub dataset's after download.
 
-    Videos of a Hub dataset are not downloaded. Raises ValueError that says how to get what is
+    Videos of a Hub dataset are not downloaded. Raises UserError that says how to get what is
     missing.
     """
     match = HUB_NAME.fullmatch(name)
@@ -203,7 +205,7 @@ def local_copy(name: str) -> str:
         return name
     repo, folder = match.groups()
     if folder and ".." in Path(folder).parts:
-        raise ValueError(f"data_path {name}: a folder of the dataset is expected behind the colon")
+        raise UserError(f"data_path {name}: a folder of the dataset is expected behind the colon")
     from huggingface_hub import snapshot_download
 
     under = f"{folder.strip('/')}/" if folder else ""
@@ -213,12 +215,12 @@ def local_copy(name: str) -> str:
     except Exception as error:  # offline, unknown, gated: each means that it cannot be had
         # `*` is quoted for the shell that this line is copied into
         wanted = " ".join(f"--include '{pattern}'" for pattern in patterns)
-        raise ValueError(
+        raise UserError(
             f"data_path {name}: no such path here, and the Hub did not give it "
             f"({type(error).__name__}); where there is a network, run `hf download {repo} --repo-type "
             f"dataset {wanted} --local-dir {repo}`, bring the folder {repo} here, and give "
             f"--data_path {repo}/{under}"
         ) from None
     if not found.is_dir():
-        raise ValueError(f"data_path {name}: the dataset has no annotations under {under!r}")
+        raise UserError(f"data_path {name}: the dataset has no annotations under {under!r}")
     return str(found)

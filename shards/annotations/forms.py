@@ -4,7 +4,7 @@
 
 Ours: `{id, video, start?, end?, task?, conversations: [{from: human|gpt|system, value}]}` with one
 `<video>` or `<image>` tag for each medium. Every form is a pure function of a row; what is wrong with
-one is a ValueError that does not yet say where. A row that could be read in two ways is refused.
+one is a UserError that does not yet say where. A row that could be read in two ways is refused.
 """
 
 import json
@@ -13,6 +13,8 @@ import string
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
+
+from shards.errors import UserError
 
 Json = dict[str, Any]
 
@@ -34,9 +36,9 @@ DESCRIBE = "Describe this in detail."
 
 
 def canonical(row: Any) -> Json:
-    """Return a row of any known form as one of ours; ValueError where it has none, or two."""
+    """Return a row of any known form as one of ours; UserError where it has none, or two."""
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
+        raise UserError(f"expected an object, got {type(row).__name__}")
     # parquet fills in what other rows have
     row = {name: value for name, value in row.items() if value is not None}
     forms = [name for name in FORMS if name in row]
@@ -45,7 +47,7 @@ def canonical(row: Any) -> Json:
     if len(forms) != 1:
         fields = _short(", ".join(map(str, row)) or "nothing")
         got = f"both {' and '.join(forms)}" if forms else fields
-        raise ValueError(f"expected an object with one of {', '.join(FORMS)}; got {got}")
+        raise UserError(f"expected an object with one of {', '.join(FORMS)}; got {got}")
     form = forms[0]
     out = {name: row[name] for name in ("id", "start", "end", "task") if name in row}
     named = Media(row)
@@ -60,7 +62,7 @@ def canonical(row: Any) -> Json:
         turns = filled_in(turns, row["variables"])
     media = named.in_order(turns)
     if named.part.keys() & out.keys():
-        raise ValueError("start and end both in a message and in the row; keep one")
+        raise UserError("start and end both in a message and in the row; keep one")
     out |= named.part
     if media:
         out["video"] = media[0] if len(media) == 1 else media
@@ -76,7 +78,7 @@ class Media:
         for kind in ("video", "image"):
             fields = [name for name in (kind, f"{kind}s") if name in row]
             if len(fields) > 1:
-                raise ValueError(f"both {' and '.join(fields)} name media; keep one")
+                raise UserError(f"both {' and '.join(fields)} name media; keep one")
             for name in fields:
                 value = row[name] if isinstance(row[name], list) else [row[name]]
                 self.listed += [(kind, path_of(medium)) for medium in value]
@@ -99,9 +101,9 @@ class Media:
     def in_order(self, turns: Sequence[Json]) -> list[str]:
         """Return the paths in the order of the tags; how many there are is not checked here."""
         if self.brought and self.listed:
-            raise ValueError("media both in the messages and in a field of the row; keep one")
+            raise UserError("media both in the messages and in a field of the row; keep one")
         if self.part and len(self.brought or self.listed) > 1:
-            raise ValueError("video_start and video_end of several media; make a record of each")
+            raise UserError("video_start and video_end of several media; make a record of each")
         kinds = {kind for kind, _ in self.listed}
         if self.brought or len(kinds) < 2:
             return self.brought or [path for _, path in self.listed]
@@ -111,7 +113,7 @@ class Media:
                 f"{tags.count(kind)} <{kind}> tags for {sum(k == kind for k, _ in self.listed)}"
                 for kind in ("video", "image")
             )
-            raise ValueError(f"{counts}: which tag is which medium? write one tag of its kind each")
+            raise UserError(f"{counts}: which tag is which medium? write one tag of its kind each")
         waiting = {kind: iter([p for k, p in self.listed if k == kind]) for kind in kinds}
         return [next(waiting[kind]) for kind in tags]
 
@@ -120,38 +122,38 @@ PART_TIMES = ("video_start", "video_end")
 
 
 def path_of(medium: Any) -> str:
-    """Return the path of a medium; ValueError for what is none: a URL, frames, embedded bytes."""
+    """Return the path of a medium; UserError for what is none: a URL, frames, embedded bytes."""
     if isinstance(medium, dict) and isinstance(medium.get("path"), str):
         if medium.get("bytes") is not None:
-            raise ValueError("a medium's bytes are in the row; write them to a file and name that")
+            raise UserError("a medium's bytes are in the row; write them to a file and name that")
         medium = medium["path"]
     if isinstance(medium, list):
-        raise ValueError(
+        raise UserError(
             f"a medium is a list of {len(medium)} frames; name the folder that they are in"
         )
     if not isinstance(medium, str) or not medium:
-        raise ValueError(f"a medium must be a path, got {_short(medium)}")
+        raise UserError(f"a medium must be a path, got {_short(medium)}")
     if medium.startswith("file://"):
         return medium.removeprefix("file://")
     if re.match(r"data:|[a-z0-9]+://", medium):
-        raise ValueError(f"a medium must be a path, got {_short(medium)}; download it first")
+        raise UserError(f"a medium must be a path, got {_short(medium)}; download it first")
     return medium
 
 
 def turn_of(turn: Any, media: Media) -> Json:
     """Return a turn `{from, value}` or `{role, content}` as `{from, value}`."""
     if not isinstance(turn, dict):
-        raise ValueError(f"a turn needs `from` (human or gpt) and `value`, got {_short(turn)}")
+        raise UserError(f"a turn needs `from` (human or gpt) and `value`, got {_short(turn)}")
     pairs = [pair for pair in (("from", "value"), ("role", "content")) if pair[0] in turn]
     if len(pairs) != 1 or turn.get(pairs[0][1]) is None:
-        raise ValueError(
+        raise UserError(
             f"a turn needs `from` (human or gpt) and `value`, or `role` and `content`, got {_short(turn)}"
         )
     who, what = turn[pairs[0][0]], turn[pairs[0][1]]
     if isinstance(what, list):
         what = "".join(_content(part, media) for part in what)
     if not isinstance(what, str):
-        raise ValueError(f"a turn's {pairs[0][1]} must be a text or a list, got {_short(what)}")
+        raise UserError(f"a turn's {pairs[0][1]} must be a text or a list, got {_short(what)}")
     return {"from": str(who), "value": what}
 
 
@@ -159,14 +161,14 @@ def _content(part: Any, media: Media) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise ValueError(f"a part of a message must be an object with `type`, got {_short(part)}")
+        raise UserError(f"a part of a message must be an object with `type`, got {_short(part)}")
     part = {name: value for name, value in part.items() if value is not None}
     kind = part.get("type")
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     if kind in ("video", "image", "video_url", "image_url"):
         return media.tag(part)
-    raise ValueError(
+    raise UserError(
         f"a part of a message must have `type` text, video or image, got {_short(part)}"
     )
 
@@ -174,11 +176,11 @@ def _content(part: Any, media: Media) -> str:
 def asked_and_answered(row: Json) -> tuple[str, str]:
     """Return the question and the answer of a row; with options, lettered, of a multiple choice."""
     if "answer" not in row:
-        raise ValueError("a question without `answer`")
+        raise UserError("a question without `answer`")
     question, answer = str(row["question"]), row["answer"]
     numbered = sorted(name for name in row if re.fullmatch(r"a\d", name))
     if numbered and "options" in row:
-        raise ValueError("both options and a0, a1 ... name the options; keep one")
+        raise UserError("both options and a0, a1 ... name the options; keep one")
     options = [str(row[name]) for name in numbered]
     if "options" in row:
         options = [str(option) for option in _listed(row, "options")]
@@ -199,7 +201,7 @@ def asked_and_answered(row: Json) -> tuple[str, str]:
     }
     if len(meant) != 1:
         many = "more than one of" if meant else "none of"
-        raise ValueError(
+        raise UserError(
             f"answer {_short(answer)} is {many} the options; write its letter, A to {lines[-1][0]}"
         )
     asked = "\n".join([question, *lines, "Answer with the letter and the option."])
@@ -217,7 +219,7 @@ def filled_in(turns: Sequence[Json], variables: Any) -> list[Json]:
     Times are shares of the clip there: `<TEMP-INPUT>` and 0.413 become `<t:41.3%>`.
     """
     if not isinstance(variables, dict):
-        raise ValueError(f"`variables` must be an object of lists, got {_short(variables)}")
+        raise UserError(f"`variables` must be an object of lists, got {_short(variables)}")
     variables = {name: numbers for name, numbers in variables.items() if numbers is not None}
     lists = {slot: _listed({name: [], **variables}, name) for slot, name in VARIABLES.items()}
     waiting = {slot: iter(numbers) for slot, numbers in lists.items()}
@@ -225,14 +227,14 @@ def filled_in(turns: Sequence[Json], variables: Any) -> list[Json]:
     for slot, name in VARIABLES.items():
         slots, numbers = texts.count(f"<{'-'.join(slot)}>"), len(lists[slot])
         if slots != numbers:
-            raise ValueError(f"{slots} <{'-'.join(slot)}> for {numbers} numbers in {name}")
+            raise UserError(f"{slots} <{'-'.join(slot)}> for {numbers} numbers in {name}")
 
     def markup(match: re.Match[str]) -> str:
         axis, side = match.group(1), match.group(2)
         value = next(waiting[axis, side])
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             name = VARIABLES[axis, side]
-            raise ValueError(f"{name}: {_short(value)} is no share of the clip or frame, 0 to 1")
+            raise UserError(f"{name}: {_short(value)} is no share of the clip or frame, 0 to 1")
         exact = Decimal(repr(value))
         if axis == "TEMP":
             return f"<t:{(exact * 100).normalize():f}%>"
@@ -248,9 +250,9 @@ def _listed(row: Json, name: str) -> list[Any]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            raise ValueError(f"`{name}` must be a list, got {_short(value)}") from None
+            raise UserError(f"`{name}` must be a list, got {_short(value)}") from None
     if not isinstance(value, list):
-        raise ValueError(f"`{name}` must be a list, got {_short(value)}")
+        raise UserError(f"`{name}` must be a list, got {_short(value)}")
     return value
 
 

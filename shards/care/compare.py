@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.signed import Json, read_signed_json
 
@@ -41,25 +42,25 @@ def read_features(path: Path) -> Json:
         files = [path / "bank.json", path / "plan.json"]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
-            raise ValueError(
+            raise UserError(
                 f"{path}: neither a bank nor a plan (bank.json and plan.json are missing); make "
                 "one with `preprocess plan` or `preprocess encode`"
             )
     elif path.is_file():
         file = path
     else:
-        raise ValueError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     try:
         data = json.loads(file.read_bytes())
         signed = "self_hash" in data
     except (ValueError, TypeError):
-        raise ValueError(f"{file}: not a json file; name a bank, a plan or a config") from None
+        raise UserError(f"{file}: not a json file; name a bank, a plan or a config") from None
     if signed:
         data = read_signed_json(file)
     try:
         return FeatureConfig.from_json(data.get("features", data)).to_json()
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file}: holds no feature config; name a bank, a plan or one") from None
+        raise UserError(f"{file}: holds no feature config; name a bank, a plan or one") from None
 
 
 def flat(data: Json, prefix: str = "") -> dict[str, object]:

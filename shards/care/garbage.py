@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.care.inventory import Books, read_books
+from shards.errors import UserError
 from shards.format.commits import journal_path, part_path
 from shards.signed import Json
 from shards.write.lock import BankLock
@@ -46,12 +47,12 @@ def collect(bank: Path) -> list[Rubbish]:
 def rubbish(bank: Path) -> list[Rubbish]:
     """Return what a bank's folder holds that nothing refers to. Changes nothing.
 
-    Raises ValueError where plan.json or bank.json cannot tell what is needed.
+    Raises UserError where plan.json or bank.json cannot tell what is needed.
     """
     books = read_books(bank)
     lost = [damage for damage in books.damages if damage.file in ("plan.json", "bank.json")]
     if lost:
-        raise ValueError(
+        raise UserError(
             f"{bank}: {lost[0]}: what is needed cannot be told; `preprocess repair {bank}` first"
         )
     found = [Rubbish(path, disk_size(path), why) for path, why in _leftovers(books)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from shards.errors import UserError
 from shards.format.commits import done_path, journal_path, shard_name
 from shards.format.features import FORMAT_VERSION
 from shards.format.plan import served_units
@@ -75,7 +76,7 @@ def read_books(bank: Path) -> Books:
     """Read the manifest, the plan and the commit records, and note which of them are damaged."""
     books = Books(bank)
     if not (bank / "bank.json").exists() and not (bank / "plan.json").exists():
-        raise ValueError(
+        raise UserError(
             f"{bank}: no bank here (neither bank.json nor plan.json); make one with `preprocess "
             f"encode INPUT --out {bank} --tower NAME`"
         )
@@ -85,7 +86,7 @@ def read_books(bank: Path) -> Books:
     books.manifest = _read(books, "bank.json", "rewrite")
     for name, book in (("plan.json", books.plan), ("bank.json", books.manifest)):
         if book and book["format_version"] > FORMAT_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"{bank / name}: format {book['format_version']}, this framebank knows up to "
                 f"{FORMAT_VERSION}; update framebank"
             )
@@ -114,8 +115,8 @@ def _read(books: Books, name: str, remedy: Remedy) -> Json | None:
         record = read_signed_json(books.bank / name)
         if signed_json(record) == (books.bank / name).read_bytes():
             return record
-        raise ValueError("1e-3 is not written 1E-3")
-    except ValueError:
+        raise UserError("1e-3 is not written 1E-3")
+    except UserError:
         what = "does not match its own hash"
         books.damages.append(
             Damage(name, what + ("; restore it from a copy" * (remedy == "restore")), remedy)

@@ -66,7 +66,7 @@ class Status:
 
 
 def status(bank: Path) -> Status:
-    """Look at a bank; raises ValueError where there is none."""
+    """Look at a bank; raises UserError where there is none."""
     books = read_books(bank)
     writer = writer_of(bank)
     began = _began(bank, writer)

@@ -21,6 +21,7 @@ import numpy as np
 
 from shards.care.inventory import Books, Damage, Remedy, read_books
 from shards.care.tar_scan import Sight, Tally, Tar, fault_of_json, layout, records
+from shards.errors import UserError
 from shards.format.catalogue import (
     CatalogueMismatch,
     Columns,
@@ -37,7 +38,7 @@ from shards.write.shard import end_of_archive, index_bytes
 
 
 def refuse_damaged_shards(shards_dir: Path, commits: Sequence[Json]) -> None:
-    """Raise ValueError naming each shard that is not, byte for byte, what its commit record says."""
+    """Raise UserError naming each shard that is not, byte for byte, what its commit record says."""
     problems = []
     for commit in commits:
         path = shards_dir / commit["shard"]
@@ -49,7 +50,7 @@ def refuse_damaged_shards(shards_dir: Path, commits: Sequence[Json]) -> None:
                 "`preprocess repair`"
             )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 THREADS = 4
@@ -60,7 +61,7 @@ def verify(
 ) -> list[Damage]:
     """Return all that is wrong with a bank, finished or not.
 
-    seen: told of the bytes of each shard as they are done. Raises ValueError where there is no bank
+    seen: told of the bytes of each shard as they are done. Raises UserError where there is no bank
     or one of a newer format. Samples that are served no more count as others do.
     """
     books = read_books(bank)

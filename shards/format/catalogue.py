@@ -18,6 +18,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from shards.errors import UserError
 from shards.format.samples import SampleMeta
 from shards.signed import Json, digest
 from shards.storage import Files, open_files
@@ -51,7 +52,7 @@ def build_columns(
             try:
                 metas.append(SampleMeta.from_json(json.loads(text)))
             except (ValueError, KeyError, TypeError):
-                raise ValueError(
+                raise UserError(
                     f"{files.where}/{commit['shard']}: the json of sample {sample['key']} is "
                     "damaged; run `preprocess repair`"
                 ) from None
@@ -131,7 +132,7 @@ def write_columns(path: Path, columns: Columns) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-class CatalogueMismatch(ValueError):
+class CatalogueMismatch(UserError):
     """Columns that are not as the manifest has them."""
 
     def __init__(self, where: str, wrong: Mapping[str, str], rows: int | None) -> None:

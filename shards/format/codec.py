@@ -85,7 +85,7 @@ class Codec:
     ) -> np.ndarray:
         """Return the features of whole frames: `stored_dtype` `(frames, rows, cols, dim)`.
 
-        data, frame_nbytes, scale: of these frames, as in `Stored`. Raises ValueError for bytes that
+        data, frame_nbytes, scale: of these frames, as in `Stored`. Raises UserError for bytes that
         no encoder wrote.
         """
         if self.name == "none":

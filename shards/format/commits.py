@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from shards.errors import UserError
 from shards.format.plan import (
     Plan,
 )
@@ -30,7 +31,7 @@ def done_path(shard: Path) -> Path:
 
 
 def refuse_missing_shards(bank: Path, plan: Plan) -> None:
-    """Raise ValueError naming each finished shard that is not there any more."""
+    """Raise UserError naming each finished shard that is not there any more."""
     shards = [shard_path(bank, unit) for unit in range(len(plan.units)) if committed(bank, unit)]
     problems = [
         f"{shard}: was finished and is gone; restore it, or remove {done_path(shard)} and run again "
@@ -39,7 +40,7 @@ def refuse_missing_shards(bank: Path, plan: Plan) -> None:
         if not shard.is_file()
     ]
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def read_commits(bank: Path, plan: Plan) -> list[Json]:

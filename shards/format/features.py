@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from itertools import pairwise
 
+from shards.errors import UserError
 from shards.signed import Json, canonical_json, digest
 
 FORMAT_VERSION = 1
@@ -34,18 +35,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if (self.num_frames is None) == (self.fps is None):
-            raise ValueError("sampling takes either --frames N or --fps F --max-frames N, not both")
+            raise UserError("sampling takes either --frames N or --fps F --max-frames N, not both")
         for name in ("num_frames", "max_frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value}")
+                raise UserError(f"{name} must be a positive integer, got {value}")
         if self.fps is not None:
             try:
                 positive = Fraction(self.fps) > 0
             except (ValueError, ZeroDivisionError):
                 positive = False
             if not positive:
-                raise ValueError(
+                raise UserError(
                     f"fps must be a positive number such as 1, 0.5 or 30000/1001, got {self.fps!r}"
                 )
 
@@ -86,11 +87,11 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         check_strides(self.strides)
         if self.pool not in POOL_MODES:
-            raise ValueError(f"pool must be one of {', '.join(POOL_MODES)}, got {self.pool!r}")
+            raise UserError(f"pool must be one of {', '.join(POOL_MODES)}, got {self.pool!r}")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.codec not in CODECS:
-            raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
+            raise UserError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
 
     def to_json(self) -> Json:
         return asdict(self) | {"strides": list(self.strides)}
@@ -102,7 +103,7 @@ class FeatureConfig:
         sampling = {one.name for one in fields(Sampling)}
         unknown += sorted(f"sampling.{name}" for name in set(data["sampling"]) - sampling)
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"feature config has unknown fields {unknown}: made by a newer framebank; update it"
             )
         known = dict(data)
@@ -120,7 +121,7 @@ def check_strides(strides: Sequence[int]) -> None:
     rising = all(a < b for a, b in pairwise(strides))
     if not strides or strides[0] < 1 or not rising:
         shown = ",".join(map(str, strides))
-        raise ValueError(
+        raise UserError(
             f"stride must be strictly increasing positive integers such as 4,8, got {shown!r}"
         )
 

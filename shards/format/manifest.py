@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from shards.errors import UserError
 from shards.format.features import FORMAT_VERSION
 from shards.signed import Json, parse_signed_json
 from shards.storage import Files, open_files
@@ -26,11 +27,11 @@ def _read_manifest(files: Files) -> Json:
     manifest = _read_signed(files, "bank.json")
     if manifest is None:
         if _read_signed(files, "plan.json") is not None:
-            raise ValueError(
+            raise UserError(
                 f"{path}: its run is not over (plan.json is there, bank.json is not); let "
                 "`preprocess encode` finish, or open what is done with allow_partial=True"
             )
-        raise ValueError(
+        raise UserError(
             f"{path}: no bank here (bank.json is missing); make one with "
             f"`preprocess encode INPUT --stride 4,8 --out {path} --tower NAME`"
         )
@@ -45,7 +46,7 @@ def _read_signed(files: Files, name: str) -> Json | None:
     record = parse_signed_json(data, f"{files.where}/{name}")
     version = record.get("format_version", FORMAT_VERSION)
     if version > FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{files.where}: format {version}, this framebank reads up to {FORMAT_VERSION}; "
             "update framebank"
         )

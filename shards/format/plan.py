@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from shards.errors import UserError
 from shards.format.features import FORMAT_VERSION, FeatureConfig, differences
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
 
@@ -159,7 +160,7 @@ def read_plan(bank: Path) -> Plan | None:
         return None
     data = read_signed_json(path)
     if data["format_version"] > FORMAT_VERSION:
-        raise ValueError(f"{path}: written by a newer framebank; update it")
+        raise UserError(f"{path}: written by a newer framebank; update it")
     units = [[ClipSource(**clip) for clip in unit] for unit in data["units"]]
     return Plan(
         FeatureConfig.from_json(data["features"]),
@@ -189,10 +190,10 @@ def _clip_json(clip: ClipSource) -> Json:
 
 
 def refuse_other_features(bank: Path, asked: FeatureConfig, banked: FeatureConfig) -> None:
-    """Raise ValueError naming each field in which a bank differs from what is asked of it."""
+    """Raise UserError naming each field in which a bank differs from what is asked of it."""
     lines = differences(asked.to_json(), banked.to_json())
     if lines:
-        raise ValueError(
+        raise UserError(
             f"{bank}: holds other features; write to another folder, or ask for the same. "
             f"Asked here, banked there: {'; '.join(lines)}"
         )

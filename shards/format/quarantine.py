@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shards.errors import UserError
 from shards.signed import Json, write_atomic
 from shards.storage import open_files
 
@@ -35,7 +36,7 @@ def read_quarantine(place: str | Path) -> list[Json]:
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
-            raise ValueError(
+            raise UserError(
                 f"{files.where}/quarantine.jsonl:{number}: not an entry of a quarantine; remove the "
                 "line, its clip is encoded again by `preprocess encode` into another bank"
             ) from None

@@ -17,6 +17,7 @@ from typing import Literal
 import google_crc32c
 import numpy as np
 
+from shards.errors import UserError
 from shards.format.catalogue import Columns, TextColumn, id_hash
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig
@@ -64,7 +65,7 @@ def of_units(
     return np.add.reduceat(timestamps, first) / counts, frame_index[first]
 
 
-class DamagedSample(ValueError):
+class DamagedSample(UserError):
     """Bytes of a sample that are not those which were banked."""
 
 
@@ -111,7 +112,7 @@ class Bank:
         damaged: Literal["raise", "skip"] = "raise",
         allow_partial: bool = False,
     ) -> "Bank":
-        """Open a finished bank; raises ValueError naming what is missing, damaged or newer.
+        """Open a finished bank; raises UserError naming what is missing, damaged or newer.
 
         check: whether the checksum of a clip's stream is compared when it is read: always, when
         this process first reads of it, never. damaged: what `try_read` and `read_many` do with a

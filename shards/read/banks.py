@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.errors import UserError
 from shards.format.features import FeatureConfig, differences
 from shards.format.quarantine import read_quarantine
 from shards.read.bank import Bank, ClipInfo
@@ -16,14 +17,14 @@ class Banks:
     """Several banks read as one: a clip is found by its id in whichever bank holds it."""
 
     def __init__(self, banks: Sequence[Bank]) -> None:
-        """Raises ValueError unless tower, processor, layer, pooling and strides agree."""
+        """Raises UserError unless tower, processor, layer, pooling and strides agree."""
         assert banks
         self.banks = list(banks)
         first = self.banks[0]
         for number, other in enumerate(self.banks[1:], 1):
             lines = differences(joint(first.config), joint(other.config))
             if lines:
-                raise ValueError(
+                raise UserError(
                     f"{first.where} and {other.where} cannot be joined: {'; '.join(lines)}"
                 )
             for earlier in self.banks[:number]:
@@ -61,7 +62,7 @@ def _refuse_common_clips(one: Bank, other: Bank) -> None:
     common = np.intersect1d(one.columns["key_hash"], other.columns["key_hash"])
     for row in np.flatnonzero(np.isin(other.columns["key_hash"], common)):
         if other.ids[row] in one:
-            raise ValueError(
+            raise UserError(
                 f"clip {other.ids[row]!r} is in {one.where} and in {other.where}; leave one of the "
                 "two banks out"
             )

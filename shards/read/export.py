@@ -14,6 +14,7 @@ should be as many shards as workers over all nodes, at least.
 import json
 from pathlib import Path
 
+from shards.errors import UserError
 from shards.format.commits import index_path
 from shards.format.manifest import read_manifest
 from shards.signed import Json, write_atomic
@@ -47,7 +48,7 @@ def samples_in(bank: Path, shard: Json) -> int:
     """Return how many samples lie in a shard, served or not, as its `.idx` tells."""
     path = index_path(bank / "shards" / shard["name"])
     if not path.exists():
-        raise ValueError(f"{path}: is gone; run `preprocess repair {bank}`")
+        raise UserError(f"{path}: is gone; run `preprocess repair {bank}`")
     return path.stat().st_size // 8 - 1
 
 
@@ -56,7 +57,7 @@ def write_hf(bank: Path) -> Path:
     manifest = read_manifest(bank)
     path = bank / "README.md"
     if path.exists() and CARD not in path.read_text("utf-8"):
-        raise ValueError(f"{path}: is there and not ours; move it away")
+        raise UserError(f"{path}: is there and not ours; move it away")
     write_atomic(path, card(manifest).encode())
     return path
 

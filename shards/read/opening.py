@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from shards.errors import UserError
 from shards.format.catalogue import (
     CatalogueMismatch,
     Columns,
@@ -41,7 +42,7 @@ def load(files: Files) -> tuple[Json, Columns]:
         except CatalogueMismatch as error:
             if not left:
                 written = any(other != manifest for other in seen)
-                raise ValueError(_diagnosis(files, manifest, error, written)) from None
+                raise UserError(_diagnosis(files, manifest, error, written)) from None
             time.sleep(PAUSE)
     raise AssertionError
 
@@ -119,7 +120,7 @@ def load_partial(files: Files) -> tuple[Json, Columns]:
 
 
 def refuse_missing_shards(files: Files, shards: Sequence[Json]) -> None:
-    """Raise ValueError naming the shards that are not there or are of another size."""
+    """Raise UserError naming the shards that are not there or are of another size."""
     with ThreadPoolExecutor(STATTERS) as pool:
         sizes = list(pool.map(files.size, (f"shards/{shard['name']}" for shard in shards)))
     problems = [
@@ -129,7 +130,7 @@ def refuse_missing_shards(files: Files, shards: Sequence[Json]) -> None:
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
+        raise UserError(
             f"{files.where}/shards/{', '.join(problems[:3])}{more}: the bank was copied in part, or "
             f"a shard was changed; copy it again, or run `preprocess repair {files.where}`"
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from shards.errors import UserError
 from shards.signed import Json
 
 ORPHANS_SECONDS = 5.0
@@ -30,7 +31,7 @@ class BankLock:
         self._file: TextIO | None = None
 
     def __enter__(self) -> "BankLock":
-        """Make the bank's folder if need be; raise ValueError naming the process that writes."""
+        """Make the bank's folder if need be; raise UserError naming the process that writes."""
         self.bank.mkdir(parents=True, exist_ok=True)
         path = lock_path(self.bank)
         deadline = time.monotonic() + ORPHANS_SECONDS
@@ -45,7 +46,7 @@ class BankLock:
                 if writer_of(self.bank) is None and time.monotonic() < deadline:
                     time.sleep(0.02)
                     continue
-                raise ValueError(
+                raise UserError(
                     f"{self.bank}: {who} writes here; wait for its end, or end it"
                 ) from None
             if _is_at(file, path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from model.grid import Grid, cell_patches, pool, resample_map
+from shards.errors import UserError
 
 MODES = ("average", "average_floor", "max", "bilinear")
 TABLE = {  # side of the patch grid -> side of the cell grid at strides 2, 4, 8: floor, then ceil
@@ -134,7 +135,7 @@ def test_a_cell_span_holds_the_centres_of_just_its_patches(
 
 
 def test_a_grid_without_cells_is_refused_with_a_way_out() -> None:
-    with pytest.raises(ValueError, match=r"stride 8 with pool max .* 5x27 .* smaller stride"):
+    with pytest.raises(UserError, match=r"stride 8 with pool max .* 5x27 .* smaller stride"):
         Grid(5, 27, 8, "max")
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from model.grid import Grid, pool
 from model.lape.tables import Lape, cell_hat_weights, hat_weights, kappa
 from model.lape.tokens import AXES, HEIGHT, NAMES, PRESETS, TIME, WIDTH, LapeTokens
+from shards.errors import UserError
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 unit = st.floats(0, 1, width=32)
@@ -306,5 +307,5 @@ def test_a_tokenizer_made_for_other_numbers_of_anchors_is_refused(
     tokenizer = make_tokenizer()
     LapeTokens.add_to(tokenizer, 50, 50)
     for numbers in ((100, 50), (50, 49)):
-        with pytest.raises(ValueError, match=r"156 coordinate tokens that do not fit"):
+        with pytest.raises(UserError, match=r"156 coordinate tokens that do not fit"):
             LapeTokens.add_to(tokenizer, *numbers)

@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from model.tower.pixels import OwnSize, Pixels
 from model.tower.qwen import patchify
 from model.tower.tower import Tower
+from shards.errors import UserError
 
 FRAME_SIZES = [(56, 56), (64, 65), (101, 57), (37, 203), (240, 426), (426, 240), (13, 333)]
 LIMITS = [
@@ -84,7 +85,7 @@ def test_sizes_are_those_of_transformers(
     try:
         expected = smart_resize(height, width, multiple, multiple**2 * least, most)
     except ValueError:
-        with pytest.raises(ValueError, match="200 times as long as wide"):
+        with pytest.raises(UserError, match="200 times as long as wide"):
             pixels.check(height, width)
         return
     pixels.check(height, width)
@@ -107,7 +108,7 @@ def test_sizes_by_an_unknown_rule_are_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         processor = SiglipImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
-    with pytest.raises(ValueError, match="a rule that is not known here"):
+    with pytest.raises(UserError, match="a rule that is not known here"):
         Pixels.from_processor(processor)
-    with pytest.raises(ValueError, match="resizes to"):
+    with pytest.raises(UserError, match="resizes to"):
         Pixels.from_processor(Qwen2VLImageProcessorPil(do_resize=False))

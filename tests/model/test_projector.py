@@ -8,6 +8,7 @@ from model.batch import FrameGroup
 from model.config import PROJECTORS, joined_cells
 from model.grid import Grid, pool
 from model.projector import JoinCells, build_projector
+from shards.errors import UserError
 
 VILA = {
     "linear": {"weight": (8, 6)},
@@ -105,5 +106,5 @@ def test_a_model_projects_the_finer_cells_and_predicts_the_coarser(
 
 @pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp2x_relu", "mlp_downsample_4x4", "identity", ""])
 def test_an_unknown_projector_is_refused_with_those_there_are(kind: str) -> None:
-    with pytest.raises(ValueError, match=f"one of {PROJECTORS}, got '{kind}'"):
+    with pytest.raises(UserError, match=f"one of {PROJECTORS}, got '{kind}'"):
         joined_cells(kind)

@@ -25,6 +25,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from model.tower.qwen import part_of, patch_order, patchify
 from model.tower.tower import Tower
+from shards.errors import UserError
 
 PATCH, WIDTH, LLM_WIDTH = 4, 24, 16
 TEXT = {
@@ -140,7 +141,7 @@ def test_every_layer_can_be_taken(
     torch.testing.assert_close(found[0].reshape(-1, WIDTH)[place], embedded)
     for before, after in pairwise(found):
         assert not torch.allclose(before, after)
-    with pytest.raises(ValueError, match="layer 4 of 3 layers; use -1 to -4"):
+    with pytest.raises(UserError, match="layer 4 of 3 layers; use -1 to -4"):
         Tower.load(str(folders[kind]), layer=4)
 
 
@@ -263,7 +264,7 @@ def test_a_published_config_is_understood(folders: dict[str, Path], tmp_path: Pa
 def test_weights_that_are_not_there_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     lost = "visual.blocks.1.mlp.fc1.bias"
     folder = renamed(folders["qwen2_vl"], tmp_path / "a", lambda n: None if n == lost else n)
-    with pytest.raises(ValueError, match=r"1 of its weights are not there, such as blocks\.1\.mlp"):
+    with pytest.raises(UserError, match=r"1 of its weights are not there, such as blocks\.1\.mlp"):
         Tower.load(str(folder))
 
 
@@ -274,11 +275,11 @@ def test_a_processor_of_another_tower_is_refused(folders: dict[str, Path], tmp_p
         (SiglipImageProcessorPil(size={"height": 24, "width": 24}), "of None, expected 8"),
     ):
         processor.save_pretrained(folder)
-        with pytest.raises(ValueError, match=complaint):
+        with pytest.raises(UserError, match=complaint):
             Tower.load(str(folder))
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = SiglipVisionConfig(**small, num_attention_heads=2, image_size=24, patch_size=4)
     SiglipVisionModel(config).save_pretrained(tmp_path / "siglip")
     qwen_processor().save_pretrained(tmp_path / "siglip")
-    with pytest.raises(ValueError, match="multiples of 8, expected None"):
+    with pytest.raises(UserError, match="multiples of 8, expected None"):
         Tower.load(str(tmp_path / "siglip"))

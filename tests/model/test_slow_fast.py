@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.slow_fast import STRATEGIES, draw_pattern, exact_ratio, slow_frames, uniform_indices
+from shards.errors import UserError
 
 TABLE = [
     ("interleave", 0.5, 8, "SFSFSFSF"),
@@ -91,12 +92,12 @@ def test_a_ratio_means_the_decimal_that_is_written() -> None:
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.01, "half", "nan", float("inf"), "1/0"])
 def test_a_ratio_outside_zero_to_one_is_refused(ratio: float | str) -> None:
-    with pytest.raises(ValueError, match="slow_frame_ratio must be"):
+    with pytest.raises(UserError, match="slow_frame_ratio must be"):
         slow_frames("interleave", ratio, 4)
 
 
 def test_unknown_strategies_and_empty_clips_are_refused() -> None:
-    with pytest.raises(ValueError, match="interleave, first_slow, uniform, got 'interleaved'"):
+    with pytest.raises(UserError, match="interleave, first_slow, uniform, got 'interleaved'"):
         slow_frames("interleaved", 0.5, 4)
-    with pytest.raises(ValueError, match="at least one frame, got 0"):
+    with pytest.raises(UserError, match="at least one frame, got 0"):
         slow_frames("interleave", 0.5, 0)

@@ -38,6 +38,7 @@ from transformers import (
 
 from model.grid import pool
 from model.tower.tower import Tower, tower_digest
+from shards.errors import UserError
 
 SIDE, PATCH = 56, 8  # 7x7 patches
 SMALL = {
@@ -216,7 +217,7 @@ def test_features_that_cannot_be_stored_are_refused(
 ) -> None:
     tower = Tower.load(str(towers["siglip_vision"]), layer=0)
     tower.model.embeddings.position_embedding.weight.data.mul_(scale)
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         tower.features(frames_of(5, SIDE, SIDE), [2], threads=2)
 
 
@@ -309,14 +310,14 @@ def test_towers_that_mix_frames_are_refused(
             VivitConfig(**SMALL, image_size=SIDE, num_frames=2, tubelet_size=[2, PATCH, PATCH])
         )
     save(tmp_path, model, siglip_processor() if with_processor else None)
-    with pytest.raises(ValueError, match=rf"{tmp_path}: {kind} mixes frames.*use SigLIP"):
+    with pytest.raises(UserError, match=rf"{tmp_path}: {kind} mixes frames.*use SigLIP"):
         Tower.load(str(tmp_path))
 
 
 def test_siglip_2_of_any_resolution_is_refused_with_a_way_out(tmp_path: Path) -> None:
     config = Siglip2VisionConfig(**SMALL, patch_size=PATCH, num_patches=16)
     folder = save(tmp_path, Siglip2VisionModel(config), siglip_processor())
-    with pytest.raises(ValueError, match=r"NaFlex.* a SigLIP 2 of fixed resolution"):
+    with pytest.raises(UserError, match=r"NaFlex.* a SigLIP 2 of fixed resolution"):
         Tower.load(str(folder))
 
 
@@ -326,7 +327,7 @@ def test_weights_that_are_not_there_are_refused(towers: dict[str, Path], tmp_pat
     lost = next(name for name in weights if name.endswith("layers.1.mlp.fc1.bias"))
     del weights[lost]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 of its weights are not there, .*1\.mlp\.fc1\.bias"):
+    with pytest.raises(UserError, match=r"1 of its weights are not there, .*1\.mlp\.fc1\.bias"):
         Tower.load(str(folder))
 
 
@@ -337,24 +338,24 @@ def test_processors_that_make_grids_of_any_size_are_refused(tmp_path: Path) -> N
         ({"do_resize": False}, "resizes to"),
     ):
         processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE, **changes)
-        with pytest.raises(ValueError, match=complaint):
+        with pytest.raises(UserError, match=complaint):
             Tower.load(str(save(tmp_path, model, processor)))
 
 
 def test_a_crop_larger_than_the_frame_is_refused(tmp_path: Path) -> None:
     processor = crop_processor(CLIPImageProcessorPil, 40)()
     tower = Tower.load(str(save(tmp_path, CLIPVisionModel(CLIPVisionConfig(**VISION)), processor)))
-    with pytest.raises(ValueError, match=r"crop of \(56, 56\) does not fit .* 40x40"):
+    with pytest.raises(UserError, match=r"crop of \(56, 56\) does not fit .* 40x40"):
         tower.pixels.resize(frames_of(6, 64, 64))
 
 
 def test_unknown_models_layers_and_folders_are_refused(
     towers: dict[str, Path], make_llm: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="layer -5 of 3 layers; use -1 to -4"):
+    with pytest.raises(UserError, match="layer -5 of 3 layers; use -1 to -4"):
         Tower.load(str(towers["siglip"]), layer=-5)
     folder = save(tmp_path / "llm", make_llm(), siglip_processor())
-    with pytest.raises(ValueError, match=r"qwen2 is not supported \(have siglip,"):
+    with pytest.raises(UserError, match=r"qwen2 is not supported \(have siglip,"):
         Tower.load(str(folder))
-    with pytest.raises(ValueError, match="nowhere: cannot be loaded"):
+    with pytest.raises(UserError, match="nowhere: cannot be loaded"):
         Tower.load(str(tmp_path / "nowhere"))

@@ -18,6 +18,7 @@ from model.generate import choose, write_answer
 from model.lape.tokens import NAMES, PRESETS, TIME
 from model.llm import load_llm
 from model.vlm import VLM, VLMConfig
+from shards.errors import UserError
 
 Model, Clip, Batches, Llm = (
     Callable[..., VLM],
@@ -552,21 +553,21 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(
     ):
         save_file(original, path)
         edit(path, change)
-        with pytest.raises(ValueError, match=f"{file}: ") as caught:
+        with pytest.raises(UserError, match=f"{file}: ") as caught:
             VLM.load(folder)
         assert all(complaint in str(caught.value) for complaint in complaints)
     save_file({}, path)
-    with pytest.raises(ValueError, match=f"{tensor} is missing"):
+    with pytest.raises(UserError, match=f"{tensor} is missing"):
         VLM.load(folder)
     path.unlink()
-    with pytest.raises(ValueError, match=f"{file}: missing.*copied in part"):
+    with pytest.raises(UserError, match=f"{file}: missing.*copied in part"):
         VLM.load(folder)
 
 
 def test_a_weight_missing_from_the_llm_is_refused_by_name(folder: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit(folder / "llm" / "model.safetensors", lambda tensors: tensors.pop(name))  # type: ignore[arg-type,return-value]
-    with pytest.raises(ValueError, match=f"llm: weights are missing: {name}"):
+    with pytest.raises(UserError, match=f"llm: weights are missing: {name}"):
         VLM.load(folder)
 
 
@@ -575,10 +576,10 @@ def test_edited_token_ids_are_refused(folder: Path) -> None:
     tokens = json.loads(path.read_text())
     tokens["first"][1] += 1
     path.write_text(json.dumps(tokens))
-    with pytest.raises(ValueError, match=r"lape.*do not match the tokenizer's"):
+    with pytest.raises(UserError, match=r"lape.*do not match the tokenizer's"):
         VLM.load(folder)
     path.unlink()
-    with pytest.raises(ValueError, match=r"tokens.json: missing"):
+    with pytest.raises(UserError, match=r"tokens.json: missing"):
         VLM.load(folder)
 
 
@@ -588,20 +589,20 @@ def test_a_tokenizer_without_the_anchors_is_refused(
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["one more"])
     tokenizer.save_pretrained(folder / "llm")
-    with pytest.raises(ValueError, match="do not match the tokenizer's"):
+    with pytest.raises(UserError, match="do not match the tokenizer's"):
         VLM.load(folder)
 
 
 def test_a_folder_that_is_no_model_is_refused_with_a_way_out(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no trained model here \(config.json is missing\)"):
+    with pytest.raises(UserError, match=r"no trained model here \(config.json is missing\)"):
         VLM.load(tmp_path)
     path = folder / "config.json"
     facts = json.loads(path.read_text())
     path.write_text(json.dumps(facts | {"format": 2}))
-    with pytest.raises(ValueError, match=r"format 1 \(got 2\).*--model takes"):
+    with pytest.raises(UserError, match=r"format 1 \(got 2\).*--model takes"):
         VLM.load(folder)
     path.write_text(json.dumps(facts | {"model": facts["model"] | {"newer": 1}}))
-    with pytest.raises(ValueError, match=r"unknown model settings \['newer'\]"):
+    with pytest.raises(UserError, match=r"unknown model settings \['newer'\]"):
         VLM.load(folder)
 
 
@@ -617,11 +618,9 @@ def test_a_new_model_adopts_what_fits_of_a_saved_one(
     for part in ("projector", "visual", "lape"):
         ours, theirs = getattr(model, part).state_dict(), getattr(source, part).state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    with pytest.raises(ValueError, match="LAPE preset plus, asked st"):
+    with pytest.raises(UserError, match="LAPE preset plus, asked st"):
         make_model(lape_preset="st").adopt(saved)
-    with pytest.raises(
-        ValueError, match=r"input_tables.0 is \(100, 32\), the config asks for \(50"
-    ):
+    with pytest.raises(UserError, match=r"input_tables.0 is \(100, 32\), the config asks for \(50"):
         make_model(num_temporal_tokens=50).adopt(saved)
 
 
@@ -636,14 +635,14 @@ def test_a_new_model_adopts_what_fits_of_a_saved_one(
     ],
 )
 def test_an_unknown_setting_is_refused_with_the_ones_there_are(setting: str, value: str) -> None:
-    with pytest.raises(ValueError, match=rf"{setting} must be one of .*, got '{value}'"):
+    with pytest.raises(UserError, match=rf"{setting} must be one of .*, got '{value}'"):
         VLMConfig(**{setting: value})
 
 
 def test_a_sliding_attention_window_is_refused(make_llm: Llm, make_model: Model) -> None:
     llm = make_llm()
     llm.config.use_sliding_window = True
-    with pytest.raises(ValueError, match="sliding attention window"):
+    with pytest.raises(UserError, match="sliding attention window"):
         make_model(llm)
 
 
@@ -656,7 +655,7 @@ def test_features_of_another_grid_are_refused(
 ) -> None:
     clip = make_clip(patch_grid=(5, 7))
     clip.features[4] = clip.features[4][:, :, :1]
-    with pytest.raises(ValueError, match=r"features \(2, 2, 1, 12\) do not fit \(2, 2, 2\)"):
+    with pytest.raises(UserError, match=r"features \(2, 2, 1, 12\) do not fit \(2, 2, 2\)"):
         make_batch(make_model(), ([clip], QUESTION, ANSWER))
 
 

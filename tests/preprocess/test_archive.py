@@ -21,6 +21,7 @@ from preprocess.decode.scan import VideoError
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.run import encode
 from preprocess.sources.find import find_clips
+from shards.errors import UserError
 from shards.format.plan import ClipSource, cut_units
 from shards.read.bank import Bank
 
@@ -132,7 +133,7 @@ def test_a_hostile_archive_is_refused_by_name_before_anything_is_read(
     tmp_path: Path, infos: list[tuple[str, bytes | None, dict[str, object]]], said: str
 ) -> None:
     archive = tar_of(tmp_path / "bad.tar", *infos)
-    with pytest.raises(ValueError, match=r"bad\.tar") as error:
+    with pytest.raises(UserError, match=r"bad\.tar") as error:
         find_clips([str(archive), "/no/such.mp4"], [])
     problem, other = str(error.value).splitlines()
     assert said in problem
@@ -170,7 +171,7 @@ def test_a_cut_or_damaged_archive_is_refused_by_name(
     archive = pack(tmp_path / name, tmp_path / "v")
     assert len(archive_members(archive, MP4)) == 3
     archive.write_bytes(spoil(archive.read_bytes()))
-    with pytest.raises(ValueError, match=r"cut off or damaged after [0123] videos") as error:
+    with pytest.raises(UserError, match=r"cut off or damaged after [0123] videos") as error:
         archive_members(archive, MP4)
     assert "fetch it again" in str(error.value)
     assert "\n" not in str(error.value)

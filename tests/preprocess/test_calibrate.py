@@ -19,6 +19,7 @@ from preprocess.encode import calibrate as module
 from preprocess.encode.calibrate import calibrate
 from preprocess.encode.features import EncodeOptions, load_tower
 from preprocess.sources.find import find_clips
+from shards.errors import UserError
 from shards.format.codec import Codec, as_float32, channel_rms
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
@@ -137,6 +138,6 @@ def test_nothing_to_calibrate_on_is_one_clear_line(
 ) -> None:
     (tmp_path / "bad.mp4").write_text("no video")
     clips = find_clips([str(tmp_path)], [])
-    with pytest.raises(ValueError, match="none of 1 clips can be encoded") as caught:
+    with pytest.raises(UserError, match="none of 1 clips can be encoded") as caught:
         calibrate(clips, tower, replace(toy_options, codec="int8"), reader)
     assert "\n" not in str(caught.value)

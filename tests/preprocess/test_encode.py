@@ -35,6 +35,7 @@ from transformers import (
 
 from preprocess.encode.run import EncodeOptions, encode
 from preprocess.toyworld import save_tower
+from shards.errors import UserError
 from shards.format.features import Sampling
 from shards.format.plan import read_plan
 from shards.format.quarantine import read_quarantine
@@ -375,7 +376,7 @@ def test_other_features_are_refused_by_name_and_nothing_changes(
         changes = {"tower": str(tower)}
     bank = shutil.copytree(toy_bank, tmp_path / "bank")
     before, written = contents(bank), moments(bank)
-    with pytest.raises(ValueError, match="holds other features") as caught:
+    with pytest.raises(UserError, match="holds other features") as caught:
         encode([str(toy / "videos")], bank, replace(toy_options, **changes))
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -503,7 +504,7 @@ def test_another_video_of_a_banked_name_is_refused_not_skipped(
     shutil.copy(toy / "videos" / "train" / "clip-00002.mp4", other / "clip-00002.mp4")
     bank = shutil.copytree(toy_bank, tmp_path / "bank")
     before = contents(bank)
-    with pytest.raises(ValueError, match=r"'train/clip-00001\.mp4'") as caught:
+    with pytest.raises(UserError, match=r"'train/clip-00001\.mp4'") as caught:
         encode([str(tmp_path / "videos")], bank, toy_options)
     assert str(other / "clip-00001.mp4") in str(caught.value)
     assert "clip-00002" not in str(caught.value), "a copy of the same video is no other video"
@@ -587,7 +588,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy: Path, tmp_path: Path) -> No
     process.wait()
     committed = len(list((killed / "shards").glob("*.done")))
     assert 1 <= committed < 9, "the run was over before it was killed"
-    with pytest.raises(ValueError, match="its run is not over"):
+    with pytest.raises(UserError, match="its run is not over"):
         Bank.open(killed)
     kept = moments(killed)
 

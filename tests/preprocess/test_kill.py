@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from shards.errors import UserError
 from shards.read.bank import Bank
 from shards.signed import read_signed_json
 
@@ -247,7 +248,7 @@ def kill_until_done(runs: Runs, whole: Whole, bank: Path, rng: random.Random, mo
         assert now >= before, "a restart lost samples"
         before = now
         if not (bank / "bank.json").exists():
-            with pytest.raises(ValueError, match="bank"):
+            with pytest.raises(UserError, match="bank"):
                 Bank.open(bank)
     assert runs.counted(bank, "c") <= CLIPS + kills, "more than one clip a kill was encoded again"
     assert outcome(bank) == outcome(whole.bank)

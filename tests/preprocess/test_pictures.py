@@ -14,6 +14,7 @@ from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import read_clip
 from preprocess.decode.scan import VideoError
 from preprocess.sources.find import find_clips
+from shards.errors import UserError
 from shards.format.features import Sampling
 
 ALL = Sampling(num_frames=1000)
@@ -172,7 +173,7 @@ def test_an_annotation_may_name_a_folder_an_animation_or_a_still(tmp_path: Path)
     file.write_text("".join(f'{{"video": "{name}"}}\n' for name in names))
     assert [c.id for c in find_clips([str(file)], [str(tmp_path / "frames")])] == sorted(names)
     file.write_text('{"video": "empty"}\n')
-    with pytest.raises(ValueError, match="1 of 1 videos not found, first 'empty'"):
+    with pytest.raises(UserError, match="1 of 1 videos not found, first 'empty'"):
         find_clips([str(file)], [str(tmp_path / "frames")])
 
 

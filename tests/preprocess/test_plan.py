@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from preprocess.sources.changes import compare
 from preprocess.sources.find import find_clips
+from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.format.plan import (
     ClipSource,
@@ -50,7 +51,7 @@ def ids(inputs: Sequence[Path], roots: Sequence[Path] = ()) -> list[str]:
 
 def refusal(call: Callable[[], object]) -> list[str]:
     """Return the problems that are told, one a line."""
-    with pytest.raises(ValueError, match=r".") as caught:
+    with pytest.raises(UserError, match=r".") as caught:
         call()
     return str(caught.value).splitlines()
 

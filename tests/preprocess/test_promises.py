@@ -29,6 +29,7 @@ from preprocess.decode.read_decord import decord_trouble
 from preprocess.decode.scan import VideoError, scan
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.run import encode
+from shards.errors import UserError
 from shards.format.features import Sampling
 
 CLIPS = os.environ.get("FRAMEBANK_CLIPS")
@@ -372,7 +373,7 @@ def test_another_decord_is_said_once_and_refused_by_name_when_asked_for(
     monkeypatch.setattr("preprocess.encode.unit.decord_trouble", lambda: "the module comes from x")
     encode([str(toy / "videos" / "test")], tmp_path / "bank", toy_options)
     assert capsys.readouterr().err.count("comes from x; PyAV reads every video") == 1
-    with pytest.raises(ValueError, match="--decoder decord: the module comes from x"):
+    with pytest.raises(UserError, match="--decoder decord: the module comes from x"):
         encode([str(toy / "videos")], tmp_path / "b", replace(toy_options, decoder="decord"))
 
 

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from preprocess.cli.export import index
+from shards.errors import UserError
 from shards.format.commits import done_path
 from shards.read.bank import Bank
 from shards.signed import read_signed_json, signed_json
@@ -39,7 +40,7 @@ def test_the_catalogue_comes_back_byte_for_byte(bank: Path, harm: str) -> None:
         shutil.rmtree(bank / "index.zarr")
     if harm in ("manifest", "both"):
         (bank / "bank.json").unlink()
-    with pytest.raises(ValueError, match=r"rebuild|not over"):
+    with pytest.raises(UserError, match=r"rebuild|not over"):
         Bank.open(bank)
     done = run(bank, "--rebuild")
     assert (done.exit_code, done.output) == (
@@ -62,7 +63,7 @@ def test_a_damaged_tar_is_refused_by_name_and_nothing_changes(bank: Path) -> Non
     raw[len(raw) // 2] ^= 1
     shard.write_bytes(raw)
     done = run(bank, "--rebuild")
-    assert isinstance(done.exception, ValueError)
+    assert isinstance(done.exception, UserError)
     assert f"{shard}: is damaged" in str(done.exception)
     assert "preprocess repair" in str(done.exception)
     assert content(bank) == before

@@ -27,6 +27,7 @@ from preprocess.encode.repair import Repaired, repair
 from preprocess.encode.run import encode
 from preprocess.toyworld import save_tower
 from shards.care.verify import verify
+from shards.errors import UserError
 from shards.format.commits import done_path, index_path
 from shards.format.features import Sampling
 from shards.format.samples import sample_key
@@ -322,7 +323,7 @@ def test_another_tower_is_refused_by_name_after_what_needs_none_is_done(
     save_tower(other, seed=1)
     flip_values(bank, 0)
     index_path(shard(bank, 1)).unlink()
-    with pytest.raises(ValueError, match="tower_digest"):
+    with pytest.raises(UserError, match="tower_digest"):
         repair(bank, str(other))
     assert index_path(shard(bank, 1)).exists()
     assert not (bank / ".lock").exists()
@@ -340,7 +341,7 @@ def test_without_its_plan_nothing_is_repaired(bank: Path) -> None:
 
 def test_one_writer_at_a_time(bank: Path) -> None:
     flip_values(bank, 0)
-    with BankLock(bank, "preprocess encode"), pytest.raises(ValueError, match="preprocess encode"):
+    with BankLock(bank, "preprocess encode"), pytest.raises(UserError, match="preprocess encode"):
         repair(bank)
 
 

@@ -23,6 +23,7 @@ from preprocess.encode.features import EncodeOptions
 from preprocess.encode.retry import retry
 from preprocess.encode.run import encode
 from preprocess.toyworld import save_tower
+from shards.errors import UserError
 from shards.format.features import Sampling
 from shards.format.plan import ClipSource, read_plan, write_plan
 from shards.format.quarantine import (
@@ -179,7 +180,7 @@ def test_a_shard_that_was_deleted_is_named_with_the_way_out(
     shard = bank / "shards" / "bank-000000.tar"
     before = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(ValueError, match=r"bank-000000\.tar: was finished and is gone") as error:
+    with pytest.raises(UserError, match=r"bank-000000\.tar: was finished and is gone") as error:
         encode([str(videos)], bank, toy_options)
     assert "\n" not in str(error.value)
     shard.with_suffix(".done").unlink()
@@ -244,7 +245,7 @@ def test_a_spoilt_line_elsewhere_is_refused_with_its_number(tmp_path: Path) -> N
     append_entry(tmp_path, entry("a"))
     raw = quarantine_path(tmp_path).read_bytes()
     quarantine_path(tmp_path).write_bytes(raw + b"{spoilt\n" + raw)
-    with pytest.raises(ValueError, match=r"quarantine\.jsonl:2: not an entry"):
+    with pytest.raises(UserError, match=r"quarantine\.jsonl:2: not an entry"):
         read_entries(tmp_path)
 
 

@@ -27,6 +27,7 @@ from transformers import (
 
 from preprocess import toyworld
 from preprocess.toyworld import COLOURS, FPS, SIZE, make_toyworld
+from shards.errors import UserError
 
 TASKS = {"span", "point", "box", "seen", "first", "count"}
 COORDINATE = re.compile(r"<([txy]):(\d+\.\d+)>")
@@ -316,8 +317,8 @@ def test_tokenizer_gives_back_any_text(world: Path) -> None:
 
 def test_a_folder_in_use_and_an_empty_split_are_refused(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(UserError, match="not an empty folder"):
         make_toyworld(tmp_path, train_clips=1, test_clips=1)
-    with pytest.raises(ValueError, match="at least one clip"):
+    with pytest.raises(UserError, match="at least one clip"):
         make_toyworld(tmp_path / "new", train_clips=0, test_clips=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["note.txt"]

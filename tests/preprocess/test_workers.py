@@ -18,6 +18,7 @@ import pytest
 
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.run import encode
+from shards.errors import UserError
 from shards.read.bank import Bank
 from shards.write.lock import writer_of
 
@@ -106,7 +107,7 @@ def test_a_disk_that_fails_is_one_line_whatever_the_number_of_workers(
     bank = tmp_path / "bank"
     bank.mkdir()
     (bank / "shards").write_text("in the way")
-    with pytest.raises((ValueError, OSError), match="run the same command again") as caught:
+    with pytest.raises((UserError, OSError), match="run the same command again") as caught:
         encode([str(toy / "videos")], bank, options, procs=procs)
     (line,) = str(caught.value).splitlines()
     assert str(bank / "shards") in line
@@ -235,5 +236,5 @@ def test_nothing_outlives_the_parent(
     assert process.returncode != 0
     until(lambda: not [pid for pid in family if alive(pid)], 10)
     assert writer_of(bank) is None
-    with pytest.raises(ValueError, match="its run is not over"):
+    with pytest.raises(UserError, match="its run is not over"):
         Bank.open(bank)

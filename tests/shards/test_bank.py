@@ -27,6 +27,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shards import storage as files_module
+from shards.errors import UserError
 from shards.format.catalogue import build_columns, checksums, write_columns
 from shards.format.codec import Codec
 from shards.format.commits import done_path
@@ -198,7 +199,7 @@ def test_a_bfloat16_bank_reads_as_uint16(
 
 
 def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError, match=r".") as caught:
+    with pytest.raises(UserError, match=r".") as caught:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -654,7 +655,7 @@ def test_a_bank_that_is_rewritten_meanwhile_opens_whole_or_not_at_all(
         while not writer.done() and (len(opened_with) < 20 or set(opened_with) != {3, 4}):
             try:
                 bank = Bank.open(copy)
-            except ValueError as error:
+            except UserError as error:
                 refused.append(str(error))
                 continue
             opened_with.append(len(bank))

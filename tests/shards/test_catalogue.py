@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.care.verify import refuse_damaged_shards
+from shards.errors import UserError
 from shards.format.catalogue import (
     CatalogueMismatch,
     Columns,
@@ -294,7 +295,7 @@ def test_a_shard_that_is_not_what_was_committed_is_named(
     refuse_damaged_shards(bank / "shards", commits)
     edit(shards[0])
     shards[2].unlink()
-    with pytest.raises(ValueError, match="repair") as caught:
+    with pytest.raises(UserError, match="repair") as caught:
         refuse_damaged_shards(bank / "shards", commits)
     lines = str(caught.value).splitlines()
     assert [line.split(": ")[0] for line in lines] == [str(shards[0]), str(shards[2])]

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from preprocess.cli.main import main
 from shards.care.compare import WORDS, diff
+from shards.errors import UserError
 from shards.format.features import FeatureConfig, Sampling
 from shards.format.plan import Plan, refuse_other_features, write_plan
 
@@ -65,7 +66,7 @@ def test_each_field_is_told_by_name_and_by_no_other(
     assert line.endswith(f" in {b}")
     result = command("diff", a, b)
     assert (result.exit_code, result.stdout) == (1, line + "\n")
-    with pytest.raises(ValueError, match="holds other features") as refusal:
+    with pytest.raises(UserError, match="holds other features") as refusal:
         refuse_other_features(a, replace(features, **{name: value}), features)
     assert f" {shown}: " in str(refusal.value)
 

@@ -25,6 +25,7 @@ from click.testing import CliRunner
 
 from preprocess.cli.export import export
 from preprocess.cli.main import one_line_errors
+from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.commits import index_path
 from shards.format.features import FeatureConfig
@@ -293,7 +294,7 @@ def test_the_command_writes_the_file_and_tells_of_dead_samples(
 def test_a_readme_of_somebody_else_is_left_alone(banks_of: dict[str, Path], tmp_path: Path) -> None:
     bank = Path(shutil.copytree(banks_of["none"], tmp_path / "bank"))
     (bank / "README.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"README\.md: is there and not ours"):
+    with pytest.raises(UserError, match=r"README\.md: is there and not ours"):
         write_hf(bank)
     assert (bank / "README.md").read_text() == "mine"
 
@@ -303,5 +304,5 @@ def test_a_bank_without_its_tar_index_is_told_how_to_mend_it(
 ) -> None:
     bank = Path(shutil.copytree(banks_of["none"], tmp_path / "bank"))
     index_path(tars(bank)[1]).unlink()
-    with pytest.raises(ValueError, match=r"bank-000001\.tar\.idx: is gone; run `preprocess repair"):
+    with pytest.raises(UserError, match=r"bank-000001\.tar\.idx: is gone; run `preprocess repair"):
         write_wids(bank)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from shards.errors import UserError
 from shards.format.features import FeatureConfig, Sampling, check_strides, differences
 from shards.format.samples import SampleMeta, clip_id, sample_key
 
@@ -110,7 +111,7 @@ def test_a_config_survives_json(sampling: Sampling) -> None:
 
 
 def test_an_unknown_field_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"newfangled.*update") as caught:
+    with pytest.raises(UserError, match=r"newfangled.*update") as caught:
         FeatureConfig.from_json(CONFIG.to_json() | {"newfangled": 1})
     assert "\n" not in str(caught.value)
 
@@ -118,7 +119,7 @@ def test_an_unknown_field_is_refused_by_name() -> None:
 def test_an_unknown_field_of_the_sampling_is_refused_by_name() -> None:
     data = CONFIG.to_json()
     data["sampling"]["jitter"] = 1
-    with pytest.raises(ValueError, match=r"sampling\.jitter.*update"):
+    with pytest.raises(UserError, match=r"sampling\.jitter.*update"):
         FeatureConfig.from_json(data)
 
 
@@ -128,9 +129,9 @@ def test_equal_configs_have_no_differences() -> None:
 
 @pytest.mark.parametrize("strides", [(), (0,), (-4, 8), (4, 4), (8, 4), (2, 4, 3)])
 def test_strides_that_do_not_rise_are_refused(strides: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="stride"):
+    with pytest.raises(UserError, match="stride"):
         check_strides(strides)
-    with pytest.raises(ValueError, match="stride"):
+    with pytest.raises(UserError, match="stride"):
         replace(CONFIG, strides=strides)
 
 
@@ -141,7 +142,7 @@ def test_one_or_more_rising_strides_are_taken(strides: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["pool", "dtype"])
 def test_an_unknown_pool_or_dtype_is_refused_with_what_there_is(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be one of .*, got 'median'"):
+    with pytest.raises(UserError, match=rf"{name} must be one of .*, got 'median'"):
         replace(CONFIG, **{name: "median"})
 
 
@@ -160,7 +161,7 @@ def test_an_unknown_pool_or_dtype_is_refused_with_what_there_is(name: str) -> No
     ],
 )
 def test_a_sampling_that_means_nothing_is_refused(fields_: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"frames|fps"):
+    with pytest.raises(UserError, match=r"frames|fps"):
         Sampling(**fields_)
 
 

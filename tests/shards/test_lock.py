@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from shards.errors import UserError
 from shards.write.lock import BankLock, lock_path, writer_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ def holder(bank: Path) -> "subprocess.Popen[str]":
 
 def test_a_second_writer_is_refused_by_name_until_the_first_is_done(tmp_path: Path) -> None:
     process = holder(tmp_path)
-    with pytest.raises(ValueError, match=r".") as caught, BankLock(tmp_path, "preprocess retry"):
+    with pytest.raises(UserError, match=r".") as caught, BankLock(tmp_path, "preprocess retry"):
         pass
     line = str(caught.value)
     assert "\n" not in line
@@ -91,7 +92,7 @@ def test_many_at_once_are_never_two(tmp_path: Path) -> None:
                         most = max(most, inside)
                     with guard:
                         inside -= 1
-            except ValueError:
+            except UserError:
                 refused += 1
 
     threads = [threading.Thread(target=write) for _ in range(4)]

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.commits import done_path, journal_path, part_path
 from shards.format.plan import read_plan
@@ -403,7 +404,7 @@ def test_an_edited_or_damaged_commit_record_is_refused(
     raw = done.read_bytes()
     assert damage(raw) != raw
     done.write_bytes(damage(raw))
-    with pytest.raises(ValueError, match="restore it") as caught:
+    with pytest.raises(UserError, match="restore it") as caught:
         read_signed_json(done)
     assert str(done) in str(caught.value)
     assert "\n" not in str(caught.value)

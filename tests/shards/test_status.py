@@ -22,6 +22,7 @@ from preprocess.encode.run import encode
 from shards.care.garbage import rubbish
 from shards.care.status import Status, status, table
 from shards.care.verify import verify
+from shards.errors import UserError
 from shards.format.commits import done_path, journal_path, part_path
 from shards.format.features import Sampling
 from shards.format.plan import read_plan, write_plan
@@ -181,7 +182,7 @@ def test_damaged_records_are_told_of(bank: Path) -> None:
 
 
 def test_no_bank_no_status(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no bank here"):
+    with pytest.raises(UserError, match="no bank here"):
         status(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -234,7 +235,7 @@ def test_gc_takes_turns_with_other_writers(bank: Path) -> None:
     litter(bank)
     with BankLock(bank, "preprocess encode"):
         result = run(cli_check.gc, bank)
-        assert isinstance(result.exception, ValueError)
+        assert isinstance(result.exception, UserError)
         assert "preprocess encode" in str(result.exception)
         dry = run(cli_check.gc, bank, "--dry-run")
         assert "some of these may be its own" in dry.stdout
@@ -247,7 +248,7 @@ def test_gc_removes_nothing_where_it_cannot_know_what_is_needed(bank: Path) -> N
     (bank / "plan.json").write_bytes(b"{}")
     before = contents(bank)
     result = run(cli_check.gc, bank)
-    assert isinstance(result.exception, ValueError)
+    assert isinstance(result.exception, UserError)
     assert contents(bank) == before
 
 

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.read import opening
 from shards.read.bank import Bank, DamagedSample
@@ -197,16 +198,16 @@ def test_a_damaged_or_missing_part_of_a_url_is_named(
     system.pipe_file(shard, bytes(raw[:4000]))
     with pytest.raises(DamagedSample, match="ends early"):
         bank.read(3, 8)
-    with pytest.raises(ValueError, match=r"bank-000001\.tar has 4000 of \d+ bytes"):
+    with pytest.raises(UserError, match=r"bank-000001\.tar has 4000 of \d+ bytes"):
         Bank.open(url)
     system.rm(shard)
-    with pytest.raises(ValueError, match=r"bank-000001\.tar is missing"):
+    with pytest.raises(UserError, match=r"bank-000001\.tar is missing"):
         Bank.open(url)
     system.rm("/lab/bank/index.zarr/end/c/0")
-    with pytest.raises(ValueError, match="column end is not there"):
+    with pytest.raises(UserError, match="column end is not there"):
         Bank.open(url)
     system.rm("/lab/bank/bank.json")
-    with pytest.raises(ValueError, match="no bank here"):
+    with pytest.raises(UserError, match="no bank here"):
         Bank.open(url)
 
 
@@ -237,7 +238,7 @@ def test_a_url_that_cannot_be_opened_is_one_clear_line(url: str) -> None:
             pytest.skip("s3fs is installed")
     except ImportError:
         pass
-    with pytest.raises(ValueError, match=f"^{url}: cannot be opened: ") as caught:
+    with pytest.raises(UserError, match=f"^{url}: cannot be opened: ") as caught:
         Bank.open(url)
     assert "\n" not in str(caught.value)
 

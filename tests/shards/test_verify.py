@@ -19,6 +19,7 @@ import pytest
 from shards.care.inventory import Damage
 from shards.care.tar_scan import Tar, records
 from shards.care.verify import verify
+from shards.errors import UserError
 from shards.format.catalogue import build_columns, checksums, read_columns, write_columns
 from shards.format.codec import Codec, channel_rms
 from shards.format.commits import done_path, index_path, part_path
@@ -486,9 +487,9 @@ def test_a_plan_that_is_ahead_of_its_shards_is_no_damage(bank: Path) -> None:
 
 
 def test_a_folder_without_a_bank_and_a_newer_format_are_refused(bank: Path) -> None:
-    with pytest.raises(ValueError, match="no bank here"):
+    with pytest.raises(UserError, match="no bank here"):
         verify(bank.parent)
     manifest = read_signed_json(bank / "bank.json")
     (bank / "bank.json").write_bytes(signed_json(manifest | {"format_version": 99}))
-    with pytest.raises(ValueError, match="format 99"):
+    with pytest.raises(UserError, match="format 99"):
         verify(bank)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from shards.errors import UserError
 from train.settings.config import TrainConfig, parse
 from train.start.attention import choose_attention
 
@@ -34,7 +35,7 @@ def test_rows_much_longer_than_a_record_are_advised_against_under_a_dense_mask()
 
 
 def test_flex_attention_is_refused_where_it_cannot_train() -> None:
-    with pytest.raises(ValueError, match="flex_attention needs CUDA"):
+    with pytest.raises(UserError, match="flex_attention needs CUDA"):
         choose_attention(TrainConfig(attn="flex_attention"), "cpu", 100)
 
 

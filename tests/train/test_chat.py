@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from model.lape.tokens import LapeTokens
+from shards.errors import UserError
 from train.batches.chat import MEDIA, Chat, Encoded
 from train.data.markup import kind_of
 from train.data.records import Turn
@@ -151,7 +152,7 @@ def test_a_template_that_refuses_a_role_is_a_problem_of_the_record(
         + tokenizer.chat_template
     )
     chat = Chat(tokenizer, None)
-    with pytest.raises(ValueError, match=r"odd/model refuses the turns system, user.*no system"):
+    with pytest.raises(UserError, match=r"odd/model refuses the turns system, user.*no system"):
         chat.encode([Turn("system", "x"), *turns_of("a", "b")], [])
 
 
@@ -346,7 +347,7 @@ def test_anchors_by_name_are_scored_as_what_they_mean(
 
 
 def test_an_anchor_that_the_model_lacks_is_refused(chats: dict[tuple[str, bool], Chat]) -> None:
-    with pytest.raises(ValueError, match="anchor 020 of time: the model has 20, 000 to 019"):
+    with pytest.raises(UserError, match="anchor 020 of time: the model has 20, 000 to 019"):
         chats["chatml", True].encode(turns_of("<video>", "<TEMP-020>"), [6.0])
 
 
@@ -366,7 +367,7 @@ def test_times_are_shares_of_their_own_medium(chats: dict[tuple[str, bool], Chat
 def test_a_time_without_a_clip_to_lie_in_is_refused(
     chats: dict[tuple[str, bool], Chat], lape: bool, text: str, durations: list[float]
 ) -> None:
-    with pytest.raises(ValueError, match=r"<t:[\d.]+>: there is no clip with a duration"):
+    with pytest.raises(UserError, match=r"<t:[\d.]+>: there is no clip with a duration"):
         chats["chatml", lape].encode(turns_of(text, "x"), durations)
     # a place in a picture needs no duration
     chats["chatml", lape].encode(turns_of(text.partition("<t")[0] + "<x:0.5>", "x"), durations)
@@ -376,7 +377,7 @@ def test_a_time_without_a_clip_to_lie_in_is_refused(
 def test_tags_and_media_that_do_not_fit_are_refused(
     chats: dict[tuple[str, bool], Chat], text: str, durations: list[float]
 ) -> None:
-    with pytest.raises(ValueError, match="write one tag per medium"):
+    with pytest.raises(UserError, match="write one tag per medium"):
         chats["chatml", False].encode(turns_of(text, "x"), durations)
 
 
@@ -385,7 +386,7 @@ def test_a_template_that_drops_a_turn_is_refused(make_tokenizer: Callable[[], An
     tokenizer.name_or_path = "odd/model"
     tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages[-2:]")
     chat = Chat(tokenizer, None)
-    with pytest.raises(ValueError, match=r"odd/model shows the turns \[2, 3\] of 4"):
+    with pytest.raises(UserError, match=r"odd/model shows the turns \[2, 3\] of 4"):
         chat.encode(turns_of("a", "b", "c", "d"), [])
 
 
@@ -394,5 +395,5 @@ def test_a_template_that_never_closes_an_answer_is_refused(
 ) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
-    with pytest.raises(ValueError, match="closes an answer by no special token"):
+    with pytest.raises(UserError, match="closes an answer by no special token"):
         Chat(tokenizer, None)

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from model.llm import base_of, load_llm
 from model.vlm import VLM
+from shards.errors import UserError
 from train.loop.checkpoint import (
     changed_settings,
     checkpoints,
@@ -176,7 +177,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
     try:
-        with pytest.raises(ValueError, match=r"checkpoint-9: cannot be written .*; make room"):
+        with pytest.raises(UserError, match=r"checkpoint-9: cannot be written .*; make room"):
             save_checkpoint(out, 9, model, optimizer, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -233,13 +234,13 @@ def test_an_optimizer_of_other_weights_is_refused_by_name(saved: Path, model: VL
     names = [name for name, _ in model.named_parameters()]
     fewer = torch.optim.AdamW(list(model.parameters())[1:])
     allocate(fewer)
-    with pytest.raises(ValueError, match=f"{names[0]}/[a-z_]+: not trained here"):
+    with pytest.raises(UserError, match=f"{names[0]}/[a-z_]+: not trained here"):
         load_optimizer(fewer, model, saved / "checkpoint-3")
     projector = [p for name, p in model.named_parameters() if name.startswith("projector")]
     more = torch.optim.AdamW(model.parameters())
     allocate(more)
     more.state[projector[0]]["max_exp_avg_sq"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"no optimizer state of projector.*max_exp_avg_sq"):
+    with pytest.raises(UserError, match=r"no optimizer state of projector.*max_exp_avg_sq"):
         load_optimizer(more, model, saved / "checkpoint-3")
 
 
@@ -264,7 +265,7 @@ def test_another_run_is_refused_by_every_fact_that_differs() -> None:
         Path("checkpoint-3"), state, FACTS | {"model": {**FACTS["model"], "slow": (1, 2)}}
     )
     other = {"model": {"enable_lape": False, "slow": [1, 2]}, "plan": {"seed": 1}}
-    with pytest.raises(ValueError, match="checkpoint-3 does not fit this run") as refused:
+    with pytest.raises(UserError, match="checkpoint-3 does not fit this run") as refused:
         refuse_other_run(Path("checkpoint-3"), state, other)
     assert "model enable_lape: False here, True there; plan seed: 1 here, 0 there" in str(
         refused.value
@@ -314,7 +315,7 @@ def test_an_llm_that_is_not_trained_is_named_not_copied(
     model.save(tmp_path / "whole")
     shutil.rmtree(base)
     assert same_bits(VLM.load(tmp_path / "whole"), model)  # complete by itself
-    with pytest.raises(ValueError, match="base: no LLM here any more"):
+    with pytest.raises(UserError, match="base: no LLM here any more"):
         VLM.load(folder)
 
 
@@ -329,7 +330,7 @@ def test_another_llm_in_the_bases_place_is_refused(
     assert same_bits(loaded, model)
     assert loaded.base == again  # the next checkpoint names where it lies now
     make_llm(width=8, seed=1).save_pretrained(base)
-    with pytest.raises(ValueError, match=r"not the LLM that .* was trained over"):
+    with pytest.raises(UserError, match=r"not the LLM that .* was trained over"):
         VLM.load(tmp_path / "checkpoint")
 
 
@@ -345,7 +346,7 @@ def test_a_merged_adapter_is_part_of_the_base(
     assert not list((tmp_path / "second" / "llm").rglob("*.safetensors"))
     assert same_bits(VLM.load(tmp_path / "second"), second)
     flipped(stage / "lora" / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="not the LLM that"):
+    with pytest.raises(UserError, match="not the LLM that"):
         VLM.load(tmp_path / "second")
 
 
@@ -388,7 +389,7 @@ def test_a_damaged_checkpoint_is_not_chosen(
         shutil.copytree(saved, run)
         damage(run / "checkpoint-6" / file)
         assert find_resume(run, "auto") == run / "checkpoint-3", file
-        with pytest.raises(ValueError, match="files are missing or damaged"):
+        with pytest.raises(UserError, match="files are missing or damaged"):
             find_resume(run, str(run / "checkpoint-6"))
         shutil.rmtree(run)
 

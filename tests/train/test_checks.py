@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.vlm import VLM
+from shards.errors import UserError
 from train.cost import LlmShape
 from train.loop.checks import Heaviest, Movement, digests, fits, name_pack
 from train.loop.gradients import pack_seed
@@ -101,7 +102,7 @@ def test_parts_may_wait_for_a_step_that_reaches_them(make_model: Callable[..., V
     assert set(movement.waiting) == names
     movement.check(0, frames=False, warming_up=False)  # a step of text alone
     assert set(movement.waiting) == names - {"llm"}
-    with pytest.raises(ValueError, match="step 2: no weight of projector, visual, frame_causal"):
+    with pytest.raises(UserError, match="step 2: no weight of projector, visual, frame_causal"):
         movement.check(1, frames=True, warming_up=False)
     with torch.no_grad():
         for p in model.parameters():
@@ -200,7 +201,7 @@ def test_another_error_is_left_as_it_is() -> None:
 
 def test_a_family_of_unknown_sizes_still_gets_advice() -> None:
     with (
-        pytest.raises(ValueError, match="lower per_device_train_batch_size or max_frames_num"),
+        pytest.raises(UserError, match="lower per_device_train_batch_size or max_frames_num"),
         fits("step 1", Heaviest(10, None, 12), TrainConfig()),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shards.annotations.files import Selection, annotation_files, is_hub_name, local_copy, read_rows
 from shards.annotations.forms import DESCRIBE, canonical
+from shards.errors import UserError
 from train.convert import main, write_rows
 from train.data.records import Record, parse_record, read_records
 
@@ -243,7 +244,7 @@ BAD: list[tuple[object, str]] = [
 
 @pytest.mark.parametrize(("row", "expected"), BAD)
 def test_what_is_commonly_wrong_is_named(row: object, expected: str) -> None:
-    with pytest.raises(ValueError, match="f:1") as caught:
+    with pytest.raises(UserError, match="f:1") as caught:
         parse_record(row, "f:1")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -253,7 +254,7 @@ def test_what_is_commonly_wrong_is_named(row: object, expected: str) -> None:
 
 @pytest.mark.parametrize("video", ["../a.mp4", "/data/a.mp4", "x/../../a.mp4", "file:///a.mp4"])
 def test_a_path_that_leads_out_of_its_root_is_refused_unless_it_may(video: str) -> None:
-    with pytest.raises(ValueError, match="leads out of its root; name it relative") as caught:
+    with pytest.raises(UserError, match="leads out of its root; name it relative") as caught:
         parse_record(QWEN | {"video": video}, "f:1")
     assert "allow_outside" in str(caught.value)
     record = parse_record(QWEN | {"video": video}, "f:1", allow_outside=True)
@@ -286,7 +287,7 @@ def test_whatever_a_row_holds_it_is_a_record_or_one_line(data: st.DataObject) ->
             )
     try:
         said = parse_record(row, "f:1").id
-    except ValueError as error:
+    except UserError as error:
         said = str(error)
     assert said.isprintable()
 
@@ -306,7 +307,7 @@ def test_what_would_steer_a_terminal_is_written_out(id_: str) -> None:
         {"id": id_, id_: 1},
     ]
     for row in wrong:
-        with pytest.raises(ValueError, match="f:1") as caught:
+        with pytest.raises(UserError, match="f:1") as caught:
             parse_record(row, "f:1")
         assert str(caught.value).isprintable(), ascii(str(caught.value))
 
@@ -348,7 +349,7 @@ def test_slots_and_numbers_that_do_not_fit_are_refused(
     name: str, numbers: list[object], expected: str
 ) -> None:
     row = SLOTS | {"variables": {**SLOTS["variables"], name: numbers}}  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="id 7") as caught:
+    with pytest.raises(UserError, match="id 7") as caught:
         parse_record(row, "f")
     assert expected in str(caught.value)
 
@@ -461,7 +462,7 @@ def test_a_folder_is_read_whole_and_in_order(tmp_path: Path) -> None:
     assert read(tmp_path)[1] == [
         f"{tmp_path}: this folder has 1 .json, 2 .parquet; name the files of one kind"
     ]
-    with pytest.raises(ValueError, match="no annotation files in this folder"):
+    with pytest.raises(UserError, match="no annotation files in this folder"):
         annotation_files(tmp_path / "none")
 
 
@@ -498,7 +499,7 @@ def test_rows_are_chosen_by_number_share_and_seed() -> None:
         "random:1.5",
         "all:3",
     ):
-        with pytest.raises(ValueError, match="sampling_strategy"):
+        with pytest.raises(UserError, match="sampling_strategy"):
             Selection.parse(bad)
 
 
@@ -518,7 +519,7 @@ def test_offline_a_hub_name_says_what_to_download_and_where(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="data_path some/data:part") as caught:
+    with pytest.raises(UserError, match="data_path some/data:part") as caught:
         local_copy("some/data:part")
     text = str(caught.value)
     assert "\n" not in text
@@ -540,9 +541,9 @@ def test_a_hub_dataset_that_was_downloaded_is_read_from_the_cache(
     written(part, ".json", [QWEN])
     found = local_copy("some/data:part")
     assert [row["id"] for _, row in read_rows(found)] == ["q"]
-    with pytest.raises(ValueError, match="no annotations under 'other/'"):
+    with pytest.raises(UserError, match="no annotations under 'other/'"):
         local_copy("some/data:other")
-    with pytest.raises(ValueError, match="behind the colon"):
+    with pytest.raises(UserError, match="behind the colon"):
         local_copy("some/data:../../x")
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.annotations.forms import canonical
+from shards.errors import UserError
 from train.data.importers import box, imported, main, to_llava_st
 from train.data.markup import kind_of
 from train.data.records import Record, check_coordinates, parse_record, read_records
@@ -275,7 +276,7 @@ def test_seconds_become_shares_of_their_clip_and_anchors_their_hundredths() -> N
         "spatial_width_output_locations": [0.5],
     }
     assert out["conversations"][0]["value"] == "<video> <TEMP-INPUT> <video> <TEMP-INPUT>?"
-    with pytest.raises(ValueError, match="how long is its clip"):
+    with pytest.raises(UserError, match="how long is its clip"):
         to_llava_st(row, [4.0, None])
 
 

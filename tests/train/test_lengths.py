@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from model.lape.tokens import LapeTokens
 from model.vlm import VLMConfig
+from shards.errors import UserError
 from train.batches.chat import MEDIA, Chat
 from train.batches.collate import lay_out
 from train.batches.lengths import Anchors, cache_folder, count_tokens, measure, tokenizer_digest
@@ -204,7 +205,7 @@ def test_a_record_that_cannot_be_encoded_is_named(config: TrainConfig, tmp_path:
     turns = [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "<TEMP-099>"}]
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"id": "far", "video": video["video"], "conversations": turns}))
-    with pytest.raises(ValueError, match=r"bad.jsonl:1 \(id far\): anchor 099 of time: the model"):
+    with pytest.raises(UserError, match=r"bad.jsonl:1 \(id far\): anchor 099 of time: the model"):
         lengths(replace(config, data_path=[str(path)]))
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards.errors import UserError
 from train.batches.lengths import Clips, Lengths
 from train.batches.loader import Share
 from train.batches.plan import NEIGHBOURS, Cut, RunPlan, best_fit_decreasing, make_plan, plan_run
@@ -217,7 +218,7 @@ def test_frames_are_left_out_until_a_record_fits_and_it_is_dropped_when_none_doe
     packed = make_plan(lengths, Cut(1, pack_tokens=30, max_tokens=100, most_frames=8))
     assert packed.dropped == {"longer than pack_tokens 30 with one frame": 1}
     assert packed.tokens[0] == 10 + 3 * 5 + 2 * 2
-    with pytest.raises(ValueError, match="no record fits 5 tokens"):
+    with pytest.raises(UserError, match="no record fits 5 tokens"):
         make_plan(lengths, Cut(1, max_tokens=5))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.vlm import VLM
+from shards.errors import UserError
 from train.settings.config import TrainConfig, check, checkpoint_every
 from train.start.prepare_llm import llm_dtype, prepare_llm
 
@@ -144,7 +145,5 @@ def test_where_nothing_can_be_compiled_the_reason_is_told(
         raise RuntimeError("no C++ compiler\nand much more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(
-        ValueError, match=r"compile: .* here: no C\+\+ compiler; set compile: false"
-    ):
+    with pytest.raises(UserError, match=r"compile: .* here: no C\+\+ compiler; set compile: false"):
         prepare_llm(make_model(), TrainConfig(compile=True), "sdpa", CPU)

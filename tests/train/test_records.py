@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.errors import UserError
 from shards.read.banks import Banks
 from train.batches.plan import order
 from train.data.markup import Coordinate, split_markup
@@ -49,7 +50,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "expected"), BAD)
 def test_a_bad_record_is_named_with_its_place(changes: dict[str, object], expected: str) -> None:
-    with pytest.raises(ValueError, match="f:7") as caught:
+    with pytest.raises(UserError, match="f:7") as caught:
         parse_record(record(**changes), "f:7")
     assert expected in str(caught.value)
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from model.projector import build_projector
 from model.vlm import VLM
+from shards.errors import UserError
 from train.data.dataset import open_dataset
 from train.settings.config import TrainConfig
 from train.start.stage import bank_problem, build, kind_of
@@ -231,12 +232,10 @@ def test_llavas_own_checkpoints_give_llava_sts_tables_too(
             assert torch.equal(table, tensors[f"model.{where}_{role}_embeddings.weight"])
     assert "lape: from the stage, 20 temporal, 30 spatial anchors (LLaVA-ST)" in lines
     assert "ignored: vision_resampler (1 tensor)" in lines
-    with pytest.raises(
-        ValueError, match=r"preset st \(LLaVA-ST\), asked plus; set lape_preset: st"
-    ):
+    with pytest.raises(UserError, match=r"preset st \(LLaVA-ST\), asked plus; set lape_preset: st"):
         start(stage)
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"input_tables.0 is \(20, 128\), the config asks for \(25, 128\).*; set "
         "num_temporal_tokens 20, num_spatial_tokens 30",
     ):
@@ -282,7 +281,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(
     save_vila(tmp_path / "vila", toy, width + 2, "mlp2x_gelu")
     save_llava(tmp_path / "llava", toy, width + 2)
     for stage in ("vila", "llava"):
-        with pytest.raises(ValueError, match=rf"{stage}: projector \(mlp2x_gelu\)") as caught:
+        with pytest.raises(UserError, match=rf"{stage}: projector \(mlp2x_gelu\)") as caught:
             start(tmp_path / stage)
         wrong = f"0.weight is (128, {width + 2}), the config asks for (128, {width})"
         assert wrong in str(caught.value)
@@ -296,12 +295,12 @@ def test_an_llm_that_its_config_does_not_fit_is_refused_by_name(
     name = "language_model.model.layers.1.mlp.up_proj.weight"
     rewrite(tmp_path, tensors | {name: tensors[name][:5].clone()})
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"model.layers.1.mlp.up_proj.weight is \(5, 128\), the config asks for \(384",
     ):
         start(tmp_path)
     rewrite(tmp_path, {n: t for n, t in tensors.items() if n != name})
-    with pytest.raises(ValueError, match=r"weights are missing: model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"weights are missing: model.layers.1.mlp.up_proj.weight"):
         start(tmp_path)
 
 
@@ -311,7 +310,7 @@ def test_a_model_without_a_causal_llm_is_refused_in_a_line(
     shutil.copytree(toy / "llm", tmp_path / "stage")
     shutil.copy(toy / "tower" / "config.json", tmp_path / "stage")
     with pytest.raises(
-        ValueError, match=r"stage: not a causal LLM, nor a LLaVA checkpoint"
+        UserError, match=r"stage: not a causal LLM, nor a LLaVA checkpoint"
     ) as caught:
         start(tmp_path / "stage")
     assert len(str(caught.value).splitlines()) == 1

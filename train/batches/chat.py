@@ -12,6 +12,7 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
+from shards.errors import UserError
 from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, split_markup
 from train.data.records import MEDIA_TAG, Turn
 
@@ -91,7 +92,7 @@ class Chat:
         """Return a conversation as tokens; `prompt` ends it where the next answer begins.
 
         durations: seconds of each medium, in the order of the tags; times are fractions of them.
-        Raises ValueError where the tags do not fit the media, or a time has no clip to lie in.
+        Raises UserError where the tags do not fit the media, or a time has no clip to lie in.
         """
         out = Encoded([], [], [], [])
         for piece in self.pieces(turns, durations, prompt=prompt):
@@ -145,7 +146,7 @@ class Chat:
         """Return a conversation in pieces, before anything is tokenised; raises as `encode`."""
         tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
         if tags != len(durations):
-            raise ValueError(
+            raise UserError(
                 f"{tags} <video>/<image> tags for {len(durations)} media; write one tag per medium"
             )
         out: list[Piece] = []
@@ -182,10 +183,10 @@ class Chat:
         return MARKUP.sub(written, text)
 
     def _share(self, axis: int, anchor: int) -> float:
-        """Return where an anchor lies on its axis, from 0 to 1; ValueError where there is none."""
+        """Return where an anchor lies on its axis, from 0 to 1; UserError where there is none."""
         bins = self.anchors.counts[axis] if self.anchors else 100
         if anchor >= bins:
-            raise ValueError(
+            raise UserError(
                 f"anchor {anchor:03d} of {AXES[axis]}: the model has {bins}, 000 to {bins - 1:03d}"
             )
         return anchor / (bins - 1)
@@ -217,13 +218,13 @@ class Chat:
                 **({"chat_template": self.template} if self.template else {}),
             )
         except TemplateError as error:
-            raise ValueError(
+            raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} refuses the turns "
                 f"{', '.join(roles)}: {error}"
             ) from None
         found = [int(number) for _, number, _ in MARKER.findall(rendered)]
         if found != list(range(len(roles))):
-            raise ValueError(
+            raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} shows the turns {found} of "
                 f"{len(roles)}; use a tokenizer whose template keeps each turn once and in order"
             )
@@ -255,7 +256,7 @@ class Chat:
         Cut in two until no part spells one.
         """
         if len(text) == 1:
-            raise ValueError(f"the tokenizer reads {text!a} as a control token; leave it out")
+            raise UserError(f"the tokenizer reads {text!a} as a control token; leave it out")
         halves = [text[: len(text) // 2], text[len(text) // 2 :]]
         return [id_ for ids in self._tokenise(halves, split_special=True) for id_ in ids]
 
@@ -263,7 +264,7 @@ class Chat:
         """Return how many tokens of the template close an answer: up to its first special one."""
         end = next((k for k, id_ in enumerate(ids) if id_ in self.special), None)
         if end is None:
-            raise ValueError(
+            raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} closes an answer by no special "
                 "token, so a model could not learn to stop; use another template"
             )
@@ -278,7 +279,7 @@ class Chat:
                 continue
             if piece.anchor is None:
                 if piece.axis == 0 and not duration > 0:
-                    raise ValueError(
+                    raise UserError(
                         f"<t:{piece.value:g}>: there is no clip with a duration that this time could "
                         "lie in; leave times out of text about pictures or about no medium"
                     )

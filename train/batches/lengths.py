@@ -17,6 +17,7 @@ import numpy as np
 
 from model.lape.tokens import LAPE_AXES
 from model.slow_fast import exact_ratio, uniform_indices
+from shards.errors import UserError
 from shards.read.banks import Banks
 from shards.signed import canonical_json
 from train.batches.chat import VERSION, Chat
@@ -240,7 +241,7 @@ def text_lengths(
     """Return (tokens of text, supervised tokens) of a file's records, from the cache where it knows.
 
     durations: float64, of the records' clips, one after the other. Returns int64 `(records, 2)`;
-    raises ValueError naming the records that cannot be encoded.
+    raises UserError naming the records that cannot be encoded.
     """
     facts = {"version": VERSION, "tokenizer": tokenizer, "source": part.digest}
     facts["anchors"] = [*anchors.counts, *anchors.axes] if anchors else None
@@ -268,12 +269,12 @@ def count_tokens(chat: Chat, records: Sequence[Record], durations: Sequence[floa
             place += len(record.clips)
             try:
                 talks.append(chat.pieces(record.turns, own))
-            except ValueError as error:
+            except UserError as error:
                 problems.append(f"{record.where} (id {record.id}): {error}")
         counts += chat.count(talks)
     if problems:
         more = f"; and {len(problems) - 3} more like these" if len(problems) > 3 else ""
-        raise ValueError("; ".join(problems[:3]) + more)
+        raise UserError("; ".join(problems[:3]) + more)
     return np.asarray(counts, np.int64).reshape(-1, 2)
 
 

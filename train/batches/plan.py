@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.errors import UserError
 from shards.format.features import differences
 from shards.read.banks import joint
 from shards.signed import Json, canonical_json, digest
@@ -219,7 +220,7 @@ def make_plan(
     dropped: Mapping[str, int] | None = None,
     facts: Json | None = None,
 ) -> RunPlan:
-    """Return the plan of a run; ValueError where no record is left.
+    """Return the plan of a run; UserError where no record is left.
 
     dropped: what was left out before, by reason. A record whose text and one frame do not fit is
     dropped here.
@@ -237,7 +238,7 @@ def make_plan(
             reasons[f"longer than {name} {min(limits)} with one frame"] = len(frames) - len(kept)
         frames = np.maximum(frames, 1)
     if not len(kept):
-        raise ValueError(f"no record fits {min(limits)} tokens; raise max_tokens and pack_tokens")
+        raise UserError(f"no record fits {min(limits)} tokens; raise max_tokens and pack_tokens")
     visual = lengths.visual(frames)
     tokens = lengths.text + visual + lengths.stamps(frames)
     if cut.pack_tokens:

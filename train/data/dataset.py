@@ -8,6 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from shards.annotations.files import ALL, Selection, annotation_files, local_copy
+from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks
 from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart, read_mixture
@@ -81,7 +82,7 @@ def _join(
 ) -> Dataset | None:
     try:
         banks = Banks.open(folders)
-    except ValueError as error:
+    except UserError as error:
         problems.append(str(error))
         return None
     slow, fast = choose_strides(
@@ -118,7 +119,7 @@ def local_copies(names: Sequence[str], problems: list[str]) -> list[str]:
     for name in names:
         try:
             found.append(local_copy(name))
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     return found
 
@@ -132,7 +133,7 @@ def file_digest(path: str, chosen: Selection = ALL) -> str:
     try:
         for file in annotation_files(Path(path)):
             digest.update(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, UserError):
         pass
     if chosen != ALL:
         digest.update(repr(chosen).encode())

@@ -3,7 +3,7 @@
     python -m train.grounding charades-sta charades_sta_train.txt --out train.jsonl
     python -m train.grounding to-llava-st train.jsonl --bank bank --out llava_st.json
 
-An importer is a function of one annotation that returns rows of ours, or raises ValueError without
+An importer is a function of one annotation that returns rows of ours, or raises UserError without
 saying where; a new one is that function and a line in `IMPORTERS`. Times are `<t:seconds>`, a box
 is `<x><y><x><y>`, its corners as fractions of the frame.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 from shards.annotations.files import Rows, UnreadableRow, read_rows
 from shards.annotations.forms import VARIABLES, Json, canonical
+from shards.errors import UserError
 from shards.format.samples import clip_id
 from train.convert import write_rows
 from train.data.dataset import shorten
@@ -39,7 +40,7 @@ def charades_sta(line: str) -> list[Json]:
     """`AO8RW 0.0 6.9##a person is putting a book on a shelf.` (Charades-STA, one a line)."""
     match = re.fullmatch(r"(\S+) ([\d.]+) ([\d.]+) ?##(.*\S.*)", line.strip())
     if not match:
-        raise ValueError(f"expected `VIDEO START END##SENTENCE`, got {ascii(line)[:80]}")
+        raise UserError(f"expected `VIDEO START END##SENTENCE`, got {ascii(line)[:80]}")
     video, start, end, sentence = match.groups()
     answer = span(float(start), float(end))
     return [asked(f"{video}_{start}_{end}", f"{video}.mp4", WHEN.format(sentence.strip()), answer)]
@@ -49,7 +50,7 @@ def qvhighlights(item: Json) -> list[Json]:
     """`{qid, query, duration, vid, relevant_windows: [[start, end], ...]}` (QVHighlights)."""
     windows = item.get("relevant_windows")
     if not windows:
-        raise ValueError("no relevant_windows; the test split is published without")
+        raise UserError("no relevant_windows; the test split is published without")
     spans = [span(start, end, item["duration"]) for start, end in windows]
     question = WHEN.format(item["query"])
     return [asked(item["qid"], f"{item['vid']}.mp4", question, ", ".join(spans))]
@@ -80,7 +81,7 @@ def hc_stvg(item: Json) -> list[Json]:
     height, width = item["img_size"]
     boxes = item["bbox"]
     if not boxes:
-        raise ValueError("a tube without boxes")
+        raise UserError("a tube without boxes")
     written = min(TUBE_BOXES, len(boxes))
     last = max(1, written - 1)
     places = [k * (len(boxes) - 1) // last for k in range(written)]
@@ -109,7 +110,7 @@ def first(item: Json, *names: str) -> Any:
     """Return the first of some fields that an annotation has."""
     found = next((item[name] for name in names if item.get(name) is not None), None)
     if found is None:
-        raise ValueError(f"none of {', '.join(names)}")
+        raise UserError(f"none of {', '.join(names)}")
     return found
 
 
@@ -118,11 +119,11 @@ def time(seconds: float) -> str:
 
 
 def span(start: float, end: float, duration: float | None = None) -> str:
-    """Return `from <t:start> to <t:end>`; ValueError where it is none, or ends behind the video."""
+    """Return `from <t:start> to <t:end>`; UserError where it is none, or ends behind the video."""
     if not 0 <= start < end:
-        raise ValueError(f"start {start:g} is not before end {end:g}")
+        raise UserError(f"start {start:g} is not before end {end:g}")
     if duration is not None and end > duration:
-        raise ValueError(f"end {end:g} is behind the video's {duration:g} seconds")
+        raise UserError(f"end {end:g} is behind the video's {duration:g} seconds")
     return f"from {time(start)} to {time(end)}"
 
 
@@ -132,11 +133,11 @@ def box(values: Sequence[float], boxes: str, width: float, height: float) -> str
     boxes: `xywh` or `xyxy` in pixels, or `unit`, corners that are fractions already.
     """
     if len(values) != 4:
-        raise ValueError(f"a box needs four numbers, got {len(values)}")
+        raise UserError(f"a box needs four numbers, got {len(values)}")
     if boxes not in BOXES:
-        raise ValueError(f"what is a bbox here? say --boxes {', '.join(BOXES)}")
+        raise UserError(f"what is a bbox here? say --boxes {', '.join(BOXES)}")
     if not (width > 0 and height > 0):
-        raise ValueError(f"width and height must be positive, got {width:g} and {height:g}")
+        raise UserError(f"width and height must be positive, got {width:g} and {height:g}")
     x1, y1, x2, y2 = (float(value) for value in values)
     if boxes == "xywh":
         x2, y2 = x1 + x2, y1 + y2
@@ -144,9 +145,9 @@ def box(values: Sequence[float], boxes: str, width: float, height: float) -> str
         x1, y1, x2, y2 = x1 * width, y1 * height, x2 * width, y2 * height
     corners = f"{x1:g} {y1:g} {x2:g} {y2:g}"
     if not (x1 < x2 and y1 < y2):
-        raise ValueError(f"box {corners}: its corners are not in order; are boxes {boxes} here?")
+        raise UserError(f"box {corners}: its corners are not in order; are boxes {boxes} here?")
     if min(x1, y1) < -SLACK or x2 > width + SLACK or y2 > height + SLACK:
-        raise ValueError(
+        raise UserError(
             f"box {corners} leaves its frame of {width:g} x {height:g}; are boxes {boxes} here?"
         )
     pairs = [("x", x1 / width), ("y", y1 / height), ("x", x2 / width), ("y", y2 / height)]
@@ -221,10 +222,10 @@ def imported(name: str, path: Path, problems: list[str], boxes: str | None = Non
                 problems.append(f"{where}{named(item)}: no field {error}")
             except (AttributeError, TypeError) as error:
                 problems.append(f"{where}{named(item)}: not a record of {name}: {error}")
-            except ValueError as error:
+            except (ValueError, UserError) as error:
                 text = str(error)
                 problems.append(text if text.startswith(where) else f"{where}{named(item)}: {text}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         text = str(error)
         problems.append(text if text.startswith(str(path)) else f"{path}: not readable: {text}")
     return rows
@@ -282,7 +283,7 @@ def share_of_range(markup: str, duration: float | None) -> tuple[int, float]:
     if letter != "t":
         return AXIS[letter], float(number)
     if not duration:
-        raise ValueError(f"{markup}: how long is its clip? give --bank")
+        raise UserError(f"{markup}: how long is its clip? give --bank")
     return 0, round(float(number) / duration, 5)
 
 
@@ -316,7 +317,7 @@ def exported(path: Path, banks: Sequence[str], problems: list[str]) -> list[Json
     opened = None
     try:
         opened = Banks.open(banks) if banks else None
-    except ValueError as error:
+    except UserError as error:
         problems.append(str(error))
     rows = []
     for row in checked_rows(path, problems):
@@ -328,7 +329,7 @@ def exported(path: Path, banks: Sequence[str], problems: list[str]) -> list[Json
         ]
         try:
             rows.append(to_llava_st(row, durations))
-        except ValueError as error:
+        except UserError as error:
             problems.append(f"{path} (id {row.get('id', '?')}): {error}")
     return rows
 

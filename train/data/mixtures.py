@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from shards.annotations.files import ALL, Selection, is_hub_name
+from shards.errors import UserError
 
 FILES = ("records", "data_path", "json_path", "path")
 """What a dataset's annotation files are called: here, in VILA, in LLaVA-NeXT, in lmms-engine."""
@@ -118,12 +119,12 @@ def _part(
     strategy = entry.get("sampling_strategy")
     try:
         if share is not None and strategy is not None:
-            raise ValueError(f"both @{share} and sampling_strategy {strategy!r}; keep one")
+            raise UserError(f"both @{share} and sampling_strategy {strategy!r}; keep one")
         if share is not None:
             chosen = share_of(share, seed)
         elif strategy is not None:
             chosen = Selection.parse(str(strategy), seed)
-    except ValueError as error:
+    except UserError as error:
         problems.append(f"{where}: {error}")
     records = _paths(entry[fields[0]], config)
     problems += [
@@ -141,7 +142,7 @@ def share_of(text: str, seed: int) -> Selection:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise ValueError(f"@{text}: take a share above 0, at most 1, like @0.1")
+        raise UserError(f"@{text}: take a share above 0, at most 1, like @0.1")
     return Selection.parse(f"random:{share * 100:.6f}%", seed)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from shards.annotations.files import ALL, Selection, UnreadableRow, read_rows
 from shards.annotations.forms import MEDIA_TAG, Json, canonical
+from shards.errors import UserError
 from shards.format.samples import clip_id, leads_outside
 from shards.read.banks import Banks
 from train.data.markup import MEDIA_TAGS, SHARE, kind_of, split_markup
@@ -53,7 +54,7 @@ TASKS = ("text", "time", "span", "point", "box")
 """What an answer may be; the losses are split by it."""
 
 
-class UnsupervisedError(ValueError):
+class UnsupervisedError(UserError):
     """A record without an answer, from which nothing can be learned."""
 
 
@@ -79,7 +80,7 @@ def read_records(
                 problems.append(f"{error}; mend it, or set unsupervised: drop")
             else:
                 dropped["no supervised text"] += 1
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     return records
 
@@ -93,7 +94,7 @@ def checked_rows(
         try:
             parse_record(row, where, allow_outside=allow_outside)
             rows.append(canonical(row))
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     return rows
 
@@ -102,7 +103,7 @@ def _rows(path: str | Path, problems: list[str], chosen: Selection) -> Iterator[
     """Yield the rows of a file or folder that are chosen and could be read."""
     try:
         rows = list(read_rows(path))
-    except ValueError as error:
+    except UserError as error:
         problems.append(str(error))
         return
     for k in chosen.of(len(rows)):
@@ -114,7 +115,7 @@ def _rows(path: str | Path, problems: list[str], chosen: Selection) -> Iterator[
 
 
 def parse_record(data: Any, where: str, *, allow_outside: bool = False) -> Record:
-    """Return a record, or raise ValueError naming its place, its id and what is wrong."""
+    """Return a record, or raise UserError naming its place, its id and what is wrong."""
     given = data.get("id") if isinstance(data, dict) else None
     id_ = shown(where if given is None else str(given))
     name = where if given is None else f"{where} (id {id_})"
@@ -123,16 +124,16 @@ def parse_record(data: Any, where: str, *, allow_outside: bool = False) -> Recor
     except UnsupervisedError as error:
         raise UnsupervisedError(f"{name}: {error}") from None
     except UnicodeEncodeError:
-        raise ValueError(f"{name}: holds half of a UTF-16 pair; write UTF-8 text") from None
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise UserError(f"{name}: holds half of a UTF-16 pair; write UTF-8 text") from None
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _record(data: Json, id_: str, where: str, allow_outside: bool) -> Record:
     turns = []
     for turn in data["conversations"]:
         if turn["from"] not in ROLES:
-            raise ValueError(
+            raise UserError(
                 f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
                 f"known are {', '.join(ROLES)}"
             )
@@ -145,23 +146,23 @@ def _record(data: Json, id_: str, where: str, allow_outside: bool) -> Record:
     for medium in media:
         medium.encode()
         if not allow_outside and leads_outside(medium):
-            raise ValueError(
+            raise UserError(
                 f"video {medium!a} leads out of its root; name it relative to the folder that was "
                 "encoded, or set allow_outside: true"
             )
     tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
     if tags != len(media):
-        raise ValueError(
+        raise UserError(
             f"{tags} <video>/<image> tags for {len(media)} media; write one tag per medium"
         )
     times = [data.get("start"), data.get("end")]
     for side, time in zip(("start", "end"), times, strict=True):
         a_number = isinstance(time, int | float) and not isinstance(time, bool)
         if time is not None and not (a_number and 0 <= time < math.inf):
-            raise ValueError(f"{side} must be seconds, not negative, got {time!a}")
+            raise UserError(f"{side} must be seconds, not negative, got {time!a}")
     start, end = times
     if start is not None and end is not None and not start < end:
-        raise ValueError(f"start {start} is not before end {end}")
+        raise UserError(f"start {start} is not before end {end}")
     return Record(
         id=id_,
         clips=tuple(clip_id(medium, start, end) for medium in media),

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from model.vlm import VLM
+from shards.errors import UserError
 from shards.format.features import differences
 from shards.signed import file_facts, read_signed_json, signed_json
 from train.loop.optimizer import save_optimizer
@@ -31,7 +32,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-step` so that it exists whole or not at all; returns its folder.
 
-    ValueError where it cannot be written; the checkpoints before it are then as they were.
+    UserError where it cannot be written; the checkpoints before it are then as they were.
     """
     final = output_dir / f"checkpoint-{step}"
     assert not final.exists(), f"{final}: what lies beyond a run's step was to be set aside"
@@ -46,12 +47,12 @@ def save_checkpoint(
         _sync(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ValueError(
+        raise UserError(
             f"{final}: cannot be written ({error}); make room, then run the same command to go on "
             "from the checkpoint before it"
         ) from error
     if not verifies(final):
-        raise ValueError(f"{final}: does not read back as it was written; check the disk")
+        raise UserError(f"{final}: does not read back as it was written; check the disk")
     return final
 
 
@@ -69,7 +70,7 @@ def verifies(folder: Path) -> bool:
     try:
         digests = read_signed_json(folder / MANIFEST)["files"]
         return all(file_facts(folder / name)["sha256"] == value for name, value in digests.items())
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return False
 
 
@@ -90,14 +91,12 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
     if resume == "auto":
         return next((folder for folder in checkpoints(output_dir) if verifies(folder)), None)
     if not verifies(Path(resume)):
-        raise ValueError(
-            f"resume {resume}: files are missing or damaged; choose another checkpoint"
-        )
+        raise UserError(f"resume {resume}: files are missing or damaged; choose another checkpoint")
     return Path(resume)
 
 
 def refuse_other_run(folder: Path, state: Json, facts: Mapping[str, Json]) -> None:
-    """Raise ValueError that names each fact in which a checkpoint's run is not this one.
+    """Raise UserError that names each fact in which a checkpoint's run is not this one.
 
     facts: model, bank, plan, ... -> what of it must be the same, by name.
     """
@@ -106,7 +105,7 @@ def refuse_other_run(folder: Path, state: Json, facts: Mapping[str, Json]) -> No
     for subject in ours:
         lines += differences(ours[subject], state["facts"].get(subject, {}), f"{subject} ")
     if lines:
-        raise ValueError(
+        raise UserError(
             f"{folder} does not fit this run: {'; '.join(lines)}. Use the same settings, another "
             "output_dir, or resume: none"
         )

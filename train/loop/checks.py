@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, to_device
 from model.vlm import VLM
+from shards.errors import UserError
 from train.batches.plan import RunPlan
 from train.cost import LlmShape, memory_bytes
 from train.settings.config import TrainConfig
@@ -50,7 +51,7 @@ class Movement:
         self.frozen_before = digests(self.frozen.values())
 
     def check(self, step: int, *, frames: bool, warming_up: bool) -> None:
-        """Raise ValueError where a part that this step should have moved has not, or a frozen one has.
+        """Raise UserError where a part that this step should have moved has not, or a frozen one has.
 
         frames: whether the step's records have transitions, without which only the LLM is sure of a
         gradient; warming_up: whether the LLM's was dropped. Every rank calls this after the step;
@@ -70,13 +71,13 @@ class Movement:
         still = [name for name, count in zip(self.waiting, moved, strict=True) if not count]
         lost = [n for n, one in zip(self.frozen, frozen.tolist(), strict=True) if one]
         if lost:
-            raise ValueError(
+            raise UserError(
                 f"step {step + 1}: weights that are not trained have changed: {_some(lost)}; "
                 "this is a defect of the model's code, the run would not be what it says"
             )
         stuck = [name for name in still if name in due]
         if stuck:
-            raise ValueError(
+            raise UserError(
                 f"step {step + 1}: no weight of {', '.join(stuck)} has moved, though trained: it gets "
                 "no gradient, or its rate is lost in rounding; raise its rate, or freeze it"
             )
@@ -155,7 +156,7 @@ def fits(where: str, heaviest: Heaviest, config: TrainConfig) -> Iterator[None]:
     except RuntimeError as error:
         # the CPU's allocator raises no error of its own kind
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise ValueError(_out_of_memory(where, heaviest, config, error)) from error
+            raise UserError(_out_of_memory(where, heaviest, config, error)) from error
         raise
 
 

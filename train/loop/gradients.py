@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.vlm import VLM
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,9 +48,9 @@ class Reduction(Protocol):
 def make_reduction(
     kind: str, accelerator: "Accelerator", model: VLM, optimizer: torch.optim.Optimizer
 ) -> Reduction:
-    """Prepare model and optimizer for `fast` or `exact`; ValueError where FSDP forbids the latter."""
+    """Prepare model and optimizer for `fast` or `exact`; UserError where FSDP forbids the latter."""
     if kind == "exact" and accelerator.is_fsdp2:
-        raise ValueError(
+        raise UserError(
             "reduce exact: adds up whole gradients on every process, of which FSDP keeps parts; use "
             "reduce: fast, or launch without FSDP"
         )
@@ -68,7 +69,7 @@ class Fast:
     def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if packs < world:
-            raise ValueError(
+            raise UserError(
                 f"a step has {packs} packs for {world} processes; start at most {packs} of them"
             )
         self.drop_gradients()

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.vlm import VLM
+from shards.errors import UserError
 from train.loop.fsdp import copy_into
 from train.settings.config import TrainConfig
 
@@ -70,17 +71,17 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
     """Copy a saved state into an allocated one, tensor by tensor through the CPU.
 
-    ValueError names the parameters that only one of the two has.
+    UserError names the parameters that only one of the two has.
     """
     ours = dict(_named_state(optimizer, model))
     for file in sorted(folder.glob("optimizer-*.safetensors")):
         with safe_open(file, framework="pt", device="cpu") as saved:
             for name in saved.keys():  # noqa: SIM118 - it is no mapping
                 if name not in ours:
-                    raise ValueError(f"{file}: {name}: not trained here; use the same settings")
+                    raise UserError(f"{file}: {name}: not trained here; use the same settings")
                 copy_into(ours.pop(name), saved.get_tensor(name))
     if ours:
-        raise ValueError(f"{folder}: no optimizer state of {', '.join(sorted(ours))}")
+        raise UserError(f"{folder}: no optimizer state of {', '.join(sorted(ours))}")
 
 
 def _named_state(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.batch import Batch, to_device
 from model.vlm import VLM
+from shards.errors import UserError
 from train.batches.plan import RunPlan
 from train.loop.checks import drop_llm_gradients, name_pack
 from train.loop.gradients import Reduction, pack_seed, sum_in_order
@@ -70,7 +71,7 @@ def run_step(
     config: TrainConfig,
     requests: Requests,
 ) -> Step:
-    """Take one optimizer step; ValueError names the records where the loss is no number."""
+    """Take one optimizer step; UserError names the records where the loss is no number."""
     own = dict(
         zip(
             range(accelerator.process_index, plan.packs_per_step, accelerator.num_processes),
@@ -87,7 +88,7 @@ def run_step(
     metrics = summarise(sums.sum(dim=0), config.loss_weight)
     norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
-        raise ValueError(
+        raise UserError(
             f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm} with the "
             f"{name_pack(sums, own)}. Lower learning_rate, or look at these records"
         )

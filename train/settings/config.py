@@ -16,6 +16,7 @@ from typing import Any
 
 from model.config import PROJECTORS, joined_cells
 from shards.annotations.files import is_hub_name
+from shards.errors import UserError
 from train.settings.parse import BOOLEANS, ENVIRONMENT, Origin, merge
 
 
@@ -197,7 +198,7 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
         )
     try:
         joined_cells(config.mm_projector_type)
-    except ValueError as error:
+    except UserError as error:
         problems.append(f"{origins.get('mm_projector_type', 'default')} {error}")
     if config.data_mixture and not config.data_config:
         problems.append("data_mixture: needs data_config, a YAML of named datasets")

@@ -1,17 +1,18 @@
 """Which attention implementation a run takes, and why."""
 
+from shards.errors import UserError
 from train.settings.config import TrainConfig
 
 
 def choose_attention(config: TrainConfig, device: str, longest: int) -> tuple[str, str]:
-    """Return (implementation, reason); raises ValueError where the asked one cannot work here.
+    """Return (implementation, reason); raises UserError where the asked one cannot work here.
 
     device: `cuda`, `cpu`, ... longest: tokens of the longest record. A mask of intervals costs
     flex_attention only the blocks that are attended, SDPA the whole square of a row; without a mask
     SDPA has its fastest kernels.
     """
     if config.attn == "flex_attention" and device != "cuda":
-        raise ValueError(
+        raise UserError(
             "attn flex_attention needs CUDA (it cannot train on the CPU); use attn: auto or sdpa"
         )
     if config.attn != "auto":

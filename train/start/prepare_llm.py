@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from model.vlm import VLM
+from shards.errors import UserError
 from train.settings.config import TrainConfig, checkpoint_every
 
 
@@ -17,7 +18,7 @@ def llm_dtype(config: TrainConfig) -> torch.dtype:
 def prepare_llm(model: VLM, config: TrainConfig, attention: str, device: torch.device) -> None:
     """Freeze, adapt or free the LLM; set how it attends, what it keeps in memory, what is compiled.
 
-    ValueError where layers cannot be compiled here.
+    UserError where layers cannot be compiled here.
     """
     model.llm.set_attn_implementation(attention)
     if config.tune_llm == "frozen":
@@ -51,13 +52,13 @@ def checkpoint_activations(llm: Any, every: int) -> None:
 def compile_layers(llm: Any, device: torch.device) -> None:
     """Compile each decoder layer, not the whole: nearly the same speed, compiled once for all.
 
-    ValueError with the compiler's reason where nothing can be compiled.
+    UserError with the compiler's reason where nothing can be compiled.
     """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a Python that is too new
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"compile: torch.compile does not work here: {reason}; set compile: false"
         ) from None
     for layer in llm.get_decoder().layers:

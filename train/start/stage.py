@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import joined_cells
+from shards.errors import UserError
 from train.settings.config import TrainConfig
 from train.start.vila_llava import Tensors, read_llava, read_vila
 
@@ -198,7 +199,7 @@ def take_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
     if not tables:
         return ["lape: new, the stage has no coordinate tables"]
     if model.lape.preset != "st":
-        raise ValueError(
+        raise UserError(
             f"{folder}: its coordinate tables are of LAPE preset st (LLaVA-ST), asked "
             f"{model.lape.preset}; set lape_preset: st"
         )
@@ -211,11 +212,11 @@ def take_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
 
 
 def fit(module: Any, weights: Tensors, what: str, fix: str) -> None:
-    """Load a part's weights in fp32, or raise ValueError naming each tensor that does not fit."""
+    """Load a part's weights in fp32, or raise UserError naming each tensor that does not fit."""
     from model.llm import shape_problems
 
     if wrong := shape_problems(weights, module.state_dict()):
-        raise ValueError(f"{what}: {'; '.join(wrong)}; {fix}")
+        raise UserError(f"{what}: {'; '.join(wrong)}; {fix}")
     module.load_state_dict({name: value.float() for name, value in weights.items()})
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shards.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,7 +70,7 @@ def read_llava(folder: Path) -> Parts:
 
     found = read_tensors(folder, renamed)
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{folder}: no projector in its *.safetensors (pickled weights are not read); convert "
             "the checkpoint to safetensors"
         )

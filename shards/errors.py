@@ -1,0 +1,43 @@
+"""The one error that is a person's to mend; every other exception is a bug and keeps its traceback.
+
+A command prints it, a line for each problem, and exits with 2. An `OSError` is treated alike: it is
+the machine's. `assert` and all else are ours: a traceback, and exit 70 of `preprocess`.
+"""
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What is wrong with an input, a setting, a bank or a model, and what to do about it.
+
+    Reads as `where: what, expected ..., got ...; fix`. Pickles, so that workers can hand it on.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        got: object = None,
+        expected: str | None = None,
+        where: object = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(what, got, expected, where, fix)
+        self.what, self.got, self.expected, self.where, self.fix = what, got, expected, where, fix
+
+    def __str__(self) -> str:
+        text = self.what if self.where is None else f"{self.where}: {self.what}"
+        if self.expected is not None:
+            text += f", expected {self.expected}"
+        if self.got is not None:
+            text += f", got {self.got}"
+        return text if self.fix is None else f"{text}; {self.fix}"
+
+    @property
+    def problems(self) -> list[str]:
+        """Return a line for each thing that is wrong."""
+        return str(self).splitlines()
+
+    @classmethod
+    def of(cls, problems: Iterable[object]) -> "UserError":
+        """Return one error of several problems, a line each."""
+        return cls("\n".join(map(str, problems)))
