@@ -99,17 +99,20 @@ def choose(model: VLM, hidden: Tensor) -> list[Piece]:
 
 def write_answer(model: VLM, pieces: list[Piece], duration: float) -> str:
     """Return the answer as text with coordinate markup, times in seconds of the clip."""
-    text, run = "", []
+    # decoded after a line break, for SentencePiece drops the blank that its text begins with
+    before = model.tokenizer("\n", add_special_tokens=False).input_ids
+    head = len(model.tokenizer.decode(before))
+    text, run = "", list[int]()
     for piece in [*pieces, Piece(-1, axis=-2)]:
         if piece.axis == -1:
             run.append(piece.token)
             continue
-        text += model.tokenizer.decode(run)
+        text += model.tokenizer.decode(before + run)[head:]
         run = []
         if piece.axis >= 0:
             value = piece.coord * duration if piece.axis == TIME else piece.coord
             text += f"<{MARKUP[piece.axis]}:{value:.4f}>"
-    return text
+    return text.strip(" ")
 
 
 def _embed_pieces(model: VLM, pieces: list[Piece], device: torch.device) -> Tensor:

@@ -274,7 +274,9 @@ def make_batch() -> Callable[..., Batch]:
         for clips, *texts in talks:
             turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
             infos = [clip.info for clip in clips]
-            encoded = chat.encode(turns, [info.duration for info in infos], prompt=prompt)
+            turns += [Turn("assistant", "")] * prompt
+            answer = len(turns) - 1 if prompt else None
+            encoded = chat.encode(turns, [info.duration for info in infos], answer=answer)
             pool_mode = model.features["pool"]
             rows.append(lay_out(encoded, infos, model.config, pool_mode, stamp=chat.stamp))
         names = [f"record-{number}" for number in range(len(talks))]

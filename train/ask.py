@@ -74,8 +74,8 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
     with DecodeChild() as child:
         clip = fresh_clip(video, features, load_tower(features, tower or model.tower), child)
     chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
-    turns = [Turn("user", f"<video>\n{question}")]
-    encoded = chat.encode(turns, [clip.info.duration], prompt=True)
+    turns = [Turn("user", f"<video>\n{question}"), Turn("assistant", "")]
+    encoded = chat.encode(turns, [clip.info.duration], answer=1)
     row = lay_out(encoded, [clip.info], model.config, features.pool, stamp=chat.stamp)
     batch = collate([row], [[clip]], model.config, [str(video)])
     pieces = generate(model, batch, stop=chat.stop, max_new_tokens=max_new_tokens)[0]

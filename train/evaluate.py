@@ -164,34 +164,29 @@ def evaluate(
     return report
 
 
-def questions_of(record: Record) -> list[tuple[Record, str]]:
-    """Return (prompt, reference) for each answer of a record; earlier answers stay in the prompt."""
-    return [
-        (Record(record.id, record.clips, record.turns[:k], record.task, record.where), turn.text)
-        for k, turn in enumerate(record.turns)
-        if turn.role == "assistant"
-    ]
+def questions_of(record: Record) -> list[tuple[Record, int]]:
+    """Return (record, number of the turn) for each answer of a record."""
+    return [(record, k) for k, turn in enumerate(record.turns) if turn.role == "assistant"]
 
 
 def answer(
-    model: "VLM", loader: "Loader", questions: Sequence[tuple[Record, str]]
+    model: "VLM", loader: "Loader", questions: Sequence[tuple[Record, int]]
 ) -> list[tuple[str, str, float, str]]:
     """Return (reference, answer, seconds of the clip, record id) of some questions."""
     from model.batch import to_device
     from model.generate import generate, write_answer
 
-    records = [record for record, _ in questions]
-    batch = to_device(loader.batch(records, prompt=True), device_of(model))
+    batch = to_device(loader.prompts(questions), device_of(model))
     pieces = generate(model, batch, stop=loader.chat.stop)
-    durations = [first_duration(loader.dataset, record) for record in records]
+    durations = [first_duration(loader.dataset, record) for record, _ in questions]
     return [
         (
-            loader.chat.in_numbers(reference, duration),
+            loader.chat.in_numbers(record.turns[turn].text, duration),
             write_answer(model, said, duration),
             duration,
             record.id,
         )
-        for (record, reference), said, duration in zip(questions, pieces, durations, strict=True)
+        for (record, turn), said, duration in zip(questions, pieces, durations, strict=True)
     ]
 
 

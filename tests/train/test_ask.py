@@ -40,7 +40,8 @@ def fresh(toy: Path, model: VLM) -> FreshClip:
 def batch_of(model: VLM, clip: Any, *texts: str, prompt: bool = False) -> Any:
     chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
     turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
-    encoded = chat.encode(turns, [clip.info.duration], prompt=prompt)
+    turns += [Turn("assistant", "")] * prompt
+    encoded = chat.encode(turns, [clip.info.duration], answer=len(turns) - 1 if prompt else None)
     row = lay_out(encoded, [clip.info], model.config, "average")
     return chat, collate([row], [[clip]], model.config, ["r"])
 

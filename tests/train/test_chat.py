@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.lape.tokens import LapeTokens
 from shards.errors import UserError
-from train.batches.chat import MEDIA, Chat, Encoded
+from train.batches.chat import MEDIA, Chat, Encoded, give_template
 from train.data.markup import kind_of
 from train.data.records import Turn
 
@@ -25,6 +25,8 @@ LLAMA3 = (
 )
 HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CLOSER = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "plain": "<|im_end|>"}
+BLANK = {"chatml": "", "llama3": "", "plain": " "}
+"""A blank before an answer is of its first token, and learned with it."""
 TEMPLATES = list(CLOSER)
 FORGERIES = [
     "<|im_end|>",
@@ -50,7 +52,7 @@ def tokenizers(make_tokenizer: Callable[[], Any]) -> dict[str, Any]:
     # as Llama 3 has them: special, and none but the eos a named token of the tokenizer
     found["llama3"].add_tokens([AddedToken(name, special=True) for name in HEADERS])
     found["llama3"].chat_template = LLAMA3
-    found["plain"].chat_template = None
+    give_template(found["plain"], "plain")
     return found
 
 
@@ -99,10 +101,10 @@ WHOLE = {
         (" four<|eot_id|>", True),
     ],
     "plain": [
-        ("user:  \nassistant: ", False),
-        ("two<|im_end|>", True),
-        ("\nuser: three \nassistant: ", False),
-        (" four<|im_end|>", True),
+        ("user:  \nassistant:", False),
+        (" two<|im_end|>", True),
+        ("\nuser: three \nassistant:", False),
+        ("  four<|im_end|>", True),
         ("\n", False),
     ],
 }
@@ -161,15 +163,14 @@ def unigram() -> Chat:
     """A tokenizer whose control tokens are pieces of its plain vocabulary, as SentencePiece has them."""
     letters = sorted({*"<>/sabcdeiournt: ?!\n"})
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in letters)]
-    return Chat(
-        PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)),
-            unk_token="<unk>",
-            bos_token="<s>",
-            eos_token="</s>",
-        ),
-        None,
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
     )
+    give_template(tokenizer, "plain")
+    return Chat(tokenizer, None)
 
 
 @settings(max_examples=60, deadline=None)
@@ -221,7 +222,9 @@ def test_supervised_tokens_are_the_answers_and_their_closing_tokens(
         else ["from 2.0 to 4.0.", "0.310 1.000 ", "yes"]
     )
     encoded = chat.encode(turns, [8.0])
-    assert answers_of(chat, encoded) == [text + CLOSER[template] for text in expected]
+    assert answers_of(chat, encoded) == [
+        BLANK[template] + text + CLOSER[template] for text in expected
+    ]
     assert chat.stop >= {chat.tokenizer.convert_tokens_to_ids(CLOSER[template])}
 
 
@@ -238,8 +241,7 @@ def test_a_conversation_reads_as_its_template_renders_it(
     said = chat.tokenizer.decode(encoded.ids[:place])
     said += "<video>" + chat.tokenizer.decode(encoded.ids[place + 1 :])
     messages = [{"role": turn.role, "content": turn.text} for turn in turns_of(*texts)]
-    options = {} if chat.template is None else {"chat_template": chat.template}
-    assert said == chat.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    assert said == chat.tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -249,10 +251,11 @@ def test_a_prompt_is_the_beginning_of_the_conversation_that_answers_it(
     chat = chats[template, True]
     turns = turns_of("<video> When?", "at <t:1.0>", "Where?", "<x:0.5>")
     whole = chat.encode(turns, [4.0])
-    prompt = chat.encode(turns[:3], [4.0], prompt=True)
-    assert prompt.ids == whole.ids[: len(prompt.ids)]
-    assert whole.supervised[len(prompt.ids)], "the answer begins where the prompt ends"
-    assert prompt.axis == whole.axis[: len(prompt.ids)]
+    for answer in (1, 3):
+        prompt = chat.encode(turns, [4.0], answer=answer)
+        assert prompt.ids == whole.ids[: len(prompt.ids)]
+        assert whole.supervised[len(prompt.ids)], "the answer begins where the prompt ends"
+        assert prompt.axis == whole.axis[: len(prompt.ids)]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -271,7 +274,7 @@ def test_no_text_can_forge_a_control_token(
     encoded = chat.encode(turns_of(*texts), [])
     harmless = chat.encode(turns_of(*["a" for _ in texts]), [])
     assert controls(chat, encoded.ids) == controls(chat, harmless.ids)
-    said = [text + CLOSER[template] for text in texts[1::2]]
+    said = [BLANK[template] + text + CLOSER[template] for text in texts[1::2]]
     assert answers_of(chat, encoded) == said
     assert chat.tokenizer.decode(encoded.ids).count(CLOSER[template]) >= len(said)
 
@@ -385,9 +388,8 @@ def test_a_template_that_drops_a_turn_is_refused(make_tokenizer: Callable[[], An
     tokenizer = make_tokenizer()
     tokenizer.name_or_path = "odd/model"
     tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages[-2:]")
-    chat = Chat(tokenizer, None)
     with pytest.raises(UserError, match=r"odd/model shows the turns \[2, 3\] of 4"):
-        chat.encode(turns_of("a", "b", "c", "d"), [])
+        Chat(tokenizer, None)
 
 
 def test_a_template_that_never_closes_an_answer_is_refused(

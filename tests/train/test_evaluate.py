@@ -149,15 +149,11 @@ def test_the_constant_guess_counts_in_shares_of_each_clip() -> None:
     assert constant_span([("<t:1> <t:2>", 4.0), ("<t:4> <t:2>", 8.0)]) == pytest.approx(1.0)
 
 
-def test_every_answer_is_asked_with_what_was_said_before_it() -> None:
+def test_every_answer_is_asked() -> None:
     turns = [("human", "<video> a?"), ("gpt", "b"), ("human", "c?"), ("gpt", "d")]
     data = {"video": "v.mp4", "conversations": [{"from": f, "value": v} for f, v in turns]}
     asked = questions_of(parse_record(data, "f:1"))
-    assert [reference for _, reference in asked] == ["b", "d"]
-    assert [[turn.text for turn in record.turns] for record, _ in asked] == [
-        ["<video> a?"],
-        ["<video> a?", "b", "c?"],
-    ]
+    assert [record.turns[turn].text for record, turn in asked] == ["b", "d"]
 
 
 @pytest.fixture(scope="module")

@@ -1,33 +1,82 @@
 """Conversations -> tokens: the tokenizer's own chat template, with every content kept as data.
 
-The template is rendered around private markers and the contents are tokenised apart, with special
-tokens switched off: text that spells `<|im_end|>` stays text and cannot forge a turn. What is
-supervised - each answer and the token that closes it - follows from the same rendering.
+The template is rendered once for each pattern of roles, around private markers; the texts are put in
+where the markers stand, and the whole is tokenised in as few stretches as can be (`segments`). What is
+supervised - each answer and the tokens that close it - follows from the same rendering, and a prompt
+is the row cut where the answer begins: whatever a template writes before an answer (a header, an
+empty think block, a channel) is in the prompt exactly as it was in training.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
-from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 from shards.errors import UserError
+from train.batches.segments import Segment, Segments
 from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, split_markup
 from train.data.records import MEDIA_TAG, Turn
 
-VERSION = 2
+VERSION = 3
 """Raised whenever `Chat.encode` makes other tokens of the same text: cached lengths are then stale."""
 MEDIA = -1
 """Stands in `Encoded.ids` for all tokens of one medium."""
 AXES = ("time", "height", "width")
 MARKER = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
 """Stands for a turn's text in a template, between blanks that a template which trims texts takes off."""
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content }}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
+OWN_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+"""How an answer begins that brings a think block of its own."""
+EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
+"""What a template writes before an answer that brings none."""
+TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+"""How a template asks for today's date."""
+DATE = "2024-07-26"
+"""What a template is told that asks for today's: the same on every day, in training and after it."""
+
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ),
+    "vicuna": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
+        "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
+        "{% else %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+    "llama2": (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ '[INST] <<SYS>>\n' + m.content + '\n<</SYS>>\n\n' }}{% elif m.role == 'user' %}"
+        "{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'system' %}"
+        "{{ (bos_token if loop.index0 and bos_token is defined else '') + '[INST] ' }}{% endif %}"
+        "{{ m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+}
+"""Chat templates for tokenizers that bring none. Where a tokenizer puts a BOS before its texts, it is
+put before the conversation too."""
+
+
+def dated(template: str, today: date) -> str:
+    """Return a chat template in which the day that it asks for is written down."""
+    written = TODAY.sub(lambda call: repr(today.strftime(call[2])), template)
+    if "strftime_now(" in written:
+        raise UserError("the chat template asks for the date by a format that is not written in it")
+    return written
+
+
+def give_template(tokenizer: Any, name: str) -> None:
+    """Give a tokenizer one of `TEMPLATES`; it is saved with it from then on."""
+    ids = tokenizer("a").input_ids
+    starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + TEMPLATES[name]
 
 
 class AnchorIds(Protocol):
@@ -54,94 +103,148 @@ class Encoded:
     supervised: list[bool]
 
 
-class Piece(NamedTuple):
-    """A stretch of a conversation: text of the template or of a turn, a medium, or a coordinate."""
+NOT, WHOLLY, CLOSING = range(3)
+"""Of a piece, what is learned: nothing, all, or all up to the control token that closes the answer."""
 
-    text: str
-    """Empty for a medium and a coordinate."""
-    template: bool = False
-    supervised: bool = False
-    """Of a piece of the template: an answer ends here, and its closing tokens are supervised."""
+
+class Piece(NamedTuple):
+    """A stretch of a conversation between two cuts: text, a medium, or a coordinate."""
+
+    segment: Segment | None
+    """None for a medium and a coordinate."""
+    learned: int = NOT
     axis: int = MEDIA
     """The axis of a coordinate, `MEDIA` for a medium."""
     coord: float = 0.0
 
 
+class _Pieces:
+    """Gathers a conversation's pieces, joining whatever need not be cut apart."""
+
+    def __init__(self, segments: Segments) -> None:
+        self.segments = segments
+        self.pieces: list[Piece] = []
+        self.learned = NOT
+        """Of what comes next."""
+        self._parts: list[tuple[str, bool]] = []
+        self._before: str | None = None
+
+    def template(self, text: str) -> None:
+        if text:
+            self._parts.append((text, True))
+
+    def text(self, text: str) -> None:
+        for piece, spells_control in self.segments.cut(text):
+            if spells_control:
+                self.cut()
+            self._parts.append((piece, False))
+            if spells_control:
+                self.cut()
+
+    def close(self, text: str) -> None:
+        """Add what the template writes after an answer."""
+        self.template(text)
+        self.learned = CLOSING
+        if not self._parts:
+            self.pieces.append(Piece(Segment((("", True),), ""), CLOSING))
+
+    def add(self, axis: int = MEDIA, coord: float = 0.0) -> None:
+        """Add a medium or a coordinate."""
+        self.cut()
+        learned = WHOLLY if self.learned == WHOLLY and axis != MEDIA else NOT
+        self.pieces.append(Piece(None, learned, axis, coord))
+        self._before = ""
+
+    def cut(self) -> None:
+        if self._parts:
+            self.pieces.append(Piece(Segment(tuple(self._parts), self._before), self.learned))
+            text, template = self._parts[-1]
+            self._before = self.segments.last_control(text) if template else ""
+            self._parts = []
+        if self.learned == CLOSING:
+            self.learned = NOT
+
+
 class Chat:
     """Encodes conversations for one tokenizer, with coordinates as anchors or as plain numbers."""
 
-    def __init__(self, tokenizer: Any, anchors: AnchorIds | None) -> None:
-        self.tokenizer = tokenizer
-        self.anchors = anchors
-        self.template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-        # Llama 3's <|eot_id|> is special without being one of the tokenizer's named tokens
-        added = tokenizer.added_tokens_decoder.items()
-        self.special = {*tokenizer.all_special_ids, *(id_ for id_, token in added if token.special)}
-        self.controls = self.special - {tokenizer.unk_token_id}
+    def __init__(self, tokenizer: Any, anchors: AnchorIds | None, today: str = DATE) -> None:
+        """today: the date, as 2024-07-26, that a template is told which asks for it.
+
+        Raises UserError where the tokenizer has no chat template, or one that cannot be learned.
+        """
+        if not tokenizer.chat_template:
+            raise UserError(
+                "its tokenizer has no chat template, which says how turns are written",
+                where=tokenizer.name_or_path,
+                fix=f"set chat_template to one of {', '.join(TEMPLATES)}",
+            )
+        self.tokenizer, self.anchors = tokenizer, anchors
+        self.template = dated(tokenizer.get_chat_template(), date.fromisoformat(today))
+        self.segments = Segments(tokenizer)
         self._rendered = lru_cache(maxsize=1024)(self._render)
         self._stamped = lru_cache(maxsize=65536)(self._stamp)
-        self._one_at_a_time = Lock()
-        turns = [Turn("user", "?"), Turn("assistant", "!")]
-        encoded = self.encode(turns, [])
-        last = max(place for place, on in enumerate(encoded.supervised) if on)
-        self.stop = frozenset({encoded.ids[last], tokenizer.eos_token_id} - {None})
+        # a template may close the last answer otherwise than those before it
+        encoded = self.encode([Turn("user", "?"), Turn("assistant", "!")] * 2, [])
+        following = [*encoded.supervised[1:], False]
+        ends = {
+            id_
+            for id_, on, next_on in zip(encoded.ids, encoded.supervised, following, strict=True)
+            if on and not next_on
+        }
+        self.stop = frozenset({*ends, tokenizer.eos_token_id} - {None})
 
     def encode(
-        self, turns: Sequence[Turn], durations: Sequence[float], *, prompt: bool = False
+        self, turns: Sequence[Turn], durations: Sequence[float], *, answer: int | None = None
     ) -> Encoded:
-        """Return a conversation as tokens; `prompt` ends it where the next answer begins.
+        """Return a conversation as tokens.
 
         durations: seconds of each medium, in the order of the tags; times are fractions of them.
-        Raises UserError where the tags do not fit the media, or a time has no clip to lie in.
+        answer: the number of a turn, an assistant's; the row then ends where its text would begin,
+        and is the beginning of what is trained on. Raises UserError where the tags do not fit the
+        media, or a time has no clip to lie in.
         """
+        pieces = self.pieces(turns, durations, answer=answer)
+        texts = iter(self.segments.ids([piece.segment for piece in pieces if piece.segment]))
         out = Encoded([], [], [], [])
-        for piece in self.pieces(turns, durations, prompt=prompt):
-            if piece.template:
-                ids = self._tokenise([piece.text], split_special=False)[0]
-                closing = self._closing(ids) if piece.supervised else 0
+        for piece in pieces:
+            if piece.segment is not None:
+                ids = next(texts)
+                learned = self._learned(piece, ids)
                 for k, id_ in enumerate(ids):
-                    _append(out, id_, supervised=k < closing)
-            elif piece.text:
-                for id_ in self._tokenise([piece.text], split_special=True)[0]:
-                    _append(out, id_, supervised=piece.supervised)
+                    _append(out, id_, supervised=k < learned)
             elif piece.axis == MEDIA:
                 _append(out, MEDIA)
             else:
                 assert self.anchors is not None
                 id_ = self.anchors.token_id(piece.axis, piece.coord)
-                _append(out, id_, axis=piece.axis, coord=piece.coord, supervised=piece.supervised)
+                learns = piece.learned == WHOLLY
+                _append(out, id_, axis=piece.axis, coord=piece.coord, supervised=learns)
         return out
 
     def count(self, talks: Sequence[Sequence[Piece]]) -> list[tuple[int, int]]:
         """Return (tokens without media, supervised tokens) of each conversation's pieces.
 
-        Exactly what `encode` makes of them, many at a time: a text is tokenised once.
+        Exactly what `encode` makes of them, many at a time: what several share is tokenised once.
         """
-        texts = list({p.text: None for talk in talks for p in talk if p.text and not p.template})
-        tokens = self._tokenise(texts, split_special=True)
-        plain = {text: len(ids) for text, ids in zip(texts, tokens, strict=True)}
-        frame: dict[tuple[str, bool], tuple[int, int]] = {}
+        unique = list(dict.fromkeys(p.segment for talk in talks for p in talk if p.segment))
+        known = dict(zip(unique, self.segments.ids(unique), strict=True))
         counts = []
         for talk in talks:
             total = supervised = 0
             for piece in talk:
-                if piece.template:
-                    key = piece.text, piece.supervised
-                    if key not in frame:
-                        ids = self._tokenise([piece.text], split_special=False)[0]
-                        frame[key] = len(ids), self._closing(ids) if piece.supervised else 0
-                    tokens_here, closing = frame[key]
-                    total += tokens_here
-                    supervised += closing
-                    continue
-                here = plain[piece.text] if piece.text else int(piece.axis != MEDIA)
-                total += here
-                supervised += here * piece.supervised
+                if piece.segment is None:
+                    total += piece.axis != MEDIA
+                    supervised += piece.learned == WHOLLY
+                else:
+                    ids = known[piece.segment]
+                    total += len(ids)
+                    supervised += self._learned(piece, ids)
             counts.append((total, supervised))
         return counts
 
     def pieces(
-        self, turns: Sequence[Turn], durations: Sequence[float], *, prompt: bool = False
+        self, turns: Sequence[Turn], durations: Sequence[float], *, answer: int | None = None
     ) -> list[Piece]:
         """Return a conversation in pieces, before anything is tokenised; raises as `encode`."""
         tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
@@ -149,25 +252,43 @@ class Chat:
             raise UserError(
                 f"{tags} <video>/<image> tags for {len(durations)} media; write one tag per medium"
             )
-        out: list[Piece] = []
+        out = _Pieces(self.segments)
         media = iter(durations)
         duration = durations[0] if durations else 0.0
-        closing = False
-        around = self._rendered(tuple(turn.role for turn in turns), prompt)
-        out.append(Piece(around[0], template=True))
-        for turn, place in zip(turns, range(1, len(around), 4), strict=True):
-            before, _, after, following = around[place : place + 4]
-            text = turn.text if before else turn.text.lstrip()
-            text = text if after else text.rstrip()
-            closing = turn.role == "assistant"
+        rendered = self._rendered(tuple(turn.role for turn in turns))
+        head = rendered[0]
+        for number, turn in enumerate(turns):
+            lead, _, trail, following = rendered[1 + 4 * number : 5 + 4 * number]
+            text = turn.text if lead else turn.text.lstrip()
+            text = text if trail else text.rstrip()
+            answers = turn.role == "assistant"
+            if answers:
+                if OWN_THOUGHT.match(turn.text):
+                    head = EMPTY_THOUGHT.sub("", head)
+                # a blank before an answer is of its first token: `▁yes`, not `▁` and `yes`
+                kept = head.rstrip(" ")
+                out.template(kept)
+                out.cut()
+                if number == answer:
+                    return out.pieces
+                out.learned = WHOLLY
+                out.template(head[len(kept) :])
+            else:
+                out.template(head)
             for part in MEDIA_TAGS.split(text):
                 if MEDIA_TAG.fullmatch(part):
                     duration = next(media)
-                    out.append(Piece(""))
+                    out.add()
                 elif part:
-                    out += self._content(part, duration, closing)
-            out.append(Piece(following, template=True, supervised=closing))
-        return out
+                    self._add_content(out, part, duration)
+            if answers:
+                out.close(following)
+                head = ""
+            else:
+                head = following
+        out.template(head)
+        out.cut()
+        return out.pieces
 
     def in_numbers(self, text: str, duration: float) -> str:
         """Return a text whose anchors by name are written as the times and places that they mean."""
@@ -196,9 +317,9 @@ class Chat:
         return self._stamped(f"{seconds:.1f}s")
 
     def _stamp(self, text: str) -> list[int]:
-        return self._tokenise([text], split_special=True)[0]
+        return self.segments.ids([Segment(((text, False),), "")])[0]
 
-    def _render(self, roles: tuple[str, ...], prompt: bool) -> list[str]:
+    def _render(self, roles: tuple[str, ...]) -> list[str]:
         """Return the template's own text around turns of these roles, cut by `MARKER`.
 
         What comes first, then for each turn: a blank if the template keeps those before a text, the
@@ -212,12 +333,9 @@ class Chat:
         ]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **({"chat_template": self.template} if self.template else {}),
+                messages, tokenize=False, chat_template=self.template
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:
             raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} refuses the turns "
                 f"{', '.join(roles)}: {error}"
@@ -230,39 +348,11 @@ class Chat:
             )
         return MARKER.split(rendered)
 
-    def _tokenise(self, texts: list[str], *, split_special: bool) -> list[list[int]]:
-        """Return the ids of texts; split, what spells a special token stays text."""
-        if not texts:
-            return []
-        # a call switches the tokenizer itself between the two, so that threads must take turns
-        with self._one_at_a_time:
-            tokens = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                split_special_tokens=split_special,
-                return_attention_mask=False,
-                verbose=False,
-            )
-        found = list(tokens.input_ids)
-        if split_special:
-            for k, ids in enumerate(found):
-                if not self.controls.isdisjoint(ids):
-                    found[k] = self._apart(texts[k])
-        return found
-
-    def _apart(self, text: str) -> list[int]:
-        """Return the ids of a text that spells a control token which is in the plain vocabulary, too.
-
-        Cut in two until no part spells one.
-        """
-        if len(text) == 1:
-            raise UserError(f"the tokenizer reads {text!a} as a control token; leave it out")
-        halves = [text[: len(text) // 2], text[len(text) // 2 :]]
-        return [id_ for ids in self._tokenise(halves, split_special=True) for id_ in ids]
-
-    def _closing(self, ids: list[int]) -> int:
-        """Return how many tokens of the template close an answer: up to its first special one."""
-        end = next((k for k, id_ in enumerate(ids) if id_ in self.special), None)
+    def _learned(self, piece: Piece, ids: Sequence[int]) -> int:
+        """Return how many of a piece's first tokens are supervised."""
+        if piece.learned != CLOSING:
+            return len(ids) if piece.learned == WHOLLY else 0
+        end = next((k for k, id_ in enumerate(ids) if id_ in self.segments.controls), None)
         if end is None:
             raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} closes an answer by no special "
@@ -270,8 +360,7 @@ class Chat:
             )
         return end + 1
 
-    def _content(self, text: str, duration: float, supervised: bool) -> list[Piece]:
-        out: list[Piece] = []
+    def _add_content(self, out: _Pieces, text: str, duration: float) -> None:
         plain = ""
         for piece in split_markup(text):
             if isinstance(piece, str):
@@ -290,13 +379,10 @@ class Chat:
                 value = coord * duration if piece.axis == 0 else coord
                 plain += f"{value:.1f}" if piece.axis == 0 else f"{value:.3f} "
                 continue
-            if plain:
-                out.append(Piece(plain, supervised=supervised))
-                plain = ""
-            out.append(Piece("", supervised=supervised, axis=piece.axis, coord=coord))
-        if plain:
-            out.append(Piece(plain, supervised=supervised))
-        return out
+            out.text(plain)
+            plain = ""
+            out.add(piece.axis, coord)
+        out.text(plain)
 
 
 def _append(

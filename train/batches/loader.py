@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from model.batch import Batch, pinned
 from model.vlm import VLMConfig
-from train.batches.chat import Chat, Encoded
+from train.batches.chat import MEDIA, Chat, Encoded
 from train.batches.collate import collate, lay_out, pack
 from train.batches.plan import RunPlan
 from train.data.dataset import Dataset
@@ -50,18 +50,18 @@ class Loader:
         self.pin = pin
         self._encoded = lru_cache(maxsize=100_000)(self._encode)
 
-    def _encode(self, record: Record, prompt: bool) -> Encoded:
+    def _encode(self, record: Record, answer: int | None) -> Encoded:
         durations = [clip.info.duration for clip in self.dataset.clips(record)]
-        return self.chat.encode(record.turns, durations, prompt=prompt)
+        return self.chat.encode(record.turns, durations, answer=answer)
 
-    def batch(
-        self, records: Sequence[Record], *, with_copy: bool = False, prompt: bool = False
-    ) -> Batch:
-        """Return the batch of some records, one a row, features read from the banks.
+    def batch(self, records: Sequence[Record], *, with_copy: bool = False) -> Batch:
+        """Return the batch of some records, one a row, features read from the banks."""
+        return self.rows([[(record, None)] for record in records], with_copy)
 
-        `prompt` ends each where its next answer would begin.
-        """
-        return self.rows([[(record, None)] for record in records], with_copy, prompt)
+    def prompts(self, questions: Sequence[tuple[Record, int]]) -> Batch:
+        """Return the batch of some (record, number of an answer's turn): rows cut where it begins."""
+        rows = [[(record, None)] for record, _ in questions]
+        return self.rows(rows, False, [answer for _, answer in questions])
 
     def pack(self, plan: RunPlan, step: int, number: int, *, with_copy: bool = False) -> Batch:
         """Return the batch of a pack of the plan."""
@@ -75,24 +75,24 @@ class Loader:
         self,
         rows: Sequence[Sequence[tuple[Record, int | None]]],
         with_copy: bool,
-        prompt: bool = False,
+        answers: Sequence[int] | None = None,
     ) -> Batch:
-        """Return the batch of rows of (record, most frames of a clip)."""
-        clips = [[self.dataset.clips(record) for record, _ in row] for row in rows]
-        laid = []
-        for row, own in zip(rows, clips, strict=True):
-            talks = [
-                lay_out(
-                    self._encoded(record, prompt),
-                    [clip.info for clip in media],
-                    self.config,
-                    self.pool,
-                    most,
-                    self.chat.stamp,
-                )
-                for (record, most), media in zip(row, own, strict=True)
-            ]
+        """Return the batch of rows of (record, most frames of a clip).
+
+        answers: of rows of one record each, the turn that each is cut at.
+        """
+        laid, clips = [], []
+        for number, row in enumerate(rows):
+            answer = answers[number] if answers else None
+            talks, own = [], []
+            for record, most in row:
+                encoded = self._encoded(record, answer)
+                media = self.dataset.clips(record)[: encoded.ids.count(MEDIA)]
+                infos = [clip.info for clip in media]
+                talks.append(lay_out(encoded, infos, self.config, self.pool, most, self.chat.stamp))
+                own.append(media)
             laid.append(pack(talks) if len(talks) > 1 else talks[0])
+            clips.append(own)
         batch = collate(
             laid,
             [[clip for media in own for clip in media] for own in clips],

@@ -1,0 +1,171 @@
+"""Stretches of a rendered conversation -> token ids, as if the whole had been tokenised at once.
+
+    Segments(tokenizer).ids([Segment((("<|im_start|>user\\n", True), ("Hello", False)))])
+
+A conversation is cut only where it must be: at media, coordinates, the start of each answer, and at
+control tokens that are spelled in a turn's text. Two things would make the ids after a cut other than
+those of the whole text, and are prevented here:
+
+- SentencePiece tokenizers (Llama 2, Vicuna, Mistral) put a blank before whatever they are given. What
+  stands before a segment is therefore tokenised with it, and its ids are taken off again.
+- Text that spells `<|im_end|>` must stay text. It is tokenised with control tokens switched off, and
+  each segment is checked to hold the control tokens of the template and no others.
+"""
+
+import re
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any, NamedTuple
+
+from shards.errors import UserError
+
+ANCHORS = ("\n", "0", "\u00b6")
+"""What may stand before a segment: characters that do not melt into what follows, the usual one first."""
+
+
+class Segment(NamedTuple):
+    """A stretch between two cuts: pieces of the template and of texts, side by side."""
+
+    parts: tuple[tuple[str, bool], ...]
+    """(text, whether it is of the template), in order."""
+    before: str | None = None
+    """None at the row's start; the control token that it follows; or empty, in the middle of text."""
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.parts)
+
+
+class Segments:
+    """Tokenises segments for one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # Llama 3's <|eot_id|> is special without being one of the tokenizer's named tokens
+        added = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()
+                 if token.special}  # fmt: skip
+        named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        special = named | added
+        self._spelled = _any_of(special)
+        plain = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+        controls = {name: id_ for name, id_ in special.items() if id_ not in plain}
+        self._controls_in = _any_of(controls)
+        self.controls = frozenset(controls.values())
+        """Ids that only the template may put into a row."""
+        self._one_at_a_time = Lock()
+        newline, both = self._tokenise(["\n", "\na"], split=False)
+        (alone,) = self._tokenise(["a"], split=False)
+        self.prefixes = both != newline + alone
+        """Whether the tokenizer puts something before whatever it is given."""
+
+    def cut(self, text: str) -> list[tuple[str, bool]]:
+        """Return a turn's text as (piece, whether it spells a control token)."""
+        pieces, at = [], 0
+        for match in self._spelled.finditer(text):
+            pieces += [(text[at : match.start()], False), (match.group(), True)]
+            at = match.end()
+        return [(piece, spells) for piece, spells in [*pieces, (text[at:], False)] if piece]
+
+    def last_control(self, text: str) -> str:
+        """Return the control token that a text ends with, empty where it ends otherwise."""
+        found = [match for match in self._controls_in.finditer(text) if match.end() == len(text)]
+        return found[-1].group() if found else ""
+
+    def ids(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Return the ids of segments, many at a time."""
+        whole = [k for k, one in enumerate(segments) if not self._is_spelled(one)]
+        found: list[list[int]] = [[] for _ in segments]
+        texts = [(segments[k].text, segments[k].before) for k in whole]
+        for k, ids in zip(whole, self._in_context(texts, split=False), strict=True):
+            found[k] = ids if self._is_true(segments[k], ids) else self._piecewise(segments[k])
+        for k in set(range(len(segments))) - set(whole):
+            found[k] = self._plain(segments[k].text, segments[k].before)
+        return found
+
+    def _is_spelled(self, segment: Segment) -> bool:
+        """Whether a segment is a control token that a text spells, and nothing else."""
+        (text, template), *more = segment.parts
+        return not more and not template and self._spelled.fullmatch(text) is not None
+
+    def _is_true(self, segment: Segment, ids: Sequence[int]) -> bool:
+        """Whether a segment's control tokens are those of the template."""
+        template = "\n".join(text for text, of_template in segment.parts if of_template)
+        wanted = len(self._controls_in.findall(template))
+        return sum(id_ in self.controls for id_ in ids) == wanted
+
+    def _piecewise(self, segment: Segment) -> list[int]:
+        """Return the ids of a segment whose texts would give control tokens: part by part."""
+        ids, before = [], segment.before
+        for text, template in segment.parts:
+            if template:
+                ids += self._in_context([(text, before)], split=False)[0]
+            else:
+                ids += self._plain(text, before)
+            before = self.last_control(text) if template else ""
+        return ids
+
+    def _plain(self, text: str, before: str | None) -> list[int]:
+        """Return the ids of a text of which nothing may become a control token.
+
+        Where one is in the plain vocabulary too, the text is cut in two until no part spells it.
+        """
+        # what stands before would be split up as well
+        (ids,) = self._in_context([(text, before and "")], split=True)
+        if self.controls.isdisjoint(ids):
+            return ids
+        if len(text) == 1:
+            raise UserError(f"the tokenizer reads {text!a} as a control token; leave it out")
+        middle = len(text) // 2
+        return [*self._plain(text[:middle], before), *self._plain(text[middle:], "")]
+
+    def _in_context(
+        self, texts: Sequence[tuple[str, str | None]], *, split: bool
+    ) -> list[list[int]]:
+        """Return the ids of (text, what stands before it), which are not those of what stands before."""
+        if not self.prefixes:
+            return self._tokenise([text for text, _ in texts], split=split)
+        first = [before if before is None else before or ANCHORS[0] for _, before in texts]
+        wholes = self._tokenise(
+            [(anchor or "") + text for anchor, (text, _) in zip(first, texts, strict=True)],
+            split=split,
+        )
+        heads = dict(zip(anchors := [*{a for a in first if a}],
+                         self._tokenise(anchors, split=split), strict=True))  # fmt: skip
+        found = []
+        for (text, _), anchor, ids in zip(texts, first, wholes, strict=True):
+            head = heads[anchor] if anchor else []
+            same = ids[: len(head)] == head
+            found.append(ids[len(head) :] if same else self._after_another(text, split=split))
+        return found
+
+    def _after_another(self, text: str, *, split: bool) -> list[int]:
+        """Return the ids of a text that melts into the usual anchor."""
+        for anchor in ANCHORS[1:]:
+            head, ids = self._tokenise([anchor, anchor + text], split=split)
+            if ids[: len(head)] == head:
+                return ids[len(head) :]
+        raise UserError(
+            f"{text[:40]!a} cannot be tokenised in the middle of a text by "
+            f"{self.tokenizer.name_or_path}: it melts into whatever stands before it"
+        )
+
+    def _tokenise(self, texts: Sequence[str], *, split: bool) -> list[list[int]]:
+        """Return the ids of texts; split, what spells a special token stays text."""
+        if not texts:
+            return []
+        # a call switches the tokenizer itself between the two, so that threads must take turns
+        with self._one_at_a_time:
+            tokens = self.tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                split_special_tokens=split,
+                return_attention_mask=False,
+                verbose=False,
+            )
+        return list(tokens.input_ids)
+
+
+def _any_of(names: Any) -> re.Pattern[str]:
+    """Return a pattern of any of these strings, the longest first; of none, one that never matches."""
+    alternatives = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, alternatives)) or r"(?!)")
