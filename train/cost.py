@@ -99,25 +99,6 @@ def step_flops(
     return forward_flops(shape, tokens, pairs, supervised) * (3 if tune_llm == "full" else 2)
 
 
-def tower_flops(config: Mapping[str, Any], patches: int, layer: int = -2) -> int | None:
-    """Return the FLOPs of encoding one frame, or None where the tower's config is of another kind.
-
-    config: a tower's config.json, or that of the two-tower model which holds it. patches: of the
-    whole frame. layer: which hidden state is taken, as `preprocess encode --layer`: later ones are
-    not computed by a fair competitor, so they are not counted.
-    """
-    config = config.get("vision_config", config)
-    try:
-        width, depth = config["hidden_size"], config["num_hidden_layers"]
-        mlp = config.get("intermediate_size") or width * config["mlp_ratio"]
-        patch = config["patch_size"]
-    except KeyError:
-        return None
-    used = depth + 1 + layer if layer < 0 else layer
-    per_layer = patches * (8 * width**2 + 4 * width * mlp + 4 * patches * width)
-    return int(used * per_layer + 2 * 3 * patch**2 * width * patches)
-
-
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 FLOP/s of a device by the name that CUDA gives it, or None."""
     for name, flops in DEVICES.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from model.config import joined_cells
+from model.tower_kinds import frame_flops
 from train.batches.plan import RunPlan
 from train.cost import (
     DEVICES,
@@ -18,7 +19,6 @@ from train.cost import (
     forward_flops,
     memory_bytes,
     step_flops,
-    tower_flops,
 )
 from train.data.dataset import Dataset
 from train.report import dropped_line
@@ -124,7 +124,7 @@ def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:
     frame = None
     if config:
         layer = dataset.banks.config.layer
-        frame = tower_flops(config, patches[0] * patches[1], layer)
+        frame = frame_flops(config, patches[0] * patches[1], layer)
     if frame is None:
         return f"the tower's config.json is not at hand ({Path(name).name or 'no name'})"
     frames = float(plan.per_step(plan.transitions + plan.clips).mean())

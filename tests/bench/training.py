@@ -28,6 +28,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from model.batch import Batch
 from model.tower.pixels import Pixels
 from model.tower.tower import Tower
+from model.tower_kinds import find_kind
 from model.vlm import VLM
 from preprocess.decode.child import DecodeChild
 from preprocess.encode.run import EncodeOptions, encode
@@ -219,6 +220,7 @@ def so400m() -> Tower:
         width=config.hidden_size,
         model=model,
         device=CPU,
+        kind=find_kind("siglip_vision_model"),
     )
 
 
