@@ -62,7 +62,15 @@ class LapeTokens:
 
     def to_json(self) -> dict[str, Any]:
         """Return what a tokenizer holds; which axes are used is the model's setting."""
-        return {"first": self.first, "counts": self.counts, "placeholders": self.placeholders}
+        lists = {"first": self.first, "counts": self.counts, "placeholders": self.placeholders}
+        return {name: list(values) for name, values in lists.items()}
+
+    def check(self, saved: dict[str, Any], where: object) -> None:
+        """Raise UserError where a saved model's tokens are not those that its tokenizer holds."""
+        if saved != self.to_json():
+            raise UserError(
+                f"token ids {saved} do not match the tokenizer's {self.to_json()}", where=where
+            )
 
     def token_id(self, axis: int, coord: float) -> int:
         """Return the id of the anchor nearest to a coordinate."""

@@ -66,13 +66,13 @@ class Tower:
         attention: str = "sdpa",
     ) -> "Tower":
         """Load by Hub name or local folder; UserError names what cannot serve and why."""
-        kind, config = _find(name)
-        processor, model = _read(name, kind, config, attention)
+        kind, config = _read_config(name)
+        processor, model = _load_vision(name, kind, config, attention)
         vision = model.config
         _check_layer(name, layer, vision.num_hidden_layers)
         pixels = _pixels_of(name, processor, kind.side_of(vision))
         digest = tower_digest(vision, model)
-        _place(model, dtype, device)
+        _to_device(model, dtype, device)
         return cls(
             name=name,
             model_type=type(vision).model_type,
@@ -164,7 +164,7 @@ class Tower:
     @torch.inference_mode()
     def _patches(self, pixels: Tensor) -> Tensor:
         if self.kind.encode:
-            encode = _named(self.kind.encode)
+            encode = _import_named(self.kind.encode)
             return encode(self.model, pixels, self.layer).float()
         output = self.model(pixel_values=pixels, output_hidden_states=True)
         hidden = output.hidden_states[self.layer]
@@ -173,13 +173,13 @@ class Tower:
         return hidden[:, prefix:].unflatten(1, grid).float()  # frames, rows, cols, width
 
 
-def _named(name: str) -> Any:
+def _import_named(name: str) -> Any:
     """Return what `module:name` means."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def _find(name: str) -> tuple[TowerKind, Any]:
+def _read_config(name: str) -> tuple[TowerKind, Any]:
     """Return which kind of tower a folder or Hub name holds, and its config."""
     try:
         config = AutoConfig.from_pretrained(name)
@@ -191,7 +191,7 @@ def _find(name: str) -> tuple[TowerKind, Any]:
         raise UserError(str(error), where=f"tower {name}") from None
 
 
-def _read(name: str, kind: TowerKind, config: Any, attention: str) -> tuple[Any, Any]:
+def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tuple[Any, Any]:
     """Return a tower's image processor and its vision part: frozen, fp32, no weight missing."""
     part = {}
     if kind.inside and getattr(config, "vision_config", None) is not None:
@@ -199,7 +199,7 @@ def _read(name: str, kind: TowerKind, config: Any, attention: str) -> tuple[Any,
     try:
         processor = AutoImageProcessor.from_pretrained(name)
         with _without_report():
-            model, found = _named(kind.model).from_pretrained(
+            model, found = _import_named(kind.model).from_pretrained(
                 name,
                 dtype=torch.float32,
                 attn_implementation=attention,
@@ -233,7 +233,7 @@ def _pixels_of(name: str, processor: Any, side: int | None) -> Pixels:
     return pixels
 
 
-def _place(model: nn.Module, dtype: str, device: str | torch.device) -> None:
+def _to_device(model: nn.Module, dtype: str, device: str | torch.device) -> None:
     """Bring a tower to its device, its weights in their type; UserError where it cannot be held."""
     try:
         for weight in model.parameters():  # no buffers: rotary frequencies stay exact
