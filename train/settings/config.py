@@ -7,8 +7,6 @@ together, each with where it stands and how to mend it, and exit code 2.
 import importlib.util
 import os
 import re
-import sys
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 from model.config import PROJECTORS, joined_cells
 from shards.annotations.files import is_hub_name
 from shards.errors import UserError
+from train.settings.exits import refuse
 from train.settings.parse import BOOLEANS, ENVIRONMENT, Origin, merge
 
 
@@ -174,13 +173,6 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Trai
     if problems or config is None:
         refuse(problems)
     return config
-
-
-def refuse(problems: Sequence[str]) -> typing.NoReturn:
-    """Print problems, one line each, and exit with 2."""
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(2)
 
 
 def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
