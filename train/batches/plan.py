@@ -150,6 +150,12 @@ class RunPlan:
         places = len(self.row_tokens) * self.pack_tokens or int(self.pack_slots.sum())
         return float(self.row_tokens.sum()) / places
 
+    @property
+    def dropped_line(self) -> str:
+        """How many records were left out, and why."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        return f"{sum(self.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
+
     @cached_property
     def fingerprint(self) -> str:
         return digest(canonical_json(self.facts))
@@ -173,6 +179,27 @@ SETTINGS = (
     "frame_time",
 )
 """Settings that a plan depends on."""
+
+
+def rows_per_step(config: TrainConfig, world: int, state: Json) -> int:
+    """Return the rows of a step over all ranks; a resumed run keeps its own on any world size.
+
+    The packs need not divide by the number of processes, but each must have one.
+    """
+    size = config.per_device_train_batch_size
+    rows = state.get("global_batch") or size * config.gradient_accumulation_steps * world
+    if rows % size:
+        raise UserError(
+            f"the run's global batch of {rows} rows does not divide into micro-batches of {size}; "
+            "set per_device_train_batch_size to a divisor of it"
+        )
+    if rows // size < world:
+        raise UserError(
+            f"the run's global batch of {rows} rows gives {rows // size} micro-batches of {size} to "
+            f"{world} processes; use at most {rows} processes, and per_device_train_batch_size "
+            f"{max(1, rows // world)} or a smaller divisor of {rows}"
+        )
+    return int(rows)
 
 
 def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPlan:
