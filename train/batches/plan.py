@@ -34,7 +34,7 @@ def order(seed: int, epoch: int, count: int) -> list[int]:
 WINDOW = 1024
 """Records of the shuffled order that are packed together."""
 NEIGHBOURS = 16
-"""Steps whose rows are dealt among them by cost."""
+"""Steps whose rows are shared out among them by cost."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def packed_rows(
     """Return (uses, row starts, steps) of a run of packed rows.
 
     The stream of epochs is cut into windows, a window packed into rows, and the rows of a few
-    neighbouring steps dealt out by cost. Each is done in order of the stream, so that the number of
+    neighbouring steps shared out by cost. Each is done in order of the stream, so that the number of
     steps decides only where it ends.
     """
     rows: list[list[int]] = []
@@ -332,13 +332,13 @@ def packed_rows(
             steps = max(1, int(len(rows) * min(share, 1.0)) // cut.rows_per_step)
         if steps and len(rows) >= -(-steps // NEIGHBOURS) * block:
             break
-    dealt: list[list[int]] = []
+    balanced: list[list[int]] = []
     for first in range(0, steps * cut.rows_per_step, block):
         rng = np.random.default_rng([cut.seed, first, 2])
-        dealt += deal(rows[first : first + block], tokens, cut, rng)
-    dealt = dealt[: steps * cut.rows_per_step]
-    row_start = np.concatenate([[0], np.cumsum([len(row) for row in dealt])])
-    return np.concatenate([np.asarray(row) for row in dealt]), row_start, steps
+        balanced += balance_steps(rows[first : first + block], tokens, cut, rng)
+    balanced = balanced[: steps * cut.rows_per_step]
+    row_start = np.concatenate([[0], np.cumsum([len(row) for row in balanced])])
+    return np.concatenate([np.asarray(row) for row in balanced]), row_start, steps
 
 
 def windows(kept: np.ndarray, seed: int) -> Iterator[tuple[list[int], bool]]:
@@ -372,7 +372,7 @@ def best_fit_decreasing(records: list[int], tokens: np.ndarray, limit: int) -> l
     return [[records[place] for place in sorted(row)] for row in rows]
 
 
-def deal(
+def balance_steps(
     rows: list[list[int]], tokens: np.ndarray, cut: Cut, rng: np.random.Generator
 ) -> list[list[int]]:
     """Return the rows of neighbouring steps so that those of one step cost nearly the same.

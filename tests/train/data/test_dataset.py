@@ -17,7 +17,7 @@ from shards.format.features import FeatureConfig
 from train.data.dataset import open_dataset
 from train.settings.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass

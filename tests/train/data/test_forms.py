@@ -19,7 +19,7 @@ from train.convert import main
 from train.data.records import Record, parse_record, read_records
 
 Row = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def says(*values: str) -> list[Row]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from train.loop.checkpoint import verifies
 from train.loop.speed import CLOCK
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Json = dict[str, Any]
 
 RANKS = """

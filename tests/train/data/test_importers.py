@@ -15,7 +15,7 @@ from train.data.importers import box, imported
 from train.data.markup import kind_of
 from train.data.records import Record, check_coordinates, parse_record, read_records
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CHARADES = (
     "AO8RW 0.0 6.9##a person is putting a book on a shelf.\n"
     "Y6R7T 20.8 30.0##person begins to cook, ##5 times\n"

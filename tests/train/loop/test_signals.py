@@ -22,7 +22,7 @@ from train.loop.checkpoint import checkpoints, step_of, verifies
 from train.loop.signals import StopSignals, asked_of_all
 from train.loop.speed import CLOCK
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BIN = Path(sys.executable).parent
 STEPS = 40
 WAITING = """
