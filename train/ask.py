@@ -22,7 +22,7 @@ from shards.format.plan import TOWER_THREADS
 from shards.read.bank import ClipInfo, of_units
 from train.data.markup import MARKUP
 from train.data.records import Turn
-from train.settings.config import refuse
+from train.settings.exits import command
 
 if TYPE_CHECKING:
     from model.tower.tower import Tower
@@ -39,6 +39,7 @@ class FreshClip:
         return self.features[stride][list(frames)]
 
 
+@command
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -55,10 +56,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--max_new_tokens", type=int, default=128)
     args = parser.parse_args(argv)
-    try:
-        print(ask(args.video, args.question, args.model, args.tower, args.max_new_tokens))  # noqa: T201
-    except UserError as error:
-        refuse([str(error)])
+    print(ask(args.video, args.question, args.model, args.tower, args.max_new_tokens))  # noqa: T201
 
 
 def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tokens: int) -> str:

@@ -21,7 +21,6 @@ from train.cost import (
     step_flops,
 )
 from train.data.dataset import Dataset
-from train.report import dropped_line
 from train.settings.config import TrainConfig
 from train.start.stage import llm_name, read_config
 
@@ -39,7 +38,7 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     widest = max(int(plan.tokens[row].sum()) for row in pack)
     lines = [
-        ("records", f"{records} kept, {dropped_line(plan.dropped)}"),
+        ("records", f"{records} kept, {plan.dropped_line}"),
         (
             "packs",
             f"{plan.num_steps * plan.packs_per_step} of {plan.rows_per_pack} {rows_of}, "

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.vlm import VLM
 from shards.errors import UserError
-from train.loop.fsdp import copy_into
 from train.settings.config import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,7 +79,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             for name in saved.keys():  # noqa: SIM118 - it is no mapping
                 if name not in ours:
                     raise UserError(f"{file}: {name}: not trained here; use the same settings")
-                copy_into(ours.pop(name), saved.get_tensor(name))
+                _copy_into(ours.pop(name), saved.get_tensor(name))
     if ours:
         raise UserError(f"{folder}: no optimizer state of {', '.join(sorted(ours))}")
 
@@ -91,6 +91,20 @@ def _named_state(
     for name, p in model.named_parameters():
         for what, value in optimizer.state.get(p, {}).items():
             yield f"{name}/{what}", value
+
+
+def _copy_into(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, the same on every rank, into one that may be a part of it."""
+    if isinstance(target, DTensor):
+        mesh = target.device_mesh
+        value = distribute_tensor(value.to(mesh.device_type), mesh, target.placements)
+    target.copy_(value)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int, warmup_ratio: float) -> None:
+    """Give every group of parameters its learning rate at a step."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate(step, total, warmup_ratio)
 
 
 def rate(step: int, total: int, warmup_ratio: float) -> float:

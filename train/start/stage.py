@@ -131,7 +131,7 @@ def assemble(
     if kind == "run":
         lines += model.adopt(folder)
     elif kind != "llm":
-        lines += take_over(model, kind, folder)
+        lines += load_parts(model, kind, folder)
     for line in lines:
         say(f"stage     {line}")
     return model
@@ -163,7 +163,7 @@ def model_config(config: TrainConfig, dataset: "Dataset") -> Any:
     )
 
 
-def take_over(model: "VLM", kind: str, folder: Path) -> list[str]:
+def load_parts(model: "VLM", kind: str, folder: Path) -> list[str]:
     """Load what fits of a VILA or LLaVA stage into a fresh model; return a line for each part."""
     made, projector, tables, others = read_vila(folder) if kind == "vila" else read_llava(folder)
     asked = model.config.mm_projector_type
@@ -175,7 +175,7 @@ def take_over(model: "VLM", kind: str, folder: Path) -> list[str]:
             f"projector: new ({asked}), the stage's is {made}: set mm_projector_type to it"
         )
     else:
-        fit(
+        load_weights(
             model.projector,
             projector,
             f"{folder}: projector ({made})",
@@ -186,13 +186,13 @@ def take_over(model: "VLM", kind: str, folder: Path) -> list[str]:
             f"projector: from the stage ({made}, {len(projector)} tensors); features are pooled before "
             "it here, so it has to be tuned again"
         )
-    lines += take_tables(model, folder, tables)
+    lines += load_tables(model, folder, tables)
     parts = ["visual"] + (["frame_causal"] if model.frame_causal is not None else [])
     lines += [f"{name}: new, the stage has none" for name in parts]
     return lines + [f"ignored: {other}" for other in others]
 
 
-def take_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
+def load_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
     """Load LLaVA-ST's coordinate tables; return what there is to say of them."""
     if model.lape is None:
         return ["ignored: coordinate tables, enable_lape is off"] if tables else []
@@ -206,12 +206,12 @@ def take_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
     gamma = {"gamma": model.lape.gamma.detach()}  # LLaVA-ST has none: it is 1
     counts = [len(tables.get(f"input_tables.{axis}", ())) for axis in (0, 1)]
     fix = f"set num_temporal_tokens {counts[0]}, num_spatial_tokens {counts[1]}"
-    fit(model.lape, tables | gamma, f"{folder}: coordinate tables", fix)
+    load_weights(model.lape, tables | gamma, f"{folder}: coordinate tables", fix)
     model.calibrated = True
     return [f"lape: from the stage, {counts[0]} temporal, {counts[1]} spatial anchors (LLaVA-ST)"]
 
 
-def fit(module: Any, weights: Tensors, what: str, fix: str) -> None:
+def load_weights(module: Any, weights: Tensors, what: str, fix: str) -> None:
     """Load a part's weights in fp32, or raise UserError naming each tensor that does not fit."""
     from model.llm import shape_problems
 

@@ -21,7 +21,7 @@ from model.vlm import VLM
 from train.data.records import TASKS, Record, Turn, task_of
 from train.loop.log import RunLog, duration, keep_until, line_of
 from train.loop.metrics import FIELDS, NUM_SUMS, PAIRS, VECTORS, summarise, sums_of
-from train.loop.speed import CLOCK, Pace
+from train.loop.speed import CLOCK, StepTimer
 
 LOSSES = st.lists(
     st.tuples(st.sampled_from(PAIRS), st.floats(0.01, 4), st.floats(0.01, 4)), max_size=8
@@ -150,12 +150,12 @@ def test_the_task_of_a_record_is_that_of_its_first_answer_with_coordinates(
     assert TASKS[task_of(Record("r", (), tuple(turns), "", "here"))] == task
 
 
-def test_the_pace_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timer_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 101.0, 104.0, 110.0, 110.0, 112.0])  # start, ready, done, rest, ready, done
     monkeypatch.setattr("train.loop.speed.time.monotonic", lambda: next(now))
-    pace = Pace(5, 10, lambda metrics: metrics["tokens"] * 6e9, devices=2, peak=1e12)
-    pace.ready()
-    first = pace.done(6, {"tokens": 400, "supervised_tokens": 40})
+    timer = StepTimer(5, 10, lambda metrics: metrics["tokens"] * 6e9, devices=2, peak=1e12)
+    timer.data_ready()
+    first = timer.rates(6, {"tokens": 400, "supervised_tokens": 40})
     assert first.pop("memory_gb") > 0.01
     assert first == pytest.approx(
         {
@@ -167,16 +167,16 @@ def test_the_pace_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
             "mfu": 400 * 6e9 / (4 * 2 * 1e12),
         }
     )
-    pace.rest()  # a checkpoint was written
-    pace.ready()
-    second = pace.done(7, {"tokens": 400, "supervised_tokens": 0})
+    timer.pause_over()  # a checkpoint was written
+    timer.data_ready()
+    second = timer.rates(7, {"tokens": 400, "supervised_tokens": 0})
     assert (second["seconds"], second["data_wait"]) == (2.0, 0.0)
     assert second["eta_seconds"] == pytest.approx(12 / 2 * 3)
     assert second.keys() == CLOCK
 
 
 def test_without_a_known_peak_there_is_no_mfu() -> None:
-    rates = Pace(0, 1, lambda metrics: 1.0).done(1, {"tokens": 1, "supervised_tokens": 1})
+    rates = StepTimer(0, 1, lambda metrics: 1.0).rates(1, {"tokens": 1, "supervised_tokens": 1})
     assert rates.keys() == CLOCK - {"mfu"}
 
 

@@ -31,7 +31,7 @@ from train.loop.checkpoint import (
 )
 from train.loop.optimizer import allocate, load_optimizer, save_optimizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 DYING = """
 import errno, json, os, resource, shutil, signal, sys

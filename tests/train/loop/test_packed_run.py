@@ -16,7 +16,7 @@ from train.batches.plan import RunPlan, plan_run
 from train.data.dataset import open_dataset
 from train.settings.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PACKED = {"pack_tokens": 600, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
 Json = dict[str, Any]
 

@@ -23,7 +23,7 @@ from train.data.dataset import open_dataset
 from train.data.records import Record, Turn
 from train.settings.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BINS = (20, 30, 30)
 TEXTS = ["When is it?", "at", " ", "<|im_end|>", "<t:1.5>", "from <t:0.25> to <t:2>", "<x:0.31>"]
 TEXTS += ["<TEMP-007> <HEIGHT-029>", "<video>", "é 漢字\n", "<TEMP-INPUT>", "assistant: "]

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from train.data.dataset import open_dataset
 from train.settings.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass
@@ -60,13 +61,10 @@ def world(make_bank: Callable[..., Path], tmp_path: Path) -> World:
     return World(tmp_path, bank, make_bank(tmp_path / "other", {"c.mp4": clip()}))
 
 
-def refused(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    with pytest.raises(SystemExit) as stop:
+def refused(config: TrainConfig) -> list[str]:
+    with pytest.raises(UserError) as stop:
         open_dataset(config)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert all(line.startswith("error: ") for line in lines)
-    return [line.removeprefix("error: ") for line in lines]
+    return stop.value.problems
 
 
 def test_records_draw_on_several_banks(world: World) -> None:
@@ -101,11 +99,9 @@ def test_records_of_quarantined_clips_are_dropped_and_counted(world: World) -> N
     assert [record.id for record in dataset.held_out] == ["r.jsonl-0"]
 
 
-def test_an_unknown_clip_is_refused_unless_it_may_be_missing(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_clip_is_refused_unless_it_may_be_missing(world: World) -> None:
     path = world.records("r.jsonl", "a.mp4", "z.mp4")
-    (line,) = refused(world.config(data_path=[path]), capsys)
+    (line,) = refused(world.config(data_path=[path]))
     assert line == (
         f"{path}:2 (id r.jsonl-1): no bank knows the clip 'z.mp4'; encode it, name its bank, "
         "or set missing: drop"
@@ -115,15 +111,13 @@ def test_an_unknown_clip_is_refused_unless_it_may_be_missing(
     assert dataset.dropped == {"clip in no bank": 1}
 
 
-def test_a_record_without_an_answer_is_refused_unless_it_may_be_dropped(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_record_without_an_answer_is_refused_unless_it_may_be_dropped(world: World) -> None:
     path = world.records("r.jsonl", "a.mp4")
     mute = world.records("mute.jsonl", "a.mp4", "b.mp4", text=" ")
     mixtures = world.folder / "mixtures.yaml"
     mixtures.write_text(f"one: {{records: {path}}}\ntwo: {{records: {mute}}}\n")
     mixed = {"data_config": str(mixtures), "data_mixture": "one+two*3"}
-    lines = refused(world.config(**mixed), capsys)
+    lines = refused(world.config(**mixed))
     assert lines[0] == (
         f"{mute}:1 (id mute.jsonl-0): no supervised text: no gpt turn with an answer; mend it, or "
         "set unsupervised: drop"
@@ -133,11 +127,9 @@ def test_a_record_without_an_answer_is_refused_unless_it_may_be_dropped(
     assert dataset.dropped == {"no supervised text": 6}
 
 
-def test_nothing_left_to_train_on_is_refused(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_left_to_train_on_is_refused(world: World) -> None:
     path = world.records("r.jsonl", "bad.mp4")
-    (line,) = refused(world.config(data_path=[path]), capsys)
+    (line,) = refused(world.config(data_path=[path]))
     assert line.startswith("no records are left to train on")
 
 
@@ -151,10 +143,10 @@ STRIDES = [
 
 @pytest.mark.parametrize(("changes", "expected"), STRIDES)
 def test_strides_that_do_not_fit_are_refused_by_name(
-    world: World, capsys: pytest.CaptureFixture[str], changes: dict[str, int], expected: str
+    world: World, changes: dict[str, int], expected: str
 ) -> None:
     path = world.records("r.jsonl", "a.mp4")
-    (line,) = refused(world.config(data_path=[path], **changes), capsys)
+    (line,) = refused(world.config(data_path=[path], **changes))
     assert line.startswith(expected.replace("BANK", str(world.bank)))
 
 
@@ -170,7 +162,6 @@ def test_banks_of_different_towers_are_refused_by_field(
     world: World,
     make_bank: Callable[..., Path],
     features: FeatureConfig,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arrays = {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
     strange = make_bank(
@@ -178,13 +169,13 @@ def test_banks_of_different_towers_are_refused_by_field(
     )
     path = world.records("r.jsonl", "a.mp4")
     banks = [str(world.bank), str(strange)]
-    (line,) = refused(world.config(bank=banks, data_path=[path]), capsys)
+    (line,) = refused(world.config(bank=banks, data_path=[path]))
     assert "cannot be joined: layer: -2 here, -1 there" in line
 
 
-def test_all_problems_are_listed_together(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_listed_together(world: World) -> None:
     path = world.records("r.jsonl", "z.mp4", "a.mp4", text="at <t:7.5>")
-    lines = refused(world.config(data_path=[path], fast_stride=3), capsys)
+    lines = refused(world.config(data_path=[path], fast_stride=3))
     assert len(lines) == 3 + 1  # the stride, an unfit order of strides, the clip, the time
     text = "\n".join(lines)
     for part in (
@@ -195,22 +186,18 @@ def test_all_problems_are_listed_together(world: World, capsys: pytest.CaptureFi
         assert part in text
 
 
-def test_many_problems_are_counted_not_all_printed(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_many_problems_are_counted_not_all_printed(world: World) -> None:
     path = world.records("r.jsonl", *["z.mp4"] * 50)
-    lines = refused(world.config(data_path=[path]), capsys)
+    lines = refused(world.config(data_path=[path]))
     assert len(lines) == 31
     assert lines[-1] == "... and 20 more like these"
 
 
-def test_a_missing_bank_is_refused_with_what_makes_one(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_bank_is_refused_with_what_makes_one(world: World) -> None:
     path = world.records("r.jsonl", "a.mp4")
-    (line,) = refused(world.config(bank=[str(world.folder / "none")], data_path=[path]), capsys)
+    (line,) = refused(world.config(bank=[str(world.folder / "none")], data_path=[path]))
     assert line.startswith(f"{world.folder / 'none'}: no bank here (bank.json is missing)")
-    (line,) = refused(world.config(bank=[], data_path=[path]), capsys)
+    (line,) = refused(world.config(bank=[], data_path=[path]))
     assert line.startswith("bank: missing; give --bank BANK")
 
 

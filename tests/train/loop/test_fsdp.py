@@ -25,7 +25,7 @@ from model.vlm import VLM
 from train.run import unsupported
 from train.settings.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted((ROOT / "train" / "presets").glob("fsdp2_*.yaml"))
 SHARDED = """
 import accelerate, sys

@@ -16,7 +16,7 @@ from model.batch import Batch
 from model.vlm import VLM
 from shards.errors import UserError
 from train.cost import LlmShape
-from train.loop.checks import Heaviest, Movement, digests, fits, name_pack
+from train.loop.checks import PackMemory, UpdateCheck, digests, name_pack, out_of_memory_advice
 from train.loop.gradients import pack_seed
 from train.loop.speed import CLOCK
 from train.settings.config import TrainConfig
@@ -91,24 +91,24 @@ def test_a_frozen_weight_that_moves_stops_the_run(
 
 def test_parts_may_wait_for_a_step_that_reaches_them(make_model: Callable[..., VLM]) -> None:
     model = make_model()
-    movement = Movement(model, Accelerator(cpu=True))
+    updates = UpdateCheck(model, Accelerator(cpu=True))
     names = set(model.parts())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     with torch.no_grad():
         for p in model.llm.parameters():
             p.add_(0.5)
-    movement.check(0, frames=False, warming_up=True)
-    assert set(movement.waiting) == names
-    movement.check(0, frames=False, warming_up=False)  # a step of text alone
-    assert set(movement.waiting) == names - {"llm"}
+    updates.check(0, frames=False, warming_up=True)
+    assert set(updates.waiting) == names
+    updates.check(0, frames=False, warming_up=False)  # a step of text alone
+    assert set(updates.waiting) == names - {"llm"}
     with pytest.raises(UserError, match="step 2: no weight of projector, visual, frame_causal"):
-        movement.check(1, frames=True, warming_up=False)
+        updates.check(1, frames=True, warming_up=False)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.5)
-    movement.check(1, frames=True, warming_up=False)
-    assert not movement.waiting
+    updates.check(1, frames=True, warming_up=False)
+    assert not updates.waiting
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -179,14 +179,14 @@ QWEN_7B = LlmShape(
 
 def test_what_a_setting_saves_follows_from_the_sizes() -> None:
     config = TrainConfig(bf16=True, pack_tokens=8192, per_device_train_batch_size=1)
-    heaviest = Heaviest(8192, QWEN_7B, 1152)
+    heaviest = PackMemory(8192, QWEN_7B, 1152)
     saved = {way: size / 2**30 for size, way in heaviest.ways_out(config)}
     assert set(saved) == {"gradient_checkpointing full", "tune_llm lora", "pack_tokens 4096"}
     # 7.6 G weights: gradients and two moments are 12 bytes of each
     assert saved["tune_llm lora"] > 12 * 7.6e9 / 2**30 * 0.9
     sizes = [size for size, _ in heaviest.ways_out(config)]
     assert sizes == sorted(sizes, reverse=True)
-    longer = Heaviest(16384, QWEN_7B, 1152)
+    longer = PackMemory(16384, QWEN_7B, 1152)
     half = {way: size / 2**30 for size, way in longer.ways_out(config)}["pack_tokens 4096"]
     assert half == pytest.approx(2 * saved["pack_tokens 4096"], rel=0.1)
 
@@ -194,7 +194,7 @@ def test_what_a_setting_saves_follows_from_the_sizes() -> None:
 def test_another_error_is_left_as_it_is() -> None:
     with (
         pytest.raises(RuntimeError, match="shapes"),
-        fits("step 1", Heaviest(10, None, 12), TrainConfig()),
+        out_of_memory_advice("step 1", PackMemory(10, None, 12), TrainConfig()),
     ):
         raise RuntimeError("shapes do not fit")
 
@@ -202,7 +202,7 @@ def test_another_error_is_left_as_it_is() -> None:
 def test_a_family_of_unknown_sizes_still_gets_advice() -> None:
     with (
         pytest.raises(UserError, match="lower per_device_train_batch_size or max_frames_num"),
-        fits("step 1", Heaviest(10, None, 12), TrainConfig()),
+        out_of_memory_advice("step 1", PackMemory(10, None, 12), TrainConfig()),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

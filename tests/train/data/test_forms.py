@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from shards.annotations.files import Selection, annotation_files, is_hub_name, local_copy, read_rows
 from shards.annotations.forms import DESCRIBE, canonical
 from shards.errors import UserError
-from train.convert import main, write_rows
+from train.convert import main
 from train.data.records import Record, parse_record, read_records
 
 Row = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def says(*values: str) -> list[Row]:
@@ -553,13 +553,13 @@ def test_the_command_writes_records_of_ours(
     (tmp_path / "in").mkdir()
     source = written(tmp_path / "in", ".parquet", [LLAVA_VIDEO, QWEN | {"start": 1.0, "end": 2.0}])
     out = tmp_path / "out.jsonl"
-    main([str(source), "--out", str(out)])
+    main(["records", str(source), "--out", str(out)])
     assert "2 records" in capsys.readouterr().out
     one, two = read(source)[0], read(out)[0]
     assert [simple(record) for record in one] == [simple(record) for record in two]
     bad = written(tmp_path, ".json", [QWEN | {"video": "/a.mp4"}, QWEN | {"video": None}])
     with pytest.raises(SystemExit) as stop:
-        main([str(bad), "--out", str(tmp_path / "none.jsonl")])
+        main(["records", str(bad), "--out", str(tmp_path / "none.jsonl")])
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
     assert not (tmp_path / "none.jsonl").exists()
@@ -567,10 +567,10 @@ def test_the_command_writes_records_of_ours(
 
 def test_reading_records_needs_no_torch(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    write_rows(path, [QWEN])
+    path.write_text(json.dumps(QWEN))
     script = (
         "import sys\nfrom train.convert import main\n"
-        f"main([{str(path)!r}, '--out', {str(tmp_path / 'o.jsonl')!r}])\n"
+        f"main(['records', {str(path)!r}, '--out', {str(tmp_path / 'o.jsonl')!r}])\n"
         "sys.exit(len({'torch', 'transformers', 'pyarrow'} & set(sys.modules)))\n"
     )
     done = subprocess.run(

@@ -4,7 +4,7 @@ import pytest
 
 from shards.errors import UserError
 from train.settings.config import TrainConfig, parse
-from train.start.attention import choose_attention
+from train.start.prepare_llm import choose_attention
 
 CHOICES = [
     ("cuda", {"pack_tokens": 4096}, "flex_attention", "only attended blocks"),
@@ -17,11 +17,17 @@ CHOICES = [
 ]
 
 
+def choose(config: TrainConfig, device: str, longest: int) -> tuple[str, str]:
+    return choose_attention(
+        config.attn, config.pack_tokens, config.frame_attention, device, longest
+    )
+
+
 @pytest.mark.parametrize(("device", "settings", "chosen", "reason"), CHOICES)
 def test_the_choice_follows_mask_and_device(
     device: str, settings: dict[str, object], chosen: str, reason: str
 ) -> None:
-    found, why = choose_attention(TrainConfig(**settings), device, 2048)  # type: ignore[arg-type]
+    found, why = choose(TrainConfig(**settings), device, 2048)  # type: ignore[arg-type]
     assert found == chosen
     assert why.startswith(reason) or reason in why
     assert "would be faster" not in why
@@ -29,14 +35,14 @@ def test_the_choice_follows_mask_and_device(
 
 def test_rows_much_longer_than_a_record_are_advised_against_under_a_dense_mask() -> None:
     config = TrainConfig(pack_tokens=4097)
-    assert "pack_tokens 4096 or less would be faster" in choose_attention(config, "cpu", 2048)[1]
-    assert "faster" not in choose_attention(config, "cuda", 2048)[1]
-    assert "faster" not in choose_attention(config, "cpu", 2049)[1]
+    assert "pack_tokens 4096 or less would be faster" in choose(config, "cpu", 2048)[1]
+    assert "faster" not in choose(config, "cuda", 2048)[1]
+    assert "faster" not in choose(config, "cpu", 2049)[1]
 
 
 def test_flex_attention_is_refused_where_it_cannot_train() -> None:
     with pytest.raises(UserError, match="flex_attention needs CUDA"):
-        choose_attention(TrainConfig(attn="flex_attention"), "cpu", 100)
+        choose(TrainConfig(attn="flex_attention"), "cpu", 100)
 
 
 REFUSED = [

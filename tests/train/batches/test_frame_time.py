@@ -22,7 +22,7 @@ from train.data.records import Turn
 from train.settings.config import TrainConfig
 from train.start.stage import build
 
-PRESETS = Path(__file__).parents[2] / "train" / "presets"
+PRESETS = Path(__file__).parents[3] / "train" / "presets"
 TALK = ("<video>\nWhen is it?", "from <t:1.0> to <t:3.5>")
 
 

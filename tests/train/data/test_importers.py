@@ -1,22 +1,21 @@
-"""Grounding benchmarks become records with markup; what is wrong with one is named; round trips."""
+"""Grounding benchmarks become records with markup, and what is wrong with one is named."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.annotations.forms import canonical
-from shards.errors import UserError
-from train.data.importers import box, imported, main, to_llava_st
+from train import convert
+from train.convert import main
+from train.data import importers
+from train.data.importers import box, imported
 from train.data.markup import kind_of
 from train.data.records import Record, check_coordinates, parse_record, read_records
 
-Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[3]
 CHARADES = (
     "AO8RW 0.0 6.9##a person is putting a book on a shelf.\n"
     "Y6R7T 20.8 30.0##person begins to cook, ##5 times\n"
@@ -255,44 +254,23 @@ def test_a_box_in_any_writing_is_the_same_markup(
         assert numbers == pytest.approx([x1, y1, x2, y2], abs=6e-5)
 
 
-def test_llava_st_there_and_back() -> None:
-    (item,) = LLAVA_ST
-    assert to_llava_st(canonical(item), [None]) == item
-
-
-def test_seconds_become_shares_of_their_clip_and_anchors_their_hundredths() -> None:
-    turns = [
-        {"from": "human", "value": "<video> <t:2> <video> <t:2.5>?"},
-        {"from": "gpt", "value": "<TEMP-033> <x:0.5><y:0.25>"},
-    ]
-    row = {"video": ["a.mp4", "b.mp4"], "conversations": turns}
-    out = to_llava_st(row, [4.0, 10.0])
-    assert out["variables"] == {
-        "temporal_input_locations": [0.5, 0.25],
-        "temporal_output_locations": [0.33333],
-        "spatial_height_input_locations": [],
-        "spatial_height_output_locations": [0.25],
-        "spatial_width_input_locations": [],
-        "spatial_width_output_locations": [0.5],
-    }
-    assert out["conversations"][0]["value"] == "<video> <TEMP-INPUT> <video> <TEMP-INPUT>?"
-    with pytest.raises(UserError, match="how long is its clip"):
-        to_llava_st(row, [4.0, None])
-
-
-def test_the_export_takes_durations_from_a_bank(
-    tmp_path: Path, make_bank: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_the_readmes_own_benchmark_is_one_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arrays = {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
-    bank = make_bank(tmp_path / "bank", {"a.mp4": arrays})  # a second long
-    turns = [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "at <t:0.25>"}]
-    path = fixture(tmp_path, "r.jsonl", [{"id": "x", "video": "a.mp4", "conversations": turns}])
-    out = tmp_path / "o.json"
-    with pytest.raises(SystemExit):
-        main(["to-llava-st", str(path), "--out", str(out)])
-    assert "(id x): <t:0.25>: how long is its clip? give --bank" in capsys.readouterr().err
-    main(["to-llava-st", str(path), "--bank", str(bank), "--out", str(out)])
-    (item,) = json.loads(out.read_text())
-    assert item["variables"]["temporal_output_locations"] == [0.25]
-    (record,) = records_of("llava-st", out)
-    assert record.turns[1].text == "at <t:25%>"
+    """The code under "Add your own benchmark", run as it stands where it says."""
+    readme = (ROOT / "README.md").read_text().partition("**Add your own benchmark**")[2]
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.setattr(importers, "IMPORTERS", dict(importers.IMPORTERS))
+    monkeypatch.setattr(convert, "IMPORTERS", importers.IMPORTERS)
+    exec(code, dict(vars(importers)))
+    item = {"id": "v_1", "duration": 30.5, "sentences": ["he runs", "he sits"]}
+    item["timestamps"] = [[0.5, 12.25], [13, 30.5]]
+    path = fixture(tmp_path, "a.jsonl", [item])
+    main(["activitynet", str(path), "--out", str(tmp_path / "out.jsonl")])
+    problems: list[str] = []
+    one, two = read_records(tmp_path / "out.jsonl", problems)
+    assert problems == []
+    assert (one.id, one.clips, two.id) == ("v_1-0", ("v_1.mp4",), "v_1-1")
+    assert one.turns[1].text == "from <t:0.500> to <t:12.250>"
+    assert two.turns[0].text.endswith(": he sits")
+    assert "2 records" in capsys.readouterr().out
