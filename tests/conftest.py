@@ -1,7 +1,6 @@
 """What several test files share: a small toy world, its bank, and banks of given arrays."""
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from preprocess.toyworld import make_toyworld, save_llm
 from shards.format.catalogue import build_columns, checksums, write_columns
 from shards.format.codec import Codec, channel_rms
 from shards.format.features import FeatureConfig, Sampling
+from shards.format.quarantine import QuarantineEntry, Reason, append_entry
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import ClipInfo
 from shards.signed import signed_json
@@ -154,8 +154,11 @@ def make_bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> 
         }
         (out / "bank.json").write_bytes(signed_json(manifest))
         if quarantined:
-            lines = [json.dumps({"id": id_, "reason": "damaged"}) + "\n" for id_ in quarantined]
-            (out / "quarantine.jsonl").write_text("".join(lines))
+            for id_ in quarantined:
+                key = sample_key(id_)
+                append_entry(
+                    out, QuarantineEntry(id_, key, id_, "decode", Reason.DAMAGED, "damaged", 1, 0.0)
+                )
         return out
 
     return make

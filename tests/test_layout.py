@@ -20,7 +20,7 @@ ALLOWED = {
     "preprocess": {"preprocess", "shards", "model"},
     "train": {"train", "shards", "model"},
 }
-FOR_ASK = {"preprocess.decode.clip", "preprocess.decode.scan", "preprocess.decode.child"}
+FOR_ASK = {"preprocess.decode.child", "preprocess.decode.request"}
 NO_VIDEO = ("model.tower", "preprocess", "decord", "av", "PIL", "cv2", "torchvision")
 LIGHT = ("preprocess.cli.main", "train.settings.config", "shards.format.features")
 HEAVY = ("torch", "transformers", "accelerate", "decord", "av", "zarr")

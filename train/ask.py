@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.decode.child import DecodeChild
+from preprocess.decode.request import ReadRequest
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.format.plan import TOWER_THREADS
@@ -106,7 +107,7 @@ def fresh_clip(
     """Return a video's features exactly as `preprocess encode` would bank them."""
     if not video.exists():
         raise UserError(f"{video}: no such file")
-    clip = child.read_clip(video, features.sampling, pixels=tower.pixels)
+    clip = child.read_clip(ReadRequest(video, features.sampling, pixels=tower.pixels))
     height, width = clip.display_size
     stored, _ = tower.features(
         clip.frames,

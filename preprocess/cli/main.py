@@ -159,7 +159,6 @@ def prepared(
     shard_size: int,
     batch_frames: int | None,
     tower_threads: int | None,
-    verify_inputs: str,
     prune: bool,
     **rest: Any,
 ) -> tuple[list["ClipSource"], "EncodeOptions", dict[str, Any]]:
@@ -194,7 +193,7 @@ def prepared(
         shard_bytes=shard_size * 1024**2,
         **rest,
     )
-    return clips, options, {"full": verify_inputs == "full", "prune": prune}
+    return clips, options, {"prune": prune}
 
 
 def start_torch(device: str) -> str:
@@ -289,7 +288,7 @@ def report(bank: Path, summary: "Summary") -> None:
         failed = counted(len(summary.failures), "clip")
         click.echo(f"{failed} failed, listed in {bank / 'quarantine.jsonl'}:")
         for entry in summary.failures[:20]:
-            click.echo(f"  {entry['id']}: {entry['reason']}: {entry['message']}")
+            click.echo(f"  {entry.id}: {entry.reason}: {entry.message}")
         raise SystemExit(1)
 
 

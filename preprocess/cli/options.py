@@ -61,13 +61,6 @@ HOW = _all(
         help="CPU threads of the tower.  [default: as at first, 2]",
     ),
     DEVICE,
-    click.option(
-        "--decoder",
-        type=click.Choice(["auto", "decord", "pyav"]),
-        default="auto",
-        show_default=True,
-        help="auto lets a scan of each file's packets choose.",
-    ),
     click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED),
 )
 VIDEO_ROOTS = click.option(
@@ -143,13 +136,6 @@ PLANNED = _all(
         default=512,
         show_default=True,
         help="MB of a shard, at most.",
-    ),
-    click.option(
-        "--verify-inputs",
-        type=click.Choice(["quick", "full"]),
-        default="quick",
-        show_default=True,
-        help="Know a changed video by its size, head and tail, or by all its bytes.",
     ),
     click.option("--prune", is_flag=True, help="Drop clips whose videos are gone from the bank."),
 )

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from preprocess.decode.canvas import Canvas
 from preprocess.decode.scan import Scan, VideoError
+from shards.format.quarantine import Reason
 
 PICTURE_FPS = "2"
 """Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
@@ -56,13 +57,15 @@ def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
     if path.is_dir():
         files = picture_files(path)
         if not files:
-            raise VideoError("no-pictures", f"{path}: a folder without pictures; remove it")
+            raise VideoError(
+                Reason.NO_PICTURES, "a folder without pictures", where=path, fix="remove it"
+            )
         first = files[0]
         ends = list(range(1, len(files) + 1))
         tick, kind = 1 / Fraction(fps), "folder"
     else:
         if not path.is_file():
-            raise VideoError("cannot-open", f"{path}: no such file; check the path")
+            raise VideoError(Reason.CANNOT_OPEN, "no such file", where=path, fix="check the path")
         first = path
         ends = _animation_ends(path)
         tick, kind = Fraction(1, 1000), "animation" if len(ends) > 1 else "still"
@@ -97,9 +100,11 @@ def read_pictures(scan: Scan, index: Sequence[int], canvas: Canvas) -> np.ndarra
         (picture,) = _frames(path, [0])
         if picture.shape[:2] != scan.display_size:
             raise VideoError(
-                "mixed-sizes",
-                f"{path}: {picture.shape[0]}x{picture.shape[1]} pixels, the folder's first picture "
-                f"has {scan.height}x{scan.width}; bring them to one size or into two folders",
+                Reason.MIXED_SIZES,
+                f"{picture.shape[0]}x{picture.shape[1]} pixels, the folder's first picture "
+                f"has {scan.height}x{scan.width}",
+                where=path,
+                fix="bring them to one size or into two folders",
             )
         pictures.append(canvas.shape(picture))
     return canvas.gather(pictures)
@@ -116,12 +121,13 @@ def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels are of mode {image.mode}, not 8 bits a colour")
+                wrong = f"its pixels are of mode {image.mode}, not 8 bits a colour"
+                raise _unreadable(path, wrong)
             for frame in index:
                 image.seek(frame)
                 yield np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UNREADABLE as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, " ".join(str(error).split())) from None
 
 
 def _animation_ends(path: Path) -> list[int]:
@@ -139,10 +145,10 @@ def _animation_ends(path: Path) -> list[int]:
                 ends.append(round(end))
             return ends
     except UNREADABLE as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, " ".join(str(error).split())) from None
 
 
-def _unreadable(path: Path, error: Exception) -> VideoError:
+def _unreadable(path: Path, why: str) -> VideoError:
     empty = path.is_file() and not path.stat().st_size
-    what = "empty" if empty else f"not a readable picture ({' '.join(str(error).split())})"
-    return VideoError("cannot-open", f"{path}: {what}; fetch it again or remove it")
+    what = "empty" if empty else f"not a readable picture ({why})"
+    return VideoError(Reason.CANNOT_OPEN, what, where=path, fix="fetch it again or remove it")

@@ -101,13 +101,14 @@ def measure(
     nbytes = frames = clips = 0
     with SourceReader(DecodeChild(), bank) as reader:
         for clip in dict.fromkeys(chosen):
-            outcome = reader.read(clip, options.sampling, tower.pixels, decoder=options.decoder)
+            request = options.request(clip, tower.pixels)
+            outcome = reader.read(clip, request)
             if outcome.clip is None:
                 continue
             if not clips:
                 _encode(tower, outcome.clip.frames, options)  # the first time loads kernels
                 began = time.monotonic()
-                reader.read(clip, options.sampling, tower.pixels, decoder=options.decoder)
+                reader.read(clip, request)
                 decode += time.monotonic() - began
             else:
                 decode += outcome.seconds

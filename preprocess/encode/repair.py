@@ -125,19 +125,10 @@ class Again:
     ) -> None:
         self.bank, self.plan = bank, plan
         self.video_roots = video_roots
-        features, how = plan.features, plan.how
-        self.options = EncodeOptions(
-            tower=tower or how.tower,
-            strides=features.strides,
-            sampling=features.sampling,
-            layer=features.layer,
-            pool=features.pool,
-            dtype=features.dtype,
-            codec=features.codec,
-            tower_dtype=features.tower_dtype,
+        self.options = EncodeOptions.of_plan(
+            plan,
+            tower=tower or plan.how.tower,
             device=device,
-            batch_frames=how.batch_frames,
-            tower_threads=how.tower_threads,
             allow_truncated=True,  # what is asked for was banked once
         )
         self.tower: Tower | None = None
@@ -166,17 +157,12 @@ class Again:
         known = ("batch_frames", "tower_threads")
         numbers = {name: int(str(how[name])) for name in known if name in how}
         options = replace(self.options, **numbers)  # type: ignore[arg-type]
-        if old and old["decoder"].startswith("pyav"):
-            options = replace(options, decoder="pyav")
         self._reader = self._reader or SourceReader(DecodeChild(), self.bank)
         (clip,) = clips_under([clip], self.video_roots)
-        outcome = self._reader.read(
-            clip,
-            options.sampling,
-            tower.pixels,
-            decoder=options.decoder,
-            allow_truncated=options.allow_truncated,
-        )
+        request = options.request(clip, tower.pixels)
+        if old and old["decoder"].startswith("pyav"):
+            request = replace(request, decoder="pyav")
+        outcome = self._reader.read(clip, request)
         if outcome.clip is None:
             return str(outcome.error)
         digest = clip.digest or (old or {}).get("digest")

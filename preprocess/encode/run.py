@@ -40,13 +40,12 @@ def encode(
     options: EncodeOptions,
     *,
     procs: int = 1,
-    full: bool = False,
     prune: bool = False,
 ) -> Summary:
     """Bank the features of every clip of the inputs; returns what was done and what failed.
 
-    procs: processes, each with a tower and a decoder of its own. full: hash whole sources, not only
-    their heads and tails. prune: serve no longer the clips whose sources are gone.
+    procs: processes, each with a tower and a decoder of its own. prune: serve no longer the
+    clips whose sources are gone.
     """
     clips = find_clips(
         inputs,
@@ -54,7 +53,7 @@ def encode(
         options.picture_fps,
         allow_outside=options.allow_outside,
     )
-    return encode_clips(clips, out, options, procs=procs, full=full, prune=prune)[0]
+    return encode_clips(clips, out, options, procs=procs, prune=prune)[0]
 
 
 def encode_clips(
@@ -63,14 +62,13 @@ def encode_clips(
     options: EncodeOptions,
     *,
     procs: int = 1,
-    full: bool = False,
     prune: bool = False,
 ) -> tuple[Summary, Changes]:
     """Do what `encode` does for clips that were found already; returns the changes, too."""
     tower = load_tower(options)
     predicted_bytes(tower, options)  # refuses what the tower cannot do before there is a folder
     with disk_errors(out), BankLock(out, "preprocess encode"):
-        changes = make_plan(out, clips, tower, options, full=full, prune=prune)
+        changes = make_plan(out, clips, tower, options, prune=prune)
         return execute(out, changes.plan, clips, tower, options, procs), changes
 
 
@@ -79,14 +77,13 @@ def plan_clips(
     out: Path,
     options: EncodeOptions,
     *,
-    full: bool = False,
     prune: bool = False,
 ) -> tuple[Tower, Changes]:
     """Write the plan that `encode_clips` would execute, and encode nothing."""
     tower = load_tower(options)
     predicted_bytes(tower, options)
     with disk_errors(out), BankLock(out, "preprocess plan"):
-        return tower, make_plan(out, clips, tower, options, full=full, prune=prune)
+        return tower, make_plan(out, clips, tower, options, prune=prune)
 
 
 def make_plan(
@@ -95,7 +92,6 @@ def make_plan(
     tower: Tower,
     options: EncodeOptions,
     *,
-    full: bool = False,
     prune: bool = False,
 ) -> Changes:
     """Return what the clips are to the bank, with its plan, written before any decoding."""
@@ -107,7 +103,7 @@ def make_plan(
     how = How(options.batch_frames, options.tower_threads, tower.name)
     plan = known or Plan(features, [], how)
     planned = {clip.key: clip for clip in plan.clips}
-    probed = probe(clips, planned, features.sampling, full=full)
+    probed = probe(clips, planned, features.sampling)
     changes = compare(out, plan, probed, lost_keys(out, plan))
     clip_bytes = predicted_bytes(tower, options)
     plan = changes.plan.extended(changes.todo, options.shard_bytes, clip_bytes)
@@ -171,7 +167,7 @@ def lost_keys(bank: Path, plan: Plan) -> set[str]:
     """
     commits = {commit["unit"]: commit for commit in read_commits(bank, plan)}
     banked = {unit: {s["key"] for s in commit["samples"]} for unit, commit in commits.items()}
-    failed = {entry.get("key") for entry in read_entries(bank).values()}
+    failed = {entry.key for entry in read_entries(bank).values()}
     return {
         key
         for key, unit in plan.counts.items()

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from preprocess.decode.child import DecodeChild
+from preprocess.decode.read_pictures import PICTURE_FPS
+from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import SourceReader
 from preprocess.show.table import find, read_meta
 from shards.format.features import Sampling
@@ -45,7 +47,15 @@ def source_frames(bank: Path, meta: SampleMeta, sampling: Sampling) -> np.ndarra
         return "video gone"
     incomplete = not {"truncated", "damaged"}.isdisjoint(meta.flags)
     with SourceReader(DecodeChild(), Path(gettempdir())) as reader:
-        outcome = reader.read(source, sampling, allow_truncated=incomplete)
+        request = ReadRequest(
+            Path(source.path),
+            sampling,
+            start=source.start,
+            end=source.end,
+            allow_truncated=incomplete,
+            picture_fps=source.picture_fps or PICTURE_FPS,
+        )
+        outcome = reader.read(source, request)
     if outcome.clip is None:
         return f"video {outcome.error.reason if outcome.error else 'unreadable'}"
     if outcome.digest != meta.digest or outcome.clip.frame_index.tolist() != meta.frame_index:

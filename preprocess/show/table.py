@@ -18,7 +18,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.format.catalogue import split_text
-from shards.format.quarantine import read_entries
+from shards.format.quarantine import QuarantineEntry, read_quarantine
 from shards.format.samples import SampleMeta
 from shards.read.bank import Bank
 from shards.signed import Json
@@ -36,7 +36,7 @@ def table(path: Path) -> str:
     durations = bank.columns["end"] - bank.columns["start"]
     metas = (read_meta(bank, row) for row in range(len(bank)))
     lines = [*facts(bank), *histogram(durations), *origins(metas)]
-    return "\n".join([*lines, *quarantine([*read_entries(path).values()])])
+    return "\n".join([*lines, *quarantine(read_quarantine(path))])
 
 
 def find(bank: Bank, name: str) -> int:
@@ -130,11 +130,11 @@ def origins(metas: Iterable[SampleMeta]) -> list[str]:
     ]
 
 
-def quarantine(entries: Sequence[Json]) -> list[str]:
+def quarantine(entries: Sequence[QuarantineEntry]) -> list[str]:
     """Return the lines on the clips that failed, by reason, the commonest first."""
     lines = [f"{'quarantine':<12} {len(entries) or 'none'}"]
-    for reason, count in Counter(entry["reason"] for entry in entries).most_common():
-        ids = [entry["id"] for entry in entries if entry["reason"] == reason][:EXAMPLES]
+    for reason, count in Counter(entry.reason for entry in entries).most_common():
+        ids = [entry.id for entry in entries if entry.reason == reason][:EXAMPLES]
         more = f" and {count - len(ids):,} more" if count > len(ids) else ""
         lines.append(printable(f"  {reason} {count:,}: {', '.join(ids)}{more}"))
     return lines

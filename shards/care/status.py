@@ -71,7 +71,7 @@ def status(bank: Path) -> Status:
     writer = writer_of(bank)
     began = _began(bank, writer)
     entries = read_quarantine(bank)
-    failed = {entry.get("key") for entry in entries}
+    failed = {entry.key for entry in entries}
     found = Status(
         bank=bank,
         features=FeatureConfig.from_json(books.features) if books.features else None,
@@ -79,7 +79,7 @@ def status(bank: Path) -> Status:
         progress=_progress(books, failed, began),
         nbytes=sum(_size(path) for path in bank.glob("shards/*")),
         writer=writer,
-        quarantine=dict(Counter(str(entry.get("reason")) for entry in entries).most_common()),
+        quarantine=dict(Counter(entry.reason.value for entry in entries).most_common()),
         problems=[str(damage) for damage in books.damages],
         seconds=None if began is None else max(time.time() - began, 1e-9),
     )
@@ -102,7 +102,7 @@ def _began(bank: Path, writer: Json | None) -> float | None:
     return calendar.timegm(time.strptime(writer["started"], "%Y-%m-%dT%H:%M:%SZ"))
 
 
-def _progress(books: Books, failed: set[str | None], began: float | None) -> Progress:
+def _progress(books: Books, failed: set[str], began: float | None) -> Progress:
     found = Progress()
     if not books.plan:
         return found
@@ -187,7 +187,7 @@ def table(found: Status) -> str:
     if found.seconds is not None:
         rows["rate"] = _rate(progress, found.seconds)
     failed = sum(found.quarantine.values())
-    reasons = ", ".join(f"{n} {printable(reason)}" for reason, n in found.quarantine.items())
+    reasons = ", ".join(f"{n} {reason}" for reason, n in found.quarantine.items())
     rows["quarantine"] = f"{failed} clips: {reasons}; `preprocess retry`" if failed else "empty"
     if found.dead:
         whole = f"; nothing else in {', '.join(found.dead_shards)}" if found.dead_shards else ""

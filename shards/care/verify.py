@@ -226,7 +226,7 @@ def expected_keys(books: Books, name: str) -> set[str]:
     """Return the clips that a shard should hold whose commit record is lost."""
     if name in books.listed and (known := _catalogued(books, name)):
         return {*known, *books.listed_dead(name)}
-    failed = {entry.get("key") for entry in read_quarantine(books.bank)}
+    failed = {entry.key for entry in read_quarantine(books.bank)}
     return {clip["key"] for clip in books.planned.get(name, ())} - failed
 
 

@@ -57,8 +57,6 @@ class ClipSource:
     """Of the file, of a folder's newest picture, or of the archive."""
     digest: str | None = None
     """As in the sample's json; None for a source that could not be read."""
-    full_digest: str | None = None
-    """blake2b of all its bytes, where that was asked for."""
     frames: int | None = None
     """How many are predicted to be banked: none of a source that cannot be opened."""
 

@@ -55,7 +55,7 @@ class Banks:
 
     def quarantined(self) -> set[str]:
         """Return the ids of clips that could not be encoded."""
-        return {entry["id"] for bank in self.banks for entry in read_quarantine(bank.where)}
+        return {entry.id for bank in self.banks for entry in read_quarantine(bank.where)}
 
 
 def _refuse_common_clips(one: Bank, other: Bank) -> None:

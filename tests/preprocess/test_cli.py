@@ -25,15 +25,14 @@ from shards.read.bank import Bank
 ROOT = Path(__file__).resolve().parents[2]
 PLANNED = (
     "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype --codec "
-    "--tower-dtype --batch-frames --tower-threads --device --decoder --allow-truncated --folder-fps "
-    "--allow-outside --shard-size --verify-inputs --prune --help"
+    "--tower-dtype --batch-frames --tower-threads --device --allow-truncated --folder-fps "
+    "--allow-outside --shard-size --prune --help"
 )
 OPTIONS = {
     "plan": f"{PLANNED} --no-estimate",
     "encode": f"{PLANNED} --procs",
     "retry": (
-        "--tower --video-root --device --batch-frames --tower-threads --decoder --allow-truncated "
-        "--help"
+        "--tower --video-root --device --batch-frames --tower-threads --allow-truncated --help"
     ),
     "show": "--out --help",
     "status": "--help",
@@ -125,7 +124,6 @@ def test_strides_that_do_not_rise_are_refused(toy: Path, tmp_path: Path, strides
         (["--codec", "zip"], "--codec"),
         (["--procs", 0], "--procs"),
         (["--tower-threads", 0], "--tower-threads"),
-        (["--verify-inputs", "some"], "--verify-inputs"),
         (["--layer", "last"], "--layer"),
         (["--batch-frames", 0], "--batch-frames"),
         (["--shard-size", 0], "--shard-size"),

@@ -409,16 +409,16 @@ def test_bad_videos_are_quarantined_and_change_nothing_else(
     bank = tmp_path / "bank"
     summary = encode([str(videos)], bank, toy_options)
     bad = {"train/empty.mp4", "text.mp4", "cut.mp4"}
-    assert {entry["id"] for entry in summary.failures} == bad
+    assert {entry.id for entry in summary.failures} == bad
     assert (summary.clips, summary.skipped) == (9, 0)
-    entries = {entry["id"]: entry for entry in read_quarantine(bank)}
+    entries = {entry.id: entry for entry in read_quarantine(bank)}
     assert set(entries) == bad
     for id_, entry in entries.items():
-        assert entry["key"] == sample_key(id_)
-        assert (entry["stage"], entry["reason"]) == ("decode", "cannot-open")
-        assert entry["path"] == str(videos / id_)
-        assert str(videos / id_) in entry["message"]
-        assert "\n" not in entry["message"]
+        assert entry.key == sample_key(id_)
+        assert (entry.stage, entry.reason) == ("decode", "cannot-open")
+        assert entry.path == str(videos / id_)
+        assert str(videos / id_) in entry.message
+        assert "\n" not in entry.message
     for name in ("bank-000000.tar", "bank-000000.tar.idx", "bank-000000.done"):
         assert (bank / "shards" / name).read_bytes() == (toy_bank / "shards" / name).read_bytes()
     assert (bank / "bank.json").read_bytes() == (toy_bank / "bank.json").read_bytes()
@@ -426,7 +426,7 @@ def test_bad_videos_are_quarantined_and_change_nothing_else(
     before = contents(bank)
     again = encode([str(videos)], bank, toy_options)
     assert (again.clips, again.skipped) == (0, 9)
-    assert {entry["id"] for entry in again.failures} == bad, "a rerun must not hide what failed"
+    assert {entry.id for entry in again.failures} == bad, "a rerun must not hide what failed"
     assert contents(bank) == before
     good_only = encode([str(videos / "test" / "clip-00000.mp4")], tmp_path / "b2", toy_options)
     assert good_only.failures == []
@@ -458,8 +458,8 @@ def test_values_that_float16_cannot_hold_are_refused_with_the_way_out(
     options = EncodeOptions(str(tower), (1, 8), Sampling(num_frames=2))
     summary = encode(inputs, tmp_path / "bank", options)
     (entry,) = summary.failures
-    assert (entry["stage"], entry["reason"]) == ("tower", "not-representable")
-    assert "--dtype bfloat16" in entry["message"]
+    assert (entry.stage, entry.reason) == ("tower", "not-representable")
+    assert "--dtype bfloat16" in entry.message
     assert len(Bank.open(tmp_path / "bank")) == 0
     wide = replace(options, dtype="bfloat16")
     assert encode(inputs, tmp_path / "wide", wide).failures == []

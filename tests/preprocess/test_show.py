@@ -17,6 +17,7 @@ from PIL import Image
 from model.grid import cell_spans, num_cells
 from preprocess.cli.main import main
 from preprocess.decode.clip import read_clip
+from preprocess.decode.request import ReadRequest
 from preprocess.show.picture import (
     PAPER,
     Layout,
@@ -338,7 +339,7 @@ def test_the_frames_are_those_of_the_video(toy: Path, toy_bank: Path, tmp_path: 
     result = show(toy_bank, sample_key(CLIP), "--out", out)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{out}\n"
-    clip = read_clip(toy / "videos" / CLIP, Sampling(num_frames=8))
+    clip = read_clip(ReadRequest(toy / "videos" / CLIP, Sampling(num_frames=8)))
     layout = Layout.of(8, 3, *clip.display_size)
     image = np.array(Image.open(out)).astype(int)
     seen = []

@@ -39,6 +39,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from model.vlm import VLM
 from preprocess.decode.child import DecodeChild
+from preprocess.decode.request import ReadRequest
 from preprocess.encode.features import load_tower
 from preprocess.encode.run import EncodeOptions, encode
 from preprocess.show.picture import picture
@@ -235,7 +236,8 @@ def talks(clips: list[Any]) -> list[tuple[Any, ...]]:
 
 def test_banked_features_are_what_transformers_makes_of_the_frames(family: Family) -> None:
     for name, banked in zip(SIZES, family.banked, strict=True):
-        decoded = family.child.read_clip(family.videos / f"{name}.mp4", family.options.sampling)
+        request = ReadRequest(family.videos / f"{name}.mp4", family.options.sampling)
+        decoded = family.child.read_clip(request)
         assert decoded.frames.shape == (FRAMES, *SIZES[name], 3)
         patches = family.by_transformers(decoded.frames)
         grid = PATCHES[name] if family.kind in QWENS else (8, 8)
@@ -331,7 +333,7 @@ def test_a_frame_is_seen_from_its_unit_on(
     """Another frame 2 leaves the states of unit 0, and so the prediction of unit 1, as they were."""
     model = make_model()
     video, sampling = qwen.videos / "wide.mp4", qwen.options.sampling
-    frames = qwen.child.read_clip(video, sampling, pixels=qwen.tower.pixels).frames
+    frames = qwen.child.read_clip(ReadRequest(video, sampling, pixels=qwen.tower.pixels)).frames
     info = qwen.banked[0].info
     changed = frames.copy()
     changed[2] = 255 - changed[2]
