@@ -9,6 +9,8 @@ AXES = ("time", "height", "width")
 TIME, HEIGHT, WIDTH = range(3)
 NAMES = ("TEMP", "HEIGHT", "WIDTH")
 PRESETS = ("plus", "st")
+MOST_ANCHORS = 1000
+"""Of an axis: a token's name has three digits, `<TEMP-037>`."""
 LAPE_AXES = {"all": (0, 1, 2), "time": (0,), "space": (1, 2)}
 """The axes (time, height, width) whose coordinates are tokens; on the others numbers stay text."""
 

@@ -48,16 +48,14 @@ def test_gradient_checkpointing_is_a_word_or_a_number(word: str, every: int | No
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_words_that_mean_nothing_and_a_service_that_is_not_there_are_refused(
+def test_a_service_that_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     found = find_spec("json") if installed else None
     monkeypatch.setattr("train.settings.config.importlib.util.find_spec", lambda name: found)
-    config = TrainConfig(gradient_checkpointing="often", wandb=True)
-    problems = [p for p in check(config, {}) if "gradient_checkpointing" in p or "wandb" in p]
-    assert problems[0].endswith("must be none, full or a positive integer, got 'often'")
+    problems = [p for p in check(TrainConfig(wandb=True), {}) if "wandb" in p]
     missing = ["wandb wandb: not installed; pip install wandb, or set wandb: false"]
-    assert problems[1:] == ([] if installed else missing)
+    assert problems == ([] if installed else missing)
 
 
 @pytest.mark.parametrize("tune_llm", ["full", "frozen", "lora"])
