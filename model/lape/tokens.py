@@ -17,14 +17,16 @@ LAPE_AXES = {"all": (0, 1, 2), "time": (0,), "space": (1, 2)}
 
 @dataclass(frozen=True)
 class LapeTokens:
-    """Where the tokenizer holds the anchors: the id of anchor 0 per axis, and how many there are."""
+    """How many anchors an axis has, and their ids; `LapeTokens(counts)` alone is to count tokens."""
 
-    first: tuple[int, int, int]
     counts: tuple[int, int, int]
-    placeholders: tuple[int, ...]
-    """Ids of the six data-layer markers; none may reach the LLM."""
+    """Of time, height and width."""
     axes: tuple[int, ...] = LAPE_AXES["all"]
     """Those of which coordinates are tokens; the others' anchors are never likely."""
+    first: tuple[int, int, int] = (0, 0, 0)
+    """Id of anchor 0 per axis, where a tokenizer holds them."""
+    placeholders: tuple[int, ...] = ()
+    """Ids of the six data-layer markers; none may reach the LLM."""
 
     @classmethod
     def add_to(

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from model.lape.tokens import AXES, LapeTokens
 from shards.errors import UserError
 from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, split_markup
 from train.data.records import MEDIA_TAG, Turn
@@ -20,7 +21,6 @@ VERSION = 2
 """Raised whenever `Chat.encode` makes other tokens of the same text: cached lengths are then stale."""
 MEDIA = -1
 """Stands in `Encoded.ids` for all tokens of one medium."""
-AXES = ("time", "height", "width")
 MARKER = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
 """Stands for a turn's text in a template, between blanks that a template which trims texts takes off."""
 PLAIN_TEMPLATE = (
@@ -28,18 +28,6 @@ PLAIN_TEMPLATE = (
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-
-
-class AnchorIds(Protocol):
-    """What is needed of LAPE's tokens here: how many anchors, on which axes, their ids."""
-
-    @property
-    def counts(self) -> tuple[int, int, int]: ...
-
-    @property
-    def axes(self) -> tuple[int, ...]: ...
-
-    def token_id(self, axis: int, coord: float) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +58,7 @@ class Piece(NamedTuple):
 class Chat:
     """Encodes conversations for one tokenizer, with coordinates as anchors or as plain numbers."""
 
-    def __init__(self, tokenizer: Any, anchors: AnchorIds | None) -> None:
+    def __init__(self, tokenizer: Any, anchors: LapeTokens | None) -> None:
         self.tokenizer = tokenizer
         self.anchors = anchors
         self.template = None if tokenizer.chat_template else PLAIN_TEMPLATE

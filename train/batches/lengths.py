@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.lape.tokens import LAPE_AXES
+from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.slow_fast import exact_ratio, uniform_indices
 from shards.errors import UserError
 from shards.read.banks import Banks
@@ -37,17 +37,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """LAPE's anchors where only their number counts."""
-
-    counts: tuple[int, int, int]
-    axes: tuple[int, ...] = LAPE_AXES["all"]
-
-    def token_id(self, axis: int, coord: float) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -194,7 +183,7 @@ def measure(config: TrainConfig, dataset: Dataset, llm: str, tokenizer: str) -> 
     """
     spatial = config.num_spatial_tokens
     anchors = (
-        Anchors((config.num_temporal_tokens, spatial, spatial), LAPE_AXES[config.lape_axes])
+        LapeTokens((config.num_temporal_tokens, spatial, spatial), LAPE_AXES[config.lape_axes])
         if config.enable_lape
         else None
     )
@@ -235,7 +224,7 @@ def text_lengths(
     part: Part,
     durations: np.ndarray,
     tokenizer: str,
-    anchors: Anchors | None,
+    anchors: LapeTokens | None,
     make_chat: Callable[[], Chat],
 ) -> np.ndarray:
     """Return (tokens of text, supervised tokens) of a file's records, from the cache where it knows.
@@ -326,7 +315,7 @@ def tokenizer_files(name: str) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def load_chat(name: str, anchors: Anchors | None) -> Chat:
+def load_chat(name: str, anchors: LapeTokens | None) -> Chat:
     """Return the chat of a model's tokenizer."""
     from transformers import AutoTokenizer
 

@@ -18,7 +18,7 @@ from model.vlm import VLMConfig
 from shards.errors import UserError
 from train.batches.chat import MEDIA, Chat
 from train.batches.collate import lay_out
-from train.batches.lengths import Anchors, cache_folder, count_tokens, measure, tokenizer_digest
+from train.batches.lengths import cache_folder, count_tokens, measure, tokenizer_digest
 from train.data.dataset import open_dataset
 from train.data.records import Record, Turn
 from train.settings.config import TrainConfig
@@ -51,7 +51,7 @@ def test_counts_are_those_of_encoding(
     lape: bool,
 ) -> None:
     tokenizer = make_tokenizer()
-    plain = Chat(make_tokenizer(), Anchors(BINS) if lape else None)
+    plain = Chat(make_tokenizer(), LapeTokens(BINS) if lape else None)
     exact = Chat(tokenizer, LapeTokens.add_to(tokenizer, 20, 30) if lape else None)
     records = [
         Record(str(k), tuple("c" * len(durations)), tuple(turns), "", str(k))
@@ -98,7 +98,7 @@ def test_lengths_are_those_of_the_rows_laid_out(
     )
     dataset = open_dataset(config)
     found = measure(config, dataset, config.stage_path, "digest")
-    chat = load_chat(config.stage_path, Anchors((20, 20, 20)) if lape else None)
+    chat = load_chat(config.stage_path, LapeTokens((20, 20, 20)) if lape else None)
     vlm = VLMConfig(
         slow_stride=4, fast_stride=8, frame_sampling_strategy=strategy, slow_frame_ratio=ratio
     )
