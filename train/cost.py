@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.settings.config import TrainConfig, checkpoint_every
+from train.settings.config import LlmSettings, checkpoint_every
 
 Number = Any
 """An int, a float, or a NumPy array of either."""
@@ -116,16 +116,16 @@ ACTIVATIONS = 34
 """Bytes of half-precision activations per place and unit of width that a layer keeps."""
 
 
-def memory_bytes(config: TrainConfig, shape: LlmShape, tower_width: int, places: int) -> float:
+def memory_bytes(settings: LlmSettings, shape: LlmShape, tower_width: int, places: int) -> float:
     """Return an estimate of a device's peak: weights, gradients, moments, activations, logits."""
     llm = shape.layer_weights + 2 * shape.rows * shape.width
     heads = 4 * shape.width * (shape.width + tower_width)
-    trained = heads + (llm if config.tune_llm == "full" else 0)
-    if config.tune_llm == "lora":
-        trained += 2 * config.lora_r * shape.layers * (6 * shape.width + 3 * shape.mlp)
-    small = 2 if config.bf16 else 4
-    frozen = 0 if config.tune_llm == "full" else llm * small
-    every = checkpoint_every(config.gradient_checkpointing)
+    trained = heads + (llm if settings.tune_llm == "full" else 0)
+    if settings.tune_llm == "lora":
+        trained += 2 * settings.lora_r * shape.layers * (6 * shape.width + 3 * shape.mlp)
+    small = 2 if settings.bf16 else 4
+    frozen = 0 if settings.tune_llm == "full" else llm * small
+    every = checkpoint_every(settings.gradient_checkpointing)
     whole = shape.layers if not every else shape.layers - -(-shape.layers // every) + 1
     kept = small / 2 * shape.width * places * (ACTIVATIONS * whole + 2 * shape.layers)
     logits = 2 * 4 * min(1024, places) * shape.rows

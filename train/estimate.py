@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.config import joined_cells
+from model.config import ModelSettings, joined_cells
 from model.tower_kinds import frame_flops
 from train.batches.plan import RunPlan
 from train.cost import (
@@ -106,11 +106,11 @@ def costs(
     ]
 
 
-def read_bytes(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> np.ndarray:
+def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.ndarray:
     """Return the bytes of features that each record reads; the copy baseline's are left out."""
     width = dataset.banks.manifest["tower_width"]
     frames = plan.transitions + plan.clips
-    side = joined_cells(config.mm_projector_type)
+    side = joined_cells(settings.mm_projector_type)
     finer = side**2 if side > 1 else 0  # the cells that are joined, beside those that are predicted
     return (plan.visual - frames) * width * 2 * (1 + finer)
 

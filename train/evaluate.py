@@ -102,7 +102,13 @@ def untrained(folder: Path) -> "VLM":
     config = TrainConfig(**facts["config"])
     saved = json.loads((folder / "config.json").read_text())
     return assemble(
-        config, saved["model"], saved["tower_width"], saved["features"], saved["tower"], print
+        config,
+        config.seed,
+        saved["model"],
+        saved["tower_width"],
+        saved["features"],
+        saved["tower"],
+        print,
     )
 
 

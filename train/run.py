@@ -22,7 +22,7 @@ from train.start.stage import bank_problem
 @command
 def main(argv: list[str]) -> None:
     config = parse(argv)
-    problem = silent_single_process(os.environ) or unsupported(config, os.environ)
+    problem = silent_single_process(os.environ) or unsupported(config.reduce, os.environ)
     if problem:
         raise UserError(problem)
     dataset = open_dataset(config)
@@ -82,7 +82,7 @@ def silent_single_process(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-def unsupported(config: TrainConfig, environ: Mapping[str, str]) -> str | None:
+def unsupported(reduce: str, environ: Mapping[str, str]) -> str | None:
     """Return why Accelerate's way of sharing the model over processes is refused, if it is."""
     asked = {name: environ.get(name, "false").lower() for name in environ}
     if asked.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -95,7 +95,7 @@ def unsupported(config: TrainConfig, environ: Mapping[str, str]) -> str | None:
         return None
     if environ.get("FSDP_VERSION", "1") != "2":
         return "FSDP 1 is not supported; set fsdp_version: 2, as train/presets/fsdp2_8gpu.yaml does"
-    if config.reduce == "exact":
+    if reduce == "exact":
         return "reduce exact adds up whole gradients, which FSDP2 never has; use reduce: fast"
     return None
 

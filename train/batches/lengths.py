@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model.config import ModelSettings
 from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.slow_fast import exact_ratio, uniform_indices
 from shards.errors import UserError
@@ -23,7 +24,6 @@ from shards.signed import canonical_json
 from train.batches.chat import VERSION, Chat
 from train.data.dataset import Dataset, Part
 from train.data.records import Record
-from train.settings.config import TrainConfig
 
 CHUNK = 4096
 """Records tokenised together."""
@@ -176,15 +176,15 @@ class Lengths:
         return sums.astype(np.int64)
 
 
-def measure(config: TrainConfig, dataset: Dataset, llm: str, tokenizer: str) -> Lengths:
+def measure(settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str) -> Lengths:
     """Return the lengths of a dataset's records.
 
     llm: name or folder of the model whose tokenizer is used; tokenizer: its digest.
     """
-    spatial = config.num_spatial_tokens
+    spatial = settings.num_spatial_tokens
     anchors = (
-        LapeTokens((config.num_temporal_tokens, spatial, spatial), LAPE_AXES[config.lape_axes])
-        if config.enable_lape
+        LapeTokens((settings.num_temporal_tokens, spatial, spatial), LAPE_AXES[settings.lape_axes])
+        if settings.enable_lape
         else None
     )
     chat = lru_cache(lambda: load_chat(llm, anchors))
@@ -198,9 +198,9 @@ def measure(config: TrainConfig, dataset: Dataset, llm: str, tokenizer: str) -> 
         own = text_lengths(part, durations, tokenizer, anchors, chat)
         text.append(np.tile(own[:, 0], part.repeats))
         supervised.append(np.tile(own[:, 1], part.repeats))
-    ratio = exact_ratio(config.slow_frame_ratio)
+    ratio = exact_ratio(settings.slow_frame_ratio)
     written = (
-        Stamps.of(dataset.records, dataset.banks, chat()) if config.frame_time == "text" else None
+        Stamps.of(dataset.records, dataset.banks, chat()) if settings.frame_time == "text" else None
     )
     return Lengths(np.concatenate(text), np.concatenate(supervised), clips, ratio, written)
 

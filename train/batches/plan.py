@@ -22,7 +22,7 @@ from shards.signed import Json, canonical_json, digest
 from train.batches.lengths import Lengths, fit_frames, measure, tokenizer_digest
 from train.cost import LlmShape
 from train.data.dataset import Dataset
-from train.settings.config import TrainConfig
+from train.settings.config import BatchSettings, TrainConfig
 from train.start.stage import llm_name, read_config
 
 
@@ -181,13 +181,13 @@ SETTINGS = (
 """Settings that a plan depends on."""
 
 
-def rows_per_step(config: TrainConfig, world: int, state: Json) -> int:
+def rows_per_step(settings: BatchSettings, world: int, state: Json) -> int:
     """Return the rows of a step over all ranks; a resumed run keeps its own on any world size.
 
     The packs need not divide by the number of processes, but each must have one.
     """
-    size = config.per_device_train_batch_size
-    rows = state.get("global_batch") or size * config.gradient_accumulation_steps * world
+    size = settings.per_device_train_batch_size
+    rows = state.get("global_batch") or size * settings.gradient_accumulation_steps * world
     if rows % size:
         raise UserError(
             f"the run's global batch of {rows} rows does not divide into micro-batches of {size}; "

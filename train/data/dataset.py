@@ -15,6 +15,9 @@ from train.data.mixtures import MixturePart, read_mixture
 from train.data.records import Record, check_coordinates, join, read_records
 from train.settings.config import TrainConfig
 
+SHOWN = 30
+"""Problems that are printed; a file of the wrong form has one for each of its rows."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -194,8 +197,8 @@ def choose_strides(
     return slow, fast
 
 
-def shorten(problems: Sequence[str], most: int = 30) -> list[str]:
+def shorten(problems: Sequence[str]) -> list[str]:
     """Return the first problems, and how many more there are."""
-    if len(problems) <= most:
+    if len(problems) <= SHOWN:
         return list(problems)
-    return [*problems[:most], f"... and {len(problems) - most} more like these"]
+    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN} more like these"]

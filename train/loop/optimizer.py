@@ -13,17 +13,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.vlm import VLM
 from shards.errors import UserError
-from train.settings.config import TrainConfig
+from train.settings.config import OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 4 * 2**30
 """Of an optimizer file, so that a save never holds all moments in memory twice."""
 
 
-def parameter_groups(model: VLM, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: VLM, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Return the optimizer's groups: every trained parameter in exactly one, vectors never decayed."""
-    head_rate = config.projector_lr or config.learning_rate
-    rates = {"llm": config.learning_rate, "lape": config.lape_lr or 10 * config.learning_rate}
+    head_rate = settings.projector_lr or settings.learning_rate
+    rates = {"llm": settings.learning_rate, "lape": settings.lape_lr or 10 * settings.learning_rate}
     groups = []
     for part, parameters in model.parts().items():
         for decay in (True, False):
@@ -34,15 +34,15 @@ def parameter_groups(model: VLM, config: TrainConfig) -> list[dict[str, Any]]:
                         "params": chosen,
                         "name": part,
                         "peak": rates.get(part, head_rate),
-                        "weight_decay": config.weight_decay if decay else 0.0,
+                        "weight_decay": settings.weight_decay if decay else 0.0,
                     }
                 )
     return groups
 
 
-def make_optimizer(model: VLM, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adam_beta2))
+def make_optimizer(model: VLM, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, settings)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, settings.adam_beta2))
 
 
 def allocate(optimizer: torch.optim.Optimizer) -> None:

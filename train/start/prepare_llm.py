@@ -6,7 +6,7 @@ import torch
 
 from model.vlm import VLM
 from shards.errors import UserError
-from train.settings.config import TrainConfig, checkpoint_every
+from train.settings.config import LlmSettings, checkpoint_every
 
 
 def choose_attention(
@@ -41,32 +41,32 @@ def choose_attention(
     return chosen, reason
 
 
-def llm_dtype(config: TrainConfig) -> torch.dtype:
+def llm_dtype(settings: LlmSettings) -> torch.dtype:
     """Return the LLM's own type: trained weights are fp32, frozen ones as small as asked."""
-    frozen = config.tune_llm != "full"
-    return torch.bfloat16 if frozen and config.bf16 else torch.float32
+    frozen = settings.tune_llm != "full"
+    return torch.bfloat16 if frozen and settings.bf16 else torch.float32
 
 
-def prepare_llm(model: VLM, config: TrainConfig, attention: str, device: torch.device) -> None:
+def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch.device) -> None:
     """Freeze, adapt or free the LLM; set how it attends, what it keeps in memory, what is compiled.
 
     UserError where layers cannot be compiled here.
     """
     model.llm.set_attn_implementation(attention)
-    if config.tune_llm == "frozen":
+    if settings.tune_llm == "frozen":
         model.llm.requires_grad_(False)
-    elif config.tune_llm == "lora" and not hasattr(model.llm, "peft_config"):
+    elif settings.tune_llm == "lora" and not hasattr(model.llm, "peft_config"):
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear"
+            r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules="all-linear"
         )
         model.llm = get_peft_model(model.llm, lora)  # its matrices are fp32 whatever the base is
-    every = checkpoint_every(config.gradient_checkpointing)
+    every = checkpoint_every(settings.gradient_checkpointing)
     assert every is not None
     if every:
         checkpoint_activations(model.llm, every)
-    if config.compile:
+    if settings.compile:
         compile_layers(model.llm, device)
     model.train()
 

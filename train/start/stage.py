@@ -12,13 +12,13 @@ tensor of another shape is refused by name.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config import joined_cells
+from model.config import ModelSettings, joined_cells
 from shards.errors import UserError
-from train.settings.config import TrainConfig
+from train.settings.config import LlmSettings, TrainConfig
 from train.start.vila_llava import Tensors, read_llava, read_vila
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def llm_name(stage_path: str) -> str:
     return str(folder if kind == "llava" else folder / "llm")
 
 
-def bank_problem(config: TrainConfig, dataset: "Dataset") -> str | None:
+def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
     """Return why the projector cannot join cells of these banks, if it cannot."""
-    side = joined_cells(config.mm_projector_type)
+    side = joined_cells(settings.mm_projector_type)
     if side == 1:
         return None
     banked, pool = dataset.banks.config.strides, dataset.banks.config.pool
-    name = f"mm_projector_type {config.mm_projector_type}"
+    name = f"mm_projector_type {settings.mm_projector_type}"
     if pool != "average":
         return (
             f"{name}: joins cells of the pool mode `average`, whose grids nest to the border; this "
@@ -92,6 +92,7 @@ def build(config: TrainConfig, dataset: "Dataset", say: Say) -> "VLM":
     manifest = dataset.banks.manifest
     return assemble(
         config,
+        config.seed,
         asdict(model_config(config, dataset)),
         manifest["tower_width"],
         dataset.banks.config.to_json(),
@@ -101,9 +102,19 @@ def build(config: TrainConfig, dataset: "Dataset", say: Say) -> "VLM":
 
 
 def assemble(
-    config: TrainConfig, facts: Json, width: int, features: Json, tower: str, say: Say
+    settings: LlmSettings,
+    seed: int,
+    facts: Json,
+    width: int,
+    features: Json,
+    tower: str,
+    say: Say,
 ) -> "VLM":
-    """Return a model over the LLM of the stage path, taking over what fits of the stage's parts."""
+    """Return a model over the LLM of the stage path, with what fits of the stage's other parts.
+
+    facts: the fields of `VLMConfig`; width, features, tower: what the banked features are of; say: what
+    takes a line for each part.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -111,12 +122,14 @@ def assemble(
     from model.vlm import VLM, VLMConfig
     from train.start.prepare_llm import llm_dtype
 
-    torch.manual_seed(config.seed)
-    kind = kind_of(config.stage_path)
-    folder = Path(config.stage_path) if kind == "llm" else on_disk(config.stage_path, weights=True)
-    llm_path = llm_name(config.stage_path)
-    llm = load_llm(llm_path, llm_dtype(config))
-    if hasattr(llm, "peft_config") and config.tune_llm != "lora":
+    torch.manual_seed(seed)
+    kind = kind_of(settings.stage_path)
+    folder = (
+        Path(settings.stage_path) if kind == "llm" else on_disk(settings.stage_path, weights=True)
+    )
+    llm_path = llm_name(settings.stage_path)
+    llm = load_llm(llm_path, llm_dtype(settings))
+    if hasattr(llm, "peft_config") and settings.tune_llm != "lora":
         llm = llm.merge_and_unload()
     model = VLM.assemble(
         VLMConfig(**facts),
@@ -126,7 +139,7 @@ def assemble(
         features=features,
         tower=tower,
     )
-    model.base = llm_base(config)
+    model.base = llm_base(settings)
     lines = [f"LLM: {type(llm).__name__} from {llm_path}"]
     if kind == "run":
         lines += model.adopt(folder)
@@ -137,29 +150,26 @@ def assemble(
     return model
 
 
-def llm_base(config: TrainConfig) -> "LlmBase | None":
+def llm_base(settings: LlmSettings) -> "LlmBase | None":
     """Return where the LLM lies that is not trained, so that checkpoints need no copy of it."""
     from model.llm import base_of
     from train.start.prepare_llm import llm_dtype
 
-    if config.tune_llm == "full":
+    if settings.tune_llm == "full":
         return None
-    path = llm_name(config.stage_path)
-    merged = config.tune_llm == "frozen" and (Path(path) / "lora").exists()
-    return base_of(path, llm_dtype(config), merged=merged)
+    path = llm_name(settings.stage_path)
+    merged = settings.tune_llm == "frozen" and (Path(path) / "lora").exists()
+    return base_of(path, llm_dtype(settings), merged=merged)
 
 
-def model_config(config: TrainConfig, dataset: "Dataset") -> Any:
+def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
     """Return what of the settings stays with the model."""
-    from dataclasses import fields
-
     from model.vlm import VLMConfig
 
-    own = {field.name for field in fields(VLMConfig)} - {"slow_stride", "fast_stride"}
     return VLMConfig(
         slow_stride=dataset.slow_stride,
         fast_stride=dataset.fast_stride,
-        **{name: getattr(config, name) for name in own},
+        **{field.name: getattr(settings, field.name) for field in fields(ModelSettings)},
     )
 
 
