@@ -20,10 +20,11 @@ from shards.annotations.files import Rows, UnreadableRow, read_rows
 from shards.annotations.forms import VARIABLES, Json, canonical
 from shards.errors import UserError
 from shards.format.samples import clip_id
+from shards.text import printable
 from train.convert import write_rows
 from train.data.dataset import shorten
 from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, SHARE
-from train.data.records import checked_rows, parse_record, shown
+from train.data.records import checked_rows, parse_record
 from train.settings.config import refuse
 
 WHEN = "<video>\nWhen does this happen: {}"
@@ -235,7 +236,7 @@ def named(item: Any) -> str:
     """Return ` (id ...)` of an annotation that has one."""
     fields = item if isinstance(item, dict) else {}
     ids = [str(fields[name]) for name in ("id", "qid", "video") if name in fields]
-    return f" (id {shown(ids[0])})" if ids else ""
+    return f" (id {printable(ids[0])})" if ids else ""
 
 
 def to_llava_st(row: Json, durations: Sequence[float | None]) -> Json:
