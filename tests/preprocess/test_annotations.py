@@ -49,7 +49,8 @@ READ: dict[str, Json] = {
     "messages": {"messages": chat("<video>What?", "this"), "videos": ["a.mp4"]},
     "OpenAI": {"messages": chat(
         [{"type": "image_url", "image_url": {"url": "p.png"}},
-         {"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Same?"}], [{"type": "text", "text": "yes"}])},
+         {"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Same?"}],
+        [{"type": "text", "text": "yes"}])},
     "times in a message": {"messages": chat(
         [{"type": "video", "video": "a.mp4", "video_start": 1, "video_end": 2.5}],
         [{"type": "text", "text": "it"}])},
