@@ -6,6 +6,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from preprocess.cli.options import start_torch
+
 BANK = click.argument("bank", type=click.Path(path_type=Path))
 
 
@@ -85,7 +87,6 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     preprocess repair bank
     preprocess repair bank --tower ./tower --video-root /data/videos
     """
-    from preprocess.cli.main import start_torch
     from shards.care.inventory import read_books
     from shards.text import counted, printable
 

@@ -227,7 +227,7 @@ def test_a_bug_in_reading_annotations_is_no_unreadable_file(
     def broken(*_: object, **__: object) -> None:
         raise TypeError("a bug for a test")
 
-    monkeypatch.setattr("preprocess.sources.annotations.leads_outside", broken)
+    monkeypatch.setattr("shards.annotations.records.leads_outside", broken)
     (tmp_path / "a.jsonl").write_text('{"video": "clip.mp4"}\n')
     out = tmp_path / "bank"
     asked = ["encode", tmp_path / "a.jsonl", "--out", out, "--tower", toy / "tower"]

@@ -14,14 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from model.grid import cell_spans, num_cells
 from preprocess.cli.main import main
 from preprocess.decode.clip import read_clip
 from preprocess.decode.request import ReadRequest
 from preprocess.show.picture import (
     PAPER,
     Layout,
-    cell_edges,
     cells_tile,
     colours,
     page,
@@ -29,7 +27,7 @@ from preprocess.show.picture import (
     title,
 )
 from preprocess.show.table import find, read_meta, table
-from shards.format.features import POOL_MODES, FeatureConfig, Sampling
+from shards.format.features import FeatureConfig, Sampling
 from shards.format.plan import read_plan, write_plan
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
@@ -232,14 +230,6 @@ def test_bfloat16_has_the_colours_of_its_values() -> None:
 
 
 # Geometry
-
-
-@pytest.mark.parametrize("pool", POOL_MODES)
-@pytest.mark.parametrize(("patches", "stride"), [(8, 4), (27, 4), (7, 3), (5, 5), (1, 1)])
-def test_cells_lie_where_pooling_took_them_from(patches: int, stride: int, pool: str) -> None:
-    spans = cell_spans(patches, stride, pool).numpy()
-    edges = cell_edges(num_cells(patches, stride, pool), patches, stride, pool)
-    np.testing.assert_allclose(edges, [*spans[:, 0], spans[-1, 1]])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 64, 300])

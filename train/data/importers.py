@@ -14,7 +14,8 @@ from typing import Any
 from shards.annotations.files import Rows, UnreadableRow, read_rows
 from shards.annotations.forms import Json, canonical
 from shards.errors import UserError
-from train.data.records import parse_record, shown
+from shards.text import printable
+from train.data.records import parse_record
 
 WHEN = "<video>\nWhen does this happen: {}"
 WHERE = "<image>\nWhere is this: {}"
@@ -234,4 +235,4 @@ def named(item: Any) -> str:
     """Return ` (id ...)` of an annotation that has one."""
     fields = item if isinstance(item, dict) else {}
     ids = [str(fields[name]) for name in ("id", "qid", "video") if name in fields]
-    return f" (id {shown(ids[0])})" if ids else ""
+    return f" (id {printable(ids[0])})" if ids else ""

@@ -519,13 +519,13 @@ def test_offline_a_hub_name_says_what_to_download_and_where(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="data_path some/data:part") as caught:
+    with pytest.raises(UserError, match="some/data:part: no such path") as caught:
         local_copy("some/data:part")
     text = str(caught.value)
     assert "\n" not in text
     assert "hf download some/data --repo-type dataset --include 'part/*.json'" in text
     assert "--local-dir some/data" in text
-    assert text.endswith("--data_path some/data/part/")
+    assert text.endswith("and name some/data/part/")
 
 
 def test_a_hub_dataset_that_was_downloaded_is_read_from_the_cache(
