@@ -1,6 +1,9 @@
-"""repair: what verify names is put right, only what must be is encoded, and the old bytes come back.
+"""P3: any flipped bit, cut, missing or double member is found and named; `repair` encodes only that again.
 
-pytest tests/preprocess/test_repair.py
+pytest tests/promises/test_p03_repair.py
+
+Here damages are found, and the old bytes come back. tests/shards/test_verify.py does a thousand random
+damages more, and checks for each that exactly what was damaged is named.
 """
 
 import io
