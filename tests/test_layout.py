@@ -9,6 +9,7 @@ run over this checkout, where nothing may, and over small made-up trees, where s
 import ast
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -653,3 +654,27 @@ def test_no_script_folder_hides_a_module_of_python_or_of_a_dependency() -> None:
         names -= {"__init__", "__main__", "__pycache__"}
         assert names
         assert not names & taken
+
+
+PROMISES = {*range(1, 15), 21}
+"""The promises that are met and proven, by number."""
+
+
+def test_each_promise_has_one_file_that_says_it() -> None:
+    said: dict[int, str] = {}
+    for path in (ROOT / "tests" / "promises").glob("*.py"):
+        named = re.fullmatch(r"test_p(\d\d)_\w+", path.stem)
+        assert named, f"{path.name}: which promise?"
+        tree = ast.parse(path.read_text())
+        text = ast.get_docstring(tree) or ""
+        number = int(named[1])
+        assert number not in said, f"{path.name} and {said[number]}"
+        assert re.match(rf"P{number}: \w.{{20,}}", text), (
+            f"{path.name}: begin with `P{number}: ...`"
+        )
+        tests = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert any(node.name.startswith("test_") for node in tests), path.name
+        said[number] = path.name
+    assert said.keys() == PROMISES
+    readme = (ROOT / "README.md").read_text()
+    assert {int(number) for number in re.findall(r"\bP(\d{1,2})\b", readme)} <= PROMISES

@@ -1,5 +1,6 @@
-"""P10: resume is bitwise after kill -9 at any moment, saves included; with `reduce: exact` on other worlds.
+"""P10: resume is bitwise after kill -9 at any moment, saves included.
 
+With `reduce: exact` on another number of processes too.
 Importing torch takes seconds, so one process imports it and forks the ranks of every run.
 """
 

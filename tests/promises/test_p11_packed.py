@@ -1,4 +1,4 @@
-"""P11: packed, padded and single-record losses agree; what one record or a later frame holds, no other sees.
+"""P11: packed, padded and single-record losses agree; no record sees another, no frame a later one.
 
 To the bit: other features in record A leave B as it was, and another frame t every prediction up to it.
 """
