@@ -1,4 +1,4 @@
-"""`python -m preprocess`: the same commands as `preprocess`."""
+"""`python -m preprocess` is `preprocess`."""
 
 from preprocess.cli.main import main
 
