@@ -287,30 +287,6 @@ def test_the_language_loss_in_chunks_is_that_in_one(
     assert_same_gradients(expected, gradients(model, chunked["ce"]))
 
 
-@pytest.mark.parametrize("enable_lape", [True, False])
-def test_only_supervised_rows_pass_through_the_head(
-    make_model: Model,
-    make_clip: Clip,
-    make_batch: Batches,
-    monkeypatch: pytest.MonkeyPatch,
-    enable_lape: bool,
-) -> None:
-    model = make_model(enable_lape=enable_lape)
-    batch = make_batch(model, ([make_clip()], QUESTION, ANSWER), ([], *SHORT))
-    rows: list[int] = []
-    head = model.llm.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    model(batch)
-    assert rows == [len(batch.labels)]
-    monkeypatch.setattr("model.lape.head.HEAD_ROWS", 4)
-    rows.clear()
-    out = model(batch)
-    assert sum(rows) == len(batch.labels)
-    assert max(rows) <= 4
-    out["ce"].backward()
-    assert sum(rows) == 2 * len(batch.labels)  # each chunk once more
-
-
 def test_lape_off_leaves_tokenizer_and_logits_as_they_are(
     make_llm: Llm,
     make_tokenizer: Callable[[], Any],

@@ -22,7 +22,6 @@ from shards.format.features import Sampling
 from shards.format.plan import read_plan, write_plan
 from shards.read.bank import Bank
 
-ROOT = Path(__file__).resolve().parents[2]
 PLANNED = (
     "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype --codec "
     "--tower-dtype --batch-frames --tower-threads --device --allow-truncated --folder-fps "
@@ -44,7 +43,6 @@ OPTIONS = {
     "gc": "--dry-run --help",
     "toyworld": "--train-clips --test-clips --seed --help",
 }
-HEAVY = ("torch", "transformers", "decord", "av", "zarr")
 
 
 def preprocess(*words: object) -> Result:
@@ -284,46 +282,6 @@ def test_a_bad_video_is_listed_with_exit_code_1_on_every_run(toy: Path, tmp_path
     (entry,) = map(json.loads, (tmp_path / "b" / "quarantine.jsonl").read_text().splitlines())
     assert (entry["id"], entry["reason"]) == ("bad.mp4", "cannot-open")
     assert len(Bank.open(tmp_path / "b")) == 3
-
-
-IMPORTED = """
-import sys
-sys.argv[0] = "preprocess"
-from preprocess.cli.main import main
-try:
-    main()
-finally:
-    heavy = sorted(set({heavy!r}) & set(sys.modules))
-    print("heavy:", *heavy, file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (["--help"], 0),
-        (["encode", "--help"], 0),
-        (["verify", "--help"], 0),
-        (["diff", "a", "b"], 2),
-        (["toyworld", "--help"], 0),
-        (["encode", "v", "--out", "b", "--tower", "t", "--stride", "8,4"], 2),
-        (["encode", "v", "--out", "b", "--tower", "t", "--frames", "8", "--fps", "1"], 2),
-        (["encode", "/no/video", "--out", "b", "--tower", "t"], 2),
-        (["encode", ".", "--out", "b", "--tower", "t"], 2),
-        (["encod"], 2),
-    ],
-)
-def test_help_and_usage_errors_come_before_torch(
-    tmp_path: Path, words: list[str], code: int
-) -> None:
-    script = IMPORTED.format(heavy=HEAVY)
-    command = [sys.executable, "-c", script, *words]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == code, result.stderr
-    assert result.stderr.splitlines()[-1] == "heavy:"
-    assert "Traceback" not in result.stderr
-    if code == 2:
-        assert len(result.stderr.splitlines()) == 2, result.stderr
 
 
 def test_the_installed_command_is_this_one() -> None:

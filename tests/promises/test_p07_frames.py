@@ -1,7 +1,10 @@
-"""The promises of the video reader on the real clips: which outcome each has, and what endures.
+"""P7: every sampled frame is the frame of its pts; a bad video is named in time, and costs nothing else.
 
-FRAMEBANK_CLIPS=videos pytest tests/preprocess/test_promises.py
-FRAMEBANK_CLIPS=videos pytest -m slow tests/preprocess/test_promises.py    also the long ones
+FRAMEBANK_CLIPS=videos pytest tests/promises/test_p07_frames.py
+FRAMEBANK_CLIPS=videos pytest -m slow tests/promises/test_p07_frames.py    also the long ones
+
+On real clips: which outcome each has, and what endures. tests/preprocess/test_fuzz.py damages them in
+a thousand ways more.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""Others read a bank where it lies: stock webdataset, tarfile, wids, HF datasets, zarr, GNU tar.
+"""P4: stock webdataset, tarfile, wids, HF datasets and GNU tar read every shard; stock zarr the index.
 
-pytest tests/shards/test_export.py
+pytest tests/promises/test_p04_stock_readers.py
 """
 
 import io

@@ -1,10 +1,11 @@
-"""Encoding that is killed, or whose disk fails, at any moment: the next run ends with the same bytes.
+"""P1: kill -9 anywhere during encode redoes at most one clip, and ends with the same bytes.
 
-pytest tests/preprocess/test_kill.py
-pytest tests/preprocess/test_kill.py -m slow    a hundred kills
+pytest tests/promises/test_p01_kill.py
+pytest tests/promises/test_p01_kill.py -m slow    a hundred kills
 
-The real command runs in a process of its own, and dies of SIGKILL. It is forked from one that has
-imported torch, which takes seconds, and has done nothing else: this file, run as a script.
+So does a disk that fails at any moment. The real command runs in a process of its own, and dies of
+SIGKILL. It is forked from one that has imported torch, which takes seconds, and has done nothing
+else: this file, run as a script.
 """
 
 import errno

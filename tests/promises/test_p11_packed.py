@@ -1,4 +1,7 @@
-"""Packed rows: the same losses as apart, and nothing of one record or a later frame seen by another."""
+"""P11: packed, padded and single-record losses agree; no record sees another, no frame a later one.
+
+To the bit: other features in record A leave B as it was, and another frame t every prediction up to it.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,9 @@
-"""Several processes make the same bank as one; a worker that dies takes nothing with it.
+"""P2: shard bytes are equal for 1, 2 and 7 workers, and for any order of work.
 
-pytest tests/preprocess/test_workers.py
-pytest tests/preprocess/test_workers.py -m slow    also seven workers
+pytest tests/promises/test_p02_workers.py
+pytest tests/promises/test_p02_workers.py -m slow    also seven workers
+
+A worker that dies takes nothing with it, and none outlives the command.
 """
 
 import json

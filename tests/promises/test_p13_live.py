@@ -1,4 +1,4 @@
-"""Cached and live features give the same logits, for every family of towers.
+"""P13: logits from a bank and from pixels agree, for every family of towers.
 
 Each tower is random, small, and loaded from a folder as a user's would be. Its bank is made as
 `preprocess encode` makes one; the live path starts from the video again, as `train/ask.py` does.

@@ -1,5 +1,6 @@
-"""Runs that die, are stopped, and go on: bit by bit the runs that they would have been.
+"""P10: resume is bitwise after kill -9 at any moment, saves included.
 
+With `reduce: exact` on another number of processes too.
 Importing torch takes seconds, so one process imports it and forks the ranks of every run.
 """
 

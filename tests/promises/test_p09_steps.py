@@ -1,4 +1,7 @@
-"""The loader: what a process gets of a step is what the plan says, however far ahead it is prepared."""
+"""P9: each step runs the same records for any number of processes, however far ahead they are prepared.
+
+Resumed at any step, none is repeated and none skipped. tests/train/test_plan.py has it for any plan.
+"""
 
 import threading
 from collections import Counter
