@@ -21,7 +21,8 @@ from model.batch import Batch
 from model.grid import pool
 from model.vlm import VLM, VLMConfig
 from preprocess.encode.run import EncodeOptions, encode
-from preprocess.toyworld import make_toyworld, save_llm
+from preprocess.toy_models import save_llm
+from preprocess.toyworld import make_toyworld
 from shards.format.catalogue import build_columns, checksums, write_columns
 from shards.format.codec import Codec, channel_rms
 from shards.format.features import FeatureConfig, Sampling

@@ -65,7 +65,7 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
     (out / "README.md").write_text(readme(model, adapter=adapted and not merge_lora))
 
 
-def readme(model: "VLM", *, adapter: bool) -> str:  # its length is the page itself
+def readme(model: "VLM", *, adapter: bool) -> str:  # long: it is the page itself
     """Return what an exported folder says of itself."""
     config, features = model.config, model.features
     rows = model.llm.get_input_embeddings().num_embeddings

@@ -23,7 +23,7 @@ from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.retry import retry
 from preprocess.encode.run import encode
-from preprocess.toyworld import save_tower
+from preprocess.toy_models import save_tower
 from shards.errors import UserError
 from shards.format.features import Sampling
 from shards.format.plan import ClipSource, read_plan, write_plan

@@ -28,7 +28,7 @@ from preprocess.cli.main import main
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.repair import Repaired, repair
 from preprocess.encode.run import encode
-from preprocess.toyworld import save_tower
+from preprocess.toy_models import save_tower
 from shards.care.verify import verify
 from shards.errors import UserError
 from shards.format.commits import done_path, index_path

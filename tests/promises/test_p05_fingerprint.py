@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from preprocess.encode.run import EncodeOptions, encode
-from preprocess.toyworld import save_tower
+from preprocess.toy_models import save_tower
 from shards.errors import UserError
 from shards.format.features import Sampling
 
@@ -37,7 +37,6 @@ def moments(folder: Path) -> dict[str, int]:
         {"batch_frames": 8},
         {"tower_threads": 1},
         {"shard_bytes": 1},
-        {"decoder": "pyav"},
         {"allow_truncated": True},
         {"device": "cpu:0"},
     ],
@@ -58,7 +57,7 @@ def test_how_a_bank_is_made_is_no_part_of_its_identity(
 
 def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
     hashed = {"tower", "strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"}
-    free = {"device", "batch_frames", "tower_threads", "decoder", "video_roots", "shard_bytes"}
+    free = {"device", "batch_frames", "tower_threads", "video_roots", "shard_bytes"}
     free |= {"allow_truncated", "picture_fps", "allow_outside"}  # which clips there are
     assert {field.name for field in fields(EncodeOptions)} == hashed | free
 

@@ -217,11 +217,8 @@ def collate(
     # the hidden state before a token predicts it; a conversation's first token has none before it
     predicted = np.flatnonzero(padded("supervised", False, np.bool_))
     assert position.reshape(-1)[predicted].all()
-    label_task = None
-    if tasks is not None:
-        before = np.cumsum([0] + [row.sample[-1] + 1 for row in rows])  # conversations
-        record = before[predicted // length] + sample.reshape(-1)[predicted]
-        label_task = torch.from_numpy(np.asarray(tasks, np.int64)[record])
+    before = np.cumsum([0] + [row.sample[-1] + 1 for row in rows])  # conversations
+    record = before[predicted // length] + sample.reshape(-1)[predicted]
     groups, transitions = group_frames(rows, clips, length, config, with_copy)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -238,7 +235,7 @@ def collate(
         groups=groups,
         transitions=transitions,
         record_ids=tuple(record_ids),
-        label_task=label_task,
+        label_task=None if tasks is None else torch.from_numpy(np.asarray(tasks, np.int64)[record]),
         causal=config.frame_attention == "token" and not packed,
     )
 
