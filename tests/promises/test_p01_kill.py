@@ -40,6 +40,8 @@ CLIPS = 9
 
 def nursery() -> None:
     """For each request, a line on stdin, run `preprocess encode` in a fork; answer with a line."""
+    import preprocess.encode.run
+    import preprocess.toyworld  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
