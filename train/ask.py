@@ -90,8 +90,10 @@ def load_tower(features: FeatureConfig, name: str) -> "Tower":
     )
     if tower.digest != features.tower_digest:
         raise UserError(
-            f"tower {name}: not the tower that the model was trained on (digest "
-            f"{tower.digest[:12]}, expected {features.tower_digest[:12]}); name it with --tower"
+            "not the tower that the model was trained on (digest "
+            f"{tower.digest[:12]}, expected {features.tower_digest[:12]})",
+            where=f"tower {name}",
+            fix="name it with --tower",
         )
     if tower.pixels.to_json() != features.processor:
         raise UserError(
@@ -106,7 +108,7 @@ def fresh_clip(
 ) -> FreshClip:
     """Return a video's features exactly as `preprocess encode` would bank them."""
     if not video.exists():
-        raise UserError(f"{video}: no such file")
+        raise UserError("no such file", where=video)
     clip = child.read_clip(ReadRequest(video, features.sampling, pixels=tower.pixels))
     height, width = clip.display_size
     stored, _ = tower.features(

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
 def strides_of(folder: Path) -> tuple[int, int]:
     """Return the slow and the fast stride of a trained model; UserError where there is none."""
     if not (folder / "config.json").exists():
-        raise UserError(f"--model {folder}: no trained model here (config.json is missing)")
+        raise UserError("no trained model here (config.json is missing)", where=f"--model {folder}")
     facts = json.loads((folder / "config.json").read_text())["model"]
     return facts["slow_stride"], facts["fast_stride"]
 

@@ -45,12 +45,12 @@ def main(argv: list[str]) -> None:
 def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "float32") -> None:
     """Write a run's model so that transformers alone loads its LLM; UserError if it cannot be."""
     if not (run / "config.json").exists():
-        raise UserError(f"{run}: no trained model here (config.json is missing)")
+        raise UserError("no trained model here (config.json is missing)", where=run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: not empty; name a new folder")
+        raise UserError("not empty", where=out, fix="name a new folder")
     adapted = (run / "llm" / "lora").exists()
     if merge_lora and not adapted:
-        raise UserError(f"{run}: has no LoRA adapter; leave out --merge_lora")
+        raise UserError("has no LoRA adapter", where=run, fix="leave out --merge_lora")
 
     import torch
 

@@ -190,14 +190,15 @@ def rows_per_step(settings: BatchSettings, world: int, state: Json) -> int:
     rows = state.get("global_batch") or size * settings.gradient_accumulation_steps * world
     if rows % size:
         raise UserError(
-            f"the run's global batch of {rows} rows does not divide into micro-batches of {size}; "
-            "set per_device_train_batch_size to a divisor of it"
+            f"the run's global batch of {rows} rows does not divide into micro-batches of {size}",
+            fix="set per_device_train_batch_size to a divisor of it",
         )
     if rows // size < world:
         raise UserError(
             f"the run's global batch of {rows} rows gives {rows // size} micro-batches of {size} to "
-            f"{world} processes; use at most {rows} processes, and per_device_train_batch_size "
-            f"{max(1, rows // world)} or a smaller divisor of {rows}"
+            f"{world} processes",
+            fix=f"use at most {rows} processes, and per_device_train_batch_size "
+            f"{max(1, rows // world)} or a smaller divisor of {rows}",
         )
     return int(rows)
 
@@ -265,7 +266,9 @@ def make_plan(
             reasons[f"longer than {name} {min(limits)} with one frame"] = len(frames) - len(kept)
         frames = np.maximum(frames, 1)
     if not len(kept):
-        raise UserError(f"no record fits {min(limits)} tokens; raise max_tokens and pack_tokens")
+        raise UserError(
+            f"no record fits {min(limits)} tokens", fix="raise max_tokens and pack_tokens"
+        )
     visual = lengths.visual(frames)
     tokens = lengths.text + visual + lengths.stamps(frames)
     if cut.pack_tokens:

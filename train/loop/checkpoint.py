@@ -60,11 +60,12 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{final}: cannot be written ({error}); make room, then run the same command to go on "
-            "from the checkpoint before it"
+            f"cannot be written ({error})",
+            where=final,
+            fix="make room, then run the same command to go on from the checkpoint before it",
         ) from error
     if not verifies(final):
-        raise UserError(f"{final}: does not read back as it was written; check the disk")
+        raise UserError("does not read back as it was written", where=final, fix="check the disk")
     return final
 
 
@@ -103,7 +104,11 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
     if resume == "auto":
         return next((folder for folder in checkpoints(output_dir) if verifies(folder)), None)
     if not verifies(Path(resume)):
-        raise UserError(f"resume {resume}: files are missing or damaged; choose another checkpoint")
+        raise UserError(
+            "files are missing or damaged",
+            where=f"resume {resume}",
+            fix="choose another checkpoint",
+        )
     return Path(resume)
 
 
