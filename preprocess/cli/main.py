@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from preprocess.cli.care import gc, repair, status, verify
-from preprocess.cli.export import export, index
+from preprocess.cli.export import export
 from preprocess.cli.options import HOW, PLANNED, given, make_sampling
 from shards.errors import UserError
 from shards.text import counted, in_bytes
@@ -31,7 +31,6 @@ ORDER = (
     "verify",
     "repair",
     "diff",
-    "index",
     "export",
     "gc",
 )
@@ -165,7 +164,7 @@ def prepared(
 ) -> tuple[list["ClipSource"], "EncodeOptions", dict[str, Any]]:
     """Return the clips, how to encode them, and how to plan: what flags of plan and encode mean."""
     from preprocess.sources.find import find_clips
-    from shards.format.plan import How, read_plan
+    from shards.format.plan import TowerSettings, read_plan
 
     sampling = make_sampling(frames, fps, max_frames)
     if out.exists() and not out.is_dir():
@@ -178,7 +177,7 @@ def prepared(
         allow_outside=rest["allow_outside"],
     )
     known = read_plan(out)
-    how = known.how if known else How()
+    tower = known.tower if known else TowerSettings()
 
     device = start_torch(device)
     from preprocess.encode.features import EncodeOptions
@@ -189,8 +188,8 @@ def prepared(
         sampling=sampling,
         device=device,
         tower_dtype=tower_dtype,
-        batch_frames=batch_frames or how.batch_frames,
-        tower_threads=tower_threads or how.tower_threads,
+        batch_frames=batch_frames or tower.batch_frames,
+        tower_threads=tower_threads or tower.threads,
         shard_bytes=shard_size * 1024**2,
         **rest,
     )
@@ -322,5 +321,5 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
     click.echo(out)
 
 
-for command in (status, verify, repair, index, export, gc):
+for command in (status, verify, repair, export, gc):
     main.add_command(command)

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,24 @@ class EncodeOptions:
     picture_fps: str = PICTURE_FPS
     """Of folders of pictures."""
     shard_bytes: int = 512 * 1024**2
+
+    @classmethod
+    def of_plan(cls, plan: Plan, **how: Any) -> "EncodeOptions":
+        """Return the options that make the features of a plan. how: those to differ, by name."""
+        features, tower = plan.features, plan.tower
+        planned: dict[str, Any] = {
+            "tower": tower.name,
+            "strides": features.strides,
+            "sampling": features.sampling,
+            "layer": features.layer,
+            "pool": features.pool,
+            "dtype": features.dtype,
+            "codec": features.codec,
+            "tower_dtype": features.tower_dtype,
+            "batch_frames": tower.batch_frames,
+            "tower_threads": tower.threads,
+        }
+        return cls(**(planned | how))
 
 
 def load_tower(options: EncodeOptions) -> Tower:
