@@ -58,7 +58,7 @@ def write_hf(bank: Path) -> Path:
     path = bank / "README.md"
     if path.exists() and CARD not in path.read_text("utf-8"):
         raise UserError(
-            f"{path} exists and was not written by framebank", fix="move it and run again"
+            "exists and was not written by framebank", where=path, fix="move it and run again"
         )
     write_atomic(path, card(manifest).encode())
     return path

@@ -90,7 +90,7 @@ def test_memory_layout_does_not_reach_the_bytes(tmp_path: Path, make_meta: MakeM
     strange = {stride: np.asfortranarray(array) for stride, array in arrays.items()}
     a = write(tmp_path / "a.tar", make_meta, {"x.mp4": arrays})
     b = write(tmp_path / "b.tar", make_meta, {"x.mp4": strange})
-    assert a["sha256"] == b["sha256"]
+    assert a.sha256 == b.sha256
 
 
 def test_members_are_contiguous_in_order_and_their_headers_fixed(
@@ -352,9 +352,9 @@ def test_a_flipped_bit_in_what_was_left_drops_its_sample_and_the_later(
     with ShardWriter(path, 0, "fe") as writer:
         for key in "abc":
             writer.write(key, make_meta(key, arrays), arrays)
-        second = writer.entries[1]["sample"]
+        second = writer.entries[1].sample
     raw = bytearray(part_path(path).read_bytes())
-    raw[second["offset"] + 700] ^= 4
+    raw[second.offset + 700] ^= 4
     part_path(path).write_bytes(raw)
     with ShardWriter(path, 0, "fe") as writer:
         assert writer.keys == {"a"}
