@@ -35,7 +35,7 @@ from preprocess.encode.features import (
 from preprocess.sources.find import clips_under
 from shards.care.inventory import Damage, Inventory, read_inventory, refuse_no_bank
 from shards.care.migrate import migrate
-from shards.care.tar_scan import SampleState, ShardScan, Tar, fault_of_json, layout, records
+from shards.care.tar_scan import SampleState, ShardScan, Tar, commit_of, fault_of_json, layout
 from shards.care.verify import is_as_listed, verify
 from shards.errors import UserError
 from shards.format.commits import (
@@ -50,7 +50,7 @@ from shards.format.manifest import TowerFacts
 from shards.format.plan import ClipSource, Plan, read_plan, refuse_other_features
 from shards.format.quarantine import read_quarantine
 from shards.format.samples import SampleMeta
-from shards.signed import Json, file_facts, write_atomic
+from shards.signed import Json, write_atomic
 from shards.write.finish import finish
 from shards.write.lock import bank_lock
 from shards.write.shard import ShardWriter, index_bytes
@@ -222,23 +222,12 @@ class ShardRepair:
         """Make tar, index and commit record what they were."""
         damaged = any(damage.file == f"shards/{self.name}" for damage in self.done.damages)
         if self.commit is None and is_as_listed(self.inventory, self.name):
-            self._write_small_files(self._record_of_whole())
+            fingerprint = self.plan.features.fingerprint
+            self._write_small_files(commit_of(self.path, self.unit, fingerprint, None, {}))
         elif self.commit is None or damaged or not self.path.exists():
             self._rewrite()
         else:
             self._write_small_files(self.commit)
-
-    def _record_of_whole(self) -> CommitRecord:
-        """Return the record of a shard that is proven by bank.json and lost its own."""
-        return CommitRecord(
-            shard=self.name,
-            unit=self.unit,
-            fingerprint=self.plan.features.fingerprint,
-            **file_facts(self.path),
-            samples=records(self.path),
-            underflowed=None,
-            provenance={},
-        )
 
     def _write_small_files(self, record: CommitRecord) -> None:
         if record != self.commit:

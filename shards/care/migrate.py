@@ -15,7 +15,7 @@ are made from the rest, as at the end of every run.
 
 from pathlib import Path
 
-from shards.care.tar_scan import records
+from shards.care.tar_scan import commit_of
 from shards.errors import UserError
 from shards.format.commits import (
     CommitRecord,
@@ -28,7 +28,7 @@ from shards.format.features import FORMAT_VERSION
 from shards.format.manifest import TowerFacts
 from shards.format.plan import Plan, TowerSettings, write_plan
 from shards.format.version import is_older
-from shards.signed import Json, file_facts, file_sha256, read_signed_json
+from shards.signed import Json, file_sha256, read_signed_json
 from shards.write.finish import finish
 
 
@@ -116,12 +116,4 @@ def _commit(
     sha256 = old.get("sha256", listed_sha256)
     if sha256 is None or not shard.exists() or file_sha256(shard) != sha256:
         return None
-    return CommitRecord(
-        shard=shard.name,
-        unit=unit,
-        fingerprint=fingerprint,
-        **file_facts(shard),
-        samples=records(shard),
-        underflowed=old["underflowed"],
-        provenance=old["provenance"],
-    )
+    return commit_of(shard, unit, fingerprint, old["underflowed"], old["provenance"])

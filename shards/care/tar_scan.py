@@ -22,8 +22,9 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from shards.format.commits import ArrayRecord, SampleRecord, StreamRecord
+from shards.format.commits import ArrayRecord, CommitRecord, SampleRecord, StreamRecord
 from shards.format.samples import SampleMeta, member_name, sample_key, scale_name
+from shards.signed import Json, file_facts
 from shards.write.shard import BLOCK
 
 Fault = tuple[str, str]
@@ -214,6 +215,22 @@ def npy_heads(stream: StreamRecord, part: str) -> list[bytes]:
         np.lib.format.write_array_header_1_0(head, facts)
         heads.append(head.getvalue())
     return heads
+
+
+def commit_of(
+    shard: Path, unit: int, fingerprint: str, underflowed: int | None, provenance: Json
+) -> CommitRecord:
+    """Return the commit record of a shard that is known to be whole and lost its own."""
+    facts, samples = file_facts(shard), records(shard)
+    return CommitRecord(
+        shard=shard.name,
+        unit=unit,
+        fingerprint=fingerprint,
+        **facts,
+        samples=samples,
+        underflowed=underflowed,
+        provenance=provenance,
+    )
 
 
 def records(path: Path) -> list[SampleRecord]:
