@@ -86,7 +86,7 @@ def costs(
     peak = config.device_flops or DEVICES["H100"]
     speed = world * peak * config.assumed_mfu
     seconds = per_step / speed
-    memory = memory_bytes(config, shape, dataset.banks.manifest["tower_width"], places)
+    memory = memory_bytes(config, shape, dataset.banks.manifest.tower_width, places)
     read = float(plan.per_step(read_bytes(config, dataset, plan)).mean())
     head = float(plan.per_step(forward_flops(shape, 0, 0, plan.supervised)).mean())
     at = f"at {config.assumed_mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s a device"
@@ -108,7 +108,7 @@ def costs(
 
 def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.ndarray:
     """Return the bytes of features that each record reads; the copy baseline's are left out."""
-    width = dataset.banks.manifest["tower_width"]
+    width = dataset.banks.manifest.tower_width
     frames = plan.transitions + plan.clips
     side = joined_cells(settings.mm_projector_type)
     finer = side**2 if side > 1 else 0  # the cells that are joined, beside those that are predicted
@@ -117,7 +117,7 @@ def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.n
 
 def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:
     """Return what encoding each step's frames anew would take."""
-    name = dataset.banks.manifest["provenance"].get("tower", "")
+    name = dataset.banks.manifest.provenance.tower
     config = read_config(name) if name else None
     patches = dataset.banks.banks[0].clip(0).patch_grid
     frame = None

@@ -89,7 +89,7 @@ def prepared(
 ) -> tuple[list["ClipSource"], "EncodeOptions", dict[str, Any]]:
     """Return the clips, how to encode them, and how to plan: what flags of plan and encode mean."""
     from preprocess.sources.find import find_clips
-    from shards.format.plan import How, read_plan
+    from shards.format.plan import TowerSettings, read_plan
 
     sampling = make_sampling(frames, fps, max_frames)
     if out.exists() and not out.is_dir():
@@ -102,7 +102,7 @@ def prepared(
         allow_outside=rest["allow_outside"],
     )
     known = read_plan(out)
-    how = known.how if known else How()
+    tower = known.tower if known else TowerSettings()
 
     device = start_torch(device)
     from preprocess.encode.features import EncodeOptions
@@ -113,8 +113,8 @@ def prepared(
         sampling=sampling,
         device=device,
         tower_dtype=tower_dtype,
-        batch_frames=batch_frames or how.batch_frames,
-        tower_threads=tower_threads or how.tower_threads,
+        batch_frames=batch_frames or tower.batch_frames,
+        tower_threads=tower_threads or tower.threads,
         shard_bytes=shard_size * 1024**2,
         **rest,
     )

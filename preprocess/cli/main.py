@@ -12,7 +12,7 @@ import click
 
 from preprocess.cli.care import gc, repair, status, verify
 from preprocess.cli.encode import encode, plan, retry
-from preprocess.cli.export import export, index
+from preprocess.cli.export import export
 from preprocess.cli.look import diff, show, toyworld
 from shards.errors import UserError
 
@@ -80,6 +80,6 @@ def main() -> None:
 for command in (
     *(toyworld, plan, encode, retry),
     *(status, show, verify, repair),
-    *(diff, index, export, gc),
+    *(diff, export, gc),
 ):
     main.add_command(command)

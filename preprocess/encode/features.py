@@ -54,11 +54,11 @@ class EncodeOptions:
     @classmethod
     def of_plan(cls, plan: Plan, **how: Any) -> "EncodeOptions":
         """Return the options that made a bank. how: fields that are to be others."""
-        features = plan.features
+        features, tower = plan.features, plan.tower
         same: Json = {
-            "tower": plan.how.tower,
-            "batch_frames": plan.how.batch_frames,
-            "tower_threads": plan.how.tower_threads,
+            "tower": tower.name,
+            "batch_frames": tower.batch_frames,
+            "tower_threads": tower.threads,
         }
         for name in ("strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"):
             same[name] = getattr(features, name)

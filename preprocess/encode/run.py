@@ -28,10 +28,17 @@ from preprocess.sources.changes import Changes, compare
 from preprocess.sources.find import find_clips
 from preprocess.sources.probe import probe
 from shards.format.commits import committed, read_commits, refuse_missing_shards
-from shards.format.plan import ClipSource, How, Plan, read_plan, refuse_other_features, write_plan
+from shards.format.plan import (
+    ClipSource,
+    Plan,
+    TowerSettings,
+    read_plan,
+    refuse_other_features,
+    write_plan,
+)
 from shards.format.quarantine import read_entries, settle
 from shards.write.finish import finish
-from shards.write.lock import BankLock
+from shards.write.lock import bank_lock
 
 
 def encode(
@@ -67,7 +74,7 @@ def encode_clips(
     """Do what `encode` does for clips that were found already; returns the changes, too."""
     tower = load_tower(options)
     predicted_bytes(tower, options)  # refuses what the tower cannot do before there is a folder
-    with disk_errors(out), BankLock(out, "preprocess encode"):
+    with disk_errors(out), bank_lock(out, "preprocess encode"):
         changes = make_plan(out, clips, tower, options, prune=prune)
         return execute(out, changes.plan, clips, tower, options, procs), changes
 
@@ -82,7 +89,7 @@ def plan_clips(
     """Write the plan that `encode_clips` would execute, and encode nothing."""
     tower = load_tower(options)
     predicted_bytes(tower, options)
-    with disk_errors(out), BankLock(out, "preprocess plan"):
+    with disk_errors(out), bank_lock(out, "preprocess plan"):
         return tower, make_plan(out, clips, tower, options, prune=prune)
 
 
@@ -100,8 +107,8 @@ def make_plan(
     if known is not None:
         refuse_other_features(out, features, known.features)
         refuse_missing_shards(out, known)
-    how = How(options.batch_frames, options.tower_threads, tower.name)
-    plan = known or Plan(features, [], how)
+    settings = TowerSettings(options.batch_frames, options.tower_threads, tower.name)
+    plan = known or Plan(features, [], settings)
     planned = {clip.key: clip for clip in plan.clips}
     probed = probe(clips, planned, features.sampling)
     changes = compare(out, plan, probed, lost_keys(out, plan))
@@ -165,8 +172,7 @@ def lost_keys(bank: Path, plan: Plan) -> set[str]:
 
     It had been pruned then, or its line was taken out of the quarantine since.
     """
-    commits = {commit["unit"]: commit for commit in read_commits(bank, plan)}
-    banked = {unit: {s["key"] for s in commit["samples"]} for unit, commit in commits.items()}
+    banked = {commit.unit: commit.keys for commit in read_commits(bank, plan)}
     failed = {entry.key for entry in read_entries(bank).values()}
     return {
         key

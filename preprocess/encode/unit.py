@@ -116,10 +116,7 @@ class Encoder(ExitStack):
                 writer.abandon()
                 return 0
             self.summary.nbytes += writer.nbytes
-            writer.commit(
-                underflowed=sum(entry["note"]["underflowed"] for entry in writer.entries),
-                provenance=provenance(self.tower, self.options),
-            )
+            writer.commit(provenance(self.tower, self.options))
             return len(writer.entries)
 
     def _writer(self, unit: int, sources: Sequence[ClipSource]) -> ShardWriter:
@@ -157,7 +154,7 @@ class Encoder(ExitStack):
             self._quarantine(source, outcome, Reason.NOT_REPRESENTABLE, where)
             return
         meta = describe(source, outcome, outcome.clip, self.tower, arrays)
-        writer.write(source.key, meta, arrays, {"underflowed": underflowed})
+        writer.write(source.key, meta, arrays, underflowed)
         self.summary.clips += 1
         self.summary.frames += len(outcome.clip.frames)
 

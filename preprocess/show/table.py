@@ -18,10 +18,10 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.format.catalogue import split_text
+from shards.format.manifest import Manifest
 from shards.format.quarantine import QuarantineEntry, read_quarantine
 from shards.format.samples import SampleMeta
 from shards.read.bank import Bank
-from shards.signed import Json
 from shards.text import in_bytes, printable
 
 BAR = 32  # characters
@@ -53,7 +53,7 @@ def find(bank: Bank, name: str) -> int:
 
 def read_meta(bank: Bank, row: int) -> SampleMeta:
     """Return the json of a sample: the first member at its place in the shard."""
-    shard = bank.path / "shards" / bank.manifest["shards"][bank.columns["shard"][row]]["name"]
+    shard = bank.path / "shards" / bank.manifest.shards[bank.columns["shard"][row]].name
     with open(shard, "rb") as file:
         file.seek(int(bank.columns["offset"][row]))
         try:
@@ -73,15 +73,15 @@ def facts(bank: Bank) -> list[str]:
         many = f"{config.sampling.num_frames} frames of each clip, uniformly"
     lines = {
         "bank": str(bank.path),
-        "tower": f"{manifest['provenance'].get('tower', 'unnamed')} ({tower})",
+        "tower": f"{manifest.provenance.tower} ({tower})",
         "fingerprint": config.fingerprint,
-        "layer": f"{config.layer}, width {manifest['tower_width']}",
+        "layer": f"{config.layer}, width {manifest.tower_width}",
         "sampling": many,
         "dtype": f"{config.dtype}, tower ran in {config.tower_dtype}, codec {config.codec}",
         "pool": config.pool,
         "clips": f"{len(bank):,}",
         "frames": f"{len(bank.columns['timestamps']):,}",
-        "bytes": f"{in_bytes(manifest['nbytes'])}, shards {len(manifest['shards']):,}",
+        "bytes": f"{in_bytes(manifest.nbytes)}, shards {len(manifest.shards):,}",
     }
     for stride in config.strides:
         shapes = bank.columns[f"stride{stride}_shape"].reshape(-1, 4)
@@ -94,9 +94,9 @@ def facts(bank: Bank) -> list[str]:
     return [f"{name:<12} {printable(value)}" for name, value in lines.items()]
 
 
-def codec_quality(manifest: Json, stride: int) -> str:
+def codec_quality(manifest: Manifest, stride: int) -> str:
     """Return what a codec saves and what it loses."""
-    measured = manifest["codec"]["strides"][str(stride)]
+    measured = manifest.codec.strides[str(stride)]
     return (
         f"{measured['ratio']:.2f} of the plain bytes, cosine {measured['cosine_mean']:.5f} "
         f"(worst {measured['cosine_min']:.5f}), worst channel off by "

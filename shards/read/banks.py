@@ -8,6 +8,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.format.features import FeatureConfig, differences
+from shards.format.manifest import Manifest
 from shards.format.quarantine import read_quarantine
 from shards.read.bank import Bank, ClipInfo
 from shards.signed import Json
@@ -39,7 +40,7 @@ class Banks:
         return self.banks[0].config
 
     @property
-    def manifest(self) -> Json:
+    def manifest(self) -> Manifest:
         return self.banks[0].manifest
 
     def __contains__(self, id_: str) -> bool:

@@ -38,7 +38,6 @@ OPTIONS = {
     "verify": "--deep --help",
     "repair": "--tower --device --video-root --help",
     "diff": "--help",
-    "index": "--rebuild --help",
     "export": "--help",
     "gc": "--dry-run --help",
     "toyworld": "--train-clips --test-clips --seed --help",
@@ -332,8 +331,8 @@ def test_a_rerun_encodes_as_the_first_run_did_unless_told_otherwise(
         assert preprocess(*more).exit_code == 0
     plan = read_plan(tmp_path / "b")
     assert plan
-    assert (plan.how.batch_frames, plan.how.tower_threads) == (2, 1)
-    encoded = Bank.open(tmp_path / "b").manifest["provenance"]["encoded"]
+    assert (plan.tower.batch_frames, plan.tower.threads) == (2, 1)
+    encoded = Bank.open(tmp_path / "b").manifest.provenance.encoded
     assert [(how["batch_frames"], how["tower_threads"]) for how in encoded] == [(2, 1), (4, 1)]
 
 
@@ -344,10 +343,13 @@ def test_a_codec_is_chosen_at_encode_and_measured_in_the_manifest(
     words = encode_words(toy, tmp_path / "b", "--frames", 8, "--codec", codec, "--device", "cpu")
     assert preprocess(*words).exit_code == 0
     bank, plain = Bank.open(tmp_path / "b"), Bank.open(toy_bank)
-    facts = bank.manifest["codec"]
-    assert facts["name"] == codec
-    assert set(facts["strides"]) == {"4", "8"}
-    for told in facts["strides"].values():
+    facts = bank.manifest.codec
+    assert facts.name == codec
+    assert set(facts.strides) == {"4", "8"}
+    for told in facts.strides.values():
+        assert told["ratio"]
+        assert told["cosine_min"]
+        assert told["channel_error_worst"] is not None
         assert 0.4 < told["ratio"] < 1.5
         assert told["cosine_min"] > 0.99
         assert told["channel_error_worst"] < 0.05

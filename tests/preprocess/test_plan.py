@@ -21,8 +21,8 @@ from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.format.plan import (
     ClipSource,
-    How,
     Plan,
+    TowerSettings,
     cut_units,
     read_plan,
     refuse_other_features,
@@ -326,7 +326,7 @@ def test_a_plan_survives_the_disk(
     plan = Plan(
         features,
         cut_units(clips, shard_bytes, each(100)),
-        How(8, 2, "tower"),
+        TowerSettings(8, 2, "tower"),
         {"4": [0.1, 1e-30]},
         {"4": {"cosine_mean": 1.0}},
         frozenset(clip.key for clip in clips[:1]),
@@ -348,9 +348,9 @@ def test_an_edited_plan_is_refused(tmp_path: Path, features: FeatureConfig) -> N
 
 
 def test_a_plan_of_a_newer_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_bytes(signed_json({"format_version": 2, "something": "else"}))
+    (tmp_path / "plan.json").write_bytes(signed_json({"format_version": 3, "something": "else"}))
     (line,) = refusal(lambda: read_plan(tmp_path))
-    assert "newer framebank" in line
+    assert "format 3, this framebank reads up to 2; update framebank" in line
 
 
 def test_other_features_are_refused_field_by_field(features: FeatureConfig, tmp_path: Path) -> None:

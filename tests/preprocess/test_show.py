@@ -67,7 +67,7 @@ def test_the_table_tells_what_the_bank_holds(
     assert told["sampling"] == "8 frames of each clip, uniformly"
     assert told["dtype"] == "float16, tower ran in float32, codec none"
     assert (told["pool"], told["clips"], told["frames"]) == ("average", "3", "25")
-    assert told["bytes"] == f"{in_bytes(bank.manifest['nbytes'])}, shards 2"
+    assert told["bytes"] == f"{in_bytes(bank.manifest.nbytes)}, shards 2"
     assert told["stride 4"] == "2x2 cells, 1.0 kB"  # 25 frames x 4 cells x 5 values x 2 bytes
     assert told["stride 8"] == "1x1 cells, 250 B"
     assert told["durations"] == "0.12 s shortest, 0.50 s median, 2.50 s longest"

@@ -112,7 +112,7 @@ def test_what_is_left_of_a_unit_of_other_clips_is_not_used(
     arrays = {stride: np.zeros((1, 1, 1, 64), np.float16) for stride in (4, 8)}
     meta: SampleMeta = make_meta("other", arrays)
     with ShardWriter(path, 0, feature_config(tower, toy_options).fingerprint) as writer:
-        writer.write("other", meta, arrays, {"underflowed": 0})
+        writer.write("other", meta, arrays)
     assert encode_one(tmp_path / "bank", tower, toy_options, clips) == clean
 
 

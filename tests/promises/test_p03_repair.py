@@ -33,9 +33,11 @@ from shards.care.verify import verify
 from shards.errors import UserError
 from shards.format.commits import done_path, index_path
 from shards.format.features import Sampling
+from shards.format.plan import read_plan, write_plan
 from shards.format.samples import sample_key
+from shards.read.bank import Bank
 from shards.signed import file_facts, read_signed_json, signed_json, write_atomic
-from shards.write.lock import BankLock
+from shards.write.lock import bank_lock
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +86,23 @@ def flip_values(bank: Path, number: int, unit: int = 0) -> str:
     return str(sample["key"])
 
 
-def mended(bank: Path, world: Path, **how: str) -> Repaired:
+def without_provenance(folder: Path) -> dict[str, object]:
+    """Return the contents of a bank; of json files what they say, provenance left out."""
+    found: dict[str, object] = dict(contents(folder))
+    for name in found:
+        if name == "bank.json" or name.endswith(".done"):
+            record = read_signed_json(folder / name)
+            del record["provenance"]
+            found[name] = {key: value for key, value in record.items() if key != "underflowed"}
+    return found
+
+
+def mended(bank: Path, world: Path, lost_record: bool = False, **how: str) -> Repaired:
+    """Repair a bank, all of it. lost_record: of a sound shard, what made it is not known any more."""
     done = repair(bank, **how)  # type: ignore[arg-type]
     assert (done.remaining, done.notes, done.lost) == ([], [], [])
-    assert contents(bank) == contents(world / "bank")
+    read = without_provenance if lost_record else contents
+    assert read(bank) == read(world / "bank")
     return done
 
 
@@ -139,7 +154,11 @@ def spoil_manifest(bank: Path) -> list[str]:
 
 def spoil_a_header(bank: Path) -> list[str]:
     flip(shard(bank), int(str(samples(bank)[1]["offset"])) + 30)
-    return []
+    return [str(samples(bank)[1]["key"])]
+
+
+def keys_of(bank: Path, unit: int = 0) -> list[str]:
+    return [str(sample["key"]) for sample in samples(bank, unit)]
 
 
 def append_a_member(bank: Path) -> list[str]:
@@ -156,17 +175,22 @@ def cut_off_the_zeros(bank: Path) -> list[str]:
 
 def reverse_the_members(bank: Path) -> list[str]:
     rewritten(shard(bank), lambda pairs: pairs.reverse())
-    return []
+    return keys_of(bank)
 
 
 def double_a_member(bank: Path) -> list[str]:
     rewritten(shard(bank), lambda pairs: pairs.insert(2, pairs[1]))
+    return keys_of(bank)  # all that follows is out of its place
+
+
+def double_a_member_at_the_end(bank: Path) -> list[str]:
+    rewritten(shard(bank), lambda pairs: pairs.append(pairs[1]))
     return []
 
 
 def delete_a_member(bank: Path) -> list[str]:
     rewritten(shard(bank), lambda pairs: pairs.pop(1) and None)
-    return [str(samples(bank)[0]["key"])]
+    return keys_of(bank)
 
 
 def spoil_a_description(bank: Path) -> list[str]:
@@ -184,7 +208,7 @@ def cut_off_a_sample(bank: Path) -> list[str]:
 
 def delete_a_shard(bank: Path) -> list[str]:
     shard(bank).unlink()
-    return [str(sample["key"]) for sample in samples(bank)]
+    return keys_of(bank)
 
 
 def delete_a_shard_and_its_record(bank: Path) -> list[str]:
@@ -194,9 +218,10 @@ def delete_a_shard_and_its_record(bank: Path) -> list[str]:
 
 
 def spoil_a_shard_and_its_record(bank: Path) -> list[str]:
-    key = flip_values(bank, 1)
+    keys = keys_of(bank)
+    flip_values(bank, 1)
     done_path(shard(bank)).unlink()
-    return [key]
+    return keys
 
 
 CRIMES = [
@@ -214,6 +239,7 @@ MORE_CRIMES = [
     append_a_member,
     cut_off_the_zeros,
     double_a_member,
+    double_a_member_at_the_end,
     spoil_a_description,
     delete_a_shard_and_its_record,
     spoil_a_shard_and_its_record,
@@ -232,19 +258,35 @@ def test_every_byte_comes_back_and_only_what_is_gone_is_encoded(
     assert set(keys) <= named or None in named
     # Without a tower where none is needed.
     how = {} if keys else {"tower": "nowhere"}
-    assert mended(bank, world, **how).encoded == keys
+    lost_record = crime in (delete_files, spoil_records)
+    assert mended(bank, world, lost_record, **how).encoded == keys
 
 
-def test_a_description_that_only_a_lost_record_could_prove_is_made_again(
-    bank: Path, world: Path
+@pytest.mark.parametrize("harm", ["column", "catalogue", "manifest", "both"])
+def test_catalogue_and_manifest_come_back_without_a_tower(
+    bank: Path, world: Path, harm: str
 ) -> None:
-    sample = samples(bank)[0]
-    begin, nbytes = sample["json"]  # type: ignore[misc]
-    raw = shard(bank).read_bytes()
-    at = raw.index(b'"size":', begin, begin + nbytes) + 8
-    flip(shard(bank), at)  # one digit into another
-    done_path(shard(bank)).unlink()
-    assert sorted(mended(bank, world).encoded) == sorted(str(s["key"]) for s in samples(bank))
+    if harm == "column":
+        (bank / "index.zarr" / "end" / "c" / "0").write_bytes(b"nonsense")
+    if harm in ("catalogue", "both"):
+        shutil.rmtree(bank / "index.zarr")
+    if harm in ("manifest", "both"):
+        (bank / "bank.json").unlink()
+    with pytest.raises(UserError, match=r"preprocess repair|not over"):
+        Bank.open(bank)
+    done = mended(bank, world, tower="nowhere")
+    assert done.files == ["index.zarr", "bank.json"]
+    assert len(Bank.open(bank)) == 9
+
+
+def test_a_run_that_is_not_over_is_left_to_encode(bank: Path) -> None:
+    plan = read_plan(bank)
+    assert plan
+    write_plan(bank, replace(plan, units=[*plan.units, plan.units[0][:1]]))
+    (bank / "bank.json").unlink()
+    shutil.rmtree(bank / "index.zarr")
+    assert repair(bank, tower="nowhere").files == []
+    assert not (bank / "bank.json").exists()
 
 
 def test_a_sound_bank_is_left_alone(bank: Path, world: Path) -> None:
@@ -347,7 +389,7 @@ def test_without_its_plan_nothing_is_repaired(bank: Path) -> None:
 
 def test_one_writer_at_a_time(bank: Path) -> None:
     flip_values(bank, 0)
-    with BankLock(bank, "preprocess encode"), pytest.raises(UserError, match="preprocess encode"):
+    with bank_lock(bank, "preprocess encode"), pytest.raises(UserError, match="preprocess encode"):
         repair(bank)
 
 

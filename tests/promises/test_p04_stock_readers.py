@@ -294,7 +294,7 @@ def test_the_command_writes_the_file_and_tells_of_dead_samples(
 def test_a_readme_of_somebody_else_is_left_alone(banks_of: dict[str, Path], tmp_path: Path) -> None:
     bank = Path(shutil.copytree(banks_of["none"], tmp_path / "bank"))
     (bank / "README.md").write_text("mine")
-    with pytest.raises(UserError, match=r"README\.md: is there and not ours"):
+    with pytest.raises(UserError, match=r"README\.md: exists and was not written by framebank"):
         write_hf(bank)
     assert (bank / "README.md").read_text() == "mine"
 

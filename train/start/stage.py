@@ -94,9 +94,9 @@ def build(config: TrainConfig, dataset: "Dataset", say: Say) -> "VLM":
         config,
         config.seed,
         asdict(model_config(config, dataset)),
-        manifest["tower_width"],
+        manifest.tower_width,
         dataset.banks.config.to_json(),
-        manifest["provenance"]["tower"],
+        manifest.provenance.tower,
         say,
     )
 
