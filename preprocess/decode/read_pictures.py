@@ -11,11 +11,12 @@ datasets are read everywhere; a picture is turned as its EXIF orientation says.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from preprocess.decode.canvas import Canvas
 from preprocess.decode.scan import Scan, VideoError
@@ -27,14 +28,6 @@ PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", 
 PICTURES = "pictures"
 """Stands for the codec in the scan of pictures."""
 NO_DURATION = 100  # ms that browsers show a frame which gives none
-UNREADABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-)
 
 
 def holds_pictures(path: Path) -> bool:
@@ -118,33 +111,41 @@ def _natural(file: Path) -> tuple[list[tuple[int, int | str]], str]:
 
 def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
     """Yield frames of a picture file: uint8 `(height, width, 3)`."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                wrong = f"its pixels are of mode {image.mode}, not 8 bits a colour"
-                raise _unreadable(path, wrong)
-            for frame in index:
+    with _pillow(path):
+        image = Image.open(path)
+    with image:
+        if image.mode.startswith(("I", "F")):
+            raise _unreadable(path, f"its pixels are of mode {image.mode}, not 8 bits a colour")
+        for frame in index:
+            with _pillow(path):
                 image.seek(frame)
-                yield np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except UNREADABLE as error:
-        raise _unreadable(path, " ".join(str(error).split())) from None
+                picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            yield picture
 
 
 def _animation_ends(path: Path) -> list[int]:
     """Return the ms at which each frame stops being shown; [0] for a still picture."""
+    with _pillow(path), Image.open(path) as image:
+        count = getattr(image, "n_frames", 1)
+        if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
+            return [0]
+        ends, end = [], Fraction(0)
+        for frame in range(count):
+            image.seek(frame)
+            image.load()  # WebP tells the duration then
+            end += Fraction(image.info.get("duration") or NO_DURATION)
+            ends.append(round(end))
+        return ends
+
+
+@contextmanager
+def _pillow(path: Path) -> Iterator[None]:
+    """Name the file where Pillow fails: its plugins raise whatever a damaged one makes them meet."""
     try:
-        with Image.open(path) as image:
-            count = getattr(image, "n_frames", 1)
-            if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
-                return [0]
-            ends, end = [], Fraction(0)
-            for frame in range(count):
-                image.seek(frame)
-                image.load()  # WebP tells the duration then
-                end += Fraction(image.info.get("duration") or NO_DURATION)
-                ends.append(round(end))
-            return ends
-    except UNREADABLE as error:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
         raise _unreadable(path, " ".join(str(error).split())) from None
 
 

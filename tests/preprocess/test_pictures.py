@@ -3,6 +3,7 @@
 pytest tests/preprocess/test_pictures.py
 """
 
+import struct
 from pathlib import Path
 
 import av
@@ -196,3 +197,14 @@ def test_a_gif_gives_the_pictures_that_pillow_sees(tmp_path: Path) -> None:
             assert np.array_equal(frame, np.asarray(image.convert("RGB")))
     with av.open(str(tmp_path / "a.gif")) as container:
         assert len(list(container.decode(video=0))) == len(clip.frames) == 5
+
+
+def test_a_damaged_tiff_of_which_pillow_raises_a_type_error_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    page = Image.fromarray(np.zeros((4, 5, 3), np.uint8))
+    page.save(path, save_all=True, append_images=[page])
+    before, _, after = path.read_bytes().rpartition(struct.pack("<HH", 256, 4))
+    path.write_bytes(before + struct.pack("<HH", 9999, 4) + after)  # no width on page two
+    with pytest.raises(VideoError, match=r"a\.tif: not a readable picture") as error:
+        read_clip(ReadRequest(path, ALL))
+    assert error.value.reason == "cannot-open"
