@@ -235,8 +235,12 @@ def read_config(name: str) -> dict[str, Any] | None:
     path: str | Path | object = Path(name) / "config.json"
     if not Path(name).is_dir():
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        path = try_to_load_from_cache(name, "config.json")
+        try:
+            path = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:  # a folder that was moved, or is named from elsewhere
+            return None
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     return dict(json.loads(Path(path).read_text()))

@@ -28,7 +28,7 @@ from model.vlm import VLM
 from shards.errors import UserError
 from train.data.dataset import open_dataset
 from train.settings.config import TrainConfig
-from train.start.stage import bank_problem, build, kind_of
+from train.start.stage import bank_problem, build, kind_of, read_config
 
 Tensors = dict[str, torch.Tensor]
 LAPE = {"num_temporal_tokens": 20, "num_spatial_tokens": 30}
@@ -361,3 +361,8 @@ def test_a_run_learns_through_a_joining_projector(
     out = train_here(tmp_path / "out", stage_path=tmp_path / "stage", max_steps=2, **settings)
     after = VLM.load(out).projector.state_dict()
     assert all(not torch.equal(after[name], projector[name]) for name in projector)
+
+
+def test_a_folder_that_is_gone_has_no_config_and_is_no_hub_name() -> None:
+    assert read_config("demo/toy/tower") is None
+    assert read_config("/nowhere/at/all") is None
