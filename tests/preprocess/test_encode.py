@@ -312,7 +312,6 @@ def test_the_count_of_underflows_survives_a_rerun(toy: Path, tmp_path: Path) -> 
         {"batch_frames": 8},
         {"tower_threads": 1},
         {"shard_bytes": 1},
-        {"decoder": "pyav"},
         {"allow_truncated": True},
         {"device": "cpu:0"},
     ],
@@ -333,7 +332,7 @@ def test_how_a_bank_is_made_is_no_part_of_its_identity(
 
 def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
     hashed = {"tower", "strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"}
-    free = {"device", "batch_frames", "tower_threads", "decoder", "video_roots", "shard_bytes"}
+    free = {"device", "batch_frames", "tower_threads", "video_roots", "shard_bytes"}
     free |= {"allow_truncated", "picture_fps", "allow_outside"}  # which clips there are
     assert {field.name for field in fields(EncodeOptions)} == hashed | free
 
