@@ -54,7 +54,8 @@ def encode(inputs: tuple[str, ...], out: Path, procs: int, **flags: Any) -> None
     Rerunning skips what is done, encodes what is new, and encodes again videos that have changed.
     A clip that cannot be read is named in BANK/quarantine.jsonl; `preprocess retry BANK` tries it
     again. Exit code 0: all done; 1: some clips failed and are listed; 2: wrong usage, or the
-    machine failed: what is committed stays, run the same command again.
+    machine failed: what is committed stays, run the same command again; 70: a bug of ours, with its
+    traceback: what is committed stays, and no clip is blamed.
 
     \b
     preprocess encode videos/ --stride 4,8 --out bank --tower google/siglip-so400m-patch14-384

@@ -9,10 +9,12 @@
             child.receive()                 # {"said": "a"}
 
 A request is one JSON line on the child's stdin, an answer one or more on its stdout. `VideoError`
-travels, and is raised again here; any other exception comes back with its traceback as a `ChildBug`.
+travels as `{"error": its arguments}`, and so do a disk that fails and memory that is full; any other
+exception comes back with its traceback as a `ChildBug`.
 Linux only.
 """
 
+import errno
 import json
 import os
 import queue
@@ -176,15 +178,19 @@ def serve(answers: Callable[[Json], Iterable[Json]]) -> NoReturn:
             continue
         except VideoError as error:
             answer = {"error": error.args}
-        except MemoryError:
-            where = request.get("path")
-            crash = VideoError(
-                Reason.DECODER_CRASHED, "out of memory", where=where, fix="try again with more"
-            )
-            answer = {"error": crash.args}
+        except (OSError, MemoryError) as error:
+            answer = {"error": _of_the_machine(error, request.get("path")).args}
         except Exception:
             answer = {"bug": f"with {json.dumps(request)}\n{traceback.format_exc()}"}
         print(json.dumps(answer), file=replies)
+
+
+def _of_the_machine(error: OSError | MemoryError, where: object) -> VideoError:
+    """Return what a disk that fails, or memory that is full, is to the clip that met it."""
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        fix = "try again with more memory"
+        return VideoError(Reason.DECODER_CRASHED, "out of memory", where=where, fix=fix)
+    return VideoError(Reason.CANNOT_OPEN, str(error), where=where, fix="check the disk")
 
 
 def _listen(requests: queue.SimpleQueue[str]) -> None:

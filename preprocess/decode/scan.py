@@ -297,7 +297,12 @@ def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
                 Reason.NO_VIDEO_STREAM, "has no video stream", where=path, fix="remove it"
             )
         stream.codec_context.thread_count = 1
-        yield container, stream
+        try:
+            yield container, stream
+        except av.error.FFmpegError as error:  # that no reader expected: of the file all the same
+            raise VideoError(
+                Reason.DECODE_FAILED, f"FFmpeg: {error}", where=path, fix="encode it again"
+            ) from None
 
 
 def _best(container: Any) -> Any:

@@ -4,7 +4,8 @@
         outcome = reader.read(source, request)
 
 It never raises for a clip: an `Outcome` holds the clip, or the error that goes into the quarantine.
-It raises OSError where the disk that videos are unpacked to is full, and `ChildBug` for a bug.
+It raises OSError where the machine fails: the disk that videos are unpacked to is full, no process can
+be started. It raises `ChildBug` for a bug.
 """
 
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from preprocess.decode.archive import DISK_FULL, Unpacker
+from preprocess.decode.archive import Unpacker
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import Clip
 from preprocess.decode.read_pictures import picture_files
@@ -60,12 +61,6 @@ class SourceReader(ExitStack):
                 clip, size, hash_ = self._read(source, request)
             except VideoError as failure:
                 error = failure
-            except OSError as failure:
-                if failure.errno in DISK_FULL:
-                    raise
-                error = VideoError(
-                    Reason.CANNOT_OPEN, str(failure), where=source.path, fix="check the disk"
-                )
         return Outcome(
             clip=clip,
             size=size,
@@ -77,7 +72,7 @@ class SourceReader(ExitStack):
 
     def _read(self, source: ClipSource, request: ReadRequest) -> tuple[Clip, int, str]:
         if source.offset is None:
-            return self.child.read_clip(request), *identity(request.path)
+            return self.child.read_clip(request), *_identity(source, request.path)
         assert source.nbytes is not None
         unpacked = self._unpacker.unpacked(request.path, source.offset, source.nbytes)
         with unpacked as path:
@@ -86,7 +81,16 @@ class SourceReader(ExitStack):
             except VideoError as error:  # names the file that the member was read from
                 reason, what, got, expected, _, fix = error.args
                 raise VideoError(reason, what, got, expected, source.where, fix) from None
-            return clip, *identity(path)
+            return clip, *_identity(source, path)
+
+
+def _identity(source: ClipSource, path: Path) -> tuple[int, str]:
+    try:
+        return identity(path)
+    except OSError as error:
+        raise VideoError(
+            Reason.CANNOT_OPEN, str(error), where=source.path, fix="check the disk"
+        ) from None
 
 
 def identity(path: Path) -> tuple[int, str]:

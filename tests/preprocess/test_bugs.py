@@ -186,6 +186,7 @@ def test_a_child_that_cannot_start_is_a_bug_and_no_crash(
         ("os._exit(3)", "exit 3"),
         ("raise MemoryError", "out of memory"),
     ],
+    ids=["signal", "exit", "memory"],
 )
 def test_a_decoder_that_dies_is_the_clips_fault(
     toy: Path, monkeypatch: pytest.MonkeyPatch, death: str, said: str
@@ -202,6 +203,22 @@ def test_a_decoder_that_dies_is_the_clips_fault(
         child.read_clip(ReadRequest(video, TWO))
     assert error.value.reason == "decoder-crashed"
     assert error.value.retryable
+
+
+def test_a_disk_that_fails_in_the_child_is_no_bug(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import sys, preprocess.decode.child as child\n"
+        "def fails(*_):\n    raise OSError(5, 'Input/output error')\n"
+        "child.scan_source = fails\n"
+        "child.main([int(word) for word in sys.argv[1:]])\n"
+    )
+    monkeypatch.setattr(DecodeChild, "program", ("-c", code))
+    video = toy / "videos" / "test" / "clip-00000.mp4"
+    with DecodeChild() as child, pytest.raises(VideoError, match="Input/output") as error:
+        child.read_clip(ReadRequest(video, TWO))
+    assert error.value.reason == "cannot-open"
 
 
 @pytest.mark.slow
