@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.batch import Batch
 from model.mask import dense_mask, intervals
 from model.vlm import VLM
+from shards.text import duration
 from train.data.records import TASKS, Record, Turn, task_of
-from train.loop.log import RunLog, duration, keep_until, line_of
+from train.loop.log import RunLog, keep_until, line_of
 from train.loop.metrics import FIELDS, NUM_SUMS, PAIRS, VECTORS, summarise, sums_of
 from train.loop.speed import CLOCK, StepTimer
 
