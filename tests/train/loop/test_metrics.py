@@ -249,7 +249,7 @@ def test_a_line_shows_what_there_is() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3600, "1h00m"), (9e4, "25h00m")],
+    [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3600, "1h00m"), (9e4, "1d01h")],
 )
 def test_durations_are_read_at_a_glance(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
