@@ -1,4 +1,8 @@
-"""What a trained model is, beside its weights: every model setting, once; torch-free."""
+"""What a trained model is, beside its weights: every model setting, once; torch-free.
+
+A run's settings (`train.settings.config`) take `ModelSettings` over as they are; a saved model's
+`config.json` is read back as a `VLMConfig`. Both refuse a value that `setting` does not allow.
+"""
 
 import json
 import re
@@ -6,8 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from model.lape.tokens import LAPE_AXES, PRESETS
-from model.slow_fast import STRATEGIES, exact_ratio
+from model.lape.tokens import LAPE_AXES, MOST_ANCHORS, PRESETS
+from model.settings import problem_of, setting
+from model.slow_fast import STRATEGIES, is_ratio
 from shards.errors import UserError
 
 PROJECTORS = "linear, mlpNx_gelu, mlp_downsample, mlp_downsample_2x2_fix, mlp_downsample_3x3_fix"
@@ -17,9 +22,13 @@ older one's run down the columns; here tokens follow the rows in both."""
 MLP = re.compile(r"mlp([1-9])x_gelu")
 
 
+def is_projector(kind: str) -> bool:
+    return kind == "linear" or kind in JOINED or MLP.fullmatch(kind) is not None
+
+
 def joined_cells(kind: str) -> int:
     """Return how many cells on a side a projector makes one token of; UserError if it is unknown."""
-    if kind != "linear" and not MLP.fullmatch(kind) and kind not in JOINED:
+    if not is_projector(kind):
         raise UserError(f"mm_projector_type must be one of {PROJECTORS}, got {kind!r}")
     return JOINED.get(kind, 1)
 
@@ -33,55 +42,88 @@ FRAME_TIME = ("none", "text")
 
 
 @dataclass(frozen=True)
-class VLMConfig:
+class ModelSettings:
+    """What a run chooses of its model, and what stays with the model."""
+
+    mm_projector_type: str = setting(
+        "mlp2x_gelu",
+        f"projector: {PROJECTORS.replace(', ', ' | ')}",
+        valid=(is_projector, f"one of {PROJECTORS}"),
+    )
+    frame_sampling_strategy: str = setting(
+        "interleave", "which frames are slow", choices=STRATEGIES
+    )
+    slow_frame_ratio: str = setting(
+        "0.5", "share of slow frames, in [0, 1]", valid=(is_ratio, "a number in [0, 1]")
+    )
+    max_frames_num: int = setting(16, "frames of a clip that are used, uniformly", least=1)
+    frame_time: str = setting(
+        "none", "text writes the time before each frame, like 12.5s", choices=FRAME_TIME
+    )
+    enable_lape: bool = setting(True, "coordinate tokens and positions (LAPE)")
+    num_temporal_tokens: int = setting(100, "anchors on the time axis", least=2, most=MOST_ANCHORS)
+    num_spatial_tokens: int = setting(
+        100, "anchors on each of height and width", least=2, most=MOST_ANCHORS
+    )
+    lape_preset: str = setting("plus", "plus, or st for parity with LLaVA-ST", choices=PRESETS)
+    # a hundredth of a bin is one-hot already; far below it fp32 divides by zero
+    lape_sigma: float = setting(
+        1.0, "width of coordinate targets in bins (plus)", least=0.01, most=MOST_ANCHORS
+    )
+    lape_axes: str = setting(
+        "all",
+        "axes whose coordinates are tokens; on the others numbers stay text",
+        choices=tuple(LAPE_AXES),
+    )
+    lape_positions: bool = setting(True, "add positions to the frames' tokens too")
+    loss_weight: float = setting(0.15, "weight of the frame-causal loss; 0 builds no head", least=0)
+    predictor: str = setting("resample", "frame predictor", choices=PREDICTORS)
+    frame_attention: str = setting(
+        "block", "frames see themselves wholly, or token by token", choices=FRAME_ATTENTION
+    )
+
+
+@dataclass(frozen=True)
+class VLMConfig(ModelSettings):
     """What a trained model is, beside its weights: everything that must agree to use them."""
 
-    mm_projector_type: str = "mlp2x_gelu"
-    slow_stride: int = 4
-    fast_stride: int = 8
-    frame_sampling_strategy: str = "interleave"
-    slow_frame_ratio: str = "0.5"
-    max_frames_num: int = 16
-    frame_attention: str = "block"
-    predictor: str = "resample"
-    loss_weight: float = 0.15
-    enable_lape: bool = True
-    num_temporal_tokens: int = 100
-    num_spatial_tokens: int = 100
-    lape_preset: str = "plus"
-    lape_sigma: float = 1.0
-    lape_axes: str = "all"
-    lape_positions: bool = True
-    frame_time: str = "none"
+    slow_stride: int = setting(4, "the bank's stride that slow frames are read at", least=1)
+    fast_stride: int = setting(8, "the bank's stride that fast frames are read at", least=1)
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("frame_sampling_strategy", STRATEGIES),
-            ("frame_attention", FRAME_ATTENTION),
-            ("predictor", PREDICTORS),
-            ("lape_preset", PRESETS),
-            ("lape_axes", LAPE_AXES),
-            ("frame_time", FRAME_TIME),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        joined_cells(self.mm_projector_type)
-        exact_ratio(self.slow_frame_ratio)
+        """Raise UserError for every setting that has a value it does not take."""
+        values = {item: getattr(self, item.name) for item in fields(self)}
+        problems = [
+            f"{item.name} {problem}, got {value!r}"
+            for item, value in values.items()
+            if (problem := problem_of(item, value))
+        ]
+        if problems:
+            raise UserError.of(problems)
 
 
 def read_model_config(folder: Path) -> Json:
     """Return a model folder's config.json with `model` as a VLMConfig; UserError if it is none."""
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder}: no trained model here (config.json is missing)")
-    facts = json.loads(path.read_text())
+        raise UserError("no trained model here (config.json is missing)", where=folder)
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"not valid JSON: {error}", where=path) from None
     if facts.get("format") != FORMAT:
         raise UserError(
-            f"{path}: not a framebank model of format {FORMAT} (got {facts.get('format')!r}); "
-            "--model takes the output folder of train/run.py or a checkpoint-N in it"
+            f"not a framebank model of format {FORMAT} (got {facts.get('format')!r})",
+            where=path,
+            fix="--model takes the output folder of train/run.py or a checkpoint-N in it",
         )
-    unknown = set(facts["model"]) - {field.name for field in fields(VLMConfig)}
+    unknown = set(facts["model"]) - {item.name for item in fields(VLMConfig)}
     if unknown:
-        raise UserError(f"{path}: unknown model settings {sorted(unknown)}; update framebank")
-    return dict(facts) | {"model": VLMConfig(**facts["model"])}
+        raise UserError(
+            f"unknown model settings {sorted(unknown)}", where=path, fix="update framebank"
+        )
+    try:
+        model = VLMConfig(**facts["model"])
+    except UserError as error:
+        raise UserError.of(f"{path}: {problem}" for problem in error.problems) from None
+    return dict(facts) | {"model": model}

@@ -47,9 +47,9 @@ def _run_starts(values: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(begins, position, 0))
 
 
-def dense_mask(start: Tensor, end: Tensor, num_keys: int | None = None) -> Tensor:
+def dense_mask(start: Tensor, end: Tensor) -> Tensor:
     """Return the boolean mask that SDPA wants: `(rows, 1, queries, keys)`, True where q sees k."""
-    keys = torch.arange(num_keys or start.shape[1], device=start.device)
+    keys = torch.arange(start.shape[1], device=start.device)
     return ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
 
 

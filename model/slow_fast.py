@@ -58,6 +58,15 @@ def exact_ratio(ratio: float | str | Fraction) -> Fraction:
     return rho
 
 
+def is_ratio(ratio: str) -> bool:
+    """Tell whether a text is a ratio that `exact_ratio` reads."""
+    try:
+        exact_ratio(ratio)
+    except UserError:
+        return False
+    return True
+
+
 def draw_pattern(slow: list[bool]) -> str:
     """Return the pattern as people read it: `SFSF`."""
     return "".join("S" if is_slow else "F" for is_slow in slow)

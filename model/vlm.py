@@ -8,20 +8,18 @@ A saved model is one folder: `llm/` (Hugging Face form, with the tokenizer), `pr
 `visual.safetensors`, `lape/`, `frame_causal.safetensors`, `config.json`.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from model.batch import Batch
 from model.config import FORMAT, VLMConfig, read_model_config
 from model.frame_causal import FrameCausal
+from model.lape.head import LanguageHead
 from model.lape.tables import INJECTION_SHARE, Lape
 from model.lape.tokens import AXES, LAPE_AXES, LapeTokens
 from model.llm import (
@@ -39,8 +37,6 @@ from model.projector import build_projector
 from shards.errors import UserError
 
 Json = dict[str, Any]
-HEAD_ROWS = 1024
-"""Supervised tokens whose logits exist at once."""
 
 
 class VLM(nn.Module):
@@ -154,71 +150,14 @@ class VLM(nn.Module):
         )
         return out.last_hidden_state.flatten(0, 1)
 
+    @property
+    def head(self) -> LanguageHead:
+        """The LLM's head, with LAPE's anchors where it is on."""
+        return LanguageHead(self.llm.get_output_embeddings(), self.lape)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return fp32 logits `(n, rows of the head)`, followed by LAPE's anchors when it is on.
-
-        The head's own columns at LAPE's ids are masked, so that text and coordinates share one
-        partition function.
-        """
-        text = self.llm.get_output_embeddings()(hidden).float()
-        if self.lape is None:
-            return text
-        own = [i for i in self.lape.tokens.all_ids if i < text.shape[-1]]
-        text = text.index_fill(-1, torch.tensor(own, device=text.device, dtype=torch.long), -1e9)
-        return torch.cat([text, self.lape.logits(hidden)], dim=-1)
-
-    def language_loss(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return sums over supervised tokens, and each's loss; only their rows pass the head.
-
-        Above `HEAD_ROWS` rows they pass in chunks, whose logits are computed again in the backward
-        pass: fp32 logits of 152k columns take 0.6 GB per 1024 rows, twice with their gradient.
-        """
-        rows = hidden[batch.predict_index]
-        chunks = zip(
-            rows.split(HEAD_ROWS),
-            batch.labels.split(HEAD_ROWS),
-            batch.label_axis.split(HEAD_ROWS),
-            batch.label_coord.split(HEAD_ROWS),
-            strict=True,
-        )
-        if len(rows) <= HEAD_ROWS:
-            return self._head_loss(*next(chunks))
-        parts = [
-            checkpoint(self._head_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in chunks
-        ]
-        out = {
-            name: torch.stack([p[name] for p in parts]).sum() for name in ("ce", "coordinate_ce")
-        }
-        return out | {"token_ce": torch.cat([part["token_ce"] for part in parts])}
-
-    def _head_loss(
-        self, rows: Tensor, labels: Tensor, label_axis: Tensor, label_coord: Tensor
-    ) -> dict[str, Tensor]:
-        """Return the sums of cross-entropies of hidden states `(n, width)`, and each; n may be 0."""
-        logits = self.logits(rows)
-        if self.lape is None:
-            each = F.cross_entropy(logits, labels, reduction="none")
-            total = each.sum()
-            return {"ce": total, "coordinate_ce": total.detach() * 0, "token_ce": each.detach()}
-        log_z = logits.logsumexp(dim=-1)
-        offset = logits.shape[-1] - sum(self.lape.tokens.counts)
-        is_text = label_axis < 0
-        picked = logits.gather(1, labels.where(is_text, 0)[:, None]).squeeze(1)
-        losses = log_z - picked
-        each = losses.detach().clone()
-        loss = losses[is_text].sum()
-        coordinates = loss.detach() * 0
-        for axis, bins in enumerate(self.lape.tokens.counts):
-            of_axis = torch.nonzero(label_axis == axis).flatten()
-            target = self.lape.target(axis, label_coord[of_axis])
-            expected = (target * logits[of_axis, offset : offset + bins]).sum(dim=-1)
-            losses = log_z[of_axis] - expected
-            each[of_axis] = losses.detach()
-            part = losses.sum()
-            loss, coordinates = loss + part, coordinates + part.detach()
-            offset += bins
-        return {"ce": loss, "coordinate_ce": coordinates, "token_ce": each}
+        """Return fp32 logits `(n, rows of the head)`, followed by LAPE's anchors when it is on."""
+        return self.head.logits(hidden)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss sums of a batch and their counts, for division by global counts.
@@ -229,7 +168,9 @@ class VLM(nn.Module):
         waits for a gradient.
         """
         hidden = self.hidden_states(batch)
-        out = self.language_loss(hidden, batch)
+        out = self.head.loss(
+            hidden[batch.predict_index], batch.labels, batch.label_axis, batch.label_coord
+        )
         if self.frame_causal is not None:
             frame = self.frame_causal(hidden, batch)
             out |= {"ar": frame.loss, "ar_copy": frame.copy}
@@ -324,7 +265,8 @@ class VLM(nn.Module):
             tower=facts["tower"],
         )
         model.base = base or read_base(folder / "llm")
-        model._check_tokens(folder)
+        if model.lape is not None:
+            model.lape.tokens.check(read_json(folder / "lape" / "tokens.json"), folder / "lape")
         for file, module in model.modules_on_disk():
             load_weights(module, folder / file)
         return model
@@ -345,15 +287,6 @@ class VLM(nn.Module):
             self.calibrated |= module is self.lape
             lines.append(f"{file}: from {folder}")
         return lines
-
-    def _check_tokens(self, folder: Path) -> None:
-        if self.lape is not None:
-            saved = read_json(folder / "lape" / "tokens.json")
-            ours = json.loads(json.dumps(self.lape.tokens.to_json()))
-            if saved != ours:
-                raise UserError(
-                    f"{folder}/lape: token ids {saved} do not match the tokenizer's {ours}"
-                )
 
 
 class VisualTokens(nn.Module):

@@ -23,7 +23,8 @@ def digest(data: bytes, size: int = 16) -> str:
     return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
-def _write_synced(file: io.FileIO, data: bytes) -> None:
+def write_synced(file: io.FileIO, data: bytes) -> None:
+    """Write all of the data, and see it on the disk."""
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
@@ -56,13 +57,19 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write beside, sync, rename, sync the folder: readers see the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb", buffering=0) as file:
-        _write_synced(file, data)
+        write_synced(file, data)
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_facts(path: Path) -> Json:

@@ -1,7 +1,6 @@
 """What several test files share: a small toy world, its bank, and banks of given arrays."""
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,17 @@ from model.batch import Batch
 from model.grid import pool
 from model.vlm import VLM, VLMConfig
 from preprocess.encode.run import EncodeOptions, encode
-from preprocess.toyworld import make_toyworld, save_llm
-from shards.format.catalogue import build_columns, checksums, write_columns
+from preprocess.toy_models import save_llm
+from preprocess.toyworld import make_toyworld
 from shards.format.codec import Codec, channel_rms
+from shards.format.commits import shard_path
 from shards.format.features import FeatureConfig, Sampling
+from shards.format.manifest import TowerFacts
+from shards.format.plan import ClipSource, Plan
+from shards.format.quarantine import QuarantineEntry, Reason, append_entry
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import ClipInfo
-from shards.signed import signed_json
+from shards.write.finish import finish
 from shards.write.shard import ShardWriter
 from train.ask import FreshClip
 from train.batches.chat import Chat
@@ -126,36 +129,20 @@ def make_bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> 
             every = [arrays for clips in shards for arrays in clips.values()]
             scales = {s: channel_rms(arrays[s] for arrays in every) for s in config.strides}
         codec = Codec(config.codec, config.dtype, scales)
-        commits = []
         for unit, clips in enumerate(shards):
-            path = out / "shards" / f"bank-{unit:06d}.tar"
-            writer = ShardWriter(path, unit, config.fingerprint, codec)
+            writer = ShardWriter(shard_path(out, unit), unit, config.fingerprint, codec)
             for id_, arrays in clips.items():
                 writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
-            commits.append(writer.commit())
-        columns = build_columns(out / "shards", commits, config.strides)
-        write_columns(out / "index.zarr", columns)
-        manifest = {
-            "format_version": 1,
-            "features": config.to_json(),
-            "fingerprint": config.fingerprint,
-            "tower_width": 64,
-            "clips": len(columns["shard"]),
-            "frames": len(columns["timestamps"]),
-            "nbytes": sum(commit["nbytes"] for commit in commits),
-            "shards": [
-                {"name": commit["shard"], "nbytes": commit["nbytes"], "sha256": commit["sha256"]}
-                for commit in commits
-            ],
-            "catalogue": checksums(columns),
-            "superseded": {},
-            "calibration": {str(s): scale.tolist() for s, scale in scales.items()} or None,
-            "provenance": {},
-        }
-        (out / "bank.json").write_bytes(signed_json(manifest))
+            writer.commit()
+        units = [[ClipSource(id_, sample_key(id_), id_, id_) for id_ in clips] for clips in shards]
+        calibration = {str(s): scale.tolist() for s, scale in scales.items()} or None
+        finish(out, Plan(config, units, calibration=calibration), TowerFacts("unnamed", 64))
         if quarantined:
-            lines = [json.dumps({"id": id_, "reason": "damaged"}) + "\n" for id_ in quarantined]
-            (out / "quarantine.jsonl").write_text("".join(lines))
+            for id_ in quarantined:
+                key = sample_key(id_)
+                append_entry(
+                    out, QuarantineEntry(id_, key, id_, "decode", Reason.DAMAGED, "damaged", 1, 0.0)
+                )
         return out
 
     return make

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.decode.child import DecodeChild
+from preprocess.decode.request import ReadRequest
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.format.plan import TOWER_THREADS
 from shards.read.bank import ClipInfo, of_units
 from train.data.markup import MARKUP
 from train.data.records import Turn
-from train.settings.config import refuse
+from train.settings.exits import command
 
 if TYPE_CHECKING:
     from model.tower.tower import Tower
@@ -39,6 +40,7 @@ class FreshClip:
         return self.features[stride][list(frames)]
 
 
+@command
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -55,10 +57,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--max_new_tokens", type=int, default=128)
     args = parser.parse_args(argv)
-    try:
-        print(ask(args.video, args.question, args.model, args.tower, args.max_new_tokens))  # noqa: T201
-    except UserError as error:
-        refuse([str(error)])
+    print(ask(args.video, args.question, args.model, args.tower, args.max_new_tokens))  # noqa: T201
 
 
 def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tokens: int) -> str:
@@ -91,8 +90,10 @@ def load_tower(features: FeatureConfig, name: str) -> "Tower":
     )
     if tower.digest != features.tower_digest:
         raise UserError(
-            f"tower {name}: not the tower that the model was trained on (digest "
-            f"{tower.digest[:12]}, expected {features.tower_digest[:12]}); name it with --tower"
+            "not the tower that the model was trained on (digest "
+            f"{tower.digest[:12]}, expected {features.tower_digest[:12]})",
+            where=f"tower {name}",
+            fix="name it with --tower",
         )
     if tower.pixels.to_json() != features.processor:
         raise UserError(
@@ -107,8 +108,8 @@ def fresh_clip(
 ) -> FreshClip:
     """Return a video's features exactly as `preprocess encode` would bank them."""
     if not video.exists():
-        raise UserError(f"{video}: no such file")
-    clip = child.read_clip(video, features.sampling, pixels=tower.pixels)
+        raise UserError("no such file", where=video)
+    clip = child.read_clip(ReadRequest(video, features.sampling, pixels=tower.pixels))
     height, width = clip.display_size
     stored, _ = tower.features(
         clip.frames,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.settings.config import TrainConfig, checkpoint_every
+from train.settings.config import LlmSettings, checkpoint_every
 
 Number = Any
 """An int, a float, or a NumPy array of either."""
@@ -99,25 +99,6 @@ def step_flops(
     return forward_flops(shape, tokens, pairs, supervised) * (3 if tune_llm == "full" else 2)
 
 
-def tower_flops(config: Mapping[str, Any], patches: int, layer: int = -2) -> int | None:
-    """Return the FLOPs of encoding one frame, or None where the tower's config is of another kind.
-
-    config: a tower's config.json, or that of the two-tower model which holds it. patches: of the
-    whole frame. layer: which hidden state is taken, as `preprocess encode --layer`: later ones are
-    not computed by a fair competitor, so they are not counted.
-    """
-    config = config.get("vision_config", config)
-    try:
-        width, depth = config["hidden_size"], config["num_hidden_layers"]
-        mlp = config.get("intermediate_size") or width * config["mlp_ratio"]
-        patch = config["patch_size"]
-    except KeyError:
-        return None
-    used = depth + 1 + layer if layer < 0 else layer
-    per_layer = patches * (8 * width**2 + 4 * width * mlp + 4 * patches * width)
-    return int(used * per_layer + 2 * 3 * patch**2 * width * patches)
-
-
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 FLOP/s of a device by the name that CUDA gives it, or None."""
     for name, flops in DEVICES.items():
@@ -135,16 +116,16 @@ ACTIVATIONS = 34
 """Bytes of half-precision activations per place and unit of width that a layer keeps."""
 
 
-def memory_bytes(config: TrainConfig, shape: LlmShape, tower_width: int, places: int) -> float:
+def memory_bytes(settings: LlmSettings, shape: LlmShape, tower_width: int, places: int) -> float:
     """Return an estimate of a device's peak: weights, gradients, moments, activations, logits."""
     llm = shape.layer_weights + 2 * shape.rows * shape.width
     heads = 4 * shape.width * (shape.width + tower_width)
-    trained = heads + (llm if config.tune_llm == "full" else 0)
-    if config.tune_llm == "lora":
-        trained += 2 * config.lora_r * shape.layers * (6 * shape.width + 3 * shape.mlp)
-    small = 2 if config.bf16 else 4
-    frozen = 0 if config.tune_llm == "full" else llm * small
-    every = checkpoint_every(config.gradient_checkpointing)
+    trained = heads + (llm if settings.tune_llm == "full" else 0)
+    if settings.tune_llm == "lora":
+        trained += 2 * settings.lora_r * shape.layers * (6 * shape.width + 3 * shape.mlp)
+    small = 2 if settings.bf16 else 4
+    frozen = 0 if settings.tune_llm == "full" else llm * small
+    every = checkpoint_every(settings.gradient_checkpointing)
     whole = shape.layers if not every else shape.layers - -(-shape.layers // every) + 1
     kept = small / 2 * shape.width * places * (ACTIVATIONS * whole + 2 * shape.layers)
     logits = 2 * 4 * min(1024, places) * shape.rows

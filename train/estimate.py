@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from model.config import joined_cells
+from model.config import ModelSettings, joined_cells
+from model.tower_kinds import frame_flops
+from shards.text import duration, some
 from train.batches.plan import RunPlan
 from train.cost import (
     DEVICES,
@@ -18,10 +20,8 @@ from train.cost import (
     forward_flops,
     memory_bytes,
     step_flops,
-    tower_flops,
 )
 from train.data.dataset import Dataset
-from train.report import dropped_line
 from train.settings.config import TrainConfig
 from train.start.stage import llm_name, read_config
 
@@ -36,10 +36,10 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
     step, number = plan.heaviest
     pack = plan.pack(step, number)
     names = [dataset.records[k].id for row in pack for k in row]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = some(names)
     widest = max(int(plan.tokens[row].sum()) for row in pack)
     lines = [
-        ("records", f"{records} kept, {dropped_line(plan.dropped)}"),
+        ("records", f"{records} kept, {plan.dropped_line}"),
         (
             "packs",
             f"{plan.num_steps * plan.packs_per_step} of {plan.rows_per_pack} {rows_of}, "
@@ -87,7 +87,7 @@ def costs(
     peak = config.device_flops or DEVICES["H100"]
     speed = world * peak * config.assumed_mfu
     seconds = per_step / speed
-    memory = memory_bytes(config, shape, dataset.banks.manifest["tower_width"], places)
+    memory = memory_bytes(config, shape, dataset.banks.manifest.tower_width, places)
     read = float(plan.per_step(read_bytes(config, dataset, plan)).mean())
     head = float(plan.per_step(forward_flops(shape, 0, 0, plan.supervised)).mean())
     at = f"at {config.assumed_mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s a device"
@@ -103,39 +103,32 @@ def costs(
             f"about {memory / 2**30:,.1f} GiB a device at its peak, in the heaviest pack",
         ),
         ("read", f"{read / seconds / world / 1e6:,.1f} MB/s a device {at}"),
-        ("time", f"{_clock(seconds * plan.num_steps)}, {seconds:,.3f} s a step {at}"),
+        ("time", f"{duration(seconds * plan.num_steps)}, {seconds:,.3f} s a step {at}"),
     ]
 
 
-def read_bytes(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> np.ndarray:
+def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.ndarray:
     """Return the bytes of features that each record reads; the copy baseline's are left out."""
-    width = dataset.banks.manifest["tower_width"]
+    width = dataset.banks.manifest.tower_width
     frames = plan.transitions + plan.clips
-    side = joined_cells(config.mm_projector_type)
+    side = joined_cells(settings.mm_projector_type)
     finer = side**2 if side > 1 else 0  # the cells that are joined, beside those that are predicted
     return (plan.visual - frames) * width * 2 * (1 + finer)
 
 
 def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:
     """Return what encoding each step's frames anew would take."""
-    name = dataset.banks.manifest["provenance"].get("tower", "")
+    name = dataset.banks.manifest.provenance.tower
     config = read_config(name) if name else None
     patches = dataset.banks.banks[0].clip(0).patch_grid
     frame = None
     if config:
         layer = dataset.banks.config.layer
-        frame = tower_flops(config, patches[0] * patches[1], layer)
+        frame = frame_flops(config, patches[0] * patches[1], layer)
     if frame is None:
         return f"the tower's config.json is not at hand ({Path(name).name or 'no name'})"
     frames = float(plan.per_step(plan.transitions + plan.clips).mean())
     return (
         f"{frames * frame / 1e12:,.2f} TFLOPs a step avoided ({frames:,.0f} frames), "
         f"{frames * frame / per_step:.1f} x the model's"
-    )
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return (
-        f"{hours}:{rest // 60:02}:{rest % 60:02} h" if hours else f"{rest // 60}:{rest % 60:02} min"
     )

@@ -9,19 +9,19 @@ box, anything else text. Unparsable answers count as 0.
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from shards.read.banks import Banks
-from train.data.dataset import Dataset, local_copies, shorten
+from shards.signed import Json
+from train.data.dataset import Dataset, open_records
 from train.data.markup import kind_of
-from train.data.records import Record, check_coordinates, join, read_records
+from train.data.records import Record
 from train.loop.held_out import held_out_loss
 from train.scores import constant_span, score, summarise_scores, table
-from train.settings.config import TrainConfig, refuse
+from train.settings.config import TrainConfig
+from train.settings.exits import command
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from model.vlm import VLM
     from train.batches.loader import Loader
 
-Json = dict[str, Any]
 
-
+@command
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -53,16 +52,14 @@ def main(argv: list[str]) -> None:
         "--allow_outside", action="store_true", help="records may name videos by absolute paths"
     )
     args = parser.parse_args(argv)
-    dataset = open_records(args.bank, args.data_path, args.model, args.allow_outside)
+    strides = strides_of(args.model)
+    dataset = open_records(args.bank, args.data_path, *strides, allow_outside=args.allow_outside)
 
     import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    try:
-        model = untrained(args.model) if args.untrained else load(args.model, dataset)
-    except UserError as error:
-        refuse([str(error)])
+    model = untrained(args.model) if args.untrained else load(args.model, dataset)
     model.to(accelerator.device).eval()
     records = dataset.held_out[: args.max_records or None]
     report = evaluate(model, dataset, records, args.batch_size, accelerator)
@@ -75,30 +72,12 @@ def main(argv: list[str]) -> None:
     accelerator.end_training()
 
 
-def open_records(
-    bank: Sequence[str], paths: Sequence[str], folder: Path, allow_outside: bool = False
-) -> Dataset:
-    """Open banks and records and join them; print every problem and exit with 2."""
-    problems: list[str] = []
+def strides_of(folder: Path) -> tuple[int, int]:
+    """Return the slow and the fast stride of a trained model; UserError where there is none."""
     if not (folder / "config.json").exists():
-        problems.append(f"--model {folder}: no trained model here (config.json is missing)")
-    records: list[Record] = []
-    banks = None
-    try:
-        banks = Banks.open(bank)
-    except UserError as error:
-        problems.append(str(error))
-    for path in local_copies(paths, problems):
-        read = read_records(path, problems, allow_outside=allow_outside)
-        if banks:
-            records += join(read, banks, "error", problems)
-    for record in records:
-        assert banks is not None
-        check_coordinates(record, [banks.clip(id_).info.duration for id_ in record.clips], problems)
-    if banks is None or problems:
-        refuse(shorten(problems))
+        raise UserError("no trained model here (config.json is missing)", where=f"--model {folder}")
     facts = json.loads((folder / "config.json").read_text())["model"]
-    return Dataset(banks, (), records, Counter(), facts["slow_stride"], facts["fast_stride"])
+    return facts["slow_stride"], facts["fast_stride"]
 
 
 def load(folder: Path, dataset: Dataset) -> "VLM":
@@ -123,7 +102,13 @@ def untrained(folder: Path) -> "VLM":
     config = TrainConfig(**facts["config"])
     saved = json.loads((folder / "config.json").read_text())
     return assemble(
-        config, saved["model"], saved["tower_width"], saved["features"], saved["tower"], print
+        config,
+        config.seed,
+        saved["model"],
+        saved["tower_width"],
+        saved["features"],
+        saved["tower"],
+        print,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from train.settings.config import refuse
+from train.settings.exits import command
 
 if TYPE_CHECKING:
     from model.vlm import VLM
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+@command
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -37,22 +38,19 @@ def main(argv: list[str]) -> None:
         "--dtype", choices=DTYPES, default="float32", help="of the LLM's weights [float32]"
     )
     args = parser.parse_args(argv)
-    try:
-        export(args.run, args.out, merge_lora=args.merge_lora, dtype=args.dtype)
-    except UserError as error:
-        refuse([str(error)])
+    export(args.run, args.out, merge_lora=args.merge_lora, dtype=args.dtype)
     print(f"written: {args.out}, see {args.out / 'README.md'}")  # noqa: T201
 
 
 def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "float32") -> None:
     """Write a run's model so that transformers alone loads its LLM; UserError if it cannot be."""
     if not (run / "config.json").exists():
-        raise UserError(f"{run}: no trained model here (config.json is missing)")
+        raise UserError("no trained model here (config.json is missing)", where=run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: not empty; name a new folder")
+        raise UserError("not empty", where=out, fix="name a new folder")
     adapted = (run / "llm" / "lora").exists()
     if merge_lora and not adapted:
-        raise UserError(f"{run}: has no LoRA adapter; leave out --merge_lora")
+        raise UserError("has no LoRA adapter", where=run, fix="leave out --merge_lora")
 
     import torch
 
@@ -67,7 +65,7 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
     (out / "README.md").write_text(readme(model, adapter=adapted and not merge_lora))
 
 
-def readme(model: "VLM", *, adapter: bool) -> str:
+def readme(model: "VLM", *, adapter: bool) -> str:  # long: it is the page itself
     """Return what an exported folder says of itself."""
     config, features = model.config, model.features
     rows = model.llm.get_input_embeddings().num_embeddings

@@ -79,7 +79,7 @@ class Lape(nn.Module):
             spread = 0.5 ** (distance[:, None] - distance[None, :]).abs()
             self.register_buffer(f"spread_{axis}", spread, persistent=False)
 
-    def initialise(self, embeddings: Tensor, head: Tensor, seed: int = 0) -> None:
+    def initialise(self, embeddings: Tensor, head: Tensor) -> None:
         """Set the tables to smooth codes of position at the scale of the LLM's own rows.
 
         Anchors close in position are close in code: sin and cos at 16 geometric frequencies from
@@ -87,7 +87,7 @@ class Lape(nn.Module):
 
         embeddings, head: the LLM's input and output matrices `(rows, width)`.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         width = embeddings.shape[1]
         frequency = torch.logspace(math.log10(0.5), math.log10(12), NUM_FREQUENCIES)
         with torch.no_grad():

@@ -9,20 +9,24 @@ AXES = ("time", "height", "width")
 TIME, HEIGHT, WIDTH = range(3)
 NAMES = ("TEMP", "HEIGHT", "WIDTH")
 PRESETS = ("plus", "st")
+MOST_ANCHORS = 1000
+"""Of an axis: a token's name has three digits, `<TEMP-037>`."""
 LAPE_AXES = {"all": (0, 1, 2), "time": (0,), "space": (1, 2)}
 """The axes (time, height, width) whose coordinates are tokens; on the others numbers stay text."""
 
 
 @dataclass(frozen=True)
 class LapeTokens:
-    """Where the tokenizer holds the anchors: the id of anchor 0 per axis, and how many there are."""
+    """How many anchors an axis has, and their ids; `LapeTokens(counts)` alone is to count tokens."""
 
-    first: tuple[int, int, int]
     counts: tuple[int, int, int]
-    placeholders: tuple[int, ...]
-    """Ids of the six data-layer markers; none may reach the LLM."""
+    """Of time, height and width."""
     axes: tuple[int, ...] = LAPE_AXES["all"]
     """Those of which coordinates are tokens; the others' anchors are never likely."""
+    first: tuple[int, int, int] = (0, 0, 0)
+    """Id of anchor 0 per axis, where a tokenizer holds them."""
+    placeholders: tuple[int, ...] = ()
+    """Ids of the six data-layer markers; none may reach the LLM."""
 
     @classmethod
     def add_to(
@@ -58,7 +62,15 @@ class LapeTokens:
 
     def to_json(self) -> dict[str, Any]:
         """Return what a tokenizer holds; which axes are used is the model's setting."""
-        return {"first": self.first, "counts": self.counts, "placeholders": self.placeholders}
+        lists = {"first": self.first, "counts": self.counts, "placeholders": self.placeholders}
+        return {name: list(values) for name, values in lists.items()}
+
+    def check(self, saved: dict[str, Any], where: object) -> None:
+        """Raise UserError where a saved model's tokens are not those that its tokenizer holds."""
+        if saved != self.to_json():
+            raise UserError(
+                f"token ids {saved} do not match the tokenizer's {self.to_json()}", where=where
+            )
 
     def token_id(self, axis: int, coord: float) -> int:
         """Return the id of the anchor nearest to a coordinate."""

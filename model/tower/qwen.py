@@ -11,30 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-)
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-
-MODELS = {
-    "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
-    "qwen2_vl_vision": Qwen2VisionTransformerPretrainedModel,
-    "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
-    "qwen2_5_vl_vision": Qwen2_5_VisionTransformerPretrainedModel,
-}
-
-
-def part_of(config: Any) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to take the tower out of a whole model's folder."""
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
-        return {}
-    return {"config": vision, "key_mapping": {r"^model\.visual\.": "", r"^visual\.": ""}}
-
-
-def width(model: Any) -> int:
-    """Return the channels of a patch. The two configs call them by different names."""
-    return int(model.patch_embed.embed_dim)
 
 
 def encode(model: Any, pixels: Tensor, layer: int) -> Tensor:

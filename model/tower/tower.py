@@ -5,6 +5,7 @@ patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 
 """
 
 import hashlib
+import importlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -16,36 +17,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    CLIPVisionModel,
-    Dinov2Model,
-    Dinov2WithRegistersModel,
-    SiglipVisionModel,
-    logging,
-)
+from transformers import AutoConfig, AutoImageProcessor, logging
 
 from model.grid import pool
-from model.tower import qwen as qwen_tower
 from model.tower.pixels import Pixels
+from model.tower_kinds import TowerKind, find_kind
 from shards.errors import UserError
 
-MODELS = {
-    "siglip": SiglipVisionModel,
-    "siglip_vision_model": SiglipVisionModel,
-    "clip": CLIPVisionModel,
-    "clip_vision_model": CLIPVisionModel,
-    "dinov2": Dinov2Model,
-    "dinov2_with_registers": Dinov2WithRegistersModel,
-    **qwen_tower.MODELS,
-}
-PREFIX_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 1}
-"""Tokens before the patches: CLS; DINOv2's registers come on top."""
-MIXES_FRAMES = ("vivit", "videomae", "timesformer", "vjepa2", "xclip", "internvideo", "video_llama")
-NAFLEX = ("siglip2", "siglip2_vision_model")
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
-LARGEST_FLOAT16 = 65504.0
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,6 +51,7 @@ class Tower:
     width: int
     model: nn.Module
     device: torch.device
+    kind: TowerKind
     frames_per_unit: int = 1
     """Frames that the tower sees as one: 2 for Qwen's."""
 
@@ -85,68 +66,13 @@ class Tower:
         attention: str = "sdpa",
     ) -> "Tower":
         """Load by Hub name or local folder; UserError names what cannot serve and why."""
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise _not_loaded(name, error) from None
-        if any(kind in config.model_type for kind in MIXES_FRAMES):
-            raise UserError(
-                f"tower {name}: {config.model_type} mixes frames, so the features of a frame would "
-                "hold later ones and the frame-causal loss would leak; use SigLIP, CLIP or DINOv2"
-            )
-        if config.model_type in NAFLEX:
-            raise UserError(
-                f"tower {name}: {config.model_type} (NaFlex) pads the patches of every picture to one "
-                "length, and is not supported; use a SigLIP 2 of fixed resolution, whose model type "
-                "is siglip"
-            )
-        if config.model_type not in MODELS:
-            raise UserError(
-                f"tower {name}: {config.model_type} is not supported (have {', '.join(MODELS)})"
-            )
-        pairs_frames = config.model_type in qwen_tower.MODELS
-        part = qwen_tower.part_of(config) if pairs_frames else {}
-        try:
-            processor = AutoImageProcessor.from_pretrained(name)
-            with _without_report():
-                model, found = MODELS[config.model_type].from_pretrained(
-                    name,
-                    dtype=torch.float32,
-                    attn_implementation=attention,
-                    output_loading_info=True,
-                    **part,
-                )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise _not_loaded(name, error) from None
-        if found["missing_keys"]:  # transformers fills them with random numbers
-            raise UserError(
-                f"tower {name}: {len(found['missing_keys'])} of its weights are not there, such as "
-                f"{min(found['missing_keys'])}; download it again"
-            )
-        model.requires_grad_(False).eval()
+        kind, config = _read_config(name)
+        processor, model = _load_vision(name, kind, config, attention)
         vision = model.config
-        layers = vision.num_hidden_layers
-        if not -layers - 1 <= layer <= layers:
-            raise UserError(
-                f"tower {name}: layer {layer} of {layers} layers; use -1 to {-layers - 1}"
-            )
-        pixels = Pixels.from_processor(processor)
-        wanted = vision.patch_size * vision.spatial_merge_size if pairs_frames else None
-        given = pixels.own_size.multiple if pixels.own_size else None
-        if given != wanted:
-            raise UserError(
-                f"tower {name}: its image processor belongs to another tower: it makes sides that are "
-                f"multiples of {given}, expected {wanted}"
-            )
+        _check_layer(name, layer, vision.num_hidden_layers)
+        pixels = _pixels_of(name, processor, kind.side_of(vision))
         digest = tower_digest(vision, model)
-        try:
-            for weight in model.parameters():  # no buffers: rotary frequencies stay exact
-                weight.data = weight.data.to(DTYPES[dtype])
-            model.to(device)
-        except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-            raise UserError(
-                f"device {device}: cannot hold the tower: {_first_line(error)}; try --device cpu"
-            ) from None
+        _to_device(model, dtype, device)
         return cls(
             name=name,
             model_type=type(vision).model_type,
@@ -156,10 +82,11 @@ class Tower:
             attention=attention,
             pixels=pixels,
             patch=vision.patch_size,
-            width=qwen_tower.width(model) if pairs_frames else vision.hidden_size,
+            width=getattr(vision, kind.width),
             model=model,
             device=torch.device(device),
-            frames_per_unit=vision.temporal_patch_size if pairs_frames else 1,
+            kind=kind,
+            frames_per_unit=kind.frames_of(vision),
         )
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
@@ -236,14 +163,86 @@ class Tower:
 
     @torch.inference_mode()
     def _patches(self, pixels: Tensor) -> Tensor:
-        if self.frames_per_unit > 1:
-            return qwen_tower.encode(self.model, pixels, self.layer).float()
+        if self.kind.encode:
+            encode = _import_named(self.kind.encode)
+            return encode(self.model, pixels, self.layer).float()
         output = self.model(pixel_values=pixels, output_hidden_states=True)
         hidden = output.hidden_states[self.layer]
-        prefix = PREFIX_TOKENS.get(self.model_type, 0)
-        prefix += getattr(self.model.config, "num_register_tokens", 0)
+        prefix = self.kind.prefix_tokens + getattr(self.model.config, "num_register_tokens", 0)
         grid = [side // self.patch for side in pixels.shape[2:]]
         return hidden[:, prefix:].unflatten(1, grid).float()  # frames, rows, cols, width
+
+
+def _import_named(name: str) -> Any:
+    """Return what `module:name` means."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _read_config(name: str) -> tuple[TowerKind, Any]:
+    """Return which kind of tower a folder or Hub name holds, and its config."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from None
+    try:
+        return find_kind(config.model_type), config
+    except UserError as error:
+        raise UserError(str(error), where=f"tower {name}") from None
+
+
+def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tuple[Any, Any]:
+    """Return a tower's image processor and its vision part: frozen, fp32, no weight missing."""
+    part = {}
+    if kind.inside and getattr(config, "vision_config", None) is not None:
+        part = {"config": config.vision_config, "key_mapping": dict.fromkeys(kind.inside, "")}
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+        with _without_report():
+            model, found = _import_named(kind.model).from_pretrained(
+                name,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+                **part,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _not_loaded(name, error) from None
+    if found["missing_keys"]:  # transformers fills them with random numbers
+        raise UserError(
+            f"tower {name}: {len(found['missing_keys'])} of its weights are not there, such as "
+            f"{min(found['missing_keys'])}; download it again"
+        )
+    return processor, model.requires_grad_(False).eval()
+
+
+def _check_layer(name: str, layer: int, layers: int) -> None:
+    if not -layers - 1 <= layer <= layers:
+        raise UserError(f"tower {name}: layer {layer} of {layers} layers; use -1 to {-layers - 1}")
+
+
+def _pixels_of(name: str, processor: Any, side: int | None) -> Pixels:
+    """Return what a processor does; side: what the tower's frames are multiples of, if of own size."""
+    pixels = Pixels.from_processor(processor)
+    given = pixels.own_size.multiple if pixels.own_size else None
+    if given != side:
+        raise UserError(
+            f"tower {name}: its image processor belongs to another tower: it makes sides that are "
+            f"multiples of {given}, expected {side}"
+        )
+    return pixels
+
+
+def _to_device(model: nn.Module, dtype: str, device: str | torch.device) -> None:
+    """Bring a tower to its device, its weights in their type; UserError where it cannot be held."""
+    try:
+        for weight in model.parameters():  # no buffers: rotary frequencies stay exact
+            weight.data = weight.data.to(DTYPES[dtype])
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise UserError(
+            f"device {device}: cannot hold the tower: {_first_line(error)}; try --device cpu"
+        ) from None
 
 
 def _refuse_too_large(cells: Tensor, stride: int, most: float, frames_per_unit: int) -> None:

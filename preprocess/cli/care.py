@@ -6,6 +6,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from preprocess.cli.options import start_torch
+
 BANK = click.argument("bank", type=click.Path(path_type=Path))
 
 
@@ -26,7 +28,8 @@ def verify(bank: Path, deep: bool) -> None:
     preprocess verify bank
     preprocess verify bank --deep
     """
-    from shards.care.garbage import rubbish
+    from shards.care.garbage import leftovers
+    from shards.care.inventory import read_inventory
     from shards.care.verify import verify as check
     from shards.text import counted, printable
     from shards.write.lock import writer_of
@@ -35,9 +38,9 @@ def verify(bank: Path, deep: bool) -> None:
     with bytes_bar(bank, "verify") as bar:
         damages = check(bank, deep, bar.update)
     if writer:
-        click.echo(f"note: `{writer['command']}` writes here; finished shards were checked")
+        click.echo(f"note: {writer} writes here; finished shards were checked")
     elif not any(damage.file in ("plan.json", "bank.json") for damage in damages):
-        pieces = rubbish(bank)
+        pieces = leftovers(read_inventory(bank))
         if pieces:
             click.echo(
                 f"note: {counted(len(pieces), 'leftover')}; `preprocess gc {bank} --dry-run` lists them"
@@ -73,11 +76,12 @@ def verify(bank: Path, deep: bool) -> None:
 def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, ...]) -> None:
     """Put right what is damaged in BANK, and encode again only what must be.
 
-    BANK is verified, every byte. Whatever is there, wherever it was found, is copied as it is; a
-    clip is decoded and encoded again only if its bytes are gone. On the machine and libraries that
-    made the bank this gives the old bytes, which is checked. A video that is gone or was changed is
-    named, its sample stays damaged: `preprocess encode` banks the new video. Index, catalogue and
-    manifest are made from the shards, without a tower.
+    BANK is verified, every byte. A clip whose bytes are in their place is copied as it is; it is
+    decoded and encoded again only if they are not. On the machine and libraries that made the bank
+    this gives the old bytes, which is checked. A video that is gone or was changed is named, its
+    sample stays damaged: `preprocess encode` banks the new video. Index, catalogue and manifest are
+    made from the shards, without a tower. A BANK of an older format gets the metadata of today's:
+    its shards stay as they are, nothing is encoded.
 
     Exit code 0: all is repaired; 1: some damage remains and is listed; 2: wrong usage.
 
@@ -85,17 +89,16 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     preprocess repair bank
     preprocess repair bank --tower ./tower --video-root /data/videos
     """
-    from preprocess.cli.main import start_torch
-    from shards.care.inventory import read_books
+    from shards.care.inventory import refuse_no_bank
     from shards.text import counted, printable
 
-    read_books(bank)  # refuses what is no bank before torch is imported
+    refuse_no_bank(bank)  # before torch is imported
     device = start_torch(device)
 
-    from preprocess.encode.repair import repair as mend
+    from preprocess.encode.repair import repair as run
 
     with bytes_bar(bank, "verify") as bar:
-        done = mend(bank, tower, device, video_roots, bar.update)
+        done = run(bank, tower, device, video_roots, bar.update)
     for damage in done.damages:
         click.echo(f"found: {printable(str(damage))}")
     for note in done.notes:
@@ -108,7 +111,7 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     for damage in done.remaining:
         click.echo(f"remains: {printable(str(damage))}")
     for key in done.lost:
-        click.echo(f"remains: {key}: is gone with its record; `preprocess encode` banks it again")
+        click.echo(f"remains: {key}: is lost with its record; `preprocess encode` banks it again")
     if done.remaining or done.lost:
         raise SystemExit(1)
 
@@ -145,22 +148,22 @@ def gc(bank: Path, dry_run: bool) -> None:
     preprocess gc bank --dry-run
     preprocess gc bank
     """
-    from shards.care.garbage import collect, dead_shards, rubbish
-    from shards.care.inventory import read_books
+    from shards.care.garbage import collect, dead_shards, leftovers
+    from shards.care.inventory import read_inventory
     from shards.text import in_bytes, printable
     from shards.write.lock import writer_of
 
-    books = read_books(bank)
+    inventory = read_inventory(bank)
     writer = writer_of(bank)
     if dry_run and writer:
-        click.echo(f"note: `{writer['command']}` writes here; some of these may be its own")
-    pieces = rubbish(bank) if dry_run else collect(bank)
+        click.echo(f"note: {writer} writes here; some of these may be its own")
+    pieces = leftovers(inventory) if dry_run else collect(bank)
     for piece in pieces:
         name = printable(str(piece.path.relative_to(bank)))
         click.echo(f"{in_bytes(piece.nbytes):>10}  {name}: {piece.why}")
     total = in_bytes(sum(piece.nbytes for piece in pieces))
     click.echo(f"{total:>10}  {'can be removed' if dry_run else 'removed'}, {len(pieces)} in all")
-    for name in dead_shards(books):
+    for name in dead_shards(inventory):
         click.echo(
             f"note: shards/{name} holds no clip that is served; bank.json lists it, it stays"
         )

@@ -1,4 +1,4 @@
-"""`preprocess export` and `preprocess index`: what others read beside the shards, and the catalogue."""
+"""`preprocess export`: index files by which others read the shards."""
 
 from pathlib import Path
 
@@ -20,29 +20,9 @@ def export(form: str, bank: Path) -> None:
     Stock webdataset, tarfile and GNU tar need none.
     """
     from shards.format.manifest import read_manifest
-    from shards.read.export import dead_samples, write_hf, write_wids
+    from shards.read.export import write_hf, write_wids
 
     click.echo({"wids": write_wids, "hf": write_hf}[form](bank))
-    dead = dead_samples(read_manifest(bank))
+    dead = read_manifest(bank).dead_samples
     if dead:
-        click.echo(f"note: {dead} samples of older videos or pruned clips lie in the shards still")
-
-
-@click.command()
-@click.argument("bank", type=click.Path(path_type=Path))
-@click.option("--rebuild", is_flag=True, help="Write it anew, from shards and commit records.")
-def index(bank: Path, rebuild: bool) -> None:
-    """Check the catalogue of BANK, or write it anew.
-
-    It is rebuilt, with bank.json, from the shards, their commit records and plan.json, and comes
-    out as the encoder wrote it. A shard that is not as it was committed is refused by name:
-    `preprocess repair` mends those.
-    """
-    if rebuild:
-        from preprocess.encode.rebuild import rebuild as rebuild_index
-
-        click.echo(f"{bank}: catalogue and bank.json are written, of {rebuild_index(bank)} clips")
-        return
-    from shards.read.bank import Bank
-
-    click.echo(f"{bank}: the catalogue is whole, of {len(Bank.open(bank))} clips")
+        click.echo(f"note: {dead} samples of older videos or pruned clips are in the shards still")

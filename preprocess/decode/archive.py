@@ -16,14 +16,14 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import IO, cast
 
 from preprocess.decode.scan import VideoError
 from shards.errors import UserError
+from shards.format.quarantine import Reason
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
@@ -73,16 +73,18 @@ def archive_members(path: Path, suffixes: frozenset[str]) -> list[Member]:
                 pass
     except BROKEN as error:
         raise UserError(
-            f"{path}: cut off or damaged after {len(members)} videos ({error}); fetch it again"
+            f"cut off or damaged after {len(members)} videos ({error})",
+            where=path,
+            fix="fetch it again",
         ) from None
     twice = [name for name, count in Counter(m.name for m in members).items() if count > 1]
     problems += [f"{path}: holds {name!r} more than once" for name in twice]
     if problems:
-        raise UserError("\n".join(f"{line}; make the archive again" for line in problems))
+        raise UserError.of(f"{line}; make the archive again" for line in problems)
     return members
 
 
-class Unpacker:
+class Unpacker(AbstractContextManager["Unpacker"]):
     """Gives one member at a time a path, without writing its name anywhere."""
 
     def __init__(self, folder: Path) -> None:
@@ -91,15 +93,7 @@ class Unpacker:
         self._archive: Path | None = None
         self._file: IO[bytes] | None = None
 
-    def __enter__(self) -> "Unpacker":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     @contextmanager
@@ -113,7 +107,7 @@ class Unpacker:
                     raise
                 self._close()
                 raise VideoError(
-                    "cannot-unpack", f"{archive}: {error}; fetch the archive again"
+                    Reason.CANNOT_UNPACK, str(error), where=archive, fix="fetch the archive again"
                 ) from None
             yield Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")
 

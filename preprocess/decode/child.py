@@ -1,129 +1,78 @@
 """`read_clip` in a process of its own, which can be killed: decoders loop for ever and crash.
 
     with DecodeChild() as child:
-        clip = child.read_clip(path, Sampling(fps="1", max_frames=64))
+        clip = child.read_clip(ReadRequest(path, Sampling(fps="1", max_frames=64)))
 
-The child is this module run as a script, without torch. A request is one JSON line on its stdin.
-It answers on its stdout with the scan, from which the deadline follows, then with the clip or the
-error; the frames, resized there where `pixels` is given, lie in an anonymous memory file, gone with
-the two processes, and are not copied: the file serves another clip when the last array over it is
-gone. The deadline counts the child's CPU seconds, so a busy machine changes no
-outcome. Linux only.
+The child is this module run as a script, without torch. It answers with the scan, from which the
+deadline follows, then with the clip or the error; the frames, resized there where the request says
+so, lie in an anonymous memory file, gone with the two processes, and are not copied: the file serves
+another clip when the last array over it is gone. The deadline counts the child's CPU seconds, so a
+busy machine changes no outcome. Linux only.
 """
 
-import json
 import math
 import mmap
 import os
-import queue
-import select
-import signal
-import subprocess
 import sys
-import threading
 import time
 import weakref
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
-from model.tower.pixels import Pixels
 from preprocess.decode.canvas import Canvas
-from preprocess.decode.clip import DECODERS, Clip, read_scanned, scan_source
-from preprocess.decode.read_pictures import PICTURE_FPS
+from preprocess.decode.clip import Clip, read_scanned, scan_source
+from preprocess.decode.process import ChildDied, ChildProcess, serve
+from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
-from shards.format.features import Sampling
+from shards.format.quarantine import Reason
 from shards.signed import Json
 
-SCAN_SECONDS = 30.0
-BASE_SECONDS = 10.0
-SECONDS_PER_PIXEL = 100e-9  # decoding costs 1.6 to 7e-9 on the clips measured
 STALL_FACTOR = 10
 """A child that used no CPU for this many deadlines waits for a disk or the like."""
-CLIPS_PER_CHILD = 1000
-"""PyAV keeps some 50 kB of every file opened."""
 FRAME_FILES = 4
 """Clips that a caller may hold at a time without a copy being made of each."""
 KEPT_BYTES = 64 << 20
 """Of a memory file, kept between clips: faulting fresh pages in takes longer than filling them."""
-POLL_SECONDS = 0.05
 
 
-class DecodeChild:
-    """One child process, started at the first clip and again after each that had to be killed."""
+class DecodeChild(ChildProcess):
+    """Reads clips, one at a time."""
 
-    def __init__(
-        self,
-        base_seconds: float = BASE_SECONDS,
-        seconds_per_pixel: float = SECONDS_PER_PIXEL,
-        clips_per_child: int = CLIPS_PER_CHILD,
-    ):
-        self.base_seconds = base_seconds
-        self.seconds_per_pixel = seconds_per_pixel
-        self.clips_per_child = clips_per_child
-        self._process: subprocess.Popen[bytes] | None = None
+    program = ("-m", "preprocess.decode.child")
+    scan_seconds = 30.0
+    """CPU seconds that a scan may take."""
+    base_seconds = 10.0
+    seconds_per_pixel = 100e-9
+    """Decoding may take so long, and `base_seconds`; it costs 1.6 to 7e-9 on the clips measured."""
+    clips_per_child = 1000
+    """PyAV keeps some 50 kB of every file opened."""
 
-    def __enter__(self) -> "DecodeChild":
-        return self
+    def read_clip(self, request: ReadRequest) -> Clip:
+        """Do what `clip.read_clip` does; a child that hangs or dies is a `VideoError` too.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._end()
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
-    def read_clip(
-        self,
-        path: Path,
-        sampling: Sampling,
-        *,
-        start: float | None = None,
-        end: float | None = None,
-        decoder: str = "auto",
-        allow_truncated: bool = False,
-        pixels: Pixels | None = None,
-        picture_fps: str = PICTURE_FPS,
-    ) -> Clip:
-        """Do what `video.read_clip` does; a child that hangs or dies is a `VideoError` too."""
-        assert decoder in DECODERS, decoder
-        if self._process and self._process.poll() is not None:
-            self._end()  # died while idle: no clip's fault
-        if not self._process:
-            self._start()
-        request = {
-            "path": str(path.absolute()),
-            "sampling": asdict(sampling),
-            "start": start,
-            "end": end,
-            "decoder": decoder,
-            "allow_truncated": allow_truncated,
-            "pixels": pixels.to_json() if pixels else None,
-            "picture_fps": picture_fps,
-            "file": self._free[-1],
-        }
-        finished = False
+        Raises ChildBug for a bug of ours in the child.
+        """
+        self._path = request.path
+        self.ready()
         try:
-            reply = self._ask(path, request)
-            frames = self._take(reply["bytes"]) if "clip" in reply else None
-            finished = True
-        finally:
-            if not finished:  # also on Ctrl-C: a half-read answer must not meet the next request
-                self._end(kill=True)
+            with self.exchange(request.to_json() | {"file": self._frames.next}):
+                answer = self._answer()
+                frames = self._frames.take(answer["bytes"]) if "clip" in answer else None
+        except ChildDied as death:
+            raise VideoError(
+                Reason.DECODER_CRASHED,
+                f"the decoder died {death}",
+                where=request.path,
+                fix="try again, then encode the file again or remove it",
+            ) from None
         self._served += 1
-        self._forget()
         if self._served >= self.clips_per_child:
-            self._end()
+            self.close()
         if frames is None:
-            raise VideoError(*reply["error"])
-        clip = reply["clip"]
+            raise VideoError(*answer["error"])
+        clip = answer["clip"]
         return Clip(
             frames=frames.reshape(clip.pop("shape")),
             display_size=tuple(clip.pop("display_size")),
@@ -133,49 +82,73 @@ class DecodeChild:
             **clip,
         )
 
-    def _start(self) -> None:
-        self._files = [os.memfd_create("framebank-frames") for _ in range(FRAME_FILES)]
-        self._free = list(range(FRAME_FILES))
-        self._stderr = os.memfd_create("framebank-stderr")
-        root = str(Path(__file__).resolve().parents[2])
-        inherited = os.environ.get("PYTHONPATH")
-        self._process = subprocess.Popen(
-            # -P: a folder called `shards` where the user stands must not be imported
-            [sys.executable, "-P", "-m", "preprocess.decode.child", *map(str, self._files)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            bufsize=0,
-            pass_fds=self._files,
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])},
-            start_new_session=True,  # Ctrl-C is the parent's
-        )
-        self._unread = b""
+    def start(self) -> None:
+        self._frames = FrameFiles()
+        self.callback(self._frames.close)
+        self._spawn([str(file) for file in self._frames.files], self._frames.files)
         self._served = 0
 
-    def _end(self, kill: bool = False) -> None:
-        if not self._process:
-            return
-        process, self._process = self._process, None
-        assert process.stdin
-        assert process.stdout
-        process.stdin.close()  # the child leaves at once
-        try:
-            if not kill:
-                process.wait(5)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-            for file in [*self._files, self._stderr]:
-                os.close(file)
+    def _answer(self) -> Json:
+        """Return the last answer to a request: `clip` or `error`."""
+        assert self.pid
+        self._began = self._seen = _cpu_seconds(self.pid)
+        self._moved = time.monotonic()
+        self._deadline = self.scan_seconds
+        answer = self.receive()
+        if "scan" not in answer:
+            return answer
+        scan = answer["scan"]
+        pixels = scan["width"] * scan["height"] * scan["packets"]
+        self._deadline = self.base_seconds + self.seconds_per_pixel * pixels
+        self._seen, self._moved = self._began, time.monotonic()
+        return self.receive()
 
-    def _take(self, nbytes: int) -> np.ndarray:
+    def watch(self) -> None:
+        """Raise VideoError if the child has used its CPU seconds, or waits for what never comes."""
+        assert self.pid
+        used, now = _cpu_seconds(self.pid), time.monotonic()
+        idle = now - self._moved
+        if used - self._began > self._deadline:
+            raise VideoError(
+                Reason.TIMEOUT,
+                f"decoding had not ended after {used - self._began:.1f} s of CPU "
+                f"(deadline {self._deadline:.1f})",
+                where=self._path,
+                fix="encode the file again or remove it",
+            )
+        if used > self._seen:
+            self._seen, self._moved = used, now
+        elif idle > min(self._deadline, self.base_seconds) and _waits_for_itself(self.pid):
+            raise VideoError(  # in decord it is chance which of these two a file meets
+                Reason.TIMEOUT,
+                "the decoder's threads wait for each other",
+                where=self._path,
+                fix="encode the file again or remove it",
+            )
+        elif idle > STALL_FACTOR * self._deadline:
+            raise VideoError(
+                Reason.STALLED,
+                f"the decoder has done nothing for {idle:.0f} s",
+                where=self._path,
+                fix="check the disk and try again",
+            )
+
+
+class FrameFiles:
+    """Memory files that the child writes frames to; one serves again when its last array is gone."""
+
+    def __init__(self) -> None:
+        self.files = [os.memfd_create("framebank-frames") for _ in range(FRAME_FILES)]
+        self._free = list(range(FRAME_FILES))
+
+    @property
+    def next(self) -> int:
+        """Which of the files the next clip is written to."""
+        return self._free[-1]
+
+    def take(self, nbytes: int) -> np.ndarray:
         """Return the bytes that the child wrote: a view, or a copy where no other file is free."""
-        file = self._files[self._free[-1]]
+        file = self.files[self.next]
         if len(self._free) == 1 or nbytes > KEPT_BYTES or not nbytes:
             frames = np.empty(nbytes, np.uint8)
             view = frames.data
@@ -188,80 +161,9 @@ class DecodeChild:
         weakref.finalize(mapped, self._free.insert, 0, self._free.pop())
         return np.frombuffer(mapped, np.uint8)
 
-    def _forget(self) -> None:
-        os.lseek(self._stderr, 0, os.SEEK_SET)  # the child's position too
-        os.ftruncate(self._stderr, 0)
-
-    def _ask(self, path: Path, request: Json) -> Json:
-        """Return the last answer to a request: `clip` or `error`."""
-        assert self._process
-        assert self._process.stdin
-        before = _cpu_seconds(self._process.pid)
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:
-            raise self._crash(path) from None
-        reply = self._reply(path, before, SCAN_SECONDS)
-        if "scan" in reply:
-            pixels = reply["scan"]["width"] * reply["scan"]["height"] * reply["scan"]["packets"]
-            deadline = self.base_seconds + self.seconds_per_pixel * pixels
-            reply = self._reply(path, before, deadline)
-        return reply
-
-    def _reply(self, path: Path, before: float, deadline: float) -> Json:
-        """Return the child's next line; its CPU clock stood at `before` when it was asked."""
-        assert self._process
-        assert self._process.stdout
-        seen, moved = before, time.monotonic()
-        while b"\n" not in self._unread:
-            if select.select([self._process.stdout], [], [], POLL_SECONDS)[0]:
-                received = os.read(self._process.stdout.fileno(), 1 << 20)
-                if not received:
-                    raise self._crash(path)
-                self._unread += received
-                continue
-            used, now = _cpu_seconds(self._process.pid), time.monotonic()
-            if used - before > deadline:
-                raise VideoError(
-                    "timeout",
-                    f"{path}: decoding had not ended after {used - before:.1f} s of CPU "
-                    f"(deadline {deadline:.1f}); encode the file again or remove it",
-                )
-            if used > seen:
-                seen, moved = used, now
-            elif now - moved > min(deadline, self.base_seconds) and _waits_for_itself(
-                self._process.pid
-            ):
-                raise VideoError(  # which of the two a file meets in decord is chance
-                    "timeout",
-                    f"{path}: the decoder's threads wait for each other; encode the file again or "
-                    "remove it",
-                )
-            elif now - moved > STALL_FACTOR * deadline:
-                raise VideoError(
-                    "stalled",
-                    f"{path}: the decoder has done nothing for {now - moved:.0f} s; "
-                    "check the disk and try again",
-                )
-        line, self._unread = self._unread.split(b"\n", 1)
-        reply: Json = json.loads(line)
-        return reply
-
-    def _crash(self, path: Path) -> VideoError:
-        assert self._process
-        try:
-            code = self._process.wait(5)
-        except subprocess.TimeoutExpired:  # it closed its stdout and lives on
-            code = 0
-        how = signal.Signals(-code).name if code < 0 else f"exit {code}"
-        size = os.fstat(self._stderr).st_size
-        said = os.pread(self._stderr, 2000, max(0, size - 2000)).decode(errors="replace")
-        last = " | ".join(said.split("\n")[-4:]).strip(" |") or "nothing"
-        return VideoError(
-            "decoder-crashed",
-            f"{path}: the decoder died ({how}); its last words: {last}; "
-            "try again, then encode the file again or remove it",
-        )
+    def close(self) -> None:
+        for file in self.files:
+            os.close(file)
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -281,38 +183,19 @@ def _waits_for_itself(pid: int) -> bool:
     return len(elsewhere) <= 1 and all("pipe" in wait for wait in elsewhere)
 
 
-def _serve(frame_files: list[int]) -> None:
-    """Answer requests until stdin closes."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not pass for an answer
-    files = [_FrameFile(number) for number in frame_files]
-    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
-    while True:
-        request = json.loads(requests.get())
-        path, file = Path(request.pop("path")), request.pop("file")
-        sampling = Sampling(**request.pop("sampling"))
-        pixels = request.pop("pixels")
-        try:
-            scanned = scan_source(path, request.pop("picture_fps"))
-            size = {name: getattr(scanned, name) for name in ("width", "height", "packets")}
-            print(json.dumps({"scan": size}), file=replies)
-            clip = read_scanned(
-                scanned,
-                sampling,
-                pixels=Pixels.from_json(pixels) if pixels else None,
-                canvas=Canvas(allocate=files[file].array),
-                **request,
-            )
-        except VideoError as error:
-            print(json.dumps({"error": error.args}), file=replies)
-            continue
-        fields = {name: value for name, value in vars(clip).items() if name != "frames"}
-        fields["shape"] = clip.frames.shape
-        fields["timestamps"] = clip.timestamps.tolist()
-        fields["frame_index"] = clip.frame_index.tolist()
-        print(json.dumps({"clip": fields, "bytes": clip.frames.nbytes}), file=replies)
-        del clip
+def _read(request: Json, files: "list[_FrameFile]") -> Iterator[Json]:
+    """Answer a request in the child: first with the scan, then with the clip."""
+    file = files[request.pop("file")]
+    asked = ReadRequest.from_json(request)
+    scanned = scan_source(asked.path, asked.picture_fps)
+    yield {"scan": {name: getattr(scanned, name) for name in ("width", "height", "packets")}}
+    clip = read_scanned(scanned, asked, Canvas(allocate=file.array))
+    fields = {name: value for name, value in vars(clip).items() if name != "frames"} | {
+        "shape": clip.frames.shape,
+        "timestamps": clip.timestamps.tolist(),
+        "frame_index": clip.frame_index.tolist(),
+    }
+    yield {"clip": fields, "bytes": clip.frames.nbytes}
 
 
 class _FrameFile:
@@ -331,12 +214,10 @@ class _FrameFile:
         return np.frombuffer(self._view, np.uint8, nbytes).reshape(shape)
 
 
-def _listen(requests: queue.SimpleQueue[str]) -> None:
-    """Leave the moment the parent does, even from an endless loop in decord."""
-    for line in sys.stdin:
-        requests.put(line)
-    os._exit(0)
+def main(frame_files: list[int]) -> None:
+    files = [_FrameFile(number) for number in frame_files]
+    serve(lambda request: _read(request, files))
 
 
 if __name__ == "__main__":
-    _serve([int(word) for word in sys.argv[1:]])
+    main([int(word) for word in sys.argv[1:]])

@@ -1,6 +1,6 @@
 """One source, or a part of it, to a `Clip`: decoded frames and their true times.
 
-    clip = read_clip(Path("bikes.mp4"), Sampling(fps="1", max_frames=64))
+    clip = read_clip(ReadRequest(Path("bikes.mp4"), Sampling(fps="1", max_frames=64)))
 
 A source is a video file, a folder of pictures, an animation or a still picture. A packet scan,
 without decoding, chooses the reader. decord is fast, but on some files it returns wrong frames
@@ -29,11 +29,12 @@ from preprocess.decode.read_pictures import (
     scan_pictures,
 )
 from preprocess.decode.read_pyav import decode_all, read_seek
+from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import Scan, VideoError, scan
 from shards.errors import UserError
 from shards.format.features import Sampling
+from shards.format.quarantine import Reason
 
-DECODERS = ("auto", "decord", "pyav")
 # Not VP8 and VP9: decord shows damaged frames of theirs without a word, and PyAV is faster.
 DECORD_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg")
 FROM_START = {"nopts", "no_index", "avi_b", "first_not_key", "dup", "corrupt", "truncated"}
@@ -76,32 +77,9 @@ class Clip:
         assert self.timestamps[-1] <= self.end
 
 
-def read_clip(
-    path: Path,
-    sampling: Sampling,
-    *,
-    start: float | None = None,
-    end: float | None = None,
-    decoder: str = "auto",
-    allow_truncated: bool = False,
-    pixels: Pixels | None = None,
-    picture_fps: str = PICTURE_FPS,
-) -> Clip:
-    """Return the sampled frames of the file, or of those with start <= time < end, in seconds.
-
-    `decoder` is for tests and measurements: `decord` takes it whatever the scan says, `pyav` does
-    without it. `allow_truncated` takes what came of a truncated or damaged file, flagged.
-    `pixels` resizes each frame as it comes. `picture_fps` is the rate of a folder of pictures.
-    """
-    return read_scanned(
-        scan_source(path, picture_fps),
-        sampling,
-        start=start,
-        end=end,
-        decoder=decoder,
-        allow_truncated=allow_truncated,
-        pixels=pixels,
-    )
+def read_clip(request: ReadRequest) -> Clip:
+    """Return the sampled frames of a source, or of a part of it; raises VideoError."""
+    return read_scanned(scan_source(request.path, request.picture_fps), request)
 
 
 def scan_source(path: Path, picture_fps: str = PICTURE_FPS) -> Scan:
@@ -129,33 +107,22 @@ def sample_indices(times: np.ndarray, end: float, sampling: Sampling) -> list[in
     return taken
 
 
-def read_scanned(
-    scan: Scan,
-    sampling: Sampling,
-    *,
-    start: float | None = None,
-    end: float | None = None,
-    decoder: str = "auto",
-    allow_truncated: bool = False,
-    pixels: Pixels | None = None,
-    canvas: Canvas | None = None,
-) -> Clip:
+def read_scanned(scan: Scan, request: ReadRequest, canvas: Canvas | None = None) -> Clip:
     """Do what `read_clip` does after the scan; the frames lie where `canvas` allocates them."""
-    assert decoder in DECODERS, decoder
-    if not allow_truncated:
+    if not request.allow_truncated:
         _refuse_incomplete(scan)
-    part = _Part(sampling, start, end)
-    canvas = replace(canvas or Canvas(), shape=_resizing(scan, pixels))
-    for reader in _readers(scan, decoder):
+    canvas = replace(canvas or Canvas(), shape=_resizing(scan, request.pixels))
+    for reader in _readers(scan, request.decoder):
         try:
             if reader == "pyav-scan":
-                scan, picked, frames = _read_from_start(scan, part, canvas, allow_truncated)
+                scan, picked, frames = _read_from_start(scan, request, canvas)
             else:
-                picked = _pick(scan, part)
+                picked = _pick(scan, request)
                 if reader == "pillow":
                     frames = read_pictures(scan, picked.index, canvas)
                 elif reader == "decord":
-                    frames = read_decord(scan, picked.index, canvas, forced=decoder == "decord")
+                    forced = request.decoder == "decord"
+                    frames = read_decord(scan, picked.index, canvas, forced=forced)
                 else:
                     frames = read_seek(scan, picked.index, canvas)
         except Distrust as error:
@@ -173,14 +140,9 @@ def read_scanned(
             decoder=reader,
             flags=scan.flags,
         )
-    raise VideoError("decode-failed", f"{scan.path}: {distrust}; leave the reader to the scan")
-
-
-@dataclass(frozen=True)
-class _Part:
-    sampling: Sampling
-    start: float | None
-    end: float | None
+    raise VideoError(
+        Reason.DECODE_FAILED, distrust, where=scan.path, fix="leave the reader to the scan"
+    )
 
 
 @dataclass(frozen=True)
@@ -198,17 +160,21 @@ def _resizing(scan: Scan, pixels: Pixels | None) -> Callable[[np.ndarray], np.nd
     try:
         pixels.check(*scan.display_size)
     except UserError as error:
-        raise VideoError("cannot-resize", f"{scan.path}: {error}; leave it out") from None
+        raise VideoError(
+            Reason.CANNOT_RESIZE, str(error), where=scan.path, fix="leave it out"
+        ) from None
     return lambda picture: pixels.resize(picture[None])[0]
 
 
 def _refuse_incomplete(scan: Scan) -> None:
-    for reason in ("truncated", "damaged"):
+    for reason in (Reason.TRUNCATED, Reason.DAMAGED):
         if reason in scan.flags:
             raise VideoError(
                 reason,
-                f"{scan.path}: {reason}, {len(scan.pts)} frames come of {scan.promised_frames} "
-                "that the file promises; fetch or encode it again",
+                f"{reason}, {len(scan.pts)} frames come of {scan.promised_frames} "
+                "that the file promises",
+                where=scan.path,
+                fix="fetch or encode it again",
             )
 
 
@@ -224,51 +190,49 @@ def _readers(scan: Scan, decoder: str) -> tuple[str, ...]:
     miscounted = "short" in scan.flags and scan.container == "avi"
     if flags & FROM_START or miscounted:
         return ("pyav-scan",)
-    if decoder == "pyav" or flags or scan.codec not in DECORD_CODECS or not _has_decord():
+    if decoder == "pyav" or flags or scan.codec not in DECORD_CODECS or decord_trouble():
         return ("pyav-seek", "pyav-scan")
     return ("decord", "pyav-seek", "pyav-scan")
 
 
-def _has_decord() -> bool:
-    return decord_trouble() is None
-
-
-def _pick(scan: Scan, part: _Part) -> _Picked:
-    """Return which of the file's shown frames the part's sampling takes."""
-    start = Fraction(str(part.start or 0))
-    end = scan.duration if part.end is None else min(Fraction(str(part.end)), scan.duration)
+def _pick(scan: Scan, request: ReadRequest) -> _Picked:
+    """Return which of the file's shown frames the request takes."""
+    start = Fraction(str(request.start or 0))
+    end = scan.duration
     times = scan.seconds
     inside = times >= float(start)
-    if part.end is not None:
-        inside &= times < part.end
+    if request.end is not None:
+        end = min(Fraction(str(request.end)), end)
+        inside &= times < request.end
     shown = np.flatnonzero(inside)
     if start < 0 or not len(shown):
         raise VideoError(
-            "empty-part",
-            f"{scan.path}: no frame starts within {part.start} to {part.end} s; the file shows "
-            f"frames from 0 to {times[-1]:.3f} s: correct the part",
+            Reason.EMPTY_PART,
+            f"no frame starts within {request.start} to {request.end} s; the file shows frames "
+            f"from 0 to {times[-1]:.3f} s: correct the part",
+            where=scan.path,
         )
     since_start = times
     if start:
         since_start = np.array(
             [float((scan.pts[i] - scan.pts[0]) * scan.time_base - start) for i in shown]
         )
-    taken = sample_indices(since_start[: len(shown)], float(end - start), part.sampling)
+    taken = sample_indices(since_start[: len(shown)], float(end - start), request.sampling)
     return _Picked(shown[taken].tolist(), float(start), float(end), len(shown))
 
 
 def _read_from_start(
-    scan: Scan, part: _Part, canvas: Canvas, allow_truncated: bool
+    scan: Scan, request: ReadRequest, canvas: Canvas
 ) -> tuple[Scan, _Picked, np.ndarray]:
     """Return the scan corrected by the frames that really came, what it picks, and the frames."""
     try:
-        expected = _pick(scan, part).index
+        expected = _pick(scan, request).index
     except VideoError:
         expected = []
     came, order, pictures = decode_all(scan, frozenset(expected), canvas)
-    if not allow_truncated:
+    if not request.allow_truncated:
         _refuse_incomplete(came)
-    picked = _pick(came, part)
+    picked = _pick(came, request)
     wanted = [order[i] for i in picked.index]
     if not set(wanted) <= set(pictures):
         _, _, pictures = decode_all(scan, frozenset(wanted), canvas)

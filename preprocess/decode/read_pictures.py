@@ -11,14 +11,16 @@ datasets are read everywhere; a picture is turned as its EXIF orientation says.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from preprocess.decode.canvas import Canvas
 from preprocess.decode.scan import Scan, VideoError
+from shards.format.quarantine import Reason
 
 PICTURE_FPS = "2"
 """Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
@@ -26,14 +28,6 @@ PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", 
 PICTURES = "pictures"
 """Stands for the codec in the scan of pictures."""
 NO_DURATION = 100  # ms that browsers show a frame which gives none
-UNREADABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-)
 
 
 def holds_pictures(path: Path) -> bool:
@@ -56,13 +50,15 @@ def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
     if path.is_dir():
         files = picture_files(path)
         if not files:
-            raise VideoError("no-pictures", f"{path}: a folder without pictures; remove it")
+            raise VideoError(
+                Reason.NO_PICTURES, "a folder without pictures", where=path, fix="remove it"
+            )
         first = files[0]
         ends = list(range(1, len(files) + 1))
         tick, kind = 1 / Fraction(fps), "folder"
     else:
         if not path.is_file():
-            raise VideoError("cannot-open", f"{path}: no such file; check the path")
+            raise VideoError(Reason.CANNOT_OPEN, "no such file", where=path, fix="check the path")
         first = path
         ends = _animation_ends(path)
         tick, kind = Fraction(1, 1000), "animation" if len(ends) > 1 else "still"
@@ -97,9 +93,11 @@ def read_pictures(scan: Scan, index: Sequence[int], canvas: Canvas) -> np.ndarra
         (picture,) = _frames(path, [0])
         if picture.shape[:2] != scan.display_size:
             raise VideoError(
-                "mixed-sizes",
-                f"{path}: {picture.shape[0]}x{picture.shape[1]} pixels, the folder's first picture "
-                f"has {scan.height}x{scan.width}; bring them to one size or into two folders",
+                Reason.MIXED_SIZES,
+                f"{picture.shape[0]}x{picture.shape[1]} pixels, the folder's first picture "
+                f"has {scan.height}x{scan.width}",
+                where=path,
+                fix="bring them to one size or into two folders",
             )
         pictures.append(canvas.shape(picture))
     return canvas.gather(pictures)
@@ -113,36 +111,45 @@ def _natural(file: Path) -> tuple[list[tuple[int, int | str]], str]:
 
 def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
     """Yield frames of a picture file: uint8 `(height, width, 3)`."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels are of mode {image.mode}, not 8 bits a colour")
-            for frame in index:
+    with _pillow(path):
+        image = Image.open(path)
+    with image:
+        if image.mode.startswith(("I", "F")):
+            raise _unreadable(path, f"its pixels are of mode {image.mode}, not 8 bits a colour")
+        for frame in index:
+            with _pillow(path):
                 image.seek(frame)
-                yield np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from None
+                picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            yield picture
 
 
 def _animation_ends(path: Path) -> list[int]:
     """Return the ms at which each frame stops being shown; [0] for a still picture."""
+    with _pillow(path), Image.open(path) as image:
+        count = getattr(image, "n_frames", 1)
+        if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
+            return [0]
+        ends, end = [], Fraction(0)
+        for frame in range(count):
+            image.seek(frame)
+            image.load()  # WebP tells the duration then
+            end += Fraction(image.info.get("duration") or NO_DURATION)
+            ends.append(round(end))
+        return ends
+
+
+@contextmanager
+def _pillow(path: Path) -> Iterator[None]:
+    """Name the file where Pillow fails: its plugins raise whatever a damaged one makes them meet."""
     try:
-        with Image.open(path) as image:
-            count = getattr(image, "n_frames", 1)
-            if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
-                return [0]
-            ends, end = [], Fraction(0)
-            for frame in range(count):
-                image.seek(frame)
-                image.load()  # WebP tells the duration then
-                end += Fraction(image.info.get("duration") or NO_DURATION)
-                ends.append(round(end))
-            return ends
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from None
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, " ".join(str(error).split())) from None
 
 
-def _unreadable(path: Path, error: Exception) -> VideoError:
+def _unreadable(path: Path, why: str) -> VideoError:
     empty = path.is_file() and not path.stat().st_size
-    what = "empty" if empty else f"not a readable picture ({' '.join(str(error).split())})"
-    return VideoError("cannot-open", f"{path}: {what}; fetch it again or remove it")
+    what = "empty" if empty else f"not a readable picture ({why})"
+    return VideoError(Reason.CANNOT_OPEN, what, where=path, fix="fetch it again or remove it")

@@ -1,4 +1,4 @@
-"""The readers: frames of a scanned file, by decord, by PyAV with seek, by PyAV from the start.
+"""The readers that are always right: frames of a scanned file by PyAV, with seek or from the start.
 
 Each hands every picture to the canvas as it comes (uint8 `(height, width, 3)`, RGB, as displayed) and
 keeps what that makes of it: frames resized there never lie side by side at their native size.
@@ -13,6 +13,7 @@ import numpy as np
 
 from preprocess.decode.canvas import Canvas, Distrust
 from preprocess.decode.scan import Scan, VideoError, opened
+from shards.format.quarantine import Reason
 
 # Containers that give each packet its pts.
 TRUE_PTS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
@@ -99,7 +100,9 @@ def decode_all(
                 duration = frame.duration
         damaged |= _av_errors() != errors
     if not pts:
-        raise VideoError("decode-failed", f"{scan.path}: no frame can be decoded; encode it again")
+        raise VideoError(
+            Reason.DECODE_FAILED, "no frame can be decoded", where=scan.path, fix="encode it again"
+        )
     last_duration = duration or scan.last_duration
     known = [value for value in pts if value is not None]
     if len(known) < len(pts):

@@ -6,7 +6,7 @@ A scan demuxes the whole file and decodes its first frame only: milliseconds per
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from shards.errors import UserError
+from shards.format.quarantine import Reason
 
 # Elsewhere (MPEG-TS and PS, ASF, raw streams) a seek lands anywhere, or packets carry no true pts.
 INDEXED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv")
@@ -21,17 +22,26 @@ SECONDS_SHORT = 1  # a video that ends this much before its container says is tr
 
 
 class VideoError(UserError):
-    """A video that cannot be had: `reason` is a short slug, the text one line with file and fix."""
+    """A video that cannot be had: one line with file and fix, and the reason for the quarantine."""
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-        self.args = (reason, message)  # what pickle makes it again of
+    def __init__(
+        self,
+        reason: Reason,
+        what: str,
+        got: object = None,
+        expected: str | None = None,
+        where: object = None,
+        fix: str | None = None,
+    ) -> None:
+        where = None if where is None else str(where)
+        super().__init__(what, got, expected, where, fix)
+        self.reason = Reason(reason)
+        self.args = (self.reason, what, got, expected, where, fix)  # what pickle makes it again of
 
     @property
     def retryable(self) -> bool:
         """Whether the machine may be at fault rather than the file."""
-        return self.reason in ("stalled", "decoder-crashed")
+        return self.reason in (Reason.STALLED, Reason.DECODER_CRASHED)
 
 
 @dataclass(frozen=True)
@@ -111,106 +121,151 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
 
     index: of the stream in the file, None for FFmpeg's best.
     """
-    import av
-
-    corrupt = discard = False
-    pts: list[int | None] = []
-    hidden: list[bool] = []
-    durations: list[int] = []
-    keys: list[int] = []
-    furthest: dict[int, int] = {}  # per stream, the end of its last packet
-    first_frame = None
     with opened(path, index) as (container, stream):
         others = [
             other.index
             for other in container.streams.video
             if other.index != stream.index and _is_moving(other)
         ]
-        packets = container.demux()
-        while True:
-            try:
-                packet = next(packets, None)
-            except (av.error.FFmpegError, IndexError):  # the latter: a stream found late
-                corrupt = True
-                break
-            if packet is None:
-                break
-            if packet.pts is not None:
-                reach = packet.pts + (packet.duration or 0)
-                furthest[packet.stream_index] = max(reach, furthest.get(packet.stream_index, reach))
-            if packet.stream_index != stream.index or not packet.size:
-                continue
-            if packet.is_keyframe:
-                keys.append(len(pts))
-            pts.append(packet.pts)
-            hidden.append(packet.is_discard or packet.is_corrupt)
-            discard |= packet.is_discard
-            durations.append(packet.duration or 0)
-            corrupt |= packet.is_corrupt
-            if first_frame is None:
-                first_frame = _first_frame(stream, packet)
-        if all(hidden):
-            empty = f"{path}: the video stream is empty; encode the file again"
-            return VideoError("no-packets", empty), False, others
-        first_frame = first_frame or _first_frame(stream, None)
+        packets = _read_packets(container, stream)
+        if all(packets.hidden):
+            empty = VideoError(
+                Reason.NO_PACKETS,
+                "the video stream is empty",
+                where=path,
+                fix="encode the file again",
+            )
+            return empty, False, others
         # For a file that gives no frame duration, and one that gives no times at all.
         rate = stream.average_rate or stream.guessed_rate or 25
         step = max(1, round(1 / (rate * stream.time_base)))
-        ticks = [i * step if value is None else value for i, value in enumerate(pts)]
-        if None in pts:
-            ticks = [i * step for i in range(len(pts))]
+        ticks = packets.ticks(step)
         order = sorted(range(len(ticks)), key=ticks.__getitem__)
-        rank = {index: place for place, index in enumerate(order)}
-        shown = [index for index in order if not hidden[index]]
-        last = shown[-1]
-
-        flags = {
-            "discard": discard,
-            "nopts": None in pts,
-            "first_not_key": keys[:1] != [0],
-            "key_order": any(rank[index] != index for index in keys),
-            "no_index": container.format.name not in INDEXED_CONTAINERS,
-            "avi_b": container.format.name == "avi" and stream.codec_context.has_b_frames,
-            "dup": len(set(ticks)) < len(ticks),
-            "corrupt": corrupt,
-            "short": stream.frames > len(pts),
-        }
-        delivered = (ticks[last] + (durations[last] or step)) * stream.time_base
-        promised = None
-        if stream.duration:
-            promised = ((stream.start_time or 0) + stream.duration) * stream.time_base
-        elif container.duration:
-            # The file's, not the video's: sound may outlast the picture.
-            promised = Fraction(container.duration, av.time_base)
-            if not container.format.name.startswith("matroska"):  # there FFmpeg counts from zero
-                promised += Fraction(container.start_time or 0, av.time_base)
-            delivered = max(
-                [delivered]
-                + [end * container.streams[index].time_base for index, end in furthest.items()]
-            )
+        shown = [place for place in order if not packets.hidden[place]]
+        last_duration = packets.durations[shown[-1]] or step
+        flags = _flags(container, stream, packets, ticks, order)
         missing = Fraction(0)
-        if promised is not None and not flags["no_index"]:
-            missing = max(missing, promised - delivered)
-        flags["truncated"] = missing > SECONDS_SHORT or (
-            container.format.name == "gif" and not _ends_with(path, b";")
-        )
+        if "no_index" not in flags:
+            delivered = (ticks[shown[-1]] + last_duration) * stream.time_base
+            missing = _missing(container, stream, packets, delivered)
+        cut_gif = container.format.name == "gif" and not _ends_with(path, b";")
+        if missing > SECONDS_SHORT or cut_gif:
+            flags.add("truncated")
+        first = packets.first_frame
         scanned = Scan(
             path=path,
             container=container.format.name,
             stream=stream.index,
             codec=stream.codec_context.codec.canonical_name,
-            width=first_frame.width if first_frame else stream.codec_context.width,
-            height=first_frame.height if first_frame else stream.codec_context.height,
-            rotation=first_frame.rotation if first_frame else 0,
+            width=first.width if first else stream.codec_context.width,
+            height=first.height if first else stream.codec_context.height,
+            rotation=first.rotation if first else 0,
             time_base=stream.time_base,
-            pts=tuple(ticks[index] for index in shown),
-            key_pts=tuple(sorted(ticks[index] for index in keys)),
-            last_duration=durations[last] or step,
-            packets=len(pts),
+            pts=tuple(ticks[place] for place in shown),
+            key_pts=tuple(sorted(ticks[place] for place in packets.keys)),
+            last_duration=last_duration,
+            packets=len(ticks),
             promised_frames=stream.frames or len(shown) + round(missing * rate),
-            flags=tuple(sorted(name for name, is_set in flags.items() if is_set)),
+            flags=tuple(sorted(flags)),
         )
-        return scanned, first_frame is not None, others
+        return scanned, first is not None, others
+
+
+@dataclass
+class _Packets:
+    """What the packets of one stream say, in the order in which they lie in the file."""
+
+    pts: list[int | None] = field(default_factory=list)
+    hidden: list[bool] = field(default_factory=list)
+    """Whether the file does not show the frame: an edit list cuts it off, or it is corrupt."""
+    durations: list[int] = field(default_factory=list)
+    """0 where the file gives none."""
+    keys: list[int] = field(default_factory=list)
+    """Places of the keyframes."""
+    furthest: dict[int, int] = field(default_factory=dict)
+    """Of each stream of the file, the end of its last packet."""
+    corrupt: bool = False
+    discard: bool = False
+    first_frame: Any = None
+    """The first that could be decoded, None if none could."""
+
+    def ticks(self, step: int) -> list[int]:
+        """Return the times of the frames: counted by `step` where a packet does not say its own."""
+        known = [value for value in self.pts if value is not None]
+        return known if len(known) == len(self.pts) else [k * step for k in range(len(self.pts))]
+
+
+def _read_packets(container: Any, stream: Any) -> _Packets:
+    """Read all packets of a file; decode those of the stream up to its first frame."""
+    import av
+
+    found = _Packets()
+    packets = container.demux()
+    while True:
+        try:
+            packet = next(packets, None)
+        except (av.error.FFmpegError, IndexError):  # the latter: a stream found late
+            found.corrupt = True
+            break
+        if packet is None:
+            break
+        if packet.pts is not None:
+            reach = packet.pts + (packet.duration or 0)
+            before = found.furthest.get(packet.stream_index, reach)
+            found.furthest[packet.stream_index] = max(reach, before)
+        if packet.stream_index != stream.index or not packet.size:
+            continue
+        if packet.is_keyframe:
+            found.keys.append(len(found.pts))
+        found.pts.append(packet.pts)
+        found.hidden.append(packet.is_discard or packet.is_corrupt)
+        found.durations.append(packet.duration or 0)
+        found.discard |= packet.is_discard
+        found.corrupt |= packet.is_corrupt
+        if found.first_frame is None:
+            found.first_frame = _first_frame(stream, packet)
+    if found.first_frame is None and not all(found.hidden):
+        found.first_frame = _first_frame(stream, None)
+    return found
+
+
+def _flags(
+    container: Any, stream: Any, packets: _Packets, ticks: list[int], order: list[int]
+) -> set[str]:
+    """Return what is unusual about a stream. order: places of its packets, by time."""
+    rank = {place: nth for nth, place in enumerate(order)}
+    flags = {
+        "discard": packets.discard,
+        "nopts": None in packets.pts,
+        "first_not_key": packets.keys[:1] != [0],
+        "key_order": any(rank[place] != place for place in packets.keys),
+        "no_index": container.format.name not in INDEXED_CONTAINERS,
+        "avi_b": container.format.name == "avi" and stream.codec_context.has_b_frames,
+        "dup": len(set(ticks)) < len(ticks),
+        "corrupt": packets.corrupt,
+        "short": stream.frames > len(ticks),
+    }
+    return {name for name, is_set in flags.items() if is_set}
+
+
+def _missing(container: Any, stream: Any, packets: _Packets, delivered: Fraction) -> Fraction:
+    """Return the seconds that the file promises beyond what came of it.
+
+    delivered: when the stream's last frame stops being shown.
+    """
+    import av
+
+    if stream.duration:
+        promised = ((stream.start_time or 0) + stream.duration) * stream.time_base
+        return max(Fraction(0), promised - delivered)
+    if not container.duration:
+        return Fraction(0)
+    # The file's, not the video's: sound may outlast the picture.
+    promised = Fraction(container.duration, av.time_base)
+    if not container.format.name.startswith("matroska"):  # there FFmpeg counts from zero
+        promised += Fraction(container.start_time or 0, av.time_base)
+    ends = [end * container.streams[k].time_base for k, end in packets.furthest.items()]
+    return max(Fraction(0), promised - max([delivered, *ends]))
 
 
 @contextmanager
@@ -219,24 +274,35 @@ def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
     import av
 
     if not path.is_file():
-        raise VideoError("cannot-open", f"{path}: no such file; check the path")
+        raise VideoError(Reason.CANNOT_OPEN, "no such file", where=path, fix="check the path")
     try:
         # An absolute path is never taken for a URL; tags need not be UTF-8.
         container = av.open(str(path.absolute()), metadata_errors="ignore")
     except (av.error.FFmpegError, OSError) as error:
         what = "empty" if not path.stat().st_size else f"not a readable video ({error.strerror})"
-        raise VideoError("cannot-open", f"{path}: {what}; fetch it again or remove it") from None
+        raise VideoError(
+            Reason.CANNOT_OPEN, what, where=path, fix="fetch it again or remove it"
+        ) from None
     with container:
         if index is not None and index >= len(container.streams):
-            raise VideoError("decode-failed", f"{path}: its streams change; encode it again")
+            raise VideoError(
+                Reason.DECODE_FAILED, "its streams change", where=path, fix="encode it again"
+            )
         stream = _best(container) if index is None else container.streams[index]
         if stream is None or not _is_moving(stream):
             # FFmpeg holds a cover for best where the video is small or of an unknown codec
             stream = next(filter(_is_moving, container.streams.video), None)
         if stream is None:
-            raise VideoError("no-video-stream", f"{path}: has no video stream; remove it")
+            raise VideoError(
+                Reason.NO_VIDEO_STREAM, "has no video stream", where=path, fix="remove it"
+            )
         stream.codec_context.thread_count = 1
-        yield container, stream
+        try:
+            yield container, stream
+        except av.error.FFmpegError as error:  # that no reader expected: of the file all the same
+            raise VideoError(
+                Reason.DECODE_FAILED, f"FFmpeg: {error}", where=path, fix="encode it again"
+            ) from None
 
 
 def _best(container: Any) -> Any:

@@ -1,27 +1,27 @@
 """A planned clip -> its frames, wherever it lies: a file, a folder of pictures, an archive.
 
     with SourceReader(DecodeChild(), bank) as reader:
-        outcome = reader.read(source, sampling, pixels)
+        outcome = reader.read(source, request)
 
 It never raises for a clip: an `Outcome` holds the clip, or the error that goes into the quarantine.
-It raises OSError where the disk that videos are unpacked to is full.
+It raises OSError where the machine fails: the disk that videos are unpacked to is full, no process can
+be started. It raises `ChildBug` for a bug.
 """
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
-from model.tower.pixels import Pixels
-from preprocess.decode.archive import DISK_FULL, Unpacker
+from preprocess.decode.archive import Unpacker
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import Clip
-from preprocess.decode.read_pictures import PICTURE_FPS, picture_files
+from preprocess.decode.read_pictures import picture_files
+from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
-from shards.format.features import Sampling
 from shards.format.plan import ClipSource
+from shards.format.quarantine import Reason
 from shards.signed import digest
 
 HEAD_TAIL = 64 * 1024
@@ -42,48 +42,25 @@ class Outcome:
     seconds: float
 
 
-class SourceReader:
-    """Reads planned clips through one decode child."""
+class SourceReader(ExitStack):
+    """Reads planned clips through one decode child, which it closes."""
 
     def __init__(self, child: DecodeChild, folder: Path) -> None:
         """folder: on whose disk a video out of an archive lies while it is read."""
-        self.child = child
-        self._unpacker = Unpacker(folder)
+        super().__init__()
+        self.child = self.enter_context(child)
+        self._unpacker = self.enter_context(Unpacker(folder))
 
-    def __enter__(self) -> "SourceReader":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._unpacker.__exit__(kind, error, at)
-        self.child.__exit__(kind, error, at)
-
-    def read(
-        self,
-        source: ClipSource,
-        sampling: Sampling,
-        pixels: Pixels | None = None,
-        *,
-        decoder: str = "auto",
-        allow_truncated: bool = False,
-    ) -> Outcome:
+    def read(self, source: ClipSource, request: ReadRequest) -> Outcome:
         """Read a clip; once more, in a fresh child, if the first one stalled or crashed."""
         began, attempts = time.monotonic(), 0
         clip, size, hash_, error = None, 0, "", None
         while attempts < ATTEMPTS and clip is None and (error is None or error.retryable):
             attempts += 1
             try:
-                clip, size, hash_ = self._read(source, sampling, pixels, decoder, allow_truncated)
+                clip, size, hash_ = self._read(source, request)
             except VideoError as failure:
                 error = failure
-            except OSError as failure:
-                if failure.errno in DISK_FULL:
-                    raise
-                error = VideoError("cannot-open", f"{source.path}: {failure}; check the disk")
         return Outcome(
             clip=clip,
             size=size,
@@ -93,37 +70,27 @@ class SourceReader:
             seconds=time.monotonic() - began,
         )
 
-    def _read(
-        self,
-        source: ClipSource,
-        sampling: Sampling,
-        pixels: Pixels | None,
-        decoder: str,
-        allow_truncated: bool,
-    ) -> tuple[Clip, int, str]:
-        path = Path(source.path)
-        with ExitStack() as stack:
-            if source.offset is not None:
-                assert source.nbytes is not None
-                path = stack.enter_context(
-                    self._unpacker.unpacked(path, source.offset, source.nbytes)
-                )
+    def _read(self, source: ClipSource, request: ReadRequest) -> tuple[Clip, int, str]:
+        if source.offset is None:
+            return self.child.read_clip(request), *_identity(source, request.path)
+        assert source.nbytes is not None
+        unpacked = self._unpacker.unpacked(request.path, source.offset, source.nbytes)
+        with unpacked as path:
             try:
-                clip = self.child.read_clip(
-                    path,
-                    sampling,
-                    start=source.start,
-                    end=source.end,
-                    decoder=decoder,
-                    allow_truncated=allow_truncated,
-                    pixels=pixels,
-                    picture_fps=source.picture_fps or PICTURE_FPS,
-                )
-            except VideoError as error:
-                # A member of an archive was read under another name.
-                named = str(error).replace(str(path), source.where)
-                raise VideoError(error.reason, named) from None
-            return clip, *identity(path)
+                clip = self.child.read_clip(replace(request, path=path))
+            except VideoError as error:  # names the file that the member was read from
+                reason, what, got, expected, _, fix = error.args
+                raise VideoError(reason, what, got, expected, source.where, fix) from None
+            return clip, *_identity(source, path)
+
+
+def _identity(source: ClipSource, path: Path) -> tuple[int, str]:
+    try:
+        return identity(path)
+    except OSError as error:
+        raise VideoError(
+            Reason.CANNOT_OPEN, str(error), where=source.path, fix="check the disk"
+        ) from None
 
 
 def identity(path: Path) -> tuple[int, str]:

@@ -73,13 +73,7 @@ def _encoded(
     """Yield the features of up to twice `CLIPS` clips: per stride `(frames, rows, cols, dim)`."""
     good = 0
     for source in sorted(clips, key=lambda clip: (clip.key[-16:], clip.key))[:TRIED]:
-        outcome = reader.read(
-            source,
-            options.sampling,
-            tower.pixels,
-            decoder=options.decoder,
-            allow_truncated=options.allow_truncated,
-        )
+        outcome = reader.read(source, options.request(source, tower.pixels))
         if outcome.clip is None:
             continue
         frames, each = outcome.clip.frames, tower.frames_per_unit

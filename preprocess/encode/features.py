@@ -3,13 +3,17 @@
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from model.grid import Grid
+from model.tower.pixels import Pixels
 from model.tower.tower import Tower
 from preprocess.decode.clip import Clip
 from preprocess.decode.read_pictures import PICTURE_FPS
+from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import Outcome
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig, Sampling
@@ -38,7 +42,6 @@ class EncodeOptions:
     batch_frames: int = 16
     tower_threads: int = TOWER_THREADS
     """While the tower runs: sums in another number of threads may round otherwise."""
-    decoder: str = "auto"
     allow_truncated: bool = False
     """Take what comes of a truncated or damaged video; its flags say so."""
     video_roots: tuple[str, ...] = ()
@@ -47,6 +50,31 @@ class EncodeOptions:
     picture_fps: str = PICTURE_FPS
     """Of folders of pictures."""
     shard_bytes: int = 512 * 1024**2
+
+    @classmethod
+    def of_plan(cls, plan: Plan, **how: Any) -> "EncodeOptions":
+        """Return the options that made a bank. how: fields that are to be others."""
+        features, tower = plan.features, plan.tower
+        same: Json = {
+            "tower": tower.name,
+            "batch_frames": tower.batch_frames,
+            "tower_threads": tower.threads,
+        }
+        for name in ("strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"):
+            same[name] = getattr(features, name)
+        return cls(**same | how)
+
+    def request(self, source: ClipSource, pixels: Pixels | None) -> ReadRequest:
+        """Return what to read of a clip. pixels: of the tower."""
+        return ReadRequest(
+            Path(source.path),
+            self.sampling,
+            start=source.start,
+            end=source.end,
+            pixels=pixels,
+            allow_truncated=self.allow_truncated,
+            picture_fps=source.picture_fps or PICTURE_FPS,
+        )
 
 
 def load_tower(options: EncodeOptions) -> Tower:

@@ -3,18 +3,19 @@
     repaired = repair(Path("bank"))
     repaired.remaining        # damages that are left, and why in `repaired.notes`
 
-A shard is written anew beside the old one: samples whose bytes are there are copied, wherever they
-were found, the others are decoded and encoded again, in the old order. On the machine that made the
-bank that gives the old bytes. Index, commit record, catalogue and manifest come from the shards.
+A shard is written beside the old one: samples whose bytes are in their place are copied, the others
+are decoded and encoded again, in the old order. On the machine that made the bank that gives the old
+bytes. Index, commit record, catalogue and manifest come from the shards; a lost commit record only of
+a shard that bank.json proves. A bank of an older format is brought up to date, its shards untouched.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 
 import google_crc32c
 import numpy as np
@@ -32,16 +33,26 @@ from preprocess.encode.features import (
     provenance,
 )
 from preprocess.sources.find import clips_under
-from shards.care.inventory import Books, Damage, read_books
-from shards.care.tar_scan import Sight, Tally, Tar, fault_of_json, layout, records
-from shards.care.verify import expected_keys, proven_samples, verify
+from shards.care.inventory import Damage, Inventory, read_inventory, refuse_no_bank
+from shards.care.migrate import migrate
+from shards.care.tar_scan import SampleState, ShardScan, Tar, commit_of, fault_of_json, layout
+from shards.care.verify import is_as_listed, verify
 from shards.errors import UserError
-from shards.format.commits import done_path, index_path, shard_name
+from shards.format.commits import (
+    CommitRecord,
+    SampleRecord,
+    done_path,
+    index_path,
+    shard_name,
+    write_commit,
+)
+from shards.format.manifest import TowerFacts
 from shards.format.plan import ClipSource, Plan, read_plan, refuse_other_features
+from shards.format.quarantine import read_quarantine
 from shards.format.samples import SampleMeta
-from shards.signed import Json, file_facts, signed_json, write_atomic
+from shards.signed import Json, write_atomic
 from shards.write.finish import finish
-from shards.write.lock import BankLock
+from shards.write.lock import bank_lock
 from shards.write.shard import ShardWriter, index_bytes
 
 
@@ -53,19 +64,11 @@ class Repaired:
     encoded: list[str] = field(default_factory=list)
     """Keys of the samples that went through decoder and tower."""
     files: list[str] = field(default_factory=list)
-    """Below the bank, what was written anew."""
+    """Below the bank, what was written."""
     notes: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    """Keys of samples that are gone with their records; `preprocess encode` banks their videos."""
+    """Keys of samples that are lost with their records; `preprocess encode` banks their videos."""
     remaining: list[Damage] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TowerFacts:
-    """What the manifest says of a tower."""
-
-    name: str
-    width: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Features:
 
     meta: SampleMeta
     arrays: dict[int, np.ndarray]
+    underflowed: int
 
 
 def repair(
@@ -85,39 +89,43 @@ def repair(
 ) -> Repaired:
     """Repair a bank; returns what was done, and what could not be.
 
-    tower: where it lies now, if not where it lay; another one is refused, and none is loaded where
+    tower: where it is now, if not where it was; another one is refused, and none is loaded where
     nothing has to be encoded. video_roots: where to look for videos that are not where they were.
     """
-    with BankLock(bank, "preprocess repair"):
-        done = Repaired(damages=verify(bank, deep=True, seen=seen))
-        books = read_books(bank)
+    refuse_no_bank(bank)
+    with bank_lock(bank, "preprocess repair"):
+        migrated = migrate(bank)
+        done = Repaired(damages=verify(bank, deep=True, seen=seen), files=migrated)
+        if migrated:
+            done.notes.append("a bank of an older format: its metadata is rewritten")
+        inventory = read_inventory(bank)
         if not done.damages:
             return done
-        if books.plan is None:
+        if inventory.plan is None:
             done.remaining = done.damages
             done.notes.append("nothing can be repaired without plan.json; restore it from a copy")
             return done
         plan = read_plan(bank)
         assert plan
-        spoilt = {damage.file for damage in done.damages}
+        damaged = {damage.file for damage in done.damages}
         to_encode = {damage.file for damage in done.damages if damage.remedy == "encode"}
-        with Again(bank, plan, tower, device, video_roots) as again:
+        with ClipEncoder(bank, plan, tower, device, video_roots) as encoder:
             # What needs no tower first: it is done even where there is none.
-            mends = [
-                Mend(books, unit, plan, again, done)
+            shards = [
+                ShardRepair(inventory, unit, plan, encoder, done)
                 for unit in range(len(plan.units))
-                if shard_name(unit) in books.commits
+                if shard_name(unit) in inventory.commits
             ]
-            for mend in sorted(mends, key=lambda mend: f"shards/{mend.name}" in to_encode):
-                if mend.files() & spoilt:
-                    mend.run()
-        books = read_books(bank)
-        _rewrite_derived(books, plan, done, spoilt)
+            for shard in sorted(shards, key=lambda shard: f"shards/{shard.name}" in to_encode):
+                if shard.files() & damaged:
+                    shard.run()
+        inventory = read_inventory(bank)
+        _rewrite_derived(inventory, plan, done, damaged)
         done.remaining = verify(bank, deep=True)
         return done
 
 
-class Again:
+class ClipEncoder:
     """Encodes single clips of a bank, with a tower that is loaded for the first of them."""
 
     def __init__(
@@ -125,58 +133,40 @@ class Again:
     ) -> None:
         self.bank, self.plan = bank, plan
         self.video_roots = video_roots
-        features, how = plan.features, plan.how
-        self.options = EncodeOptions(
-            tower=tower or how.tower,
-            strides=features.strides,
-            sampling=features.sampling,
-            layer=features.layer,
-            pool=features.pool,
-            dtype=features.dtype,
-            codec=features.codec,
-            tower_dtype=features.tower_dtype,
+        self.options = EncodeOptions.of_plan(
+            plan,
+            tower=tower or plan.tower.name,
             device=device,
-            batch_frames=how.batch_frames,
-            tower_threads=how.tower_threads,
             allow_truncated=True,  # what is asked for was banked once
         )
         self.tower: Tower | None = None
         self._reader: SourceReader | None = None
+        self._open = ExitStack()
 
-    def __enter__(self) -> "Again":
+    def __enter__(self) -> "ClipEncoder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        if self._reader:
-            self._reader.__exit__(kind, error, at)
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def encode(
-        self, clip: ClipSource, old: Json | None, how: Mapping[str, object]
+        self, clip: ClipSource, old: Json | None, provenance: Mapping[str, object]
     ) -> Features | str:
         """Return the features of a clip, or why there are none.
 
-        old: the sample's json, where it is there. how: the provenance of its shard.
+        old: the sample's json, where it is there. provenance: of its shard.
         """
         tower = self._load()
         known = ("batch_frames", "tower_threads")
-        numbers = {name: int(str(how[name])) for name in known if name in how}
+        numbers = {name: int(str(provenance[name])) for name in known if name in provenance}
         options = replace(self.options, **numbers)  # type: ignore[arg-type]
-        if old and old["decoder"].startswith("pyav"):
-            options = replace(options, decoder="pyav")
-        self._reader = self._reader or SourceReader(DecodeChild(), self.bank)
+        if self._reader is None:
+            self._reader = self._open.enter_context(SourceReader(DecodeChild(), self.bank))
         (clip,) = clips_under([clip], self.video_roots)
-        outcome = self._reader.read(
-            clip,
-            options.sampling,
-            tower.pixels,
-            decoder=options.decoder,
-            allow_truncated=options.allow_truncated,
-        )
+        request = options.request(clip, tower.pixels)
+        if old and old["decoder"].startswith("pyav"):
+            request = replace(request, decoder="pyav")
+        outcome = self._reader.read(clip, request)
         if outcome.clip is None:
             return str(outcome.error)
         digest = clip.digest or (old or {}).get("digest")
@@ -186,12 +176,13 @@ class Again:
                 "one"
             )
         try:
-            arrays, _ = encode_frames(tower, outcome.clip.frames, options)
+            arrays, underflowed = encode_frames(tower, outcome.clip.frames, options)
         except FeatureRangeError as error:
             return f"{clip.where}: {error}"
-        return Features(describe(clip, outcome, outcome.clip, tower, arrays), arrays)
+        meta = describe(clip, outcome, outcome.clip, tower, arrays)
+        return Features(meta, arrays, underflowed)
 
-    def facts(self, old: Mapping[str, object]) -> Json:
+    def provenance(self, old: Mapping[str, object]) -> Json:
         """Return the provenance of a shard that was written in part today."""
         return provenance(self._load(), self.options) | {
             name: old[name] for name in ("batch_frames", "tower_threads") if name in old
@@ -205,14 +196,17 @@ class Again:
         return self.tower
 
 
-class Mend:
+class ShardRepair:
     """One shard, and what is to be done with it."""
 
-    def __init__(self, books: Books, unit: int, plan: Plan, again: Again, done: Repaired) -> None:
-        self.books, self.unit, self.plan, self.again, self.done = books, unit, plan, again, done
+    def __init__(
+        self, inventory: Inventory, unit: int, plan: Plan, encoder: ClipEncoder, done: Repaired
+    ) -> None:
+        self.inventory, self.unit, self.plan = inventory, unit, plan
+        self.encoder, self.done = encoder, done
         self.name = shard_name(unit)
-        self.path = books.bank / "shards" / self.name
-        self.commit = books.commits[self.name]
+        self.path = inventory.bank / "shards" / self.name
+        self.commit = inventory.commits[self.name]
         self.encoded: list[str] = []
 
     def files(self) -> set[str]:
@@ -221,127 +215,98 @@ class Mend:
 
     def run(self) -> None:
         """Make tar, index and commit record what they were."""
-        spoilt = {damage.file for damage in self.done.damages}
-        whole = f"shards/{self.name}" not in spoilt and self.path.exists()
-        if not whole:
-            self._write_anew()
+        damaged = any(damage.file == f"shards/{self.name}" for damage in self.done.damages)
+        if self.commit is None and is_as_listed(self.inventory, self.name):
+            fingerprint = self.plan.features.fingerprint
+            self._write_small_files(commit_of(self.path, self.unit, fingerprint, None, {}))
+        elif self.commit is None or damaged or not self.path.exists():
+            self._rewrite()
         else:
-            with Tar(self.path) as tar:
-                samples = self.commit["samples"] if self.commit else records(tar)
-            if self.commit is None:
-                self._write(done_path(self.path), signed_json(self._record_of(samples)))
-            self._write_index(samples)
+            self._write_small_files(self.commit)
 
-    def _write_anew(self, trusting: bool = True) -> None:
+    def _write_small_files(self, record: CommitRecord) -> None:
+        if record != self.commit:
+            write_commit(self.path, record)
+            self.done.files.append(f"shards/{done_path(self.path).name}")
+        index, content = index_path(self.path), index_bytes(record.samples)
+        if not index.exists() or index.read_bytes() != content:
+            write_atomic(index, content)
+            self.done.files.append(f"shards/{index.name}")
+
+    def _rewrite(self) -> None:
         """Write the shard beside its place, and move it there.
 
         Of a kill between the renames a new repair finds whole samples, and goes on from them.
-        trusting: where the commit record is lost, copy what the catalogue bears out. It does not
-        hold every word of the descriptions: if the shard is then not what it was, all is encoded.
         """
         folder = self.path.parent / ".repair"
         shutil.rmtree(folder, ignore_errors=True)
         fingerprint = self.plan.features.fingerprint
-        codec = plan_codec(self.plan)
-        refused: dict[str, Json] = {}
-        copied, lost, notes = 0, list[str](), list[str]()
-        self.encoded = []
+        refused: dict[str, SampleRecord] = {}
         with (
             Tar(self.path if self.path.exists() else Path(os.devnull)) as tar,
-            ShardWriter(folder / self.name, self.unit, fingerprint, codec) as writer,
+            ShardWriter(
+                folder / self.name, self.unit, fingerprint, plan_codec(self.plan)
+            ) as writer,
         ):
-            tally = Tally(tar)
-            for key, sample in self._wanted(tar).items():
-                sight = tally.look(sample) if sample else Sight(None)
-                if sample and sight.blob is not None and trusting:
-                    writer.copy(sight.blob, sample)
-                    copied += 1
+            scan = ShardScan(tar)
+            for key, sample in self._wanted().items():
+                state = scan.state(sample) if sample else None
+                if sample and state and state.sound:
+                    writer.copy(state.blob, sample)
                     continue
-                features = self._encode(key, sample, sight)
+                features = self._encode(key, sample, state)
                 if isinstance(features, Features):
-                    writer.write(key, features.meta, features.arrays)
+                    writer.write(key, features.meta, features.arrays, features.underflowed)
                     self.encoded.append(key)
                     continue
-                notes.append(f"{self.name}: {key}: {features}")
-                if sample and sight.blob is not None:
-                    writer.copy(sight.blob, sample)
-                elif self.plan.served().get(key) != self.unit:
+                self.done.notes.append(f"{self.name}: {key}: {features}")
+                if self.plan.served().get(key) != self.unit:
                     continue  # nobody reads it
-                elif sample:
-                    rest = {"crc32c": google_crc32c.value(sight.rest)}
-                    writer.copy(sight.rest, sample | rest)
+                if sample and state:  # keeps its place, and is damaged still
+                    crc32c = google_crc32c.value(state.blob)
+                    writer.copy(state.blob, replace(sample, crc32c=crc32c))
                     refused[key] = sample
                 else:
-                    lost.append(key)
-            record = writer.commit(**self._facts())
-        listed = self.books.listed.get(self.name)
-        proven = listed is None or listed["sha256"] == record["sha256"]
-        if self.commit is None and copied and trusting and not proven:
-            self._write_anew(trusting=False)
-            return
+                    self.done.lost.append(key)
+            record = writer.commit(self.commit.provenance if self.commit else None)
         self.done.encoded += self.encoded
-        self.done.notes += notes
-        self.done.lost += lost
         self._move(folder, record, refused)
 
-    def _wanted(self, tar: Tar) -> dict[str, Json | None]:
+    def _wanted(self) -> dict[str, SampleRecord | None]:
         """Return the samples that the shard should hold in their order, None of lost records."""
         if self.commit:
-            return {sample["key"]: sample for sample in self.commit["samples"]}
-        there = records(tar)
-        proven = proven_samples(self.books, self.name, tar, there)
-        wanted = {sample["key"] for sample in there} | expected_keys(self.books, self.name)
-        keys = [clip.key for clip in self.plan.units[self.unit]]
-        return {key: proven.get(key) for key in keys if key in wanted}
+            return {sample.key: sample for sample in self.commit.samples}
+        failed = {entry.key for entry in read_quarantine(self.inventory.bank)}
+        return {clip.key: None for clip in self.plan.work()[self.unit] if clip.key not in failed}
 
-    def _encode(self, key: str, sample: Json | None, sight: Sight) -> Features | str:
+    def _encode(
+        self, key: str, sample: SampleRecord | None, state: SampleState | None
+    ) -> Features | str:
         clip = next((clip for clip in self.plan.units[self.unit] if clip.key == key), None)
         if clip is None:
             return "is not in the plan"
         if self.plan.served().get(key) != self.unit:
             return "is served no more, and left out"
-        old = _json_of(sample, sight) if sample else None
-        how = self.commit["provenance"] if self.commit else {}
-        return self.again.encode(clip, old, how)
+        old = _json_of(sample, state) if sample and state else None
+        return self.encoder.encode(clip, old, self.commit.provenance if self.commit else {})
 
-    def _facts(self) -> Json:
-        if self.commit:
-            return {name: self.commit[name] for name in ("underflowed", "provenance")}
-        return self._lost_facts()
-
-    def _lost_facts(self) -> Json:
-        """Return what a lost commit record said beside its samples, from the manifest's sums."""
-        others = [c for name, c in self.books.commits.items() if c and name != self.name]
-        told = (self.books.manifest or {}).get("provenance", {})
-        rest = told.get("underflowed", 0) - sum(commit["underflowed"] for commit in others)
-        known = [commit["provenance"] for commit in others]
-        encoded = told.get("encoded", known)
-        new = [facts for facts in encoded if facts not in known]
-        return {"underflowed": max(rest, 0), "provenance": (new or encoded or [{}])[0]}
-
-    def _record_of(self, samples: Sequence[Json]) -> Json:
-        """Return the commit record of a shard that is whole."""
-        return {
-            **self._lost_facts(),
-            "shard": self.name,
-            "unit": self.unit,
-            "fingerprint": self.plan.features.fingerprint,
-            **file_facts(self.path),
-            "samples": list(samples),
-        }
-
-    def _move(self, folder: Path, record: Json, refused: Mapping[str, Json]) -> None:
+    def _move(
+        self, folder: Path, record: CommitRecord, refused: Mapping[str, SampleRecord]
+    ) -> None:
         """Put the new shard in the old one's place; keep the record where it holds for the new."""
-        for sample in record["samples"]:
-            if sample["key"] in refused:  # the checksum of what should be there
-                sample["crc32c"] = refused[sample["key"]]["crc32c"]
-        record.pop("self_hash", None)
-        same = self.commit is not None and record["samples"] == self.commit["samples"]
+        # The checksum of what should be there.
+        samples = [
+            replace(one, crc32c=refused[one.key].crc32c) if one.key in refused else one
+            for one in record.samples
+        ]
+        if self.commit:
+            record = replace(record, underflowed=self.commit.underflowed)
+        record = replace(record, samples=samples)
+        same = self.commit is not None and samples == self.commit.samples
         if not same:
-            listed = self.books.listed.get(self.name)
-            if self.encoded and not (listed and listed["sha256"] == record["sha256"]):
-                record["provenance"] = self.again.facts(record["provenance"])
-            write_atomic(done_path(folder / self.name), signed_json(record))
+            if self.encoded:
+                record = replace(record, provenance=self.encoder.provenance(record.provenance))
+            write_commit(folder / self.name, record)
             if self.encoded and self.commit:
                 self.done.notes.append(
                     f"{self.name}: is not byte for byte what it was, as another machine or library "
@@ -353,50 +318,34 @@ class Mend:
             self.done.files.append(f"shards/{at(self.path).name}")
         shutil.rmtree(folder)
 
-    def _write_index(self, samples: Sequence[Json]) -> None:
-        last = samples[-1] if samples else {"offset": 0, "nbytes": 0}
-        content = index_bytes(list(samples), last["offset"] + last["nbytes"])
-        path = index_path(self.path)
-        if not path.exists() or path.read_bytes() != content:
-            self._write(path, content)
 
-    def _write(self, path: Path, data: bytes) -> None:
-        write_atomic(path, data)
-        self.done.files.append(f"shards/{path.name}")
-
-
-def _json_of(sample: Json, sight: Sight) -> Json | None:
+def _json_of(sample: SampleRecord, state: SampleState) -> Json | None:
     """Return a damaged sample's json, where that is whole."""
     member = layout(sample)["json"]
-    begin = member.data - sample["offset"]
-    data = sight.rest[begin : begin + member.nbytes]
-    if fault_of_json(sample["key"], data):
+    begin = member.data - sample.offset
+    data = state.blob[begin : begin + member.nbytes]
+    if fault_of_json(sample.key, data):
         return None
     meta: Json = json.loads(data)
     return meta
 
 
-def _rewrite_derived(books: Books, plan: Plan, done: Repaired, spoilt: set[str]) -> None:
+def _rewrite_derived(inventory: Inventory, plan: Plan, done: Repaired, damaged: set[str]) -> None:
     """Write catalogue and manifest where they are damaged, or tell of other shards than there are."""
-    commits = books.sound_commits()
-    sums = {commit["shard"]: commit["sha256"] for commit in commits}
-    stale = any(entry["sha256"] != sums.get(name) for name, entry in books.listed.items())
-    if not stale and not spoilt & {"bank.json", "index.zarr"}:
+    commits = inventory.sound_commits()
+    sums = {commit.shard: commit.sha256 for commit in commits}
+    stale = any(entry.sha256 != sums.get(name) for name, entry in inventory.listed.items())
+    if not stale and not damaged & {"bank.json", "index.zarr"}:
         return
-    if None in books.commits.values():
+    if None in inventory.commits.values():
         done.notes.append("catalogue and bank.json wait for the shards that are not repaired")
         return
+    tower, manifest = TowerFacts.of(plan, commits), inventory.manifest
+    if manifest:
+        tower = TowerFacts(manifest.provenance.tower, manifest.tower_width)
     try:
-        finish(books.bank, plan, tower_facts(books, plan))
+        finish(inventory.bank, plan, tower)
     except UserError as error:
         done.notes.append(f"catalogue and bank.json are not written: {error}")
         return
     done.files += ["index.zarr", "bank.json"]
-
-
-def tower_facts(books: Books, plan: Plan) -> TowerFacts:
-    if books.manifest:
-        return TowerFacts(books.manifest["provenance"]["tower"], books.manifest["tower_width"])
-    commit = next(commit for commit in books.sound_commits() if commit["samples"])
-    stream = next(iter(commit["samples"][0]["streams"].values()))
-    return TowerFacts(plan.how.tower, stream["shape"][-1])

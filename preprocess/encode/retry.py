@@ -35,7 +35,7 @@ from shards.format.plan import (
 )
 from shards.format.quarantine import read_entries
 from shards.write.finish import finish
-from shards.write.lock import BankLock
+from shards.write.lock import bank_lock
 
 
 def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how: Any) -> Summary:
@@ -46,7 +46,7 @@ def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how
     """
     if not (bank / "plan.json").exists():
         raise UserError(f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`")
-    with BankLock(bank, "preprocess retry"):
+    with bank_lock(bank, "preprocess retry"):
         return _retry(bank, tower, roots, how)
 
 
@@ -61,24 +61,15 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
     if not sources:
         return Summary()
     features = plan.features
-    how = {"batch_frames": plan.how.batch_frames, "tower_threads": plan.how.tower_threads} | how
-    options = EncodeOptions(
-        tower=tower or plan.how.tower,
-        strides=features.strides,
-        sampling=features.sampling,
-        layer=features.layer,
-        pool=features.pool,
-        dtype=features.dtype,
-        codec=features.codec,
-        tower_dtype=features.tower_dtype,
-        **how,
-    )
+    if tower:
+        how["tower"] = tower
+    options = EncodeOptions.of_plan(plan, **how)
     loaded = load_tower(options)
     refuse_other_features(bank, feature_config(loaded, options), features)
     sources = probe(relocated(clips_under(sources, roots)), {}, features.sampling)
     plan = calibrated(bank, plan, loaded, options)
     with Encoder(bank, features, loaded, options, plan_codec(plan)) as encoder:
-        encoder.attempts = {id_: int(entry.get("attempts", 1)) for id_, entry in failed.items()}
+        encoder.attempts = {id_: entry.attempts for id_, entry in failed.items()}
         encoder.bar.total = len(sources)
         for clips in cut_units(sources, options.shard_bytes, predicted_bytes(loaded, options)):
             longer = replace(plan, units=[*plan.units, clips])

@@ -28,10 +28,17 @@ from preprocess.sources.changes import Changes, compare
 from preprocess.sources.find import find_clips
 from preprocess.sources.probe import probe
 from shards.format.commits import committed, read_commits, refuse_missing_shards
-from shards.format.plan import ClipSource, How, Plan, read_plan, refuse_other_features, write_plan
+from shards.format.plan import (
+    ClipSource,
+    Plan,
+    TowerSettings,
+    read_plan,
+    refuse_other_features,
+    write_plan,
+)
 from shards.format.quarantine import read_entries, settle
 from shards.write.finish import finish
-from shards.write.lock import BankLock
+from shards.write.lock import bank_lock
 
 
 def encode(
@@ -40,13 +47,12 @@ def encode(
     options: EncodeOptions,
     *,
     procs: int = 1,
-    full: bool = False,
     prune: bool = False,
 ) -> Summary:
     """Bank the features of every clip of the inputs; returns what was done and what failed.
 
-    procs: processes, each with a tower and a decoder of its own. full: hash whole sources, not only
-    their heads and tails. prune: serve no longer the clips whose sources are gone.
+    procs: processes, each with a tower and a decoder of its own. prune: serve no longer the
+    clips whose sources are gone.
     """
     clips = find_clips(
         inputs,
@@ -54,7 +60,7 @@ def encode(
         options.picture_fps,
         allow_outside=options.allow_outside,
     )
-    return encode_clips(clips, out, options, procs=procs, full=full, prune=prune)[0]
+    return encode_clips(clips, out, options, procs=procs, prune=prune)[0]
 
 
 def encode_clips(
@@ -63,14 +69,13 @@ def encode_clips(
     options: EncodeOptions,
     *,
     procs: int = 1,
-    full: bool = False,
     prune: bool = False,
 ) -> tuple[Summary, Changes]:
     """Do what `encode` does for clips that were found already; returns the changes, too."""
     tower = load_tower(options)
     predicted_bytes(tower, options)  # refuses what the tower cannot do before there is a folder
-    with disk_errors(out), BankLock(out, "preprocess encode"):
-        changes = make_plan(out, clips, tower, options, full=full, prune=prune)
+    with disk_errors(out), bank_lock(out, "preprocess encode"):
+        changes = make_plan(out, clips, tower, options, prune=prune)
         return execute(out, changes.plan, clips, tower, options, procs), changes
 
 
@@ -79,14 +84,13 @@ def plan_clips(
     out: Path,
     options: EncodeOptions,
     *,
-    full: bool = False,
     prune: bool = False,
 ) -> tuple[Tower, Changes]:
     """Write the plan that `encode_clips` would execute, and encode nothing."""
     tower = load_tower(options)
     predicted_bytes(tower, options)
-    with disk_errors(out), BankLock(out, "preprocess plan"):
-        return tower, make_plan(out, clips, tower, options, full=full, prune=prune)
+    with disk_errors(out), bank_lock(out, "preprocess plan"):
+        return tower, make_plan(out, clips, tower, options, prune=prune)
 
 
 def make_plan(
@@ -95,7 +99,6 @@ def make_plan(
     tower: Tower,
     options: EncodeOptions,
     *,
-    full: bool = False,
     prune: bool = False,
 ) -> Changes:
     """Return what the clips are to the bank, with its plan, written before any decoding."""
@@ -104,10 +107,10 @@ def make_plan(
     if known is not None:
         refuse_other_features(out, features, known.features)
         refuse_missing_shards(out, known)
-    how = How(options.batch_frames, options.tower_threads, tower.name)
-    plan = known or Plan(features, [], how)
+    settings = TowerSettings(options.batch_frames, options.tower_threads, tower.name)
+    plan = known or Plan(features, [], settings)
     planned = {clip.key: clip for clip in plan.clips}
-    probed = probe(clips, planned, features.sampling, full=full)
+    probed = probe(clips, planned, features.sampling)
     changes = compare(out, plan, probed, lost_keys(out, plan))
     clip_bytes = predicted_bytes(tower, options)
     plan = changes.plan.extended(changes.todo, options.shard_bytes, clip_bytes)
@@ -169,9 +172,8 @@ def lost_keys(bank: Path, plan: Plan) -> set[str]:
 
     It had been pruned then, or its line was taken out of the quarantine since.
     """
-    commits = {commit["unit"]: commit for commit in read_commits(bank, plan)}
-    banked = {unit: {s["key"] for s in commit["samples"]} for unit, commit in commits.items()}
-    failed = {entry.get("key") for entry in read_entries(bank).values()}
+    banked = {commit.unit: commit.keys for commit in read_commits(bank, plan)}
+    failed = {entry.key for entry in read_entries(bank).values()}
     return {
         key
         for key, unit in plan.counts.items()

@@ -9,11 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -21,10 +20,8 @@ from tqdm import tqdm
 from model.tower.tower import FeatureRangeError, Tower
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.read_decord import decord_trouble
-from preprocess.decode.scan import VideoError
 from preprocess.decode.source import Outcome, SourceReader
 from preprocess.encode.features import EncodeOptions, describe, encode_frames, provenance
-from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.commits import (
     journal_path,
@@ -33,8 +30,7 @@ from shards.format.commits import (
 )
 from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource
-from shards.format.quarantine import append_entry
-from shards.signed import Json
+from shards.format.quarantine import QuarantineEntry, Reason, append_entry
 from shards.write.shard import ShardWriter
 
 PLAIN = Codec()
@@ -59,11 +55,11 @@ class Summary:
     skipped: int = 0
     """Clips that were in the bank already."""
     seconds: float = 0.0
-    failures: list[Json] = field(default_factory=list)
+    failures: list[QuarantineEntry] = field(default_factory=list)
 
 
-class Encoder:
-    """What encodes the units of one bank: a decode child, the tower, the books."""
+class Encoder(ExitStack):
+    """What encodes the units of one bank: a decode child, the tower, the quarantine."""
 
     def __init__(
         self,
@@ -74,10 +70,8 @@ class Encoder:
         codec: Codec = PLAIN,
         bar: "tqdm[Any] | None" = None,
     ) -> None:
+        super().__init__()
         assert (codec.name, codec.dtype) == (features.codec, features.dtype)
-        trouble = decord_trouble()
-        if trouble and options.decoder == "decord":
-            raise UserError(f"--decoder decord: {trouble}; leave it to auto")
         self.out, self.features, self.tower, self.options = out, features, tower, options
         self.codec = codec
         self.summary = Summary()
@@ -85,25 +79,18 @@ class Encoder:
         """Of earlier runs, by clip id."""
         self._folders: set[Path] = set()
         """That held clips of this run, and those above them."""
-        self._reader = SourceReader(DecodeChild(), out)
+        self._reader = self.enter_context(SourceReader(DecodeChild(), out))
         self._began = time.monotonic()
         self.bar = progress_bar() if bar is None else bar
+        self.callback(self._stop)
+        trouble = decord_trouble()
         if trouble:
             self.bar.write(f"note: {trouble}; PyAV reads every video", file=sys.stderr)
         _drop_stale_journals(out / "shards")
 
-    def __enter__(self) -> "Encoder":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def _stop(self) -> None:
         self.summary.seconds = time.monotonic() - self._began
         self.bar.close()
-        self._reader.__exit__(kind, error, at)
 
     def encode_unit(
         self, unit: int, sources: Sequence[ClipSource], *, keep_empty: bool = True
@@ -129,10 +116,7 @@ class Encoder:
                 writer.abandon()
                 return 0
             self.summary.nbytes += writer.nbytes
-            writer.commit(
-                underflowed=sum(entry["note"]["underflowed"] for entry in writer.entries),
-                provenance=provenance(self.tower, self.options),
-            )
+            writer.commit(provenance(self.tower, self.options))
             return len(writer.entries)
 
     def _writer(self, unit: int, sources: Sequence[ClipSource]) -> ShardWriter:
@@ -155,42 +139,39 @@ class Encoder:
                 raise FileNotFoundError(errno.ENOENT, "the videos here have vanished", str(folder))
 
     def _read(self, source: ClipSource) -> Outcome:
-        return self._reader.read(
-            source,
-            self.options.sampling,
-            self.tower.pixels,
-            decoder=self.options.decoder,
-            allow_truncated=self.options.allow_truncated,
-        )
+        return self._reader.read(source, self.options.request(source, self.tower.pixels))
 
     def _bank(self, source: ClipSource, outcome: Outcome, writer: ShardWriter) -> None:
         """Write a clip's features, or put it into quarantine."""
         if outcome.clip is None:
             assert outcome.error
-            self._quarantine(source, outcome, outcome.error)
+            self._quarantine(source, outcome, outcome.error.reason, str(outcome.error))
             return
         try:
             arrays, underflowed = encode_frames(self.tower, outcome.clip.frames, self.options)
         except FeatureRangeError as error:
-            self._quarantine(source, outcome, UserError(f"{source.where}: {error}"))
+            where = f"{source.where}: {error}"
+            self._quarantine(source, outcome, Reason.NOT_REPRESENTABLE, where)
             return
         meta = describe(source, outcome, outcome.clip, self.tower, arrays)
-        writer.write(source.key, meta, arrays, {"underflowed": underflowed})
+        writer.write(source.key, meta, arrays, underflowed)
         self.summary.clips += 1
         self.summary.frames += len(outcome.clip.frames)
 
-    def _quarantine(self, source: ClipSource, outcome: Outcome, error: UserError) -> None:
+    def _quarantine(
+        self, source: ClipSource, outcome: Outcome, reason: Reason, message: str
+    ) -> None:
         """Append a clip that failed to `quarantine.jsonl`, with the reason."""
-        entry: Json = {
-            "id": source.id,
-            "key": source.key,
-            "path": source.path,
-            "stage": "decode" if isinstance(error, VideoError) else "tower",
-            "reason": error.reason if isinstance(error, VideoError) else "not-representable",
-            "message": str(error),
-            "attempts": self.attempts.get(source.id, 0) + outcome.attempts,
-            "seconds": round(outcome.seconds, 3),
-        }
+        entry = QuarantineEntry(
+            id=source.id,
+            key=source.key,
+            path=source.path,
+            stage="tower" if reason is Reason.NOT_REPRESENTABLE else "decode",
+            reason=reason,
+            message=message,
+            attempts=self.attempts.get(source.id, 0) + outcome.attempts,
+            seconds=round(outcome.seconds, 3),
+        )
         self.summary.failures.append(entry)
         append_entry(self.out, entry)
 
@@ -227,12 +208,12 @@ Result = TypeVar("Result")
 
 
 def ahead(
-    items: Sequence[Item], work: Callable[[Item], Result], depth: int = 2
+    items: Sequence[Item], work: Callable[[Item], Result]
 ) -> Iterator[tuple[Item, "Future[Result]"]]:
-    """Yield (item, its finished work), with up to `depth` items being worked on meanwhile."""
+    """Yield (item, its finished work), with the next two items being worked on meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as pool_:
         waiting = iter(items)
-        running = [(item, pool_.submit(work, item)) for item in islice(waiting, depth)]
+        running = [(item, pool_.submit(work, item)) for item in islice(waiting, 2)]
         while running:
             item, future = running.pop(0)
             future.exception()  # waits; the caller asks for the result

@@ -2,8 +2,8 @@
 
 summary = encode_in_processes(work, options, procs=4)
 
-The parent shows one bar. A worker that fails or dies leaves the others at their work; workers end
-with the parent, however it ends.
+The parent shows one bar. A worker that fails or dies leaves the others at their work; one that meets
+a bug ends the run, with its traceback. Workers end with the parent, however it ends.
 """
 
 import multiprocessing
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from typing import Any
 from tqdm import tqdm
 
 from model.tower.tower import Tower
-from preprocess.encode.features import EncodeOptions
+from preprocess.decode.process import ChildBug
+from preprocess.encode.features import EncodeOptions, load_tower
 from preprocess.encode.unit import Encoder, Summary, progress_bar
 from shards.errors import UserError
 from shards.format.codec import Codec
@@ -52,7 +54,7 @@ def encode_work(
     with Encoder(work.out, work.features, tower, options, work.codec, bar) as encoder:
         if bar is None:
             encoder.bar.total = work.clips
-        elif isinstance(bar, Told):
+        elif isinstance(bar, RemoteBar):
             bar.summary = encoder.summary
         for number, clips in work.units:
             encoder.encode_unit(number, clips)
@@ -63,7 +65,7 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
     """Encode the units in several processes.
 
     Raises UserError, one line for each reason, when the others are through and some worker could
-    not finish. What is committed stays.
+    not finish; ChildBug at once for a bug in a worker. What is committed stays.
     """
     workers: list[tuple[Connection, BaseProcess]] = []
     done: dict[int, Summary] = {}
@@ -96,6 +98,8 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                         bar.write(fact, file=sys.stderr)
                     elif what == "failed":
                         problems += fact.splitlines()
+                    elif what == "bug":
+                        raise ChildBug(fact)
                     elif what == "done":
                         done[rank] = fact
         finally:
@@ -105,7 +109,7 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                 process.join()
         seconds = bar.format_dict["elapsed"]
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserError.of(dict.fromkeys(problems))
     return replace(_sum(list(done.values())), seconds=seconds)
 
 
@@ -129,14 +133,14 @@ def _worker(work: Work, options: EncodeOptions, sender: Connection) -> None:
     """Encode one worker's share, in a process of its own."""
     from transformers.utils import logging
 
-    from preprocess.encode.features import load_tower
-
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     logging.disable_progress_bar()
     try:
-        summary = encode_work(work, load_tower(options), options, Told(sender.send))
+        summary = encode_work(work, load_tower(options), options, RemoteBar(sender.send))
     except (UserError, OSError) as error:
         sender.send(("failed", str(error) or repr(error)))
+    except Exception:
+        sender.send(("bug", traceback.format_exc()))
     else:
         sender.send(("done", summary))
 
@@ -148,8 +152,8 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-class Told(tqdm):
-    """A bar that is shown by the process at the other end of a pipe."""
+class RemoteBar(tqdm):
+    """Progress bar whose updates are sent to the parent process."""
 
     def __init__(self, send: Callable[[Any], None]) -> None:
         super().__init__(disable=True)

@@ -10,9 +10,13 @@ from tempfile import gettempdir
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from model.grid import cell_spans
 from preprocess.decode.child import DecodeChild
+from preprocess.decode.read_pictures import PICTURE_FPS
+from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import SourceReader
 from preprocess.show.table import find, read_meta
+from shards.format.codec import as_float32
 from shards.format.features import Sampling
 from shards.format.plan import read_plan
 from shards.format.samples import SampleMeta, sample_key
@@ -45,7 +49,15 @@ def source_frames(bank: Path, meta: SampleMeta, sampling: Sampling) -> np.ndarra
         return "video gone"
     incomplete = not {"truncated", "damaged"}.isdisjoint(meta.flags)
     with SourceReader(DecodeChild(), Path(gettempdir())) as reader:
-        outcome = reader.read(source, sampling, allow_truncated=incomplete)
+        request = ReadRequest(
+            Path(source.path),
+            sampling,
+            start=source.start,
+            end=source.end,
+            allow_truncated=incomplete,
+            picture_fps=source.picture_fps or PICTURE_FPS,
+        )
+        outcome = reader.read(source, request)
     if outcome.clip is None:
         return f"video {outcome.error.reason if outcome.error else 'unreadable'}"
     if outcome.digest != meta.digest or outcome.clip.frame_index.tolist() != meta.frame_index:
@@ -60,7 +72,7 @@ def colours(features: Arrays) -> dict[int, np.ndarray]:
     stride -> uint8 `(units, rows, cols, 3)`. The first principal component is red, the second
     green, the third blue, each from its 1st to its 99th percentile; what does not vary is grey.
     """
-    wide = {stride: widened(array) for stride, array in features.items()}
+    wide = {stride: as_float32(array).astype(np.float64) for stride, array in features.items()}
     cells = np.concatenate([array.reshape(-1, array.shape[-1]) for array in wide.values()])
     scale, centre = np.abs(cells).max(), cells.mean(axis=0)
     cells -= centre
@@ -75,19 +87,6 @@ def colours(features: Arrays) -> dict[int, np.ndarray]:
     )
     shades = {stride: ((x - centre) @ axes - low) * gain + base for stride, x in wide.items()}
     return {stride: x.round().clip(0, 255).astype(np.uint8) for stride, x in shades.items()}
-
-
-def widened(x: np.ndarray) -> np.ndarray:
-    """Return stored features as float64; a uint16 is the upper half of a float32."""
-    narrow = (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
-    return narrow.astype(np.float64)
-
-
-def cell_edges(cells: int, patches: int, stride: int, pool: str) -> np.ndarray:
-    """Return where an axis' cells begin and end, `(cells + 1,)` fractions; as `model.grid`."""
-    if pool == "bilinear":
-        return np.linspace(0, 1, cells + 1)
-    return np.minimum(np.arange(cells + 1) * stride, patches) / patches
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,8 @@ def cells_tile(
     pixels = np.array(tile)
     lines = []
     for axis, length in enumerate(reversed(size)):
-        edges = cell_edges(cells.shape[axis], meta.patch_grid[axis], stride, pool)
+        spans = cell_spans(meta.patch_grid[axis], stride, pool).numpy()
+        edges = np.append(spans[:, 0], spans[-1, 1])
         near, far = meta.covered[axis], meta.covered[axis + 2]
         lines.append(((near + edges * (far - near)) * length).round().clip(0, length).astype(int))
     gap = int(min(np.diff(lines[0]).min(), np.diff(lines[1]).min()) >= 8)

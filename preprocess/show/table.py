@@ -18,11 +18,11 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.format.catalogue import split_text
-from shards.format.quarantine import read_entries
+from shards.format.manifest import Manifest
+from shards.format.quarantine import QuarantineEntry, read_quarantine
 from shards.format.samples import SampleMeta
 from shards.read.bank import Bank
-from shards.signed import Json
-from shards.text import in_bytes, printable
+from shards.text import in_bytes, printable, some
 
 BAR = 32  # characters
 EXAMPLES = 3
@@ -36,7 +36,7 @@ def table(path: Path) -> str:
     durations = bank.columns["end"] - bank.columns["start"]
     metas = (read_meta(bank, row) for row in range(len(bank)))
     lines = [*facts(bank), *histogram(durations), *origins(metas)]
-    return "\n".join([*lines, *quarantine([*read_entries(path).values()])])
+    return "\n".join([*lines, *quarantine(read_quarantine(path))])
 
 
 def find(bank: Bank, name: str) -> int:
@@ -53,7 +53,7 @@ def find(bank: Bank, name: str) -> int:
 
 def read_meta(bank: Bank, row: int) -> SampleMeta:
     """Return the json of a sample: the first member at its place in the shard."""
-    shard = bank.path / "shards" / bank.manifest["shards"][bank.columns["shard"][row]]["name"]
+    shard = bank.path / "shards" / bank.manifest.shards[bank.columns["shard"][row]].name
     with open(shard, "rb") as file:
         file.seek(int(bank.columns["offset"][row]))
         try:
@@ -73,15 +73,15 @@ def facts(bank: Bank) -> list[str]:
         many = f"{config.sampling.num_frames} frames of each clip, uniformly"
     lines = {
         "bank": str(bank.path),
-        "tower": f"{manifest['provenance'].get('tower', 'unnamed')} ({tower})",
+        "tower": f"{manifest.provenance.tower} ({tower})",
         "fingerprint": config.fingerprint,
-        "layer": f"{config.layer}, width {manifest['tower_width']}",
+        "layer": f"{config.layer}, width {manifest.tower_width}",
         "sampling": many,
         "dtype": f"{config.dtype}, tower ran in {config.tower_dtype}, codec {config.codec}",
         "pool": config.pool,
         "clips": f"{len(bank):,}",
         "frames": f"{len(bank.columns['timestamps']):,}",
-        "bytes": f"{in_bytes(manifest['nbytes'])}, shards {len(manifest['shards']):,}",
+        "bytes": f"{in_bytes(manifest.nbytes)}, shards {len(manifest.shards):,}",
     }
     for stride in config.strides:
         shapes = bank.columns[f"stride{stride}_shape"].reshape(-1, 4)
@@ -94,9 +94,9 @@ def facts(bank: Bank) -> list[str]:
     return [f"{name:<12} {printable(value)}" for name, value in lines.items()]
 
 
-def codec_quality(manifest: Json, stride: int) -> str:
+def codec_quality(manifest: Manifest, stride: int) -> str:
     """Return what a codec saves and what it loses."""
-    measured = manifest["codec"]["strides"][str(stride)]
+    measured = manifest.codec.strides[str(stride)]
     return (
         f"{measured['ratio']:.2f} of the plain bytes, cosine {measured['cosine_mean']:.5f} "
         f"(worst {measured['cosine_min']:.5f}), worst channel off by "
@@ -130,11 +130,10 @@ def origins(metas: Iterable[SampleMeta]) -> list[str]:
     ]
 
 
-def quarantine(entries: Sequence[Json]) -> list[str]:
+def quarantine(entries: Sequence[QuarantineEntry]) -> list[str]:
     """Return the lines on the clips that failed, by reason, the commonest first."""
     lines = [f"{'quarantine':<12} {len(entries) or 'none'}"]
-    for reason, count in Counter(entry["reason"] for entry in entries).most_common():
-        ids = [entry["id"] for entry in entries if entry["reason"] == reason][:EXAMPLES]
-        more = f" and {count - len(ids):,} more" if count > len(ids) else ""
-        lines.append(printable(f"  {reason} {count:,}: {', '.join(ids)}{more}"))
+    for reason, count in Counter(entry.reason for entry in entries).most_common():
+        ids = [entry.id for entry in entries if entry.reason == reason]
+        lines.append(printable(f"  {reason} {count:,}: {some(ids, EXAMPLES)}"))
     return lines

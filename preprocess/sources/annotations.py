@@ -1,97 +1,99 @@
 """Annotation files -> the media they name, resolved against folders.
 
-An annotation file may come from a stranger: it is read as data, and a path in it that leads out of
-its root is refused unless the file is trusted.
+What a file says is read as training reads it (`shards.annotations`); here its media are looked for. A
+file may come from a stranger: a path in it that leads out of its root is refused unless it is trusted.
 """
 
-import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from preprocess.decode.read_pictures import picture_files
-from shards.format.samples import leads_outside
-from shards.signed import Json
+from shards.annotations.files import READERS, annotation_files
+from shards.annotations.records import parse_row, rows_of
+from shards.errors import UserError
 
-ANNOTATION_SUFFIXES = frozenset((".json", ".jsonl"))
-OTHER_RECORDS = frozenset((".csv", ".parquet"))
-AS_RECORDS = "write it as records first: python -m shards.annotations.forms {} --out records.jsonl"
-MEDIA_FIELDS = ("video", "videos", "image", "images")
+MOST_PROBLEMS = 30
+"""Of a file, that are shown."""
+
+
+class Named(NamedTuple):
+    """A medium as an annotation file names it, or a part of it."""
+
+    medium: str
+    start: float | None
+    end: float | None
+
+
+def holds_annotations(path: Path) -> bool:
+    """Whether a file, or any file of a folder, is an annotation file by its ending."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return any(file.suffix.lower() in READERS for file in files)
 
 
 def annotated_media(
     path: Path, roots: Sequence[str], problems: list[str], allow_outside: bool
 ) -> list[tuple[Path, str, float | None, float | None]]:
-    """Return (file, path under its root, start, end) of the clips that an annotation file names.
+    """Return (file, path under its root, start, end) of the clips that annotation files name.
 
-    What cannot be found, or may not be looked for, goes to `problems`.
+    path: a file, or a folder of files of one kind. What cannot be read, found, or may not be looked
+    for goes to `problems`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix.lower() == ".jsonl":
-            items = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            items = json.loads(text)
-        named: set[tuple[str, float | None, float | None]] = {
-            (str(video), item.get("start"), item.get("end"))
-            for item in items
-            for video in _videos(item)
-        }
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        problems.append(f"{path}: not readable as records: {error}")
+        files = annotation_files(path)
+    except UserError as error:
+        problems.append(str(error))
         return []
-    if not named:
-        problems.append(
-            f"{path}: names no media in {', '.join(MEDIA_FIELDS)}; if they are in its messages, "
-            + AS_RECORDS.format(path)
-        )
-    sources, missing = [], []
-    for video, start, end in sorted(named, key=str):
-        if leads_outside(video) and not allow_outside:
+    found: list[tuple[Path, str, float | None, float | None]] = []
+    for file in files:
+        named, missing = _named(file, problems, allow_outside), []
+        for name in named:
+            places = _places(name.medium, [*map(Path, roots), file.parent])
+            if len(places) > 1:
+                problems.append(
+                    f"{file}: {name.medium!a} is under several roots, as "
+                    f"{' and '.join(sorted(places))}; name one of them with --video-root"
+                )
+            elif not places:
+                missing.append(name.medium)
+            else:
+                relative = Path(name.medium).as_posix()
+                found.append((next(iter(places.values())), relative, name.start, name.end))
+        if missing:
+            looked = ", ".join([*map(str, roots), str(file.parent)])
             problems.append(
-                f"{path}: {video!a} leads out of its root; write it relative to a --video-root, or "
-                "trust the file with --allow-outside"
+                f"{file}: {len(missing)} of {len(named)} videos not found, first {missing[0]!r} "
+                f"(looked under {looked}); name their folder with --video-root"
             )
+    return found
+
+
+def _named(file: Path, problems: list[str], allow_outside: bool) -> list[Named]:
+    """Return what a file names, each once and in order."""
+    named: set[Named] = set()
+    wrong: list[str] = []
+    for where, data in rows_of(file, wrong):
+        try:
+            row = parse_row(data, where, allow_outside=allow_outside, media_only=True)
+        except UserError as error:
+            wrong.append(str(error))
             continue
-        under = [root / video for root in map(Path, roots) if _is_source(root / video)]
-        beside = [path.parent / video] if _is_source(path.parent / video) else []
-        files = {os.path.realpath(file): file for file in (under or beside)[::-1]}
-        if len(files) > 1:
-            problems.append(
-                f"{path}: {video!a} is under several roots, as {' and '.join(sorted(files))}; name "
-                "one of them with --video-root"
-            )
-            continue
-        file = next(iter(files.values()), None)
-        if not _is_part(start, end):
-            problems.append(
-                f"{path}: {video}: start {start!r} and end {end!r} bound no part; write seconds, "
-                "start before end"
-            )
-        elif file is None:
-            missing.append(video)
-        else:
-            sources.append((file, Path(video).as_posix(), start, end))
-    if missing:
-        looked = ", ".join([*map(str, roots), str(path.parent)])
-        problems.append(
-            f"{path}: {len(missing)} of {len(named)} videos not found, first {missing[0]!r} "
-            f"(looked under {looked}); name their folder with --video-root"
-        )
-    return sources
+        named |= {Named(medium, row.start, row.end) for medium in row.media}
+    problems += wrong[:MOST_PROBLEMS]
+    if len(wrong) > MOST_PROBLEMS:
+        problems.append(f"{file}: and {len(wrong) - MOST_PROBLEMS} more like these")
+    if not named and not wrong:
+        problems.append(f"{file}: names no media")
+    return sorted(named, key=str)
+
+
+def _places(medium: str, folders: Sequence[Path]) -> dict[str, Path]:
+    """Return where a medium is, by its real path: under the roots, else beside its file, the last."""
+    *roots, beside = [folder / medium for folder in folders]
+    there = [path for path in roots if _is_source(path)] or [beside] * _is_source(beside)
+    return {os.path.realpath(path): path for path in there[::-1]}
 
 
 def _is_source(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and bool(picture_files(path)))
-
-
-def _is_part(start: object, end: object) -> bool:
-    times = [time for time in (start, end) if time is not None]
-    numbers = [time for time in times if isinstance(time, int | float) and 0 <= time < math.inf]
-    return len(numbers) == len(times) and sorted(set(numbers)) == numbers
-
-
-def _videos(item: Json) -> list[str]:
-    named = [item[field] for field in MEDIA_FIELDS if item.get(field) is not None]
-    return [one for media in named for one in (media if isinstance(media, list) else [media])]

@@ -64,15 +64,12 @@ def compare(
 
 def is_other(clip: ClipSource, known: ClipSource) -> bool:
     """Whether a source has other bytes than when it was planned, as far as that is known."""
-    pairs = [(clip.digest, known.digest), (clip.full_digest, known.full_digest)]
-    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+    return None not in (clip.digest, known.digest) and clip.digest != known.digest
 
 
 def _refreshed(clip: ClipSource, known: ClipSource | None) -> ClipSource:
     """Return the clip with what the plan knows beyond what was looked at now."""
-    if known is None:
-        return clip
-    return replace(clip, full_digest=clip.full_digest or known.full_digest, frames=known.frames)
+    return clip if known is None else replace(clip, frames=known.frames)
 
 
 def _is_gone(clip: ClipSource, archives: Collection[str]) -> bool:
@@ -105,4 +102,4 @@ def refuse_other_sources(
                 "them from a common folder, or into two banks"
             )
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError.of(problems)

@@ -7,12 +7,8 @@ from pathlib import Path
 
 from preprocess.decode.archive import archive_members, is_archive
 from preprocess.decode.read_pictures import PICTURE_FPS, PICTURE_SUFFIXES
-from preprocess.sources.annotations import (
-    ANNOTATION_SUFFIXES,
-    AS_RECORDS,
-    OTHER_RECORDS,
-    annotated_media,
-)
+from preprocess.sources.annotations import annotated_media, holds_annotations
+from shards.annotations.files import is_hub_name, local_copy
 from shards.errors import UserError
 from shards.format.plan import ClipSource
 from shards.format.samples import clip_id, sample_key
@@ -61,35 +57,18 @@ def find_clips(
     """Return the clips of files, folders, archives and annotation files, each once.
 
     A folder gives its videos and animations (.gif), at any depth, and one clip for each folder in
-    which there is nothing but pictures. Archives are read where they are named themselves.
-    Raises UserError that lists every input which cannot be found and every pair of different
-    files with one id. allow_outside: annotation files may name videos outside of their roots.
+    which there is nothing but pictures; one without any may hold annotation files, of one kind.
+    Archives are read where they are named themselves. `owner/name` that is no path is a dataset of
+    the Hub, of which the annotation files are read. Raises UserError that lists every input which
+    cannot be found and every pair of different files with one id. allow_outside: annotation files
+    may name videos outside of their roots.
     """
     found: dict[str, ClipSource] = {}
-    problems: list[str] = []
-    for root in video_roots:
-        if not Path(root).is_dir():
-            problems.append(f"--video-root {root}: no such folder")
+    problems = [
+        f"--video-root {root}: no such folder" for root in video_roots if not Path(root).is_dir()
+    ]
     for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            sources = _in_folder(path)
-            if not sources:
-                problems.append(f"{path}: no video files in this folder")
-        elif not path.exists():
-            problems.append(f"{path}: no such file or folder")
-            continue
-        elif path.suffix.lower() in ANNOTATION_SUFFIXES:
-            named = annotated_media(path, video_roots, problems, allow_outside)
-            sources = [_source(*media) for media in named]
-        elif path.suffix.lower() in OTHER_RECORDS:
-            problems.append(f"{path}: {AS_RECORDS.format(path)}")
-            continue
-        elif is_archive(path):
-            sources = _archived(path, problems)
-        else:
-            sources = [_source(path, path.name)]
-        for source in sources:
+        for source in _sources(text, video_roots, problems, allow_outside):
             if Path(source.path).is_dir():
                 source = replace(source, picture_fps=picture_fps)
             other = found.setdefault(source.id, source)
@@ -100,8 +79,34 @@ def find_clips(
                     "from a common folder, or into two banks"
                 )
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError.of(problems)
     return list(found.values())
+
+
+def _sources(
+    text: str, roots: Sequence[str], problems: list[str], allow_outside: bool
+) -> list[ClipSource]:
+    """Return the clips of one input."""
+    path = Path(text)
+    if not path.exists():
+        if not is_hub_name(text) or path.suffix.lower() in CLIP_SUFFIXES | PICTURE_SUFFIXES:
+            problems.append(f"{path}: no such file or folder")
+            return []
+        try:
+            path = Path(local_copy(text))
+        except UserError as error:
+            problems.append(str(error))
+            return []
+    if path.is_dir():
+        sources = _in_folder(path)
+        if sources:
+            return sources
+        if not holds_annotations(path):
+            problems.append(f"{path}: no video files in this folder")
+            return []
+    if holds_annotations(path):
+        return [_source(*media) for media in annotated_media(path, roots, problems, allow_outside)]
+    return _archived(path, problems) if is_archive(path) else [_source(path, path.name)]
 
 
 def _in_folder(root: Path) -> list[ClipSource]:
@@ -143,5 +148,5 @@ def _source(
     try:
         key = sample_key(id_)
     except UnicodeEncodeError:
-        raise UserError(f"{str(file)!a}: its name is not UTF-8; rename it") from None
+        raise UserError("its name is not UTF-8", where=ascii(str(file)), fix="rename it") from None
     return ClipSource(id_, key, str(file.absolute()), relative, start, end)

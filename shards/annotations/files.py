@@ -83,9 +83,9 @@ def read_rows(path: str | Path) -> Rows:
         try:
             yield from reader(file)
         except (OSError, csv.Error, RecursionError) as error:
-            raise UserError(f"{file}: not readable as records: {error}") from None
+            raise UserError(f"not readable as records: {error}", where=file) from None
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not readable as records: not UTF-8: {error}") from None
+            raise UserError(f"not readable as records: not UTF-8: {error}", where=file) from None
 
 
 def annotation_files(path: Path) -> list[Path]:
@@ -205,7 +205,7 @@ def local_copy(name: str) -> str:
         return name
     repo, folder = match.groups()
     if folder and ".." in Path(folder).parts:
-        raise UserError(f"data_path {name}: a folder of the dataset is expected behind the colon")
+        raise UserError(f"{name}: a folder of the dataset is expected behind the colon")
     from huggingface_hub import snapshot_download
 
     under = f"{folder.strip('/')}/" if folder else ""
@@ -216,11 +216,10 @@ def local_copy(name: str) -> str:
         # `*` is quoted for the shell that this line is copied into
         wanted = " ".join(f"--include '{pattern}'" for pattern in patterns)
         raise UserError(
-            f"data_path {name}: no such path here, and the Hub did not give it "
+            f"{name}: no such path here, and the Hub did not give it "
             f"({type(error).__name__}); where there is a network, run `hf download {repo} --repo-type "
-            f"dataset {wanted} --local-dir {repo}`, bring the folder {repo} here, and give "
-            f"--data_path {repo}/{under}"
+            f"dataset {wanted} --local-dir {repo}`, bring the folder {repo} here, and name {repo}/{under}"
         ) from None
     if not found.is_dir():
-        raise UserError(f"data_path {name}: the dataset has no annotations under {under!r}")
+        raise UserError(f"{name}: the dataset has no annotations under {under!r}")
     return str(found)

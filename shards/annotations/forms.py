@@ -1,16 +1,17 @@
 """Rows of the forms that people have -> rows of ours; each form is told by its shape.
 
-    python -m train.convert LLaVA-Video-178K/0_30_s_academic_v0_1 --out train.jsonl
+    canonical({"video": "a.mp4", "question": "Who is it?", "answer": "she"})
 
 Ours: `{id, video, start?, end?, task?, conversations: [{from: human|gpt|system, value}]}` with one
-`<video>` or `<image>` tag for each medium. Every form is a pure function of a row; what is wrong with
-one is a UserError that does not yet say where. A row that could be read in two ways is refused.
+`<video>` or `<image>` tag for each medium. Every form is one function in `FORMS`: a row and its media
+-> turns. What is wrong with a row is a UserError that does not yet say where; a row that could be
+read in two ways is refused.
 """
 
 import json
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -20,8 +21,6 @@ Json = dict[str, Any]
 
 MEDIA_TAG = re.compile(r"<(?:video|image)>")
 COORDINATE_SLOT = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(INPUT|OUTPUT)>")
-FORMS = ("conversations", "messages", "question", "caption")
-"""Fields of which one tells the form of a row."""
 VARIABLES = {
     ("TEMP", "INPUT"): "temporal_input_locations",
     ("TEMP", "OUTPUT"): "temporal_output_locations",
@@ -35,8 +34,11 @@ DESCRIBE = "Describe this in detail."
 """What is asked where a row has a caption and no question."""
 
 
-def canonical(row: Any) -> Json:
-    """Return a row of any known form as one of ours; UserError where it has none, or two."""
+def canonical(row: Any, *, media_only: bool = False) -> Json:
+    """Return a row of any known form as one of ours; UserError where it has none, or two.
+
+    media_only: a row may have none, but for its media.
+    """
     if not isinstance(row, dict):
         raise UserError(f"expected an object, got {type(row).__name__}")
     # parquet fills in what other rows have
@@ -44,23 +46,16 @@ def canonical(row: Any) -> Json:
     forms = [name for name in FORMS if name in row]
     if len({"conversations", "messages"} & set(forms)) == 1:
         forms = forms[:1]  # what else it has is about the conversation, not another one
-    if len(forms) != 1:
+    if len(forms) != 1 and not (media_only and not forms):
         fields = _short(", ".join(map(str, row)) or "nothing")
         got = f"both {' and '.join(forms)}" if forms else fields
         raise UserError(f"expected an object with one of {', '.join(FORMS)}; got {got}")
-    form = forms[0]
     out = {name: row[name] for name in ("id", "start", "end", "task") if name in row}
     named = Media(row)
-    if form in ("conversations", "messages"):
-        turns = [turn_of(turn, named) for turn in _listed(row, form)]
-    else:
-        asked, answered = asked_and_answered(row) if form == "question" else caption(row)
-        own = MEDIA_TAG.search(asked)
-        tags = "" if own else "".join(f"<{kind}>\n" for kind, _ in named.listed)
-        turns = [{"from": "human", "value": tags + asked}, {"from": "gpt", "value": answered}]
-    if "variables" in row:
+    turns = FORMS[forms[0]](row, named) if forms else []
+    if forms and "variables" in row:
         turns = filled_in(turns, row["variables"])
-    media = named.in_order(turns)
+    media = named.in_order(turns) if forms else [path for _, path in named.listed]
     if named.part.keys() & out.keys():
         raise UserError("start and end both in a message and in the row; keep one")
     out |= named.part
@@ -173,6 +168,38 @@ def _content(part: Any, media: Media) -> str:
     )
 
 
+def one_round(media: Media, asked: str, answered: str) -> list[Json]:
+    """Return the turns of a question and its answer, with tags of the row's media before it."""
+    own = MEDIA_TAG.search(asked)
+    tags = "" if own else "".join(f"<{kind}>\n" for kind, _ in media.listed)
+    return [{"from": "human", "value": tags + asked}, {"from": "gpt", "value": answered}]
+
+
+def conversations(row: Json, media: Media) -> list[Json]:
+    return [turn_of(turn, media) for turn in _listed(row, "conversations")]
+
+
+def messages(row: Json, media: Media) -> list[Json]:
+    return [turn_of(turn, media) for turn in _listed(row, "messages")]
+
+
+def question(row: Json, media: Media) -> list[Json]:
+    return one_round(media, *asked_and_answered(row))
+
+
+def caption(row: Json, media: Media) -> list[Json]:
+    return one_round(media, str(row.get("prompt", DESCRIBE)), str(row["caption"]))
+
+
+FORMS: dict[str, Callable[[Json, Media], list[Json]]] = {
+    "conversations": conversations,
+    "messages": messages,
+    "question": question,
+    "caption": caption,
+}
+"""The field that tells the form of a row, and what makes turns of it."""
+
+
 def asked_and_answered(row: Json) -> tuple[str, str]:
     """Return the question and the answer of a row; with options, lettered, of a multiple choice."""
     if "answer" not in row:
@@ -206,11 +233,6 @@ def asked_and_answered(row: Json) -> tuple[str, str]:
         )
     asked = "\n".join([question, *lines, "Answer with the letter and the option."])
     return asked, lines[meant.pop()]
-
-
-def caption(row: Json) -> tuple[str, str]:
-    """Return what is asked and the caption of a row."""
-    return str(row.get("prompt", DESCRIBE)), str(row["caption"])
 
 
 def filled_in(turns: Sequence[Json], variables: Any) -> list[Json]:

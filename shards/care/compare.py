@@ -5,6 +5,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
+from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json
 
 WORDS = {
@@ -52,15 +53,19 @@ def read_features(path: Path) -> Json:
         raise UserError(f"{path}: no such file or folder")
     try:
         data = json.loads(file.read_bytes())
-        signed = "self_hash" in data
-    except (ValueError, TypeError):
+    except ValueError:
         raise UserError(f"{file}: not a json file; name a bank, a plan or a config") from None
-    if signed:
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: holds no feature config; name a bank, a plan or one")
+    if "self_hash" in data:
         data = read_signed_json(file)
+        refuse_other_version(data, file.parent, file.name)
     try:
         return FeatureConfig.from_json(data.get("features", data)).to_json()
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{file}: holds no feature config; name a bank, a plan or one") from None
+    except UserError as error:
+        raise UserError(
+            f"{file}: holds no feature config ({error}); name a bank, a plan or one"
+        ) from None
 
 
 def flat(data: Json, prefix: str = "") -> dict[str, object]:

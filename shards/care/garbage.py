@@ -1,9 +1,10 @@
-"""`preprocess gc`: what lies in a bank's folder and nothing refers to.
+"""`preprocess gc`: what is in a bank's folder and nothing refers to.
 
-for piece in rubbish(Path("bank")):
+for piece in leftovers(read_inventory(Path("bank"))):
     print(piece.path, piece.nbytes, piece.why)
 
-Whatever `bank.json` lists or the plan may still need is never among it.
+Whatever `bank.json` lists or the plan may still need is never among it. `status` and `verify` count
+the same leftovers.
 """
 
 import os
@@ -13,18 +14,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.care.inventory import Books, read_books
+from shards.care.inventory import Inventory, read_inventory
 from shards.errors import UserError
-from shards.format.commits import journal_path, part_path
-from shards.signed import Json
-from shards.write.lock import BankLock
+from shards.format.commits import SampleRecord, journal_path, part_path
+from shards.write.lock import bank_lock
 
 TEMPORARY = ("*.tmp", "index.zarr.old", "shards/*.tmp", "shards/.repair")
 SHARD = re.compile(r"(.+\.tar)(\.idx|\.part|\.journal)?|(.+)\.done")
 
 
 @dataclass(frozen=True)
-class Rubbish:
+class Leftover:
     """A file or a folder that nothing refers to."""
 
     path: Path
@@ -32,10 +32,10 @@ class Rubbish:
     why: str
 
 
-def collect(bank: Path) -> list[Rubbish]:
-    """Remove the rubbish of a bank that nobody writes to; return what it was."""
-    with BankLock(bank, "preprocess gc"):
-        found = rubbish(bank)
+def collect(bank: Path) -> list[Leftover]:
+    """Remove the leftovers of a bank that nobody writes to; return what they were."""
+    with bank_lock(bank, "preprocess gc"):
+        found = leftovers(read_inventory(bank))
         for piece in found:
             if piece.path.is_dir():
                 shutil.rmtree(piece.path)
@@ -44,58 +44,55 @@ def collect(bank: Path) -> list[Rubbish]:
         return found
 
 
-def rubbish(bank: Path) -> list[Rubbish]:
+def leftovers(inventory: Inventory) -> list[Leftover]:
     """Return what a bank's folder holds that nothing refers to. Changes nothing.
 
     Raises UserError where plan.json or bank.json cannot tell what is needed.
     """
-    books = read_books(bank)
-    lost = [damage for damage in books.damages if damage.file in ("plan.json", "bank.json")]
+    lost = [damage for damage in inventory.damages if damage.file in ("plan.json", "bank.json")]
     if lost:
         raise UserError(
-            f"{bank}: {lost[0]}: what is needed cannot be told; `preprocess repair {bank}` first"
+            f"{inventory.bank}: {lost[0]}: what is needed cannot be told; `preprocess repair "
+            f"{inventory.bank}` first"
         )
-    found = [Rubbish(path, disk_size(path), why) for path, why in _leftovers(books)]
+    found = [Leftover(path, disk_size(path), why) for path, why in _unreferenced(inventory)]
     return sorted(found, key=lambda piece: piece.path)
 
 
-def _leftovers(books: Books) -> Iterator[tuple[Path, str]]:
-    bank = books.bank
+def _unreferenced(inventory: Inventory) -> Iterator[tuple[Path, str]]:
+    bank = inventory.bank
     for pattern in TEMPORARY:
         for path in bank.glob(pattern):
             yield path, "left by a write that was cut off"
-    needed = {*books.planned, *books.listed}
+    needed = {*inventory.planned, *inventory.listed}
     for path in bank.glob("shards/*"):
         match = SHARD.fullmatch(path.name)
         if not match or path.name.endswith(".tmp"):
             continue
         shard = bank / "shards" / (match[1] or f"{match[3]}.tar")
+        finished = inventory.commits.get(shard.name) is not None and shard.exists()
         if shard.name not in needed:
             yield path, "of no unit of the plan"
-        elif path in (part_path(shard), journal_path(shard)) and _is_finished(books, shard):
+        elif path in (part_path(shard), journal_path(shard)) and finished:
             yield path, "of a shard that is finished"
 
 
-def _is_finished(books: Books, shard: Path) -> bool:
-    return books.commits.get(shard.name) is not None and shard.exists()
-
-
-def dead_samples(books: Books) -> dict[str, list[Json]]:
-    """Return, by name of shard, the records of samples that are served no more."""
-    if not books.plan:
+def dead_samples(inventory: Inventory) -> dict[str, list[SampleRecord]]:
+    """Return, by name of shard, the samples that are served no more."""
+    if not inventory.plan:
         return {}
-    served = books.served()
+    served = inventory.plan.served()
     dead = {
-        commit["shard"]: [s for s in commit["samples"] if served.get(s["key"]) != commit["unit"]]
-        for commit in books.sound_commits()
+        commit.shard: [one for one in commit.samples if served.get(one.key) != commit.unit]
+        for commit in inventory.sound_commits()
     }
     return {name: samples for name, samples in dead.items() if samples}
 
 
-def dead_shards(books: Books) -> list[str]:
+def dead_shards(inventory: Inventory) -> list[str]:
     """Return the shards of which no sample is served. They stay: `bank.json` lists them."""
-    whole = {commit["shard"]: len(commit["samples"]) for commit in books.sound_commits()}
-    return [name for name, dead in dead_samples(books).items() if len(dead) == whole[name]]
+    whole = {commit.shard: len(commit.samples) for commit in inventory.sound_commits()}
+    return [name for name, dead in dead_samples(inventory).items() if len(dead) == whole[name]]
 
 
 def disk_size(path: Path) -> int:

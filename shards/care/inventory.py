@@ -1,18 +1,23 @@
-"""The small files of a bank, read even where some of them are gone or damaged."""
+"""The small files of a bank, read even where some of them are lost or damaged."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from shards.errors import UserError
-from shards.format.commits import done_path, journal_path, shard_name
-from shards.format.features import FORMAT_VERSION
-from shards.format.plan import served_units
+from shards.format.commits import CommitRecord, done_path, journal_path, shard_name
+from shards.format.features import FeatureConfig
+from shards.format.manifest import Manifest, ShardEntry
+from shards.format.plan import ClipSource, Plan
+from shards.format.version import OtherVersion
 from shards.signed import Json, read_signed_json, signed_json
 
-Remedy = Literal["rewrite", "encode", "restore", "remove"]
+Remedy = Literal["rewrite", "encode", "restore"]
 """`rewrite`: from what is sound in the bank, without a tower. `encode`: from the video, with the
-tower. `restore`: from a copy. `remove`: by `gc`, it is no part of the bank."""
+tower. `restore`: from a copy."""
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -33,102 +38,106 @@ class Damage:
 
 
 @dataclass
-class Books:
+class Inventory:
     """What a bank's small files say is in it."""
 
     bank: Path
-    manifest: Json | None = None
-    """None where it is gone or damaged."""
-    plan: Json | None = None
-    commits: dict[str, Json | None] = field(default_factory=dict)
-    """By name of shard; None where the commit record is gone or damaged."""
+    manifest: Manifest | None = None
+    """None where it is lost or damaged."""
+    plan: Plan | None = None
+    commits: dict[str, CommitRecord | None] = field(default_factory=dict)
+    """By name of shard; None where the commit record is lost or damaged."""
     damages: list[Damage] = field(default_factory=list)
 
     @property
-    def listed(self) -> dict[str, Json]:
+    def listed(self) -> dict[str, ShardEntry]:
         """The manifest's entries, by name of shard."""
-        return {entry["name"]: entry for entry in (self.manifest or {}).get("shards", ())}
-
-    def listed_dead(self, name: str) -> list[str]:
-        """Return the keys in a shard that were served no more when the manifest was written."""
-        return list((self.manifest or {}).get("superseded", {}).get(name, ()))
+        return {entry.name: entry for entry in self.manifest.shards} if self.manifest else {}
 
     @property
-    def planned(self) -> dict[str, list[Json]]:
+    def planned(self) -> dict[str, list[ClipSource]]:
         """The plan's units, by name of shard."""
-        units = (self.plan or {}).get("units", ())
+        units = self.plan.units if self.plan else []
         return {shard_name(number): unit for number, unit in enumerate(units)}
 
     @property
-    def features(self) -> Json | None:
-        return next((book["features"] for book in (self.plan, self.manifest) if book), None)
+    def features(self) -> FeatureConfig | None:
+        return next((book.features for book in (self.plan, self.manifest) if book), None)
 
-    def served(self) -> dict[str, int]:
-        """By key, the unit whose sample of it is served: the last one that holds it."""
-        assert self.plan
-        return served_units(self.plan)
-
-    def sound_commits(self) -> list[Json]:
+    def sound_commits(self) -> list[CommitRecord]:
         return [commit for _, commit in sorted(self.commits.items()) if commit]
 
 
-def read_books(bank: Path) -> Books:
-    """Read the manifest, the plan and the commit records, and note which of them are damaged."""
-    books = Books(bank)
+def read_inventory(bank: Path) -> Inventory:
+    """Read the manifest, the plan and the commit records, and note which of them are damaged.
+
+    Raises UserError where there is no bank, or one of another format.
+    """
+    found = Inventory(bank)
+    refuse_no_bank(bank)
+    if not (bank / "plan.json").exists():
+        found.damages.append(Damage("plan.json", "is missing; restore it from a copy", "restore"))
+    found.plan = _read(found, "plan.json", lambda data: Plan.from_json(data, bank), "restore")
+    found.manifest = _read(found, "bank.json", lambda data: Manifest.from_json(data, bank))
+    _read_commits(found)
+    _check_presence_of_manifest(found)
+    return found
+
+
+def refuse_no_bank(bank: Path) -> None:
+    """Raise UserError where there is neither a bank nor the beginning of one."""
     if not (bank / "bank.json").exists() and not (bank / "plan.json").exists():
         raise UserError(
             f"{bank}: no bank here (neither bank.json nor plan.json); make one with `preprocess "
             f"encode INPUT --out {bank} --tower NAME`"
         )
-    books.plan = _read(books, "plan.json", "restore")
-    if books.plan is None and not (bank / "plan.json").exists():
-        books.damages.append(Damage("plan.json", "is missing; restore it from a copy", "restore"))
-    books.manifest = _read(books, "bank.json", "rewrite")
-    for name, book in (("plan.json", books.plan), ("bank.json", books.manifest)):
-        if book and book["format_version"] > FORMAT_VERSION:
-            raise UserError(
-                f"{bank / name}: format {book['format_version']}, this framebank knows up to "
-                f"{FORMAT_VERSION}; update framebank"
-            )
+
+
+def _read_commits(found: Inventory) -> None:
+    bank = found.bank
     names = {path.name for path in (bank / "shards").glob("*.tar")}
     done = {path.with_suffix(".tar").name for path in (bank / "shards").glob("*.done")}
-    for name in sorted(names | done | set(books.listed)):
+    for name in sorted(names | done | set(found.listed)):
         path = bank / "shards" / name
         file = f"shards/{done_path(path).name}"
-        if books.plan and name not in books.planned and name not in books.listed:
-            books.damages.append(
-                Damage(f"shards/{name}", "is of no unit of the plan; `preprocess gc`", "remove")
-            )
-        elif name in done:
-            books.commits[name] = _read(books, file, "rewrite")
-        elif name in books.listed or not journal_path(path).exists():
-            books.commits[name] = None
-            books.damages.append(Damage(file, "is missing"))
-    _check_presence_of_manifest(books)
-    return books
+        if found.plan and name not in found.planned and name not in found.listed:
+            continue  # a leftover
+        if name in done:
+            found.commits[name] = _read(found, file, partial(CommitRecord.from_json, where=file))
+        elif name in found.listed or not journal_path(path).exists():
+            found.commits[name] = None
+            found.damages.append(Damage(file, "is missing"))
 
 
-def _read(books: Books, name: str, remedy: Remedy) -> Json | None:
-    if not (books.bank / name).exists():
+def _read(
+    found: Inventory, name: str, parse: Callable[[Json], Record], remedy: Remedy = "rewrite"
+) -> Record | None:
+    """Return what a signed file holds; None, and the damage noted, where it is not as it was written."""
+    path = found.bank / name
+    if not path.exists():
         return None
+    record, what = None, "does not match its own hash"
     try:
-        record = read_signed_json(books.bank / name)
-        if signed_json(record) == (books.bank / name).read_bytes():
-            return record
-        raise UserError("1e-3 is not written 1E-3")
+        record = read_signed_json(path)
     except UserError:
-        what = "does not match its own hash"
-        books.damages.append(
-            Damage(name, what + ("; restore it from a copy" * (remedy == "restore")), remedy)
-        )
+        pass
     except OSError as error:
-        books.damages.append(Damage(name, f"cannot be read: {error.strerror}", remedy))
+        what = f"cannot be read: {error.strerror}"
+    if record is not None and signed_json(record) == path.read_bytes():  # 1e-3 may read 1E-3
+        try:
+            return parse(record)
+        except OtherVersion:
+            raise
+        except UserError as error:
+            what = error.what
+    restore = "; restore it from a copy" if remedy == "restore" else ""
+    found.damages.append(Damage(name, what + restore, remedy))
     return None
 
 
-def _check_presence_of_manifest(books: Books) -> None:
-    if (books.bank / "bank.json").exists():
+def _check_presence_of_manifest(found: Inventory) -> None:
+    if (found.bank / "bank.json").exists():
         return
-    over = books.plan is not None and set(books.planned) <= set(books.commits)
-    if over or (books.bank / "index.zarr").exists():
-        books.damages.append(Damage("bank.json", "is missing"))
+    over = found.plan is not None and set(found.planned) <= set(found.commits)
+    if over or (found.bank / "index.zarr").exists():
+        found.damages.append(Damage("bank.json", "is missing"))

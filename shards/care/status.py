@@ -6,21 +6,20 @@ Nothing is locked or changed: files that come and go meanwhile are counted as th
 """
 
 import calendar
-import json
-import socket
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shards.care.garbage import dead_samples, dead_shards, disk_size, rubbish
-from shards.care.inventory import Books, read_books
-from shards.format.commits import done_path, journal_path, shard_name
+from shards.care.garbage import dead_samples, dead_shards, disk_size, leftovers
+from shards.care.inventory import Inventory, read_inventory
+from shards.format.commits import SampleRecord, done_path, journal_path, shard_name
 from shards.format.features import FeatureConfig
+from shards.format.manifest import Manifest
 from shards.format.quarantine import read_quarantine
-from shards.signed import Json
-from shards.text import in_bytes, printable
-from shards.write.lock import lock_path, writer_of
+from shards.text import duration, in_bytes, printable
+from shards.write.lock import Writer, lock_path, writer_of
+from shards.write.shard import JournalEntry, journal_lines
 
 
 @dataclass
@@ -48,11 +47,11 @@ class Status:
 
     bank: Path
     features: FeatureConfig | None
-    manifest: Json | None
+    manifest: Manifest | None
     progress: Progress
     nbytes: int
-    writer: Json | None
-    """`pid host command started` of who writes, None where nobody does."""
+    writer: Writer | None
+    """Who writes, None where nobody does."""
     quarantine: dict[str, int]
     """How many clips, by reason."""
     dead: int = 0
@@ -67,87 +66,74 @@ class Status:
 
 def status(bank: Path) -> Status:
     """Look at a bank; raises UserError where there is none."""
-    books = read_books(bank)
+    inventory = read_inventory(bank)
     writer = writer_of(bank)
-    began = _began(bank, writer)
+    began = _began(writer)
     entries = read_quarantine(bank)
-    failed = {entry.get("key") for entry in entries}
+    failed = {entry.key for entry in entries}
     found = Status(
         bank=bank,
-        features=FeatureConfig.from_json(books.features) if books.features else None,
-        manifest=books.manifest,
-        progress=_progress(books, failed, began),
+        features=inventory.features,
+        manifest=inventory.manifest,
+        progress=_progress(inventory, failed, began),
         nbytes=sum(_size(path) for path in bank.glob("shards/*")),
         writer=writer,
-        quarantine=dict(Counter(str(entry.get("reason")) for entry in entries).most_common()),
-        problems=[str(damage) for damage in books.damages],
+        quarantine=dict(Counter(entry.reason.value for entry in entries).most_common()),
+        problems=[str(damage) for damage in inventory.damages],
         seconds=None if began is None else max(time.time() - began, 1e-9),
     )
-    for samples in dead_samples(books).values():
+    for samples in dead_samples(inventory).values():
         found.dead += len(samples)
-        found.dead_bytes += sum(sample["nbytes"] for sample in samples)
-    found.dead_shards = dead_shards(books)
-    if not books.damages:
+        found.dead_bytes += sum(sample.nbytes for sample in samples)
+    found.dead_shards = dead_shards(inventory)
+    if not inventory.damages:
         try:
-            pieces = rubbish(bank)
+            pieces = leftovers(inventory)
         except OSError:  # a writer took away what was being counted
             pieces = []
         found.leftovers, found.leftover_bytes = len(pieces), sum(piece.nbytes for piece in pieces)
     return found
 
 
-def _began(bank: Path, writer: Json | None) -> float | None:
-    if writer is None or "started" not in writer:
+def _began(writer: Writer | None) -> float | None:
+    if writer is None:
         return None
-    return calendar.timegm(time.strptime(writer["started"], "%Y-%m-%dT%H:%M:%SZ"))
+    return calendar.timegm(time.strptime(writer.started, "%Y-%m-%dT%H:%M:%SZ"))
 
 
-def _progress(books: Books, failed: set[str | None], began: float | None) -> Progress:
+def _progress(inventory: Inventory, failed: set[str], began: float | None) -> Progress:
     found = Progress()
-    if not books.plan:
+    if not inventory.plan:
         return found
-    served = books.served()
-    for unit, clips in enumerate(books.plan["units"]):
-        name = shard_name(unit)
-        path = books.bank / "shards" / name
-        commit = books.commits.get(name)
-        todo = {clip["key"] for clip in clips if served.get(clip["key"]) == unit} - failed
+    for unit, work in enumerate(inventory.plan.work()):
+        name, todo = shard_name(unit), {clip.key for clip in work}
+        path = inventory.bank / "shards" / name
+        commit = inventory.commits.get(name)
         if commit:
-            banked = [s for s in commit["samples"] if served.get(s["key"]) == unit]
+            banked = [sample for sample in commit.samples if sample.key in todo]
             found.units_done += 1
             found.clips += len(banked)
-            found.frames += sum(map(_frames, banked))
+            found.frames += sum(sample.frames for sample in banked)
             if began is not None and _moment(done_path(path)) >= began:
                 found.clips_new += len(banked)
             continue
-        samples = _journalled(journal_path(path))
+        samples = _journalled(path)
         found.units_begun += bool(samples)
         found.units_left += not samples
         found.clips_begun += len(samples)
-        found.frames_begun += sum(map(_frames, samples))
-        found.clips_left += max(len(todo) - len(samples), 0)
+        found.frames_begun += sum(sample.frames for sample in samples)
+        found.clips_left += max(len(todo - failed) - len(samples), 0)
         if began is not None and _moment(journal_path(path)) >= began:
             found.clips_new += len(samples)
     return found
 
 
-def _journalled(path: Path) -> list[Json]:
-    """Return the samples that a journal's whole lines tell of."""
+def _journalled(shard: Path) -> list[SampleRecord]:
+    """Return the samples that the whole lines of a shard's journal tell of."""
     try:
-        lines = path.read_bytes().split(b"\n")[1:-1]
+        return [JournalEntry.from_json(line).sample for line in journal_lines(shard)[1:]]
     except FileNotFoundError:
         return []
-    samples = []
-    for line in lines:
-        try:
-            samples.append(json.loads(line.rpartition(b" ")[0])["sample"])
-        except (ValueError, KeyError, TypeError):
-            break
-    return samples
-
-
-def _frames(sample: Json) -> int:
-    return int(next(iter(sample["streams"].values()))["shape"][0])
 
 
 def _size(path: Path) -> int:
@@ -187,7 +173,7 @@ def table(found: Status) -> str:
     if found.seconds is not None:
         rows["rate"] = _rate(progress, found.seconds)
     failed = sum(found.quarantine.values())
-    reasons = ", ".join(f"{n} {printable(reason)}" for reason, n in found.quarantine.items())
+    reasons = ", ".join(f"{n} {reason}" for reason, n in found.quarantine.items())
     rows["quarantine"] = f"{failed} clips: {reasons}; `preprocess retry`" if failed else "empty"
     if found.dead:
         whole = f"; nothing else in {', '.join(found.dead_shards)}" if found.dead_shards else ""
@@ -209,14 +195,8 @@ def _state(found: Status) -> str:
     progress, writer = found.progress, found.writer
     left = progress.units_begun + progress.units_left
     if writer:
-        what = printable(
-            f"`{writer['command']}` (process {writer['pid']} on {writer['host']}, since "
-            f"{writer['started']})"
-        )
-        there = (
-            "" if writer["host"] == socket.gethostname() else "; whether it lives is not known here"
-        )
-        return f"being written by {what}{there}"
+        there = "" if writer.is_here else "; whether it lives is not known here"
+        return f"being written by {printable(str(writer))} since {writer.started}{there}"
     killed = " (its writer was killed)" if lock_path(found.bank).exists() else ""
     if left:
         return (
@@ -233,7 +213,5 @@ def _rate(progress: Progress, seconds: float) -> str:
     rate = progress.clips_new / seconds
     if not rate:
         return "no clip of this run is written yet"
-    left = time.strftime("%H:%M:%S", time.gmtime(progress.clips_left / rate))
-    days = int(progress.clips_left / rate // 86400)
-    ahead = f"{f'{days} days ' if days else ''}{left}"
-    return f"{rate:.2f} clips/s since the run began, start-up included; about {ahead} to go"
+    left = duration(progress.clips_left / rate)
+    return f"{rate:.2f} clips/s since the run began, start-up included; about {left} to go"

@@ -4,7 +4,7 @@ Rows follow the order of shards and of samples within them. Ragged columns (ids,
 frame indices) are a flat array and `offsets` of one more entry than rows.
 
 Each column is one uncompressed chunk, the plain little-endian values: any Zarr v3 reader opens
-`index.zarr`, and ours takes the values of a million rows as they lie. The manifest has the
+`index.zarr`, and ours takes the values of a million rows as they are. The manifest has the
 checksum of each.
 """
 
@@ -19,9 +19,11 @@ import google_crc32c
 import numpy as np
 
 from shards.errors import UserError
+from shards.format.commits import ArrayRecord, CommitRecord, StreamRecord
 from shards.format.samples import SampleMeta
-from shards.signed import Json, digest
+from shards.signed import digest
 from shards.storage import Files, open_files
+from shards.text import some
 
 Columns = dict[str, np.ndarray]
 READERS = 8
@@ -29,7 +31,7 @@ READERS = 8
 
 def build_columns(
     shards_dir: str | Path,
-    commits: Sequence[Json],
+    commits: Sequence[CommitRecord],
     strides: Sequence[int],
     serving: Mapping[str, int] | None = None,
 ) -> Columns:
@@ -42,24 +44,23 @@ def build_columns(
     keys: list[str] = []
     metas: list[SampleMeta] = []
     places: list[tuple[int, int]] = []
-    streams: dict[int, list[Json]] = {stride: [] for stride in strides}
+    streams: dict[int, list[StreamRecord]] = {stride: [] for stride in strides}
     for number, commit in enumerate(commits):
-        for sample in commit["samples"]:
-            if serving is not None and serving.get(sample["key"]) != commit["unit"]:
+        for sample in commit.samples:
+            if serving is not None and serving.get(sample.key) != commit.unit:
                 continue
-            offset, nbytes = sample["json"]
-            text = files.read(commit["shard"], offset, nbytes)
+            text = files.read(commit.shard, *sample.json)
             try:
                 metas.append(SampleMeta.from_json(json.loads(text)))
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{files.where}/{commit['shard']}: the json of sample {sample['key']} is "
-                    "damaged; run `preprocess repair`"
+                    f"{files.where}/{commit.shard}: the json of sample {sample.key} is damaged; run "
+                    "`preprocess repair`"
                 ) from None
-            keys.append(sample["key"])
-            places.append((number, sample["offset"]))
+            keys.append(sample.key)
+            places.append((number, sample.offset))
             for stride in strides:
-                streams[stride].append(sample["streams"][str(stride)])
+                streams[stride].append(sample.streams[stride])
     hashes = _column((int(key[-16:], 16) for key in keys), np.uint64)
     columns: Columns = {
         "shard": _column((place[0] for place in places), np.uint32),
@@ -85,23 +86,24 @@ def build_columns(
     return columns
 
 
-def _stream_columns(name: str, entries: Sequence[Json]) -> Columns:
-    """Return where the values of one stride lie; offsets are from the start of their tar."""
-    shapes = np.asarray([entry["shape"] for entry in entries], np.uint32)
-    columns = {**_places(name, entries), f"{name}_shape": shapes.reshape(-1)}
-    if entries and "frame_nbytes" in entries[0]:
-        rows = [entry["frame_nbytes"] for entry in entries]
-        columns |= _ragged(f"{name}_frame_nbytes", rows, np.uint32)
-    if entries and "scale" in entries[0]:
-        columns |= _places(f"{name}_scale", [entry["scale"] for entry in entries])
+def _stream_columns(name: str, streams: Sequence[StreamRecord]) -> Columns:
+    """Return where the values of one stride are; offsets are from the start of their tar."""
+    shapes = np.asarray([stream.shape for stream in streams], np.uint32)
+    columns = {**_places(name, streams), f"{name}_shape": shapes.reshape(-1)}
+    frame_nbytes = [stream.frame_nbytes for stream in streams if stream.frame_nbytes is not None]
+    if frame_nbytes:
+        columns |= _ragged(f"{name}_frame_nbytes", frame_nbytes, np.uint32)
+    scales = [stream.scale for stream in streams if stream.scale is not None]
+    if scales:
+        columns |= _places(f"{name}_scale", scales)
     return columns
 
 
-def _places(name: str, entries: Sequence[Json]) -> Columns:
+def _places(name: str, arrays: Sequence[ArrayRecord]) -> Columns:
     return {
-        f"{name}_offset": _column((entry["offset"] for entry in entries), np.uint64),
-        f"{name}_nbytes": _column((entry["nbytes"] for entry in entries), np.uint64),
-        f"{name}_crc32c": _column((entry["crc32c"] for entry in entries), np.uint32),
+        f"{name}_offset": _column((array.offset for array in arrays), np.uint64),
+        f"{name}_nbytes": _column((array.nbytes for array in arrays), np.uint64),
+        f"{name}_crc32c": _column((array.crc32c for array in arrays), np.uint32),
     }
 
 
@@ -138,9 +140,8 @@ class CatalogueMismatch(UserError):
     def __init__(self, where: str, wrong: Mapping[str, str], rows: int | None) -> None:
         self.wrong, self.rows = wrong, rows
         """What is wrong, by column; how many rows the catalogue has, None where that is not known."""
-        shown = "; ".join(f"column {name} {what}" for name, what in list(wrong.items())[:3])
-        more = f" and {len(wrong) - 3} columns more" if len(wrong) > 3 else ""
-        super().__init__(f"{where}/index.zarr: {shown}{more}")
+        shown = [f"column {name} {what}" for name, what in wrong.items()]
+        super().__init__(some(shown, separator="; "), where=f"{where}/index.zarr")
 
 
 def read_columns(files: Files, catalogue: Mapping[str, int]) -> Columns:

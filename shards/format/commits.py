@@ -1,16 +1,160 @@
-"""A shard's files by name, and the commit records (`.done`) of those that are finished."""
+"""A shard's files by name, and the commit records (`.done`) of those that are finished.
 
+`bank-000000.done` is the only word on what lies in `bank-000000.tar`: without it a shard does not
+exist. Offsets are from the start of the tar.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.format.plan import (
-    Plan,
-)
-from shards.signed import Json, read_signed_json
+from shards.format.fields import parse
+from shards.format.plan import Plan
+from shards.signed import Json, read_signed_json, signed_json, write_atomic
+
+
+@dataclass(frozen=True)
+class ArrayRecord:
+    """Where the values of an npy are, its header left out."""
+
+    offset: int
+    nbytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class StreamRecord(ArrayRecord):
+    """The features of one clip and stride."""
+
+    shape: tuple[int, int, int, int]
+    """(frames, cell_rows, cell_cols, dim), whatever the codec makes of it."""
+    frame_nbytes: list[int] | None = None
+    """blosc: the compressed bytes of each frame."""
+    scale: ArrayRecord | None = None
+    """int8: the scale of each token, `(frames, cell_rows, cell_cols)`."""
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One clip: a json and the arrays of each stride, one after the other."""
+
+    key: str
+    offset: int
+    """Of its first header."""
+    nbytes: int
+    """Headers and padding included."""
+    crc32c: int
+    json: tuple[int, int]
+    """Offset and bytes of its description, the header left out."""
+    streams: dict[int, StreamRecord]
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+    @property
+    def frames(self) -> int:
+        """How many entries axis 0 of its arrays has."""
+        return next(iter(self.streams.values())).shape[0]
+
+    def moved(self, by: int) -> "SampleRecord":
+        """Return the record of the same sample `by` bytes further on."""
+
+        def shift(stream: StreamRecord) -> StreamRecord:
+            scale = stream.scale and replace(stream.scale, offset=stream.scale.offset + by)
+            return replace(stream, offset=stream.offset + by, scale=scale)
+
+        return replace(
+            self,
+            offset=self.offset + by,
+            json=(self.json[0] + by, self.json[1]),
+            streams={stride: shift(stream) for stride, stream in self.streams.items()},
+        )
+
+    def to_json(self) -> Json:
+        streams = {
+            str(stride): {
+                name: value for name, value in asdict(stream).items() if value is not None
+            }
+            for stride, stream in self.streams.items()
+        }
+        return self.__dict__ | {"streams": streams}
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> "SampleRecord":
+        return parse(cls, data, where)
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What a finished shard is: its bytes, and what is where in them."""
+
+    shard: str
+    unit: int
+    fingerprint: str
+    nbytes: int
+    sha256: str
+    crc32c: int
+    samples: list[SampleRecord]
+    underflowed: int | None
+    """How many values the stored type rounded to zero; None where the first record was lost."""
+    provenance: Json
+    """What, beside the `FeatureConfig`, the last bits may depend on; empty where that was lost."""
+
+    @property
+    def keys(self) -> set[str]:
+        return {sample.key for sample in self.samples}
+
+    def to_json(self) -> Json:
+        return self.__dict__ | {"samples": [sample.to_json() for sample in self.samples]}
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> "CommitRecord":
+        return parse(cls, data, where)
+
+
+def end_of(samples: Sequence[SampleRecord]) -> int:
+    """Return where the members of a tar end."""
+    return samples[-1].end if samples else 0
+
+
+def write_commit(shard: Path, commit: CommitRecord) -> None:
+    """Write the commit record of the shard at this path."""
+    write_atomic(done_path(shard), signed_json(commit.to_json()))
+
+
+def read_commit(shard: Path) -> CommitRecord:
+    """Read the commit record of the shard at this path; a damaged one is refused."""
+    path = done_path(shard)
+    return CommitRecord.from_json(read_signed_json(path), str(path))
+
+
+def read_commits(bank: Path, plan: Plan) -> list[CommitRecord]:
+    """Return the commit records of the finished units, in the order of the plan."""
+    units = range(len(plan.units))
+    return [read_commit(shard_path(bank, unit)) for unit in units if committed(bank, unit)]
+
+
+def refuse_missing_shards(bank: Path, plan: Plan) -> None:
+    """Raise UserError naming each finished shard that is not there any more."""
+    shards = [shard_path(bank, unit) for unit in range(len(plan.units)) if committed(bank, unit)]
+    problems = [
+        f"{shard}: was finished and is gone; restore it, or remove {done_path(shard)} and run again "
+        "to encode its clips again"
+        for shard in shards
+        if not shard.is_file()
+    ]
+    if problems:
+        raise UserError.of(problems)
 
 
 def shard_name(unit: int) -> str:
     return f"bank-{unit:06d}.tar"
+
+
+def shard_path(out: Path, unit: int) -> Path:
+    return out / "shards" / shard_name(unit)
 
 
 def part_path(shard: Path) -> Path:
@@ -28,32 +172,6 @@ def index_path(shard: Path) -> Path:
 
 def done_path(shard: Path) -> Path:
     return shard.with_suffix(".done")
-
-
-def refuse_missing_shards(bank: Path, plan: Plan) -> None:
-    """Raise UserError naming each finished shard that is not there any more."""
-    shards = [shard_path(bank, unit) for unit in range(len(plan.units)) if committed(bank, unit)]
-    problems = [
-        f"{shard}: was finished and is gone; restore it, or remove {done_path(shard)} and run again "
-        "to encode its clips again"
-        for shard in shards
-        if not shard.is_file()
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def read_commits(bank: Path, plan: Plan) -> list[Json]:
-    """Return the commit records of the finished units, in the order of the plan."""
-    return [
-        read_signed_json(done_path(shard_path(bank, unit)))
-        for unit in range(len(plan.units))
-        if committed(bank, unit)
-    ]
-
-
-def shard_path(out: Path, unit: int) -> Path:
-    return out / "shards" / shard_name(unit)
 
 
 def committed(out: Path, unit: int) -> bool:

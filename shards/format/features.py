@@ -6,14 +6,17 @@ enter it. `SampleMeta` is the json beside each clip's arrays.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import pairwise
 
 from shards.errors import UserError
+from shards.format.fields import parse
 from shards.signed import Json, canonical_json, digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of a bank's files: any change of their layout, or of what a field means, raises it."""
+
 POOL_MODES = ("average", "average_floor", "max", "bilinear")
 DTYPES = ("float16", "bfloat16")
 CODECS = ("none", "blosc", "int8")
@@ -99,17 +102,7 @@ class FeatureConfig:
     @classmethod
     def from_json(cls, data: Json) -> "FeatureConfig":
         """Rebuild a config; a key this version does not know is refused by name."""
-        unknown = sorted(set(data) - {one.name for one in fields(cls)})
-        sampling = {one.name for one in fields(Sampling)}
-        unknown += sorted(f"sampling.{name}" for name in set(data["sampling"]) - sampling)
-        if unknown:
-            raise UserError(
-                f"feature config has unknown fields {unknown}: made by a newer framebank; update it"
-            )
-        known = dict(data)
-        known["sampling"] = Sampling(**data["sampling"])
-        known["strides"] = tuple(data["strides"])
-        return cls(**known)
+        return parse(cls, data, "feature config")
 
     @property
     def fingerprint(self) -> str:

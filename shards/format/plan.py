@@ -10,24 +10,14 @@ unit that holds a clip is the one that counts: what earlier ones banked of it is
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from shards.errors import UserError
 from shards.format.features import FORMAT_VERSION, FeatureConfig, differences
+from shards.format.fields import parse
+from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
-
-
-def served_units(plan: Json) -> dict[str, int]:
-    """Return, by key, the unit of a plan.json that serves it: the last that holds it, unless pruned."""
-    pruned = set(plan["pruned"])
-    return {
-        clip["key"]: number
-        for number, unit in enumerate(plan["units"])
-        for clip in unit
-        if clip["key"] not in pruned
-    }
-
 
 TOWER_THREADS = 2
 """Of the CPU: the same on every machine, since sums may round otherwise; more work takes more
@@ -57,8 +47,6 @@ class ClipSource:
     """Of the file, of a folder's newest picture, or of the archive."""
     digest: str | None = None
     """As in the sample's json; None for a source that could not be read."""
-    full_digest: str | None = None
-    """blake2b of all its bytes, where that was asked for."""
     frames: int | None = None
     """How many are predicted to be banked: none of a source that cannot be opened."""
 
@@ -79,16 +67,19 @@ class ClipSource:
             return "", "", 0, self.key
         return self.archive, self.path, self.offset, self.key
 
+    def to_json(self) -> Json:
+        return {name: value for name, value in self.__dict__.items() if value is not None}
+
 
 @dataclass(frozen=True)
-class How:
+class TowerSettings:
     """How the tower is run. The bytes hang on it a little, so that reruns do as the first run did."""
 
     batch_frames: int = 16
     """Frames that pass through the tower together."""
-    tower_threads: int = TOWER_THREADS
-    tower: str = ""
-    """Where it lay."""
+    threads: int = TOWER_THREADS
+    name: str = ""
+    """Where the tower was found: a folder, or a name on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +88,36 @@ class Plan:
 
     features: FeatureConfig
     units: list[list[ClipSource]]
-    how: How = How()
+    tower: TowerSettings = TowerSettings()
     calibration: Mapping[str, list[float]] | None = None
     """int8: per stride, as text, the scale of each channel; None until it is measured."""
     quality: Mapping[str, Mapping[str, float]] | None = None
     """Per stride, as text, what the codec loses; None until it is measured."""
-    pruned: frozenset[str] = field(default=frozenset())
+    pruned: frozenset[str] = frozenset()
     """Keys of clips that are not to be served any more."""
+
+    def to_json(self) -> Json:
+        """Return what plan.json holds."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "features": self.features.to_json(),
+            "calibration": self.calibration,
+            "quality": self.quality,
+            "tower": asdict(self.tower),
+            "pruned": sorted(self.pruned),
+            "units": [[clip.to_json() for clip in unit] for unit in self.units],
+        }
+
+    @classmethod
+    def from_json(cls, data: Json, bank: object) -> "Plan":
+        """Return the plan that a bank's plan.json holds.
+
+        Raises UserError for one of another format, or with a field that is unknown, missing or of
+        another type.
+        """
+        refuse_other_version(data, bank, "plan.json")
+        fields = {name: value for name, value in data.items() if name != "format_version"}
+        return parse(cls, fields, f"{bank}/plan.json")
 
     @property
     def clips(self) -> list[ClipSource]:
@@ -158,35 +172,11 @@ def read_plan(bank: Path) -> Plan | None:
     path = bank / "plan.json"
     if not path.exists():
         return None
-    data = read_signed_json(path)
-    if data["format_version"] > FORMAT_VERSION:
-        raise UserError(f"{path}: written by a newer framebank; update it")
-    units = [[ClipSource(**clip) for clip in unit] for unit in data["units"]]
-    return Plan(
-        FeatureConfig.from_json(data["features"]),
-        units,
-        How(**data["how"]),
-        data["calibration"],
-        data["quality"],
-        frozenset(data["pruned"]),
-    )
+    return Plan.from_json(read_signed_json(path), bank)
 
 
 def write_plan(bank: Path, plan: Plan) -> None:
-    data = {
-        "format_version": FORMAT_VERSION,
-        "features": plan.features.to_json(),
-        "calibration": plan.calibration,
-        "quality": plan.quality,
-        "how": asdict(plan.how),
-        "pruned": sorted(plan.pruned),
-        "units": [[_clip_json(clip) for clip in unit] for unit in plan.units],
-    }
-    write_atomic(bank / "plan.json", signed_json(data))
-
-
-def _clip_json(clip: ClipSource) -> Json:
-    return {name: value for name, value in asdict(clip).items() if value is not None}
+    write_atomic(bank / "plan.json", signed_json(plan.to_json()))
 
 
 def refuse_other_features(bank: Path, asked: FeatureConfig, banked: FeatureConfig) -> None:

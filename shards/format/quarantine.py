@@ -1,7 +1,7 @@
 """`quarantine.jsonl`: the clips of a bank that could not be encoded, one json object a line.
 
-A line: `id key path stage reason message attempts seconds`. Lines are appended as clips fail, by
-several processes; the file is rewritten, whole or not at all, when clips leave it.
+Lines are appended as clips fail, by several processes; the file is rewritten, whole or not at all,
+when clips leave it.
 """
 
 import fcntl
@@ -9,6 +9,8 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from shards.errors import UserError
@@ -16,10 +18,127 @@ from shards.signed import Json, write_atomic
 from shards.storage import open_files
 
 
-def read_quarantine(place: str | Path) -> list[Json]:
+class Reason(StrEnum):
+    """Why a clip could not be encoded: a slug, what it means, and what a person does about it."""
+
+    meaning: str
+    fix: str
+
+    def __new__(cls, slug: str, meaning: str = "", fix: str = "") -> "Reason":
+        reason = str.__new__(cls, slug)
+        reason._value_ = slug
+        reason.meaning, reason.fix = meaning, fix
+        return reason
+
+    CANNOT_OPEN = (
+        "cannot-open",
+        "The file is missing, empty, or no video or picture that can be read.",
+        "Fetch it again, or remove it.",
+    )
+    CANNOT_UNPACK = (
+        "cannot-unpack",
+        "The archive is cut off, damaged, or another one than when it was planned.",
+        "Fetch the archive again.",
+    )
+    NO_VIDEO_STREAM = (
+        "no-video-stream",
+        "The file holds sound, subtitles or a cover picture only.",
+        "Remove it.",
+    )
+    NO_PACKETS = (
+        "no-packets",
+        "There is a video stream, and nothing in it.",
+        "Encode the file again.",
+    )
+    NO_PICTURES = (
+        "no-pictures",
+        "A folder without pictures.",
+        "Fill or remove it.",
+    )
+    MIXED_SIZES = (
+        "mixed-sizes",
+        "The pictures of a folder differ in size.",
+        "Bring them to one size, or into a folder for each.",
+    )
+    TRUNCATED = (
+        "truncated",
+        "The file ends before it says: fewer frames come than it promises.",
+        "Fetch it again, or bank what comes: `preprocess retry --allow-truncated`.",
+    )
+    DAMAGED = (
+        "damaged",
+        "Frames are decoded with errors.",
+        "Fetch it again, or bank what comes: `preprocess retry --allow-truncated`.",
+    )
+    DECODE_FAILED = (
+        "decode-failed",
+        "The file opens, and no reader can decode the frames that are asked for.",
+        "Encode the file again.",
+    )
+    EMPTY_PART = (
+        "empty-part",
+        "No frame starts between the part's start and end.",
+        "Correct the part in the annotation file.",
+    )
+    CANNOT_RESIZE = (
+        "cannot-resize",
+        "The frames have a shape that the tower's image processor refuses.",
+        "Leave it out.",
+    )
+    NOT_REPRESENTABLE = (
+        "not-representable",
+        "The tower's features exceed what the stored type holds.",
+        "Bank with `--dtype bfloat16`.",
+    )
+    TIMEOUT = (
+        "timeout",
+        "Decoding took far more CPU time than the size of the video explains.",
+        "Encode the file again, or remove it.",
+    )
+    STALLED = (
+        "stalled",
+        "The decoder waited, for a disk or the like, and did nothing, twice.",
+        "Check the disk, then `preprocess retry`.",
+    )
+    DECODER_CRASHED = (
+        "decoder-crashed",
+        "The decoder died of a signal or ran out of memory, twice.",
+        "`preprocess retry`; if it dies again, encode the file again or remove it.",
+    )
+
+
+@dataclass(frozen=True)
+class QuarantineEntry:
+    """One line: a clip that failed, and why."""
+
+    id: str
+    key: str
+    path: str
+    """Of its source, on the machine that encoded."""
+    stage: str
+    """decode or tower."""
+    reason: Reason
+    message: str
+    """One line for a person: what is wrong, where, and what to do."""
+    attempts: int
+    """In all runs."""
+    seconds: float
+    """That the last run spent on reading it."""
+
+    def to_line(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> "QuarantineEntry":
+        """Raises ValueError, KeyError or TypeError for what is no entry."""
+        data: Json = json.loads(line)
+        return cls(**{**data, "reason": Reason(data["reason"])})
+
+
+def read_quarantine(place: str | Path) -> list[QuarantineEntry]:
     """Return the last entry of each clip in a bank's `quarantine.jsonl`; none where it is not there.
 
-    A last line cut off by a power loss is no entry.
+    A last line cut off by a power loss is no entry. Raises UserError for any other line that is none.
     """
     files = open_files(place)
     try:
@@ -31,15 +150,16 @@ def read_quarantine(place: str | Path) -> list[Json]:
         if not line:
             continue
         try:
-            entry = json.loads(line)
-            entries[entry["id"]] = entry
+            entry = QuarantineEntry.from_line(line)
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise UserError(
-                f"{files.where}/quarantine.jsonl:{number}: not an entry of a quarantine; remove the "
-                "line, its clip is encoded again by `preprocess encode` into another bank"
+                "not an entry of a quarantine",
+                where=f"{files.where}/quarantine.jsonl:{number}",
+                fix="remove the line, its clip is encoded again by `preprocess encode` into another bank",
             ) from None
+        entries[entry.id] = entry
     return list(entries.values())
 
 
@@ -47,19 +167,19 @@ def quarantine_path(bank: Path) -> Path:
     return bank / "quarantine.jsonl"
 
 
-def read_entries(bank: Path) -> dict[str, Json]:
+def read_entries(bank: Path) -> dict[str, QuarantineEntry]:
     """Return the last entry of each clip, by id."""
-    return {entry["id"]: entry for entry in read_quarantine(bank)}
+    return {entry.id: entry for entry in read_quarantine(bank)}
 
 
-def append_entry(bank: Path, entry: Json) -> None:
+def append_entry(bank: Path, entry: QuarantineEntry) -> None:
     """Add a line and see it on the disk."""
     path = quarantine_path(bank)
     with _alone(bank):
         if path.exists() and not path.read_bytes().endswith(b"\n"):
             _rewrite(bank, set())
         with open(path, "ab") as file:
-            file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+            file.write(entry.to_line())
             file.flush()
             os.fsync(file.fileno())
 
@@ -73,8 +193,8 @@ def settle(bank: Path, banked: Collection[str]) -> None:
 
 def _rewrite(bank: Path, gone: set[str]) -> None:
     path = quarantine_path(bank)
-    kept = [entry for entry in read_entries(bank).values() if entry.get("key") not in gone]
-    data = b"".join(json.dumps(entry, sort_keys=True).encode() + b"\n" for entry in kept)
+    kept = [entry for entry in read_quarantine(bank) if entry.key not in gone]
+    data = b"".join(entry.to_line() for entry in kept)
     if not kept:
         path.unlink()
     elif data != path.read_bytes():

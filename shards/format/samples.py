@@ -76,14 +76,6 @@ def clip_id(path: str, start: float | None = None, end: float | None = None) -> 
     return f"{path}#{_seconds(start or 0.0)}-{'' if end is None else _seconds(end)}"
 
 
-def leads_outside(path: str) -> bool:
-    """Tell whether a path that should lie under a root may lie elsewhere: absolute, or with `..`.
-
-    Links are not followed: those under a root are of whoever made the root, not of who wrote a path.
-    """
-    return path.startswith("/") or ".." in path.split("/")
-
-
 def _seconds(value: float) -> str:
     return f"{value:.3f}".rstrip("0").rstrip(".")
 

@@ -3,16 +3,12 @@
 bank = Bank.open("banks/toy")             # or s3://..., memory://..., whatever fsspec knows
 row = bank.row("train/clip-00000.mp4")
 features = bank.read(row, stride=4, frames=[0, 2])   # float16 (2, rows, cols, dim)
-for features in bank.read_many([(row, 4, None), (row, 8, [0])]): ...   # threads read ahead
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -20,14 +16,9 @@ import numpy as np
 from shards.errors import UserError
 from shards.format.catalogue import Columns, TextColumn, id_hash
 from shards.format.codec import Codec
-from shards.format.features import FeatureConfig
+from shards.format.manifest import Manifest
 from shards.read.opening import load, load_partial, refuse_missing_shards
-from shards.signed import Json
 from shards.storage import Files, LocalFiles, open_files
-
-Check = Literal["always", "first", "never"]
-Request = tuple[int, int, Sequence[int] | None]
-"""Row, stride, frames (None for all)."""
 
 
 @dataclass(frozen=True)
@@ -84,45 +75,31 @@ class _Place:
 class Bank:
     """An opened bank. Safe to fork, to pickle and to share among threads."""
 
-    def __init__(
-        self, files: Files, manifest: Json, columns: Columns, check: Check, damaged: str
-    ) -> None:
+    def __init__(self, files: Files, manifest: Manifest, columns: Columns) -> None:
         """Use `Bank.open`."""
         self.files, self.manifest, self.columns = files, manifest, columns
-        self.check, self.damaged = check, damaged
-        self.config = FeatureConfig.from_json(manifest["features"])
+        self.config = manifest.features
         self.ids = TextColumn(columns, "id")
         """Of each row, decoded as it is asked for."""
-        self.skipped: list[tuple[str, str]] = []
-        """(id, reason) of each damaged clip that was passed over."""
         scales = {
             int(stride): np.asarray(scale, np.float32)
-            for stride, scale in (manifest.get("calibration") or {}).items()
+            for stride, scale in (manifest.calibration or {}).items()
         }
         self._codec = Codec(self.config.codec, self.config.dtype, scales)
         self._sorted_hashes = columns["key_hash"][columns["key_order"]]
         self._checked = self._none_checked()
 
     @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        check: Check = "first",
-        damaged: Literal["raise", "skip"] = "raise",
-        allow_partial: bool = False,
-    ) -> "Bank":
-        """Open a finished bank; raises UserError naming what is missing, damaged or newer.
+    def open(cls, path: str | Path, *, allow_partial: bool = False) -> "Bank":
+        """Open a finished bank; raises UserError naming what is missing, damaged or of another format.
 
-        check: whether the checksum of a clip's stream is compared when it is read: always, when
-        this process first reads of it, never. damaged: what `try_read` and `read_many` do with a
-        clip that is: raise DamagedSample, or give None and note it in `skipped`. allow_partial:
-        of a bank whose run is not over, open the shards that are finished.
+        The checksum of a clip's stream is compared when this process first reads of it.
+        allow_partial: of a bank whose run is not over, open the shards that are finished.
         """
         files = open_files(path)
         manifest, columns = (load_partial if allow_partial else load)(files)
-        refuse_missing_shards(files, manifest["shards"])
-        return cls(files, manifest, columns, check, damaged)
+        refuse_missing_shards(files, manifest.shards)
+        return cls(files, manifest, columns)
 
     @property
     def path(self) -> Path:
@@ -204,7 +181,7 @@ class Bank:
         assert all(0 <= frame < total for frame in wanted), (wanted, total)
         codec, name = self._codec, f"stride{stride}"
         if out is None:
-            out = self._empty(row, stride, frames)
+            out = np.empty((len(wanted), *cells), codec.stored_dtype)
         assert out.shape == (len(wanted), *cells), (out.shape, len(wanted), cells)
         assert out.dtype == codec.stored_dtype
         assert out.flags.c_contiguous
@@ -231,48 +208,6 @@ class Bank:
                 raise self._damaged(row, stride, str(error)) from None
         return out
 
-    def try_read(
-        self,
-        row: int,
-        stride: int,
-        frames: Sequence[int] | None = None,
-        out: np.ndarray | None = None,
-    ) -> np.ndarray | None:
-        """Do as `read` does; but None for a damaged clip, where the bank was opened to skip those."""
-        try:
-            return self.read(row, stride, frames, out)
-        except DamagedSample as error:
-            if self.damaged == "raise":
-                raise
-            entry = (self.ids[row], str(error))
-            if entry not in self.skipped:
-                self.skipped.append(entry)
-            return None
-
-    def read_many(
-        self, requests: Iterable[Request], threads: int = 4
-    ) -> Iterator[np.ndarray | None]:
-        """Yield what `try_read` gives for each request, in order; threads read ahead meanwhile."""
-        running: deque[Future[np.ndarray | None]] = deque()
-        pool = ThreadPoolExecutor(threads)
-        try:
-            for request in requests:
-                # made here: memory that other threads allocate is given back at once, and faulted
-                # in again by the next read
-                out = self._empty(*request)
-                running.append(pool.submit(self.try_read, *request, out))
-                if len(running) > 2 * threads:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _empty(self, row: int, stride: int, frames: Sequence[int] | None) -> np.ndarray:
-        total, *cells = self.shape(row, stride)
-        number = total if frames is None else len(frames)
-        return np.empty((number, *cells), self._codec.stored_dtype)
-
     def _place(self, row: int, stride: int, name: str, edges: list[int]) -> _Place:
         begin, crc = self.columns[f"{name}_offset"][row], self.columns[f"{name}_crc32c"][row]
         return _Place(row, stride, int(begin), edges, int(crc))
@@ -282,9 +217,7 @@ class Bank:
         view = target.reshape(-1).view(np.uint8)
         edges = place.edges
         whole = len(view) == edges[-1] and list(frames) == list(range(len(edges) - 1))
-        if self.check == "always" or (
-            self.check == "first" and not self._checked[place.stride][place.row]
-        ):
+        if not self._checked[place.stride][place.row]:
             everything = view if whole else np.empty(edges[-1], np.uint8)
             self._read(everything, place, 0)
             if google_crc32c.value(everything) != place.crc32c:
@@ -307,7 +240,7 @@ class Bank:
             raise self._damaged(place.row, place.stride, "the shard ends early")
 
     def _shard(self, row: int) -> str:
-        return f"shards/{self.manifest['shards'][int(self.columns['shard'][row])]['name']}"
+        return f"shards/{self.manifest.shards[int(self.columns['shard'][row])].name}"
 
     def _damaged(self, row: int, stride: int, reason: str) -> DamagedSample:
         begin, end = self.columns["key_offsets"][row : row + 2]

@@ -8,6 +8,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.format.features import FeatureConfig, differences
+from shards.format.manifest import Manifest
 from shards.format.quarantine import read_quarantine
 from shards.read.bank import Bank, ClipInfo
 from shards.signed import Json
@@ -39,7 +40,7 @@ class Banks:
         return self.banks[0].config
 
     @property
-    def manifest(self) -> Json:
+    def manifest(self) -> Manifest:
         return self.banks[0].manifest
 
     def __contains__(self, id_: str) -> bool:
@@ -55,7 +56,7 @@ class Banks:
 
     def quarantined(self) -> set[str]:
         """Return the ids of clips that could not be encoded."""
-        return {entry["id"] for bank in self.banks for entry in read_quarantine(bank.where)}
+        return {entry.id for bank in self.banks for entry in read_quarantine(bank.where)}
 
 
 def _refuse_common_clips(one: Bank, other: Bank) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.format.commits import index_path
-from shards.format.manifest import read_manifest
-from shards.signed import Json, write_atomic
+from shards.format.manifest import Manifest, ShardEntry, read_manifest
+from shards.signed import write_atomic
 
 CARD = "<!-- written by `preprocess export hf` -->"
 
@@ -27,16 +27,16 @@ def write_wids(bank: Path) -> Path:
     manifest = read_manifest(bank)
     shards = [
         {
-            "url": f"shards/{shard['name']}",
+            "url": f"shards/{shard.name}",
             "nsamples": samples_in(bank, shard),
-            "filesize": shard["nbytes"],
+            "filesize": shard.nbytes,
         }
-        for shard in manifest["shards"]
+        for shard in manifest.shards
     ]
     index = {
         "__kind__": "wids-shard-index-v1",
         "wids_version": 1,
-        "name": manifest["fingerprint"],
+        "name": manifest.fingerprint,
         "shardlist": [shard for shard in shards if shard["nsamples"]],
     }
     path = bank / "wids.json"
@@ -44,11 +44,11 @@ def write_wids(bank: Path) -> Path:
     return path
 
 
-def samples_in(bank: Path, shard: Json) -> int:
-    """Return how many samples lie in a shard, served or not, as its `.idx` tells."""
-    path = index_path(bank / "shards" / shard["name"])
+def samples_in(bank: Path, shard: ShardEntry) -> int:
+    """Return how many samples are in a shard, served or not, as its `.idx` tells."""
+    path = index_path(bank / "shards" / shard.name)
     if not path.exists():
-        raise UserError(f"{path}: is gone; run `preprocess repair {bank}`")
+        raise UserError("is gone", where=path, fix=f"run `preprocess repair {bank}`")
     return path.stat().st_size // 8 - 1
 
 
@@ -57,15 +57,17 @@ def write_hf(bank: Path) -> Path:
     manifest = read_manifest(bank)
     path = bank / "README.md"
     if path.exists() and CARD not in path.read_text("utf-8"):
-        raise UserError(f"{path}: is there and not ours; move it away")
+        raise UserError(
+            "exists and was not written by framebank", where=path, fix="move it and run again"
+        )
     write_atomic(path, card(manifest).encode())
     return path
 
 
-def card(manifest: Json) -> str:
+def card(manifest: Manifest) -> str:
     """Return the text of a bank's dataset card."""
-    features = manifest["features"]
-    strides = features["strides"]
+    features = manifest.features
+    strides = features.strides
     return f"""---
 configs:
 - config_name: default
@@ -74,12 +76,12 @@ configs:
     path: shards/*.tar
 ---
 {CARD}
-# Frozen vision features of {manifest["clips"]} video clips
+# Frozen vision features of {manifest.clips} video clips
 
-`{features["tower_type"]}`, hidden layer {features["layer"]}, {features["pool"]} pooling over
-{" and ".join(f"{stride}x{stride}" for stride in strides)} patches, {features["dtype"]}, codec
-{features["codec"]}; {manifest["frames"]} frames, {manifest["nbytes"] / 1e9:.2f} GB. Fingerprint
-`{manifest["fingerprint"]}`. Made by framebank.
+`{features.tower_type}`, hidden layer {features.layer}, {features.pool} pooling over
+{" and ".join(f"{stride}x{stride}" for stride in strides)} patches, {features.dtype}, codec
+{features.codec}; {manifest.frames} frames, {manifest.nbytes / 1e9:.2f} GB. Fingerprint
+`{manifest.fingerprint}`. Made by framebank.
 
 ```python
 clips = datasets.load_dataset(BANK, split="train", streaming=True)
@@ -87,8 +89,3 @@ for clip in clips:
     clip["json"]["id"], clip["stride{strides[0]}.npy"]  # frames x rows x columns x channels
 ```
 """
-
-
-def dead_samples(manifest: Json) -> int:
-    """Return how many samples lie in the shards that the bank does not serve any more."""
-    return sum(len(keys) for keys in manifest["superseded"].values())

@@ -1,9 +1,9 @@
 """One writer per bank: `<bank>/.lock`, held by the kernel, so that nothing is left of a killed one.
 
-with BankLock(bank, "preprocess encode"):
+with bank_lock(bank, "preprocess encode"):
     ...  # write
 
-Readers never take it. The file says who writes; it is gone when nobody does, or lies there without
+Readers never take it. The file says who writes; it is removed when nobody does, or is there without
 a meaning after a `kill -9`.
 """
 
@@ -12,94 +12,103 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 from shards.errors import UserError
-from shards.signed import Json
+from shards.format.fields import parse
+from shards.storage import Files, open_files
 
 ORPHANS_SECONDS = 5.0
 """A child that a killed writer was just starting holds its lock until it is a program of its own."""
 
 
-class BankLock:
-    """Held from `with` to its end, by one process at a time."""
+@dataclass(frozen=True)
+class Writer:
+    """A process that writes a bank."""
 
-    def __init__(self, bank: Path, command: str) -> None:
-        self.bank, self.command = bank, command
-        self._file: TextIO | None = None
+    pid: int
+    host: str
+    command: str
+    started: str
+    """UTC, `2025-01-31T12:00:00Z`."""
 
-    def __enter__(self) -> "BankLock":
-        """Make the bank's folder if need be; raise UserError naming the process that writes."""
-        self.bank.mkdir(parents=True, exist_ok=True)
-        path = lock_path(self.bank)
-        deadline = time.monotonic() + ORPHANS_SECONDS
-        while self._file is None:
-            file = open(path, "a+", encoding="utf-8")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                who = _described(file.read())
-                file.close()
-                if writer_of(self.bank) is None and time.monotonic() < deadline:
-                    time.sleep(0.02)
-                    continue
-                raise UserError(
-                    f"{self.bank}: {who} writes here; wait for its end, or end it"
-                ) from None
-            if _is_at(file, path):
-                self._file = file
-            else:  # its last holder removed it between our two calls
-                file.close()
-        record = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "command": self.command,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        self._file.truncate(0)
-        self._file.write(json.dumps(record, sort_keys=True) + "\n")
-        self._file.flush()
-        return self
+    def __str__(self) -> str:
+        return f"`{self.command}` (process {self.pid} on {self.host})"
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        assert self._file
-        lock_path(self.bank).unlink(missing_ok=True)
-        self._file.close()
-        self._file = None
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended; of a process on another machine this cannot be known."""
+        if not self.is_here:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # of another user
+            return False
+        return False
+
+
+def writer_of(place: str | Path | Files) -> Writer | None:
+    """Return who writes the bank in a folder or at a URL, None where nobody does."""
+    files = open_files(place) if isinstance(place, str | Path) else place
+    try:
+        writer = parse(Writer, json.loads(files.read(".lock")), ".lock")
+    except (OSError, ValueError, UserError):  # not there, or between its lock and its first line
+        return None
+    return None if writer.is_over else writer
+
+
+@contextmanager
+def bank_lock(bank: Path, command: str) -> Iterator[None]:
+    """Be the only process that writes a bank; its folder is made if need be.
+
+    Raises UserError naming the process that writes.
+    """
+    bank.mkdir(parents=True, exist_ok=True)
+    with _acquired(bank) as file:
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        writer = Writer(os.getpid(), socket.gethostname(), command, started)
+        file.truncate(0)
+        file.write(json.dumps(asdict(writer), sort_keys=True) + "\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            lock_path(bank).unlink(missing_ok=True)
 
 
 def lock_path(bank: Path) -> Path:
     return bank / ".lock"
 
 
-def writer_of(bank: Path) -> Json | None:
-    """Return `pid host command started` of the process that writes a bank, None where there is none.
-
-    Of a process on another machine it cannot be known whether it lives still.
-    """
-    try:
-        record: Json = json.loads(lock_path(bank).read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    if record["host"] == socket.gethostname() and not Path(f"/proc/{record['pid']}").exists():
-        return None
-    return record
-
-
-def _described(text: str) -> str:
-    try:
-        record = json.loads(text)
-        return f"`{record['command']}` (process {record['pid']} on {record['host']})"
-    except (ValueError, KeyError, TypeError):  # between its lock and its first line
-        return "another process"
+def _acquired(bank: Path) -> TextIO:
+    """Return the lock file, open and locked: closing it frees the bank."""
+    path = lock_path(bank)
+    deadline = time.monotonic() + ORPHANS_SECONDS
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the bank is free
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            writer = writer_of(bank)
+            if writer is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+                continue
+            who = writer or "another process"
+            raise UserError(f"{bank}: {who} writes here; wait for its end, or end it") from None
+        if _is_at(file, path):
+            return file
+        file.close()  # its last holder removed it between our two calls
 
 
 def _is_at(file: TextIO, path: Path) -> bool:

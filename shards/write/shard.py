@@ -16,21 +16,47 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 import google_crc32c
 import numpy as np
 
 from shards.format.codec import Codec, Stored
-from shards.format.commits import done_path, index_path, journal_path, part_path
+from shards.format.commits import (
+    ArrayRecord,
+    CommitRecord,
+    SampleRecord,
+    StreamRecord,
+    done_path,
+    end_of,
+    index_path,
+    journal_path,
+    part_path,
+    write_commit,
+)
 from shards.format.samples import KEY_PATTERN, SampleMeta, member_name, scale_name
-from shards.signed import Json, _write_synced, canonical_json, file_facts, signed_json, write_atomic
+from shards.signed import Json, canonical_json, file_facts, write_atomic, write_synced
 
 BLOCK = tarfile.BLOCKSIZE
 PLAIN = Codec()
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """A sample that is whole on the disk, in a shard that is not finished."""
+
+    sample: SampleRecord
+    underflowed: int
+    """How many of its values the stored type rounded to zero."""
+
+    def to_json(self) -> Json:
+        return {"sample": self.sample.to_json(), "underflowed": self.underflowed}
+
+    @classmethod
+    def from_json(cls, data: Json) -> "JournalEntry":
+        return cls(SampleRecord.from_json(data["sample"], "journal"), data["underflowed"])
 
 
 class ShardWriter:
@@ -46,36 +72,31 @@ class ShardWriter:
         if lost and self._journal_path.exists() and path.exists():
             os.replace(path, self.part)  # a commit was cut off after its first rename
         self.entries = read_journal(path, unit, fingerprint)
-        """Of each sample written: its record, and the note of the caller."""
-        self.keys = {entry["sample"]["key"] for entry in self.entries}
+        """Of each sample written."""
+        self.keys = {entry.sample.key for entry in self.entries}
         whole = len(self.entries)
         # Unbuffered: after a full disk nothing may be left to write.
         self._file = io.FileIO(self.part, "r+" if whole else "w")  # closed by close
         self.nbytes = self._file.truncate(self._good_end())
         self._file.seek(self.nbytes)
         head = canonical_json({"unit": unit, "fingerprint": fingerprint})
-        lines = [head, *map(canonical_json, self.entries)]
+        lines = [head, *(canonical_json(entry.to_json()) for entry in self.entries)]
         write_atomic(self._journal_path, b"".join(map(_checked_line, lines)))
         self._journal = io.FileIO(self._journal_path, "a")
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def write(
-        self, key: str, meta: SampleMeta, arrays: Mapping[int, np.ndarray], note: Json | None = None
+        self, key: str, meta: SampleMeta, arrays: Mapping[int, np.ndarray], underflowed: int = 0
     ) -> None:
         """Append one clip: its json, then the arrays of each stride, finest first; sync them.
 
-        arrays: stride -> float16 or uint16 `(frames, cell_rows, cell_cols, dim)`. note: kept in the
-        journal until the commit, for the caller.
+        arrays: stride -> float16 or uint16 `(frames, cell_rows, cell_cols, dim)`. underflowed: how
+        many of their values were rounded to zero.
         """
         assert KEY_PATTERN.fullmatch(key), key
         assert key not in self.keys, key
@@ -87,45 +108,47 @@ class ShardWriter:
             f"{key}.json", canonical_json(replace(meta, frame_nbytes=frames).to_json())
         )
         streams = {
-            str(stride): _add_stream(sample, key, stride, arrays[stride].shape, one)
+            stride: _add_stream(sample, key, stride, arrays[stride].shape, one)
             for stride, one in stored.items()
         }
         blob = sample.blob()
-        self._append(blob, {"key": key, "json": place, "streams": streams}, note)
+        crc32c = google_crc32c.value(blob)
+        record = SampleRecord(key, self.nbytes, len(blob), crc32c, place, streams)
+        self._append(blob, record, underflowed)
 
-    def copy(self, blob: bytes, record: Json, note: Json | None = None) -> None:
-        """Append a sample's bytes as they lie in another shard, of which `record` tells."""
-        assert google_crc32c.value(blob) == record["crc32c"], record["key"]
-        self._append(blob, moved(record, self.nbytes - record["offset"]), note)
+    def copy(self, blob: bytes, record: SampleRecord) -> None:
+        """Append a sample's bytes as they are in another shard, of which `record` tells."""
+        assert google_crc32c.value(blob) == record.crc32c, record.key
+        self._append(blob, record.moved(self.nbytes - record.offset), 0)
 
-    def _append(self, blob: bytes, record: Json, note: Json | None) -> None:
-        sample = record | {
-            "offset": self.nbytes,
-            "nbytes": len(blob),
-            "crc32c": google_crc32c.value(blob),
-        }
-        _write_synced(self._file, blob)
-        entry = {"sample": sample, "note": note or {}}
-        _write_synced(self._journal, _checked_line(canonical_json(entry)))
+    def _append(self, blob: bytes, sample: SampleRecord, underflowed: int) -> None:
+        write_synced(self._file, blob)
+        entry = JournalEntry(sample, underflowed)
+        write_synced(self._journal, _checked_line(canonical_json(entry.to_json())))
         self.nbytes += len(blob)
         self.entries.append(entry)
-        self.keys.add(sample["key"])
+        self.keys.add(sample.key)
 
-    def commit(self, **facts: object) -> Json:
-        """Sync, rename, write `.idx` and `.done`; return the commit record, with `facts` in it."""
-        _write_synced(self._file, end_of_archive(self.nbytes))
+    def commit(self, provenance: Json | None = None) -> CommitRecord:
+        """Sync, rename, write `.idx` and `.done`; return the commit record.
+
+        provenance: what, beside the fingerprint, the last bits may depend on.
+        """
+        write_synced(self._file, end_of_archive(self.nbytes))
         self.close()
-        samples = [entry["sample"] for entry in self.entries]
-        record = facts | {
-            "shard": self.path.name,
-            "unit": self.unit,
-            "fingerprint": self.fingerprint,
+        samples = [entry.sample for entry in self.entries]
+        record = CommitRecord(
+            shard=self.path.name,
+            unit=self.unit,
+            fingerprint=self.fingerprint,
             **file_facts(self.part),
-            "samples": samples,
-        }
+            samples=samples,
+            underflowed=sum(entry.underflowed for entry in self.entries),
+            provenance=provenance or {},
+        )
         os.replace(self.part, self.path)
-        write_atomic(index_path(self.path), index_bytes(samples, self.nbytes))
-        write_atomic(done_path(self.path), signed_json(record))
+        write_atomic(index_path(self.path), index_bytes(samples))
+        write_commit(self.path, record)
         self._journal_path.unlink(missing_ok=True)  # another writer of the bank may tidy up
         return record
 
@@ -141,20 +164,17 @@ class ShardWriter:
         self.part.unlink(missing_ok=True)
 
     def _good_end(self) -> int:
-        if not self.entries:
-            return 0
-        last = self.entries[-1]["sample"]
-        return int(last["offset"] + last["nbytes"])
+        return end_of([entry.sample for entry in self.entries])
 
 
 class _Sample:
-    """The members of one sample, as they will lie in a tar from `offset` on."""
+    """The members of one sample, as they will be in a tar from `offset` on."""
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
         self.pieces: list[bytes] = []
 
-    def add(self, name: str, data: bytes) -> list[int]:
+    def add(self, name: str, data: bytes) -> tuple[int, int]:
         """Append a member; return where in the tar its data begins, and its length."""
         info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, mode 0644
         info.size = len(data)
@@ -162,7 +182,7 @@ class _Sample:
         begin = self.offset + len(header)
         self.pieces += [header, data, bytes(-len(data) % BLOCK)]
         self.offset = begin + len(data) + len(self.pieces[-1])
-        return [begin, len(data)]
+        return begin, len(data)
 
     def blob(self) -> bytes:
         return b"".join(self.pieces)
@@ -170,70 +190,62 @@ class _Sample:
 
 def _add_stream(
     sample: _Sample, key: str, stride: int, shape: tuple[int, ...], stored: Stored
-) -> Json:
-    entry = _add_array(sample, member_name(key, stride), stored.data) | {"shape": list(shape)}
-    if stored.frame_nbytes is not None:
-        entry["frame_nbytes"] = stored.frame_nbytes
+) -> StreamRecord:
+    place = _add_array(sample, member_name(key, stride), stored.data)
+    scale = None
     if stored.scale is not None:
-        entry["scale"] = _add_array(sample, scale_name(key, stride), stored.scale)
-    return entry
+        scale = _add_array(sample, scale_name(key, stride), stored.scale)
+    frames, rows, cols, dim = shape
+    return StreamRecord(
+        place.offset,
+        place.nbytes,
+        place.crc32c,
+        (frames, rows, cols, dim),
+        stored.frame_nbytes,
+        scale,
+    )
 
 
-def _add_array(sample: _Sample, name: str, array: np.ndarray) -> Json:
-    """Append an array as npy; return where its values lie, without the header of the npy."""
+def _add_array(sample: _Sample, name: str, array: np.ndarray) -> ArrayRecord:
+    """Append an array as npy; return where its values are, without the header of the npy."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
     values = array.tobytes()
     begin, _ = sample.add(name, head.getvalue() + values)
-    return {
-        "offset": begin + head.tell(),
-        "nbytes": len(values),
-        "crc32c": google_crc32c.value(values),
-    }
+    return ArrayRecord(begin + head.tell(), len(values), google_crc32c.value(values))
 
 
-def moved(record: Json, by: int) -> Json:
-    """Return a sample's record as it is `by` bytes further on."""
-    offset, nbytes = record["json"]
-    streams = {}
-    for stride, entry in record["streams"].items():
-        streams[stride] = entry | {"offset": entry["offset"] + by}
-        if "scale" in entry:
-            scale = entry["scale"]
-            streams[stride]["scale"] = scale | {"offset": scale["offset"] + by}
-    return record | {
-        "offset": record["offset"] + by,
-        "json": [offset + by, nbytes],
-        "streams": streams,
-    }
-
-
-def read_journal(path: Path, unit: int, fingerprint: str) -> list[Json]:
+def read_journal(path: Path, unit: int, fingerprint: str) -> list[JournalEntry]:
     """Return the entries of the samples of an unfinished shard that are whole in its `.part`.
 
-    Lines after one that was cut off, and samples after one whose checksum is wrong, do not count:
-    a machine that lost its power may have kept the later bytes and not the earlier.
+    Samples after one whose checksum is wrong do not count: a machine that lost its power may have
+    kept the later bytes and not the earlier.
     """
     if not journal_path(path).exists() or not part_path(path).exists():
         return []
-    lines = []
+    lines = journal_lines(path)
+    if not lines or lines[0] != {"unit": unit, "fingerprint": fingerprint}:
+        return []
+    whole, end = [], 0
+    with open(part_path(path), "rb") as file:
+        for entry in map(JournalEntry.from_json, lines[1:]):
+            blob = file.read(entry.sample.nbytes)
+            if entry.sample.offset != end or google_crc32c.value(blob) != entry.sample.crc32c:
+                break
+            whole.append(entry)
+            end += len(blob)
+    return whole
+
+
+def journal_lines(path: Path) -> list[Json]:
+    """Return the lines of a shard's journal up to one that was cut off: a head, then the entries."""
+    lines: list[Json] = []
     for line in journal_path(path).read_bytes().splitlines(keepends=True):
         body, _, check = line.rpartition(b" ")
         if not line.endswith(b"\n") or f"{google_crc32c.value(body):08x}\n".encode() != check:
             break
         lines.append(json.loads(body))
-    if not lines or lines[0] != {"unit": unit, "fingerprint": fingerprint}:
-        return []
-    whole, end = [], 0
-    with open(part_path(path), "rb") as file:
-        for entry in lines[1:]:
-            sample = entry["sample"]
-            blob = file.read(sample["nbytes"])
-            if sample["offset"] != end or google_crc32c.value(blob) != sample["crc32c"]:
-                break
-            whole.append(entry)
-            end += len(blob)
-    return whole
+    return lines
 
 
 def _checked_line(body: bytes) -> bytes:
@@ -245,6 +257,6 @@ def end_of_archive(nbytes: int) -> bytes:
     return bytes(2 * BLOCK + -(nbytes + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 
-def index_bytes(samples: list[Json], end: int) -> bytes:
+def index_bytes(samples: Sequence[SampleRecord]) -> bytes:
     """Return the content of `.idx`, which Megatron-Energon and Lhotse read."""
-    return np.asarray([sample["offset"] for sample in samples] + [end], "<u8").tobytes()
+    return np.asarray([*(one.offset for one in samples), end_of(samples)], "<u8").tobytes()

@@ -27,7 +27,7 @@ from transformers import (
 
 from model.batch import Batch, to_device
 from model.vlm import VLM, VLMConfig
-from preprocess.toyworld import save_llm
+from preprocess.toy_models import save_llm
 from shards.read.bank import ClipInfo
 from train.ask import FreshClip
 from train.batches.chat import MEDIA, Encoded

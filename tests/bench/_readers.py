@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -54,34 +53,21 @@ def preadv(folder: Path) -> Passes:
     return [read()]
 
 
-def ours(folder: Path, codec: str = "none", check: Any = "first", reuse: bool = True) -> Passes:
-    """Random order, each pass another; into the same memory, as a pinned buffer is used."""
+def ours(folder: Path, codec: str = "none", reuse: bool = True) -> Passes:
+    """Random order, each pass another, the first with checksums.
+
+    reuse: into the same memory, as a pinned buffer is used.
+    """
     from shards.read.bank import Bank
 
-    bank = Bank.open(folder / codec, check=check)
+    bank = Bank.open(folder / codec)
     out = {s: np.empty(bank.shape(0, s), np.float16) if reuse else None for s in (4, 8)}
 
     def read(seed: int) -> Iterator[int]:
         for row in random.Random(seed).sample(range(len(bank)), len(bank)):
             yield sum(bank.read(row, stride, out=out[stride]).nbytes for stride in (4, 8))
 
-    return [read(0), read(1)] if check == "first" else [read(0)]
-
-
-def ours_threads(folder: Path) -> Passes:
-    from shards.read.bank import Bank
-
-    bank = Bank.open(folder / "none", check="never")
-
-    def read() -> Iterator[int]:
-        rows = random.Random(0).sample(range(len(bank)), len(bank))
-        arrays = bank.read_many(((row, s, None) for row in rows for s in (4, 8)), threads=2)
-        for slow, fast in zip(arrays, arrays, strict=True):
-            assert slow is not None
-            assert fast is not None
-            yield slow.nbytes + fast.nbytes
-
-    return [read()]
+    return [read(0), read(1)]
 
 
 def webdataset(folder: Path, decode: bool) -> Passes:
@@ -186,10 +172,7 @@ READERS: dict[str, Callable[[Path], Passes]] = {
     "memcpy": memcpy,
     "preadv": preadv,
     "ours": ours,
-    "ours never checked": lambda folder: ours(folder, check="never"),
-    "ours always checked": lambda folder: ours(folder, check="always"),
-    "ours new arrays": lambda folder: ours(folder, check="never", reuse=False),
-    "ours read_many": ours_threads,
+    "ours new arrays": lambda folder: ours(folder, reuse=False),
     "ours blosc": lambda folder: ours(folder, codec="blosc"),
     "ours int8": lambda folder: ours(folder, codec="int8"),
     "webdataset raw": lambda folder: webdataset(folder, decode=False),

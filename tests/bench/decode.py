@@ -27,6 +27,7 @@ from model.tower.pixels import Pixels
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import read_clip, scan_source
 from preprocess.decode.read_decord import decord_trouble
+from preprocess.decode.request import ReadRequest
 from shards.format.features import Sampling
 
 COUNTS = (16, 32, 64)
@@ -111,7 +112,7 @@ def opencv(path: Path, index: list[int], seek: bool) -> np.ndarray:
 
 def ours(child: DecodeChild | None, path: Path, index: list[int]) -> np.ndarray:
     read = child.read_clip if child else read_clip
-    clip = read(path, Sampling(num_frames=len(index)), pixels=PIXELS)
+    clip = read(ReadRequest(path, Sampling(num_frames=len(index)), pixels=PIXELS))
     assert clip.frame_index.tolist() == index
     return clip.frames
 
@@ -220,13 +221,13 @@ def two_workers(paths: list[Path]) -> float:
 
     def read(path: Path) -> None:
         child = idle.pop()
-        child.read_clip(path, Sampling(num_frames=16), pixels=PIXELS)
+        child.read_clip(ReadRequest(path, Sampling(num_frames=16), pixels=PIXELS))
         idle.append(child)
 
     walls: dict[int, list[float]] = {1: [], 2: []}
     with DecodeChild() as one, DecodeChild() as other:
         for child in (one, other):
-            child.read_clip(paths[0], Sampling(num_frames=1))  # starts it
+            child.read_clip(ReadRequest(paths[0], Sampling(num_frames=1)))  # starts it
         idle += one, other
         for count in (1, 2) * ROUNDS:
             began = time.perf_counter()

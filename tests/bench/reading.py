@@ -22,12 +22,16 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from shards.format.catalogue import Columns, build_columns, checksums, write_columns
+from shards.format.catalogue import Columns, write_columns
 from shards.format.codec import Codec, channel_rms
+from shards.format.commits import shard_path
 from shards.format.features import FeatureConfig, Sampling
+from shards.format.manifest import Manifest, TowerFacts
+from shards.format.plan import ClipSource, Plan
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
-from shards.signed import Json, digest, signed_json
+from shards.signed import digest, signed_json
+from shards.write.finish import finish
 from shards.write.shard import ShardWriter
 from tests.bench._readers import READERS
 
@@ -55,6 +59,7 @@ CONFIG = FeatureConfig(
     strides=(4, 8),
     pool="average",
 )
+TOWER = TowerFacts("none", 1152)
 
 
 def run() -> list[dict[str, object]]:
@@ -184,33 +189,24 @@ def draw() -> list[dict[int, np.ndarray]]:
 
 def write_bank(out: Path, codec: str, tensors: list[dict[int, np.ndarray]], number: int) -> None:
     scales = {s: channel_rms(arrays[s] for arrays in tensors) for s in (4, 8)}
-    how = Codec(codec, "float16", scales if codec == "int8" else {})
-    commits = []
-    for unit, first in enumerate(range(0, number, SHARD)):
-        path = out / "shards" / f"bank-{unit:06d}.tar"
-        with ShardWriter(path, unit, CONFIG.fingerprint, how) as writer:
-            for row in range(first, min(first + SHARD, number)):
-                id_ = f"clip-{row:06d}.mp4"
-                writer.write(sample_key(id_), meta(id_), tensors[row % DISTINCT])
-            commits.append(writer.commit())
+    channel_scale = scales if codec == "int8" else {}
     config = replace(CONFIG, codec=codec)
-    columns = build_columns(out / "shards", commits, CONFIG.strides)
-    write_columns(out / "index.zarr", columns)
-    shards = [{"name": c["shard"], "nbytes": c["nbytes"], "sha256": c["sha256"]} for c in commits]
-    calibration = {str(s): scale.tolist() for s, scale in how.channel_scale.items()} or None
-    write_manifest(out, config, columns, shards=shards, calibration=calibration)
-
-
-def write_manifest(out: Path, config: FeatureConfig, columns: Columns, **facts: object) -> None:
-    manifest: Json = {
-        "format_version": config.format_version,
-        "features": config.to_json(),
-        "fingerprint": config.fingerprint,
-        "clips": len(columns["shard"]),
-        "frames": len(columns["timestamps"]),
-        "catalogue": checksums(columns),
-    }
-    (out / "bank.json").write_bytes(signed_json(manifest | facts))
+    units = []
+    for unit, first in enumerate(range(0, number, SHARD)):
+        rows = range(first, min(first + SHARD, number))
+        ids = [f"clip-{row:06d}.mp4" for row in rows]
+        with ShardWriter(
+            shard_path(out, unit),
+            unit,
+            config.fingerprint,
+            Codec(codec, "float16", channel_scale),
+        ) as writer:
+            for row, id_ in zip(rows, ids, strict=True):
+                writer.write(sample_key(id_), meta(id_), tensors[row % DISTINCT])
+            writer.commit()
+        units.append([ClipSource(id_, sample_key(id_), id_, id_) for id_ in ids])
+    calibration = {str(s): scale.tolist() for s, scale in channel_scale.items()} or None
+    finish(out, Plan(config, units, calibration=calibration), TOWER)
 
 
 def meta(id_: str) -> SampleMeta:
@@ -246,7 +242,8 @@ def catalogue_rates(folder: Path, rows: int = 1_000_000) -> list[dict[str, objec
     out.mkdir()
     columns = synthetic(ids)
     write_columns(out / "index.zarr", columns)
-    write_manifest(out, CONFIG, columns, shards=[], calibration=None)
+    manifest = Manifest.of(Plan(CONFIG, []), [], columns, TOWER)
+    (out / "bank.json").write_bytes(signed_json(manifest.to_json()))
     opening = []
     for _ in range(ROUNDS):
         began = time.perf_counter()

@@ -28,8 +28,10 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from model.batch import Batch
 from model.tower.pixels import Pixels
 from model.tower.tower import Tower
+from model.tower_kinds import find_kind
 from model.vlm import VLM
 from preprocess.decode.child import DecodeChild
+from preprocess.decode.request import ReadRequest
 from preprocess.encode.run import EncodeOptions, encode
 from preprocess.toyworld import make_toyworld
 from shards.format.features import Sampling
@@ -157,7 +159,10 @@ def online_toy(toy: Path, bank: Path) -> Row:
     with DecodeChild() as child:
 
         def decode() -> list[np.ndarray]:
-            return [child.read_clip(v, sampling, pixels=tower.pixels).frames for v in videos]
+            return [
+                child.read_clip(ReadRequest(v, sampling, pixels=tower.pixels)).frames
+                for v in videos
+            ]
 
         frames = decode()
         seconds = medians(
@@ -185,7 +190,8 @@ def online_half_b(folder: Path) -> Row:
     )
     video = draw(folder / "drawn.mp4")
     with DecodeChild() as child:
-        read = lambda: child.read_clip(video, Sampling(num_frames=16), pixels=tower.pixels)  # noqa: E731
+        request = ReadRequest(video, Sampling(num_frames=16), pixels=tower.pixels)
+        read = lambda: child.read_clip(request)  # noqa: E731
         read()
         decode = medians({"decode": read}, rounds=2)["decode"]
     seconds = {
@@ -219,6 +225,7 @@ def so400m() -> Tower:
         width=config.hidden_size,
         model=model,
         device=CPU,
+        kind=find_kind("siglip_vision_model"),
     )
 
 

@@ -21,7 +21,8 @@ unit = st.floats(0, 1, width=32)
 
 def tokens_of(num_temporal: int, num_spatial: int) -> LapeTokens:
     first = (406, 406 + num_temporal, 406 + num_temporal + num_spatial)
-    return LapeTokens(first, (num_temporal, num_spatial, num_spatial), tuple(range(400, 406)))
+    counts = (num_temporal, num_spatial, num_spatial)
+    return LapeTokens(counts, first=first, placeholders=tuple(range(400, 406)))
 
 
 def make_lape(

@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from model.tower.pixels import OwnSize, Pixels
 from model.tower.qwen import patchify
 from model.tower.tower import Tower
+from model.tower_kinds import find_kind
 from shards.errors import UserError
 
 FRAME_SIZES = [(56, 56), (64, 65), (101, 57), (37, 203), (240, 426), (426, 240), (13, 333)]
@@ -42,6 +43,7 @@ def tower_of(processor: Any) -> Tower:
         width=0,
         model=torch.nn.Identity(),
         device=torch.device("cpu"),
+        kind=find_kind("qwen2_vl"),
         frames_per_unit=2,
     )
 

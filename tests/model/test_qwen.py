@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.vision_utils import get_vision_window_index
 
-from model.tower.qwen import part_of, patch_order, patchify
+from model.tower.qwen import patch_order, patchify
 from model.tower.tower import Tower
 from shards.errors import UserError
 
@@ -150,7 +150,10 @@ def test_half_precision_is_that_of_transformers(folders: dict[str, Path], kind: 
     """Weights are cast, the frequencies of the rotary positions are not."""
     tower = Tower.load(str(folders[kind]), layer=-1, dtype="bfloat16")
     theirs = type(tower.model).from_pretrained(
-        folders[kind], dtype=torch.bfloat16, **part_of(AutoConfig.from_pretrained(folders[kind]))
+        folders[kind],
+        config=AutoConfig.from_pretrained(folders[kind]).vision_config,
+        key_mapping={r"^(model\.)?visual\.": ""},
+        dtype=torch.bfloat16,
     )
     frames = frames_of(7, 32, 48, 2)
     patches = patchify(tower.normalise(frames), 2, PATCH, 2)

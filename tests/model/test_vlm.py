@@ -249,7 +249,7 @@ def test_without_lape_the_language_loss_is_that_of_transformers_on_all_logits(
     tied: bool,
     head_rows: int,
 ) -> None:
-    monkeypatch.setattr("model.vlm.HEAD_ROWS", head_rows)
+    monkeypatch.setattr("model.lape.head.HEAD_ROWS", head_rows)
     model = make_model(make_llm(tied=tied), enable_lape=False, loss_weight=0)
     batch = make_batch(model, ([make_clip()], QUESTION, ANSWER), ([], *SHORT))
     labels = torch.full_like(batch.input_ids, -100).flatten()
@@ -279,36 +279,12 @@ def test_the_language_loss_in_chunks_is_that_in_one(
     batch = make_batch(model, ([make_clip()], QUESTION, ANSWER), ([], *SHORT))
     whole = model(batch)
     expected = gradients(model, whole["ce"])
-    monkeypatch.setattr("model.vlm.HEAD_ROWS", 5)
+    monkeypatch.setattr("model.lape.head.HEAD_ROWS", 5)
     assert len(batch.labels) % 5, "the last chunk should be a short one"
     chunked = model(batch)
     for name in ("ce", "coordinate_ce"):
         assert chunked[name].item() == pytest.approx(whole[name].item(), rel=1e-6)
     assert_same_gradients(expected, gradients(model, chunked["ce"]))
-
-
-@pytest.mark.parametrize("enable_lape", [True, False])
-def test_only_supervised_rows_pass_through_the_head(
-    make_model: Model,
-    make_clip: Clip,
-    make_batch: Batches,
-    monkeypatch: pytest.MonkeyPatch,
-    enable_lape: bool,
-) -> None:
-    model = make_model(enable_lape=enable_lape)
-    batch = make_batch(model, ([make_clip()], QUESTION, ANSWER), ([], *SHORT))
-    rows: list[int] = []
-    head = model.llm.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    model(batch)
-    assert rows == [len(batch.labels)]
-    monkeypatch.setattr("model.vlm.HEAD_ROWS", 4)
-    rows.clear()
-    out = model(batch)
-    assert sum(rows) == len(batch.labels)
-    assert max(rows) <= 4
-    out["ce"].backward()
-    assert sum(rows) == 2 * len(batch.labels)  # each chunk once more
 
 
 def test_lape_off_leaves_tokenizer_and_logits_as_they_are(

@@ -209,7 +209,7 @@ def test_a_bad_video_in_an_archive_is_quarantined_by_its_name_there(
     archive = pack(tmp_path / "v.tar.gz", folder)
     summary = encode([str(archive)], tmp_path / "bank", toy_options)
     (entry,) = summary.failures
-    assert (entry["id"], entry["path"]) == ("sub/bad.mp4", str(archive))
-    assert entry["message"].startswith(f"{archive}: sub/bad.mp4: ")
-    assert "/proc/" not in entry["message"]
+    assert (entry.id, entry.path) == ("sub/bad.mp4", str(archive))
+    assert entry.message.startswith(f"{archive}: sub/bad.mp4: ")
+    assert "/proc/" not in entry.message
     assert summary.clips == 3

@@ -15,6 +15,7 @@ import pytest
 
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import Clip
+from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError, scan
 from shards.format.features import Sampling
 
@@ -114,7 +115,7 @@ def run_cases(cases: range, folder: Path) -> Counter[str]:
             path = folder / f"{case}{original.suffix}"
             path.write_bytes(damaged(original.read_bytes(), random))
             try:
-                clip = child.read_clip(path, TWELVE)
+                clip = child.read_clip(ReadRequest(path, TWELVE))
             except VideoError as error:
                 outcomes[error.reason] += 1
                 if error.reason not in REASONS:

@@ -3,6 +3,7 @@
 pytest tests/preprocess/test_pictures.py
 """
 
+import struct
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ from PIL import Image
 
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import read_clip
+from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from preprocess.sources.find import find_clips
 from shards.errors import UserError
@@ -37,7 +39,7 @@ def shown(frames: np.ndarray) -> list[int]:
 
 def test_a_folder_is_its_pictures_in_natural_order_at_two_a_second(tmp_path: Path) -> None:
     values = [k * 20 for k in range(12)]  # frame10 comes after frame9, not after frame1
-    clip = read_clip(folder_of(tmp_path / "clip", values), ALL)
+    clip = read_clip(ReadRequest(folder_of(tmp_path / "clip", values), ALL))
     assert shown(clip.frames) == values
     assert clip.timestamps.tolist() == [k / 2 for k in range(12)]
     assert (clip.start, clip.end, clip.fps, clip.frame_count) == (0.0, 6.0, 2.0, 12)
@@ -46,11 +48,13 @@ def test_a_folder_is_its_pictures_in_natural_order_at_two_a_second(tmp_path: Pat
 
 def test_sampling_and_parts_hold_for_a_folder_of_pictures(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "clip", [k * 10 for k in range(20)])
-    assert shown(read_clip(folder, Sampling(num_frames=5)).frames) == [0, 40, 90, 140, 190]
-    assert shown(read_clip(folder, Sampling(fps="1")).frames) == [k * 20 for k in range(10)]
-    part = read_clip(folder, ALL, start=1.0, end=3.0)
+    five = read_clip(ReadRequest(folder, Sampling(num_frames=5)))
+    assert shown(five.frames) == [0, 40, 90, 140, 190]
+    each_second = read_clip(ReadRequest(folder, Sampling(fps="1")))
+    assert shown(each_second.frames) == [k * 20 for k in range(10)]
+    part = read_clip(ReadRequest(folder, ALL, start=1.0, end=3.0))
     assert part.frame_index.tolist() == [2, 3, 4, 5]
-    faster = read_clip(folder, Sampling(fps="1"), picture_fps="5")
+    faster = read_clip(ReadRequest(folder, Sampling(fps="1"), picture_fps="5"))
     assert (shown(faster.frames), faster.end) == ([0, 50, 100, 150], 4.0)
 
 
@@ -58,7 +62,7 @@ def test_other_files_and_hidden_files_of_a_folder_are_no_frames(tmp_path: Path) 
     folder = folder_of(tmp_path / "clip", [10, 20])
     (folder / ".frame5.png").write_bytes(b"")
     (folder / "notes.txt").write_text("notes")
-    assert shown(read_clip(folder, ALL).frames) == [10, 20]
+    assert shown(read_clip(ReadRequest(folder, ALL)).frames) == [10, 20]
 
 
 @pytest.mark.parametrize("suffix", ["webp", "gif", "png"])
@@ -68,7 +72,7 @@ def test_an_animation_keeps_the_duration_of_each_frame(tmp_path: Path, suffix: s
     path = tmp_path / f"a.{suffix}"
     options = {"lossless": True} if suffix == "webp" else {}
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, **options)
-    clip = read_clip(path, ALL)
+    clip = read_clip(ReadRequest(path, ALL))
     assert shown(clip.frames) == values
     assert clip.timestamps == pytest.approx(np.cumsum([0, *durations[:-1]]) / 1000, abs=1e-9)
     assert clip.end == pytest.approx(sum(durations) / 1000)
@@ -82,9 +86,10 @@ def test_a_gif_cut_off_is_refused_as_truncated(tmp_path: Path) -> None:
     raw = (tmp_path / "a.gif").read_bytes()
     (tmp_path / "cut.gif").write_bytes(raw[: len(raw) // 2])
     with pytest.raises(VideoError, match=r"cut\.gif") as error:
-        read_clip(tmp_path / "cut.gif", ALL)
+        read_clip(ReadRequest(tmp_path / "cut.gif", ALL))
     assert error.value.reason == "truncated"
-    assert "truncated" in read_clip(tmp_path / "cut.gif", ALL, allow_truncated=True).flags
+    cut = read_clip(ReadRequest(tmp_path / "cut.gif", ALL, allow_truncated=True))
+    assert "truncated" in cut.flags
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
@@ -94,7 +99,7 @@ def test_a_still_picture_is_a_clip_of_one_frame_and_no_duration(
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(grey(120)).save(path)
     for sampling in (ALL, Sampling(fps="1", max_frames=64), Sampling(num_frames=1)):
-        clip = read_clip(path, sampling)
+        clip = read_clip(ReadRequest(path, sampling))
         assert abs(shown(clip.frames)[0] - 120) <= 1
         assert (clip.start, clip.end, clip.frame_count, clip.fps) == (0.0, 0.0, 1, 0.0)
         assert (clip.timestamps.tolist(), clip.flags) == ([0.0], ("still",))
@@ -106,7 +111,7 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     Image.fromarray(picture).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    clip = read_clip(tmp_path / "a.jpg", ALL)
+    clip = read_clip(ReadRequest(tmp_path / "a.jpg", ALL))
     assert clip.display_size == (30, 20)
     assert clip.frames[0, :8].mean() > 250
     assert clip.frames[0, 12:].mean() < 5
@@ -131,11 +136,11 @@ def test_a_bad_picture_is_refused_by_name_in_the_child(
     spoil(folder)
     with DecodeChild() as child:
         with pytest.raises(VideoError, match="clip") as error:
-            child.read_clip(folder, ALL)
+            child.read_clip(ReadRequest(folder, ALL))
         assert error.value.reason == (reason or "cannot-open")
         assert "\n" not in str(error.value)
         good = folder_of(tmp_path / "good", [5, 6])
-        assert shown(child.read_clip(good, ALL, picture_fps="4").frames) == [5, 6]
+        assert shown(child.read_clip(ReadRequest(good, ALL, picture_fps="4")).frames) == [5, 6]
 
 
 def test_a_recursive_folder_takes_folders_of_nothing_but_pictures(tmp_path: Path) -> None:
@@ -185,10 +190,21 @@ def test_a_gif_gives_the_pictures_that_pillow_sees(tmp_path: Path) -> None:
         picture[:6, : 4 * k + 1] = 200
         images.append(Image.fromarray(picture))
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=40)
-    clip = read_clip(tmp_path / "a.gif", ALL)
+    clip = read_clip(ReadRequest(tmp_path / "a.gif", ALL))
     with Image.open(tmp_path / "a.gif") as image:
         for place, frame in enumerate(clip.frames):
             image.seek(place)
             assert np.array_equal(frame, np.asarray(image.convert("RGB")))
     with av.open(str(tmp_path / "a.gif")) as container:
         assert len(list(container.decode(video=0))) == len(clip.frames) == 5
+
+
+def test_a_damaged_tiff_of_which_pillow_raises_a_type_error_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    page = Image.fromarray(np.zeros((4, 5, 3), np.uint8))
+    page.save(path, save_all=True, append_images=[page])
+    before, _, after = path.read_bytes().rpartition(struct.pack("<HH", 256, 4))
+    path.write_bytes(before + struct.pack("<HH", 9999, 4) + after)  # no width on page two
+    with pytest.raises(VideoError, match=r"a\.tif: not a readable picture") as error:
+        read_clip(ReadRequest(path, ALL))
+    assert error.value.reason == "cannot-open"

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,16 +17,19 @@ from click.testing import CliRunner, Result
 from preprocess.cli.main import main
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import Clip
+from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.retry import retry
 from preprocess.encode.run import encode
-from preprocess.toyworld import save_tower
+from preprocess.toy_models import save_tower
 from shards.errors import UserError
 from shards.format.features import Sampling
 from shards.format.plan import ClipSource, read_plan, write_plan
 from shards.format.quarantine import (
+    QuarantineEntry,
+    Reason,
     append_entry,
     quarantine_path,
     read_entries,
@@ -35,7 +38,7 @@ from shards.format.quarantine import (
 )
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
-from shards.write.lock import BankLock
+from shards.write.lock import bank_lock
 
 
 @pytest.fixture
@@ -65,12 +68,12 @@ def command(*words: object) -> Result:
 
 def test_an_entry_tells_all_that_is_known(bank: Path, videos: Path) -> None:
     entry = read_entries(bank)["bad.mp4"]
-    assert set(entry) == {
+    assert set(asdict(entry)) == {
         *("id", "key", "path", "stage", "reason", "message", "attempts", "seconds"),
     }
-    assert (entry["key"], entry["path"]) == (sample_key("bad.mp4"), str(videos / "bad.mp4"))
-    assert (entry["stage"], entry["reason"], entry["attempts"]) == ("decode", "cannot-open", 1)
-    assert 0 <= entry["seconds"] < 60
+    assert (entry.key, entry.path) == (sample_key("bad.mp4"), str(videos / "bad.mp4"))
+    assert (entry.stage, entry.reason, entry.attempts) == ("decode", "cannot-open", 1)
+    assert 0 <= entry.seconds < 60
 
 
 def test_a_mended_video_joins_the_bank_and_the_other_counts_another_attempt(
@@ -86,7 +89,7 @@ def test_a_mended_video_joins_the_bank_and_the_other_counts_another_attempt(
     assert {name: after[name] for name in before} == before
     assert "bank-000001.tar" in after
     (entry,) = read_quarantine(bank)
-    assert (entry["id"], entry["attempts"]) == ("bad.mp4", 2)
+    assert (entry.id, entry.attempts) == ("bad.mp4", 2)
     opened, whole = Bank.open(bank), Bank.open(toy_bank)
     assert set(opened.ids) == {f"clip-0000{k}.mp4" for k in range(3)}
     mended = opened.read(opened.row("clip-00002.mp4"), 4)
@@ -98,7 +101,7 @@ def test_a_retry_in_which_all_fail_adds_nothing_but_attempts(bank: Path) -> None
     plan, manifest = read_plan(bank), (bank / "bank.json").read_bytes()
     for attempts in (2, 3):
         assert len(retry(bank).failures) == 2
-        assert {entry["attempts"] for entry in read_quarantine(bank)} == {attempts}
+        assert {entry.attempts for entry in read_quarantine(bank)} == {attempts}
         assert len(read_quarantine(bank)) == 2
     assert {path.name: path.read_bytes() for path in (bank / "shards").iterdir()} == before
     assert read_plan(bank) == plan
@@ -145,7 +148,7 @@ def test_a_retry_cut_off_after_its_commit_leaves_no_double(
     quarantine_path(bank).write_bytes(old[0])  # as if killed just after .done
     (bank / "bank.json").write_bytes(old[1])
     encode([str(videos)], bank, toy_options)
-    assert [entry["id"] for entry in read_quarantine(bank)] == ["bad.mp4"]
+    assert [entry.id for entry in read_quarantine(bank)] == ["bad.mp4"]
     assert sorted(Bank.open(bank).ids) == [f"clip-0000{k}.mp4" for k in range(3)]
 
 
@@ -205,7 +208,7 @@ def test_a_truncated_video_is_banked_on_demand_and_its_flags_say_so(
     bank = tmp_path / "bank"
     words = ["encode", tmp_path / "v.mkv", "--out", bank, "--tower", toy / "tower", "--frames", 4]
     assert command(*words, "--device", "cpu").exit_code == 1
-    assert read_entries(bank)["v.mkv"]["reason"] == "truncated"
+    assert read_entries(bank)["v.mkv"].reason == "truncated"
     result = command("retry", bank, "--allow-truncated", "--device", "cpu")
     assert result.exit_code == 0, result.output
     (tar,) = [p for p in (bank / "shards").glob("*.tar") if b"frame_count" in p.read_bytes()]
@@ -218,8 +221,9 @@ def test_a_truncated_video_is_banked_on_demand_and_its_flags_say_so(
 # --- the file ---
 
 
-def entry(id_: str, attempts: int = 1) -> dict[str, object]:
-    return {"id": id_, "key": sample_key(id_), "reason": "damaged", "attempts": attempts}
+def entry(id_: str, attempts: int = 1) -> QuarantineEntry:
+    key, path = sample_key(id_), f"/videos/{id_}"
+    return QuarantineEntry(id_, key, path, "decode", Reason.DAMAGED, "damaged", attempts, 0.5)
 
 
 def test_a_last_line_cut_by_a_power_loss_is_no_entry(tmp_path: Path) -> None:
@@ -231,14 +235,14 @@ def test_a_last_line_cut_by_a_power_loss_is_no_entry(tmp_path: Path) -> None:
         assert list(read_entries(tmp_path)) == ["a"]
     settle(tmp_path, [])
     append_entry(tmp_path, entry("c"))
-    assert [line["id"] for line in read_quarantine(tmp_path)] == ["a", "c"]
+    assert [line.id for line in read_quarantine(tmp_path)] == ["a", "c"]
 
 
 def test_an_entry_after_a_torn_line_does_not_join_it(tmp_path: Path) -> None:
     quarantine_path(tmp_path).write_bytes(b'{"id": "a", "reas')
     append_entry(tmp_path, entry("b"))
     assert list(read_entries(tmp_path)) == ["b"]
-    assert [line["id"] for line in read_quarantine(tmp_path)] == ["b"]
+    assert [line.id for line in read_quarantine(tmp_path)] == ["b"]
 
 
 def test_a_spoilt_line_elsewhere_is_refused_with_its_number(tmp_path: Path) -> None:
@@ -253,7 +257,7 @@ def test_settling_keeps_the_last_entry_of_each_clip_that_is_not_banked(tmp_path:
     for id_, attempts in (("a", 1), ("b", 1), ("a", 2), ("c", 1)):
         append_entry(tmp_path, entry(id_, attempts))
     settle(tmp_path, [sample_key("b")])
-    assert [(e["id"], e["attempts"]) for e in read_quarantine(tmp_path)] == [("a", 2), ("c", 1)]
+    assert [(e.id, e.attempts) for e in read_quarantine(tmp_path)] == [("a", 2), ("c", 1)]
     settle(tmp_path, [sample_key("a"), sample_key("c")])
     assert not quarantine_path(tmp_path).exists()
 
@@ -271,7 +275,7 @@ def test_several_writers_lose_no_line_of_each_other(tmp_path: Path) -> None:
 
 
 def test_a_bank_that_is_being_written_is_not_retried(bank: Path) -> None:
-    with BankLock(bank, "preprocess encode"):
+    with bank_lock(bank, "preprocess encode"):
         result = command("retry", bank, "--device", "cpu")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
@@ -293,12 +297,12 @@ class KilledAtFirst(DecodeChild):
         super().__init__()
         self.times = times
 
-    def _ask(self, path: Path, request: dict[str, object]) -> dict[str, object]:
+    def receive(self) -> dict[str, object]:
         if self.times:
             self.times -= 1
             assert self.pid
             os.kill(self.pid, signal.SIGKILL)
-        return super()._ask(path, request)
+        return super().receive()
 
 
 @pytest.mark.parametrize(
@@ -309,16 +313,18 @@ def test_a_crash_is_tried_once_more_in_a_fresh_child(
 ) -> None:
     source = clip_source(toy / "videos" / "test" / "clip-00000.mp4")
     with SourceReader(KilledAtFirst(kills), tmp_path) as reader:
-        outcome = reader.read(source, Sampling(num_frames=2))
+        request = ReadRequest(Path(source.path), Sampling(num_frames=2))
+        outcome = reader.read(source, request)
         assert (isinstance(outcome.clip, Clip), outcome.attempts) == (comes, attempts)
         assert comes or (outcome.error and outcome.error.reason == "decoder-crashed")
-        assert reader.read(source, Sampling(num_frames=2)).clip
+        assert reader.read(source, request).clip
 
 
 def test_a_bad_file_is_tried_once(tmp_path: Path) -> None:
     (tmp_path / "bad.mp4").write_bytes(b"")
     with SourceReader(DecodeChild(), tmp_path) as reader:
-        outcome = reader.read(clip_source(tmp_path / "bad.mp4"), Sampling(num_frames=2))
+        bad = clip_source(tmp_path / "bad.mp4")
+        outcome = reader.read(bad, ReadRequest(Path(bad.path), Sampling(num_frames=2)))
     assert outcome.attempts == 1
     assert isinstance(outcome.error, VideoError)
     assert json.dumps(outcome.error.args)

@@ -14,13 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from model.grid import cell_spans, num_cells
 from preprocess.cli.main import main
 from preprocess.decode.clip import read_clip
+from preprocess.decode.request import ReadRequest
 from preprocess.show.picture import (
     PAPER,
     Layout,
-    cell_edges,
     cells_tile,
     colours,
     page,
@@ -28,7 +27,7 @@ from preprocess.show.picture import (
     title,
 )
 from preprocess.show.table import find, read_meta, table
-from shards.format.features import POOL_MODES, FeatureConfig, Sampling
+from shards.format.features import FeatureConfig, Sampling
 from shards.format.plan import read_plan, write_plan
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
@@ -68,7 +67,7 @@ def test_the_table_tells_what_the_bank_holds(
     assert told["sampling"] == "8 frames of each clip, uniformly"
     assert told["dtype"] == "float16, tower ran in float32, codec none"
     assert (told["pool"], told["clips"], told["frames"]) == ("average", "3", "25")
-    assert told["bytes"] == f"{in_bytes(bank.manifest['nbytes'])}, shards 2"
+    assert told["bytes"] == f"{in_bytes(bank.manifest.nbytes)}, shards 2"
     assert told["stride 4"] == "2x2 cells, 1.0 kB"  # 25 frames x 4 cells x 5 values x 2 bytes
     assert told["stride 8"] == "1x1 cells, 250 B"
     assert told["durations"] == "0.12 s shortest, 0.50 s median, 2.50 s longest"
@@ -233,14 +232,6 @@ def test_bfloat16_has_the_colours_of_its_values() -> None:
 # Geometry
 
 
-@pytest.mark.parametrize("pool", POOL_MODES)
-@pytest.mark.parametrize(("patches", "stride"), [(8, 4), (27, 4), (7, 3), (5, 5), (1, 1)])
-def test_cells_lie_where_pooling_took_them_from(patches: int, stride: int, pool: str) -> None:
-    spans = cell_spans(patches, stride, pool).numpy()
-    edges = cell_edges(num_cells(patches, stride, pool), patches, stride, pool)
-    np.testing.assert_allclose(edges, [*spans[:, 0], spans[-1, 1]])
-
-
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 64, 300])
 @pytest.mark.parametrize("shape", [(720, 1280), (1280, 720), (64, 64), (10, 2000), (2000, 10)])
 def test_tiles_keep_the_aspect_lie_on_the_page_and_never_overlap(
@@ -338,7 +329,7 @@ def test_the_frames_are_those_of_the_video(toy: Path, toy_bank: Path, tmp_path: 
     result = show(toy_bank, sample_key(CLIP), "--out", out)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{out}\n"
-    clip = read_clip(toy / "videos" / CLIP, Sampling(num_frames=8))
+    clip = read_clip(ReadRequest(toy / "videos" / CLIP, Sampling(num_frames=8)))
     layout = Layout.of(8, 3, *clip.display_size)
     image = np.array(Image.open(out)).astype(int)
     seen = []

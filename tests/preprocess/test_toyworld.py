@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from preprocess import toyworld
-from preprocess.toyworld import COLOURS, FPS, SIZE, make_toyworld
+from preprocess.toy_models import SIZE
+from preprocess.toyworld import COLOURS, FPS, make_toyworld
 from shards.errors import UserError
 
 TASKS = {"span", "point", "box", "seen", "first", "count"}

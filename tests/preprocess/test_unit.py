@@ -112,7 +112,7 @@ def test_what_is_left_of_a_unit_of_other_clips_is_not_used(
     arrays = {stride: np.zeros((1, 1, 1, 64), np.float16) for stride in (4, 8)}
     meta: SampleMeta = make_meta("other", arrays)
     with ShardWriter(path, 0, feature_config(tower, toy_options).fingerprint) as writer:
-        writer.write("other", meta, arrays, {"underflowed": 0})
+        writer.write("other", meta, arrays)
     assert encode_one(tmp_path / "bank", tower, toy_options, clips) == clean
 
 
@@ -155,10 +155,10 @@ def test_features_that_cannot_be_stored_name_clip_frame_and_stride(
     record = encode_one(tmp_path, tower, toy_options, clips)
     assert [sample["key"] for sample in record["samples"]] == [clips[0].key, clips[2].key]
     (entry,) = read_quarantine(tmp_path)
-    assert (entry["stage"], entry["reason"]) == ("tower", "not-representable")
-    assert entry["message"].startswith(f"{clips[1].path}: frame 5, stride 4: ")
-    assert said in entry["message"]
-    assert "\n" not in entry["message"]
+    assert (entry.stage, entry.reason) == ("tower", "not-representable")
+    assert entry.message.startswith(f"{clips[1].path}: frame 5, stride 4: ")
+    assert said in entry.message
+    assert "\n" not in entry.message
 
 
 def test_clips_are_encoded_as_they_were_calibrated(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from preprocess.decode import child as decode_child
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import Clip, VideoError, read_clip, sample_indices, scan
+from preprocess.decode.request import ReadRequest
 from shards.format.features import Sampling
 
 CLIPS = os.environ.get("FRAMEBANK_CLIPS")
@@ -187,13 +188,13 @@ def test_sampling_is_the_rule_of_the_documentation(
 
 
 def test_frame_on_a_sampled_instant_is_the_one_taken(video: Path) -> None:
-    clip = read_clip(video, Sampling(fps="5"))
+    clip = read_clip(ReadRequest(video, Sampling(fps="5")))
     assert numbers(clip) == clip.frame_index.tolist() == list(range(0, 100, 5))
 
 
 def test_instants_of_a_part_count_from_its_start(video: Path) -> None:
     # 2.4 + 0.2 is not 2.6 in floats; the frame at 2.6 s is still the one of the second instant
-    clip = read_clip(video, Sampling(fps="5", max_frames=64), start=2.4, end=3.4)
+    clip = read_clip(ReadRequest(video, Sampling(fps="5", max_frames=64), start=2.4, end=3.4))
     assert numbers(clip) == clip.frame_index.tolist() == [60, 65, 70, 75, 80]
     assert (clip.start, clip.end, clip.frame_count) == (2.4, 3.4, 25)
 
@@ -217,9 +218,9 @@ def test_each_frame_is_the_one_of_its_index(
     for sampling in (EIGHT, Sampling(num_frames=1), Sampling(fps="3", max_frames=64), ALL):
         if part[0] == 3.98:
             with pytest.raises(VideoError, match="correct the part"):
-                read_clip(video, sampling, start=part[0], decoder=decoder)
+                read_clip(ReadRequest(video, sampling, start=part[0], decoder=decoder))
             continue
-        clip = read_clip(video, sampling, start=part[0], end=part[1], decoder=decoder)
+        clip = read_clip(ReadRequest(video, sampling, start=part[0], end=part[1], decoder=decoder))
         assert numbers(clip) == clip.frame_index.tolist()
         assert np.array_equal(clip.timestamps, clip.frame_index / 25)
         assert clip.decoder == reader
@@ -228,25 +229,25 @@ def test_each_frame_is_the_one_of_its_index(
 
 
 def test_part_keeps_frames_from_start_up_to_but_without_end(video: Path) -> None:
-    clip = read_clip(video, ALL, start=1.0, end=2.0)
+    clip = read_clip(ReadRequest(video, ALL, start=1.0, end=2.0))
     assert clip.frame_index.tolist() == list(range(25, 50))
-    late = read_clip(video, ALL, start=3.0, end=99.0)
+    late = read_clip(ReadRequest(video, ALL, start=3.0, end=99.0))
     assert (late.frame_index[-1], late.end) == (99, 4.0)
 
 
 def test_times_of_a_variable_rate_are_those_of_the_frames(tmp_path: Path) -> None:
     ticks = [7, 8, 9, 20, 45, 46, 80, 81, 82, 120]
-    clip = read_clip(write_video(tmp_path / "v.mkv", ticks, options=BFRAMES), ALL)
+    clip = read_clip(ReadRequest(write_video(tmp_path / "v.mkv", ticks, options=BFRAMES), ALL))
     assert numbers(clip) == list(range(10))
     assert np.abs(clip.timestamps - (np.array(ticks) - 7) / 25).max() < 1e-3  # Matroska: ms
 
 
 def test_decord_and_pyav_give_equal_pictures_turned_alike(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", list(range(10)), rotation=90)
-    clip = read_clip(path, ALL, decoder="pyav")
+    clip = read_clip(ReadRequest(path, ALL, decoder="pyav"))
     assert clip.display_size == (128, 64)
     assert [number_in(np.rot90(frame, -1)) for frame in clip.frames] == list(range(10))
-    assert np.array_equal(clip.frames, read_clip(path, ALL).frames)
+    assert np.array_equal(clip.frames, read_clip(ReadRequest(path, ALL)).frames)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_files_without_true_pts_or_index_are_read_from_the_start(
 ) -> None:
     options = BFRAMES if codec == "libx264" else {"bf": "2", "g": "12"}
     path = write_video(tmp_path / name, list(range(60)), codec, options=options, **kwargs)
-    clip = read_clip(path, EIGHT)
+    clip = read_clip(ReadRequest(path, EIGHT))
     assert clip.decoder == "pyav-scan"
     assert flag in clip.flags
     assert clip.frame_count == 60
@@ -274,33 +275,33 @@ def test_files_without_true_pts_or_index_are_read_from_the_start(
 def test_mpeg4_avi_and_open_gop_each_get_the_reader_that_is_right(tmp_path: Path) -> None:
     avi = write_video(tmp_path / "a.avi", list(range(50)), "mpeg4")
     assert scan(avi).flags == ()
-    assert numbers(read_clip(avi, EIGHT)) == [k * 49 // 7 for k in range(8)]
+    assert numbers(read_clip(ReadRequest(avi, EIGHT))) == [k * 49 // 7 for k in range(8)]
     options = {"x264-params": "open-gop=1:keyint=10:min-keyint=10:bframes=3:b-adapt=0:scenecut=0"}
     open_gop = write_video(tmp_path / "o.mp4", list(range(100)), options=options)
-    clip = read_clip(open_gop, ALL)
+    clip = read_clip(ReadRequest(open_gop, ALL))
     assert (clip.flags, clip.decoder) == (("key_order",), "pyav-scan")  # a seek makes errors
     assert numbers(clip) == list(range(100))
-    assert numbers(read_clip(open_gop, SIXTEEN)) == [k * 99 // 15 for k in range(16)]
+    assert numbers(read_clip(ReadRequest(open_gop, SIXTEEN))) == [k * 99 // 15 for k in range(16)]
 
 
 def test_one_frame_asked_for_sixteen_is_one_frame(tmp_path: Path) -> None:
-    clip = read_clip(write_video(tmp_path / "v.mp4", [0]), SIXTEEN)
+    clip = read_clip(ReadRequest(write_video(tmp_path / "v.mp4", [0]), SIXTEEN))
     assert clip.frames.shape == (1, 64, 128, 3)
     assert (clip.start, clip.end, clip.frame_count) == (0.0, 0.04, 1)
 
 
 def test_decord_missing_means_pyav(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preprocess.decode.clip._has_decord", lambda: False)
-    assert read_clip(video, EIGHT).decoder == "pyav-seek"
+    monkeypatch.setattr("preprocess.decode.clip.decord_trouble", lambda: "gone")
+    assert read_clip(ReadRequest(video, EIGHT)).decoder == "pyav-seek"
 
 
 def test_truncated_file_is_refused_unless_allowed(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mkv", list(range(200)), options={"bf": "0"})
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(VideoError, match=r"truncated, \d+ frames come of (19|20)\d ") as error:
-        read_clip(path, EIGHT)
+        read_clip(ReadRequest(path, EIGHT))
     assert error.value.reason == "truncated"
-    clip = read_clip(path, ALL, allow_truncated=True)
+    clip = read_clip(ReadRequest(path, ALL, allow_truncated=True))
     assert "truncated" in clip.flags
     assert numbers(clip) == list(range(clip.frame_count))
 
@@ -316,7 +317,7 @@ def test_unreadable_file_is_named_with_its_reason(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(VideoError, match=r"v\.mp4") as error:
-        read_clip(path, EIGHT)
+        read_clip(ReadRequest(path, EIGHT))
     assert error.value.reason == reason
     assert "\n" not in str(error.value)
 
@@ -371,7 +372,7 @@ def test_real_clip_gives_the_frames_of_a_full_decode(name: str) -> None:
         (EIGHT, last),
         (Sampling(fps="2", max_frames=8), None),
     ):
-        clip = read_clip(path, sampling, start=start)
+        clip = read_clip(ReadRequest(path, sampling, start=start))
         assert clip.display_size == size
         assert clip.decoder == reader or (not DECORD and reader == "decord")
         if start is None:
@@ -379,7 +380,7 @@ def test_real_clip_gives_the_frames_of_a_full_decode(name: str) -> None:
             assert clip.timestamps[0] == 0.0
         check_against(truth, clip)
     if count < 400 and reader == "decord":
-        check_against(truth, read_clip(path, Sampling(num_frames=5), decoder="pyav"))
+        check_against(truth, read_clip(ReadRequest(path, Sampling(num_frames=5), decoder="pyav")))
 
 
 @needs_clips
@@ -407,13 +408,13 @@ def test_broken_file_is_refused_or_flagged(name: str, reason: str, frames: int |
     path = real("edge") / name
     began = time.monotonic()
     with pytest.raises(VideoError, match=name) as error:
-        read_clip(path, SIXTEEN)
+        read_clip(ReadRequest(path, SIXTEEN))
     assert error.value.reason == reason
     if frames is None:
         assert time.monotonic() - began < 1
         return
     assert f" {frames} frames come of " in str(error.value)
-    clip = read_clip(path, SIXTEEN, allow_truncated=True)
+    clip = read_clip(ReadRequest(path, SIXTEEN, allow_truncated=True))
     assert reason in clip.flags
     assert clip.frame_count == frames
     check_against(decode_everything(path), clip)
@@ -442,13 +443,13 @@ def same(left: Clip, right: Clip) -> bool:
 
 def test_child_gives_what_read_clip_gives(child: DecodeChild, video: Path, tmp_path: Path) -> None:
     for sampling, start in ((EIGHT, None), (ALL, 1.5), (Sampling(fps="2"), None)):
-        clip = child.read_clip(video, sampling, start=start)
-        assert same(clip, read_clip(video, sampling, start=start))
+        clip = child.read_clip(ReadRequest(video, sampling, start=start))
+        assert same(clip, read_clip(ReadRequest(video, sampling, start=start)))
     with pytest.raises(VideoError, match=r"nowhere\.mp4: no such file") as error:
-        child.read_clip(tmp_path / "nowhere.mp4", EIGHT)
+        child.read_clip(ReadRequest(tmp_path / "nowhere.mp4", EIGHT))
     assert error.value.reason == "cannot-open"
     pid = child.pid
-    child.read_clip(video, EIGHT)
+    child.read_clip(ReadRequest(video, EIGHT))
     assert child.pid == pid
 
 
@@ -456,7 +457,7 @@ def test_child_gives_what_read_clip_gives(child: DecodeChild, video: Path, tmp_p
 def test_child_that_dies_in_a_clip_is_an_error_and_the_next_clip_is_served(
     child: DecodeChild, video: Path, how: signal.Signals
 ) -> None:
-    child.read_clip(video, EIGHT)
+    child.read_clip(ReadRequest(video, EIGHT))
     pid = child.pid
     assert pid
     os.kill(pid, signal.SIGSTOP)  # so that the clip is under way when the blow falls
@@ -465,31 +466,33 @@ def test_child_that_dies_in_a_clip_is_an_error_and_the_next_clip_is_served(
     blow.start()
     wake.start()
     with pytest.raises(VideoError, match=rf"v\.mp4.*{how.name}") as error:
-        child.read_clip(video, EIGHT)
+        child.read_clip(ReadRequest(video, EIGHT))
     wake.cancel()
     assert error.value.reason == "decoder-crashed"
     assert error.value.retryable
     assert not Path(f"/proc/{pid}").exists()
     began = time.monotonic()
-    assert numbers(child.read_clip(video, EIGHT)) == [k * 99 // 7 for k in range(8)]
+    assert numbers(child.read_clip(ReadRequest(video, EIGHT))) == [k * 99 // 7 for k in range(8)]
     assert time.monotonic() - began < 5  # 0.4 s on an idle machine
 
 
 def test_child_that_dies_between_clips_is_nobodys_error(child: DecodeChild, video: Path) -> None:
-    child.read_clip(video, EIGHT)
+    child.read_clip(ReadRequest(video, EIGHT))
     assert child.pid
     os.kill(child.pid, signal.SIGKILL)
     time.sleep(0.1)
-    child.read_clip(video, EIGHT)
+    child.read_clip(ReadRequest(video, EIGHT))
 
 
 def test_clip_beyond_its_deadline_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_child, "POLL_SECONDS", 0.0)
-    with DecodeChild(base_seconds=-1.0, seconds_per_pixel=0.0) as child:
+    monkeypatch.setattr("preprocess.decode.process.POLL_SECONDS", 0.0)
+    monkeypatch.setattr(DecodeChild, "base_seconds", -1.0)
+    monkeypatch.setattr(DecodeChild, "seconds_per_pixel", 0.0)
+    with DecodeChild() as child:
         # a limit below zero may also meet the child between two steps, when all its threads wait
         either = r"v\.mp4: (decoding had not ended|the decoder's threads wait for each other)"
         with pytest.raises(VideoError, match=either) as error:
-            child.read_clip(video, ALL)
+            child.read_clip(ReadRequest(video, ALL))
         assert error.value.reason == "timeout"
         assert child.pid is None
 
@@ -497,24 +500,27 @@ def test_clip_beyond_its_deadline_is_named(video: Path, monkeypatch: pytest.Monk
 def test_child_that_waits_without_working_is_a_retry(
     child: DecodeChild, video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child.read_clip(video, EIGHT)
+    child.read_clip(ReadRequest(video, EIGHT))
     assert child.pid
     os.kill(child.pid, signal.SIGSTOP)
-    monkeypatch.setattr(decode_child, "SCAN_SECONDS", 0.02)
+    monkeypatch.setattr(DecodeChild, "scan_seconds", 0.02)
     with pytest.raises(VideoError, match=r"v\.mp4") as error:
-        child.read_clip(video, EIGHT)
+        child.read_clip(ReadRequest(video, EIGHT))
     assert error.value.reason == "stalled"
     assert error.value.retryable
 
 
-def test_child_is_replaced_after_its_clips_and_leaves_nothing(video: Path) -> None:
+def test_child_is_replaced_after_its_clips_and_leaves_nothing(
+    video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pids = set()
-    with DecodeChild(clips_per_child=2) as child:
+    monkeypatch.setattr(DecodeChild, "clips_per_child", 2)
+    with DecodeChild() as child:
         for _ in range(4):
             if child.pid:
                 pids.add(child.pid)
-            child.read_clip(video, EIGHT)
-        child.read_clip(video, EIGHT)
+            child.read_clip(ReadRequest(video, EIGHT))
+        child.read_clip(ReadRequest(video, EIGHT))
         assert child.pid
         pids.add(child.pid)
     assert len(pids) == 3
@@ -522,7 +528,7 @@ def test_child_is_replaced_after_its_clips_and_leaves_nothing(video: Path) -> No
 
 
 def test_child_has_no_torch(child: DecodeChild, video: Path) -> None:
-    child.read_clip(video, EIGHT)
+    child.read_clip(ReadRequest(video, EIGHT))
     maps = Path(f"/proc/{child.pid}/maps").read_text()
     assert "numpy" in maps
     assert "torch" not in maps
@@ -534,7 +540,9 @@ def test_child_leaves_when_its_parent_is_killed(video: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from shards.format.features import Sampling\n"
         "from preprocess.decode.child import DecodeChild\n"
-        "child = DecodeChild(); child.read_clip(Path(sys.argv[1]), Sampling(num_frames=2))\n"
+        "from preprocess.decode.request import ReadRequest\n"
+        "request = ReadRequest(Path(sys.argv[1]), Sampling(num_frames=2))\n"
+        "child = DecodeChild(); child.read_clip(request)\n"
         "print(child.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen(
@@ -553,27 +561,30 @@ def test_child_leaves_when_its_parent_is_killed(video: Path) -> None:
 
 @needs_clips
 @pytest.mark.skipif(not DECORD, reason="decord is not installed")
-def test_endless_loop_in_decord_ends_at_the_deadline() -> None:
+def test_endless_loop_in_decord_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     loops = real("edge/missing_first_keyframe.mp4")
-    with DecodeChild(base_seconds=1.0, seconds_per_pixel=1e-8) as child:
-        bikes = child.read_clip(real("bikes.mp4"), EIGHT)
+    # place 198 among the packets
+    endless = ReadRequest(loops, Sampling(num_frames=1), start=7.88, end=7.92, decoder="decord")
+    monkeypatch.setattr(DecodeChild, "base_seconds", 1.0)
+    monkeypatch.setattr(DecodeChild, "seconds_per_pixel", 1e-8)
+    with DecodeChild() as child:
+        bikes = child.read_clip(ReadRequest(real("bikes.mp4"), EIGHT))
         pid = child.pid
         began = time.monotonic()
         with pytest.raises(VideoError, match="missing_first_keyframe") as error:
-            # place 198 among the packets
-            child.read_clip(loops, Sampling(num_frames=1), start=7.88, end=7.92, decoder="decord")
+            child.read_clip(endless)
         assert error.value.reason == "timeout"
         assert time.monotonic() - began < 10  # 1.5 s of CPU
         assert not Path(f"/proc/{pid}").exists()
-        assert same(child.read_clip(real("bikes.mp4"), EIGHT), bikes)
-        assert child.read_clip(loops, EIGHT).frame_count == 50
+        assert same(child.read_clip(ReadRequest(real("bikes.mp4"), EIGHT)), bikes)
+        assert child.read_clip(ReadRequest(loops, EIGHT)).frame_count == 50
 
 
 @needs_clips
 def test_child_reports_damage_as_read_clip_does(child: DecodeChild) -> None:
     for name in ("bitflips_mid.mp4", "corrupted_h264.mp4", "truncated.mkv"):
         with pytest.raises(VideoError) as error:
-            child.read_clip(real("edge") / name, SIXTEEN)
+            child.read_clip(ReadRequest(real("edge") / name, SIXTEEN))
         assert error.value.reason in ("damaged", "truncated")
 
 
@@ -584,7 +595,7 @@ def test_damage_that_decord_conceals_is_noticed(child: DecodeChild, tmp_path: Pa
     path = tmp_path / "flipped.mp4"
     path.write_bytes(content)
     with pytest.raises(VideoError, match=r"114 frames come of 114") as error:
-        child.read_clip(path, Sampling(num_frames=12))
+        child.read_clip(ReadRequest(path, Sampling(num_frames=12)))
     assert error.value.reason == "damaged"
 
 
@@ -594,7 +605,7 @@ def test_child_does_not_grow_or_go_on_working(child: DecodeChild, video: Path) -
         return int(Path(f"/proc/{child.pid}/statm").read_text().split()[1]) * 4096
 
     for turn in range(150):
-        child.read_clip(video, EIGHT, decoder="auto" if turn % 2 else "pyav")
+        child.read_clip(ReadRequest(video, EIGHT, decoder="auto" if turn % 2 else "pyav"))
         if turn == 30:
             early = resident()
     assert resident() - early < 32 << 20

@@ -16,8 +16,6 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.care.verify import refuse_damaged_shards
-from shards.errors import UserError
 from shards.format.catalogue import (
     CatalogueMismatch,
     Columns,
@@ -29,11 +27,8 @@ from shards.format.catalogue import (
     write_columns,
 )
 from shards.format.codec import Codec, channel_rms
-from shards.format.commits import done_path
-from shards.format.features import FeatureConfig
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
-from shards.signed import read_signed_json
 from shards.storage import open_files
 from shards.write.shard import ShardWriter
 
@@ -283,21 +278,3 @@ def test_text_is_decoded_row_by_row() -> None:
     assert (len(column), column.index("漢字/1.mp4"), "b" in column) == (5, 4, False)
     with pytest.raises(IndexError):
         column[5]
-
-
-def test_a_shard_that_is_not_what_was_committed_is_named(
-    make_bank: MakeBank, features: FeatureConfig, tmp_path: Path
-) -> None:
-    arrays = {s: np.ones((1, 1, 1, 2), np.float16) for s in (4, 8)}
-    bank = make_bank(tmp_path / "bank", {"a": arrays}, {"b": arrays}, {"c": arrays})
-    shards = sorted((bank / "shards").glob("*.tar"))
-    commits = [read_signed_json(done_path(shard)) for shard in shards]
-    refuse_damaged_shards(bank / "shards", commits)
-    edit(shards[0])
-    shards[2].unlink()
-    with pytest.raises(UserError, match="repair") as caught:
-        refuse_damaged_shards(bank / "shards", commits)
-    lines = str(caught.value).splitlines()
-    assert [line.split(": ")[0] for line in lines] == [str(shards[0]), str(shards[2])]
-    assert "sha256" in lines[0]
-    assert "is gone" in lines[1]

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.write.lock import BankLock, lock_path, writer_of
+from shards.write.lock import bank_lock, lock_path, writer_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from shards.write.lock import BankLock
-with BankLock(Path(sys.argv[1]), "preprocess encode"):
+from shards.write.lock import bank_lock
+with bank_lock(Path(sys.argv[1]), "preprocess encode"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -43,7 +43,7 @@ def holder(bank: Path) -> "subprocess.Popen[str]":
 
 def test_a_second_writer_is_refused_by_name_until_the_first_is_done(tmp_path: Path) -> None:
     process = holder(tmp_path)
-    with pytest.raises(UserError, match=r".") as caught, BankLock(tmp_path, "preprocess retry"):
+    with pytest.raises(UserError, match=r".") as caught, bank_lock(tmp_path, "preprocess retry"):
         pass
     line = str(caught.value)
     assert "\n" not in line
@@ -51,10 +51,10 @@ def test_a_second_writer_is_refused_by_name_until_the_first_is_done(tmp_path: Pa
         assert said in line
     writer = writer_of(tmp_path)
     assert writer
-    assert (writer["pid"], writer["command"]) == (process.pid, "preprocess encode")
+    assert (writer.pid, writer.command) == (process.pid, "preprocess encode")
     process.communicate("")
     assert list(tmp_path.iterdir()) == []
-    with BankLock(tmp_path, "preprocess retry"):
+    with bank_lock(tmp_path, "preprocess retry"):
         assert writer_of(tmp_path) is not None
     assert writer_of(tmp_path) is None
 
@@ -65,16 +65,16 @@ def test_a_killed_writer_leaves_the_bank_free(tmp_path: Path) -> None:
     process.communicate()
     assert lock_path(tmp_path).exists()
     assert writer_of(tmp_path) is None
-    with BankLock(tmp_path, "preprocess encode"):
+    with bank_lock(tmp_path, "preprocess encode"):
         writer = writer_of(tmp_path)
         assert writer
-        assert writer["pid"] == os.getpid()
+        assert writer.pid == os.getpid()
 
 
 def test_an_error_inside_frees_the_bank(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), BankLock(tmp_path, "preprocess encode"):
+    with pytest.raises(ZeroDivisionError), bank_lock(tmp_path, "preprocess encode"):
         1 / 0  # noqa: B018
-    with BankLock(tmp_path, "preprocess encode"):
+    with bank_lock(tmp_path, "preprocess encode"):
         pass
 
 
@@ -86,7 +86,7 @@ def test_many_at_once_are_never_two(tmp_path: Path) -> None:
         nonlocal inside, most, refused
         for _ in range(300):
             try:
-                with BankLock(tmp_path, "preprocess encode"):
+                with bank_lock(tmp_path, "preprocess encode"):
                     with guard:
                         inside += 1
                         most = max(most, inside)

@@ -25,12 +25,12 @@ from hypothesis.extra import numpy as hnp
 
 from shards.errors import UserError
 from shards.format.codec import Codec
-from shards.format.commits import done_path, journal_path, part_path
+from shards.format.commits import CommitRecord, done_path, journal_path, part_path, read_commit
 from shards.format.plan import read_plan
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
 from shards.signed import read_signed_json, signed_json
-from shards.write.shard import ShardWriter, moved
+from shards.write.shard import ShardWriter
 
 Arrays = dict[int, np.ndarray]
 MakeMeta = Callable[..., SampleMeta]
@@ -62,7 +62,7 @@ def some_arrays(seed: int, dtype: type = np.float16) -> Arrays:
     }
 
 
-def write(path: Path, make_meta: MakeMeta, clips: dict[str, Arrays]) -> dict[str, Any]:
+def write(path: Path, make_meta: MakeMeta, clips: dict[str, Arrays]) -> CommitRecord:
     writer = ShardWriter(path, 3, "fe" * 16)
     for id_, arrays in clips.items():
         writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
@@ -90,7 +90,7 @@ def test_memory_layout_does_not_reach_the_bytes(tmp_path: Path, make_meta: MakeM
     strange = {stride: np.asfortranarray(array) for stride, array in arrays.items()}
     a = write(tmp_path / "a.tar", make_meta, {"x.mp4": arrays})
     b = write(tmp_path / "b.tar", make_meta, {"x.mp4": strange})
-    assert a["sha256"] == b["sha256"]
+    assert a.sha256 == b.sha256
 
 
 def test_members_are_contiguous_in_order_and_their_headers_fixed(
@@ -143,7 +143,7 @@ def test_the_commit_record_holds_true_hashes_and_places(
     data = path.read_bytes()
     record = json.loads((tmp_path / "bank-000000.done").read_bytes())
     claimed = record.pop("self_hash")
-    assert record == json.loads(json.dumps(returned))
+    assert record == json.loads(json.dumps(returned.to_json()))
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     assert claimed == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     assert record["sha256"] == hashlib.sha256(data).hexdigest()
@@ -304,7 +304,7 @@ def test_a_writer_killed_within_its_commit_is_followed_by_one_that_encodes_nothi
         with ShardWriter(path, 3, "fe" * 16) as again:
             assert again.keys == {sample_key(id_) for id_ in clips}
             assert again.commit() == clean
-    assert read_signed_json(done) == clean
+    assert read_commit(path) == clean
     for name in ("bank-000000.tar", "bank-000000.tar.idx", "bank-000000.done"):
         assert (path.parent / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -316,7 +316,7 @@ def test_a_full_disk_leaves_what_the_next_writer_goes_on_from(
     clean = write(tmp_path / "b" / "bank-000000.tar", make_meta, clips)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limit = clean["samples"][1]["offset"] + 600  # within the second sample
+    limit = clean.samples[1].offset + 600  # within the second sample
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(OSError, match="too large"):  # noqa: PT012, SIM117
@@ -337,10 +337,10 @@ def test_a_full_disk_leaves_what_the_next_writer_goes_on_from(
 def test_samples_on_the_disk_are_not_written_again(tmp_path: Path, make_meta: MakeMeta) -> None:
     path, arrays = tmp_path / "bank-000000.tar", some_arrays(0)
     with ShardWriter(path, 0, "fe") as writer:
-        writer.write("a", make_meta("a", arrays), arrays, {"seen": 1})
+        writer.write("a", make_meta("a", arrays), arrays, underflowed=7)
     with ShardWriter(path, 0, "fe") as writer:
         assert writer.keys == {"a"}
-        assert writer.entries[0]["note"] == {"seen": 1}
+        assert [entry.underflowed for entry in writer.entries] == [7]
     with ShardWriter(path, 0, "other features") as writer:
         assert writer.keys == set()
 
@@ -352,9 +352,9 @@ def test_a_flipped_bit_in_what_was_left_drops_its_sample_and_the_later(
     with ShardWriter(path, 0, "fe") as writer:
         for key in "abc":
             writer.write(key, make_meta(key, arrays), arrays)
-        second = writer.entries[1]["sample"]
+        second = writer.entries[1].sample
     raw = bytearray(part_path(path).read_bytes())
-    raw[second["offset"] + 700] ^= 4
+    raw[second.offset + 700] ^= 4
     part_path(path).write_bytes(raw)
     with ShardWriter(path, 0, "fe") as writer:
         assert writer.keys == {"a"}
@@ -369,16 +369,16 @@ def test_a_copied_sample_is_the_one_that_was_written(tmp_path: Path, make_meta: 
         writer.write(key, make_meta(key, arrays), arrays)
     whole, raw = writer.commit(), path.read_bytes()
     other = ShardWriter(copied, 0, "fe", codec)
-    for sample in whole["samples"]:  # each from where it does not lie in the end
-        blob = raw[sample["offset"] : sample["offset"] + sample["nbytes"]]
-        other.copy(blob, moved(sample, 512 * 9))
+    for sample in whole.samples:  # each from where it is not in the end
+        blob = raw[sample.offset : sample.end]
+        other.copy(blob, sample.moved(512 * 9))
     assert other.commit() == whole
     assert copied.read_bytes() == raw
 
 
 def test_an_empty_shard_is_a_tar_too(tmp_path: Path, make_meta: MakeMeta) -> None:
     record = write(tmp_path / "bank-000000.tar", make_meta, {})
-    assert record["samples"] == []
+    assert record.samples == []
     with tarfile.open(tmp_path / "bank-000000.tar", "r:") as tar:
         assert tar.getnames() == []
     assert (tmp_path / "bank-000000.tar.idx").read_bytes() == bytes(8)

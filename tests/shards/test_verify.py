@@ -17,16 +17,19 @@ import numpy as np
 import pytest
 
 from shards.care.inventory import Damage
-from shards.care.tar_scan import Tar, records
+from shards.care.tar_scan import records
 from shards.care.verify import verify
 from shards.errors import UserError
-from shards.format.catalogue import build_columns, checksums, read_columns, write_columns
+from shards.format.catalogue import checksums, read_columns, write_columns
 from shards.format.codec import Codec, channel_rms
-from shards.format.commits import done_path, index_path, part_path
+from shards.format.commits import done_path, index_path, part_path, read_commit, shard_path
 from shards.format.features import CODECS, FeatureConfig
+from shards.format.manifest import TowerFacts
+from shards.format.plan import ClipSource, Plan, read_plan, write_plan
 from shards.format.samples import SampleMeta, sample_key
 from shards.signed import read_signed_json, signed_json
 from shards.storage import LocalFiles
+from shards.write.finish import finish
 from shards.write.shard import ShardWriter
 
 SHARDS = ((0, 4), (4, 7))
@@ -49,38 +52,17 @@ def write_bank(
     scales = {s: channel_rms([arrays[s] for arrays in clips.values()]) for s in config.strides}
     calibration = {str(s): scales[s].tolist() for s in scales} if codec_name == "int8" else None
     codec = Codec(codec_name, "float16", scales if codec_name == "int8" else {})
-    commits = []
-    for unit, (first, last) in enumerate(SHARDS):
-        path = out / "shards" / f"bank-{unit:06d}.tar"
-        with ShardWriter(path, unit, config.fingerprint, codec) as writer:
-            for id_ in list(clips)[first:last]:
+    ids = [list(clips)[first:last] for first, last in SHARDS]
+    for unit, names in enumerate(ids):
+        with ShardWriter(shard_path(out, unit), unit, config.fingerprint, codec) as writer:
+            for id_ in names:
                 meta = make_meta(id_, clips[id_], tower_width=6)
                 writer.write(sample_key(id_), meta, clips[id_])
-            commits.append(writer.commit(underflowed=0, provenance={}))
-    units = [
-        [{"id": id_, "key": sample_key(id_)} for id_ in list(clips)[first:last]]
-        for first, last in SHARDS
-    ]
-    common = {"format_version": 1, "features": config.to_json(), "calibration": calibration}
-    plan = common | {"how": {}, "pruned": [], "units": units}
-    (out / "plan.json").write_bytes(signed_json(plan))
-    columns = build_columns(out / "shards", commits, config.strides)
-    write_columns(out / "index.zarr", columns)
-    manifest = common | {
-        "fingerprint": config.fingerprint,
-        "tower_width": 6,
-        "clips": len(columns["shard"]),
-        "frames": len(columns["timestamps"]),
-        "nbytes": sum(commit["nbytes"] for commit in commits),
-        "shards": [
-            {"name": commit["shard"], "nbytes": commit["nbytes"], "sha256": commit["sha256"]}
-            for commit in commits
-        ],
-        "catalogue": checksums(columns),
-        "superseded": {},
-        "provenance": {},
-    }
-    (out / "bank.json").write_bytes(signed_json(manifest))
+            writer.commit()
+    units = [[ClipSource(id_, sample_key(id_), id_, id_) for id_ in names] for names in ids]
+    plan = Plan(config, units, calibration=calibration)
+    write_plan(out, plan)
+    finish(out, plan, TowerFacts("tower", 6))
     return out
 
 
@@ -153,6 +135,29 @@ def rewrite(tar: Path, change: Callable[[list[tuple[tarfile.TarInfo, Any]]], Non
 Truth = tuple[str, set[str | None], set[str | None] | None]
 
 
+def displaced(tar: Path, found: list[Place], sound: bytes) -> tuple[set[str], set[str | None]]:
+    """Return the keys, and the parts, of which a byte is not where it was; no part where all are."""
+    now = tar.read_bytes()
+    changed: dict[str, set[str | None]] = {}
+    for place in found:
+        if now[place.begin : place.end] != sound[place.begin : place.end]:
+            changed.setdefault(place.key, set()).add(place.part)
+    parts: set[str | None] = set()
+    for key, names in changed.items():
+        every = {place.part for place in found if place.key == key}
+        parts |= {None} if names == every else names
+    return set(changed), parts
+
+
+def rearrange(
+    tar: Path, change: Callable[[list[tuple[tarfile.TarInfo, Any]]], None]
+) -> tuple[set[str], set[str | None]]:
+    """Rewrite a shard; return the keys and the parts that are not in their places any more."""
+    found, sound = places(tar), tar.read_bytes()
+    rewrite(tar, change)
+    return displaced(tar, found, sound)
+
+
 def any_tar(bank: Path, draw: random.Random) -> Path:
     return draw.choice(sorted((bank / "shards").glob("*.tar")))
 
@@ -212,8 +217,11 @@ def cut(bank: Path, draw: random.Random) -> Truth:
 def delete_member(bank: Path, draw: random.Random) -> Truth:
     tar = any_tar(bank, draw)
     place = draw.choice(places(tar))
-    rewrite(tar, lambda pairs: pairs.pop([i.name for i, _ in pairs].index(place.name)) and None)
-    return name_below(bank, tar), {place.key}, {place.part}
+    keys, parts = rearrange(
+        tar, lambda pairs: pairs.pop([i.name for i, _ in pairs].index(place.name)) and None
+    )
+    assert place.key in keys
+    return name_below(bank, tar), {*keys}, parts
 
 
 def delete_sample(bank: Path, draw: random.Random) -> Truth:
@@ -223,8 +231,9 @@ def delete_sample(bank: Path, draw: random.Random) -> Truth:
     def change(pairs: list[tuple[tarfile.TarInfo, Any]]) -> None:
         pairs[:] = [pair for pair in pairs if not pair[0].name.startswith(key)]
 
-    rewrite(tar, change)
-    return name_below(bank, tar), {key}, {None}
+    keys, parts = rearrange(tar, change)
+    assert key in keys
+    return name_below(bank, tar), {*keys}, parts
 
 
 def double_member(bank: Path, draw: random.Random) -> Truth:
@@ -235,8 +244,8 @@ def double_member(bank: Path, draw: random.Random) -> Truth:
         at = [info.name for info, _ in pairs].index(place.name)
         pairs.insert(len(pairs) if at_end else at, pairs[at])
 
-    rewrite(tar, change)
-    return name_below(bank, tar), {place.key}, None
+    keys, _ = rearrange(tar, change)
+    return name_below(bank, tar), {place.key, *keys}, None
 
 
 def double_sample(bank: Path, draw: random.Random) -> Truth:
@@ -249,8 +258,8 @@ def double_sample(bank: Path, draw: random.Random) -> Truth:
         at = [info.name for info, _ in pairs].index(f"{other}.json")
         pairs[at:at] = copies
 
-    rewrite(tar, change)
-    return name_below(bank, tar), {key}, None
+    keys, _ = rearrange(tar, change)
+    return name_below(bank, tar), {key, *keys}, None
 
 
 def swap_members(bank: Path, draw: random.Random) -> Truth:
@@ -263,8 +272,9 @@ def swap_members(bank: Path, draw: random.Random) -> Truth:
         a, b = names.index(one.name), names.index(two.name)
         pairs[a], pairs[b] = pairs[b], pairs[a]
 
-    rewrite(tar, change)
-    return name_below(bank, tar), {key}, {one.part, two.part}
+    keys, parts = rearrange(tar, change)
+    assert keys == {key}
+    return name_below(bank, tar), {key}, parts
 
 
 def swap_samples(bank: Path, draw: random.Random) -> Truth:
@@ -278,8 +288,9 @@ def swap_samples(bank: Path, draw: random.Random) -> Truth:
         swapped = {one: two, two: one}
         pairs[:] = [pair for key in groups for pair in groups[swapped.get(key, key)]]
 
-    rewrite(tar, change)
-    return name_below(bank, tar), {one, two}, {None}
+    keys, parts = rearrange(tar, change)
+    assert {one, two} <= keys
+    return name_below(bank, tar), {*keys}, parts
 
 
 def swap_members_of_two_samples(bank: Path, draw: random.Random) -> Truth:
@@ -293,8 +304,9 @@ def swap_members_of_two_samples(bank: Path, draw: random.Random) -> Truth:
         a, b = names.index(one.name), names.index(two.name)
         pairs[a], pairs[b] = pairs[b], pairs[a]
 
-    rewrite(tar, change)
-    return name_below(bank, tar), {one.key, two.key}, None
+    keys, _ = rearrange(tar, change)
+    assert {one.key, two.key} <= keys
+    return name_below(bank, tar), {*keys}, None
 
 
 def append(bank: Path, draw: random.Random) -> Truth:
@@ -391,12 +403,11 @@ def without_commit(bank: Path, unit: int = 0) -> Path:
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_tar_alone_gives_the_records_of_its_samples(banks: dict[str, Path], codec: str) -> None:
     for path in (banks[codec] / "shards").glob("*.tar"):
-        with Tar(path) as tar:
-            assert records(tar) == read_signed_json(done_path(path))["samples"]
+        assert records(path) == read_commit(path).samples
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_of_a_lost_commit_record_the_catalogue_tells_what_is_sound(
+def test_of_a_lost_commit_record_the_manifest_tells_whether_the_shard_is_sound(
     banks: dict[str, Path], tmp_path: Path, codec: str
 ) -> None:
     bank = shutil.copytree(banks[codec], tmp_path / "bank")
@@ -405,15 +416,16 @@ def test_of_a_lost_commit_record_the_catalogue_tells_what_is_sound(
     assert verify(bank) == verify(bank, deep=True) == [only]  # the tar is the one in bank.json
     hit = places(tar)[-1]
     flip(tar, hit.data_end - 1, 0)
-    (_, damage) = verify(bank, deep=True)
-    assert (damage.key, damage.remedy) == (hit.key, "encode")
+    _, damage = verify(bank, deep=True)
+    assert (damage.file, damage.key, damage.remedy) == (f"shards/{tar.name}", None, "encode")
 
 
-def test_a_shard_lost_with_its_record_is_named_by_the_catalogue(bank: Path) -> None:
-    tar = bank / "shards" / "bank-000001.tar"
-    keys = keys_of(tar)
+def test_a_shard_lost_with_its_record_is_named(bank: Path) -> None:
     without_commit(bank, 1).unlink()
-    assert {damage.key for damage in verify(bank)} == {None, *keys}
+    assert {damage.file for damage in verify(bank)} == {
+        "shards/bank-000001.tar",
+        "shards/bank-000001.done",
+    }
 
 
 @pytest.mark.parametrize("crime", [cut, delete_member, delete_sample, swap_samples, append])
@@ -429,10 +441,10 @@ def test_what_moves_headers_is_found_without_reading_all(
 def test_damages_of_several_kinds_at_once_are_each_named(bank: Path) -> None:
     first, second = sorted((bank / "shards").glob("*.tar"))
     found = places(first)
-    a, b = found[1], next(place for place in found if place.key != found[1].key)
+    a, b = found[1], found[-1]  # nothing is behind the last one
     flip(first, a.data_end - 1, 3)
-    rewrite(first, lambda pairs: pairs.pop([i.name for i, _ in pairs].index(b.name)) and None)
-    gone = keys_of(second)[0]
+    rewrite(first, lambda pairs: pairs.pop() and None)
+    gone = keys_of(second)[-1]
 
     def change(pairs: list[tuple[tarfile.TarInfo, Any]]) -> None:
         pairs[:] = [pair for pair in pairs if not pair[0].name.startswith(gone)]
@@ -479,10 +491,10 @@ def test_a_run_that_is_not_over_is_no_damage(bank: Path) -> None:
 
 
 def test_a_plan_that_is_ahead_of_its_shards_is_no_damage(bank: Path) -> None:
-    plan = read_signed_json(bank / "plan.json")
-    overlay, pruned = plan["units"][0][:2], [plan["units"][1][0]["key"]]
-    plan = plan | {"units": [*plan["units"], overlay], "pruned": pruned}
-    (bank / "plan.json").write_bytes(signed_json(plan))
+    plan = read_plan(bank)
+    assert plan
+    overlay, pruned = plan.units[0][:2], frozenset({plan.units[1][0].key})
+    write_plan(bank, replace(plan, units=[*plan.units, overlay], pruned=pruned))
     assert verify(bank, deep=True) == []
 
 

@@ -12,7 +12,7 @@ import torch
 from model.generate import generate, write_answer
 from model.vlm import VLM
 from preprocess.decode.child import DecodeChild
-from preprocess.toyworld import save_tower
+from preprocess.toy_models import save_tower
 from shards.format.features import FeatureConfig
 from shards.read.banks import Banks
 from train.ask import FreshClip, fresh_clip, in_pixels, load_tower, main

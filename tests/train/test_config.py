@@ -1,8 +1,6 @@
 """Settings: precedence, types, and one line per problem with where and how to mend it."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +59,7 @@ def test_lists_take_several_words_or_commas(good: list[str], tmp_path: Path) -> 
 def test_a_bad_environment_override_says_which_and_what(
     good: list[str], capsys: pytest.CaptureFixture[str], name: str, value: str
 ) -> None:
-    expected = f"{name} must be a positive integer, got '{value}'"
+    expected = f"{name} must be an integer in [2, 1000], got '{value}'"
     assert problems(good, capsys, **{name: value}) == [expected]
 
 
@@ -73,13 +71,21 @@ YAML_CASES = [
     ("seed: 1\nseed: 2", ["x.yaml:2 seed: already set in line 1"]),
     ("slow_frame_ratio: 1.5", ["x.yaml:1 slow_frame_ratio must be a number in [0, 1], got '1.5'"]),
     ("slow_frame_ratio: half", ["x.yaml:1 slow_frame_ratio must be a number in [0, 1]"]),
+    (
+        "gradient_checkpointing: often",
+        ["x.yaml:1 gradient_checkpointing must be none, full or a positive integer, got 'often'"],
+    ),
+    ("mm_projector_type: mlp", ["x.yaml:1 mm_projector_type must be one of linear, mlpNx_gelu"]),
     ("frame_sampling_strategy: random", ["must be one of interleave, first_slow, uniform"]),
     ("tune_llm:\n  lora: 3", ["x.yaml:1 tune_llm: expected a value or a list, got a mapping"]),
     ("learning_rate: 0", ["x.yaml:1 learning_rate must be a positive number, got '0'"]),
     ("seed: [1, 2]", ["x.yaml:1 seed must be"]),
     ("a: [", ["x.yaml:", "not valid YAML"]),
     ("- 3", ["x.yaml:1 expected `setting: value` lines"]),
-    ("num_temporal_tokens: 1", ["x.yaml:1 num_temporal_tokens must be at least 2, got 1"]),
+    (
+        "num_temporal_tokens: 1",
+        ["x.yaml:1 num_temporal_tokens must be an integer in [2, 1000], got '1'"],
+    ),
 ]
 
 
@@ -99,7 +105,7 @@ def test_a_bad_yaml_line_is_named_with_its_place(
 
 FLAG_CASES = [
     (["--lerning_rate", "3"], "--lerning_rate: unknown setting; did you mean learning_rate?"),
-    (["--seed", "x"], "--seed must be an integer, not negative, got 'x'"),
+    (["--seed", "x"], "--seed must be an integer in [0, 4294967295], got 'x'"),
     (["--seed"], "--seed: needs a value"),
     (["--seed", "1", "2"], "--seed: takes one value, got 1 2"),
     (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
@@ -127,21 +133,6 @@ def test_all_problems_are_listed_together(
     (tmp_path / "x.yaml").write_text("sed: 1\nbf16: 3\n")
     argv = [*good, "--config", str(tmp_path / "x.yaml"), "--max_steps", "-4"]
     assert len(problems(argv, capsys, NUM_SPATIAL_TOKENS="x")) == 4
-
-
-def test_refusing_a_setting_does_not_import_torch(tmp_path: Path) -> None:
-    script = (
-        "import sys\nfrom train.run import main\n"
-        "try:\n    main(['--stage_path', 'nowhere', '--output_dir', 'o'])\n"
-        "except SystemExit as stop:\n    code = stop.code\n"
-        "heavy = {'torch', 'transformers', 'accelerate', 'decord', 'av'} & set(sys.modules)\n"
-        "sys.exit(3 if heavy else code)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert "stage_path" in done.stderr
 
 
 def test_help_names_every_setting() -> None:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from model.mask import dense_mask, intervals
+from model.tower_kinds import frame_flops
 from train.cost import (
     LlmShape,
     attended_pairs,
@@ -18,7 +19,6 @@ from train.cost import (
     mfu,
     peak_flops,
     step_flops,
-    tower_flops,
 )
 from train.start.stage import read_config
 
@@ -41,6 +41,7 @@ LARGE = {
 }
 """Qwen2-7B."""
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "patch_size": 14}
+SIGLIP |= {"model_type": "siglip_vision_model"}
 
 
 def shape_of(config: dict[str, Any]) -> LlmShape:
@@ -73,13 +74,16 @@ def test_a_step_of_a_short_record(config: dict[str, Any], tune_llm: str, tera: f
 
 
 def test_the_tower_of_llava() -> None:
-    assert tower_flops(SIGLIP, 729, -2) == pytest.approx(0.642e12, rel=1e-3)  # 26 layers
-    assert tower_flops(SIGLIP, 729, -1) == tower_flops(SIGLIP, 729, 27)
-    assert tower_flops(SIGLIP, 729, -1) == pytest.approx(0.666e12, rel=2e-3)
-    assert tower_flops({"vision_config": SIGLIP}, 729) == tower_flops(SIGLIP, 729)
+    assert frame_flops(SIGLIP, 729, -2) == pytest.approx(0.642e12, rel=1e-3)  # 26 layers
+    assert frame_flops(SIGLIP, 729, -1) == frame_flops(SIGLIP, 729, 27)
+    assert frame_flops(SIGLIP, 729, -1) == pytest.approx(0.666e12, rel=2e-3)
+    assert frame_flops({"model_type": "siglip", "vision_config": SIGLIP}, 729) == frame_flops(
+        SIGLIP, 729
+    )
     ratio = {**SIGLIP, "intermediate_size": None, "mlp_ratio": 4304 / 1152}
-    assert tower_flops(ratio, 729) == pytest.approx(tower_flops(SIGLIP, 729))
-    assert tower_flops({"embed_dim": 1280, "depth": 32}, 729) is None
+    assert frame_flops(ratio, 729) == pytest.approx(frame_flops(SIGLIP, 729))
+    assert frame_flops({"model_type": "dinov2"}, 729) is None
+    assert frame_flops({**SIGLIP, "model_type": "unknown"}, 729) is None
 
 
 def test_the_llms_flops_are_those_that_torch_counts(make_llm: Callable[..., Any]) -> None:
@@ -105,7 +109,7 @@ def test_the_towers_flops_are_those_that_torch_counts() -> None:
     tower = SiglipVisionModel(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tower(pixel_values=torch.zeros(1, 3, 16, 16))
-    assert counter.get_total_flops() == tower_flops(config.to_dict(), 16, -1)
+    assert counter.get_total_flops() == frame_flops(config.to_dict(), 16, -1)
 
 
 @pytest.mark.parametrize("frame_attention", ["block", "token"])
@@ -165,6 +169,6 @@ def test_a_models_config_is_read_without_the_network(toy: Path, tmp_path: Path) 
     assert LlmShape.of(config)
     tower = read_config(str(toy / "tower"))
     assert tower
-    assert tower_flops(tower, 16)
+    assert frame_flops(tower, 16)
     assert read_config(str(tmp_path)) is None
     assert read_config("nobody/nothing") is None

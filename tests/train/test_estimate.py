@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from train.batches.lengths import Anchors, load_chat
+from model.lape.tokens import LapeTokens
+from train.batches.lengths import load_chat
 from train.batches.loader import Loader, Share
 from train.batches.plan import plan_run
 from train.cost import LlmShape, memory_bytes
@@ -53,7 +54,7 @@ def test_tokens_pairs_and_bytes_are_those_of_the_batches(
     from model.vlm import VLMConfig
 
     plan = plan_run(config, dataset, 4)
-    chat = load_chat(config.stage_path, Anchors((100, 100, 100)))
+    chat = load_chat(config.stage_path, LapeTokens((100, 100, 100)))
     loader = Loader(dataset, chat, VLMConfig(max_frames_num=6))
     batches = [b for step in range(3) for b in loader.packs(plan, Share(0, 1), step)]
     read = sum(group.features.nbytes for batch in batches for group in batch.groups)

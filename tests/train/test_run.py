@@ -145,7 +145,7 @@ def launched(
     launch(
         "train/run.py",
         *as_flags(settings),
-        PYTHONPATH=str(home / "watch"),
+        PYTHONPATH=os.pathsep.join([str(home / "watch"), str(ROOT)]),
         MODULES_AT_EXIT=str(home / "modules.txt"),
     )
     return home

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from model.lape.tokens import AXES, LapeTokens
 from shards.errors import UserError
 from train.batches.segments import Segment, Segments
 from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, split_markup
@@ -23,7 +24,6 @@ VERSION = 3
 """Raised whenever `Chat.encode` makes other tokens of the same text: cached lengths are then stale."""
 MEDIA = -1
 """Stands in `Encoded.ids` for all tokens of one medium."""
-AXES = ("time", "height", "width")
 MARKER = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
 """Stands for a turn's text in a template, between blanks that a template which trims texts takes off."""
 OWN_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
@@ -77,18 +77,6 @@ def give_template(tokenizer: Any, name: str) -> None:
     ids = tokenizer("a").input_ids
     starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + TEMPLATES[name]
-
-
-class AnchorIds(Protocol):
-    """What is needed of LAPE's tokens here: how many anchors, on which axes, their ids."""
-
-    @property
-    def counts(self) -> tuple[int, int, int]: ...
-
-    @property
-    def axes(self) -> tuple[int, ...]: ...
-
-    def token_id(self, axis: int, coord: float) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -168,7 +156,7 @@ class _Pieces:
 class Chat:
     """Encodes conversations for one tokenizer, with coordinates as anchors or as plain numbers."""
 
-    def __init__(self, tokenizer: Any, anchors: AnchorIds | None, today: str = DATE) -> None:
+    def __init__(self, tokenizer: Any, anchors: LapeTokens | None, today: str = DATE) -> None:
         """today: the date, as 2024-07-26, that a template is told which asks for it.
 
         Raises UserError where the tokenizer has no chat template, or one that cannot be learned.

@@ -217,11 +217,6 @@ def collate(
     # the hidden state before a token predicts it; a conversation's first token has none before it
     predicted = np.flatnonzero(padded("supervised", False, np.bool_))
     assert position.reshape(-1)[predicted].all()
-    label_task = None
-    if tasks is not None:
-        before = np.cumsum([0] + [row.sample[-1] + 1 for row in rows])  # conversations
-        record = before[predicted // length] + sample.reshape(-1)[predicted]
-        label_task = torch.from_numpy(np.asarray(tasks, np.int64)[record])
     groups, transitions = group_frames(rows, clips, length, config, with_copy)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -238,9 +233,23 @@ def collate(
         groups=groups,
         transitions=transitions,
         record_ids=tuple(record_ids),
-        label_task=label_task,
+        label_task=None if tasks is None else label_tasks(rows, tasks, sample, predicted),
         causal=config.frame_attention == "token" and not packed,
     )
+
+
+def label_tasks(
+    rows: Sequence[Row], tasks: Sequence[int], sample: np.ndarray, predicted: np.ndarray
+) -> Tensor:
+    """Return int64 `(labels,)`: the task of the record that each predicted token belongs to.
+
+    tasks: of each record; sample: `(rows, length)`, the conversation of a token in its row; predicted:
+    places in the flattened rows.
+    """
+    length = sample.shape[1]
+    before = np.cumsum([0] + [row.sample[-1] + 1 for row in rows])  # conversations
+    record = before[predicted // length] + sample.reshape(-1)[predicted]
+    return torch.from_numpy(np.asarray(tasks, np.int64)[record])
 
 
 GroupKey = tuple[int, Grid, tuple[float, float, float, float]]

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.lape.tokens import LAPE_AXES
+from model.config import ModelSettings
+from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.slow_fast import exact_ratio, uniform_indices
 from shards.errors import UserError
 from shards.read.banks import Banks
@@ -23,7 +24,6 @@ from shards.signed import canonical_json
 from train.batches.chat import VERSION, Chat
 from train.data.dataset import Dataset, Part
 from train.data.records import Record
-from train.settings.config import TrainConfig
 
 CHUNK = 4096
 """Records tokenised together."""
@@ -37,17 +37,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """LAPE's anchors where only their number counts."""
-
-    counts: tuple[int, int, int]
-    axes: tuple[int, ...] = LAPE_AXES["all"]
-
-    def token_id(self, axis: int, coord: float) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -187,15 +176,15 @@ class Lengths:
         return sums.astype(np.int64)
 
 
-def measure(config: TrainConfig, dataset: Dataset, llm: str, tokenizer: str) -> Lengths:
+def measure(settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str) -> Lengths:
     """Return the lengths of a dataset's records.
 
     llm: name or folder of the model whose tokenizer is used; tokenizer: its digest.
     """
-    spatial = config.num_spatial_tokens
+    spatial = settings.num_spatial_tokens
     anchors = (
-        Anchors((config.num_temporal_tokens, spatial, spatial), LAPE_AXES[config.lape_axes])
-        if config.enable_lape
+        LapeTokens((settings.num_temporal_tokens, spatial, spatial), LAPE_AXES[settings.lape_axes])
+        if settings.enable_lape
         else None
     )
     chat = lru_cache(lambda: load_chat(llm, anchors))
@@ -209,9 +198,9 @@ def measure(config: TrainConfig, dataset: Dataset, llm: str, tokenizer: str) -> 
         own = text_lengths(part, durations, tokenizer, anchors, chat)
         text.append(np.tile(own[:, 0], part.repeats))
         supervised.append(np.tile(own[:, 1], part.repeats))
-    ratio = exact_ratio(config.slow_frame_ratio)
+    ratio = exact_ratio(settings.slow_frame_ratio)
     written = (
-        Stamps.of(dataset.records, dataset.banks, chat()) if config.frame_time == "text" else None
+        Stamps.of(dataset.records, dataset.banks, chat()) if settings.frame_time == "text" else None
     )
     return Lengths(np.concatenate(text), np.concatenate(supervised), clips, ratio, written)
 
@@ -235,7 +224,7 @@ def text_lengths(
     part: Part,
     durations: np.ndarray,
     tokenizer: str,
-    anchors: Anchors | None,
+    anchors: LapeTokens | None,
     make_chat: Callable[[], Chat],
 ) -> np.ndarray:
     """Return (tokens of text, supervised tokens) of a file's records, from the cache where it knows.
@@ -326,7 +315,7 @@ def tokenizer_files(name: str) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def load_chat(name: str, anchors: Anchors | None) -> Chat:
+def load_chat(name: str, anchors: LapeTokens | None) -> Chat:
     """Return the chat of a model's tokenizer."""
     from transformers import AutoTokenizer
 

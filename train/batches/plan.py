@@ -22,7 +22,7 @@ from shards.signed import Json, canonical_json, digest
 from train.batches.lengths import Lengths, fit_frames, measure, tokenizer_digest
 from train.cost import LlmShape
 from train.data.dataset import Dataset
-from train.settings.config import TrainConfig
+from train.settings.config import BatchSettings, TrainConfig
 from train.start.stage import llm_name, read_config
 
 
@@ -34,7 +34,7 @@ def order(seed: int, epoch: int, count: int) -> list[int]:
 WINDOW = 1024
 """Records of the shuffled order that are packed together."""
 NEIGHBOURS = 16
-"""Steps whose rows are dealt among them by cost."""
+"""Steps whose rows are shared out among them by cost."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,12 @@ class RunPlan:
         places = len(self.row_tokens) * self.pack_tokens or int(self.pack_slots.sum())
         return float(self.row_tokens.sum()) / places
 
+    @property
+    def dropped_line(self) -> str:
+        """How many records were left out, and why."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        return f"{sum(self.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
+
     @cached_property
     def fingerprint(self) -> str:
         return digest(canonical_json(self.facts))
@@ -173,6 +179,28 @@ SETTINGS = (
     "frame_time",
 )
 """Settings that a plan depends on."""
+
+
+def rows_per_step(settings: BatchSettings, world: int, state: Json) -> int:
+    """Return the rows of a step over all ranks; a resumed run keeps its own on any world size.
+
+    The packs need not divide by the number of processes, but each must have one.
+    """
+    size = settings.per_device_train_batch_size
+    rows = state.get("global_batch") or size * settings.gradient_accumulation_steps * world
+    if rows % size:
+        raise UserError(
+            f"the run's global batch of {rows} rows does not divide into micro-batches of {size}",
+            fix="set per_device_train_batch_size to a divisor of it",
+        )
+    if rows // size < world:
+        raise UserError(
+            f"the run's global batch of {rows} rows gives {rows // size} micro-batches of {size} to "
+            f"{world} processes",
+            fix=f"use at most {rows} processes, and per_device_train_batch_size "
+            f"{max(1, rows // world)} or a smaller divisor of {rows}",
+        )
+    return int(rows)
 
 
 def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPlan:
@@ -238,7 +266,9 @@ def make_plan(
             reasons[f"longer than {name} {min(limits)} with one frame"] = len(frames) - len(kept)
         frames = np.maximum(frames, 1)
     if not len(kept):
-        raise UserError(f"no record fits {min(limits)} tokens; raise max_tokens and pack_tokens")
+        raise UserError(
+            f"no record fits {min(limits)} tokens", fix="raise max_tokens and pack_tokens"
+        )
     visual = lengths.visual(frames)
     tokens = lengths.text + visual + lengths.stamps(frames)
     if cut.pack_tokens:
@@ -284,7 +314,7 @@ def packed_rows(
     """Return (uses, row starts, steps) of a run of packed rows.
 
     The stream of epochs is cut into windows, a window packed into rows, and the rows of a few
-    neighbouring steps dealt out by cost. Each is done in order of the stream, so that the number of
+    neighbouring steps shared out by cost. Each is done in order of the stream, so that the number of
     steps decides only where it ends.
     """
     rows: list[list[int]] = []
@@ -305,13 +335,13 @@ def packed_rows(
             steps = max(1, int(len(rows) * min(share, 1.0)) // cut.rows_per_step)
         if steps and len(rows) >= -(-steps // NEIGHBOURS) * block:
             break
-    dealt: list[list[int]] = []
+    balanced: list[list[int]] = []
     for first in range(0, steps * cut.rows_per_step, block):
         rng = np.random.default_rng([cut.seed, first, 2])
-        dealt += deal(rows[first : first + block], tokens, cut, rng)
-    dealt = dealt[: steps * cut.rows_per_step]
-    row_start = np.concatenate([[0], np.cumsum([len(row) for row in dealt])])
-    return np.concatenate([np.asarray(row) for row in dealt]), row_start, steps
+        balanced += balance_steps(rows[first : first + block], tokens, cut, rng)
+    balanced = balanced[: steps * cut.rows_per_step]
+    row_start = np.concatenate([[0], np.cumsum([len(row) for row in balanced])])
+    return np.concatenate([np.asarray(row) for row in balanced]), row_start, steps
 
 
 def windows(kept: np.ndarray, seed: int) -> Iterator[tuple[list[int], bool]]:
@@ -345,7 +375,7 @@ def best_fit_decreasing(records: list[int], tokens: np.ndarray, limit: int) -> l
     return [[records[place] for place in sorted(row)] for row in rows]
 
 
-def deal(
+def balance_steps(
     rows: list[list[int]], tokens: np.ndarray, cut: Cut, rng: np.random.Generator
 ) -> list[list[int]]:
     """Return the rows of neighbouring steps so that those of one step cost nearly the same.

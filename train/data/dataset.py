@@ -1,7 +1,7 @@
 """The run's inputs: banks and records, opened, joined and checked before torch is imported."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -13,7 +13,10 @@ from shards.read.banks import BankedClip, Banks
 from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart, read_mixture
 from train.data.records import Record, check_coordinates, join, read_records
-from train.settings.config import TrainConfig, refuse
+from train.settings.config import TrainConfig
+
+SHOWN = 30
+"""Problems that are printed; a file of the wrong form has one for each of its rows."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Dataset:
 
 
 def open_dataset(config: TrainConfig) -> Dataset:
-    """Open banks and records; print every problem and exit with 2 if there is any."""
+    """Open a run's banks and records; UserError with every problem if there is any."""
     problems: list[str] = []
     folders = list(config.bank)
     wanted: list[MixturePart] = []
@@ -68,23 +71,49 @@ def open_dataset(config: TrainConfig) -> Dataset:
         folders += [bank for bank in part.banks if bank not in folders]
     if not folders:
         problems.append("bank: missing; give --bank BANK, made by `preprocess encode`")
-    dataset = None if problems else _join(config, files, folders, problems)
-    if problems or dataset is None:
-        refuse(shorten(problems))
+    if problems:
+        raise UserError.of(shorten(problems))
+    dataset = _join(config, files, Banks.open(folders), problems)
+    if problems:
+        raise UserError.of(shorten(problems))
     return dataset
+
+
+def open_records(
+    folders: Sequence[str],
+    paths: Sequence[str],
+    slow_stride: int,
+    fast_stride: int,
+    *,
+    allow_outside: bool = False,
+) -> Dataset:
+    """Open banks and the records that a model is scored on, as held-out ones.
+
+    UserError with every problem: a clip that no bank has is one, and a coordinate outside its clip.
+    """
+    problems: list[str] = []
+    banks = None
+    try:
+        banks = Banks.open(folders)
+    except UserError as error:
+        problems += error.problems
+    records: list[Record] = []
+    for path in local_copies(paths, problems):
+        read = read_records(path, problems, allow_outside=allow_outside)
+        records += join(read, banks, "error", problems) if banks else []
+    if banks:
+        _check_times_and_places(records, banks, problems)
+    if banks is None or problems:
+        raise UserError.of(shorten(problems))
+    return Dataset(banks, (), records, Counter(), slow_stride, fast_stride)
 
 
 def _join(
     config: TrainConfig,
     files: Sequence[tuple[str, int, Selection]],
-    folders: Sequence[str],
+    banks: Banks,
     problems: list[str],
-) -> Dataset | None:
-    try:
-        banks = Banks.open(folders)
-    except UserError as error:
-        problems.append(str(error))
-        return None
+) -> Dataset:
     slow, fast = choose_strides(
         banks, config.mm_spatial_pool_stride, config.fast_stride, config.slow_frame_ratio, problems
     )
@@ -104,13 +133,19 @@ def _join(
         read = read_records(path, problems, allow_outside=config.allow_outside)
         held_out += join(read, banks, config.missing, problems)
     own = [record for part in parts for record in part.records]
-    for record in {record.where: record for record in [*own, *held_out]}.values():
-        if MARKUP.search("".join(turn.text for turn in record.turns)):
-            seconds = [banks.clip(id_).info.duration for id_ in record.clips]
-            check_coordinates(record, seconds, problems)
+    # a file that is taken in two parts is checked once
+    once = {record.where: record for record in [*own, *held_out]}
+    _check_times_and_places(once.values(), banks, problems)
     if not own and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")
     return Dataset(banks, tuple(parts), held_out, dropped, slow, fast)
+
+
+def _check_times_and_places(records: Iterable[Record], banks: Banks, problems: list[str]) -> None:
+    for record in records:
+        if MARKUP.search("".join(turn.text for turn in record.turns)):
+            seconds = [banks.clip(id_).info.duration for id_ in record.clips]
+            check_coordinates(record, seconds, problems)
 
 
 def local_copies(names: Sequence[str], problems: list[str]) -> list[str]:
@@ -162,8 +197,8 @@ def choose_strides(
     return slow, fast
 
 
-def shorten(problems: Sequence[str], most: int = 30) -> list[str]:
+def shorten(problems: Sequence[str]) -> list[str]:
     """Return the first problems, and how many more there are."""
-    if len(problems) <= most:
+    if len(problems) <= SHOWN:
         return list(problems)
-    return [*problems[:most], f"... and {len(problems) - most} more like these"]
+    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN} more like these"]

@@ -1,30 +1,21 @@
-"""Grounding benchmarks -> records with coordinate markup, and records -> LLaVA-ST's form.
+"""Grounding benchmarks -> records with coordinate markup.
 
-    python -m train.grounding charades-sta charades_sta_train.txt --out train.jsonl
-    python -m train.grounding to-llava-st train.jsonl --bank bank --out llava_st.json
-
-An importer is a function of one annotation that returns rows of ours, or raises UserError without
-saying where; a new one is that function and a line in `IMPORTERS`. Times are `<t:seconds>`, a box
-is `<x><y><x><y>`, its corners as fractions of the frame.
+An importer is one function of one annotation, marked with `@importer(NAME, READER)`: it returns rows
+of ours, or raises UserError without saying where. Times are `<t:seconds>`, a box is `<x><y><x><y>`,
+its corners as fractions of the frame.
 """
 
-import argparse
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shards.annotations.files import Rows, UnreadableRow, read_rows
-from shards.annotations.forms import VARIABLES, Json, canonical
+from shards.annotations.forms import Json, canonical
 from shards.errors import UserError
-from shards.format.samples import clip_id
-from train.convert import write_rows
-from train.data.dataset import shorten
-from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, SHARE
-from train.data.records import checked_rows, parse_record, shown
-from train.settings.config import refuse
+from shards.text import printable
+from train.data.records import parse_record
 
 WHEN = "<video>\nWhen does this happen: {}"
 WHERE = "<image>\nWhere is this: {}"
@@ -33,9 +24,63 @@ SLACK = 1.0
 """Pixels by which a box may leave its frame: annotations round."""
 TUBE_BOXES = 8
 """Boxes of a tube that are written, evenly."""
-LLAVA_ST_ANCHORS = 100
+BOXES = ("xywh", "xyxy", "unit")
+"""What four numbers of a box may be: see `box`."""
 
 
+Importer = Callable[[Any], list[Json]]
+Reader = Callable[[Path], Rows]
+
+IMPORTERS: dict[str, tuple[Reader, Importer]] = {}
+"""How a benchmark's file is read, and what an annotation of it becomes; filled by `importer`."""
+
+
+def importer(name: str, read: Reader = read_rows) -> Callable[[Importer], Importer]:
+    """Mark a function as the importer of a benchmark; read: what yields its annotations of a file."""
+
+    def register(convert: Importer) -> Importer:
+        IMPORTERS[name] = read, convert
+        return convert
+
+    return register
+
+
+def lines(path: Path) -> Rows:
+    """Yield the lines of a text file."""
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def named_items(path: Path) -> Rows:
+    """Yield the entries of `{name: entry}` as items with `video`, and the items of a list."""
+    data = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(data, dict):
+        yield from read_rows(path)
+        return
+    for name, entry in data.items():
+        yield f"{path}[{name!a}]", {"video": name, **entry} if isinstance(entry, dict) else entry
+
+
+def boxed_images(path: Path) -> Rows:
+    """Yield boxes with their image; a COCO file joins `annotations` to `images`, its boxes xywh."""
+    data = (
+        json.loads(path.read_text(encoding="utf-8-sig")) if path.suffix.lower() == ".json" else []
+    )
+    if not isinstance(data, dict):
+        yield from read_rows(path)
+        return
+    images = {image["id"]: image for image in data.get("images", [])}
+    for index, entry in enumerate(data.get("annotations", [])):
+        image = images.get(entry.get("image_id", entry.get("id")))
+        where = f"{path}[annotations][{index}]"
+        if image is None:
+            yield where, UnreadableRow(f"no image has the id {entry.get('image_id')!a}")
+        else:
+            yield where, {"boxes": "xywh", **image, **entry}
+
+
+@importer("charades-sta", lines)
 def charades_sta(line: str) -> list[Json]:
     """`AO8RW 0.0 6.9##a person is putting a book on a shelf.` (Charades-STA, one a line)."""
     match = re.fullmatch(r"(\S+) ([\d.]+) ([\d.]+) ?##(.*\S.*)", line.strip())
@@ -46,6 +91,7 @@ def charades_sta(line: str) -> list[Json]:
     return [asked(f"{video}_{start}_{end}", f"{video}.mp4", WHEN.format(sentence.strip()), answer)]
 
 
+@importer("qvhighlights")
 def qvhighlights(item: Json) -> list[Json]:
     """`{qid, query, duration, vid, relevant_windows: [[start, end], ...]}` (QVHighlights)."""
     windows = item.get("relevant_windows")
@@ -56,6 +102,7 @@ def qvhighlights(item: Json) -> list[Json]:
     return [asked(item["qid"], f"{item['vid']}.mp4", question, ", ".join(spans))]
 
 
+@importer("refcoco", boxed_images)
 def refcoco(item: Json) -> list[Json]:
     """`{file_name, width, height, bbox, expression}`, pixels; `boxes` says what bbox holds.
 
@@ -72,6 +119,7 @@ def refcoco(item: Json) -> list[Json]:
     ]
 
 
+@importer("hc-stvg", named_items)
 def hc_stvg(item: Json) -> list[Json]:
     """`{video, bbox: [[x, y, w, h], ...], st_time, ed_time, img_size: [height, width], English}`.
 
@@ -95,6 +143,7 @@ def hc_stvg(item: Json) -> list[Json]:
     return [asked(item["video"], item["video"], WHEN_AND_WHERE.format(text), answer)]
 
 
+@importer("llava-st")
 def llava_st(item: Json) -> list[Json]:
     """LLaVA-ST's conversations with slots, and `variables` with the numbers that stand there."""
     return [canonical(item)]
@@ -154,55 +203,6 @@ def box(values: Sequence[float], boxes: str, width: float, height: float) -> str
     return "".join(f"<{axis}:{min(max(value, 0.0), 1.0):.4f}>" for axis, value in pairs)
 
 
-BOXES = ("xywh", "xyxy", "unit")
-
-
-def lines(path: Path) -> Rows:
-    """Yield the lines of a text file."""
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", line
-
-
-def named_items(path: Path) -> Rows:
-    """Yield the entries of `{name: entry}` as items with `video`, and the items of a list."""
-    data = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(data, dict):
-        yield from read_rows(path)
-        return
-    for name, entry in data.items():
-        yield f"{path}[{name!a}]", {"video": name, **entry} if isinstance(entry, dict) else entry
-
-
-def boxed_images(path: Path) -> Rows:
-    """Yield boxes with their image; a COCO file joins `annotations` to `images`, its boxes xywh."""
-    data = (
-        json.loads(path.read_text(encoding="utf-8-sig")) if path.suffix.lower() == ".json" else []
-    )
-    if not isinstance(data, dict):
-        yield from read_rows(path)
-        return
-    images = {image["id"]: image for image in data.get("images", [])}
-    for index, entry in enumerate(data.get("annotations", [])):
-        image = images.get(entry.get("image_id", entry.get("id")))
-        where = f"{path}[annotations][{index}]"
-        if image is None:
-            yield where, UnreadableRow(f"no image has the id {entry.get('image_id')!a}")
-        else:
-            yield where, {"boxes": "xywh", **image, **entry}
-
-
-Importer = Callable[[Any], list[Json]]
-IMPORTERS: dict[str, tuple[Callable[[Path], Rows], Importer]] = {
-    "charades-sta": (lines, charades_sta),
-    "qvhighlights": (read_rows, qvhighlights),
-    "refcoco": (boxed_images, refcoco),
-    "hc-stvg": (named_items, hc_stvg),
-    "llava-st": (read_rows, llava_st),
-}
-"""How a benchmark's file is read, and what a record of it becomes."""
-
-
 def imported(name: str, path: Path, problems: list[str], boxes: str | None = None) -> list[Json]:
     """Return the rows of ours that a benchmark's file becomes; what is wrong goes to `problems`."""
     read, convert = IMPORTERS[name]
@@ -235,104 +235,4 @@ def named(item: Any) -> str:
     """Return ` (id ...)` of an annotation that has one."""
     fields = item if isinstance(item, dict) else {}
     ids = [str(fields[name]) for name in ("id", "qid", "video") if name in fields]
-    return f" (id {shown(ids[0])})" if ids else ""
-
-
-def to_llava_st(row: Json, durations: Sequence[float | None]) -> Json:
-    """Return a row of ours in LLaVA-ST's form; durations: seconds of each medium, None if not known.
-
-    Coordinates become slots, INPUT in questions and OUTPUT in answers, and their numbers `variables`.
-    """
-    numbers: dict[str, list[float]] = {name: [] for name in VARIABLES.values()}
-    media: Iterator[float | None] = iter(durations)
-    duration = durations[0] if durations else None
-    turns = []
-    for turn in row["conversations"]:
-        side = "OUTPUT" if turn["from"] == "gpt" else "INPUT"
-        text = ""
-        for place, part in enumerate(MEDIA_TAGS.split(turn["value"])):
-            if place % 2:
-                duration = next(media)
-                text += part
-                continue
-            end = 0
-            for match in ANY_MARKUP.finditer(part):
-                axis, share = share_of_range(match.group(), duration)
-                slot = ("TEMP", "HEIGHT", "WIDTH")[axis]
-                numbers[VARIABLES[slot, side]].append(share)
-                text += f"{part[end : match.start()]}<{slot}-{side}>"
-                end = match.end()
-            text += part[end:]
-        turns.append({"from": turn["from"], "value": text})
-    return row | {"conversations": turns, "variables": numbers}
-
-
-ANY_MARKUP = re.compile(f"{SHARE.pattern}|{MARKUP.pattern}")
-
-
-def share_of_range(markup: str, duration: float | None) -> tuple[int, float]:
-    """Return the axis of a coordinate, and where it lies from 0 to 1."""
-    percent = SHARE.fullmatch(markup)
-    if percent:
-        return 0, round(float(percent[1]) / 100, 9)
-    match = MARKUP.fullmatch(markup)
-    assert match
-    letter, number, name, anchor = match.groups()
-    if name:
-        return AXIS[name], round(int(anchor) / (LLAVA_ST_ANCHORS - 1), 5)
-    if letter != "t":
-        return AXIS[letter], float(number)
-    if not duration:
-        raise UserError(f"{markup}: how long is its clip? give --bank")
-    return 0, round(float(number) / duration, 5)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Write the records of a benchmark, or records in LLaVA-ST's form; or say what is wrong."""
-    parser = argparse.ArgumentParser("train.data.importers", description=__doc__.splitlines()[0])
-    parser.add_argument("form", choices=[*IMPORTERS, "to-llava-st"])
-    parser.add_argument("annotations", type=Path)
-    parser.add_argument("--out", required=True, type=Path, help=".jsonl; .json of to-llava-st")
-    parser.add_argument("--boxes", choices=BOXES, help="refcoco: what bbox holds")
-    parser.add_argument("--bank", nargs="+", default=[], help="to-llava-st: how long clips are")
-    args = parser.parse_args(argv)
-    problems: list[str] = []
-    if args.form == "to-llava-st":
-        rows = exported(args.annotations, args.bank, problems)
-    else:
-        rows = imported(args.form, args.annotations, problems, args.boxes)
-    if problems:
-        refuse(shorten(problems))
-    if args.form == "to-llava-st":
-        args.out.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
-    else:
-        write_rows(args.out, rows)
-    print(f"written: {args.out}: {len(rows)} records")  # noqa: T201
-
-
-def exported(path: Path, banks: Sequence[str], problems: list[str]) -> list[Json]:
-    """Return records in LLaVA-ST's form, with the durations that banks know."""
-    from shards.read.banks import Banks
-
-    opened = None
-    try:
-        opened = Banks.open(banks) if banks else None
-    except UserError as error:
-        problems.append(str(error))
-    rows = []
-    for row in checked_rows(path, problems):
-        media = row.get("video", [])
-        media = media if isinstance(media, list) else [media]
-        ids = [clip_id(medium, row.get("start"), row.get("end")) for medium in media]
-        durations = [
-            opened.clip(id_).info.duration if opened and id_ in opened else None for id_ in ids
-        ]
-        try:
-            rows.append(to_llava_st(row, durations))
-        except UserError as error:
-            problems.append(f"{path} (id {row.get('id', '?')}): {error}")
-    return rows
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return f" (id {printable(ids[0])})" if ids else ""

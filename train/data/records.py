@@ -6,27 +6,19 @@ carry `<t:12.5>` (seconds of the clip) or `<t:41.3%>` (a share of it), `<x:0.31>
 (fractions of the frame), or an anchor by name such as `<TEMP-037>`.
 """
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shards.annotations.files import ALL, Selection, UnreadableRow, read_rows
+from shards.annotations.files import ALL, Selection
 from shards.annotations.forms import MEDIA_TAG, Json, canonical
+from shards.annotations.records import UnsupervisedError, parse_row, rows_of
 from shards.errors import UserError
-from shards.format.samples import clip_id, leads_outside
+from shards.format.samples import clip_id
 from shards.read.banks import Banks
 from train.data.markup import MEDIA_TAGS, SHARE, kind_of, split_markup
-
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 @dataclass(frozen=True)
@@ -54,10 +46,6 @@ TASKS = ("text", "time", "span", "point", "box")
 """What an answer may be; the losses are split by it."""
 
 
-class UnsupervisedError(UserError):
-    """A record without an answer, from which nothing can be learned."""
-
-
 def read_records(
     path: str | Path,
     problems: list[str],
@@ -72,7 +60,7 @@ def read_records(
     chosen: which rows are read. allow_outside: paths may be absolute, or lead out of their root.
     """
     records = []
-    for where, row in _rows(path, problems, chosen):
+    for where, row in rows_of(path, problems, chosen):
         try:
             records.append(parse_record(row, where, allow_outside=allow_outside))
         except UnsupervisedError as error:
@@ -90,7 +78,7 @@ def checked_rows(
 ) -> list[Json]:
     """Return the rows of a file as rows of ours, as `read_records` understands them."""
     rows = []
-    for where, row in _rows(path, problems, ALL):
+    for where, row in rows_of(path, problems):
         try:
             parse_record(row, where, allow_outside=allow_outside)
             rows.append(canonical(row))
@@ -99,82 +87,16 @@ def checked_rows(
     return rows
 
 
-def _rows(path: str | Path, problems: list[str], chosen: Selection) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file or folder that are chosen and could be read."""
-    try:
-        rows = list(read_rows(path))
-    except UserError as error:
-        problems.append(str(error))
-        return
-    for k in chosen.of(len(rows)):
-        where, row = rows[k]
-        if isinstance(row, UnreadableRow):
-            problems.append(f"{where}: {row}")
-        else:
-            yield where, row
-
-
 def parse_record(data: Any, where: str, *, allow_outside: bool = False) -> Record:
     """Return a record, or raise UserError naming its place, its id and what is wrong."""
-    given = data.get("id") if isinstance(data, dict) else None
-    id_ = shown(where if given is None else str(given))
-    name = where if given is None else f"{where} (id {id_})"
-    try:
-        return _record(canonical(data), id_, where, allow_outside)
-    except UnsupervisedError as error:
-        raise UnsupervisedError(f"{name}: {error}") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{name}: holds half of a UTF-16 pair; write UTF-8 text") from None
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-
-
-def _record(data: Json, id_: str, where: str, allow_outside: bool) -> Record:
-    turns = []
-    for turn in data["conversations"]:
-        if turn["from"] not in ROLES:
-            raise UserError(
-                f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
-                f"known are {', '.join(ROLES)}"
-            )
-        turn["value"].encode()
-        turns.append(Turn(ROLES[turn["from"]], turn["value"]))
-    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
-        raise UnsupervisedError("no supervised text: no gpt turn with an answer")
-    video = data.get("video", [])
-    media = video if isinstance(video, list) else [video]
-    for medium in media:
-        medium.encode()
-        if not allow_outside and leads_outside(medium):
-            raise UserError(
-                f"video {medium!a} leads out of its root; name it relative to the folder that was "
-                "encoded, or set allow_outside: true"
-            )
-    tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
-    if tags != len(media):
-        raise UserError(
-            f"{tags} <video>/<image> tags for {len(media)} media; write one tag per medium"
-        )
-    times = [data.get("start"), data.get("end")]
-    for side, time in zip(("start", "end"), times, strict=True):
-        a_number = isinstance(time, int | float) and not isinstance(time, bool)
-        if time is not None and not (a_number and 0 <= time < math.inf):
-            raise UserError(f"{side} must be seconds, not negative, got {time!a}")
-    start, end = times
-    if start is not None and end is not None and not start < end:
-        raise UserError(f"start {start} is not before end {end}")
+    row = parse_row(data, where, allow_outside=allow_outside)
     return Record(
-        id=id_,
-        clips=tuple(clip_id(medium, start, end) for medium in media),
-        turns=tuple(turns),
-        task=str(data.get("task", "")),
+        id=row.id,
+        clips=tuple(clip_id(medium, row.start, row.end) for medium in row.media),
+        turns=tuple(Turn(role, text) for role, text in row.turns),
+        task=row.task,
         where=where,
     )
-
-
-def shown(text: str) -> str:
-    """Return a text as it may be printed: what would steer a terminal is written out, as `\\x1b`."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def task_of(record: Record) -> int:

@@ -5,25 +5,37 @@ and digest, with the optimizer's state beside it and `checkpoint.json`: the step
 decide whether a run may go on from it, settings, versions, and the digest of every other file.
 """
 
+import copy
 import json
 import os
 import platform
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.format.features import differences
-from shards.signed import file_facts, read_signed_json, signed_json
+from shards.read.banks import joint
+from shards.signed import Json, file_facts, read_signed_json, signed_json
+from train.batches.plan import RunPlan
+from train.data.dataset import Dataset
 from train.loop.optimizer import save_optimizer
+from train.settings.config import TrainConfig
+from train.start.stage import model_config
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 MANIFEST = "checkpoint.json"
 
 
@@ -48,11 +60,12 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{final}: cannot be written ({error}); make room, then run the same command to go on "
-            "from the checkpoint before it"
+            f"cannot be written ({error})",
+            where=final,
+            fix="make room, then run the same command to go on from the checkpoint before it",
         ) from error
     if not verifies(final):
-        raise UserError(f"{final}: does not read back as it was written; check the disk")
+        raise UserError("does not read back as it was written", where=final, fix="check the disk")
     return final
 
 
@@ -91,8 +104,29 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
     if resume == "auto":
         return next((folder for folder in checkpoints(output_dir) if verifies(folder)), None)
     if not verifies(Path(resume)):
-        raise UserError(f"resume {resume}: files are missing or damaged; choose another checkpoint")
+        raise UserError(
+            "files are missing or damaged",
+            where=f"resume {resume}",
+            fix="choose another checkpoint",
+        )
     return Path(resume)
+
+
+def choose_checkpoint(output_dir: Path, resume: str, accelerator: "Accelerator") -> Path | None:
+    """Return the checkpoint to go on from: one process reads them through, all take the same."""
+    chosen = [find_resume(output_dir, resume) if accelerator.is_main_process else None]
+    return broadcast_object_list(chosen)[0]
+
+
+def facts_of(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> dict[str, Json]:
+    """Return what must be the same to go on from a checkpoint, by subject and name."""
+    model = asdict(model_config(config, dataset))
+    adapter = ("lora_r", "lora_alpha") if config.tune_llm == "lora" else ()
+    return {
+        "model": model | {name: getattr(config, name) for name in ("tune_llm", *adapter)},
+        "bank": joint(dataset.banks.config),
+        "plan": {k: v for k, v in plan.facts.items() if k not in model and k != "bank"},
+    }
 
 
 def refuse_other_run(folder: Path, state: Json, facts: Mapping[str, Json]) -> None:
@@ -155,9 +189,60 @@ def versions() -> Json:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
+class FullState:
+    """Gathers FSDP2's shards into a full model and optimizer state on rank 0, to be saved."""
+
+    def __init__(self, model: VLM, accelerator: "Accelerator") -> None:
+        """Made before the model is prepared; a twin of it holds no memory until it is needed."""
+        self.model, self.main = model, accelerator.is_main_process
+        self.twin: VLM | None = None
+        if accelerator.is_fsdp2:
+            # the dtype of arithmetic is autocast's affair; FSDP would round LAPE's tables as well
+            accelerator.state.fsdp_plugin.mixed_precision_policy = None
+            meta = {
+                id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+                for p in model.parameters()
+            }
+            self.twin = copy.deepcopy(model, memo={**meta, id(model.tokenizer): model.tokenizer})
+
+    def gather(self, optimizer: torch.optim.Optimizer) -> tuple[VLM, torch.optim.Optimizer]:
+        """Return model and optimizer as one process would have them; every rank calls this.
+
+        With FSDP2 they lie on the CPU and are filled on the first process alone: 12 bytes for each
+        trained parameter, which are freed when the result is.
+        """
+        if self.twin is None:
+            return self.model, optimizer
+        model = copy.deepcopy(self.twin, memo={id(self.model.tokenizer): self.model.tokenizer})
+        own = dict(model.named_parameters(remove_duplicate=False))
+        filled: dict[int, nn.Parameter] = {}
+        states = {}
+        for name, p in self.model.named_parameters():
+            value = _on_cpu(p, self.main)
+            parameter = nn.Parameter(value, requires_grad=p.requires_grad)
+            filled[id(own[name])] = parameter
+            states[parameter] = {
+                what: _on_cpu(held, self.main) for what, held in optimizer.state.get(p, {}).items()
+            }
+        for module in model.modules():  # a tied parameter has several places
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, filled[id(p)])
+        trained = [p for p in filled.values() if p.requires_grad]
+        plain = torch.optim.AdamW(trained, lr=0.0)
+        plain.state.update({p: state for p, state in states.items() if state})
+        return model, plain
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _on_cpu(value: Tensor, keep: bool) -> Tensor:
+    whole = value.detach()
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    return whole.cpu() if keep else whole.new_empty(0, device="cpu")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.errors import UserError
+from shards.text import some
 from train.batches.plan import RunPlan
 from train.cost import LlmShape, memory_bytes
 from train.settings.config import TrainConfig
@@ -38,7 +39,7 @@ def digests(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
 
-class Movement:
+class UpdateCheck:
     """Watches the first steps: each trained part must move, nothing else may."""
 
     def __init__(self, model: VLM, accelerator: "Accelerator") -> None:
@@ -72,7 +73,7 @@ class Movement:
         lost = [n for n, one in zip(self.frozen, frozen.tolist(), strict=True) if one]
         if lost:
             raise UserError(
-                f"step {step + 1}: weights that are not trained have changed: {_some(lost)}; "
+                f"step {step + 1}: weights that are not trained have changed: {some(lost, 5)}; "
                 "this is a defect of the model's code, the run would not be what it says"
             )
         stuck = [name for name in still if name in due]
@@ -86,7 +87,7 @@ class Movement:
 
 
 def drop_llm_gradients(model: VLM) -> None:
-    """Let a step pass the LLM by: AdamW leaves a weight without gradient, and its state, alone."""
+    """Skip the LLM's update: AdamW changes neither a weight without gradient nor its moments."""
     for p in model.llm.parameters():
         p.grad = None
 
@@ -109,8 +110,8 @@ def rehearse(
 
 
 @dataclass(frozen=True)
-class Heaviest:
-    """The plan's heaviest pack, and what is known of the memory that it takes."""
+class PackMemory:
+    """What is known of the memory that the plan's heaviest pack takes."""
 
     places: int
     """Of its rows, padding included."""
@@ -118,7 +119,7 @@ class Heaviest:
     tower_width: int
 
     @classmethod
-    def of(cls, plan: RunPlan, model: VLM) -> "Heaviest":
+    def of(cls, plan: RunPlan, model: VLM) -> "PackMemory":
         step, pack = plan.heaviest
         places = int(plan.pack_slots[step * plan.packs_per_step + pack])
         return cls(places, LlmShape.of(model.llm.config.to_dict()), model.tower_width)
@@ -149,27 +150,27 @@ class Heaviest:
 
 
 @contextmanager
-def fits(where: str, heaviest: Heaviest, config: TrainConfig) -> Iterator[None]:
+def out_of_memory_advice(where: str, memory: PackMemory, config: TrainConfig) -> Iterator[None]:
     """Turn an out-of-memory error into one line that says which setting to change."""
     try:
         yield
     except RuntimeError as error:
         # the CPU's allocator raises no error of its own kind
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(_out_of_memory(where, heaviest, config, error)) from error
+            raise UserError(_out_of_memory(where, memory, config, error)) from error
         raise
 
 
 def _out_of_memory(
-    where: str, heaviest: Heaviest, config: TrainConfig, error: BaseException
+    where: str, memory: PackMemory, config: TrainConfig, error: BaseException
 ) -> str:
     ways = [
         f"{setting} saves about {saved / 2**30:.1f} GiB"
-        for saved, setting in heaviest.ways_out(config)
+        for saved, setting in memory.ways_out(config)
     ]
     advice = "; ".join(ways) or "lower per_device_train_batch_size or max_frames_num"
     return (
-        f"{where}: out of memory; the run's heaviest pack has {heaviest.places} tokens. {advice} "
+        f"{where}: out of memory; the run's heaviest pack has {memory.places} tokens. {advice} "
         f"({str(error).splitlines()[0]})"
     )
 
@@ -201,7 +202,3 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
     """Return what no step may change: parameters that are not trained, and buffers."""
     named = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     return named | dict(model.named_buffers())
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

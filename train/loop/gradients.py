@@ -51,8 +51,9 @@ def make_reduction(
     """Prepare model and optimizer for `fast` or `exact`; UserError where FSDP forbids the latter."""
     if kind == "exact" and accelerator.is_fsdp2:
         raise UserError(
-            "reduce exact: adds up whole gradients on every process, of which FSDP keeps parts; use "
-            "reduce: fast, or launch without FSDP"
+            "adds up whole gradients on every process, of which FSDP keeps parts",
+            where="reduce exact",
+            fix="use reduce: fast, or launch without FSDP",
         )
     return (Exact if kind == "exact" else Fast)(accelerator, model, optimizer)
 
@@ -70,7 +71,8 @@ class Fast:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if packs < world:
             raise UserError(
-                f"a step has {packs} packs for {world} processes; start at most {packs} of them"
+                f"a step has {packs} packs for {world} processes",
+                fix=f"start at most {packs} of them",
             )
         self.drop_gradients()
         for place, batch in enumerate(batches):

@@ -1,12 +1,20 @@
-"""What a run says and writes down: lines, train.log, metrics.jsonl, TensorBoard."""
+"""What a run says and writes down: banner, lines, train.log, metrics.jsonl, TensorBoard."""
 
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from train.loop.metrics import Json
+from model.slow_fast import draw_pattern, slow_frames
+from shards.signed import Json
+from shards.text import duration
+from train.data.dataset import Dataset
+from train.settings.config import TrainConfig
+
+if TYPE_CHECKING:
+    from model.vlm import VLM
+    from train.batches.plan import RunPlan
 
 LINE: tuple[tuple[tuple[str, str], ...], ...] = (
     (
@@ -42,13 +50,6 @@ def short(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Return 4321.0 as 1h12m."""
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{left:02}s" if minutes else f"{left}s"
 
 
 class RunLog:
@@ -113,3 +114,82 @@ def keep_until(path: Path, step: int) -> None:
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, path)
+
+
+def banner(
+    config: TrainConfig,
+    dataset: Dataset,
+    model: "VLM",
+    plan: "RunPlan",
+    world: int,
+    ratio: float,
+    resumed: Path | None,
+) -> str:
+    """Return what a run is about to do, in the words of its settings."""
+    bank = dataset.banks.banks[0]
+    units = -(-bank.config.sampling.most_frames // int(bank.columns["frames_per_unit"][0]))
+    frames = min(units, config.max_frames_num)
+    pattern = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, frames)
+    cells = {
+        stride: bank.shape(0, stride)[1:3] for stride in {dataset.slow_stride, dataset.fast_stride}
+    }
+    slow, fast = (
+        rows * cols for rows, cols in (cells[dataset.slow_stride], cells[dataset.fast_stride])
+    )
+    tokens = sum((slow if is_slow else fast) + 1 for is_slow in pattern)
+    parts = {name: sum(p.numel() for p in group) for name, group in model.parts().items()}
+    clips = sum(len(b) for b in dataset.banks.banks)
+    lines = [
+        f"bank      {', '.join(b.where for b in dataset.banks.banks)}: {clips} clips, "
+        f"fingerprint {bank.config.fingerprint[:12]}",
+        f"records   {len(dataset.records)} to train on, {len(dataset.held_out)} held out, "
+        f"{plan.dropped_line}",
+        f"frames    {draw_pattern(pattern)} (S: stride {dataset.slow_stride}, "
+        f"{'x'.join(map(str, cells[dataset.slow_stride]))} cells; F: stride {dataset.fast_stride}, "
+        f"{'x'.join(map(str, cells[dataset.fast_stride]))}), {tokens} tokens of a clip"
+        + (", and the time before each frame" if config.frame_time == "text" else ""),
+        f"steps     {plan.num_steps} of {plan.rows_per_step} {rows_line(plan)}: "
+        f"{plan.rows_per_pack} x {plan.packs_per_step} micro-batches on {world} "
+        f"process{'es' if world > 1 else ''}",
+        f"plan      {plan.per_step(plan.tokens).mean():,.0f} tokens a step, "
+        f"{plan.num_labels.mean():,.0f} of them supervised; {plan.efficiency:.1%} of the places hold "
+        f"one; fingerprint {plan.fingerprint[:12]}",
+        f"trained   {sum(parts.values()):,} parameters: "
+        + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
+        f"losses    language + {config.loss_weight:g} x frame-causal ({config.predictor}, "
+        f"{config.frame_attention} attention)",
+    ]
+    if model.lape is not None:
+        extra = parts.get("lape", 0) * 12 / 1e6
+        lines.append(
+            f"LAPE      on: {config.num_temporal_tokens} temporal, {config.num_spatial_tokens} spatial "
+            f"tokens, preset {config.lape_preset}; tables, gradients and moments take {extra:.1f} MB more"
+        )
+        if ratio == ratio:
+            lines.append(f"          positions / features by RMS at gamma 1: {ratio:.2f}")
+    else:
+        lines.append("LAPE      off")
+    if resumed:
+        lines.append(f"resumed   from {resumed}")
+    return "\n".join(lines)
+
+
+def rows_line(plan: "RunPlan") -> str:
+    return f"rows of up to {plan.pack_tokens} tokens" if plan.pack_tokens else "records"
+
+
+def closing(
+    model: "VLM",
+    output_dir: Path,
+    seconds: float,
+    last: Json,
+    best: Json | None,
+) -> str:
+    """Return what a run did, and where it left its results."""
+    lines = [f"done in {seconds:.0f} s; LAPE {'on' if model.lape else 'off'}"]
+    shown = ("ce_loss", "autoregressive_loss", "ar_skill")
+    lines.append("last step: " + "  ".join(f"{n} {last[n]:.4f}" for n in shown if n in last))
+    if best:
+        lines.append(f"best held-out loss {best['loss']:.4f} at step {best['step']}")
+    lines.append(f"model {output_dir}; curves: tensorboard --logdir {output_dir / 'logs'}")
+    return "\n".join(lines)

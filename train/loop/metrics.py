@@ -3,9 +3,10 @@
 `FIELDS` documents every field of metrics.jsonl, besides `step` and `kind` (train or eval).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from model.frame_causal import PAIRS, skill
+from shards.signed import Json
 from train.data.records import TASKS
 
 if TYPE_CHECKING:
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
     from model.batch import Batch
 
-
-Json = dict[str, Any]
 FIELDS = {
     "loss": "ce_loss + loss_weight x autoregressive_loss",
     "ce_loss": "cross-entropy per supervised token",

@@ -9,21 +9,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.vlm import VLM
 from shards.errors import UserError
-from train.loop.fsdp import copy_into
-from train.settings.config import TrainConfig
+from train.settings.config import OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 4 * 2**30
 """Of an optimizer file, so that a save never holds all moments in memory twice."""
 
 
-def parameter_groups(model: VLM, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: VLM, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Return the optimizer's groups: every trained parameter in exactly one, vectors never decayed."""
-    head_rate = config.projector_lr or config.learning_rate
-    rates = {"llm": config.learning_rate, "lape": config.lape_lr or 10 * config.learning_rate}
+    head_rate = settings.projector_lr or settings.learning_rate
+    rates = {"llm": settings.learning_rate, "lape": settings.lape_lr or 10 * settings.learning_rate}
     groups = []
     for part, parameters in model.parts().items():
         for decay in (True, False):
@@ -34,15 +34,15 @@ def parameter_groups(model: VLM, config: TrainConfig) -> list[dict[str, Any]]:
                         "params": chosen,
                         "name": part,
                         "peak": rates.get(part, head_rate),
-                        "weight_decay": config.weight_decay if decay else 0.0,
+                        "weight_decay": settings.weight_decay if decay else 0.0,
                     }
                 )
     return groups
 
 
-def make_optimizer(model: VLM, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adam_beta2))
+def make_optimizer(model: VLM, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, settings)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, settings.adam_beta2))
 
 
 def allocate(optimizer: torch.optim.Optimizer) -> None:
@@ -79,7 +79,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             for name in saved.keys():  # noqa: SIM118 - it is no mapping
                 if name not in ours:
                     raise UserError(f"{file}: {name}: not trained here; use the same settings")
-                copy_into(ours.pop(name), saved.get_tensor(name))
+                _copy_into(ours.pop(name), saved.get_tensor(name))
     if ours:
         raise UserError(f"{folder}: no optimizer state of {', '.join(sorted(ours))}")
 
@@ -91,6 +91,20 @@ def _named_state(
     for name, p in model.named_parameters():
         for what, value in optimizer.state.get(p, {}).items():
             yield f"{name}/{what}", value
+
+
+def _copy_into(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, the same on every rank, into one that may be a part of it."""
+    if isinstance(target, DTensor):
+        mesh = target.device_mesh
+        value = distribute_tensor(value.to(mesh.device_type), mesh, target.placements)
+    target.copy_(value)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int, warmup_ratio: float) -> None:
+    """Give every group of parameters its learning rate at a step."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate(step, total, warmup_ratio)
 
 
 def rate(step: int, total: int, warmup_ratio: float) -> float:

@@ -4,16 +4,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+import torch
+
+from model.vlm import VLM
+from shards.signed import Json
 from train.cost import MFU_IS, LlmShape, mfu, peak_flops, step_flops
-from train.loop.metrics import FIELDS, Json
-from train.settings.config import TrainConfig
-
-if TYPE_CHECKING:
-    import torch
-
-    from model.vlm import VLM
+from train.loop.metrics import FIELDS
 
 CLOCK = FIELDS.keys() & {
     "seconds",
@@ -27,11 +24,11 @@ CLOCK = FIELDS.keys() & {
 """Fields that a repeated run does not repeat."""
 
 
-class Pace:
-    """Times the steps of a run: `ready()` when a step's data are there, `done()` when it is taken.
+class StepTimer:
+    """Times the steps of a run: `data_ready()` when a step's data are there, `rates()` after it.
 
-    What lies between two steps and is none - an evaluation, a checkpoint - is left out of `seconds`
-    by `rest()`, and counts in the ETA.
+    An evaluation or a checkpoint between two steps is left out of `seconds` by `pause_over()` at its
+    end, and counts in the ETA.
 
     flops: of a step by its metrics, or None; devices, peak: how many there are and FLOP/s of each.
     """
@@ -56,10 +53,10 @@ class Pace:
         missing = "this device's peak" if self.flops else "this LLM's shape"
         return f"no MFU: {missing} is not known" + ("; set device_flops" if self.flops else "")
 
-    def ready(self) -> None:
+    def data_ready(self) -> None:
         self._began = time.monotonic()
 
-    def done(self, step: int, metrics: Json) -> Json:
+    def rates(self, step: int, metrics: Json) -> Json:
         """Return the rates of a step, the number of steps taken being `step` now."""
         now = time.monotonic()
         seconds = now - self._waiting
@@ -76,33 +73,38 @@ class Pace:
         self._waiting = now
         return out
 
-    def rest(self) -> None:
+    def pause_over(self) -> None:
         self._waiting = time.monotonic()
 
 
-def make_pace(
-    config: TrainConfig, model: "VLM", device: "torch.device", world: int, first: int, total: int
-) -> Pace:
-    """Return the pace of a run, with MFU where the LLM's shape and the device's peak are known."""
-    import torch
+def make_timer(
+    model: VLM,
+    tune_llm: str,
+    device_flops: float,
+    device: torch.device,
+    world: int,
+    first: int,
+    total: int,
+) -> StepTimer:
+    """Return the timer of a run, with MFU where the LLM's shape and the device's peak are known.
 
+    device_flops: a device's peak FLOP/s, 0 where the data sheet's is to be taken.
+    """
     shape = LlmShape.of(model.llm.config.to_dict())
-    peak = config.device_flops or None
+    peak = device_flops or None
     if peak is None and device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(device))
 
     def flops(metrics: Json) -> float:
         assert shape
         tokens, pairs, supervised = (metrics[n] for n in ("tokens", "pairs", "supervised_tokens"))
-        return float(step_flops(shape, tokens, pairs, supervised, config.tune_llm))
+        return float(step_flops(shape, tokens, pairs, supervised, tune_llm))
 
-    return Pace(first, total, flops if shape else None, world, peak)
+    return StepTimer(first, total, flops if shape else None, world, peak)
 
 
 def memory_gb() -> float:
     """Return the most memory that this process had: on its GPU, or resident where it has none."""
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,6 +1,7 @@
 """One optimizer step on the packs of a plan, the same on any number of processes."""
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,12 @@ from torch import Tensor
 from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.errors import UserError
+from shards.signed import Json
 from train.batches.plan import RunPlan
 from train.loop.checks import drop_llm_gradients, name_pack
 from train.loop.gradients import Reduction, pack_seed, sum_in_order
-from train.loop.metrics import NUM_SUMS, Json, summarise, sums_of
-from train.loop.signals import Requests
-from train.settings.config import TrainConfig
+from train.loop.metrics import NUM_SUMS, summarise, sums_of
+from train.loop.signals import StopSignals, asked_of_all
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,18 +28,26 @@ class Step:
     """What a step gave, the same on every rank."""
 
     metrics: Json
-    stop: bool
-    """Whether some process was asked to stop, or to save, before the step's end."""
+    stopped_by: signal.Signals | None
+    """The signal that asked some process to stop before the step's end."""
     save: bool
+    """Whether some process was asked for a checkpoint."""
 
 
 class Losses:
     """The loss of a step's packs, and their sums as they come."""
 
     def __init__(
-        self, config: TrainConfig, plan: RunPlan, step: int, accelerator: "Accelerator"
+        self,
+        seed: int,
+        loss_weight: float,
+        plan: RunPlan,
+        step: int,
+        accelerator: "Accelerator",
     ) -> None:
-        self.config, self.step, self.accelerator = config, step, accelerator
+        """seed: of the run; loss_weight: of the frame-causal loss."""
+        self.seed, self.loss_weight = seed, loss_weight
+        self.step, self.accelerator = step, accelerator
         self.num_labels = max(1, int(plan.num_labels[step]))
         self.num_transitions = max(1, int(plan.num_transitions[step]))
         self.sums = torch.zeros(
@@ -51,13 +60,13 @@ class Losses:
 
         So the gradient does not depend on how the step was cut.
         """
-        torch.manual_seed(pack_seed(self.config.seed, self.step, pack))
+        torch.manual_seed(pack_seed(self.seed, self.step, pack))
         with self.accelerator.autocast():
             out = model(batch)
         self.sums[pack] = sums_of(out, batch)
         loss: Tensor = out["ce"] / self.num_labels
         if "ar" in out:
-            loss = loss + self.config.loss_weight * out["ar"].sum() / self.num_transitions
+            loss = loss + self.loss_weight * out["ar"].sum() / self.num_transitions
         return loss
 
 
@@ -66,32 +75,35 @@ def run_step(
     accelerator: "Accelerator",
     model: VLM,
     batches: Sequence[Batch],
-    plan: RunPlan,
-    step: int,
-    config: TrainConfig,
-    requests: Requests,
+    losses: Losses,
+    signals: StopSignals,
+    *,
+    max_grad_norm: float,
+    llm_waits: bool = False,
 ) -> Step:
-    """Take one optimizer step; UserError names the records where the loss is no number."""
+    """Take one optimizer step; UserError names the records where the loss is no number.
+
+    llm_waits: the LLM is left as it is, and all else learns.
+    """
+    packs = len(losses.sums)
     own = dict(
         zip(
-            range(accelerator.process_index, plan.packs_per_step, accelerator.num_processes),
+            range(accelerator.process_index, packs, accelerator.num_processes),
             [to_device(batch, accelerator.device) for batch in batches],
             strict=True,
         )
     )
-    losses = Losses(config, plan, step, accelerator)
-    reduction.gradients(plan.packs_per_step, list(own.values()), losses)
-    if step < config.lape_warmup_steps:
+    reduction.gradients(packs, list(own.values()), losses)
+    if llm_waits:
         drop_llm_gradients(model)
-    asked = torch.tensor(requests.take(), dtype=torch.float64)
+    asked = torch.tensor(signals.take(), dtype=torch.float64)
     sums, asked = sum_in_order(accelerator, losses.sums, asked.to(accelerator.device))
-    metrics = summarise(sums.sum(dim=0), config.loss_weight)
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    metrics = summarise(sums.sum(dim=0), losses.loss_weight)
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
         raise UserError(
-            f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm} with the "
+            f"step {losses.step + 1}: loss {metrics['loss']}, gradient norm {norm} with the "
             f"{name_pack(sums, own)}. Lower learning_rate, or look at these records"
         )
     reduction.optimizer.step()
-    stop, save = (bool(count) for count in asked.tolist())
-    return Step(metrics | {"grad_norm": norm}, stop, save)
+    return Step(metrics | {"grad_norm": norm}, *asked_of_all(asked.tolist()))

@@ -7,37 +7,29 @@ together, each with where it stands and how to mend it, and exit code 2.
 import importlib.util
 import os
 import re
-import sys
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from model.config import PROJECTORS, joined_cells
+from model.config import ModelSettings
+from model.settings import setting
 from shards.annotations.files import is_hub_name
-from shards.errors import UserError
+from train.settings.exits import refuse
 from train.settings.parse import BOOLEANS, ENVIRONMENT, Origin, merge
 
 
-def setting(
-    default: Any, help_: str, *, choices: tuple[str, ...] = (), above: float | None = None
-) -> Any:
-    """Declare a setting: its default, what it means, and which values it takes."""
-    facts = {"help": help_, "choices": choices, "above": above}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=facts)
-    return field(default=default, metadata=facts)
+def checkpoint_every(word: str) -> int | None:
+    """Return N where every N-th layer's activations are recomputed, 0 for none; None if not valid."""
+    named = {"full": 1} | {name: int(on) for name, on in BOOLEANS.items()} | {"none": 0}
+    if word.lower() in named:
+        return named[word.lower()]
+    return int(word) if re.fullmatch("[0-9]{1,9}", word) else None
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run. The names are those of the LLaVA, VILA and lmms-engine scripts where they have one."""
+class DataSettings:
+    """Banks and records, and how they are joined."""
 
-    stage_path: str = setting(
-        "",
-        "what to start from: an LLM (folder or Hub name), a run, a VILA stage, a LLaVA checkpoint",
-    )
     bank: list[str] = setting([], "bank folders made by `preprocess encode`, one or several")
     data_path: list[str] = setting(
         [],
@@ -46,7 +38,6 @@ class TrainConfig:
     data_config: str = setting("", "YAML of named datasets: name -> {records, banks}")
     data_mixture: str = setting("", "which of them, how often and how much: a+b*2+c@0.1")
     eval_path: list[str] = setting([], "record files for the held-out loss")
-    output_dir: str = setting("", "where the run writes model, checkpoints and logs")
     missing: str = setting(
         "error", "a record whose clip no bank has: stop, or drop it", choices=("error", "drop")
     )
@@ -54,98 +45,96 @@ class TrainConfig:
         "error", "a record without an answer: stop, or drop it", choices=("error", "drop")
     )
     allow_outside: bool = setting(False, "records may name videos by absolute paths, or by `..`")
+    mm_spatial_pool_stride: int = setting(0, "slow stride; 0 takes the bank's finest", least=0)
+    fast_stride: int = setting(0, "fast stride; 0 takes the bank's coarsest", least=0)
 
-    mm_projector_type: str = setting("mlp2x_gelu", f"projector: {PROJECTORS.replace(', ', ' | ')}")
-    mm_spatial_pool_stride: int = setting(0, "slow stride; 0 takes the bank's finest", above=-1)
-    fast_stride: int = setting(0, "fast stride; 0 takes the bank's coarsest", above=-1)
-    frame_sampling_strategy: str = setting(
-        "interleave",
-        "which frames are slow",
-        choices=("interleave", "first_slow", "uniform"),
-    )
-    slow_frame_ratio: str = setting("0.5", "share of slow frames, in [0, 1]")
-    max_frames_num: int = setting(16, "frames of a clip that are used, uniformly", above=0)
-    frame_time: str = setting(
-        "none", "text writes the time before each frame, like 12.5s", choices=("none", "text")
-    )
 
-    enable_lape: bool = setting(True, "coordinate tokens and positions (LAPE)")
-    num_temporal_tokens: int = setting(100, "anchors on the time axis", above=0)
-    num_spatial_tokens: int = setting(100, "anchors on each of height and width", above=0)
-    lape_preset: str = setting(
-        "plus", "plus, or st for parity with LLaVA-ST", choices=("plus", "st")
-    )
-    lape_sigma: float = setting(1.0, "width of coordinate targets in bins (plus)", above=0)
+@dataclass(frozen=True)
+class LlmSettings:
+    """The LLM that is started from, what of it is trained, and how it computes."""
 
-    lape_axes: str = setting(
-        "all",
-        "axes whose coordinates are tokens; on the others numbers stay text",
-        choices=("all", "time", "space"),
-    )
-    lape_positions: bool = setting(True, "add positions to the frames' tokens too")
-
-    loss_weight: float = setting(
-        0.15, "weight of the frame-causal loss; 0 builds no head", above=-1
-    )
-    predictor: str = setting("resample", "frame predictor", choices=("resample", "xattn"))
-    frame_attention: str = setting(
-        "block", "frames see themselves wholly, or token by token", choices=("block", "token")
+    stage_path: str = setting(
+        "",
+        "what to start from: an LLM (folder or Hub name), a run, a VILA stage, a LLaVA checkpoint",
     )
     attn: str = setting(
         "auto",
         "attention implementation; auto says what it takes and why",
         choices=("auto", "sdpa", "eager", "flex_attention", "flash_attention_2"),
     )
-
     tune_llm: str = setting(
         "full", "what of the LLM is trained", choices=("full", "frozen", "lora")
     )
-    lora_r: int = setting(128, "LoRA rank", above=0)
-    lora_alpha: int = setting(256, "LoRA alpha", above=0)
-    learning_rate: float = setting(2e-5, "of the LLM", above=0)
-    projector_lr: float = setting(
-        0.0, "of projector and new heads; 0 takes learning_rate", above=-1
-    )
-    lape_lr: float = setting(0.0, "of LAPE's tables; 0 takes 10 x learning_rate", above=-1)
-    weight_decay: float = setting(0.0, "of LLM and projector matrices", above=-1)
-    adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients", above=0)
-    warmup_ratio: float = setting(0.03, "share of the steps with rising rate", above=-1)
-    lape_warmup_steps: int = setting(
-        0, "first steps in which the LLM is left as it is, and all else learns", above=-1
-    )
-    max_grad_norm: float = setting(1.0, "gradient clipping", above=0)
-    per_device_train_batch_size: int = setting(2, "rows of a micro-batch", above=0)
-    gradient_accumulation_steps: int = setting(1, "micro-batches of a step, per device", above=0)
-    pack_tokens: int = setting(
-        0, "pack records into rows of up to this many tokens; 0: one record a row", above=-1
-    )
-    max_tokens: int = setting(
-        0, "tokens of a record at most, by leaving out whole frames; 0: no limit", above=-1
-    )
-    prefetch: int = setting(2, "steps whose batches are prepared ahead", above=0)
-    num_train_epochs: float = setting(1.0, "passes over the mixture", above=0)
-    max_steps: int = setting(0, "stop after this many steps; 0: epochs decide", above=-1)
+    lora_r: int = setting(128, "LoRA rank", least=1)
+    lora_alpha: int = setting(256, "LoRA alpha", least=1)
     gradient_checkpointing: str = setting(
-        "none", "recompute activations to save memory: none, full, or N for every N-th layer"
+        "none",
+        "recompute activations to save memory: none, full, or N for every N-th layer",
+        valid=(
+            lambda word: checkpoint_every(word) is not None,
+            "none, full or a positive integer",
+        ),
     )
     compile: bool = setting(False, "torch.compile the LLM's layers; pays with pack_tokens")
     bf16: bool = setting(False, "bf16 arithmetic; trained weights stay fp32")
     tf32: bool = setting(True, "TF32 matrix products on CUDA")
-    seed: int = setting(0, "of order, initialisation and dropout", above=-1)
 
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How weights follow their gradients."""
+
+    learning_rate: float = setting(2e-5, "of the LLM", more_than=0)
+    projector_lr: float = setting(0.0, "of projector and new heads; 0 takes learning_rate", least=0)
+    lape_lr: float = setting(0.0, "of LAPE's tables; 0 takes 10 x learning_rate", least=0)
+    weight_decay: float = setting(0.0, "of LLM and projector matrices", least=0)
+    adam_beta2: float = setting(
+        0.999, "AdamW's memory of squared gradients", more_than=0, less_than=1
+    )
+    warmup_ratio: float = setting(0.03, "share of the steps with rising rate", least=0, most=1)
+    lape_warmup_steps: int = setting(
+        0, "first steps in which the LLM is left as it is, and all else learns", least=0
+    )
+    max_grad_norm: float = setting(1.0, "gradient clipping", more_than=0, finite=False)
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How records are cut into rows, micro-batches, steps and epochs."""
+
+    per_device_train_batch_size: int = setting(2, "rows of a micro-batch", least=1)
+    gradient_accumulation_steps: int = setting(1, "micro-batches of a step, per device", least=1)
+    pack_tokens: int = setting(
+        0, "pack records into rows of up to this many tokens; 0: one record a row", least=0
+    )
+    max_tokens: int = setting(
+        0, "tokens of a record at most, by leaving out whole frames; 0: no limit", least=0
+    )
+    prefetch: int = setting(2, "steps whose batches are prepared ahead", least=1)
+    num_train_epochs: float = setting(1.0, "passes over the mixture", more_than=0)
+    max_steps: int = setting(0, "stop after this many steps; 0: epochs decide", least=0)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the run writes, what it reports, how it goes on after a stop."""
+
+    output_dir: str = setting("", "where the run writes model, checkpoints and logs")
+    seed: int = setting(0, "of order, initialisation and dropout", least=0, most=2**32 - 1)
     plan: bool = setting(False, "print what the run would be, and stop: no weights, no GPU")
-    assumed_mfu: float = setting(0.4, "share of a device's peak that --plan counts with", above=0)
-
+    assumed_mfu: float = setting(
+        0.4, "share of a device's peak that --plan counts with", more_than=0, most=1
+    )
     device_flops: float = setting(
         0.0,
         "a device's peak FLOP/s, for MFU; 0 takes the data sheet's where known (--plan: an H100's)",
-        above=-1,
+        least=0,
     )
     wandb: bool = setting(False, "mirror metrics to Weights & Biases")
-    logging_steps: int = setting(10, "steps between printed lines", above=0)
-    eval_steps: int = setting(0, "steps between held-out losses; 0: at the end", above=-1)
-    save_steps: int = setting(0, "steps between checkpoints; 0: at the end", above=-1)
-    save_total_limit: int = setting(2, "checkpoints kept, the best one besides", above=0)
+    logging_steps: int = setting(10, "steps between printed lines", least=1)
+    eval_steps: int = setting(0, "steps between held-out losses; 0: at the end", least=0)
+    save_steps: int = setting(0, "steps between checkpoints; 0: at the end", least=0)
+    save_total_limit: int = setting(2, "checkpoints kept, the best one besides", least=1)
     resume: str = setting("auto", "auto, none, or a checkpoint folder")
     reduce: str = setting(
         "fast",
@@ -153,9 +142,20 @@ class TrainConfig:
         choices=("fast", "exact"),
     )
     num_threads: int = setting(
-        0, "torch's threads of a process, kept on resume; 0: as it starts", above=-1
+        0, "torch's threads of a process, kept on resume; 0: as it starts", least=0, most=1024
     )
     rehearsal: bool = setting(True, "run the heaviest pack before step 1, so that it fits or never")
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    RunSettings, BatchSettings, OptimizerSettings, LlmSettings, ModelSettings, DataSettings
+):
+    """One run: all its settings, flat. Python collects the fields of the bases from last to first.
+
+    A part of the trainer that needs a few settings takes the class that declares them. The names are
+    those of the LLaVA, VILA and lmms-engine scripts where they have one.
+    """
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> TrainConfig:
@@ -165,22 +165,13 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Trai
         raise SystemExit(0)
     problems: list[str] = []
     values = merge(TrainConfig, argv, os.environ if environ is None else environ, problems)
-    config = (
-        None if problems else TrainConfig(**{name: value for name, (value, _) in values.items()})
-    )
-    if config is not None:
-        origins = {name: origin for name, (_, origin) in values.items()}
-        problems += check(config, origins)
-    if problems or config is None:
+    if problems:
+        refuse(problems)
+    config = TrainConfig(**{name: value for name, (value, _) in values.items()})
+    problems = check(config, {name: origin for name, (_, origin) in values.items()})
+    if problems:
         refuse(problems)
     return config
-
-
-def refuse(problems: Sequence[str]) -> typing.NoReturn:
-    """Print problems, one line each, and exit with 2."""
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(2)
 
 
 def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
@@ -196,10 +187,6 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
             "(expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run; "
             "also a VILA stage or a LLaVA checkpoint: a folder with config.json)"
         )
-    try:
-        joined_cells(config.mm_projector_type)
-    except UserError as error:
-        problems.append(f"{origins.get('mm_projector_type', 'default')} {error}")
     if config.data_mixture and not config.data_config:
         problems.append("data_mixture: needs data_config, a YAML of named datasets")
     if not config.data_config and not config.data_path:
@@ -208,15 +195,6 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
         for path in getattr(config, name):
             if not Path(path).exists() and not is_hub_name(path):
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
-    try:
-        exact = float(config.slow_frame_ratio)
-    except ValueError:
-        exact = -1.0
-    if not 0 <= exact <= 1:
-        where = origins.get("slow_frame_ratio", "default")
-        problems.append(
-            f"{where} slow_frame_ratio must be a number in [0, 1], got {config.slow_frame_ratio!r}"
-        )
     if config.attn.startswith("flash") and (
         config.frame_attention == "block" or config.pack_tokens
     ):
@@ -226,18 +204,9 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
             else "it would let packed records see each other; use attn: auto, or pack_tokens: 0"
         )
         problems.append(f"{origins.get('attn', 'attn')} attn {config.attn}: {why}")
-    if checkpoint_every(config.gradient_checkpointing) is None:
-        where = origins.get("gradient_checkpointing", "default")
-        problems.append(
-            f"{where} gradient_checkpointing must be none, full or a positive integer, got "
-            f"{config.gradient_checkpointing!r}"
-        )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         where = origins.get("wandb", "wandb")
         problems.append(f"{where} wandb: not installed; pip install wandb, or set wandb: false")
-    for name in ("num_temporal_tokens", "num_spatial_tokens"):
-        if config.enable_lape and getattr(config, name) == 1:
-            problems.append(f"{origins[name]} {name} must be at least 2, got 1")
     if (
         config.resume not in ("auto", "none")
         and not (Path(config.resume) / "checkpoint.json").exists()
@@ -247,14 +216,6 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
             "(expected auto, none, or a checkpoint-N folder)"
         )
     return problems
-
-
-def checkpoint_every(word: str) -> int | None:
-    """Return N where every N-th layer's activations are recomputed, 0 for none; None if not valid."""
-    named = {"full": 1} | {name: int(on) for name, on in BOOLEANS.items()} | {"none": 0}
-    if word.lower() in named:
-        return named[word.lower()]
-    return int(word) if word.isdigit() else None
 
 
 def is_model_name(name: str) -> bool:

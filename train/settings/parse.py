@@ -4,6 +4,7 @@ What is wrong is collected, each problem with where it stands; which settings th
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from model.settings import expected, problem_of
+
 ENVIRONMENT = {
     "ENABLE_LAPE": "enable_lape",
     "NUM_SPATIAL_TOKENS": "num_spatial_tokens",
@@ -21,6 +24,8 @@ ENVIRONMENT = {
 POSITIONAL = ("stage_path", "data_mixture", "output_dir")
 """What words before the first flag mean, as in VILA's scripts."""
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+NOT_ZERO = re.compile("[^eE]*[1-9]")
 
 Origin = str
 """Where a value was written: `x.yaml:14`, `--flag` or an environment variable."""
@@ -135,19 +140,16 @@ def _set(
         hint = f"; did you mean {close[0]}?" if close else " (see --help)"
         problems.append(f"{subject}: unknown setting{hint}")
         return
-    facts = known[name].metadata
-    kind = typing.get_type_hints(settings)[name]
+    item = known[name]
     try:
-        value = _convert(raw, kind)
+        value = _convert(raw, item.type)
     except ValueError:
-        expected = _expected(kind, facts["above"])
-        shown = raw if isinstance(raw, list) else f"{raw!r}"
-        problems.append(f"{subject} must be {expected}, got {shown}")
+        shown = raw if isinstance(raw, list) else repr(raw)
+        problems.append(f"{subject} must be {expected(item)}, got {shown}")
         return
-    if facts["choices"] and value not in facts["choices"]:
-        problems.append(f"{subject} must be one of {', '.join(facts['choices'])}, got {value!r}")
-    elif facts["above"] is not None and not value > facts["above"]:
-        problems.append(f"{subject} must be {_expected(kind, facts['above'])}, got {raw!r}")
+    problem = problem_of(item, value)
+    if problem:
+        problems.append(f"{subject} {problem}, got {raw!r}")
     else:
         values[name] = (value, origin)
 
@@ -163,18 +165,10 @@ def _convert(raw: Any, kind: Any) -> Any:
         if raw.lower() not in BOOLEANS:
             raise ValueError(raw)
         return BOOLEANS[raw.lower()]
-    return kind(raw)
-
-
-def _expected(kind: Any, above: float | None) -> str:
-    if kind is bool:
-        return "true or false"
-    a_number = "an integer" if kind is int else "a number"
-    if kind in (int, float):
-        if above == 0:
-            return f"a positive {a_number.split()[1]}"
-        return f"{a_number}, not negative" if above == -1 else a_number
-    return "a list" if isinstance(kind, types.GenericAlias) else "a text"
+    value = kind(raw)
+    if kind is float and value == 0 and NOT_ZERO.match(raw):  # 1e-400 is not to become 0
+        raise ValueError(raw)
+    return value
 
 
 def _is_list(settings: type, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What of the LLM is trained, which activations it keeps, and whether its layers are compiled."""
+"""The LLM made ready: how it attends, what of it is trained, what it keeps, what is compiled."""
 
 from typing import Any
 
@@ -6,35 +6,67 @@ import torch
 
 from model.vlm import VLM
 from shards.errors import UserError
-from train.settings.config import TrainConfig, checkpoint_every
+from train.settings.config import LlmSettings, checkpoint_every
 
 
-def llm_dtype(config: TrainConfig) -> torch.dtype:
+def choose_attention(
+    asked: str, pack_tokens: int, frame_attention: str, device: str, longest: int
+) -> tuple[str, str]:
+    """Return (implementation, reason); raises UserError where the asked one cannot work here.
+
+    asked: the setting `attn`, `auto` or an implementation. device: `cuda`, `cpu`, ... longest: tokens
+    of the longest record. A mask of intervals costs flex_attention only the blocks that are attended,
+    SDPA the whole square of a row; without a mask SDPA has its fastest kernels.
+    """
+    if asked == "flex_attention" and device != "cuda":
+        raise UserError(
+            "attn flex_attention needs CUDA (it cannot train on the CPU); use attn: auto or sdpa"
+        )
+    if asked != "auto":
+        chosen, reason = asked, "as asked"
+    elif device == "cuda" and pack_tokens:
+        chosen, reason = "flex_attention", "packed rows on CUDA: only attended blocks are computed"
+    elif pack_tokens:
+        chosen = "sdpa"
+        reason = "packed rows, with a dense mask (flex_attention trains on CUDA only)"
+    elif frame_attention == "block":
+        chosen, reason = "sdpa", "frames that see themselves wholly need a dense mask"
+    else:
+        chosen, reason = "sdpa", "one record a row, causal: no mask at all"
+    if chosen != "flex_attention" and pack_tokens > 2 * longest:
+        reason += (
+            f"; a dense mask costs the square of a row, and the longest record has {longest} tokens: "
+            f"pack_tokens {2 * longest} or less would be faster than {pack_tokens}"
+        )
+    return chosen, reason
+
+
+def llm_dtype(settings: LlmSettings) -> torch.dtype:
     """Return the LLM's own type: trained weights are fp32, frozen ones as small as asked."""
-    frozen = config.tune_llm != "full"
-    return torch.bfloat16 if frozen and config.bf16 else torch.float32
+    frozen = settings.tune_llm != "full"
+    return torch.bfloat16 if frozen and settings.bf16 else torch.float32
 
 
-def prepare_llm(model: VLM, config: TrainConfig, attention: str, device: torch.device) -> None:
+def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch.device) -> None:
     """Freeze, adapt or free the LLM; set how it attends, what it keeps in memory, what is compiled.
 
     UserError where layers cannot be compiled here.
     """
     model.llm.set_attn_implementation(attention)
-    if config.tune_llm == "frozen":
+    if settings.tune_llm == "frozen":
         model.llm.requires_grad_(False)
-    elif config.tune_llm == "lora" and not hasattr(model.llm, "peft_config"):
+    elif settings.tune_llm == "lora" and not hasattr(model.llm, "peft_config"):
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear"
+            r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules="all-linear"
         )
         model.llm = get_peft_model(model.llm, lora)  # its matrices are fp32 whatever the base is
-    every = checkpoint_every(config.gradient_checkpointing)
+    every = checkpoint_every(settings.gradient_checkpointing)
     assert every is not None
     if every:
         checkpoint_activations(model.llm, every)
-    if config.compile:
+    if settings.compile:
         compile_layers(model.llm, device)
     model.train()
 

@@ -12,13 +12,13 @@ tensor of another shape is refused by name.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config import joined_cells
+from model.config import ModelSettings, joined_cells
 from shards.errors import UserError
-from train.settings.config import TrainConfig
+from train.settings.config import LlmSettings, TrainConfig
 from train.start.vila_llava import Tensors, read_llava, read_vila
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def llm_name(stage_path: str) -> str:
     return str(folder if kind == "llava" else folder / "llm")
 
 
-def bank_problem(config: TrainConfig, dataset: "Dataset") -> str | None:
+def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
     """Return why the projector cannot join cells of these banks, if it cannot."""
-    side = joined_cells(config.mm_projector_type)
+    side = joined_cells(settings.mm_projector_type)
     if side == 1:
         return None
     banked, pool = dataset.banks.config.strides, dataset.banks.config.pool
-    name = f"mm_projector_type {config.mm_projector_type}"
+    name = f"mm_projector_type {settings.mm_projector_type}"
     if pool != "average":
         return (
             f"{name}: joins cells of the pool mode `average`, whose grids nest to the border; this "
@@ -92,18 +92,29 @@ def build(config: TrainConfig, dataset: "Dataset", say: Say) -> "VLM":
     manifest = dataset.banks.manifest
     return assemble(
         config,
+        config.seed,
         asdict(model_config(config, dataset)),
-        manifest["tower_width"],
+        manifest.tower_width,
         dataset.banks.config.to_json(),
-        manifest["provenance"]["tower"],
+        manifest.provenance.tower,
         say,
     )
 
 
 def assemble(
-    config: TrainConfig, facts: Json, width: int, features: Json, tower: str, say: Say
+    settings: LlmSettings,
+    seed: int,
+    facts: Json,
+    width: int,
+    features: Json,
+    tower: str,
+    say: Say,
 ) -> "VLM":
-    """Return a model over the LLM of the stage path, taking over what fits of the stage's parts."""
+    """Return a model over the LLM of the stage path, with what fits of the stage's other parts.
+
+    facts: the fields of `VLMConfig`; width, features, tower: what the banked features are of; say: what
+    takes a line for each part.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -111,12 +122,14 @@ def assemble(
     from model.vlm import VLM, VLMConfig
     from train.start.prepare_llm import llm_dtype
 
-    torch.manual_seed(config.seed)
-    kind = kind_of(config.stage_path)
-    folder = Path(config.stage_path) if kind == "llm" else on_disk(config.stage_path, weights=True)
-    llm_path = llm_name(config.stage_path)
-    llm = load_llm(llm_path, llm_dtype(config))
-    if hasattr(llm, "peft_config") and config.tune_llm != "lora":
+    torch.manual_seed(seed)
+    kind = kind_of(settings.stage_path)
+    folder = (
+        Path(settings.stage_path) if kind == "llm" else on_disk(settings.stage_path, weights=True)
+    )
+    llm_path = llm_name(settings.stage_path)
+    llm = load_llm(llm_path, llm_dtype(settings))
+    if hasattr(llm, "peft_config") and settings.tune_llm != "lora":
         llm = llm.merge_and_unload()
     model = VLM.assemble(
         VLMConfig(**facts),
@@ -126,44 +139,41 @@ def assemble(
         features=features,
         tower=tower,
     )
-    model.base = llm_base(config)
+    model.base = llm_base(settings)
     lines = [f"LLM: {type(llm).__name__} from {llm_path}"]
     if kind == "run":
         lines += model.adopt(folder)
     elif kind != "llm":
-        lines += take_over(model, kind, folder)
+        lines += load_parts(model, kind, folder)
     for line in lines:
         say(f"stage     {line}")
     return model
 
 
-def llm_base(config: TrainConfig) -> "LlmBase | None":
+def llm_base(settings: LlmSettings) -> "LlmBase | None":
     """Return where the LLM lies that is not trained, so that checkpoints need no copy of it."""
     from model.llm import base_of
     from train.start.prepare_llm import llm_dtype
 
-    if config.tune_llm == "full":
+    if settings.tune_llm == "full":
         return None
-    path = llm_name(config.stage_path)
-    merged = config.tune_llm == "frozen" and (Path(path) / "lora").exists()
-    return base_of(path, llm_dtype(config), merged=merged)
+    path = llm_name(settings.stage_path)
+    merged = settings.tune_llm == "frozen" and (Path(path) / "lora").exists()
+    return base_of(path, llm_dtype(settings), merged=merged)
 
 
-def model_config(config: TrainConfig, dataset: "Dataset") -> Any:
+def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
     """Return what of the settings stays with the model."""
-    from dataclasses import fields
-
     from model.vlm import VLMConfig
 
-    own = {field.name for field in fields(VLMConfig)} - {"slow_stride", "fast_stride"}
     return VLMConfig(
         slow_stride=dataset.slow_stride,
         fast_stride=dataset.fast_stride,
-        **{name: getattr(config, name) for name in own},
+        **{field.name: getattr(settings, field.name) for field in fields(ModelSettings)},
     )
 
 
-def take_over(model: "VLM", kind: str, folder: Path) -> list[str]:
+def load_parts(model: "VLM", kind: str, folder: Path) -> list[str]:
     """Load what fits of a VILA or LLaVA stage into a fresh model; return a line for each part."""
     made, projector, tables, others = read_vila(folder) if kind == "vila" else read_llava(folder)
     asked = model.config.mm_projector_type
@@ -175,7 +185,7 @@ def take_over(model: "VLM", kind: str, folder: Path) -> list[str]:
             f"projector: new ({asked}), the stage's is {made}: set mm_projector_type to it"
         )
     else:
-        fit(
+        load_weights(
             model.projector,
             projector,
             f"{folder}: projector ({made})",
@@ -186,13 +196,13 @@ def take_over(model: "VLM", kind: str, folder: Path) -> list[str]:
             f"projector: from the stage ({made}, {len(projector)} tensors); features are pooled before "
             "it here, so it has to be tuned again"
         )
-    lines += take_tables(model, folder, tables)
+    lines += load_tables(model, folder, tables)
     parts = ["visual"] + (["frame_causal"] if model.frame_causal is not None else [])
     lines += [f"{name}: new, the stage has none" for name in parts]
     return lines + [f"ignored: {other}" for other in others]
 
 
-def take_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
+def load_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
     """Load LLaVA-ST's coordinate tables; return what there is to say of them."""
     if model.lape is None:
         return ["ignored: coordinate tables, enable_lape is off"] if tables else []
@@ -206,12 +216,12 @@ def take_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
     gamma = {"gamma": model.lape.gamma.detach()}  # LLaVA-ST has none: it is 1
     counts = [len(tables.get(f"input_tables.{axis}", ())) for axis in (0, 1)]
     fix = f"set num_temporal_tokens {counts[0]}, num_spatial_tokens {counts[1]}"
-    fit(model.lape, tables | gamma, f"{folder}: coordinate tables", fix)
+    load_weights(model.lape, tables | gamma, f"{folder}: coordinate tables", fix)
     model.calibrated = True
     return [f"lape: from the stage, {counts[0]} temporal, {counts[1]} spatial anchors (LLaVA-ST)"]
 
 
-def fit(module: Any, weights: Tensors, what: str, fix: str) -> None:
+def load_weights(module: Any, weights: Tensors, what: str, fix: str) -> None:
     """Load a part's weights in fp32, or raise UserError naming each tensor that does not fit."""
     from model.llm import shape_problems
 
@@ -225,8 +235,12 @@ def read_config(name: str) -> dict[str, Any] | None:
     path: str | Path | object = Path(name) / "config.json"
     if not Path(name).is_dir():
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        path = try_to_load_from_cache(name, "config.json")
+        try:
+            path = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:  # a folder that was moved, or is named from elsewhere
+            return None
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     return dict(json.loads(Path(path).read_text()))

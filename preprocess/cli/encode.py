@@ -1,0 +1,170 @@
+"""The commands that encode: plan, encode, retry."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from preprocess.cli.options import HOW, PLANNED, given, make_sampling, start_torch
+from shards.errors import UserError
+from shards.text import counted, in_bytes
+
+if TYPE_CHECKING:
+    from preprocess.encode.features import EncodeOptions
+    from preprocess.encode.unit import Summary
+    from shards.format.plan import ClipSource
+
+
+@click.command()
+@PLANNED
+@click.option("--no-estimate", is_flag=True, help="Do not encode a few clips to estimate hours.")
+def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) -> None:
+    """Write the plan that encode would execute, and say what it will cost.
+
+    INPUTS and flags are those of encode. Inputs are opened, none is decoded but a few to estimate
+    the hours. Exit code 2: wrong usage.
+
+    \b
+    preprocess plan videos/ --out bank --tower google/siglip-so400m-patch14-384
+    """
+    clips, options, rest = prepared(inputs, out, **flags)
+
+    from preprocess.encode.estimate import forecast
+    from preprocess.encode.run import plan_clips
+
+    tower, changes = plan_clips(clips, out, options, **rest)
+    for line in forecast(out, changes, tower, options, hours=not no_estimate):
+        click.echo(line)
+
+
+@click.command()
+@PLANNED
+@click.option("--procs", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Processes, each with its tower and decoder, over all GPUs.")  # fmt: skip
+def encode(inputs: tuple[str, ...], out: Path, procs: int, **flags: Any) -> None:
+    """Bank the features of INPUTS.
+
+    An input is a video, a folder, an archive (.tar, .tar.gz, .tgz), or annotations as training
+    reads them: .json, .jsonl, .csv or .parquet, a folder of these, owner/name of the Hub. A folder
+    gives its videos and .gif files at any depth, and each folder in which there is nothing but
+    pictures is one clip (its rate: --folder-fps). The `video` of an annotation may be a video, a
+    folder of pictures, an animation or a still picture. An archive gives its videos, read one at
+    a time and not unpacked; name archives themselves, not their folder.
+
+    Rerunning skips what is done, encodes what is new, and encodes again videos that have changed.
+    A clip that cannot be read is named in BANK/quarantine.jsonl; `preprocess retry BANK` tries it
+    again. Exit code 0: all done; 1: some clips failed and are listed; 2: wrong usage, or the
+    machine failed: what is committed stays, run the same command again; 70: a bug of ours, with its
+    traceback: what is committed stays, and no clip is blamed.
+
+    \b
+    preprocess encode videos/ --stride 4,8 --out bank --tower google/siglip-so400m-patch14-384
+    preprocess encode train.json --video-root videos/ --frames 16 --out bank --tower ./tower
+    preprocess encode 0_30_s_academic_v0_1_videos_*.tar.gz --out bank --tower ./tower
+    """
+    clips, options, rest = prepared(inputs, out, **flags)
+
+    from preprocess.encode.estimate import gone
+    from preprocess.encode.run import encode_clips
+
+    summary, changes = encode_clips(clips, out, options, procs=procs, **rest)
+    for line in gone(changes):
+        click.echo(line.strip())
+    report(out, summary)
+
+
+def prepared(
+    inputs: tuple[str, ...],
+    out: Path,
+    *,
+    frames: int | None,
+    fps: str | None,
+    max_frames: int | None,
+    device: str,
+    tower_dtype: str,
+    shard_size: int,
+    batch_frames: int | None,
+    tower_threads: int | None,
+    prune: bool,
+    **rest: Any,
+) -> tuple[list["ClipSource"], "EncodeOptions", dict[str, Any]]:
+    """Return the clips, how to encode them, and how to plan: what flags of plan and encode mean."""
+    from preprocess.sources.find import find_clips
+    from shards.format.plan import TowerSettings, read_plan
+
+    sampling = make_sampling(frames, fps, max_frames)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps
+    clips = find_clips(
+        inputs,
+        rest["video_roots"],
+        rest["picture_fps"],
+        allow_outside=rest["allow_outside"],
+    )
+    known = read_plan(out)
+    tower = known.tower if known else TowerSettings()
+
+    device = start_torch(device)
+    from preprocess.encode.features import EncodeOptions
+
+    if tower_dtype == "auto":
+        tower_dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    options = EncodeOptions(
+        sampling=sampling,
+        device=device,
+        tower_dtype=tower_dtype,
+        batch_frames=batch_frames or tower.batch_frames,
+        tower_threads=tower_threads or tower.threads,
+        shard_bytes=shard_size * 1024**2,
+        **rest,
+    )
+    return clips, options, {"prune": prune}
+
+
+@click.command()
+@click.argument("bank", type=click.Path(path_type=Path))
+@click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
+@click.option("--video-root", "roots", multiple=True, type=click.Path(),
+              help="Where videos may lie that have moved. Repeatable.")  # fmt: skip
+@HOW
+def retry(
+    bank: Path,
+    tower: str | None,
+    roots: tuple[str, ...],
+    device: str,
+    **how: Any,
+) -> None:
+    """Encode again the clips in BANK/quarantine.jsonl, and nothing else.
+
+    Mend or replace the videos where they lie, then run this. Tower, frames and strides are those
+    of the bank. Clips that succeed are added in a new shard and leave the quarantine; the others
+    stay, with one attempt more. Exit codes are those of encode.
+
+    \b
+    preprocess retry bank
+    preprocess retry bank --allow-truncated
+    """
+    from shards.format.plan import read_plan
+
+    if read_plan(bank) is None:
+        raise UserError(f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`")
+    device = start_torch(device)
+    from preprocess.encode.retry import retry as encode_again
+
+    report(bank, encode_again(bank, tower, roots, device=device, **given(how)))
+
+
+def report(bank: Path, summary: "Summary") -> None:
+    """Say what a run did; exit with 1 if clips failed."""
+    click.echo(
+        f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
+        f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "
+        f"{counted(summary.skipped, 'clip')} there already"
+    )
+    if summary.failures:
+        failed = counted(len(summary.failures), "clip")
+        click.echo(f"{failed} failed, listed in {bank / 'quarantine.jsonl'}:")
+        for entry in summary.failures[:20]:
+            click.echo(f"  {entry.id}: {entry.reason}: {entry.message}")
+        raise SystemExit(1)

@@ -1,0 +1,68 @@
+"""The commands that look at banks, and the one that draws a world to try all of them on."""
+
+from pathlib import Path
+
+import click
+
+from shards.errors import UserError
+
+
+@click.command()
+@click.argument("bank", type=click.Path(path_type=Path))
+@click.argument("key", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="The picture.  [default: KEY.png]")
+def show(bank: Path, key: str | None, out: Path | None) -> None:
+    """Tell what is in BANK; with KEY (a clip's id or its sample's key), draw that clip.
+
+    The picture shows the clip's frames above their features as colours.
+    """
+    if out and not key:
+        raise UserError(f"--out {out}: a picture is of one clip; name its KEY")
+    if out and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+
+    from preprocess.show.picture import picture
+    from preprocess.show.table import table
+
+    if not key:
+        click.echo(table(bank))
+        return
+    name, image = picture(bank, key)
+    out = out or Path(f"{name}.png")
+    try:
+        image.save(out)
+    except ValueError as error:  # an ending that PIL knows no format of
+        raise UserError(f"--out {out}: {error}") from None
+    click.echo(out)
+
+
+@click.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+def diff(a: Path, b: Path) -> None:
+    """Say in which features A and B differ, field by field.
+
+    Each is a bank, a folder with a plan, or a json file of either. Exit code 0: the same features,
+    and one may be extended as the other was made; 1: they differ.
+    """
+    from shards.care.compare import diff as differing
+
+    lines = differing(a, b)
+    for line in lines:
+        click.echo(line)
+    if lines:
+        raise SystemExit(1)
+    click.echo("same features")
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--train-clips", type=click.IntRange(min=1), default=384, show_default=True)
+@click.option("--test-clips", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def toyworld(out: Path, train_clips: int, test_clips: int, seed: int) -> None:
+    """Draw a toy world into OUT: videos, records with exact answers, a tiny tower and LLM."""
+    from preprocess.toyworld import make_toyworld
+
+    make_toyworld(out, train_clips=train_clips, test_clips=test_clips, seed=seed)
+    click.echo(f"{out}: {train_clips} training and {test_clips} test clips, tower/, llm/")

@@ -1,0 +1,56 @@
+"""Which frames of a source to read, and how: what every reader of clips is asked.
+
+ReadRequest(Path("bikes.mp4"), Sampling(fps="1", max_frames=64), start=2.0, end=4.0)
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from model.tower.pixels import Pixels
+from preprocess.decode.read_pictures import PICTURE_FPS
+from shards.format.features import Sampling
+from shards.signed import Json
+
+DECODERS = ("auto", "decord", "pyav")
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """One clip to read."""
+
+    path: Path
+    """A video, a folder of pictures, an animation or a picture."""
+    sampling: Sampling
+    start: float | None = None
+    """Only frames with start <= time < end, in seconds."""
+    end: float | None = None
+    pixels: Pixels | None = None
+    """Resize each frame as it comes, as a tower's image processor does."""
+    allow_truncated: bool = False
+    """Take what comes of a truncated or damaged file; its flags say so."""
+    picture_fps: str = PICTURE_FPS
+    """Of a folder of pictures."""
+    decoder: str = "auto"
+    """For measurements, and to read again as before: `decord` takes it whatever the scan says,
+    `pyav` does without it."""
+
+    def __post_init__(self) -> None:
+        assert self.decoder in DECODERS, self.decoder
+
+    def to_json(self) -> Json:
+        return asdict(self) | {
+            "path": str(self.path.absolute()),
+            "pixels": self.pixels.to_json() if self.pixels else None,
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> "ReadRequest":
+        pixels = data["pixels"]
+        return cls(
+            **data
+            | {
+                "path": Path(data["path"]),
+                "sampling": Sampling(**data["sampling"]),
+                "pixels": Pixels.from_json(pixels) if pixels else None,
+            }
+        )

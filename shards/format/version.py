@@ -1,0 +1,33 @@
+"""Which banks this framebank reads: those of `FORMAT_VERSION`, and no others."""
+
+from shards.errors import UserError
+from shards.format.features import FORMAT_VERSION
+from shards.signed import Json
+
+
+class OtherVersion(UserError):
+    """A bank of a format that this framebank does not read."""
+
+
+def is_older(record: Json) -> bool:
+    """Whether a plan.json or bank.json is of a version that `preprocess repair` brings up to date."""
+    return record.get("format_version") in range(1, FORMAT_VERSION)
+
+
+def refuse_other_version(record: Json, bank: object, name: str) -> None:
+    """Raise OtherVersion, one line, unless a bank's plan.json or bank.json is of today's version."""
+    version = record.get("format_version")
+    if version == FORMAT_VERSION:
+        return
+    if is_older(record):
+        raise OtherVersion(
+            f"{bank}: format {version}, this framebank reads {FORMAT_VERSION}; run `preprocess repair "
+            f"{bank}`: it rewrites the bank's metadata, keeps its shards and encodes nothing"
+        )
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise OtherVersion(
+            f"{bank}: format {version}, this framebank reads up to {FORMAT_VERSION}; update framebank"
+        )
+    raise OtherVersion(
+        f"{bank}/{name}: format {version!r} is unknown; restore the file from a copy"
+    )

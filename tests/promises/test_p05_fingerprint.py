@@ -1,0 +1,117 @@
+"""P5: what changes a feature is refused by name; how a bank is made is no part of what it is.
+
+A change of tower, processor, layer, sampling, stride, pooling, type or codec makes another bank. One of
+batch, threads or shard size does not.
+"""
+
+import json
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocess.encode.run import EncodeOptions, encode
+from preprocess.toy_models import save_tower
+from shards.errors import UserError
+from shards.format.features import Sampling
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def moments(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("bank-*")}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_frames": 8},
+        {"tower_threads": 1},
+        {"shard_bytes": 1},
+        {"allow_truncated": True},
+        {"device": "cpu:0"},
+    ],
+    ids=str,
+)
+def test_how_a_bank_is_made_is_no_part_of_its_identity(
+    toy: Path,
+    toy_bank: Path,
+    toy_options: EncodeOptions,
+    tmp_path: Path,
+    changes: dict[str, Any],
+) -> None:
+    bank = shutil.copytree(toy_bank, tmp_path / "bank")
+    before = contents(bank)
+    assert encode([str(toy / "videos")], bank, replace(toy_options, **changes)).skipped == 9
+    assert contents(bank) == before
+
+
+def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
+    hashed = {"tower", "strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"}
+    free = {"device", "batch_frames", "tower_threads", "video_roots", "shard_bytes"}
+    free |= {"allow_truncated", "picture_fps", "allow_outside"}  # which clips there are
+    assert {field.name for field in fields(EncodeOptions)} == hashed | free
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"strides": (2, 8)}, "strides: [2, 8] here, [4, 8] there"),
+        ({"strides": (4,)}, "strides: [4] here, [4, 8] there"),
+        ({"layer": -1}, "layer: -1 here, -2 there"),
+        ({"sampling": Sampling(num_frames=9)}, "sampling.num_frames: 9 here, 8 there"),
+        ({"sampling": Sampling(fps="1", max_frames=8)}, "sampling.fps: '1' here, None there"),
+        ({"pool": "max"}, "pool: 'max' here, 'average' there"),
+        ({"dtype": "bfloat16"}, "dtype: 'bfloat16' here, 'float16' there"),
+        ({"codec": "blosc"}, "codec: 'blosc' here, 'none' there"),
+        ({"codec": "int8"}, "codec: 'int8' here, 'none' there"),
+        ({"sampling": Sampling(fps="2", max_frames=9)}, "sampling.max_frames: 9 here, None there"),
+        ({"tower_dtype": "bfloat16"}, "tower_dtype: 'bfloat16' here, 'float32' there"),
+        ({"tower": "other"}, "tower_digest: "),
+        ({"tower": "bigger"}, "processor.height: 96 here, 64 there"),
+    ],
+)
+def test_other_features_are_refused_by_name_and_nothing_changes(
+    toy: Path,
+    toy_bank: Path,
+    toy_options: EncodeOptions,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    named: str,
+) -> None:
+    if "tower" in changes:
+        tower = tmp_path / changes["tower"]
+        shutil.copytree(toy / "tower", tower)
+        if changes["tower"] == "other":
+            save_tower(tower, seed=1)
+        else:
+            config = json.loads((tower / "preprocessor_config.json").read_text())
+            config["size"] = {"height": 96, "width": 96}
+            (tower / "preprocessor_config.json").write_text(json.dumps(config))
+        changes = {"tower": str(tower)}
+    bank = shutil.copytree(toy_bank, tmp_path / "bank")
+    before, written = contents(bank), moments(bank)
+    with pytest.raises(UserError, match="holds other features") as caught:
+        encode([str(toy / "videos")], bank, replace(toy_options, **changes))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(bank) == before
+    assert moments(bank) == written
+
+
+def test_a_tower_copied_elsewhere_is_the_same_tower(
+    toy: Path, toy_bank: Path, toy_options: EncodeOptions, tmp_path: Path
+) -> None:
+    bank = shutil.copytree(toy_bank, tmp_path / "bank")
+    tower = shutil.copytree(toy / "tower", tmp_path / "moved")
+    options = replace(toy_options, tower=str(tower))
+    assert encode([str(toy / "videos")], bank, options).skipped == 9

@@ -1,0 +1,188 @@
+"""Mixtures: names, repeats and shares of three ecosystems' YAML, and what is wrong with one."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from shards.annotations.files import ALL, Selection
+from shards.errors import UserError
+from train.data.dataset import file_digest, open_dataset
+from train.data.mixtures import MixturePart, read_mixture
+from train.settings.config import TrainConfig
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a", "b", "c"):
+        rows = [
+            {
+                "id": f"{name}{k}",
+                "conversations": [
+                    {"from": "human", "value": "?"},
+                    {"from": "gpt", "value": "!"},
+                ],
+            }
+            for k in range(20)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def mixed(folder: Path, mixture: str, content: Any) -> tuple[list[MixturePart], list[str]]:
+    path = folder / "mix.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    problems: list[str] = []
+    return read_mixture(str(path), mixture, problems), problems
+
+
+def names(parts: list[MixturePart]) -> list[tuple[str, int]]:
+    return [(Path(path).stem, part.repeats) for part in parts for path in part.records]
+
+
+OURS = {
+    "a": {"records": "a.jsonl", "banks": "bank"},
+    "b": {"records": ["b.jsonl", "c.jsonl"]},
+    "both": ["a", "b*2"],
+    "twice": "both+c2",
+    "c2": {"records": "c.jsonl", "seed": 5},
+}
+
+
+def test_terms_repeat_share_and_stand_for_others(folder: Path) -> None:
+    parts, problems = mixed(folder, "a*3", OURS)
+    assert problems == []
+    assert parts == [MixturePart([str(folder / "a.jsonl")], [str(folder / "bank")], 3, ALL)]
+    assert names(mixed(folder, "twice + a@0.1*2", OURS)[0]) == [
+        *(("a", 1), ("b", 2), ("c", 2), ("c", 1), ("a", 2))
+    ]
+    (part,) = mixed(folder, "c2@0.1*2", OURS)[0]
+    assert (part.repeats, part.chosen) == (2, Selection.parse("random:10%", seed=5))
+    assert len(part.chosen.of(30)) == 3
+
+
+def test_an_empty_mixture_takes_each_dataset_once(folder: Path) -> None:
+    plain = {name: OURS[name] for name in ("b", "a")}
+    assert names(mixed(folder, "", plain)[0]) == [("b", 1), ("c", 1), ("a", 1)]
+
+
+def test_a_mixture_of_llava_next_is_read(folder: Path) -> None:
+    content = {
+        "datasets": [
+            {"json_path": "a.jsonl", "sampling_strategy": "all"},
+            {"json_path": "b.jsonl", "sampling_strategy": "first:10%"},
+            {"json_path": "{a,c}.jsonl", "sampling_strategy": "random:3", "seed": 2},
+            {"json_path": "c.jsonl", "sampling_strategy": "50%"},
+        ]
+    }
+    parts, problems = mixed(folder, "", content)
+    assert problems == []
+    assert names(parts) == [("a", 1), ("b", 1), ("a", 1), ("c", 1), ("c", 1)]
+    assert [len(part.chosen.of(20)) for part in parts] == [20, 2, 3, 10]
+    assert parts[2].chosen.seed == 2
+
+
+def test_registries_of_vila_and_lmms_engine_are_read(folder: Path) -> None:
+    vila = {
+        "a": {"_target_": "llava.data.LLaVADataset", "data_path": "a.jsonl", "media_dir": "/x"},
+        "b": {"data_path": "b.jsonl"},
+    }
+    assert names(mixed(folder, "a+b*2", vila)[0]) == [("a", 1), ("b", 2)]
+    lmms = {"datasets": [{"path": "a.jsonl", "data_folder": "/x", "data_type": "json"}]}
+    assert names(mixed(folder, "", lmms)[0]) == [("a", 1)]
+
+
+def test_hub_names_stay_as_they_are(folder: Path) -> None:
+    (part,), problems = mixed(folder, "", {"x": {"records": "lmms-lab/LLaVA-Video-178K:0_30_s"}})
+    assert (part.records, problems) == (["lmms-lab/LLaVA-Video-178K:0_30_s"], [])
+
+
+LOOP = {"a": ["b"], "b": "a+c"}
+BAD: list[tuple[str, Any, str]] = [
+    ("a*x", OURS, "'a*x': repeat by a positive integer"),
+    ("a*0", OURS, "'a*0': repeat by a positive integer"),
+    ("a@2", OURS, "@2: take a share above 0, at most 1"),
+    ("a@0", OURS, "@0: take a share above 0"),
+    ("d", OURS, "no dataset 'd' in"),
+    ("a", LOOP, "a -> b -> a never ends"),
+    ("", {"a": {"banks": "x"}}, "a needs `records`"),
+    ("", {"a": 3}, "a needs `records`"),
+    ("", {"a": {"records": "a.jsonl", "json_path": "b"}}, "has both records and json_path"),
+    ("", {"a": {"records": "a.jsonl", "reapeats": 2}}, "unknown reapeats (known: records"),
+    ("", {"a": {"records": "none.jsonl"}}, "a: no such file"),
+    ("", {"a": {"records": "a.jsonl", "seed": "x"}}, "seed must be an integer"),
+    ("", {"datasets": [{"json_path": "a.jsonl", "sampling_strategy": "some"}]}, "datasets[0]: sam"),
+    ("a@0.5", {"a": {"records": "a.jsonl", "sampling_strategy": "all"}}, "keep one"),
+    ("a", {"datasets": [{"json_path": "a.jsonl"}]}, "datasets without names; leave it out"),
+    ("", ["a"], "expected `name: {records"),
+]
+
+
+@pytest.mark.parametrize(("mixture", "content", "expected"), BAD)
+def test_what_is_wrong_with_a_mixture_is_named(
+    folder: Path, mixture: str, content: Any, expected: str
+) -> None:
+    _, problems = mixed(folder, mixture, content)
+    assert any(expected in line for line in problems), problems
+    assert all(line.startswith(("data_mixture", "data_config")) for line in problems)
+
+
+def test_all_problems_of_a_mixture_come_together(folder: Path) -> None:
+    content = {"a": {"records": "x.jsonl"}, "b": {"banks": []}}
+    assert len(mixed(folder, "a+b+c+a*0", content)[1]) == 4
+
+
+def test_yaml_makes_no_objects(folder: Path) -> None:
+    path = folder / "mix.yaml"
+    path.write_text("a: !!python/object/apply:os.system ['true']\n")
+    problems: list[str] = []
+    assert read_mixture(str(path), "", problems) == []
+    assert "could not determine a constructor" in problems[0]
+
+
+def test_a_run_draws_what_its_mixture_chose(folder: Path, make_bank: Callable[..., Path]) -> None:
+    arrays = {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
+    bank = make_bank(folder / "bank", {"v.mp4": arrays})
+    path = folder / "llava.yaml"
+    entries = [
+        {"json_path": "a.jsonl", "sampling_strategy": "first:2"},
+        {"json_path": "b.jsonl", "sampling_strategy": "random:3"},
+    ]
+    path.write_text(yaml.safe_dump({"datasets": entries}))
+    dataset = open_dataset(TrainConfig(bank=[str(bank)], data_path=[str(path)]))
+    ids = [record.id for record in dataset.records]
+    assert ids[:2] == ["a0", "a1"]
+    assert ids[2:] == [f"b{k}" for k in Selection.parse("random:3").of(20)]
+    # rows that are not chosen are not looked at
+    (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text() + "not json\n")
+    assert len(open_dataset(TrainConfig(bank=[str(bank)], data_path=[str(path)])).records) == 5
+
+
+def test_an_absolute_path_is_joined_only_where_it_may_be(
+    folder: Path, make_bank: Callable[..., Path]
+) -> None:
+    arrays = {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
+    bank = make_bank(folder / "bank", {"/videos/v.mp4": arrays})
+    row = json.loads((folder / "a.jsonl").read_text().splitlines()[0])
+    row["video"] = "/videos/v.mp4"
+    row["conversations"][0]["value"] = "<video>?"
+    path = folder / "absolute.jsonl"
+    path.write_text(json.dumps(row))
+    config = TrainConfig(bank=[str(bank)], data_path=[str(path)])
+    with pytest.raises(UserError, match=r"'/videos/v\.mp4' leads out of its root"):
+        open_dataset(config)
+    assert len(open_dataset(replace(config, allow_outside=True)).records) == 1
+
+
+def test_a_digest_tells_choices_and_contents_apart(folder: Path) -> None:
+    file = str(folder / "a.jsonl")
+    choices = [ALL, Selection.parse("first:3"), Selection.parse("25%"), Selection.parse("25%", 1)]
+    digests = {file_digest(file, chosen) for chosen in choices}
+    assert len(digests) == 4
+    assert file_digest(str(folder / "b.jsonl")) not in digests
+    assert file_digest(str(folder / "none")) == file_digest(str(folder / "nor this"))

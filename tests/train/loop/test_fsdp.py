@@ -1,0 +1,159 @@
+"""FSDP2: the configuration files, what is refused, and a run on two processes of the CPU.
+
+Accelerate shards on accelerators only, so the run sets its state to FSDP2 by hand; from there on the
+code is Accelerate's own, over gloo. Nothing of this has met several GPUs.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+from model.vlm import VLM
+from train.run import unsupported
+
+ROOT = Path(__file__).resolve().parents[3]
+PRESETS = sorted((ROOT / "train" / "presets").glob("fsdp2_*.yaml"))
+SHARDED = """
+import accelerate, sys
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+start = accelerate.Accelerator.__init__
+
+def sharded(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    self.state._shared_state["distributed_type"] = DistributedType.FSDP
+    self.state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+
+accelerate.Accelerator.__init__ = sharded
+from train.run import main
+
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_accelerate_reads_the_configuration_files(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.fsdp_config["fsdp_version"] == 2
+    assert config.num_processes == 8 * config.num_machines
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert config.fsdp_config.keys() <= known
+
+
+def test_the_settings_reach_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., VLM]
+) -> None:
+    """Through the environment, as `accelerate launch` hands them to the processes."""
+    (path,) = (path for path in PRESETS if path.stem == "fsdp2_8gpu")
+    args = launch_command_parser().parse_args(["--config_file", str(path), "train/run.py"])
+    for name, value in load_config_from_file(str(path)).fsdp_config.items():
+        setattr(args, name, str(value).lower() if isinstance(value, bool) else value)
+    args.use_fsdp, args.num_processes, args.num_machines = True, 8, 1
+    args.mixed_precision, args.main_process_port, args.gpu_ids = "no", 29500, "all"
+    args.dynamo_backend = "no"
+    environ = prepare_multi_gpu_env(args)
+    for name in [name for name in environ if name.startswith(("FSDP", "ACCELERATE"))]:
+        monkeypatch.setenv(name, environ[name])
+    assert unsupported("fast", environ) is None
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert not plugin.cpu_ram_efficient_loading
+    plugin.set_auto_wrap_policy(make_model())
+    assert plugin.transformer_cls_names_to_wrap == ["Qwen2DecoderLayer"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "reduce", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "fast", "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fast", "fsdp_version: 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            "exact",
+            "use reduce: fast",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fast", None),
+        ({}, "exact", None),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_line(
+    environ: dict[str, str], reduce: str, words: str | None
+) -> None:
+    problem = unsupported(reduce, environ)
+    assert (problem is None) == (words is None)
+    if problem and words:
+        assert words in problem
+        assert "\n" not in problem
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_train_save_and_resume_like_one(
+    run_settings: dict[str, Any],
+    as_flags: Callable[..., list[str]],
+    train_here: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    one = train_here(
+        tmp_path / "one", save_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    two = tmp_path / "two"
+    settings = run_settings | {"output_dir": two, "save_steps": 2, "per_device_train_batch_size": 1}
+
+    def launch(**more: Any) -> None:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command += ["--master_port", str(port), str(script), *as_flags(settings | more)]
+        environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    launch()
+    first = (two / "metrics.jsonl").read_text()
+    compare(one, two)
+    # from the checkpoint of two halves on, as if the last two steps had not been
+    for path in two.glob("checkpoint-4"):
+        path.rename(two / "gone")
+    launch()
+    assert (two / "metrics.jsonl").read_text() != first  # its clock
+    compare(one, two)
+
+
+def compare(one: Path, two: Path) -> None:
+    """Assert that two runs took the same steps to the same weights and moments."""
+    lines = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, two)
+    ]
+    for ours, theirs in zip(*lines, strict=True):
+        for name in ("loss", "grad_norm", "ce_loss", "autoregressive_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    files = sorted(path.relative_to(one) for path in one.rglob("checkpoint-4/**/*.safetensors"))
+    assert len(files) >= 5
+    for file in files:
+        expected, found = load_file(one / file), load_file(two / file)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4, msg=name)

@@ -1,0 +1,388 @@
+"""A run from its plan to its saved model: plan, model, rehearsal, steps, save.
+
+`train()` is the story; what its steps share is a `Run` and a `Learner`.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.batch import Batch
+from model.vlm import VLM
+from shards.errors import UserError
+from shards.signed import Json
+from train.batches.chat import Chat
+from train.batches.loader import Loader, Share
+from train.batches.plan import RunPlan, plan_run, rows_per_step
+from train.data.dataset import Dataset
+from train.loop.checkpoint import (
+    FullState,
+    changed_settings,
+    choose_checkpoint,
+    facts_of,
+    prune,
+    read_state,
+    refuse_other_run,
+    save_checkpoint,
+    set_aside,
+)
+from train.loop.checks import PackMemory, UpdateCheck, out_of_memory_advice, rehearse
+from train.loop.gradients import Reduction, make_reduction
+from train.loop.held_out import held_out_loss
+from train.loop.log import RunLog, banner, closing, line_of
+from train.loop.optimizer import allocate, load_optimizer, make_optimizer, set_rates
+from train.loop.signals import StopSignals
+from train.loop.speed import StepTimer, make_timer
+from train.loop.step import Losses, Step, run_step
+from train.settings.config import TrainConfig
+from train.start.prepare_llm import choose_attention, llm_dtype, prepare_llm
+from train.start.stage import build, llm_base
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+COPY_EVERY = 10
+"""Steps between readings of the copy baseline, which needs both streams of a clip."""
+CALIBRATED = 8
+"""Records of the first step that set the scale of LAPE's positions, however the step is cut."""
+CHECKED = 3
+"""First steps whose counts are compared with those of the plan."""
+
+
+def train(
+    config: TrainConfig, dataset: Dataset, accelerator: "Accelerator", signals: StopSignals
+) -> signal.Signals | None:
+    """Take all steps of a run and save its model; every rank calls this.
+
+    Returns the signal that ended the run before its last step, after a checkpoint, or None.
+    UserError where the run cannot begin or go on.
+    """
+    # -- plan: which records each step learns from, before any weight is loaded
+    run = make_run(config, dataset, accelerator)
+    plan, total, log = run.plan, run.plan.num_steps, run.log
+
+    # -- model: built or resumed, and what moves it
+    learner = make_learner(run)
+
+    # -- rehearsal: the heaviest pack fits now, or never
+    memory = PackMemory.of(plan, learner.model)
+    if config.rehearsal and run.first < total:
+        rehearse_heaviest(run, learner, memory)
+
+    # -- steps
+    updates = UpdateCheck(learner.model, accelerator)
+    began = time.monotonic()
+    timer = start_timer(run, learner.model)
+    metrics: Json = {}
+    best: Json | None = run.state.get("best")
+    for step, batches in learner.loader.steps(
+        plan, run.share, run.first, copy_every=COPY_EVERY, prefetch=config.prefetch
+    ):
+        timer.data_ready()
+        set_rates(learner.optimizer, step, total, config.warmup_ratio)
+        with out_of_memory_advice(f"step {step + 1}", memory, config):
+            taken = take_step(run, learner, batches, step, signals)
+        check_step(run, updates, step, taken.metrics)
+        done = step + 1
+        metrics = log_step(run, learner, timer, done, taken.metrics)
+        if dataset.held_out and (done == total or is_due(config.eval_steps, done)):
+            best = evaluate(run, learner, done, best)
+            timer.pause_over()
+        improved = config.eval_steps > 0 and best is not None and best["step"] == done
+        asked = taken.stopped_by is not None or taken.save
+        if done == total or is_due(config.save_steps, done) or improved or asked:
+            save(run, learner, done, best)
+            timer.pause_over()
+        if taken.stopped_by is not None and done < total:
+            log.say(
+                f"stopped by {taken.stopped_by.name} after step {done} of {total}; "
+                f"checkpoint-{done} is saved, the same command with resume: auto goes on from it"
+            )
+            log.close()
+            return taken.stopped_by
+
+    # -- save: the model itself, beside its checkpoints
+    model, _ = learner.full_state.gather(learner.optimizer)
+    if accelerator.is_main_process:
+        model.save(run.output_dir)
+    log.say(closing(learner.model, run.output_dir, time.monotonic() - began, metrics, best))
+    log.close()
+    return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that may begin: what it is asked for, its plan, and where it goes on from."""
+
+    config: TrainConfig
+    dataset: Dataset
+    accelerator: "Accelerator"
+    output_dir: Path
+    resumed: Path | None
+    """The checkpoint that the run goes on from."""
+    state: Json
+    """What that checkpoint says of the run, empty without one."""
+    share: Share
+    plan: RunPlan
+    facts: dict[str, Json]
+    """What must be the same to go on from a checkpoint, by subject and name."""
+    log: RunLog
+
+    @property
+    def first(self) -> int:
+        """The first step to take: as many were taken before."""
+        return int(self.state.get("step", 0))
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model, prepared for this device and all processes, with what feeds and moves it."""
+
+    model: VLM
+    loader: Loader
+    full_state: FullState
+    reduction: Reduction
+    optimizer: torch.optim.Optimizer
+
+
+# -- plan
+
+
+def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") -> Run:
+    """Choose the checkpoint to go on from, make the plan, open the logs.
+
+    UserError where the checkpoint is of another run, or the plan does not suit the processes.
+    """
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    resumed = choose_checkpoint(output_dir, config.resume, accelerator)
+    state = read_state(resumed) if resumed else {}
+    pin_threads(config.num_threads, config.reduce, state, accelerator.num_processes)
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    with accelerator.local_main_process_first():  # the others then find the lengths cached
+        plan = plan_run(config, dataset, rows_per_step(config, share.world, state))
+    if accelerator.is_fsdp2 and plan.packs_per_step % share.world:
+        raise UserError(
+            f"FSDP needs as many micro-batches on each process: {plan.packs_per_step} of a step do not "
+            f"divide among {share.world}; use a divisor of {plan.packs_per_step} processes"
+        )
+    attention_of(config, plan, accelerator)
+    facts = facts_of(config, dataset, plan)
+    if resumed:
+        refuse_other_run(resumed, state, facts)
+    settings = asdict(config)
+    is_main = accelerator.is_main_process
+    log = RunLog(
+        output_dir, state.get("step", 0), is_main, wandb=settings if config.wandb else None
+    )
+    if is_main:
+        (output_dir / "run.json").write_text(json.dumps({"config": settings}, indent=2) + "\n")
+    return Run(
+        config=config,
+        dataset=dataset,
+        accelerator=accelerator,
+        output_dir=output_dir,
+        resumed=resumed,
+        state=state,
+        share=share,
+        plan=plan,
+        facts=facts,
+        log=log,
+    )
+
+
+def pin_threads(num_threads: int, reduce: str, state: Json, processes: int) -> None:
+    """Set torch's threads: as asked, or as the run began.
+
+    A sum is cut into as many parts as there are threads, so another number of them is another
+    rounding: a resumed run would no longer be the run it was, bit by bit.
+    """
+    as_before = reduce == "exact" or state.get("processes") == processes
+    threads = num_threads or (state.get("threads") if as_before else None)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def attention_of(config: TrainConfig, plan: RunPlan, accelerator: "Accelerator") -> tuple[str, str]:
+    """Return (implementation, reason) of the run's attention; UserError where it cannot work here."""
+    longest = int(plan.tokens.max())
+    device = accelerator.device.type
+    return choose_attention(
+        config.attn, config.pack_tokens, config.frame_attention, device, longest
+    )
+
+
+# -- model
+
+
+def make_learner(run: Run) -> Learner:
+    """Build the model or load it from a checkpoint, say what the run is, and prepare it to learn."""
+    config, accelerator, log = run.config, run.accelerator, run.log
+    if run.resumed:
+        model = VLM.load(run.resumed, llm_dtype(config), llm_base(config))
+    else:
+        model = build(config, run.dataset, log.say)
+    if accelerator.is_main_process:
+        set_aside(run.output_dir, run.first)
+    attention, reason = attention_of(config, run.plan, accelerator)
+    prepare_llm(model, config, attention, accelerator.device)
+    loader = make_loader(run, model, compiled=attention == "flex_attention" or config.compile)
+    ratio = math.nan
+    if not model.calibrated:
+        records = run.plan.records(0)[:CALIBRATED]
+        ratio = model.calibrate(loader.batch([run.dataset.records[k] for k in records]))
+
+    log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
+    if run.resumed and (changed := changed_settings(run.resumed, run.state, asdict(config))):
+        log.say(changed)
+    log.say(f"attention {attention}: {reason}")
+
+    full_state = FullState(model, accelerator)
+    reduction = make_reduction(config.reduce, accelerator, model, make_optimizer(model, config))
+    optimizer = reduction.optimizer.optimizer
+    allocate(optimizer)
+    if run.resumed:
+        load_optimizer(optimizer, model, run.resumed)
+    return Learner(model, loader, full_state, reduction, optimizer)
+
+
+def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
+    """Return what makes the run's batches; compiled: for one length of rows alone."""
+    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    # flex_attention cuts a row into blocks of 128
+    row_length = -(-run.config.pack_tokens // 128) * 128 if compiled else 0
+    on_cuda = run.accelerator.device.type == "cuda"
+    return Loader(run.dataset, chat, model.config, row_length=row_length, pin=on_cuda)
+
+
+# -- rehearsal
+
+
+def rehearse_heaviest(run: Run, learner: Learner, memory: PackMemory) -> None:
+    """Try the plan's heaviest pack forward and backward; UserError with advice if it does not fit."""
+    config, plan = run.config, run.plan
+    step, pack = plan.heaviest
+    with out_of_memory_advice("the heaviest pack, tried before the first step", memory, config):
+        rehearse(
+            learner.reduction,
+            learner.model,
+            learner.loader.pack(plan, step, pack, with_copy=True),
+            Losses(config.seed, config.loss_weight, plan, step, run.accelerator),
+            accumulated=plan.packs_per_step > run.share.world,
+        )
+
+
+# -- steps
+
+
+def take_step(
+    run: Run, learner: Learner, batches: Sequence[Batch], step: int, signals: StopSignals
+) -> Step:
+    """Take one optimizer step on this process's batches."""
+    config = run.config
+    losses = Losses(config.seed, config.loss_weight, run.plan, step, run.accelerator)
+    return run_step(
+        learner.reduction,
+        run.accelerator,
+        learner.model,
+        batches,
+        losses,
+        signals,
+        max_grad_norm=config.max_grad_norm,
+        llm_waits=step < config.lape_warmup_steps,
+    )
+
+
+def start_timer(run: Run, model: VLM) -> StepTimer:
+    """Start the clock, and say what MFU means in this run."""
+    timer = make_timer(
+        model,
+        run.config.tune_llm,
+        run.config.device_flops,
+        run.accelerator.device,
+        run.share.world,
+        run.first,
+        run.plan.num_steps,
+    )
+    run.log.say(timer.legend)
+    return timer
+
+
+def check_step(run: Run, updates: UpdateCheck, step: int, metrics: Json) -> None:
+    """Check that the first steps moved what they should, on the tokens that the plan counted."""
+    updates.check(
+        step,
+        frames=bool(run.plan.num_transitions[step]),
+        warming_up=step < run.config.lape_warmup_steps,
+    )
+    if step < run.first + CHECKED:
+        check_counts(run.plan, step, metrics)
+
+
+def check_counts(plan: RunPlan, step: int, metrics: Json) -> None:
+    """Assert that what all ranks counted in a step is what the plan divided by."""
+    counted = metrics["supervised_tokens"], metrics["tokens"]
+    assert counted == (plan.num_labels[step], plan.per_step(plan.tokens)[step]), (step, metrics)
+    if metrics["transitions"]:  # none without a frame head
+        assert metrics["transitions"] == plan.num_transitions[step], (step, metrics)
+
+
+def log_step(run: Run, learner: Learner, timer: StepTimer, done: int, metrics: Json) -> Json:
+    """Write a step's metrics down, print them every `logging_steps`, and return them."""
+    metrics = metrics | {"learning_rate": learner.optimizer.param_groups[0]["lr"]}
+    metrics |= timer.rates(done, metrics)
+    run.log.record(done, metrics)
+    total = run.plan.num_steps
+    if done % run.config.logging_steps == 0 or done in (run.first + 1, total):
+        run.log.say(line_of(done, total, metrics))
+    return metrics
+
+
+def evaluate(run: Run, learner: Learner, done: int, best: Json | None) -> Json:
+    """Measure the held-out loss; return the lowest so far, and after which step it was."""
+    held = held_out_loss(
+        learner.model,
+        learner.loader,
+        run.dataset.held_out,
+        run.config.per_device_train_batch_size,
+        run.accelerator,
+    )
+    run.log.record(done, held, kind="eval")
+    run.log.say(f"held out: {line_of(done, run.plan.num_steps, held)}")
+    if best is None or held["loss"] < best["loss"]:
+        return {"loss": held["loss"], "step": done}
+    return best
+
+
+# -- save
+
+
+def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
+    """Write `checkpoint-done` and remove old ones; every rank waits until that is done."""
+    full = learner.full_state.gather(learner.optimizer)
+    if run.accelerator.is_main_process:
+        state = {
+            "best": best,
+            "global_batch": run.plan.rows_per_step,
+            "facts": run.facts,
+            "plan": run.plan.fingerprint,
+            "config": asdict(run.config),
+            "threads": torch.get_num_threads(),
+            "processes": run.share.world,
+        }
+        save_checkpoint(run.output_dir, done, *full, state)
+        keep = f"checkpoint-{best['step']}" if best else None
+        prune(run.output_dir, run.config.save_total_limit, keep)
+    run.accelerator.wait_for_everyone()
+
+
+def is_due(steps: int, done: int) -> bool:
+    """Tell whether something that comes every so many steps comes now; 0 is never."""
+    return steps > 0 and done % steps == 0
