@@ -7,6 +7,7 @@ A run's settings (`train.settings.config`) take `ModelSettings` over as they are
 import json
 import re
 from dataclasses import dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ FRAME_ATTENTION = ("block", "token")
 PREDICTORS = ("resample", "xattn")
 FRAME_TIME = ("none", "text")
 """Whether a time stamp is written before each frame."""
+CHAT_TEMPLATES = ("", "chatml", "plain", "vicuna", "llama2")
+"""Ours, in `train/start/templates.py`; empty for the tokenizer's own."""
+TEMPLATE_DATE = "2024-07-26"
+
+
+def is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,14 @@ class ModelSettings:
     predictor: str = setting("resample", "frame predictor", choices=PREDICTORS)
     frame_attention: str = setting(
         "block", "frames see themselves wholly, or token by token", choices=FRAME_ATTENTION
+    )
+    chat_template: str = setting(
+        "", "one of ours, for a tokenizer that brings none", choices=CHAT_TEMPLATES
+    )
+    template_date: str = setting(
+        TEMPLATE_DATE,
+        "the day that a chat template is told which asks for it, kept with the model",
+        valid=(is_date, f"a date such as {TEMPLATE_DATE}"),
     )
 
 

@@ -256,7 +256,7 @@ def make_batch() -> Callable[..., Batch]:
     """A function that collates conversations, each (clips, user text, assistant text, ...)."""
 
     def make(model: VLM, *talks: tuple[Any, ...], prompt: bool = False) -> Batch:
-        chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+        chat = Chat.of(model)
         rows = []
         for clips, *texts in talks:
             turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]

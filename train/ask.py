@@ -72,7 +72,7 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
     features = FeatureConfig.from_json(model.features)
     with DecodeChild() as child:
         clip = fresh_clip(video, features, load_tower(features, tower or model.tower), child)
-    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    chat = Chat.of(model)
     turns = [Turn("user", f"<video>\n{question}"), Turn("assistant", "")]
     encoded = chat.encode(turns, [clip.info.duration], answer=1)
     row = lay_out(encoded, [clip.info], model.config, features.pool, stamp=chat.stamp)

@@ -125,7 +125,7 @@ def evaluate(
     from train.batches.chat import Chat
     from train.batches.loader import Loader
 
-    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    chat = Chat.of(model)
     loader = Loader(dataset, chat, model.config)
     rank, world = accelerator.process_index, accelerator.num_processes
     losses = held_out_loss(model, loader, records, batch_size, accelerator)

@@ -145,7 +145,7 @@ def settings(toy: Path, bank: Path, out: Path, **more: object) -> TrainConfig:
 def toy_model(config: TrainConfig) -> tuple[Dataset, VLM, Loader]:
     dataset = open_dataset(config)
     model = build(config, dataset, lambda text: None).train()
-    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    chat = Chat.of(model)
     return dataset, model, Loader(dataset, chat, model.config)
 
 

@@ -45,7 +45,7 @@ def models(make_llm: Callable[..., Any], make_model: Callable[..., VLM]) -> dict
 
 def lay(model: VLM, talk: tuple[list[FreshClip], list[str]]) -> Row:
     clips, texts = talk
-    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    chat = Chat.of(model)
     turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
     infos = [clip.info for clip in clips]
     encoded = chat.encode(turns, [info.duration for info in infos])

@@ -1,11 +1,13 @@
 """P17: the prompt at evaluation is a prefix of the row that was trained on, for every chat template
 and turn; and the row has the ids that the tokenizer itself gives the whole conversation."""
 
+import json
 import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shards.errors import UserError
-from train.batches.chat import TEMPLATES, Chat, Encoded, give_template
+from train.batches.chat import Chat, Encoded
 from train.data.records import Turn
+from train.start.templates import TEMPLATES, give_template
 
 THINK = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -282,3 +285,49 @@ def test_a_bos_is_there_where_the_tokenizer_adds_one() -> None:
         ids = Chat(inner, None).encode(talk("a", "b"), []).ids
         assert (ids[0] == 1) is adds
         assert ids.count(1) == adds
+
+
+ANSWERS = {
+    "What is one?": "red",
+    "What is two?": "blue",
+    "What is three?": "green",
+    "And four?": "no",
+}
+
+
+@pytest.mark.parametrize("template", ["think", "channel"])
+def test_what_was_learned_by_heart_is_answered_exactly(
+    toy: Path,
+    toy_bank: Path,
+    train_here: Callable[..., Path],
+    tmp_path: Path,
+    template: str,
+) -> None:
+    """Black box: four text answers trained to nothing left score 1 under any template."""
+    llm = shutil.copytree(toy / "llm", tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    names = ("<|channel|>", "<|message|>", "<|return|>")
+    tokenizer.add_tokens([AddedToken(word, special=True) for word in names])
+    with_template(tokenizer, template).save_pretrained(llm)
+    records = tmp_path / "records.jsonl"
+    turns = [
+        [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        for question, answer in ANSWERS.items()
+    ]
+    lines = [json.dumps({"id": str(k), "conversations": talk}) for k, talk in enumerate(turns)]
+    records.write_text("\n".join(lines))
+    run = train_here(
+        tmp_path / "run",
+        stage_path=llm,
+        data_path=records,
+        max_steps=120,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+    )
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["ce_loss"] < 0.01
+    from train.evaluate import main
+
+    main(["--model", str(run), "--bank", str(toy_bank), "--data_path", str(records)])
+    scores = json.loads((run / "eval.json").read_text())["tasks"]
+    assert scores["text"]["exact"] == 1.0

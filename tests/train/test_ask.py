@@ -38,7 +38,7 @@ def fresh(toy: Path, model: VLM) -> FreshClip:
 
 
 def batch_of(model: VLM, clip: Any, *texts: str, prompt: bool = False) -> Any:
-    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    chat = Chat.of(model)
     turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
     turns += [Turn("assistant", "")] * prompt
     encoded = chat.encode(turns, [clip.info.duration], answer=len(turns) - 1 if prompt else None)

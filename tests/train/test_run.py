@@ -317,7 +317,7 @@ def test_the_gradient_is_that_of_both_means_over_the_global_batch(
         TrainConfig(bank=[str(run_settings["bank"])], data_path=[str(run_settings["data_path"])])
     )
     model = untrained(out)
-    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    chat = Chat.of(model)
     loader = Loader(dataset, chat, model.config)
     batch = loader.batch([dataset.records[k] for k in order(0, 0, len(dataset.records))[:4]])
     model.calibrate(batch)
@@ -376,7 +376,7 @@ def in_memory_loss(folder: Path, settings: dict[str, Any], toy: Path) -> Json:
         )
     )
     model = VLM.load(folder)
-    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    chat = Chat.of(model)
     loader = Loader(dataset, chat, model.config)
     return held_out_loss(model, loader, dataset.held_out, 2, Accelerator())
 

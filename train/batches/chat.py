@@ -12,13 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from model.config import CHAT_TEMPLATES, TEMPLATE_DATE
 from model.lape.tokens import AXES, LapeTokens
 from shards.errors import UserError
 from train.batches.segments import Segment, Segments
 from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, split_markup
 from train.data.records import MEDIA_TAG, Turn
+from train.start.templates import dated
+
+if TYPE_CHECKING:
+    from model.vlm import VLM
 
 VERSION = 3
 """Raised whenever `Chat.encode` makes other tokens of the same text: cached lengths are then stale."""
@@ -30,53 +35,6 @@ OWN_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 """How an answer begins that brings a think block of its own."""
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
 """What a template writes before an answer that brings none."""
-TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-"""How a template asks for today's date."""
-DATE = "2024-07-26"
-"""What a template is told that asks for today's: the same on every day, in training and after it."""
-
-TEMPLATES = {
-    "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "plain": (
-        "{% for m in messages %}{{ m.role + ': ' + m.content }}"
-        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    ),
-    "vicuna": (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
-        "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
-        "{% else %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-    ),
-    "llama2": (
-        "{% for m in messages %}{% if m.role == 'system' %}"
-        "{{ '[INST] <<SYS>>\n' + m.content + '\n<</SYS>>\n\n' }}{% elif m.role == 'user' %}"
-        "{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'system' %}"
-        "{{ (bos_token if loop.index0 and bos_token is defined else '') + '[INST] ' }}{% endif %}"
-        "{{ m.content + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
-    ),
-}
-"""Chat templates for tokenizers that bring none. Where a tokenizer puts a BOS before its texts, it is
-put before the conversation too."""
-
-
-def dated(template: str, today: date) -> str:
-    """Return a chat template in which the day that it asks for is written down."""
-    written = TODAY.sub(lambda call: repr(today.strftime(call[2])), template)
-    if "strftime_now(" in written:
-        raise UserError("the chat template asks for the date by a format that is not written in it")
-    return written
-
-
-def give_template(tokenizer: Any, name: str) -> None:
-    """Give a tokenizer one of `TEMPLATES`; it is saved with it from then on."""
-    ids = tokenizer("a").input_ids
-    starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + TEMPLATES[name]
 
 
 @dataclass(frozen=True)
@@ -156,7 +114,9 @@ class _Pieces:
 class Chat:
     """Encodes conversations for one tokenizer, with coordinates as anchors or as plain numbers."""
 
-    def __init__(self, tokenizer: Any, anchors: LapeTokens | None, today: str = DATE) -> None:
+    def __init__(
+        self, tokenizer: Any, anchors: LapeTokens | None, today: str = TEMPLATE_DATE
+    ) -> None:
         """today: the date, as 2024-07-26, that a template is told which asks for it.
 
         Raises UserError where the tokenizer has no chat template, or one that cannot be learned.
@@ -165,7 +125,7 @@ class Chat:
             raise UserError(
                 "its tokenizer has no chat template, which says how turns are written",
                 where=tokenizer.name_or_path,
-                fix=f"set chat_template to one of {', '.join(TEMPLATES)}",
+                fix=f"set chat_template to one of {', '.join(filter(None, CHAT_TEMPLATES))}",
             )
         self.tokenizer, self.anchors = tokenizer, anchors
         self.template = dated(tokenizer.get_chat_template(), date.fromisoformat(today))
@@ -181,6 +141,12 @@ class Chat:
             if on and not next_on
         }
         self.stop = frozenset({*ends, tokenizer.eos_token_id} - {None})
+
+    @classmethod
+    def of(cls, model: "VLM") -> "Chat":
+        """Return the chat of a model: its tokenizer, its anchors, the date that it was trained on."""
+        anchors = model.lape.tokens if model.lape else None
+        return cls(model.tokenizer, anchors, model.config.template_date)
 
     def encode(
         self, turns: Sequence[Turn], durations: Sequence[float], *, answer: int | None = None

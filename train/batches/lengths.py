@@ -24,6 +24,7 @@ from shards.signed import canonical_json
 from train.batches.chat import VERSION, Chat
 from train.data.dataset import Dataset, Part
 from train.data.records import Record
+from train.start.templates import load_tokenizer
 
 CHUNK = 4096
 """Records tokenised together."""
@@ -187,7 +188,10 @@ def measure(settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str)
         if settings.enable_lape
         else None
     )
-    chat = lru_cache(lambda: load_chat(llm, anchors))
+    chat = lru_cache(
+        lambda: Chat(load_tokenizer(llm, settings.chat_template), anchors, settings.template_date)
+    )
+    template = f"{tokenizer} {settings.chat_template} {settings.template_date}"
     clips = Clips.of(dataset.records, dataset.banks, dataset.slow_stride, dataset.fast_stride)
     text, supervised = [], []
     first = 0
@@ -195,7 +199,7 @@ def measure(settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str)
         uses = sum(len(record.clips) for record in part.records)
         durations = clips.duration[first : first + uses]
         first += uses * part.repeats
-        own = text_lengths(part, durations, tokenizer, anchors, chat)
+        own = text_lengths(part, durations, template, anchors, chat)
         text.append(np.tile(own[:, 0], part.repeats))
         supervised.append(np.tile(own[:, 1], part.repeats))
     ratio = exact_ratio(settings.slow_frame_ratio)
@@ -298,7 +302,7 @@ def write_counts(file: Path, counts: np.ndarray) -> None:
 def tokenizer_digest(name: str) -> str:
     """Return a digest of a tokenizer's files: those of a folder, or a Hub model's in its cache."""
     if not Path(name).is_dir() and not tokenizer_files(name):
-        load_chat(name, None)  # which brings them here
+        load_tokenizer(name, "")  # which brings them here
     digest = blake2b(digest_size=16)
     for path in tokenizer_files(name):
         digest.update(path.name.encode() + path.read_bytes())
@@ -313,10 +317,3 @@ def tokenizer_files(name: str) -> list[Path]:
 
         paths = [Path(str(try_to_load_from_cache(name, file))) for file in TOKENIZER_FILES]
     return [path for path in paths if path.is_file()]
-
-
-def load_chat(name: str, anchors: LapeTokens | None) -> Chat:
-    """Return the chat of a model's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return Chat(AutoTokenizer.from_pretrained(name), anchors)

@@ -177,6 +177,8 @@ SETTINGS = (
     "num_spatial_tokens",
     "lape_axes",
     "frame_time",
+    "chat_template",
+    "template_date",
 )
 """Settings that a plan depends on."""
 

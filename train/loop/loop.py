@@ -255,7 +255,7 @@ def make_learner(run: Run) -> Learner:
 
 def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
     """Return what makes the run's batches; compiled: for one length of rows alone."""
-    chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
+    chat = Chat.of(model)
     # flex_attention cuts a row into blocks of 128
     row_length = -(-run.config.pack_tokens // 128) * 128 if compiled else 0
     on_cuda = run.accelerator.device.type == "cuda"

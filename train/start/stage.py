@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from model.config import ModelSettings, joined_cells
 from shards.errors import UserError
 from train.settings.config import LlmSettings, TrainConfig
+from train.start.templates import load_tokenizer
 from train.start.vila_llava import Tensors, read_llava, read_vila
 
 if TYPE_CHECKING:
@@ -116,7 +117,6 @@ def assemble(
     takes a line for each part.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from model.llm import load_llm
     from model.vlm import VLM, VLMConfig
@@ -134,7 +134,7 @@ def assemble(
     model = VLM.assemble(
         VLMConfig(**facts),
         llm,
-        AutoTokenizer.from_pretrained(llm_path),
+        load_tokenizer(llm_path, facts.get("chat_template", "")),
         width=width,
         features=features,
         tower=tower,

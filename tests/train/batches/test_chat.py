@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from model.lape.tokens import LapeTokens
 from shards.errors import UserError
-from train.batches.chat import MEDIA, Chat, Encoded, give_template
+from train.batches.chat import MEDIA, Chat, Encoded
 from train.data.markup import kind_of
 from train.data.records import Turn
+from train.start.templates import give_template
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}"

@@ -51,7 +51,7 @@ def test_a_time_is_written_before_each_frame_and_nothing_else_changes(
             frames.append((int(first), int(end)))
             taken |= set(range(int(first), int(end) + 1))
     frames.sort()
-    chat = Chat(model.tokenizer, model.lape.tokens)
+    chat = Chat.of(model)
     for second, (first, _) in enumerate(frames):
         stamp = chat.stamp(second)
         place = slice(first - len(stamp), first)
@@ -108,7 +108,7 @@ def test_lengths_count_what_rows_hold(
     asked = config(frame_time="text", max_frames_num=7, **settings)
     dataset = open_dataset(asked)
     model = build(asked, dataset, lambda text: None)
-    loader = Loader(dataset, Chat(model.tokenizer, model.lape and model.lape.tokens), model.config)
+    loader = Loader(dataset, Chat.of(model), model.config)
     plan = plan_run(asked, dataset, 2)
     assert (
         plan.tokens.sum() > plan_run(config(max_frames_num=7, **settings), dataset, 2).tokens.sum()
@@ -206,7 +206,7 @@ def test_a_prompt_is_laid_out_like_a_training_row(
 
 def test_a_stamp_is_plain_text(make_model: Any) -> None:
     model = make_model()
-    chat = Chat(model.tokenizer, model.lape.tokens)
+    chat = Chat.of(model)
     assert model.tokenizer.decode(chat.stamp(12.46)) == "12.5s"
     own = chat.encode([Turn("user", "12.5s"), Turn("assistant", "x")], []).ids
     stamp = chat.stamp(12.5)
