@@ -1,6 +1,6 @@
 """plan.json, bank.json and .done: every field comes back, and any other is refused by name.
 
-pytest tests/shards/test_fields.py
+pytest tests/shards/format/test_fields.py
 """
 
 import json

@@ -1,7 +1,7 @@
 """Real clips with random damage: no hang, no wrong frame, every clip delivered or refused by name.
 
-FRAMEBANK_CLIPS=videos pytest tests/preprocess/test_fuzz.py            40 of them
-FRAMEBANK_CLIPS=videos pytest -m slow tests/preprocess/test_fuzz.py    1,000, some 20 minutes
+FRAMEBANK_CLIPS=videos pytest tests/preprocess/decode/test_fuzz.py            40 of them
+FRAMEBANK_CLIPS=videos pytest -m slow tests/preprocess/decode/test_fuzz.py    1,000, some 20 minutes
 """
 
 import os

@@ -1,7 +1,7 @@
 """What a plan learns without decoding: true identity, true lengths, and no hostile file stops it.
 
-pytest tests/preprocess/test_probe.py
-FRAMEBANK_CLIPS=videos pytest tests/preprocess/test_probe.py    also real clips
+pytest tests/preprocess/sources/test_probe.py
+FRAMEBANK_CLIPS=videos pytest tests/preprocess/sources/test_probe.py    also real clips
 """
 
 import os

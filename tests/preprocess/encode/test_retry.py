@@ -1,6 +1,6 @@
 """The quarantine: who enters it with what facts, and how `preprocess retry` empties it.
 
-pytest tests/preprocess/test_retry.py
+pytest tests/preprocess/encode/test_retry.py
 """
 
 import json

@@ -1,7 +1,7 @@
 """Encoding, end to end: true features, exact reruns, crashes, refusals, bad videos.
 
-pytest tests/preprocess/test_encode.py
-FRAMEBANK_CLIPS=videos pytest tests/preprocess/test_encode.py    also real clips
+pytest tests/preprocess/encode/test_encode.py
+FRAMEBANK_CLIPS=videos pytest tests/preprocess/encode/test_encode.py    also real clips
 """
 
 import hashlib
@@ -488,7 +488,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy: Path, tmp_path: Path) -> No
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, cwd=Path(__file__).parents[2]
+            command, stdout=log, stderr=log, env=environment, cwd=Path(__file__).parents[3]
         )
     first = killed / "shards" / "bank-000000.done"
     deadline = time.monotonic() + 60

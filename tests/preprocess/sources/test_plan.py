@@ -1,6 +1,6 @@
 """Inputs become clips and clips units: each once, whatever the order, and never moved later.
 
-pytest tests/preprocess/test_plan.py
+pytest tests/preprocess/sources/test_plan.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """`preprocess diff`: equal features and exit code 0, or a line for each field and exit code 1.
 
-pytest tests/shards/test_compare.py
+pytest tests/shards/care/test_compare.py
 """
 
 import json

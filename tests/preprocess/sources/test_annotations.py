@@ -1,6 +1,6 @@
 """`encode` reads annotation files as training does: the same clips, refused with the same words.
 
-pytest tests/preprocess/test_annotations.py
+pytest tests/preprocess/sources/test_annotations.py
 """
 
 import csv
@@ -21,7 +21,7 @@ from shards.annotations.forms import Json, canonical
 from shards.errors import UserError
 from train.data.records import read_records
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = Path(__file__).resolve().parents[3] / "README.md"
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 

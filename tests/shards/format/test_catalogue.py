@@ -1,6 +1,6 @@
 """The catalogue: its columns say what the samples' json says, and stock zarr opens it.
 
-pytest tests/shards/test_catalogue.py
+pytest tests/shards/format/test_catalogue.py
 """
 
 import io

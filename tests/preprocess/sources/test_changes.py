@@ -1,6 +1,6 @@
 """Adding, changing, moving or removing k videos encodes exactly k again, and moves no old shard.
 
-pytest tests/preprocess/test_changes.py
+pytest tests/preprocess/sources/test_changes.py
 """
 
 import json

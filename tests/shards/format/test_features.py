@@ -1,6 +1,6 @@
 """The fingerprint covers all that the bytes depend on; keys and ids are what stock readers take.
 
-pytest tests/shards/test_features.py
+pytest tests/shards/format/test_features.py
 """
 
 import hashlib

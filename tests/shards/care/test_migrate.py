@@ -1,6 +1,6 @@
 """A bank of format 1: refused by every command in a line, brought up to date by `repair`.
 
-pytest tests/shards/test_migrate.py
+pytest tests/shards/care/test_migrate.py
 
 The banks are written here, in the shape that earlier versions gave them.
 """

@@ -1,6 +1,6 @@
 """Calibration: the same clips for any order of the inputs, none of them bad, honest measures.
 
-pytest tests/preprocess/test_calibrate.py
+pytest tests/preprocess/encode/test_calibrate.py
 """
 
 import math

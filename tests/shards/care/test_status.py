@@ -1,6 +1,6 @@
 """status and gc: told of finished, running and killed banks, without a change to any of them.
 
-pytest tests/shards/test_status.py
+pytest tests/shards/care/test_status.py
 """
 
 import shutil
@@ -76,7 +76,7 @@ def test_a_run_is_watched_and_what_a_kill_leaves_is_told(
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *words],
         stderr=subprocess.DEVNULL,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     try:
         deadline = time.monotonic() + 120

@@ -1,6 +1,6 @@
 """One unit to one shard: codecs, threads, what earlier runs left, values that nothing can hold.
 
-pytest tests/preprocess/test_unit.py
+pytest tests/preprocess/encode/test_unit.py
 """
 
 import errno

@@ -1,6 +1,6 @@
 """Videos inside tar archives: the same features as unpacked, and nothing a hostile one can do.
 
-pytest tests/preprocess/test_archive.py
+pytest tests/preprocess/decode/test_archive.py
 """
 
 import gzip

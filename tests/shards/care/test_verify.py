@@ -1,6 +1,6 @@
 """verify: whatever happens to a bank is found, and named by file, clip and part.
 
-pytest tests/shards/test_verify.py
+pytest tests/shards/care/test_verify.py
 """
 
 import io

@@ -2,8 +2,8 @@
 
 The one place where our own functions are replaced: by ones with a bug.
 
-pytest tests/preprocess/test_bugs.py
-pytest tests/preprocess/test_bugs.py -m slow     also in the commands that measure and mend
+pytest tests/preprocess/encode/test_bugs.py
+pytest tests/preprocess/encode/test_bugs.py -m slow     also in the commands that measure and mend
 """
 
 import os
@@ -23,7 +23,7 @@ from preprocess.decode.scan import VideoError
 from preprocess.sources.header import HeaderChild
 from shards.format.features import Sampling
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TWO = Sampling(num_frames=2)
 
 

@@ -1,6 +1,6 @@
 """What is stored of features, and what comes back: exact where it says so, bounded where not.
 
-pytest tests/shards/test_codec.py
+pytest tests/shards/format/test_codec.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Folders of frames, animations and still pictures are clips like any other.
 
-pytest tests/preprocess/test_pictures.py
+pytest tests/preprocess/decode/test_pictures.py
 """
 
 import struct
