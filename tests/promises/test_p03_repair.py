@@ -2,7 +2,7 @@
 
 pytest tests/promises/test_p03_repair.py
 
-Here damages are found, and the old bytes come back. tests/shards/test_verify.py does a thousand random
+Here damages are found, and the old bytes come back. tests/shards/care/test_verify.py does a thousand random
 damages more, and checks for each that exactly what was damaged is named.
 """
 
