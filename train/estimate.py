@@ -11,6 +11,7 @@ import numpy as np
 
 from model.config import ModelSettings, joined_cells
 from model.tower_kinds import frame_flops
+from shards.text import duration, some
 from train.batches.plan import RunPlan
 from train.cost import (
     DEVICES,
@@ -35,7 +36,7 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
     step, number = plan.heaviest
     pack = plan.pack(step, number)
     names = [dataset.records[k].id for row in pack for k in row]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = some(names)
     widest = max(int(plan.tokens[row].sum()) for row in pack)
     lines = [
         ("records", f"{records} kept, {plan.dropped_line}"),
@@ -102,7 +103,7 @@ def costs(
             f"about {memory / 2**30:,.1f} GiB a device at its peak, in the heaviest pack",
         ),
         ("read", f"{read / seconds / world / 1e6:,.1f} MB/s a device {at}"),
-        ("time", f"{_clock(seconds * plan.num_steps)}, {seconds:,.3f} s a step {at}"),
+        ("time", f"{duration(seconds * plan.num_steps)}, {seconds:,.3f} s a step {at}"),
     ]
 
 
@@ -130,11 +131,4 @@ def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:
     return (
         f"{frames * frame / 1e12:,.2f} TFLOPs a step avoided ({frames:,.0f} frames), "
         f"{frames * frame / per_step:.1f} x the model's"
-    )
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return (
-        f"{hours}:{rest // 60:02}:{rest % 60:02} h" if hours else f"{rest // 60}:{rest % 60:02} min"
     )

@@ -16,7 +16,7 @@ from preprocess.sources.changes import Changes
 from shards.format.commits import committed
 from shards.format.plan import ClipSource, Plan
 from shards.format.quarantine import read_entries
-from shards.text import counted, in_bytes
+from shards.text import counted, in_bytes, some
 
 TRIED = 3
 NAMED = 5
@@ -80,8 +80,7 @@ def gone(changes: Changes) -> list[str]:
 
 def named(ids: Sequence[str]) -> str:
     """Return how many clips, and the first ones' names."""
-    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-    return f"{counted(len(ids), 'clip')} ({', '.join(ids[:NAMED])}{more})"
+    return f"{counted(len(ids), 'clip')} ({some(ids, NAMED)})"
 
 
 def _todo(bank: Path, plan: Plan) -> list[ClipSource]:

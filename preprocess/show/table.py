@@ -22,7 +22,7 @@ from shards.format.manifest import Manifest
 from shards.format.quarantine import QuarantineEntry, read_quarantine
 from shards.format.samples import SampleMeta
 from shards.read.bank import Bank
-from shards.text import in_bytes, printable
+from shards.text import in_bytes, printable, some
 
 BAR = 32  # characters
 EXAMPLES = 3
@@ -134,7 +134,6 @@ def quarantine(entries: Sequence[QuarantineEntry]) -> list[str]:
     """Return the lines on the clips that failed, by reason, the commonest first."""
     lines = [f"{'quarantine':<12} {len(entries) or 'none'}"]
     for reason, count in Counter(entry.reason for entry in entries).most_common():
-        ids = [entry.id for entry in entries if entry.reason == reason][:EXAMPLES]
-        more = f" and {count - len(ids):,} more" if count > len(ids) else ""
-        lines.append(printable(f"  {reason} {count:,}: {', '.join(ids)}{more}"))
+        ids = [entry.id for entry in entries if entry.reason == reason]
+        lines.append(printable(f"  {reason} {count:,}: {some(ids, EXAMPLES)}"))
     return lines

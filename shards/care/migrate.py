@@ -4,7 +4,7 @@ migrate(Path("bank"))     # the files that were written; none of a bank of today
 
 A bank of format 1 may lack what was added while the number stayed 1:
 
-    plan.json      how, calibration, quality, pruned
+    plan.json      how, calibration, quality, pruned; full_digest of clips is kept no more
     .done          crc32c; of each sample nbytes and crc32c; underflowed, provenance
     bank.json      catalogue, codec, superseded, calibration
 
@@ -85,7 +85,7 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
     filled = {
         "format_version": FORMAT_VERSION,
         "features": features and features | {"format_version": FORMAT_VERSION},
-        "units": old.get("units"),
+        "units": old.get("units") and [[_clip(clip) for clip in unit] for unit in old["units"]],
         "calibration": old.get("calibration"),
         "quality": old.get("quality"),
         "pruned": old.get("pruned", []),
@@ -102,6 +102,11 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
             f"{bank}: its plan.json of an older format cannot be brought up to date: {error.what}; "
             "restore it from a copy, or encode again into another folder"
         ) from None
+
+
+def _clip(old: Json) -> Json:
+    """Return a clip of an older plan without the hash of all its bytes, which is kept no more."""
+    return {name: value for name, value in old.items() if name != "full_digest"}
 
 
 def _commit(

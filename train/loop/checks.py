@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.errors import UserError
+from shards.text import some
 from train.batches.plan import RunPlan
 from train.cost import LlmShape, memory_bytes
 from train.settings.config import TrainConfig
@@ -72,7 +73,7 @@ class UpdateCheck:
         lost = [n for n, one in zip(self.frozen, frozen.tolist(), strict=True) if one]
         if lost:
             raise UserError(
-                f"step {step + 1}: weights that are not trained have changed: {_some(lost)}; "
+                f"step {step + 1}: weights that are not trained have changed: {some(lost, 5)}; "
                 "this is a defect of the model's code, the run would not be what it says"
             )
         stuck = [name for name in still if name in due]
@@ -201,7 +202,3 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
     """Return what no step may change: parameters that are not trained, and buffers."""
     named = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     return named | dict(model.named_buffers())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.slow_fast import draw_pattern, slow_frames
 from shards.signed import Json
+from shards.text import duration
 from train.data.dataset import Dataset
 from train.settings.config import TrainConfig
 
@@ -49,13 +50,6 @@ def short(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Return 4321.0 as 1h12m."""
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{left:02}s" if minutes else f"{left}s"
 
 
 class RunLog:

@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.batch import Batch
 from model.mask import dense_mask, intervals
 from model.vlm import VLM
+from shards.text import duration
 from train.data.records import TASKS, Record, Turn, task_of
-from train.loop.log import RunLog, duration, keep_until, line_of
+from train.loop.log import RunLog, keep_until, line_of
 from train.loop.metrics import FIELDS, NUM_SUMS, PAIRS, VECTORS, summarise, sums_of
 from train.loop.speed import CLOCK, StepTimer
 
@@ -248,7 +249,7 @@ def test_a_line_shows_what_there_is() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3600, "1h00m"), (9e4, "25h00m")],
+    [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3600, "1h00m"), (9e4, "1d01h")],
 )
 def test_durations_are_read_at_a_glance(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
