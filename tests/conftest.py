@@ -276,6 +276,21 @@ def make_batch() -> Callable[..., Batch]:
 # Training runs, for tests/test_train_*.py.
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A function that calls a command and returns the one line with which it ends, and exit code 2."""
+
+    def line_of(command: Callable[..., Any], *args: Any, **settings: Any) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command(*args, **settings)
+        assert stop.value.code == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        return line
+
+    return line_of
+
+
 @pytest.fixture(scope="session")
 def run_settings(toy: Path, toy_bank: Path) -> dict[str, Any]:
     """A run of four steps on the toy bank; `output_dir` is left out."""

@@ -108,7 +108,7 @@ def test_the_modules_are_those_of_the_wheel(python: Path, elsewhere: Path) -> No
 
 
 def test_the_door_of_the_bank_opens(python: Path, elsewhere: Path) -> None:
-    script = "from shards.read.bank import Bank; print(Bank.__module__)"
+    script = "from shards import Bank, Banks; print(Bank.__module__)"
     done = ran(python, ["python", "-c", script], elsewhere, PYTHONSAFEPATH="1")
     assert done.stdout == "shards.read.bank\n", done.stderr
 

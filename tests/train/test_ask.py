@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,6 @@ def batch_of(model: VLM, clip: Any, *texts: str, prompt: bool = False) -> Any:
     encoded = chat.encode(turns, [clip.info.duration], answer=len(turns) - 1 if prompt else None)
     row = lay_out(encoded, [clip.info], model.config, "average")
     return chat, collate([row], [[clip]], model.config, ["r"])
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(argv))
-    assert stop.value.code == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    return line
 
 
 def test_fresh_features_are_the_banked_ones_to_the_bit(fresh: FreshClip, toy_bank: Path) -> None:
@@ -118,12 +110,12 @@ def test_answers_are_written_in_seconds_and_pixels() -> None:
 
 
 def test_another_tower_is_refused_by_its_digest(
-    trained_run: Path, toy: Path, model: VLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, toy: Path, model: VLM, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     save_tower(tmp_path / "tower", seed=1)
     video = str(toy / "videos" / CLIP)
     line = refused(
-        capsys, video, "?", "--model", str(trained_run), "--tower", str(tmp_path / "tower")
+        main, [video, "?", "--model", str(trained_run), "--tower", str(tmp_path / "tower")]
     )
     assert "not the tower that the model was trained on" in line
     assert model.features["tower_digest"][:12] in line
@@ -131,14 +123,14 @@ def test_another_tower_is_refused_by_its_digest(
 
 
 def test_another_image_processor_is_refused(
-    trained_run: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, toy: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     shutil.copytree(toy / "tower", tmp_path / "tower")
     path = tmp_path / "tower" / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.4, 0.5, 0.5]}))
     video = str(toy / "videos" / CLIP)
     line = refused(
-        capsys, video, "?", "--model", str(trained_run), "--tower", str(tmp_path / "tower")
+        main, [video, "?", "--model", str(trained_run), "--tower", str(tmp_path / "tower")]
     )
     assert "its image processor has other values than when the bank was made" in line
 
@@ -155,14 +147,14 @@ def test_a_tower_that_was_moved_is_the_same_tower(
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(
-    trained_run: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, toy: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     video, ours = str(toy / "videos" / CLIP), ("--model", str(trained_run))
-    assert "nowhere.mp4: no such file" in refused(capsys, "nowhere.mp4", "?", *ours)
-    assert f"{tmp_path}: no trained model" in refused(capsys, video, "?", "--model", str(tmp_path))
+    assert "nowhere.mp4: no such file" in refused(main, ["nowhere.mp4", "?", *ours])
+    assert f"{tmp_path}: no trained model" in refused(main, [video, "?", "--model", str(tmp_path)])
     (tmp_path / "empty.mp4").write_bytes(b"")
-    assert "empty.mp4" in refused(capsys, str(tmp_path / "empty.mp4"), "?", *ours)
-    line = refused(capsys, video, "Is this <video> it?", *ours)
+    assert "empty.mp4" in refused(main, [str(tmp_path / "empty.mp4"), "?", *ours])
+    line = refused(main, [video, "Is this <video> it?", *ours])
     assert "2 <video>/<image> tags for 1 media" in line
-    line = refused(capsys, video, "?", *ours, "--tower", str(tmp_path / "none"))
+    line = refused(main, [video, "?", *ours, "--tower", str(tmp_path / "none")])
     assert str(tmp_path / "none") in line

@@ -256,33 +256,23 @@ def test_the_untrained_model_is_scored_beside_it(
     assert before["losses"]["ce_loss"] > after["losses"]["ce_loss"] + 0.5
 
 
-def refused(
-    capsys: pytest.CaptureFixture[str], run: Callable[..., None], **changes: object
-) -> list[str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(**changes)
-    assert stop.value.code == 2
-    return [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-
-
 def test_what_cannot_be_scored_is_refused_in_one_line(
     evaluate_here: Callable[..., None],
     toy: Path,
     questions: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
-    (line,) = refused(capsys, evaluate_here, model=tmp_path)
+    line = refused(evaluate_here, model=tmp_path)
     assert f"{tmp_path}: no trained model here" in line
-    (line,) = refused(capsys, evaluate_here, bank=tmp_path)
+    line = refused(evaluate_here, bank=tmp_path)
     assert f"{tmp_path}: no bank here" in line
-    (line,) = refused(capsys, evaluate_here, data_path=tmp_path / "none.jsonl")
+    line = refused(evaluate_here, data_path=tmp_path / "none.jsonl")
     assert "none.jsonl: not readable as records" in line
     late = json.loads(questions.read_text().splitlines()[0])
     late["conversations"][1]["value"] = "from <t:1> to <t:99>"
     (tmp_path / "late.jsonl").write_text(json.dumps(late) + "\n")
-    (line,) = refused(capsys, evaluate_here, data_path=tmp_path / "late.jsonl")
+    line = refused(evaluate_here, data_path=tmp_path / "late.jsonl")
     assert "late.jsonl:1" in line
     assert "time 99 is outside" in line
 
@@ -291,11 +281,11 @@ def test_a_bank_that_the_model_was_not_made_for_is_refused_by_field(
     evaluate_here: Callable[..., None],
     toy: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     options = EncodeOptions(
         tower=str(toy / "tower"), strides=(4, 8), sampling=Sampling(num_frames=2), pool="max"
     )
     encode([str(toy / "videos")], tmp_path / "bank", options)
-    (line,) = refused(capsys, evaluate_here, bank=tmp_path / "bank")
+    line = refused(evaluate_here, bank=tmp_path / "bank")
     assert "pool: 'max' here, 'average' there" in line

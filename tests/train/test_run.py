@@ -101,18 +101,6 @@ def two_processes() -> list[str]:
     ]
 
 
-def refused(
-    capsys: pytest.CaptureFixture[str], train: Callable[..., Path], out: Path, **settings: Any
-) -> str:
-    """Return the one line with which a run is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train(out, **settings)
-    assert stop.value.code == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    return line
-
-
 @pytest.fixture(scope="module")
 def launched(
     toy: Path,
@@ -506,12 +494,12 @@ OTHER = [
 def test_another_models_checkpoint_is_refused_by_field(
     train_here: Callable[..., Path],
     plain: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
     changes: dict[str, Any],
     expected: str,
 ) -> None:
     before = (plain / "metrics.jsonl").read_text(), sorted(plain.iterdir())
-    line = refused(capsys, train_here, plain, max_steps=6, save_steps=3, **changes)
+    line = refused(train_here, plain, max_steps=6, save_steps=3, **changes)
     assert expected in line
     assert str(plain / "checkpoint-6") in line
     assert before == ((plain / "metrics.jsonl").read_text(), sorted(plain.iterdir()))
@@ -522,29 +510,27 @@ def test_another_banks_checkpoint_is_refused_by_field(
     plain: Path,
     toy: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     options = EncodeOptions(
         tower=str(toy / "tower"), strides=(2, 4, 8), sampling=Sampling(num_frames=8)
     )
     encode([str(toy / "videos")], tmp_path / "bank", options)
-    line = refused(
-        capsys, train_here, plain, max_steps=6, bank=tmp_path / "bank", mm_spatial_pool_stride=4
-    )
+    line = refused(train_here, plain, max_steps=6, bank=tmp_path / "bank", mm_spatial_pool_stride=4)
     assert "bank strides: [2, 4, 8] here, [4, 8] there" in line
 
 
 def test_a_global_batch_that_does_not_divide_is_refused_on_resume(
-    train_here: Callable[..., Path], plain: Path, capsys: pytest.CaptureFixture[str]
+    train_here: Callable[..., Path], plain: Path, refused: Callable[..., str]
 ) -> None:
-    line = refused(capsys, train_here, plain, max_steps=6, per_device_train_batch_size=3)
+    line = refused(train_here, plain, max_steps=6, per_device_train_batch_size=3)
     assert "global batch of 2 rows does not divide into micro-batches of 3" in line
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_records(
-    train_here: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_here: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    line = refused(capsys, train_here, tmp_path / "out", learning_rate=1e30, warmup_ratio=0)
+    line = refused(train_here, tmp_path / "out", learning_rate=1e30, warmup_ratio=0)
     assert "step 2: loss " in line
     assert "train/clip-0000" in line
     assert "Lower learning_rate, or look at these records" in line

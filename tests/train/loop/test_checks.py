@@ -24,18 +24,6 @@ from train.settings.config import TrainConfig
 Json = dict[str, Any]
 
 
-def refused(
-    capsys: pytest.CaptureFixture[str], train: Callable[..., Path], out: Path, **settings: Any
-) -> str:
-    """Return the one line with which a run is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train(out, **settings)
-    assert stop.value.code == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    return line
-
-
 def lines_of(out: Path) -> list[Json]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
@@ -53,7 +41,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def test_a_group_that_lost_its_gradient_stops_the_run(
     train_here: Callable[..., Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     decay: float,
 ) -> None:
@@ -65,7 +53,7 @@ def test_a_group_that_lost_its_gradient_stops_the_run(
             return whole(self, batch)
 
     monkeypatch.setattr(VLM, "forward", cut)
-    line = refused(capsys, train_here, tmp_path / "out", weight_decay=decay)
+    line = refused(train_here, tmp_path / "out", weight_decay=decay)
     assert "step 1: no weight of projector has moved, though trained" in line
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
@@ -73,7 +61,7 @@ def test_a_group_that_lost_its_gradient_stops_the_run(
 def test_a_frozen_weight_that_moves_stops_the_run(
     train_here: Callable[..., Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = VLM.forward
@@ -85,7 +73,7 @@ def test_a_frozen_weight_that_moves_stops_the_run(
         return whole(self, batch)
 
     monkeypatch.setattr(VLM, "forward", drifting)
-    line = refused(capsys, train_here, tmp_path / "out", tune_llm="frozen")
+    line = refused(train_here, tmp_path / "out", tune_llm="frozen")
     assert "weights that are not trained have changed: llm.model.norm.weight" in line
 
 
@@ -158,13 +146,13 @@ def without_memory(self: VLM, batch: Batch) -> None:
 def test_no_memory_is_one_line_that_says_what_to_change(
     train_here: Callable[..., Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     hungry: Callable[..., None],
     rehearsal: bool,
 ) -> None:
     monkeypatch.setattr(VLM, "forward", hungry)
-    line = refused(capsys, train_here, tmp_path / "out", rehearsal=rehearsal)
+    line = refused(train_here, tmp_path / "out", rehearsal=rehearsal)
     where = "the heaviest pack, tried before the first step" if rehearsal else "step 1"
     assert f"error: {where}: out of memory; the run's heaviest pack has " in line
     for setting in ("gradient_checkpointing full", "per_device_train_batch_size 1", "bf16 true"):
@@ -246,7 +234,7 @@ def test_a_checkpoint_over_another_llm_is_refused(
     make_llm: Callable[..., Any],
     toy: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     shared = {"tune_llm": "frozen", "max_steps": 2, "save_steps": 1}
     out = train_here(tmp_path / "out", **shared)
@@ -255,7 +243,7 @@ def test_a_checkpoint_over_another_llm_is_refused(
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    line = refused(capsys, train_here, out, **shared, stage_path=tmp_path / "other")
+    line = refused(train_here, out, **shared, stage_path=tmp_path / "other")
     assert (
         f"{tmp_path / 'other'}: not the LLM that {out / 'checkpoint-2' / 'llm'} was trained" in line
     )
