@@ -47,6 +47,8 @@ class Verdict:
     """Back-end of attention -> check that failed -> the reason."""
     kernels: tuple[str, ...] = ()
     """Back-ends that the family takes and that need CUDA: they are given what the others are."""
+    unbuilt: str = ""
+    """Why there is no twin, where there is none."""
     stateful: bool = False
     """Whether layers carry a state from token to token, which no mask cuts."""
 
@@ -93,12 +95,22 @@ _VERDICTS: dict[str, Verdict] = {}
 
 
 def verdict(llm: Any) -> Verdict:
-    """Return the verdict on an LLM's family, of its class and config; made once a process."""
+    """Return the verdict on an LLM's family, of its class and config."""
     plain = plain_llm(llm)
-    facts = {k: v for k, v in plain.config.to_dict().items() if not k.startswith("_")}
-    key = f"{type(plain).__qualname__} {json.dumps(facts, sort_keys=True, default=str)}"
+    return verdict_of(type(plain), plain.config)
+
+
+def verdict_of(llm_class: type, config: Any) -> Verdict:
+    """Return the verdict on a class and config; made once a process."""
+    facts = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    key = f"{llm_class.__qualname__} {json.dumps(facts, sort_keys=True, default=str)}"
     if key not in _VERDICTS:
-        _VERDICTS[key] = try_twin(type(plain), plain.config)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # so small a network is slower on more
+        try:
+            _VERDICTS[key] = try_twin(llm_class, config)
+        finally:
+            torch.set_num_threads(threads)
     return _VERDICTS[key]
 
 
@@ -109,15 +121,14 @@ def try_twin(llm_class: type, config: Any) -> Verdict:
         twin = make_twin(llm_class, config)
     except Exception as error:  # whatever a config that shrinks badly meets
         reason = f"no tiny twin of it can be built to check it with: {_line(error)}"
-        return Verdict(
-            family, {name: {"plain": reason, "alone": reason} for name in IMPLEMENTATIONS}
-        )
+        failed = {name: {"plain": reason, "alone": reason} for name in IMPLEMENTATIONS}
+        return Verdict(family, failed, unbuilt=_line(error))
     kinds = set(getattr(text_config(twin), "layer_types", None) or ())
     stateful = bool(getattr(twin, "_is_stateful", False) or kinds & STATES)
     kernels = [name for name, flag in KERNELS.items() if getattr(twin, flag, False)]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         found = {name: _try(twin, name) for name in IMPLEMENTATIONS if _takes(twin, name)}
-    return Verdict(family, found, tuple(kernels), stateful)
+    return Verdict(family, found, tuple(kernels), stateful=stateful)
 
 
 def _takes(twin: Any, implementation: str) -> bool:

@@ -89,7 +89,7 @@ SIZES: dict[str, Any] = {
     "mamba_d_head": 16,
     "mamba_head_dim": 16,
     "mamba_headdim": 16,
-    "n_mamba_heads": 2,
+    "n_mamba_heads": 8,
     "mamba_d_ssm": 128,
     "mamba_d_state": 16,
     "ssm_state_size": 16,
@@ -101,6 +101,8 @@ SIZES: dict[str, Any] = {
     "chunk_size": 16,
     "mamba_dt_rank": 8,
     "time_step_rank": 8,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
@@ -181,6 +183,10 @@ def _smaller(own: dict[str, Any], config: Any) -> dict[str, Any]:
             less[name] = HEADS if groups == 1 else 1 if own[name] == 1 else 2
     if own.get("head_dim") == own.get("qk_rope_head_dim") is not None:
         less["head_dim"] = less["qk_rope_head_dim"]  # that of the rotary part
+    if "state_size" in own and "expand" in own and "num_heads" in own:
+        less["num_heads"] = own["expand"] * WIDTH // HEAD_DIM  # the inner width, cut into heads
+    if "mamba_d_ssm" in own:
+        less["mamba_d_ssm"] = less["mamba_n_heads"] * less["mamba_d_head"]
     return less | _layers(own, config)
 
 
@@ -197,5 +203,12 @@ def _layers(own: dict[str, Any], config: Any) -> dict[str, Any]:
     kept = list(range(min(count, max(2, firsts[-1] + 1))))
     if len(kept) > MOST_LAYERS:
         kept = firsts if len(firsts) > 1 else [0, 1]
-    less: dict[str, Any] = {n: [v[k] for k in kept] for n, v in lists.items()}
+    less: dict[str, Any] = {}
+    if own.get("num_kv_shared_layers"):  # the later half reads the keys of the earlier one
+        less["num_kv_shared_layers"] = len(kept)
+        kept = kept + kept
+    less |= {n: [v[k] for k in kept] for n, v in lists.items()}
+    for name, value in own.items():
+        if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+            less[name] = {key: v for key, v in value.items() if int(key) < len(kept)}
     return less | {n: len(kept) for n in LAYERS if isinstance(own.get(n), int)}
