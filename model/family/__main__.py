@@ -14,6 +14,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from model.family.conformance import Verdict, verdict_of
 
+GRANITE = {
+    "logits_scaling": 8.0,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0625,
+}
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1},
@@ -23,6 +29,8 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
         "n_routed_experts": 128,
         "n_shared_experts": 2,
     },
+    "granite": GRANITE,
+    "granitemoe": GRANITE,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},

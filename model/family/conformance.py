@@ -290,11 +290,10 @@ def check_weights(model: VLM) -> None:
         return  # sharded over devices later
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(0, len(table), REAL_ROW)).to(table.device)
-    probe = around(llm)
+    training = llm.training
+    probe = around(llm)  # which sets it to eval
     probe.masked, probe.visual = model.masked, model.visual
     batch = text_batch([ids], causal=not model.masked or attention == "flash_attention_2")
-    training = llm.training
-    llm.eval()
     with torch.no_grad():
         own = llm(input_ids=ids[None]).logits[0].float()
         ours = probe.logits(probe.hidden_states(batch))

@@ -26,10 +26,28 @@ from model.vlm import VLM, VLMConfig
 from shards.errors import UserError
 from train.batches.collate import Row, collate, pack
 
-PINNED = (
-    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma2 gemma3_text phi3 cohere granite olmo2 "
-    "smollm3 gpt_oss cohere2 granitemoe olmo3 gemma starcoder2"
-).split()
+PINNED = [
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "cohere",
+    "granite",
+    "olmo2",
+    "smollm3",
+    "gpt_oss",
+    "cohere2",
+    "granitemoe",
+    "olmo3",
+    "gemma",
+    "starcoder2",
+]
 ONE_BY_ONE = ["jamba", "lfm2", "mamba", "qwen3_next", "rwkv", "bloom"]
 """Families whose rows are right when they are single and causal, and not when packed."""
 LENGTHS = (43, 29, 17)
@@ -190,7 +208,7 @@ def test_layers_that_carry_a_state_are_named_as_the_reason(family: str) -> None:
         assert refusal.startswith(f"{family} (")
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "llama4_text", "cohere2"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "cohere2"])
 def test_a_mask_without_the_window_is_found_out(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +219,7 @@ def test_a_mask_without_the_window_is_found_out(
     assert not found.right(packed=True, block=True)
 
 
-@pytest.mark.parametrize("family", ["cohere", "granite", "gemma2", "gemma3n_text"])
+@pytest.mark.parametrize("family", ["cohere", "granite", "gemma2"])
 def test_a_head_without_its_scale_is_found_out(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
