@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from model.batch import Batch
 from model.config import FORMAT, VLMConfig, read_model_config
-from model.family.head import decoder_of, own_head
+from model.family.head import decoder_of, own_head, seen_embeddings, seen_head
 from model.family.masks import batch_masks, step_masks
 from model.family.windows import reaches, takes_positions, text_config
 from model.frame_causal import FrameCausal
@@ -94,11 +94,11 @@ class VLM(nn.Module):
         """Return a model with fresh projector, frame tokens, tables and head over a given LLM."""
         model = cls(config, llm, tokenizer, **facts)
         model.calibrated = False
-        embeddings = llm.get_input_embeddings().weight
+        embeddings = seen_embeddings(llm)
         with torch.no_grad():
             model.visual.initialise(embeddings)
             if model.lape is not None:
-                model.lape.initialise(embeddings, llm.get_output_embeddings().weight)
+                model.lape.initialise(embeddings, seen_head(llm))
         return model
 
     def embed(self, batch: Batch) -> Tensor:

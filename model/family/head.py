@@ -7,6 +7,7 @@ as it stands, over a decoder that returns the rows it is given.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -23,6 +24,33 @@ def own_head(llm: Any) -> Callable[[Tensor], Tensor]:
         return out.logits[:, 0]
 
     return logits
+
+
+@torch.no_grad()
+def seen_embeddings(llm: Any) -> Tensor:
+    """Return the input vectors as the LLM's layers are given them: `(rows, width)`.
+
+    Gemma's table module scales its rows by the root of the width; elsewhere these are the weights.
+    """
+    table = llm.get_input_embeddings()
+    rows: Tensor = table(torch.arange(table.num_embeddings, device=table.weight.device))
+    return rows
+
+
+@torch.no_grad()
+def seen_head(llm: Any) -> Tensor:
+    """Return the head's rows at the scale of the logits that leave the LLM: `(rows, width)`.
+
+    What comes after the head (Cohere's and Granite's scales) is measured on states of unit RMS.
+    """
+    head = llm.get_output_embeddings()
+    weight: Tensor = head.weight.detach()
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(16, weight.shape[1], generator=generator).to(weight)
+    plain, own = head(states).float(), own_head(llm)(states).float()
+    if torch.equal(plain, own):
+        return weight
+    return weight * float((plain * own).sum() / plain.square().sum())
 
 
 def plain_llm(llm: Any) -> Any:

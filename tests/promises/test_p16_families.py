@@ -6,7 +6,7 @@ What is right is said here by `llm(input_ids)` of transformers on each record al
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -303,3 +303,21 @@ def assert_verdict_holds(family: str, found: Verdict) -> None:
         for own, got in zip(expected, ours(model, joined)[0].split(LENGTHS), strict=True):
             assert_close(got, own, "packed")
     assert_answers_are_its_own(model, texts)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "cohere", "granite"])
+def test_new_vectors_start_at_the_scale_that_the_llm_sees(
+    family: str, make_tokenizer: Callable[[], Any]
+) -> None:
+    llm = make_twin(*class_and_config(family), seed=1)
+    facts: dict[str, Any] = {"width": 4, "features": {"pool": "average"}, "tower": "none"}
+    model = VLM.assemble(VLMConfig(num_temporal_tokens=40), llm, make_tokenizer(), **facts)
+    ids = torch.arange(llm.get_input_embeddings().num_embeddings)
+    text = llm.get_input_embeddings()(ids)
+    anchors = model.lape.input_tables[0]
+    for ours_ in (anchors, model.visual.frame_end):
+        assert 0.5 < ours_.std() / text.std() < 2
+    states = torch.randn(200, text.shape[1])
+    logits = model.logits(states)
+    ratio = logits[:, len(ids) :].std() / logits[:, : len(ids)].std()
+    assert 0.2 < ratio < 1.2  # anchors start at half the spread of the head's rows
