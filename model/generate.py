@@ -1,14 +1,16 @@
 """Answers, token by token: greedy, with coordinates decoded between anchors and fed back exactly."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from model.batch import Batch
+from model.family.head import decoder_of
 from model.lape.tokens import TIME
-from model.mask import additive_mask
 from model.vlm import VLM
 
 MARKUP = ("t", "y", "x")
@@ -33,22 +35,11 @@ def generate(
     The prompt is read once under the batch's own mask; each new token then sees its row's prompt
     and the tokens generated so far, never the padding between them.
     """
-    rows, length = batch.input_ids.shape
-    device = batch.input_ids.device
-    cache = DynamicCache()
-    decoder = model.llm.get_decoder()
-    out = decoder(
-        inputs_embeds=model.embed(batch),
-        attention_mask=model.attention_mask(batch),
-        position_ids=batch.position_ids,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    hidden = out.last_hidden_state[torch.arange(rows, device=device), batch.lengths - 1]
-    answers: list[list[Piece]] = [[] for _ in range(rows)]
-    open_rows = set(range(rows))
-    prompt = torch.arange(length, device=device)[None] < batch.lengths[:, None]
-    for step in range(max_new_tokens):
+    reader = (Cached if model.masked else Reread)(model, batch)
+    hidden = reader.prompt()
+    answers: list[list[Piece]] = [[] for _ in batch.lengths]
+    open_rows = set(range(len(answers)))
+    for _ in range(max_new_tokens):
         pieces = choose(model, hidden)
         for row in sorted(open_rows):
             if pieces[row].token in stop:
@@ -57,19 +48,66 @@ def generate(
                 answers[row].append(pieces[row])
         if not open_rows:
             break
-        seen = torch.ones(rows, step + 1, dtype=torch.bool, device=device)
-        mask = torch.cat([prompt, seen], dim=1)[:, None, None]
-        if model.llm.config._attn_implementation == "eager":
-            mask = additive_mask(mask, hidden.dtype)
-        out = decoder(
-            inputs_embeds=_embed_pieces(model, pieces, device)[:, None],
-            attention_mask=mask,
-            position_ids=(batch.lengths + step)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden = out.last_hidden_state[:, 0]
+        hidden = reader.read(_embed_pieces(model, pieces, hidden.device))
     return answers
+
+
+class Cached:
+    """Reads rows whose keys and values stay: the prompt at once, then a token of each at a time."""
+
+    def __init__(self, model: VLM, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        self.cache = DynamicCache()  # without a config it keeps what lies behind a window too
+        length, device = batch.input_ids.shape[1], batch.input_ids.device
+        self.seen = torch.arange(length, device=device)[None] < batch.lengths[:, None]
+        self.positions = batch.position_ids
+
+    def prompt(self) -> Tensor:
+        """Return the last hidden state of each row's prompt, under the batch's own mask."""
+        model, batch = self.model, self.batch
+        states = self._decode(model.embed(batch), model.attention_mask(batch), batch.position_ids)
+        return states[torch.arange(len(states), device=states.device), batch.lengths - 1]
+
+    def read(self, embeds: Tensor) -> Tensor:
+        """Return the hidden state after one more token of each row, `(rows, width)`."""
+        model = self.model
+        at = self.batch.lengths + self.positions.shape[1] - self.batch.input_ids.shape[1]
+        self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1])], dim=1)
+        self.positions = torch.cat([self.positions, at[:, None]], dim=1)
+        mask = model.step_mask(self.seen, self.positions, at, embeds.dtype)
+        return self._decode(embeds[:, None], mask, at[:, None])[:, 0]
+
+    def _decode(self, embeds: Tensor, mask: Any, positions: Tensor) -> Tensor:
+        states: Tensor = decoder_of(self.model.llm)(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        return states
+
+
+class Reread:
+    """Reads whole rows anew for each token: for LLMs that hold a state where others hold keys."""
+
+    def __init__(self, model: VLM, batch: Batch) -> None:
+        self.model, self.lengths = model, batch.lengths
+        self.embeds = model.embed(batch)
+
+    def prompt(self) -> Tensor:
+        """Return the last hidden state of each row's prompt."""
+        places = torch.arange(self.embeds.shape[1], device=self.embeds.device)
+        states = self.model.decode(self.embeds, None, places.expand(len(self.embeds), -1))
+        return states[torch.arange(len(states), device=states.device), self.lengths - 1]
+
+    def read(self, embeds: Tensor) -> Tensor:
+        """Return the hidden state after one more token of each row, `(rows, width)`."""
+        rows = torch.arange(len(embeds), device=embeds.device)
+        self.embeds = F.pad(self.embeds, (0, 0, 0, 1))
+        self.embeds[rows, self.lengths] = embeds  # over what is padding there
+        self.lengths = self.lengths + 1
+        return self.prompt()
 
 
 def choose(model: VLM, hidden: Tensor) -> list[Piece]:

@@ -68,7 +68,7 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
     else:
         try:
             llm, found = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+                path, dtype=dtype, output_loading_info=True
             )
         except ValueError as error:  # of many lines where the model is of another sort
             reason = str(error).splitlines()[0].partition(" for this kind of")[0]
@@ -107,7 +107,6 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
         config=config,
         state_dict=weights,
         dtype=dtype,
-        attn_implementation="sdpa",
         output_loading_info=True,
     )
     llm.name_or_path = llm.config._name_or_path = str(folder)

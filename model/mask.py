@@ -5,6 +5,7 @@ later frame and nothing crosses samples. Two int32 vectors hold all of it, and e
 back-end's mask is derived from them.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,44 @@ def _run_starts(values: np.ndarray) -> np.ndarray:
     position = np.arange(len(values))
     begins = np.concatenate([[True], values[1:] != values[:-1]])
     return np.maximum.accumulate(np.where(begins, position, 0))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back the layers of a kind see, beyond what an interval already leaves out."""
+
+    window: int | None = None
+    """A query sees keys fewer than so many positions before it, and all of its own frame."""
+    chunk: int | None = None
+    """A query sees keys of its own chunk of so many positions, and all of its own frame."""
+
+    @property
+    def limited(self) -> bool:
+        return self.window is not None or self.chunk is not None
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Tell, of positions in their record that broadcast, whether the key is near enough."""
+        if self.window is not None:
+            return query - key < self.window
+        if self.chunk is not None:
+            return key // self.chunk == query // self.chunk
+        return torch.ones_like(query - key, dtype=torch.bool)
+
+    def narrowed(self, start: Tensor, position: Tensor, frame_start: Tensor) -> Tensor:
+        """Return where the intervals of such layers start: int32 `(rows, length)`.
+
+        start: as of `intervals`; position: of each token in its record, which runs on with its
+        place in the row; frame_start: the place of the first token of its frame, of text its own.
+        A frame's keys and the near ones before them are one interval again.
+        """
+        place = torch.arange(start.shape[1], device=start.device)
+        if self.window is not None:
+            near = place - self.window + 1
+        elif self.chunk is not None:
+            near = place - position % self.chunk
+        else:
+            return start
+        return torch.maximum(start, torch.minimum(near, frame_start)).to(start.dtype)
 
 
 def dense_mask(start: Tensor, end: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from transformers import AutoTokenizer
 
 from model.batch import Batch
 from model.config import FORMAT, VLMConfig, read_model_config
+from model.family.head import decoder_of, own_head, seen_embeddings, seen_head
+from model.family.masks import batch_masks, step_masks
+from model.family.windows import reaches, takes_positions, text_config
 from model.frame_causal import FrameCausal
 from model.lape.head import LanguageHead
 from model.lape.tables import INJECTION_SHARE, Lape
@@ -32,7 +35,6 @@ from model.llm import (
     save_weights,
     write_json,
 )
-from model.mask import additive_mask, block_mask, dense_mask
 from model.projector import build_projector
 from shards.errors import UserError
 
@@ -61,13 +63,17 @@ class VLM(nn.Module):
         """Whether LAPE's gamma is set; a fresh model's is set from the run's first batch."""
         self.base: LlmBase | None = None
         """Where the LLM's own weights lie, when they are not trained."""
+        self.masked = True
+        """Whether the LLM's layers take our masks; where not, only plain causal rows are right."""
         self.config = config
         self.tokenizer = tokenizer
         self.tower_width = width
         self.features = features
         self.tower = tower
         self.llm = llm
-        self._no_split_modules = list(llm._no_split_modules)  # FSDP2's units: the decoder layers
+        self._no_split_modules = list(
+            llm._no_split_modules or ()
+        )  # FSDP2's units: the decoder layers
         self.projector = build_projector(config.mm_projector_type, width, llm_width)
         self.visual = VisualTokens(llm_width)
         self.frame_causal = (
@@ -86,18 +92,13 @@ class VLM(nn.Module):
     @classmethod
     def assemble(cls, config: VLMConfig, llm: Any, tokenizer: Any, **facts: Any) -> "VLM":
         """Return a model with fresh projector, frame tokens, tables and head over a given LLM."""
-        if getattr(llm.config, "use_sliding_window", False):
-            raise UserError(
-                f"{llm.config.name_or_path}: uses a sliding attention window, which frame masks "
-                "replace; set use_sliding_window to false in its config.json to train it without"
-            )
         model = cls(config, llm, tokenizer, **facts)
         model.calibrated = False
-        embeddings = llm.get_input_embeddings().weight
+        embeddings = seen_embeddings(llm)
         with torch.no_grad():
             model.visual.initialise(embeddings)
             if model.lape is not None:
-                model.lape.initialise(embeddings, llm.get_output_embeddings().weight)
+                model.lape.initialise(embeddings, seen_head(llm))
         return model
 
     def embed(self, batch: Batch) -> Tensor:
@@ -131,29 +132,39 @@ class VLM(nn.Module):
 
     def attention_mask(self, batch: Batch) -> Any:
         """Return the batch's mask in the form that the LLM's attention implementation reads."""
-        if self.llm.config._attn_implementation == "flex_attention":
-            return block_mask(batch.mask_start, batch.mask_end)
-        if batch.causal and self.llm.config._attn_implementation in ("sdpa", "flash_attention_2"):
-            return None  # is_causal, with its faster kernels; padding on the right sees, unseen
-        mask = dense_mask(batch.mask_start, batch.mask_end)
-        if self.llm.config._attn_implementation == "eager":
-            return additive_mask(mask, self.visual.frame_end.dtype)
-        return mask
+        layers = reaches(text_config(self.llm)) if self.masked else None
+        if layers is None:
+            assert batch.causal, "these layers take no mask of ours: see model.family.conformance"
+            return None
+        implementation = self.llm.config._attn_implementation
+        return batch_masks(layers, batch, implementation, self.visual.frame_end.dtype)
+
+    def step_mask(self, seen: Tensor, keys: Tensor, query: Tensor, dtype: torch.dtype) -> Any:
+        """Return what a new token of each row sees, see `model.family.masks.step_masks`."""
+        layers = reaches(text_config(self.llm))
+        assert layers is not None
+        implementation = self.llm.config._attn_implementation
+        return step_masks(layers, seen, keys, query, implementation, dtype)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the LLM's last hidden states after its final norm: `(rows * length, width)`."""
-        out = self.llm.get_decoder()(
-            inputs_embeds=self.embed(batch),
-            attention_mask=self.attention_mask(batch),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-        return out.last_hidden_state.flatten(0, 1)
+        mask = self.attention_mask(batch)
+        return self.decode(self.embed(batch), mask, batch.position_ids).flatten(0, 1)
+
+    def decode(self, embeds: Tensor, mask: Any, positions: Tensor) -> Tensor:
+        """Return the last hidden states of embedded rows, without a cache: `(rows, length, width)`."""
+        decoder = decoder_of(self.llm)
+        # some that hold a state from token to token know no positions
+        known = {"position_ids": positions} if takes_positions(decoder) else {}
+        states: Tensor = decoder(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False, **known
+        ).last_hidden_state
+        return states
 
     @property
     def head(self) -> LanguageHead:
         """The LLM's head, with LAPE's anchors where it is on."""
-        return LanguageHead(self.llm.get_output_embeddings(), self.lape)
+        return LanguageHead(own_head(self.llm), self.lape)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits `(n, rows of the head)`, followed by LAPE's anchors when it is on."""

@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
 
 def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tokens: int) -> str:
     """Return a model's answer about a video, in seconds and pixels."""
+    from model.family.conformance import admit
     from model.generate import generate, write_answer
     from model.vlm import VLM, read_model_config
     from train.batches.chat import Chat
@@ -69,6 +70,7 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
 
     read_model_config(folder)
     model = VLM.load(folder).eval()
+    admit(model)
     features = FeatureConfig.from_json(model.features)
     with DecodeChild() as child:
         clip = fresh_clip(video, features, load_tower(features, tower or model.tower), child)

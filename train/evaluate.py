@@ -58,9 +58,12 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import Accelerator
 
+    from model.family.conformance import admit
+
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = untrained(args.model) if args.untrained else load(args.model, dataset)
     model.to(accelerator.device).eval()
+    admit(model)
     records = dataset.held_out[: args.max_records or None]
     report = evaluate(model, dataset, records, args.batch_size, accelerator)
     if accelerator.is_main_process:

@@ -1,9 +1,10 @@
 """The LLM's head, with LAPE's anchors beside its rows: logits, and the loss of supervised tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -17,8 +18,8 @@ HEAD_ROWS = 1024
 class LanguageHead:
     """Text and coordinates under one partition function; without LAPE, the LLM's own head."""
 
-    text: nn.Module
-    """The LLM's head: `(n, width)` -> `(n, rows)`."""
+    text: Callable[[Tensor], Tensor]
+    """The LLM's own way to logits: `(n, width)` -> `(n, rows)`."""
     lape: Lape | None
 
     def logits(self, hidden: Tensor) -> Tensor:

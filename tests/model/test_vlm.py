@@ -615,13 +615,6 @@ def test_an_unknown_setting_is_refused_with_the_ones_there_are(setting: str, val
         VLMConfig(**{setting: value})
 
 
-def test_a_sliding_attention_window_is_refused(make_llm: Llm, make_model: Model) -> None:
-    llm = make_llm()
-    llm.config.use_sliding_window = True
-    with pytest.raises(UserError, match="sliding attention window"):
-        make_model(llm)
-
-
 def test_an_llm_without_missing_weights_loads(folder: Path) -> None:
     assert load_llm(folder / "llm").config.vocab_size == 512
 

@@ -2,8 +2,8 @@
 
 pytest tests/promises/test_p03_repair.py
 
-Here damages are found, and the old bytes come back. tests/shards/care/test_verify.py does a thousand random
-damages more, and checks for each that exactly what was damaged is named.
+Here damages are found, and the old bytes come back. tests/shards/care/test_verify.py does a thousand
+random damages more, and checks for each that exactly what was damaged is named.
 """
 
 import io

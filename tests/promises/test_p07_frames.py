@@ -3,8 +3,8 @@
 FRAMEBANK_CLIPS=videos pytest tests/promises/test_p07_frames.py
 FRAMEBANK_CLIPS=videos pytest -m slow tests/promises/test_p07_frames.py    also the long ones
 
-On real clips: which outcome each has, and what endures. tests/preprocess/decode/test_fuzz.py damages them in
-a thousand ways more.
+On real clips: which outcome each has, and what endures. tests/preprocess/decode/test_fuzz.py damages them
+in a thousand ways more.
 """
 
 import hashlib

@@ -42,7 +42,7 @@ from train.loop.signals import StopSignals
 from train.loop.speed import StepTimer, make_timer
 from train.loop.step import Losses, Step, run_step
 from train.settings.config import TrainConfig
-from train.start.prepare_llm import choose_attention, llm_dtype, prepare_llm
+from train.start.prepare_llm import admit_llm, choose_attention, llm_dtype, prepare_llm
 from train.start.stage import build, llm_base
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
             f"FSDP needs as many micro-batches on each process: {plan.packs_per_step} of a step do not "
             f"divide among {share.world}; use a divisor of {plan.packs_per_step} processes"
         )
-    attention_of(config, plan, accelerator)
+    longest = int(plan.tokens.max())
+    choose_attention(config, accelerator.device.type, longest)  # refused before weights are loaded
     facts = facts_of(config, dataset, plan)
     if resumed:
         refuse_other_run(resumed, state, facts)
@@ -210,15 +211,6 @@ def pin_threads(num_threads: int, reduce: str, state: Json, processes: int) -> N
         torch.set_num_threads(threads)
 
 
-def attention_of(config: TrainConfig, plan: RunPlan, accelerator: "Accelerator") -> tuple[str, str]:
-    """Return (implementation, reason) of the run's attention; UserError where it cannot work here."""
-    longest = int(plan.tokens.max())
-    device = accelerator.device.type
-    return choose_attention(
-        config.attn, config.pack_tokens, config.frame_attention, device, longest
-    )
-
-
 # -- model
 
 
@@ -231,7 +223,10 @@ def make_learner(run: Run) -> Learner:
         model = build(config, run.dataset, log.say)
     if accelerator.is_main_process:
         set_aside(run.output_dir, run.first)
-    attention, reason = attention_of(config, run.plan, accelerator)
+    longest = int(run.plan.tokens.max())
+    # FSDP moves the model itself, a layer at a time
+    device = None if accelerator.is_fsdp2 else accelerator.device
+    attention, reason = admit_llm(model, config, accelerator.device.type, longest, device)
     prepare_llm(model, config, attention, accelerator.device)
     loader = make_loader(run, model, compiled=attention == "flex_attention" or config.compile)
     ratio = math.nan

@@ -18,9 +18,7 @@ CHOICES = [
 
 
 def choose(config: TrainConfig, device: str, longest: int) -> tuple[str, str]:
-    return choose_attention(
-        config.attn, config.pack_tokens, config.frame_attention, device, longest
-    )
+    return choose_attention(config, device, longest)
 
 
 @pytest.mark.parametrize(("device", "settings", "chosen", "reason"), CHOICES)

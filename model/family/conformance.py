@@ -1,0 +1,369 @@
+"""At the door: our forward of an LLM is its own forward, or its family is refused by name.
+
+A tiny twin of the LLM's class and config is run both ways: a text row of several windows, two records
+packed against each alone, frames that see themselves, cached decoding against the whole row, and rows
+under the LLM's own causal mask. What fails decides what is allowed: back-ends of attention, packing,
+`frame_attention: block`. Then one row of the real weights is run both ways.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.batch import Batch
+from model.config import VLMConfig
+from model.family.head import plain_llm
+from model.family.twin import WINDOW, make_twin
+from model.family.windows import KINDS, reaches, text_config
+from model.generate import Cached, Reread
+from model.mask import intervals
+from model.vlm import VLM
+from shards.errors import UserError
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest difference of two logits of one token, over the RMS of all; of the twin, that of fp32."""
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.01, torch.float16: 0.002}
+"""Of the mean loss of a row, relative."""
+IMPLEMENTATIONS = ("sdpa", "eager")
+KERNELS = {"flex_attention": "_supports_flex_attn", "flash_attention_2": "_supports_flash_attn"}
+"""Back-ends that run on CUDA alone -> how a class of transformers says that it takes them."""
+ROW = 5 * WINDOW
+REAL_ROW = 128
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What of a family is right, and why the rest is not."""
+
+    family: str
+    """As its config and class call it: `gemma2 (Gemma2ForCausalLM)`."""
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Back-end of attention -> check that failed -> the reason."""
+    kernels: tuple[str, ...] = ()
+    """Back-ends that the family takes and that need CUDA: they are given what the others are."""
+    unbuilt: str = ""
+    """Why there is no twin, where there is none."""
+    stateful: bool = False
+    """Whether layers carry a state from token to token, which no mask cuts."""
+
+    def masked(self, attention: str) -> bool:
+        """Tell whether layers take our masks, and their keys may be kept."""
+        return not {"alone", "cached"} & self._failed(attention).keys()
+
+    def refusal(self, attention: str, *, packed: bool, block: bool) -> str | None:
+        """Return why rows of a kind are not right under a back-end, in one line; None if they are."""
+        failed = self._failed(attention)
+        if "plain" in failed:
+            return f"{self.family} is refused: {failed['plain']}"
+        if not self.masked(attention):
+            needed: tuple[str, ...] = ("alone", "cached", "packed" if packed else "frames")
+            if not packed and not block:
+                return None
+        else:
+            needed = (*(["packed"] if packed else []), *(["frames"] if block else []))
+        reasons = [failed[name] for name in needed if name in failed]
+        if not reasons:
+            return None
+        what = "pack_tokens" if packed else "frame_attention block"
+        why = STATE if self.stateful else reasons[0]
+        fix = "use frame_attention: token" + (" and pack_tokens: 0" if packed else "")
+        return f"{self.family} is refused with {what}: {why}; {fix}"
+
+    def right(self, *, packed: bool, block: bool) -> list[str]:
+        """Return the back-ends under which rows of a kind are right, the first if asked none."""
+        kinds = {"packed": packed, "block": block}
+        names = (*self.failed, *self.kernels)
+        return [name for name in names if self.refusal(name, **kinds) is None]
+
+    def _failed(self, attention: str) -> dict[str, str]:
+        if attention in self.failed:
+            return self.failed[attention]
+        # the row of real weights tries these too
+        return next((f for f in self.failed.values() if not f), self.failed.get("eager", {}))
+
+
+STATES = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
+"""Kinds of layers, as transformers names them, that carry a state from token to token."""
+STATE = "its layers carry a state from token to token, which no mask cuts"
+_VERDICTS: dict[str, Verdict] = {}
+
+
+def verdict(llm: Any) -> Verdict:
+    """Return the verdict on an LLM's family, of its class and config."""
+    plain = plain_llm(llm)
+    return verdict_of(type(plain), plain.config)
+
+
+def verdict_of(llm_class: type, config: Any) -> Verdict:
+    """Return the verdict on a class and config; made once a process."""
+    facts = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    key = f"{llm_class.__qualname__} {json.dumps(facts, sort_keys=True, default=str)}"
+    if key not in _VERDICTS:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # so small a network is slower on more
+        try:
+            _VERDICTS[key] = try_twin(llm_class, config)
+        finally:
+            torch.set_num_threads(threads)
+    return _VERDICTS[key]
+
+
+def try_twin(llm_class: type, config: Any) -> Verdict:
+    """Run the checks on a tiny twin of a class and config; the caller's random numbers stay."""
+    family = f"{config.model_type} ({llm_class.__name__})"
+    try:
+        twin = make_twin(llm_class, config)
+    except Exception as error:  # whatever a config that shrinks badly meets
+        reason = f"no tiny twin of it can be built to check it with: {_line(error)}"
+        failed = {name: {"plain": reason, "alone": reason} for name in IMPLEMENTATIONS}
+        return Verdict(family, failed, unbuilt=_line(error))
+    kinds = set(getattr(text_config(twin), "layer_types", None) or ())
+    stateful = bool(getattr(twin, "_is_stateful", False) or kinds & STATES)
+    kernels = [name for name, flag in KERNELS.items() if getattr(twin, flag, False)]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        found = {name: _try(twin, name) for name in IMPLEMENTATIONS if _takes(twin, name)}
+    return Verdict(family, found, tuple(kernels), stateful=stateful)
+
+
+def _takes(twin: Any, implementation: str) -> bool:
+    try:
+        twin.set_attn_implementation(implementation)
+    except (ValueError, ImportError):
+        return False
+    return implementation == "eager" or bool(getattr(twin, f"_supports_{implementation}", False))
+
+
+def _try(twin: Any, implementation: str) -> dict[str, str]:
+    """Return the checks that a twin fails under a back-end, with the reasons."""
+    rng = np.random.default_rng(0)
+    rows = int(twin.get_input_embeddings().num_embeddings)
+    ids = [torch.from_numpy(rng.integers(min(8, rows - 1), rows, n)) for n in (ROW, ROW - 11)]
+    try:
+        twin.set_attn_implementation("eager")
+        truth = [twin(input_ids=row[None]).logits[0].float() for row in ids]
+        model = around(twin)
+    except Exception as error:
+        reason = f"its own forward of a text row fails: {_line(error)}"
+        return {"plain": reason, "alone": reason}
+    twin.set_attn_implementation(implementation)
+    checks: dict[str, Callable[[VLM, list[Tensor], list[Tensor]], str]] = {
+        "plain": _plain,
+        "alone": _alone,
+        "packed": _packed,
+        "frames": _frames,
+        "cached": _cached,
+    }
+    failed = {}
+    model.masked = reaches(text_config(twin)) is not None
+    for name, check in checks.items():
+        if name != "plain" and not model.masked:
+            failed[name] = f"its layers are of kinds that no mask reaches ({_kinds(twin)})"
+            continue
+        try:
+            reason = check(model, ids, truth)
+        except Exception as error:  # of a family's own code, given what it does not know
+            reason = f"{WHAT[name]} fail: {_line(error)}"
+        if reason:
+            failed[name] = reason
+    return failed
+
+
+WHAT = {
+    "plain": "rows under its own causal mask",
+    "alone": "rows under our mask",
+    "packed": "two records packed in a row",
+    "frames": "frames that see themselves wholly",
+    "cached": "tokens read one by one over kept keys",
+}
+
+
+def _plain(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
+    """Rows of different lengths, under the LLM's own mask; then one token more at a time."""
+    was, model.masked = model.masked, False
+    try:
+        batch = text_batch(*([row] for row in ids), causal=True)
+        logits = model.logits(model.hidden_states(batch)).view(len(ids), ROW, -1)
+        ours = [own[: len(row)] for own, row in zip(logits, ids, strict=True)]
+        return _compare("plain", ours, truth) or _one_by_one("plain", Reread, model, ids, truth)
+    finally:
+        model.masked = was
+
+
+def _alone(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
+    batch = text_batch(*([row] for row in ids))
+    logits = model.logits(model.hidden_states(batch)).view(len(ids), ROW, -1)
+    return _compare("alone", [own[: len(r)] for own, r in zip(logits, ids, strict=True)], truth)
+
+
+def _packed(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
+    logits = model.logits(model.hidden_states(text_batch(ids)))
+    return _compare("packed", list(logits.split([len(row) for row in ids])), truth)
+
+
+def _frames(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
+    """A change in a frame's last token reaches the frame's first, and nothing before the frame."""
+    row = ids[0]
+    first, last = ROW // 2, ROW // 2 + WINDOW // 2
+    block = np.full(len(row), -1)
+    block[first : last + 1] = 0
+
+    def logits(changed: int | None) -> Tensor:
+        other = row.clone()
+        if changed is not None:
+            other[changed] = row[changed - 1] if row[changed] != row[changed - 1] else row[0]
+        return model.logits(model.hidden_states(text_batch([other], block=block)))
+
+    before, inside, behind = logits(None), logits(last), logits(last + 1)
+    leak = max(
+        _error(inside[:first], before[:first]), _error(behind[: last + 1], before[: last + 1])
+    )
+    if leak > TOLERANCE[torch.float32]:
+        return f"what follows a frame changes what comes before it, by {leak:.1e}"
+    seen = min(_error(inside[k : k + 1], before[k : k + 1]) for k in range(first, last))
+    return "" if seen > TOLERANCE[torch.float32] else "tokens of a frame cannot see the later ones"
+
+
+def _cached(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
+    return _one_by_one("cached", Cached, model, ids, truth)
+
+
+def _one_by_one(
+    what: str, reader_class: Any, model: VLM, ids: list[Tensor], truth: list[Tensor]
+) -> str:
+    """Read prompts of two lengths, then one token of each at a time, past the window."""
+    prompts = [len(row) - 2 * WINDOW - 1 for row in ids]
+    batch = text_batch(*([row[:n]] for row, n in zip(ids, prompts, strict=True)), causal=True)
+    reader = reader_class(model, batch)
+    states = [reader.prompt()]
+    for step in range(2 * WINDOW):
+        after = torch.stack([row[n + step] for row, n in zip(ids, prompts, strict=True)])
+        states.append(reader.read(model.llm.get_input_embeddings()(after)))
+    ours = [model.logits(torch.stack([step[row] for step in states])) for row in range(len(ids))]
+    theirs = [own[n - 1 : n + 2 * WINDOW] for own, n in zip(truth, prompts, strict=True)]
+    return _compare(what, ours, theirs)
+
+
+def _compare(what: str, ours: list[Tensor], theirs: list[Tensor]) -> str:
+    error = max(_error(one, two) for one, two in zip(ours, theirs, strict=True))
+    if error <= TOLERANCE[torch.float32]:
+        return ""
+    return f"logits of {WHAT[what]} are not its own (off by {error:.1e} of their RMS)"
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference over the RMS; infinity where either is no number."""
+    error = (ours.float() - theirs.float()).abs().max() / theirs.float().square().mean().sqrt()
+    return float(error) if error.isfinite() else float("inf")
+
+
+def admit(model: VLM, attention: str | None = None, *, packed: bool = False) -> None:
+    """Let a model train, or answer, or raise UserError in one line; its LLM then attends so.
+
+    attention: back-end [the first that is right]. The row of real weights runs where they lie.
+    """
+    found = verdict(model.llm)
+    block = model.config.frame_attention == "block"
+    attention = attention or (found.right(packed=packed, block=block) or list(found.failed))[0]
+    if reason := found.refusal(attention, packed=packed, block=block):
+        raise UserError(reason, where=named(model.llm))
+    model.masked = found.masked(attention)
+    model.llm.set_attn_implementation(attention)
+    check_weights(model)
+
+
+def named(llm: Any) -> str | None:
+    """Return where an LLM was loaded from."""
+    return getattr(llm.config, "name_or_path", None) or None
+
+
+def check_weights(model: VLM) -> None:
+    """Run a text row of the real weights both ways; UserError where logits or loss differ."""
+    llm = model.llm
+    table, attention = llm.get_input_embeddings().weight, llm.config._attn_implementation
+    if attention in KERNELS and table.device.type == "cpu":
+        return  # sharded over devices later
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(0, len(table), REAL_ROW)).to(table.device)
+    training = llm.training
+    probe = around(llm)  # which sets it to eval
+    probe.masked, probe.visual = model.masked, model.visual
+    batch = text_batch([ids], causal=not model.masked or attention == "flash_attention_2")
+    with torch.no_grad():
+        own = llm(input_ids=ids[None]).logits[0].float()
+        ours = probe.logits(probe.hidden_states(batch))
+    llm.train(training)
+    losses = [F.cross_entropy(logits[:-1], ids[1:]).item() for logits in (ours, own)]
+    error = _error(ours, own)
+    off = abs(losses[0] - losses[1]) / losses[1]
+    if error <= TOLERANCE[table.dtype] and off <= LOSS_TOLERANCE[table.dtype]:
+        return
+    raise UserError(
+        f"{llm.config.model_type} is refused: "
+        f"on a row of {REAL_ROW} tokens our logits are off its own by {error:.1e} of their RMS "
+        f"(tolerated {TOLERANCE[table.dtype]}), the loss is {losses[0]:.4f}, its own {losses[1]:.4f}",
+        where=named(llm),
+    )
+
+
+def around(llm: Any) -> VLM:
+    """Return the model that has nothing but an LLM; the caller's random numbers stay."""
+    with torch.random.fork_rng(devices=[]):
+        config = VLMConfig(mm_projector_type="linear", enable_lape=False, loss_weight=0)
+        return VLM(config, llm, None, width=1, features={}, tower="").eval()
+
+
+def text_batch(*rows: list[Tensor], causal: bool = False, block: np.ndarray | None = None) -> Batch:
+    """Return rows of token ids, each of one record or of several one after the other.
+
+    causal: as `Batch.causal`; block: of a single row, as `intervals` has it.
+    """
+    length = max(sum(map(len, row)) for row in rows)
+    device = rows[0][0].device
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    ids = torch.stack([F.pad(torch.cat(row), (0, length - sum(map(len, row)))) for row in rows])
+    position, bounds = [], []
+    for row in rows:
+        sizes = [len(record) for record in row]
+        padding = length - sum(sizes)
+        sample = np.repeat([*range(len(row)), -1], [*sizes, padding])
+        bounds.append(intervals(sample, np.full(length, -1) if block is None else block))
+        position.append(
+            np.concatenate([*map(np.arange, sizes), np.arange(length - padding, length)])
+        )
+    start, end, places = (
+        torch.from_numpy(np.stack(arrays)).to(device)
+        for arrays in (*zip(*bounds, strict=True), position)
+    )
+    return Batch(
+        input_ids=ids,
+        axis=torch.full_like(ids, -1),
+        coord=torch.zeros(ids.shape, device=device),
+        position_ids=places,
+        mask_start=start,
+        mask_end=end,
+        predict_index=none,
+        labels=none,
+        label_axis=none,
+        label_coord=none.float(),
+        lengths=torch.tensor([sum(map(len, row)) for row in rows], device=device),
+        groups=(),
+        transitions=(),
+        record_ids=(),
+        causal=causal,
+    )
+
+
+def _kinds(llm: Any) -> str:
+    """Return the kinds of an LLM's layers for which there is no mask."""
+    return ", ".join(sorted(set(text_config(llm).layer_types) - set(KINDS)))
+
+
+def _line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:160]

@@ -1,0 +1,100 @@
+"""The way from last hidden states to logits that an LLM's own forward takes, on chosen rows alone.
+
+Families scale logits (Cohere, Granite), cap them (Gemma 2) or cast them there. Their forward is run
+as it stands, over a decoder that returns the rows it is given.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+
+def own_head(llm: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function of an LLM, or of a PEFT model around one: `(n, width)` -> `(n, rows)`."""
+    plain, decoder = plain_llm(llm), decoder_of(llm)
+
+    def logits(hidden: Tensor) -> Tensor:
+        rows = hidden[:, None]  # n rows of one token
+        over = _Over(plain, decoder, rows)
+        out = type(plain).forward(over, inputs_embeds=rows, use_cache=False, return_dict=True)
+        return out.logits[:, 0]
+
+    return logits
+
+
+@torch.no_grad()
+def seen_embeddings(llm: Any) -> Tensor:
+    """Return the input vectors as the LLM's layers are given them: `(rows, width)`.
+
+    Gemma's table module scales its rows by the root of the width; elsewhere these are the weights.
+    """
+    table = llm.get_input_embeddings()
+    rows: Tensor = table(torch.arange(table.num_embeddings, device=table.weight.device))
+    return rows
+
+
+@torch.no_grad()
+def seen_head(llm: Any) -> Tensor:
+    """Return the head's rows at the scale of the logits that leave the LLM: `(rows, width)`.
+
+    What comes after the head (Cohere's and Granite's scales) is measured on states of unit RMS.
+    """
+    head = llm.get_output_embeddings()
+    weight: Tensor = head.weight.detach()
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(16, weight.shape[1], generator=generator).to(weight)
+    plain, own = head(states).float(), own_head(llm)(states).float()
+    if torch.equal(plain, own):
+        return weight
+    return weight * float((plain * own).sum() / plain.square().sum())
+
+
+def plain_llm(llm: Any) -> Any:
+    """Return the causal LM of transformers that a PEFT model may be around."""
+    return llm.get_base_model() if hasattr(llm, "peft_config") else llm
+
+
+def decoder_of(llm: Any) -> Any:
+    """Return an LLM's decoder: embeddings in, last hidden states after the final norm out."""
+    plain = plain_llm(llm)
+    table = plain.get_input_embeddings()
+    names = (plain.base_model_prefix, "model", "transformer")
+    # some families find another part by `get_decoder`, or themselves
+    candidates = [plain.get_decoder(), *(getattr(plain, name, None) for name in names)]
+    return next(
+        c
+        for c in candidates
+        if isinstance(c, PreTrainedModel) and c is not plain and table in set(c.modules())
+    )
+
+
+class _Over:
+    """A module as it is, but for the decoder somewhere inside it: that returns given rows."""
+
+    def __init__(self, module: Any, decoder: Any, rows: Tensor) -> None:
+        self._module, self._decoder, self._rows = module, decoder, rows
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        modules = getattr(found, "modules", None)
+        if modules is None or not any(inner is self._decoder for inner in modules()):
+            return found
+        return _Over(found, self._decoder, self._rows)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._module is self._decoder:
+            return _Decoded(last_hidden_state=self._rows)
+        return type(self._module).forward(self, *args, **kwargs)
+
+
+class _Decoded(MoeModelOutputWithPast):
+    """What a decoder returns, without any of what it may return beside its states."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None

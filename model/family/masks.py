@@ -1,0 +1,86 @@
+"""The masks that an LLM's layers are given: one for each kind of layer, in each back-end's form."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.batch import Batch
+from model.mask import Reach, additive_mask, block_mask, dense_mask
+
+MASK_FREE = ("sdpa", "flash_attention_2")
+"""Back-ends that have faster kernels for causal rows without a mask."""
+
+
+def batch_masks(
+    reaches: Mapping[str, Reach], batch: Batch, implementation: str, dtype: torch.dtype
+) -> Any:
+    """Return what a batch's rows see; None where the LLM's own causal masks are just that."""
+    if batch.causal and implementation in MASK_FREE and not _frames_beyond(reaches, batch):
+        return None  # is_causal, with its faster kernels; padding on the right sees, unseen
+    masks = {}
+    for kind, reach in reaches.items():
+        start = batch.mask_start
+        if reach.limited:
+            start = reach.narrowed(start, batch.position_ids, frame_starts(batch))
+        if implementation == "flex_attention":
+            masks[kind] = block_mask(start, batch.mask_end)
+        else:
+            masks[kind] = in_form(dense_mask(start, batch.mask_end), implementation, dtype)
+    return by_kind(masks)
+
+
+def step_masks(
+    reaches: Mapping[str, Reach],
+    seen: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    implementation: str,
+    dtype: torch.dtype,
+) -> Any:
+    """Return what a new token of each row sees of the keys read so far, itself the last.
+
+    seen: bool `(rows, keys)`, what is no padding. keys: int64 `(rows, keys)`, positions in the record,
+    whatever places their tokens have in the cache; query: int64 `(rows,)`, that of the new token.
+    """
+    masks = {
+        kind: in_form(
+            (seen & reach.sees(query[:, None], keys))[:, None, None], implementation, dtype
+        )
+        for kind, reach in reaches.items()
+    }
+    return by_kind(masks)
+
+
+def in_form(mask: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """Return a boolean mask as a back-end reads it; flex_attention adds one that is no BlockMask."""
+    return mask if implementation == "sdpa" else additive_mask(mask, dtype)
+
+
+def by_kind(masks: Mapping[str, Any]) -> Any:
+    """Return masks as a decoder takes them: one alone, several by the kind of layer."""
+    return next(iter(masks.values())) if len(masks) == 1 else dict(masks)
+
+
+def frame_starts(batch: Batch) -> Tensor:
+    """Return the place in its row of the first token of each token's frame, of text its own."""
+    rows, length = batch.input_ids.shape
+    flat = torch.arange(rows * length, device=batch.input_ids.device)
+    for group in batch.groups:
+        first = group.token_index[:, :1]
+        flat.index_copy_(
+            0, group.token_index.flatten(), first.expand_as(group.token_index).flatten()
+        )
+        flat.index_copy_(0, group.end_index, first[:, 0])
+    return flat.view(rows, length) % length
+
+
+def _frames_beyond(reaches: Mapping[str, Reach], batch: Batch) -> bool:
+    """Tell whether a frame is longer than what some layers see back: its tokens still see it."""
+    longest = max((group.grid.cells + 1 for group in batch.groups), default=0)
+    return any(
+        (reach.window is not None and longest > reach.window)
+        or (reach.chunk is not None and longest > 1)  # a frame may lie across two chunks
+        for reach in reaches.values()
+    )
