@@ -40,8 +40,11 @@ FLOORS: dict[str, list[str]] = {
         "model.grid model.mask model.projector model.llm",
         "model.batch model.lape.tables",
         "model.frame_causal model.lape.head",
+        "model.family.windows",
+        "model.family.masks model.family.head",
         "model.vlm",
         "model.generate model.tower",
+        "model.family",
         "model",
     ],
     "preprocess": [

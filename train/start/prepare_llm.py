@@ -16,9 +16,10 @@ def choose_attention(
 ) -> tuple[str, str]:
     """Return (implementation, reason); raises UserError where the asked one cannot work here.
 
-    device: `cuda`, `cpu`, ... longest: tokens of the longest record. right: those under which the LLM's family is right, the first taken if the
-    best is none of them [all]. A mask of intervals costs flex_attention only the blocks that are
-    attended, SDPA the whole square of a row; without a mask SDPA has its fastest kernels.
+    device: `cuda`, `cpu`, ... longest: tokens of the longest record. right: those under which the
+    LLM's family is right, the first taken if the best is none of them [all]. A mask of intervals
+    costs flex_attention only the blocks that are attended, SDPA the whole square of a row; without a
+    mask SDPA has its fastest kernels.
     """
     asked, pack_tokens, frame_attention = config.attn, config.pack_tokens, config.frame_attention
     if asked == "flex_attention" and device != "cuda":
