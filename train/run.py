@@ -86,7 +86,7 @@ def train(
 ) -> None:
     import torch
 
-    from model.family.conformance import admit, verdict
+    from model.family.conformance import admit
     from model.vlm import VLM
     from train.batches.chat import Chat
     from train.batches.loader import Loader, Share
@@ -126,6 +126,8 @@ def train(
             f"divide among {share.world}; use a divisor of {plan.packs_per_step} processes"
         )
     total = plan.num_steps
+    longest = int(plan.tokens.max())
+    attention, reason = choose_attention(config, accelerator.device.type, longest)
     facts = facts_of(config, dataset, plan)
     if resumed:
         refuse_other_run(resumed, state, facts)
@@ -146,13 +148,10 @@ def train(
         model = build(config, dataset, log.say)
     if accelerator.is_main_process:
         set_aside(output_dir, state.get("step", 0))
-    packed, block = bool(config.pack_tokens), config.frame_attention == "block"
-    right = verdict(model.llm).right(packed=packed, block=block)
-    longest = int(plan.tokens.max())
-    attention, reason = choose_attention(config, accelerator.device.type, longest, right)
     if not accelerator.is_fsdp2:  # which moves it a layer at a time
         model.to(accelerator.device)
-    admit(model, attention, packed=packed)
+    auto, packed = config.attn == "auto", bool(config.pack_tokens)
+    attention, reason = admit(model, attention, reason, auto=auto, packed=packed)
     prepare_llm(model, config, attention, accelerator.device)
     chat = Chat(model.tokenizer, model.lape.tokens if model.lape else None)
     # what is compiled is compiled for one length of rows; flex_attention cuts it into blocks of 128

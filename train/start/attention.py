@@ -1,18 +1,13 @@
 """Which attention implementation a run takes, and why."""
 
-from collections.abc import Sequence
-
 from shards.errors import UserError
 from train.settings.config import TrainConfig
 
 
-def choose_attention(
-    config: TrainConfig, device: str, longest: int, right: Sequence[str] | None = None
-) -> tuple[str, str]:
+def choose_attention(config: TrainConfig, device: str, longest: int) -> tuple[str, str]:
     """Return (implementation, reason); raises UserError where the asked one cannot work here.
 
-    device: `cuda`, `cpu`, ... longest: tokens of the longest record. right: those under which the
-    LLM's family is right, the first if the best is none of them [all]. A mask of intervals costs
+    device: `cuda`, `cpu`, ... longest: tokens of the longest record. A mask of intervals costs
     flex_attention only the blocks that are attended, SDPA the whole square of a row; without a mask
     SDPA has its fastest kernels.
     """
@@ -31,13 +26,6 @@ def choose_attention(
         chosen, reason = "sdpa", "frames that see themselves wholly need a dense mask"
     else:
         chosen, reason = "sdpa", "one record a row, causal: no mask at all"
-    if right and chosen not in right and config.attn != "auto":
-        raise UserError(
-            f"attn {chosen}: this LLM is not right, or does not run, under it; use attn: auto or "
-            f"{' or '.join(right)}"
-        )
-    if right and chosen not in right:
-        chosen, reason = right[0], f"this LLM has no {chosen} that is right"
     if chosen != "flex_attention" and config.pack_tokens > 2 * longest:
         reason += (
             f"; a dense mask costs the square of a row, and the longest record has {longest} tokens: "
