@@ -37,6 +37,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+VOCABULARIES = {"tokenizer.json", "vocab.json", "tokenizer.model"}
+"""Those of them that hold the tokens."""
 
 
 @dataclass(frozen=True)
@@ -299,9 +301,14 @@ def tokenizer_digest(name: str) -> str:
     """Return a digest of a tokenizer's files: those of a folder, or a Hub model's in its cache."""
     if not Path(name).is_dir() and not tokenizer_files(name):
         load_chat(name, None)  # which brings them here
+    files = tokenizer_files(name)
     digest = blake2b(digest_size=16)
-    for path in tokenizer_files(name):
+    for path in files:
         digest.update(path.name.encode() + path.read_bytes())
+    if not {path.name for path in files} & VOCABULARIES:
+        # in files of other names, or nowhere, which is refused: what it knows is what tells it apart
+        tokenizer = load_chat(name, None).tokenizer
+        digest.update(canonical_json(tokenizer.get_vocab()))
     return digest.hexdigest()
 
 
@@ -317,6 +324,6 @@ def tokenizer_files(name: str) -> list[Path]:
 
 def load_chat(name: str, anchors: LapeTokens | None) -> Chat:
     """Return the chat of a model's tokenizer."""
-    from transformers import AutoTokenizer
+    from model.family.limits import load_tokenizer
 
-    return Chat(AutoTokenizer.from_pretrained(name), anchors)
+    return Chat(load_tokenizer(name), anchors)

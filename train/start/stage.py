@@ -105,8 +105,8 @@ def assemble(
 ) -> "VLM":
     """Return a model over the LLM of the stage path, taking over what fits of the stage's parts."""
     import torch
-    from transformers import AutoTokenizer
 
+    from model.family.limits import load_tokenizer
     from model.llm import load_llm
     from model.vlm import VLM, VLMConfig
     from train.start.prepare_llm import llm_dtype
@@ -121,7 +121,7 @@ def assemble(
     model = VLM.assemble(
         VLMConfig(**facts),
         llm,
-        AutoTokenizer.from_pretrained(llm_path),
+        load_tokenizer(llm_path, llm.get_input_embeddings().num_embeddings),
         width=width,
         features=features,
         tower=tower,
@@ -220,13 +220,13 @@ def fit(module: Any, weights: Tensors, what: str, fix: str) -> None:
     module.load_state_dict({name: value.float() for name, value in weights.items()})
 
 
-def read_config(name: str) -> dict[str, Any] | None:
+def read_config(name: str, file: str = "config.json") -> dict[str, Any] | None:
     """Return the config.json of a model folder or of a Hub model already on this machine, or None."""
-    path: str | Path | object = Path(name) / "config.json"
+    path: str | Path | object = Path(name) / file
     if not Path(name).is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        path = try_to_load_from_cache(name, "config.json")
+        path = try_to_load_from_cache(name, file)
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     return dict(json.loads(Path(path).read_text()))
