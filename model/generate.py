@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from model.batch import Batch
 from model.family.head import decoder_of
+from model.family.limits import check_context, context_length
 from model.lape.tokens import TIME
 from model.vlm import VLM
 
@@ -35,6 +36,11 @@ def generate(
     The prompt is read once under the batch's own mask; each new token then sees its row's prompt
     and the tokens generated so far, never the padding between them.
     """
+    most = getattr(model.tokenizer, "model_max_length", None)
+    limit = context_length(model.llm.config.to_dict(), most)
+    longest = int(batch.lengths.max()) + max_new_tokens
+    fix = f"use fewer than {max_new_tokens} new tokens, or fewer frames (max_frames_num)"
+    check_context(longest, limit, f"a prompt with {max_new_tokens} new tokens", fix)
     reader = (Cached if model.masked else Reread)(model, batch)
     hidden = reader.prompt()
     answers: list[list[Piece]] = [[] for _ in batch.lengths]

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from model.batch import Batch
 from model.config import FORMAT, VLMConfig, read_model_config
 from model.family.head import decoder_of, own_head, seen_embeddings, seen_head
+from model.family.limits import load_tokenizer
 from model.family.masks import batch_masks, step_masks
 from model.family.windows import reaches, takes_positions, text_config
 from model.frame_causal import FrameCausal
@@ -267,10 +267,11 @@ class VLM(nn.Module):
         """
         folder = Path(folder)
         facts = read_model_config(folder)
+        llm = load_llm(folder / "llm", dtype, base)
         model = cls(
             facts["model"],
-            load_llm(folder / "llm", dtype, base),
-            AutoTokenizer.from_pretrained(folder / "llm"),
+            llm,
+            load_tokenizer(folder / "llm", llm.get_input_embeddings().num_embeddings),
             width=facts["tower_width"],
             features=facts["features"],
             tower=facts["tower"],

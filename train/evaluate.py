@@ -58,12 +58,9 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import Accelerator
 
-    from model.family.conformance import admit
-
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = untrained(args.model) if args.untrained else load(args.model, dataset)
     model.to(accelerator.device).eval()
-    admit(model)
     records = dataset.held_out[: args.max_records or None]
     report = evaluate(model, dataset, records, args.batch_size, accelerator)
     if accelerator.is_main_process:
@@ -125,9 +122,11 @@ def evaluate(
     """Return losses and scores of a model over records, the same on every rank."""
     from accelerate.utils import gather_object
 
+    from model.family.conformance import admit
     from train.batches.chat import Chat
     from train.batches.loader import Loader
 
+    admit(model)
     chat = Chat.of(model)
     loader = Loader(dataset, chat, model.config)
     rank, world = accelerator.process_index, accelerator.num_processes

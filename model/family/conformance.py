@@ -262,19 +262,35 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
     return float(error) if error.isfinite() else float("inf")
 
 
-def admit(model: VLM, attention: str | None = None, *, packed: bool = False) -> None:
-    """Let a model train, or answer, or raise UserError in one line; its LLM then attends so.
+def admit(
+    model: VLM,
+    attention: str = "sdpa",
+    reason: str = "",
+    *,
+    auto: bool = True,
+    packed: bool = False,
+) -> tuple[str, str]:
+    """Let a model train, or answer, or raise UserError in one line; return how its LLM attends, and why.
 
-    attention: back-end [the first that is right]. The row of real weights runs where they lie.
+    attention, reason: the back-end that is best here; auto: whether another that is right may take
+    its place. The row of real weights runs where they lie.
     """
     found = verdict(model.llm)
-    block = model.config.frame_attention == "block"
-    attention = attention or (found.right(packed=packed, block=block) or list(found.failed))[0]
-    if reason := found.refusal(attention, packed=packed, block=block):
-        raise UserError(reason, where=named(model.llm))
+    kinds = {"packed": packed, "block": model.config.frame_attention == "block"}
+    right = found.right(**kinds)
+    if right and attention not in right:
+        if not auto:
+            raise UserError(
+                f"attn {attention}: {found.family} is not right, or does not run, under it",
+                fix=f"use attn: auto or {right[0]}",
+            )
+        attention, reason = right[0], f"{found.family} has no {attention} that is right"
+    if problem := found.refusal(attention, **kinds):
+        raise UserError(problem, where=named(model.llm))
     model.masked = found.masked(attention)
     model.llm.set_attn_implementation(attention)
     check_weights(model)
+    return attention, reason
 
 
 def named(llm: Any) -> str | None:

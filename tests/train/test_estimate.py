@@ -18,7 +18,7 @@ from train.estimate import read_bytes, table
 from train.run import main
 from train.settings.config import TrainConfig
 from train.start.stage import read_config
-from train.start.templates import load_tokenizer
+from train.start.templates import load_with_template
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_tokens_pairs_and_bytes_are_those_of_the_batches(
     from model.vlm import VLMConfig
 
     plan = plan_run(config, dataset, 4)
-    chat = Chat(load_tokenizer(config.stage_path, ""), LapeTokens((100, 100, 100)))
+    chat = Chat(load_with_template(config.stage_path, ""), LapeTokens((100, 100, 100)))
     loader = Loader(dataset, chat, VLMConfig(max_frames_num=6))
     batches = [b for step in range(3) for b in loader.packs(plan, Share(0, 1), step)]
     read = sum(group.features.nbytes for batch in batches for group in batch.groups)
@@ -105,7 +105,7 @@ def test_a_model_of_another_family_has_a_plan_all_the_same(
     shutil.copytree(config.stage_path, tmp_path / "llm")
     (tmp_path / "llm" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     other = replace(config, stage_path=str(tmp_path / "llm"))
-    chat = Chat(load_tokenizer(config.stage_path, ""), None)
+    chat = Chat(load_with_template(config.stage_path, ""), None)
     chat.tokenizer.save_pretrained(tmp_path / "llm")
     plan = plan_run(other, dataset, 4)
     text = lines_of(table(other, dataset, plan, 1))

@@ -24,7 +24,7 @@ from shards.signed import canonical_json
 from train.batches.chat import VERSION, Chat
 from train.data.dataset import Dataset, Part
 from train.data.records import Record
-from train.start.templates import load_tokenizer
+from train.start.templates import load_with_template
 
 CHUNK = 4096
 """Records tokenised together."""
@@ -38,6 +38,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+VOCABULARIES = {"tokenizer.json", "vocab.json", "tokenizer.model"}
+"""Those of them that hold the tokens."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,9 @@ def measure(settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str)
         else None
     )
     chat = lru_cache(
-        lambda: Chat(load_tokenizer(llm, settings.chat_template), anchors, settings.template_date)
+        lambda: Chat(
+            load_with_template(llm, settings.chat_template), anchors, settings.template_date
+        )
     )
     template = f"{tokenizer} {settings.chat_template} {settings.template_date}"
     clips = Clips.of(dataset.records, dataset.banks, dataset.slow_stride, dataset.fast_stride)
@@ -302,10 +306,14 @@ def write_counts(file: Path, counts: np.ndarray) -> None:
 def tokenizer_digest(name: str) -> str:
     """Return a digest of a tokenizer's files: those of a folder, or a Hub model's in its cache."""
     if not Path(name).is_dir() and not tokenizer_files(name):
-        load_tokenizer(name, "")  # which brings them here
+        load_with_template(name, "")  # which brings them here
+    files = tokenizer_files(name)
     digest = blake2b(digest_size=16)
-    for path in tokenizer_files(name):
+    for path in files:
         digest.update(path.name.encode() + path.read_bytes())
+    if not {path.name for path in files} & VOCABULARIES:
+        # in files of other names, or nowhere, which is refused: what it knows is what tells it apart
+        digest.update(canonical_json(load_with_template(name, "").get_vocab()))
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model.family.limits import check_context, context_length
 from shards.errors import UserError
 from shards.format.features import differences
 from shards.read.banks import joint
@@ -240,7 +241,17 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
         "bank": joint(dataset.banks.config),
         "clips": lengths.clips.digest,
     }
-    return make_plan(lengths, cut, dropped=dataset.dropped, facts=facts)
+    plan = make_plan(lengths, cut, dropped=dataset.dropped, facts=facts)
+    limit = context_of(llm)
+    longest = int(plan.tokens[plan.uses].max())
+    check_context(longest, limit, "the longest record", f"set max_tokens: {limit}, or less")
+    return plan
+
+
+def context_of(llm: str) -> int | None:
+    """Return how many tokens an LLM and its tokenizer read at most; None where nothing says."""
+    written = (read_config(llm) or {}, read_config(llm, "tokenizer_config.json") or {})
+    return context_length(written[0], written[1].get("model_max_length"))
 
 
 def make_plan(

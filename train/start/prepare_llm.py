@@ -1,25 +1,21 @@
 """The LLM made ready: how it attends, what of it is trained, what it keeps, what is compiled."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from model.family.conformance import admit, verdict
+from model.family.conformance import admit
 from model.vlm import VLM
 from shards.errors import UserError
 from train.settings.config import LlmSettings, TrainConfig, checkpoint_every
 
 
-def choose_attention(
-    config: TrainConfig, device: str, longest: int, right: Sequence[str] | None = None
-) -> tuple[str, str]:
+def choose_attention(config: TrainConfig, device: str, longest: int) -> tuple[str, str]:
     """Return (implementation, reason); raises UserError where the asked one cannot work here.
 
-    device: `cuda`, `cpu`, ... longest: tokens of the longest record. right: those under which the
-    LLM's family is right, the first taken if the best is none of them [all]. A mask of intervals
-    costs flex_attention only the blocks that are attended, SDPA the whole square of a row; without a
-    mask SDPA has its fastest kernels.
+    device: `cuda`, `cpu`, ... longest: tokens of the longest record. A mask of intervals costs
+    flex_attention only the blocks that are attended, SDPA the whole square of a row; without a mask
+    SDPA has its fastest kernels.
     """
     asked, pack_tokens, frame_attention = config.attn, config.pack_tokens, config.frame_attention
     if asked == "flex_attention" and device != "cuda":
@@ -37,13 +33,6 @@ def choose_attention(
         chosen, reason = "sdpa", "frames that see themselves wholly need a dense mask"
     else:
         chosen, reason = "sdpa", "one record a row, causal: no mask at all"
-    if right and chosen not in right and asked != "auto":
-        raise UserError(
-            f"attn {chosen}: this LLM is not right, or does not run, under it; use attn: auto or "
-            f"{' or '.join(right)}"
-        )
-    if right and chosen not in right:
-        chosen, reason = right[0], f"this LLM has no {chosen} that is right"
     if chosen != "flex_attention" and pack_tokens > 2 * longest:
         reason += (
             f"; a dense mask costs the square of a row, and the longest record has {longest} tokens: "
@@ -60,13 +49,11 @@ def admit_llm(
     kind: of the device that the run is on. device: where the real weights are tried, None to leave
     them. UserError, one line, where the run's rows are not right under any.
     """
-    packed, block = bool(config.pack_tokens), config.frame_attention == "block"
-    right = verdict(model.llm).right(packed=packed, block=block)
-    attention, reason = choose_attention(config, kind, longest, right)
+    attention, reason = choose_attention(config, kind, longest)
     if device is not None:
         model.to(device)
-    admit(model, attention, packed=packed)
-    return attention, reason
+    auto, packed = config.attn == "auto", bool(config.pack_tokens)
+    return admit(model, attention, reason, auto=auto, packed=packed)
 
 
 def llm_dtype(settings: LlmSettings) -> torch.dtype:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from model.config import ModelSettings, joined_cells
 from shards.errors import UserError
 from train.settings.config import LlmSettings, TrainConfig
-from train.start.templates import load_tokenizer
+from train.start.templates import load_with_template
 from train.start.vila_llava import Tensors, read_llava, read_vila
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ def assemble(
     model = VLM.assemble(
         VLMConfig(**facts),
         llm,
-        load_tokenizer(llm_path, facts.get("chat_template", "")),
+        load_with_template(
+            llm_path, facts.get("chat_template", ""), llm.get_input_embeddings().num_embeddings
+        ),
         width=width,
         features=features,
         tower=tower,
@@ -230,15 +232,15 @@ def load_weights(module: Any, weights: Tensors, what: str, fix: str) -> None:
     module.load_state_dict({name: value.float() for name, value in weights.items()})
 
 
-def read_config(name: str) -> dict[str, Any] | None:
+def read_config(name: str, file: str = "config.json") -> dict[str, Any] | None:
     """Return the config.json of a model folder or of a Hub model already on this machine, or None."""
-    path: str | Path | object = Path(name) / "config.json"
+    path: str | Path | object = Path(name) / file
     if not Path(name).is_dir():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
         try:
-            path = try_to_load_from_cache(name, "config.json")
+            path = try_to_load_from_cache(name, file)
         except HFValidationError:  # a folder that was moved, or is named from elsewhere
             return None
     if not isinstance(path, str | Path) or not Path(path).is_file():

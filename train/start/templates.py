@@ -2,9 +2,11 @@
 
 import re
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 from model.config import CHAT_TEMPLATES
+from model.family.limits import load_tokenizer
 from shards.errors import UserError
 
 TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
@@ -54,11 +56,12 @@ def give_template(tokenizer: Any, name: str) -> None:
     tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + TEMPLATES[name]
 
 
-def load_tokenizer(name: str, template: str) -> Any:
-    """Load the tokenizer of a folder or Hub name. template: one of ours, or empty for its own."""
-    from transformers import AutoTokenizer
+def load_with_template(name: str | Path, template: str, rows: int | None = None) -> Any:
+    """Load the tokenizer of a folder or Hub name; UserError where it is none for that LLM.
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    template: one of ours, or empty for its own. rows: of the LLM's input matrix, where known.
+    """
+    tokenizer = load_tokenizer(name, rows)
     if template:
         give_template(tokenizer, template)
     return tokenizer

@@ -91,14 +91,16 @@ def lengths(config: TrainConfig) -> tuple[list[int], list[int]]:
 def test_lengths_are_those_of_the_rows_laid_out(
     config: TrainConfig, lape: bool, strategy: str, ratio: str
 ) -> None:
-    from train.start.templates import load_tokenizer
+    from train.start.templates import load_with_template
 
     config = replace(
         config, enable_lape=lape, frame_sampling_strategy=strategy, slow_frame_ratio=ratio
     )
     dataset = open_dataset(config)
     found = measure(config, dataset, config.stage_path, "digest")
-    chat = Chat(load_tokenizer(config.stage_path, ""), LapeTokens((20, 20, 20)) if lape else None)
+    chat = Chat(
+        load_with_template(config.stage_path, ""), LapeTokens((20, 20, 20)) if lape else None
+    )
     vlm = VLMConfig(
         slow_stride=4, fast_stride=8, frame_sampling_strategy=strategy, slow_frame_ratio=ratio
     )
@@ -122,7 +124,7 @@ def test_a_second_look_tokenises_nothing(
     def refuse(*_: object) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("train.batches.lengths.load_tokenizer", refuse)
+    monkeypatch.setattr("train.batches.lengths.load_with_template", refuse)
     assert lengths(config) == first
     assert lengths(replace(config, slow_frame_ratio="1", seed=5)) == first
 

@@ -1,0 +1,95 @@
+"""What an LLM can take at most: tokens of a row, and ids of its tokenizer; torch-free."""
+
+from typing import Any
+
+from shards.errors import UserError
+
+SAMPLE = "When does it begin? From 12.5 s to 14, on the left."
+FIX = "put the tokenizer's files beside the weights: tokenizer.json, tokenizer_config.json"
+FEWEST_TOKENS = 32
+"""Of a vocabulary; transformers makes up one of a single token where a folder has no tokenizer."""
+MOST_SANE = 10**9
+"""Above it a tokenizer's `model_max_length` means that none is set."""
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+
+
+def context_length(config: dict[str, Any], tokenizer_limit: float | None = None) -> int | None:
+    """Return how many tokens a row has at most, of an LLM's config.json; None where nothing says.
+
+    tokenizer_limit: its `model_max_length`. Rotary positions that are scaled reach further than
+    `max_position_embeddings` where that is still the length before scaling.
+    """
+    inner = config.get("text_config") or config
+    limits = [inner[name] for name in LENGTHS if isinstance(inner.get(name), int)]
+    scaling = inner.get("rope_parameters") or inner.get("rope_scaling") or {}
+    before = scaling.get("original_max_position_embeddings")
+    if limits and before and scaling.get("factor"):
+        limits = [max(limits[0], int(before * scaling["factor"]))]
+    found = [limits[0]] if limits else []
+    if tokenizer_limit is not None and 0 < tokenizer_limit < MOST_SANE:
+        found.append(int(tokenizer_limit))
+    return min(found, default=None)
+
+
+def check_context(tokens: int, limit: int | None, what: str, fix: str) -> None:
+    """Raise UserError where a row has more tokens than an LLM reads.
+
+    what: the row in words, of so many tokens; fix: what to change.
+    """
+    if limit is not None and tokens > limit:
+        raise UserError(
+            f"{what} has {tokens} tokens, and the LLM reads {limit} (max_position_embeddings of its "
+            "config.json, model_max_length of its tokenizer_config.json)",
+            fix=fix,
+        )
+
+
+def load_tokenizer(where: Any, rows: int | None = None) -> Any:
+    """Load a model folder's tokenizer, or a Hub model's; UserError where it is none for that LLM.
+
+    rows: of the LLM's input matrix, where they are known.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except ValueError as error:  # of many lines where no tokenizer's files are found
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"its tokenizer does not load: {reason}", where=where, fix=FIX) from None
+    check_tokenizer(tokenizer, rows, where)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, rows: int | None, where: object) -> None:
+    """Raise UserError where a tokenizer is not one that an LLM of so many rows can be asked with.
+
+    A folder without tokenizer files makes transformers build a tokenizer that knows one token.
+    """
+    if len(tokenizer) < FEWEST_TOKENS:
+        raise UserError(
+            f"no tokenizer here: it knows {len(tokenizer)} tokens", where=where, fix=FIX
+        )
+    ids = tokenizer(SAMPLE, add_special_tokens=False).input_ids
+    back = tokenizer.decode(ids)
+    if _letters(back) != _letters(SAMPLE):
+        raise UserError(
+            f"its tokenizer loses text: {SAMPLE!r} comes back as {back!r}", where=where, fix=FIX
+        )
+    added = set(tokenizer.get_added_vocab())
+    beyond = {
+        token: id_
+        for token, id_ in tokenizer.get_vocab().items()
+        if rows is not None and id_ >= rows and token not in added
+    }
+    if beyond:
+        token, id_ = max(beyond.items(), key=lambda item: item[1])
+        raise UserError(
+            f"its tokenizer is of another LLM: it writes ids up to {id_} ({token!r}), and the LLM "
+            f"has {rows} rows",
+            where=where,
+            fix=FIX,
+        )
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).lower()
