@@ -35,7 +35,7 @@ FLOORS: dict[str, list[str]] = {
         "shards",
     ],
     "model": [
-        "model.settings model.slow_fast model.lape.tokens",
+        "model.settings model.slow_fast model.lape.tokens model.family.limits",
         "model.config model.tower_kinds",
         "model.grid model.mask model.projector model.llm",
         "model.batch model.lape.tables",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.family.limits import check_context, context_length
+from model.family.limits import check_context
 from shards.errors import UserError
 from shards.format.features import differences
 from shards.read.banks import joint
@@ -24,7 +24,7 @@ from train.batches.lengths import Lengths, fit_frames, measure, tokenizer_digest
 from train.cost import LlmShape
 from train.data.dataset import Dataset
 from train.settings.config import BatchSettings, TrainConfig
-from train.start.stage import llm_name, read_config
+from train.start.stage import context_of, llm_name, read_config
 
 
 def order(seed: int, epoch: int, count: int) -> list[int]:
@@ -246,12 +246,6 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
     longest = int(plan.tokens[plan.uses].max())
     check_context(longest, limit, "the longest record", f"set max_tokens: {limit}, or less")
     return plan
-
-
-def context_of(llm: str) -> int | None:
-    """Return how many tokens an LLM and its tokenizer read at most; None where nothing says."""
-    written = (read_config(llm) or {}, read_config(llm, "tokenizer_config.json") or {})
-    return context_length(written[0], written[1].get("model_max_length"))
 
 
 def make_plan(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import ModelSettings, joined_cells
+from model.family.limits import context_length
 from shards.errors import UserError
 from train.settings.config import LlmSettings, TrainConfig
 from train.start.templates import load_with_template
@@ -246,3 +247,9 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any] | None:
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     return dict(json.loads(Path(path).read_text()))
+
+
+def context_of(llm: str) -> int | None:
+    """Return how many tokens an LLM and its tokenizer read at most; None where nothing says."""
+    written = (read_config(llm) or {}, read_config(llm, "tokenizer_config.json") or {})
+    return context_length(written[0], written[1].get("model_max_length"))
