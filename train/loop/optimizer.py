@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.llm import open_as_folder
 from model.vlm import VLM
 from shards.errors import UserError
 from train.loop.fsdp import copy_into
@@ -66,6 +67,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             save_file(held, folder / f"optimizer-{number}.safetensors")
             held, number = {}, number + 1
     save_file(held, folder / f"optimizer-{number}.safetensors")
+    for file in folder.glob("optimizer-*.safetensors"):
+        open_as_folder(file)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from model.llm import check_adapter
 from model.vlm import VLM
 from shards.errors import UserError
 from train.settings.config import TrainConfig, checkpoint_every
@@ -23,7 +24,11 @@ def prepare_llm(model: VLM, config: TrainConfig, attention: str, device: torch.d
     model.llm.set_attn_implementation(attention)
     if config.tune_llm == "frozen":
         model.llm.requires_grad_(False)
-    elif config.tune_llm == "lora" and not hasattr(model.llm, "peft_config"):
+    elif config.tune_llm == "full":
+        model.llm.requires_grad_(True)  # what an adapter was merged into came frozen
+    elif hasattr(model.llm, "peft_config"):
+        check_adapter(model.llm, config.lora_r, config.lora_alpha)
+    else:
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
@@ -37,6 +42,14 @@ def prepare_llm(model: VLM, config: TrainConfig, attention: str, device: torch.d
     if config.compile:
         compile_layers(model.llm, device)
     model.train()
+    check_trainable(model, config.tune_llm != "frozen")
+
+
+def check_trainable(model: VLM, llm: bool) -> None:
+    """Assert that each part that is asked for has weights that a step may move; llm: if it is too."""
+    asked = {name for name, part in model.named_children() if any(True for _ in part.parameters())}
+    still = asked - set(() if llm else ("llm",)) - model.parts().keys()
+    assert not still, f"asked for and not trainable: {', '.join(sorted(still))}"
 
 
 def checkpoint_activations(llm: Any, every: int) -> None:
