@@ -192,20 +192,37 @@ def save_llm(llm: Any, path: Path, base: LlmBase | None = None) -> None:
         path.mkdir(parents=True)
         write_json(path / "base.json", asdict(base))
         llm.config.save_pretrained(path)
-        if adapted:
-            llm.save_pretrained(path / "lora")
-        return
-    if not adapted:
+    elif not adapted:
         llm.save_pretrained(path)
-        return
-    base_model = llm.get_base_model()
-    own = {
-        name.replace(".base_layer", ""): value
-        for name, value in base_model.state_dict().items()
-        if "lora_" not in name
-    }
-    base_model.save_pretrained(path, state_dict=own)
-    llm.save_pretrained(path / "lora")
+    else:
+        base_model = llm.get_base_model()
+        own = {
+            name.replace(".base_layer", ""): value
+            for name, value in base_model.state_dict().items()
+            if "lora_" not in name
+        }
+        base_model.save_pretrained(path, state_dict=own)
+    if adapted:
+        llm.save_pretrained(path / "lora")
+    for file in path.rglob("*.safetensors"):
+        open_as_folder(file)
+
+
+def open_as_folder(file: Path) -> None:
+    """Let those read a file who may read its folder: safetensors writes for the owner alone."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def check_adapter(llm: Any, rank: int, alpha: int) -> None:
+    """Raise UserError where an LLM's LoRA adapter is of another rank or scale than is asked."""
+    made = llm.peft_config["default"]
+    if (made.r, made.lora_alpha) != (rank, alpha):
+        raise UserError(
+            f"the adapter that the run starts from has lora_r {made.r}, lora_alpha {made.lora_alpha}",
+            expected=f"lora_r {rank}, lora_alpha {alpha}",
+            fix=f"set lora_r: {made.r} and lora_alpha: {made.lora_alpha}, or merge it first: "
+            "python -m train.export hf RUN OUT --merge_lora",
+        )
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -214,6 +231,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
     save_file(weights, path)
+    open_as_folder(path)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -8,6 +8,7 @@ A saved model is one folder: `llm/` (Hugging Face form, with the tokenizer), `pr
 `visual.safetensors`, `lape/`, `frame_causal.safetensors`, `config.json`.
 """
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ class VLM(nn.Module):
         self.frame_causal = (
             FrameCausal(llm_width, width, config.predictor) if config.loss_weight > 0 else None
         )
+        self.llm_tokenizer = copy.deepcopy(tokenizer)
+        """The LLM's own, without the coordinate tokens that it has no rows for: what is saved."""
         self.lape: Lape | None = None
         if config.enable_lape:
             tokens = LapeTokens.add_to(
@@ -245,7 +248,8 @@ class VLM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_llm(self.llm, folder / "llm", None if whole else self.base)
-        self.tokenizer.save_pretrained(folder / "llm")
+        self.llm_tokenizer.chat_template = self.tokenizer.chat_template
+        self.llm_tokenizer.save_pretrained(folder / "llm")
         for file, module in self.modules_on_disk():
             save_weights(module, folder / file)
         if self.lape is not None:

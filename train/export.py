@@ -74,9 +74,10 @@ def readme(model: "VLM", *, adapter: bool) -> str:  # long: it is the page itsel
         'them: `PeftModel.from_pretrained(llm, "llm/lora")`, or export again with `--merge_lora`.\n'
     )
     coordinates = (
-        "\nIts tokenizer holds coordinate tokens from id "
+        "\nThe whole model reads and writes coordinate tokens from id "
         f"{model.lape.tokens.all_ids[0]} on. Their vectors are the tables in `lape/`,\n"
-        f"none of the LLM's {rows} rows: alone, the LLM can neither read nor write them.\n"
+        f"none of the LLM's {rows} rows, and `VLM.load` adds them to the tokenizer in `llm/`, which\n"
+        "does not hold them: alone, the LLM can neither read nor write them.\n"
         if model.lape
         else ""
     )

@@ -44,7 +44,11 @@ def test_a_whole_run_comes_out_with_the_same_logits(trained_run: Path, tmp_path:
     llm = AutoModelForCausalLM.from_pretrained(out / "llm")
     model = VLM.load(trained_run)
     assert torch.equal(logits(llm), logits(model.llm))
-    assert AutoTokenizer.from_pretrained(out / "llm").get_vocab() == model.tokenizer.get_vocab()
+    alone = AutoTokenizer.from_pretrained(out / "llm")
+    assert alone.get_vocab() == model.llm_tokenizer.get_vocab()
+    known = llm.get_input_embeddings().num_embeddings
+    assert max(alone("Say <TEMP-003> at 1.5").input_ids) < known  # no id without a row
+    assert len(model.tokenizer) > len(alone)
     again = VLM.load(out)
     ours, theirs = model.state_dict(), again.state_dict()
     assert set(ours) == set(theirs)
@@ -96,3 +100,10 @@ def test_what_cannot_be_exported_is_refused_in_a_line(
     assert "has no LoRA adapter" in refused(capsys, str(trained_run), out, "--merge_lora")
     shutil.copytree(toy / "llm", out)
     assert f"{out}: not empty" in refused(capsys, str(trained_run), out)
+
+
+def test_whoever_may_read_the_folder_may_read_its_weights(trained_run: Path, adapted: Path) -> None:
+    for run in (trained_run, adapted):
+        files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
+        modes = {oct(path.stat().st_mode & 0o777): path.name for path in files}
+        assert len(modes) == 1, modes

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from model.llm import open_as_folder
 from model.vlm import VLM
 from shards.errors import UserError
 from train.settings.config import OptimizerSettings
@@ -66,6 +67,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             save_file(held, folder / f"optimizer-{number}.safetensors")
             held, number = {}, number + 1
     save_file(held, folder / f"optimizer-{number}.safetensors")
+    for file in folder.glob("optimizer-*.safetensors"):
+        open_as_folder(file)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from model.family.conformance import admit
+from model.llm import check_adapter
 from model.vlm import VLM
 from shards.errors import UserError
 from train.settings.config import LlmSettings, TrainConfig, checkpoint_every
@@ -70,7 +71,11 @@ def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch
     model.llm.set_attn_implementation(attention)
     if settings.tune_llm == "frozen":
         model.llm.requires_grad_(False)
-    elif settings.tune_llm == "lora" and not hasattr(model.llm, "peft_config"):
+    elif settings.tune_llm == "full":
+        model.llm.requires_grad_(True)  # what an adapter was merged into came frozen
+    elif hasattr(model.llm, "peft_config"):
+        check_adapter(model.llm, settings.lora_r, settings.lora_alpha)
+    else:
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
@@ -84,6 +89,14 @@ def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch
     if settings.compile:
         compile_layers(model.llm, device)
     model.train()
+    check_trainable(model, settings.tune_llm != "frozen")
+
+
+def check_trainable(model: VLM, llm: bool) -> None:
+    """Assert that each part that is asked for has weights that a step may move; llm: if it is too."""
+    asked = {name for name, part in model.named_children() if any(True for _ in part.parameters())}
+    still = asked - set(() if llm else ("llm",)) - model.parts().keys()
+    assert not still, f"asked for and not trainable: {', '.join(sorted(still))}"
 
 
 def checkpoint_activations(llm: Any, every: int) -> None:

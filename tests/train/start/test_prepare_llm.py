@@ -145,3 +145,45 @@ def test_where_nothing_can_be_compiled_the_reason_is_told(
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UserError, match=r"compile: .* here: no C\+\+ compiler; set compile: false"):
         prepare_llm(make_model(), TrainConfig(compile=True), "sdpa", CPU)
+
+
+def with_adapter(model: VLM, tmp_path: Path) -> VLM:
+    """Return a saved model with a LoRA adapter of rank 4, loaded again."""
+    prepare_llm(model, TrainConfig(tune_llm="lora", lora_r=4, lora_alpha=8), "sdpa", CPU)
+    model.save(tmp_path / "run")
+    return VLM.load(tmp_path / "run")
+
+
+def test_an_llm_that_an_adapter_was_merged_into_is_trained_whole(
+    make_model: Callable[..., VLM], make_batch: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = with_adapter(make_model(), tmp_path)
+    model.llm = model.llm.merge_and_unload()
+    prepare_llm(model, TrainConfig(tune_llm="full"), "sdpa", CPU)
+    assert all(p.requires_grad for p in model.llm.parameters())
+    model(make_batch(model, ([], QUESTION.replace("<video>", ""), "ok")))["ce"].backward()
+    pulled = [name for name, p in model.llm.named_parameters() if p.grad is not None]
+    assert len(pulled) == len(list(model.llm.parameters()))
+
+
+@pytest.mark.parametrize("asked", [{"lora_r": 64}, {"lora_alpha": 64}])
+def test_an_adapter_of_another_size_is_refused_by_name(
+    make_model: Callable[..., VLM], tmp_path: Path, asked: dict[str, int]
+) -> None:
+    model = with_adapter(make_model(), tmp_path)
+    own = {"lora_r": 4, "lora_alpha": 8}
+    prepare_llm(model, TrainConfig(tune_llm="lora", **own), "sdpa", CPU)  # type: ignore[arg-type]
+    config = TrainConfig(tune_llm="lora", **(own | asked))  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"has lora_r 4, lora_alpha 8, expected .*64.*set lora_r: 4"
+    ):
+        prepare_llm(model, config, "sdpa", CPU)
+
+
+def test_a_part_that_is_asked_for_and_not_trainable_is_named(
+    make_model: Callable[..., VLM],
+) -> None:
+    model = make_model()
+    model.projector.requires_grad_(False)
+    with pytest.raises(AssertionError, match="asked for and not trainable: projector"):
+        prepare_llm(model, TrainConfig(tune_llm="full"), "sdpa", CPU)
