@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from model.batch import Batch
 from model.config import VLMConfig
 from model.family.head import plain_llm
+from model.family.limits import context_length
 from model.family.twin import WINDOW, make_twin
 from model.family.windows import KINDS, reaches, text_config
 from model.generate import Cached, Reread
@@ -305,7 +306,8 @@ def check_weights(model: VLM) -> None:
     if attention in KERNELS and table.device.type == "cpu":
         return  # sharded over devices later
     rng = np.random.default_rng(0)
-    ids = torch.from_numpy(rng.integers(0, len(table), REAL_ROW)).to(table.device)
+    length = min(REAL_ROW, context_length(llm.config.to_dict()) or REAL_ROW)
+    ids = torch.from_numpy(rng.integers(0, len(table), length)).to(table.device)
     training = llm.training
     probe = around(llm)  # which sets it to eval
     probe.masked, probe.visual = model.masked, model.visual
@@ -321,7 +323,7 @@ def check_weights(model: VLM) -> None:
         return
     raise UserError(
         f"{llm.config.model_type} is refused: "
-        f"on a row of {REAL_ROW} tokens our logits are off its own by {error:.1e} of their RMS "
+        f"on a row of {length} tokens our logits are off its own by {error:.1e} of their RMS "
         f"(tolerated {TOLERANCE[table.dtype]}), the loss is {losses[0]:.4f}, its own {losses[1]:.4f}",
         where=named(llm),
     )
