@@ -143,9 +143,9 @@ def _takes(twin: Any, implementation: str) -> bool:
 def _try(twin: Any, implementation: str) -> dict[str, str]:
     """Return the checks that a twin fails under a back-end, with the reasons."""
     rng = np.random.default_rng(0)
-    rows = int(twin.get_input_embeddings().num_embeddings)
-    ids = [torch.from_numpy(rng.integers(min(8, rows - 1), rows, n)) for n in (ROW, ROW - 11)]
     try:
+        rows = int(twin.get_input_embeddings().num_embeddings)
+        ids = [torch.from_numpy(rng.integers(min(8, rows - 1), rows, n)) for n in (ROW, ROW - 11)]
         twin.set_attn_implementation("eager")
         truth = [twin(input_ids=row[None]).logits[0].float() for row in ids]
         model = around(twin)
@@ -307,7 +307,8 @@ def check_weights(model: VLM) -> None:
         return  # sharded over devices later
     rng = np.random.default_rng(0)
     length = min(REAL_ROW, context_length(llm.config.to_dict()) or REAL_ROW)
-    ids = torch.from_numpy(rng.integers(0, len(table), length)).to(table.device)
+    rows = min(len(table), len(llm.get_output_embeddings().weight))
+    ids = torch.from_numpy(rng.integers(0, rows, length)).to(table.device)
     training = llm.training
     probe = around(llm)  # which sets it to eval
     probe.masked, probe.visual = model.masked, model.visual
