@@ -77,6 +77,10 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
             ) from None
     if found["missing_keys"]:
         raise UserError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")
+    if not isinstance(llm.get_input_embeddings(), nn.Embedding):
+        raise UserError(
+            f"not an LLM of text: {type(llm).__name__} has no one table of words", where=path
+        )
     return llm
 
 

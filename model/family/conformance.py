@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from model.batch import Batch
 from model.config import VLMConfig
 from model.family.head import plain_llm
+from model.family.limits import context_length
 from model.family.twin import WINDOW, make_twin
 from model.family.windows import KINDS, reaches, text_config
 from model.generate import Cached, Reread
@@ -142,9 +143,9 @@ def _takes(twin: Any, implementation: str) -> bool:
 def _try(twin: Any, implementation: str) -> dict[str, str]:
     """Return the checks that a twin fails under a back-end, with the reasons."""
     rng = np.random.default_rng(0)
-    rows = int(twin.get_input_embeddings().num_embeddings)
-    ids = [torch.from_numpy(rng.integers(min(8, rows - 1), rows, n)) for n in (ROW, ROW - 11)]
     try:
+        rows = int(twin.get_input_embeddings().num_embeddings)
+        ids = [torch.from_numpy(rng.integers(min(8, rows - 1), rows, n)) for n in (ROW, ROW - 11)]
         twin.set_attn_implementation("eager")
         truth = [twin(input_ids=row[None]).logits[0].float() for row in ids]
         model = around(twin)
@@ -305,7 +306,9 @@ def check_weights(model: VLM) -> None:
     if attention in KERNELS and table.device.type == "cpu":
         return  # sharded over devices later
     rng = np.random.default_rng(0)
-    ids = torch.from_numpy(rng.integers(0, len(table), REAL_ROW)).to(table.device)
+    length = min(REAL_ROW, context_length(llm.config.to_dict()) or REAL_ROW)
+    rows = min(len(table), len(llm.get_output_embeddings().weight))
+    ids = torch.from_numpy(rng.integers(0, rows, length)).to(table.device)
     training = llm.training
     probe = around(llm)  # which sets it to eval
     probe.masked, probe.visual = model.masked, model.visual
@@ -321,7 +324,7 @@ def check_weights(model: VLM) -> None:
         return
     raise UserError(
         f"{llm.config.model_type} is refused: "
-        f"on a row of {REAL_ROW} tokens our logits are off its own by {error:.1e} of their RMS "
+        f"on a row of {length} tokens our logits are off its own by {error:.1e} of their RMS "
         f"(tolerated {TOLERANCE[table.dtype]}), the loss is {losses[0]:.4f}, its own {losses[1]:.4f}",
         where=named(llm),
     )

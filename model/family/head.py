@@ -68,7 +68,9 @@ def decoder_of(llm: Any) -> Any:
     return next(
         c
         for c in candidates
-        if isinstance(c, PreTrainedModel) and c is not plain and table in set(c.modules())
+        if isinstance(c, PreTrainedModel)
+        and c is not plain
+        and any(m is table for m in c.modules())
     )
 
 

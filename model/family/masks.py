@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.mask import Reach, additive_mask, block_mask, dense_mask
+from shards.errors import UserError
 
 MASK_FREE = ("sdpa", "flash_attention_2")
 """Back-ends that have faster kernels for causal rows without a mask."""
@@ -19,6 +20,12 @@ def batch_masks(
     """Return what a batch's rows see; None where the LLM's own causal masks are just that."""
     if batch.causal and implementation in MASK_FREE and not _frames_beyond(reaches, batch):
         return None  # is_causal, with its faster kernels; padding on the right sees, unseen
+    if implementation == "flash_attention_2":
+        raise UserError(
+            "attn flash_attention_2: takes no mask, and a frame here has more tokens than the LLM's "
+            "layers see back",
+            fix="use attn: auto",
+        )
     masks = {}
     for kind, reach in reaches.items():
         start = batch.mask_start

@@ -84,6 +84,8 @@ def built(family: str, frame_attention: str = "block") -> VLM:
 
 def records(llm: Any) -> list[Tensor]:
     rows = llm.get_input_embeddings().num_embeddings
+    with torch.no_grad():  # some have fewer rows in the head
+        rows = min(rows, llm(input_ids=torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1])
     rng = np.random.default_rng(5)
     return [torch.from_numpy(rng.integers(min(8, rows - 1), rows, n)) for n in LENGTHS]
 
