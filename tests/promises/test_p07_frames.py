@@ -180,7 +180,7 @@ def test_an_unreadable_file_is_refused_within_a_second_and_the_child_lives_on(
 
 
 class Hurried(DecodeChild):
-    base_seconds = 0.5
+    base_seconds = 1.0  # a good clip has taken 0.5 s of CPU on a slow, busy machine
     seconds_per_pixel = 1e-9
 
 
@@ -200,7 +200,7 @@ def test_a_hundred_endless_clips_among_a_hundred_good_ones_lose_nothing() -> Non
             with pytest.raises(VideoError) as error:
                 child.read_clip(request)
             assert error.value.reason == "timeout"
-            assert time.monotonic() - began < 10, "0.6 s of CPU, or 0.5 s of waiting"
+            assert time.monotonic() - began < 10, "little more than a second of CPU or of waiting"
             assert digest(child.read_clip(ReadRequest(good, EIGHT))) == expected
         assert len(pids) == 100
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
