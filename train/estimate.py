@@ -40,6 +40,7 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
     widest = max(int(plan.tokens[row].sum()) for row in pack)
     lines = [
         ("records", f"{records} kept, {plan.dropped_line}"),
+        *(("", note) for note in dataset.notes()),
         (
             "packs",
             f"{plan.num_steps * plan.packs_per_step} of {plan.rows_per_pack} {rows_of}, "

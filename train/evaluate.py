@@ -9,6 +9,7 @@ box, anything else text. Unparsable answers count as 0.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from shards.errors import UserError
 from shards.signed import Json
 from train.data.dataset import Dataset, open_records
+from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.markup import kind_of
 from train.data.records import Record
 from train.loop.held_out import held_out_loss
@@ -48,12 +50,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--untrained", action="store_true", help="score the same model before any training step"
     )
-    parser.add_argument(
-        "--allow_outside", action="store_true", help="records may name videos by absolute paths"
-    )
+    add_record_flags(parser)
     args = parser.parse_args(argv)
     strides = strides_of(args.model)
-    dataset = open_records(args.bank, args.data_path, *strides, allow_outside=args.allow_outside)
+    dataset = open_records(args.bank, args.data_path, *strides, record_settings(args))
 
     import torch
     from accelerate import Accelerator
@@ -66,8 +66,13 @@ def main(argv: list[str]) -> None:
     if accelerator.is_main_process:
         name = "eval-untrained.json" if args.untrained else "eval.json"
         output = args.output or args.model / name
+        report["dropped"] = dict(Counter(drop.reason for drop in dataset.drops))
         output.write_text(json.dumps(report, indent=2) + "\n")
         print(table(report))  # noqa: T201
+        listed = output.with_suffix(".dropped.jsonl")
+        write_drops(listed, dataset.drops)
+        for line in dataset.notes(listed.name):
+            print(line)  # noqa: T201
         print(f"written: {output}")  # noqa: T201
     accelerator.end_training()
 

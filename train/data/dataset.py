@@ -1,7 +1,7 @@
 """The run's inputs: banks and records, opened, joined and checked before torch is imported."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -10,13 +10,12 @@ from pathlib import Path
 from shards.annotations.files import ALL, Selection, annotation_files, local_copy
 from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks
-from train.data.markup import MARKUP
+from shards.text import some
+from train.data.drops import LIST, Drop, counted
 from train.data.mixtures import MixturePart, read_mixture
-from train.data.records import Record, check_coordinates, join, read_records
-from train.settings.config import TrainConfig
-
-SHOWN = 30
-"""Problems that are printed; a file of the wrong form has one for each of its rows."""
+from train.data.reading import Reading, shorten
+from train.data.records import Record
+from train.settings.config import DataSettings, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,31 @@ class Dataset:
     """Records left out, by reason, as often as the mixture repeats them."""
     slow_stride: int
     fast_stride: int
+    drops: tuple[Drop, ...] = ()
+    """Each record that was left out, of the held-out ones too."""
+    clipped: int = 0
+    """Records of which a span ended behind its clip, and ends with it."""
+    passed_over: tuple[str, ...] = ()
+    """Files of record folders that hold no records."""
 
     @cached_property
     def records(self) -> list[Record]:
         """All records of the mixture, repeated as it asks."""
         return [record for part in self.parts for record in part.records * part.repeats]
+
+    def notes(self, listed: str = LIST) -> list[str]:
+        """Return what was done to the records besides, a line each; listed: where drops are."""
+        lines = []
+        held_out = counted([drop.reason for drop in self.drops if drop.held_out])
+        if held_out:
+            lines.append(f"held-out records left out: {held_out}")
+        if self.drops:
+            lines.append(f"what is left out is listed in {listed}")
+        if self.clipped:
+            lines.append(f"{self.clipped} records have spans that now end with their clip")
+        if self.passed_over:
+            lines.append(f"without records, and not read: {some(self.passed_over)}")
+        return lines
 
     def clips(self, record: Record) -> list[BankedClip]:
         return [self.banks.clip(id_) for id_ in record.clips]
@@ -73,10 +92,7 @@ def open_dataset(config: TrainConfig) -> Dataset:
         problems.append("bank: missing; give --bank BANK, made by `preprocess encode`")
     if problems:
         raise UserError.of(shorten(problems))
-    dataset = _join(config, files, Banks.open(folders), problems)
-    if problems:
-        raise UserError.of(shorten(problems))
-    return dataset
+    return _join(config, files, Banks.open(folders), problems)
 
 
 def open_records(
@@ -84,12 +100,12 @@ def open_records(
     paths: Sequence[str],
     slow_stride: int,
     fast_stride: int,
-    *,
-    allow_outside: bool = False,
+    settings: DataSettings,
 ) -> Dataset:
     """Open banks and the records that a model is scored on, as held-out ones.
 
-    UserError with every problem: a clip that no bank has is one, and a coordinate outside its clip.
+    settings: how records are read, and what becomes of bad ones. UserError with every problem: a clip
+    that no bank has is one, and a coordinate outside its clip.
     """
     problems: list[str] = []
     banks = None
@@ -97,15 +113,17 @@ def open_records(
         banks = Banks.open(folders)
     except UserError as error:
         problems += error.problems
-    records: list[Record] = []
-    for path in local_copies(paths, problems):
-        read = read_records(path, problems, allow_outside=allow_outside)
-        records += join(read, banks, "error", problems) if banks else []
-    if banks:
-        _check_times_and_places(records, banks, problems)
-    if banks is None or problems:
-        raise UserError.of(shorten(problems))
-    return Dataset(banks, (), records, Counter(), slow_stride, fast_stride)
+    reading = Reading(settings, banks, problems)
+    records = [
+        record
+        for path in local_copies(paths, problems)
+        for record in reading.records(path, held_out=True)
+    ]
+    if not records and not problems:
+        problems.append(f"no records are left of {', '.join(paths)}")
+    reading.refuse()
+    assert banks is not None
+    return Dataset(banks, (), records, Counter(), slow_stride, fast_stride, **reading.facts)
 
 
 def _join(
@@ -117,35 +135,21 @@ def _join(
     slow, fast = choose_strides(
         banks, config.mm_spatial_pool_stride, config.fast_stride, config.slow_frame_ratio, problems
     )
+    reading = Reading(config, banks, problems)
     parts: list[Part] = []
     dropped: Counter[str] = Counter()
     for path, repeats, chosen in files:
-        left_out: Counter[str] = Counter()
-        without_answer = left_out if config.unsupervised == "drop" else None
-        read = read_records(
-            path, problems, without_answer, allow_outside=config.allow_outside, chosen=chosen
-        )
-        kept = join(read, banks, config.missing, problems, left_out)
-        dropped.update({reason: count * repeats for reason, count in left_out.items()})
+        kept = reading.records(path, chosen)
+        for drop in reading.left_out:
+            dropped[drop.reason] += repeats
         parts.append(Part(path, file_digest(path, chosen), kept, repeats))
     held_out = []
     for path in local_copies(config.eval_path, problems):
-        read = read_records(path, problems, allow_outside=config.allow_outside)
-        held_out += join(read, banks, config.missing, problems)
-    own = [record for part in parts for record in part.records]
-    # a file that is taken in two parts is checked once
-    once = {record.where: record for record in [*own, *held_out]}
-    _check_times_and_places(once.values(), banks, problems)
-    if not own and not problems:
+        held_out += reading.records(path, held_out=True)
+    if not any(part.records for part in parts) and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")
-    return Dataset(banks, tuple(parts), held_out, dropped, slow, fast)
-
-
-def _check_times_and_places(records: Iterable[Record], banks: Banks, problems: list[str]) -> None:
-    for record in records:
-        if MARKUP.search("".join(turn.text for turn in record.turns)):
-            seconds = [banks.clip(id_).info.duration for id_ in record.clips]
-            check_coordinates(record, seconds, problems)
+    reading.refuse()
+    return Dataset(banks, tuple(parts), held_out, dropped, slow, fast, **reading.facts)
 
 
 def local_copies(names: Sequence[str], problems: list[str]) -> list[str]:
@@ -195,10 +199,3 @@ def choose_strides(
             f"slow_frame_ratio {ratio}: slow and fast are both stride {slow}, so it can only be 0 or 1"
         )
     return slow, fast
-
-
-def shorten(problems: Sequence[str]) -> list[str]:
-    """Return the first problems, and how many more there are."""
-    if len(problems) <= SHOWN:
-        return list(problems)
-    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN} more like these"]

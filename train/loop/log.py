@@ -144,6 +144,7 @@ def banner(
         f"fingerprint {bank.config.fingerprint[:12]}",
         f"records   {len(dataset.records)} to train on, {len(dataset.held_out)} held out, "
         f"{plan.dropped_line}",
+        *(f"          {note}" for note in dataset.notes()),
         f"frames    {draw_pattern(pattern)} (S: stride {dataset.slow_stride}, "
         f"{'x'.join(map(str, cells[dataset.slow_stride]))} cells; F: stride {dataset.fast_stride}, "
         f"{'x'.join(map(str, cells[dataset.fast_stride]))}), {tokens} tokens of a clip"
