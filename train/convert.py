@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         rows += made
         drops += judged.judge(path, bad, len(made) + len({e.place for e in bad}), problems)
     if problems:
-        raise UserError.of([*shorten(problems), *judged.advice()])
+        raise UserError.of(judged.advised(shorten(problems)))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     args.out.write_text("".join(lines), encoding="utf-8")
     listed = args.out.with_suffix(".dropped.jsonl")

@@ -65,7 +65,8 @@ class Fields(dict[str, Any]):
         for name in (name for name in self if name not in self.read):
             value = super().__getitem__(name)
             more = SAYS_MORE.fullmatch(name) and not all(
-                leaf.strip().casefold() in said for leaf in leaves(value)
+                re.search(rf"(?<!\w){re.escape(leaf.strip().casefold())}(?!\w)", said)
+                for leaf in leaves(value)
             )
             when = SAYS_WHEN.fullmatch(name) and any_number(value)
             where = NAMES_MEDIA.fullmatch(name) and not has_media
@@ -82,7 +83,7 @@ def fix_of(name: str, *, medium: bool) -> str:
     """Return what to do about a field that nothing reads."""
     hint = "name the medium `video` or `image`, " if medium else ""
     if SAYS_WHEN.fullmatch(name):
-        hint = "a part of a video is `start` and `end`, in seconds, "
+        hint = "name a part of a video by `start` and `end`, in seconds, "
     return f"{hint}write it into the text, or set ignore_fields: [{short(name)[1:-1]}]"
 
 

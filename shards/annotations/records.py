@@ -125,7 +125,7 @@ def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:
     if blank:
         raise RowError(
             "empty answer",
-            f"turn {blank[0] + 1} of {len(turns)} (gpt)",
+            f"turn {blank[0] + 1} of {len(turns)} (gpt) is empty",
             got=short(turns[blank[0]][1]),
             expected="an answer",
         )

@@ -114,6 +114,5 @@ def rest_is_lines(head: bytes) -> bool:
 
 def is_record(row: Any) -> bool:
     """Tell whether an object has a field that tells the form of a record, or names a medium."""
-    return isinstance(row, dict) and bool(
-        row.keys() & {*FORMS, "video", "videos", "image", "images"}
-    )
+    known = {*FORMS, "video", "videos", "image", "images"}
+    return isinstance(row, dict) and bool(row.keys() & known) and "annotations" not in row

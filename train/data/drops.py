@@ -82,17 +82,20 @@ class BadRecords:
             )
         return [Drop.of(error) for error in dropped.values()]
 
-    def advice(self) -> list[str]:
-        """Return the line that ends a refusal of bad records, if there were any."""
+    def advised(self, problems: Sequence[str]) -> list[str]:
+        """Return what is to be said of problems: with what can be done about bad records, if any are."""
         if not self.refused:
-            return []
-        mute = ", or unsupervised: drop for those without an answer" if self.mute else ""
+            return list(problems)
         one = len(self.refused) == 1
-        return [
-            f"{len(self.refused)} bad record{' is' if one else 's are'} refused: mend "
-            f"{'it' if one else 'them'}, or set on_bad_record: drop, which leaves such records out, "
-            f"counts them and lists them in {LIST}{mute}"
-        ]
+        mute = ", or unsupervised: drop for those without an answer" if self.mute else ""
+        advice = (
+            f"mend {'it' if one else 'them'}, or set on_bad_record: drop, which leaves such records "
+            f"out, counts them and lists them in {LIST}{mute}"
+        )
+        if len(problems) == 1:
+            return [f"{problems[0]}; {advice}"]
+        are = "is" if one else "s are"
+        return [*problems, f"{len(self.refused)} bad record{' ' * one}{are} refused: {advice}"]
 
     def _may_drop(self, error: RowError) -> bool:
         return self.settings.on_bad_record == "drop" or self._asked_for(error)

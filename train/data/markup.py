@@ -99,6 +99,8 @@ def _is_near(match: re.Match[str]) -> bool:
 def _meant(match: re.Match[str]) -> str:
     """Return the markup that was probably meant, or nothing."""
     name, number, rest = match["name"].lower(), match["number"], match["rest"].strip().lower()
+    if not match["end"]:
+        rest = rest[:1] if rest.startswith("%") else ""
     if name in ("temp", "height", "width"):
         return f"<{name.upper()}-{int(number):03d}>" if re.fullmatch(r"\d{1,4}", number) else ""
     letter = MEANT[name]

@@ -76,7 +76,7 @@ class Reading:
         if self.problems:
             # a file that is taken in two parts is read twice, and its problems are said once
             problems = shorten(list(dict.fromkeys(self.problems)))
-            raise UserError.of([*problems, *self.bad.advice()])
+            raise UserError.of(self.bad.advised(problems))
 
     @property
     def facts(self) -> dict[str, Any]:

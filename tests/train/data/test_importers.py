@@ -271,7 +271,7 @@ def test_the_readmes_own_benchmark_is_one_function(
     item = {"id": "v_1", "duration": 30.5, "sentences": ["he runs", "he sits"]}
     item["timestamps"] = [[0.5, 12.25], [13, 30.5]]
     path = fixture(tmp_path, "a.jsonl", [item])
-    main(["activitynet", str(path), "--out", str(tmp_path / "out.jsonl")])
+    main(["moments", str(path), "--out", str(tmp_path / "out.jsonl")])
     problems: list[str] = []
     one, two = read_records(tmp_path / "out.jsonl", problems)
     assert problems == []
