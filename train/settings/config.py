@@ -14,8 +14,10 @@ from pathlib import Path
 from model.config import ModelSettings
 from model.settings import setting
 from shards.annotations.files import is_hub_name
+from shards.annotations.globs import is_glob
 from train.settings.exits import refuse
-from train.settings.parse import BOOLEANS, ENVIRONMENT, Origin, merge
+from train.settings.foreign import ENVIRONMENT
+from train.settings.parse import BOOLEANS, Origin, merge
 
 
 def checkpoint_every(word: str) -> int | None:
@@ -33,11 +35,18 @@ class DataSettings:
     bank: list[str] = setting([], "bank folders made by `preprocess encode`, one or several")
     data_path: list[str] = setting(
         [],
-        "records: .json, .jsonl, .csv, .parquet, a folder of one kind, a mixture's YAML, Hub name",
+        "records: .json, .jsonl, .csv, .parquet, a folder of one kind, a pattern such as x/*.parquet, "
+        "a mixture's YAML, Hub name",
     )
     data_config: str = setting("", "YAML of named datasets: name -> {records, banks}")
     data_mixture: str = setting("", "which of them, how often and how much: a+b*2+c@0.1")
     eval_path: list[str] = setting([], "record files for the held-out loss")
+    media_dir: str = setting(
+        "", "folder that the records' media are relative to, where no id is as they say"
+    )
+    strip_prefix: list[str] = setting(
+        [], "leading folders of the records' media that the banks' ids do not have"
+    )
     missing: str = setting(
         "error", "a record whose clip no bank has: stop, or drop it", choices=("error", "drop")
     )
@@ -193,7 +202,7 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
         problems.append("data_path: missing; give --data_path RECORDS.jsonl, or data_config")
     for name in ("data_path", "eval_path"):
         for path in getattr(config, name):
-            if not Path(path).exists() and not is_hub_name(path):
+            if not Path(path).exists() and not is_glob(path) and not is_hub_name(path):
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
     if config.attn.startswith("flash") and (
         config.frame_attention == "block" or config.pack_tokens
