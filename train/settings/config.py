@@ -15,6 +15,7 @@ from model.config import ModelSettings
 from model.settings import setting
 from shards.annotations.files import is_hub_name
 from shards.annotations.globs import is_glob
+from shards.hub import refusal
 from train.settings.exits import refuse
 from train.settings.foreign import ENVIRONMENT
 from train.settings.parse import BOOLEANS, Origin, merge
@@ -189,13 +190,9 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
     for name in ("stage_path", "output_dir"):
         if not getattr(config, name):
             problems.append(f"{name}: missing; give --{name} PATH or set it in the YAML")
-    if config.stage_path and not is_model_name(config.stage_path):
+    if config.stage_path and (problem := stage_problem(config.stage_path)):
         where = origins.get("stage_path", "stage_path")
-        problems.append(
-            f"{where} stage_path: no such folder: {config.stage_path} "
-            "(expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run; "
-            "also a VILA stage or a LLaVA checkpoint: a folder with config.json)"
-        )
+        problems.append(f"{where} stage_path: {problem}")
     if config.data_mixture and not config.data_config:
         problems.append("data_mixture: needs data_config, a YAML of named datasets")
     if not config.data_config and not config.data_path:
@@ -227,19 +224,18 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
     return problems
 
 
-def is_model_name(name: str) -> bool:
-    """Tell whether a name is a model folder, or a Hub name whose config can be had."""
+def stage_problem(name: str) -> str | None:
+    """Return why a name is no model folder, and none that the Hub gives; None where it is."""
     if (Path(name) / "config.json").is_file():
-        return True
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        return False
-    from huggingface_hub import hf_hub_download
-
-    try:
-        hf_hub_download(name, "config.json")
-    except Exception:  # offline, unknown, gated: each means that it cannot be loaded
-        return False
-    return True
+        return None
+    expected = (
+        "expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run; "
+        "also a VILA stage or a LLaVA checkpoint: a folder with config.json"
+    )
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return f"no such folder: {name} ({expected})"
+    why = refusal(name)
+    return why and f"no such folder: {name}, and as a name of the Hub: {why} ({expected})"
 
 
 def help_text() -> str:
