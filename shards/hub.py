@@ -5,8 +5,10 @@ path would wait so long.
 """
 
 import os
+import re
 from pathlib import Path
 
+NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TIMEOUT = 5.0
 """Seconds that the Hub has to answer."""
 PROBES = {"model": "config.json", "dataset": ".gitattributes"}
@@ -53,6 +55,14 @@ def refusal(repo: str, kind: str = "model") -> str | None:
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
     return None
+
+
+def absent(name: str, kind: str = "model") -> str | None:
+    """Return why a name is neither a path here nor a repository; None where it is, or is no name."""
+    if Path(name).exists() or not NAME.fullmatch(name):
+        return None
+    why = refusal(name, kind)
+    return why and f"no such folder, and as a name of the Hub: {why}"
 
 
 def is_cached(repo: str, kind: str) -> bool:

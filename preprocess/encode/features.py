@@ -24,7 +24,7 @@ from shards.format.plan import (
     Plan,
 )
 from shards.format.samples import SampleMeta
-from shards.hub import refusal
+from shards.hub import absent
 from shards.signed import Json
 
 
@@ -80,10 +80,8 @@ class EncodeOptions:
 
 
 def load_tower(options: EncodeOptions) -> Tower:
-    if not Path(options.tower).exists() and (why := refusal(options.tower)):
-        raise UserError(
-            "no such folder, and as a name of the Hub: " + why, where=f"tower {options.tower}"
-        )
+    if why := absent(options.tower):
+        raise UserError(why, where=f"tower {options.tower}")
     return Tower.load(
         options.tower, layer=options.layer, dtype=options.tower_dtype, device=options.device
     )

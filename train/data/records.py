@@ -185,11 +185,17 @@ def known_id(
     return found[0] if found else None
 
 
-def in_seconds(record: Record, problems: list[str]) -> Record:
-    """Return a joined record with the times that are shares of a clip in seconds of it."""
+def in_seconds(
+    record: Record, problems: list[str], lasting: Sequence[float] | None = None
+) -> Record:
+    """Return a record with the times that are shares of a clip in seconds of it.
+
+    lasting: seconds of its media; None where it is joined, and its places tell.
+    """
     if not any(SHARE.search(turn.text) for turn in record.turns):
         return record
-    durations = [place.clip().info.duration for place in record.places]
+    banked = [place.clip().info.duration for place in record.places]
+    durations = banked if lasting is None else lasting
     if not durations or min(durations) <= 0:
         problems.append(
             f"{record.where} (id {record.id}): a time in %, and a medium without a duration"
