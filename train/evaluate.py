@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shards.errors import UserError
 from shards.signed import Json
 from train.data.dataset import Dataset, open_records
+from train.data.folders import Folders
 from train.data.markup import kind_of
 from train.data.records import Record
 from train.loop.held_out import held_out_loss
@@ -51,9 +52,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--allow_outside", action="store_true", help="records may name videos by absolute paths"
     )
+    parser.add_argument("--media_dir", default="", help="as that of a run")
+    parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
     args = parser.parse_args(argv)
     strides = strides_of(args.model)
-    dataset = open_records(args.bank, args.data_path, *strides, allow_outside=args.allow_outside)
+    dataset = open_records(
+        args.bank,
+        args.data_path,
+        *strides,
+        allow_outside=args.allow_outside,
+        media=Folders(args.media_dir, tuple(args.strip_prefix)),
+    )
 
     import torch
     from accelerate import Accelerator
