@@ -40,7 +40,6 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
     widest = max(int(plan.tokens[row].sum()) for row in pack)
     lines = [
         ("records", f"{records} kept, {plan.dropped_line}"),
-        *(("", note) for note in dataset.notes()),
         (
             "packs",
             f"{plan.num_steps * plan.packs_per_step} of {plan.rows_per_pack} {rows_of}, "
@@ -61,6 +60,7 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
             f"step {step + 1}, pack {number}: {len(pack)} x {widest} places, {shown}",
         ),
     ]
+    lines += [("note", note) for note in dataset.notes]
     shape = LlmShape.of(read_config(llm_name(config.stage_path)) or {})
     if shape is None:
         lines.append(("model", "its config.json is of another family: no FLOPs, memory and time"))

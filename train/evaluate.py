@@ -18,6 +18,7 @@ from shards.errors import UserError
 from shards.signed import Json
 from train.data.dataset import Dataset, open_records
 from train.data.drops import add_record_flags, record_settings, write_drops
+from train.data.folders import Folders
 from train.data.markup import kind_of
 from train.data.records import Record
 from train.loop.held_out import held_out_loss
@@ -50,10 +51,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--untrained", action="store_true", help="score the same model before any training step"
     )
+    parser.add_argument("--media_dir", default="", help="as that of a run")
+    parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
     add_record_flags(parser)
     args = parser.parse_args(argv)
     strides = strides_of(args.model)
-    dataset = open_records(args.bank, args.data_path, *strides, record_settings(args))
+    media = Folders(args.media_dir, tuple(args.strip_prefix))
+    dataset = open_records(args.bank, args.data_path, *strides, record_settings(args), media)
 
     import torch
     from accelerate import Accelerator
@@ -71,7 +75,7 @@ def main(argv: list[str]) -> None:
         print(table(report))  # noqa: T201
         listed = output.with_suffix(".dropped.jsonl")
         write_drops(listed, dataset.drops)
-        for line in dataset.notes(listed.name):
+        for line in [*dataset.notes, *([f"listed in {listed}"] if dataset.drops else [])]:
             print(line)  # noqa: T201
         print(f"written: {output}")  # noqa: T201
     accelerator.end_training()

@@ -1,8 +1,9 @@
 """The run's inputs: banks and records, opened, joined and checked before torch is imported."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 from shards.annotations.files import ALL, Selection, annotation_files, local_copy
 from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks
-from shards.text import some
-from train.data.drops import LIST, Drop, counted
-from train.data.mixtures import MixturePart, read_mixture
+from train.data.drops import LIST, Drop
+from train.data.folders import Folders
+from train.data.mixtures import MixturePart, all_parts
 from train.data.reading import Reading, shorten
-from train.data.records import Record
+from train.data.records import PLAIN, Record
 from train.settings.config import DataSettings, TrainConfig
+
+DEFAULTS = DataSettings()
 
 
 @dataclass(frozen=True)
@@ -41,58 +44,37 @@ class Dataset:
     """Records left out, by reason, as often as the mixture repeats them."""
     slow_stride: int
     fast_stride: int
+    notes: tuple[str, ...] = ()
+    """What there is to say of how the records were found and read, a line each."""
     drops: tuple[Drop, ...] = ()
     """Each record that was left out, of the held-out ones too."""
-    clipped: int = 0
-    """Records of which a span ended behind its clip, and ends with it."""
-    passed_over: tuple[str, ...] = ()
-    """Files of record folders that hold no records."""
 
     @cached_property
     def records(self) -> list[Record]:
         """All records of the mixture, repeated as it asks."""
         return [record for part in self.parts for record in part.records * part.repeats]
 
-    def notes(self, listed: str = LIST) -> list[str]:
-        """Return what was done to the records besides, a line each; listed: where drops are."""
-        lines = []
-        held_out = counted([drop.reason for drop in self.drops if drop.held_out])
-        if held_out:
-            lines.append(f"held-out records left out: {held_out}")
-        if self.drops:
-            lines.append(f"what is left out is listed in {listed}")
-        if self.clipped:
-            lines.append(f"{self.clipped} records have spans that now end with their clip")
-        if self.passed_over:
-            lines.append(f"without records, and not read: {some(self.passed_over)}")
-        return lines
-
     def clips(self, record: Record) -> list[BankedClip]:
-        return [self.banks.clip(id_) for id_ in record.clips]
+        return [place.clip() for place in record.places]
 
 
 def open_dataset(config: TrainConfig) -> Dataset:
     """Open a run's banks and records; UserError with every problem if there is any."""
     problems: list[str] = []
-    folders = list(config.bank)
-    wanted: list[MixturePart] = []
-    for path in config.data_path:
-        if Path(path).suffix.lower() in (".yaml", ".yml"):
-            wanted += read_mixture(path, "", problems)
-        else:
-            wanted.append(MixturePart([path], [], 1))
-    if config.data_config:
-        wanted += read_mixture(config.data_config, config.data_mixture, problems)
-    files: list[tuple[str, int, Selection]] = []
-    for part in wanted:
-        here = local_copies(part.records, problems)
-        files += [(path, part.repeats, part.chosen) for path in here]
-        folders += [bank for bank in part.banks if bank not in folders]
-    if not folders:
+    notes: list[str] = []
+    folders = Folders(config.media_dir, tuple(config.strip_prefix))
+    wanted = all_parts(
+        config.data_path, config.data_config, config.data_mixture, folders, problems, notes
+    )
+    held_out = all_parts(config.eval_path, "", "", folders, problems, notes)
+    wanted, held_out = (local_parts(parts, problems) for parts in (wanted, held_out))
+    if not config.bank and not any(part.banks for part in wanted):
         problems.append("bank: missing; give --bank BANK, made by `preprocess encode`")
     if problems:
         raise UserError.of(shorten(problems))
-    return _join(config, files, Banks.open(folders), problems)
+    pools = Pools.open(config.bank, [*wanted, *held_out])
+    dataset = _join(config, wanted, held_out, pools, problems)
+    return replace(dataset, notes=(*notes, *dataset.notes))
 
 
 def open_records(
@@ -100,56 +82,112 @@ def open_records(
     paths: Sequence[str],
     slow_stride: int,
     fast_stride: int,
-    settings: DataSettings,
+    settings: DataSettings = DEFAULTS,
+    media: Folders = PLAIN,
 ) -> Dataset:
     """Open banks and the records that a model is scored on, as held-out ones.
 
     settings: how records are read, and what becomes of bad ones. UserError with every problem: a clip
-    that no bank has is one, and a coordinate outside its clip.
+    that no bank has is one, and a coordinate outside its clip. media: what leads from their names to
+    ids.
     """
     problems: list[str] = []
-    banks = None
+    pools = None
+    parts = local_parts(all_parts(paths, "", "", media, problems, []), problems)
     try:
-        banks = Banks.open(folders)
+        pools = Pools.open(folders, parts)
     except UserError as error:
         problems += error.problems
-    reading = Reading(settings, banks, problems)
+    reading = Reading(settings, problems)
     records = [
         record
-        for path in local_copies(paths, problems)
-        for record in reading.records(path, held_out=True)
+        for part in parts
+        for record in reading.records(part, pools.of(part) if pools else None, held_out=True)
     ]
     if not records and not problems:
         problems.append(f"no records are left of {', '.join(paths)}")
     reading.refuse()
-    assert banks is not None
-    return Dataset(banks, (), records, Counter(), slow_stride, fast_stride, **reading.facts)
+    assert pools is not None
+    notes, drops = reading.notes(""), reading.unique_drops
+    banks = pools.banks
+    return Dataset(banks, (), records, Counter(), slow_stride, fast_stride, notes, drops)
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The banks of a run, and which of them the clips of each dataset are looked for in.
+
+    They are a dataset's own banks where it names some, else the run's, else all.
+    """
+
+    banks: Banks
+    numbers: dict[str, int]
+    """Of the banks, by their real paths."""
+    run: tuple[int, ...]
+    made: dict[tuple[int, ...], Banks]
+
+    @classmethod
+    def open(cls, folders: Sequence[str], parts: Sequence[MixturePart]) -> "Pools":
+        """Raises UserError where a bank cannot be opened, or does not fit the others."""
+        named: dict[str, str] = {}
+        for folder in [*folders, *(bank for part in parts for bank in part.banks)]:
+            named.setdefault(real(folder), folder)
+        numbers = {path: k for k, path in enumerate(named)}
+        own = [numbers[real(folder)] for folder in folders] or list(numbers.values())
+        return cls(Banks.open(list(named.values()), apart=True), numbers, _distinct(own), {})
+
+    def of(self, part: MixturePart) -> Banks:
+        """Return the banks of a dataset; UserError where two of them hold a clip of one id."""
+        chosen = _distinct([self.numbers[real(bank)] for bank in part.banks]) or self.run
+        if chosen not in self.made:
+            self.made[chosen] = self.banks.among(chosen)
+        return self.made[chosen]
+
+
+def _distinct(numbers: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(numbers))
+
+
+def real(place: str) -> str:
+    """Return what tells a bank from others: the real path of a folder, a URL as it is."""
+    return place if "://" in place else os.path.realpath(place)
 
 
 def _join(
     config: TrainConfig,
-    files: Sequence[tuple[str, int, Selection]],
-    banks: Banks,
+    wanted: Sequence[MixturePart],
+    evaluated: Sequence[MixturePart],
+    pools: Pools,
     problems: list[str],
 ) -> Dataset:
+    banks = pools.banks
     slow, fast = choose_strides(
         banks, config.mm_spatial_pool_stride, config.fast_stride, config.slow_frame_ratio, problems
     )
-    reading = Reading(config, banks, problems)
+    reading = Reading(config, problems)
     parts: list[Part] = []
     dropped: Counter[str] = Counter()
-    for path, repeats, chosen in files:
-        kept = reading.records(path, chosen)
-        for drop in reading.left_out:
-            dropped[drop.reason] += repeats
-        parts.append(Part(path, file_digest(path, chosen), kept, repeats))
-    held_out = []
-    for path in local_copies(config.eval_path, problems):
-        held_out += reading.records(path, held_out=True)
+    for part in wanted:
+        for path in part.records:
+            kept = reading.records(replace(part, records=[path]), pools.of(part))
+            for drop in reading.left_out:
+                dropped[drop.reason] += part.repeats
+            parts.append(Part(path, file_digest(path, part.chosen), kept, part.repeats))
+    held_out = [
+        record
+        for part in evaluated
+        for record in reading.records(part, pools.of(part), held_out=True)
+    ]
     if not any(part.records for part in parts) and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")
     reading.refuse()
-    return Dataset(banks, tuple(parts), held_out, dropped, slow, fast, **reading.facts)
+    notes, drops = reading.notes(LIST), reading.unique_drops
+    return Dataset(banks, tuple(parts), held_out, dropped, slow, fast, notes, drops)
+
+
+def local_parts(parts: Sequence[MixturePart], problems: list[str]) -> list[MixturePart]:
+    """Return datasets with the places of their files, those of the Hub after download."""
+    return [replace(part, records=local_copies(part.records, problems)) for part in parts]
 
 
 def local_copies(names: Sequence[str], problems: list[str]) -> list[str]:

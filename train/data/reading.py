@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from shards.annotations.fault import RowError
-from shards.annotations.files import ALL, Selection, stray_files
+from shards.annotations.files import stray_files
 from shards.errors import UserError
 from shards.read.banks import Banks
+from shards.text import some
 from train.data.coordinates import settled
-from train.data.drops import BadRecords, Drop
+from train.data.drops import BadRecords, Drop, counted
+from train.data.mixtures import MixturePart
 from train.data.records import Record, join, read_records
 from train.settings.config import DataSettings
 
@@ -19,50 +20,62 @@ SHOWN = 30
 
 
 class Reading:
-    """Reads files of records one after the other, by the same rules, and keeps what becomes of them."""
+    """Reads datasets one after the other, by the same rules, and keeps what becomes of their records."""
 
-    def __init__(self, settings: DataSettings, banks: Banks | None, problems: list[str]) -> None:
-        self.settings, self.banks, self.problems = settings, banks, problems
+    def __init__(self, settings: DataSettings, problems: list[str]) -> None:
+        self.settings, self.problems = settings, problems
         self.bad = BadRecords(settings)
         self.drops: list[Drop] = []
         self.left_out: list[Drop] = []
-        """Of the last file."""
+        """Of the last dataset."""
         self.clipped: set[str] = set()
         """Places of records."""
-        self.passed_over: list[str] = []
+        self.passed_over: dict[str, None] = {}
+        """Files that hold no records."""
 
     def records(
-        self, path: str, chosen: Selection = ALL, *, held_out: bool = False
+        self, part: MixturePart, banks: Banks | None, *, held_out: bool = False
     ) -> list[Record]:
-        """Return the records of a file or folder that are joined to their clips, and sound."""
-        settings, errors, unbanked = self.settings, list[RowError](), list[tuple[Record, str]]()
+        """Return the records of a dataset's files that are joined to their clips, and sound.
+
+        banks: what their clips are looked for in; None where that cannot be.
+        """
+        kept = []
         self.left_out = []
-        self.passed_over += map(str, stray_files(Path(path)))
+        for path in part.records:
+            self.passed_over |= dict.fromkeys(map(str, stray_files(Path(path))))
+            sound, drops = self._file(path, part, banks)
+            kept += sound
+            self.left_out += [replace(drop, held_out=held_out) for drop in drops]
+        self.drops += self.left_out
+        return kept
+
+    def _file(
+        self, path: str, part: MixturePart, banks: Banks | None
+    ) -> tuple[list[Record], list[Drop]]:
+        settings, errors, unbanked = self.settings, list[RowError](), list[tuple[Record, str]]()
         read = read_records(
             path,
             self.problems,
             errors,
             allow_outside=settings.allow_outside,
             ignored=settings.ignore_fields,
-            chosen=chosen,
+            chosen=part.chosen,
+            folders=part.folders,
         )
         rows = len(read) + len({error.place for error in errors})
         kept = []
-        if self.banks is not None:
-            joined = join(read, self.banks, settings.missing, self.problems, unbanked)
-            kept = self._settled(joined, self.banks, errors)
+        if banks is not None:
+            missing = settings.missing
+            joined = join(read, banks, missing, self.problems, unbanked, part.folders)
+            kept = self._settled(joined, errors)
         drops = self.bad.judge(path, errors, rows, self.problems)
-        drops += [Drop.of_record(record, reason) for record, reason in unbanked]
-        self.left_out = [replace(drop, held_out=held_out) for drop in drops]
-        self.drops += self.left_out
-        return kept
+        return kept, drops + [Drop.of_record(record, reason) for record, reason in unbanked]
 
-    def _settled(
-        self, records: Sequence[Record], banks: Banks, errors: list[RowError]
-    ) -> list[Record]:
+    def _settled(self, records: Sequence[Record], errors: list[RowError]) -> list[Record]:
         kept = []
         for record in records:
-            seconds = [banks.clip(id_).info.duration for id_ in record.clips]
+            seconds = [place.clip().info.duration for place in record.places]
             clip = self.settings.times_past_end == "clip"
             settled_record, clipped, faults = settled(record, seconds, clip=clip)
             errors += faults
@@ -79,13 +92,22 @@ class Reading:
             raise UserError.of(self.bad.advised(problems))
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What a `Dataset` says of how it was read."""
-        return {
-            "drops": tuple(dict.fromkeys(self.drops)),
-            "clipped": len(self.clipped),
-            "passed_over": tuple(dict.fromkeys(self.passed_over)),
-        }
+    def unique_drops(self) -> tuple[Drop, ...]:
+        """Each record that was left out, once."""
+        return tuple(dict.fromkeys(self.drops))
+
+    def notes(self, listed: str) -> tuple[str, ...]:
+        """Return what was done to the records, a line each; listed: where drops are, if they are."""
+        lines = []
+        if held_out := counted([drop.reason for drop in self.unique_drops if drop.held_out]):
+            lines.append(f"held-out records left out: {held_out}")
+        if self.drops and listed:
+            lines.append(f"what is left out is listed in {listed}")
+        if self.clipped:
+            lines.append(f"{len(self.clipped)} records have spans that now end with their clip")
+        if self.passed_over:
+            lines.append(f"without records, and not read: {some(list(self.passed_over))}")
+        return tuple(lines)
 
 
 def shorten(problems: Sequence[str]) -> list[str]:

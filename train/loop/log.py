@@ -144,7 +144,6 @@ def banner(
         f"fingerprint {bank.config.fingerprint[:12]}",
         f"records   {len(dataset.records)} to train on, {len(dataset.held_out)} held out, "
         f"{plan.dropped_line}",
-        *(f"          {note}" for note in dataset.notes()),
         f"frames    {draw_pattern(pattern)} (S: stride {dataset.slow_stride}, "
         f"{'x'.join(map(str, cells[dataset.slow_stride]))} cells; F: stride {dataset.fast_stride}, "
         f"{'x'.join(map(str, cells[dataset.fast_stride]))}), {tokens} tokens of a clip"
@@ -170,6 +169,7 @@ def banner(
             lines.append(f"          positions / features by RMS at gamma 1: {ratio:.2f}")
     else:
         lines.append("LAPE      off")
+    lines += [f"note      {note}" for note in dataset.notes]
     if resumed:
         lines.append(f"resumed   from {resumed}")
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def test_bad_records_are_left_out_counted_and_listed(world: World) -> None:
     assert len(dataset.drops) == 2 * len(listed)
     late = next(drop for drop in dataset.drops if drop.id == "late")
     assert late.text.startswith(f"{path}:8 (id late): time 7 is outside [0, 1]")
-    notes = dataset.notes()
+    notes = dataset.notes
     assert notes[0].startswith("held-out records left out: 1 ")
     assert "what is left out is listed in dropped.jsonl" in notes
 
@@ -142,8 +142,7 @@ def test_times_past_the_end_are_refused_clipped_or_dropped(world: World) -> None
     both = open_dataset(world.config(path, times_past_end="clip", on_bad_record="drop"))
     assert [record.id for record in both.records][-1] == "late"
     assert both.records[-1].turns[1].text == "from <t:0.5> to <t:1.000000>"
-    assert both.clipped == 1
-    assert "1 records have spans that now end with their clip" in both.notes()
+    assert "1 records have spans that now end with their clip" in both.notes
 
 
 def test_a_setting_of_its_own_drops_one_kind_and_no_other(world: World) -> None:
@@ -183,7 +182,7 @@ def test_stray_files_of_a_folder_are_named(world: World) -> None:
     (folder / "dataset_info.json").write_text('{"features": {}}')
     dataset = open_dataset(world.config(str(folder)))
     assert len(dataset.records) == 6
-    assert dataset.notes() == [f"without records, and not read: {folder}/dataset_info.json"]
+    assert list(dataset.notes) == [f"without records, and not read: {folder}/dataset_info.json"]
 
 
 def test_the_limit_is_checked_like_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
