@@ -1,7 +1,7 @@
 """P20: a perfect answer scores 1 in every benchmark, with coordinate tokens and as plain numbers alike.
 
 pytest tests/promises/test_p20_scores.py
-pytest -m slow tests/promises/test_p20_scores.py    a model without coordinate tokens, trained and scored
+pytest -m slow tests/promises/test_p20_scores.py    models trained by heart, scored by the command
 
 The perfect answer is what a model generates that has learned the reference by heart: the very tokens
 that it was trained on, written out. What wrong answers get is in tests/train/scores/test_scoring.py.
@@ -216,32 +216,64 @@ def test_times_are_read_with_the_duration_of_their_own_medium(
         )
 
 
+def numbered(clips: list[str]) -> list[tuple[list[str], str, str]]:
+    """Return a question about each clip whose answer has other numbers before its times."""
+    which = ("1st", "2nd", "3rd", "4th")
+    return [
+        (
+            [clip],
+            f"<video>\nWhen is event {k + 1}?",
+            f"The {which[k]} of 7 events lasts from <t:{k / 4}> to <t:{k / 2 + 1}>",
+        )
+        for k, clip in enumerate(clips)
+    ]
+
+
+def second(clips: list[str]) -> list[tuple[list[str], str, str]]:
+    """Return questions about the second of two clips."""
+    return [
+        (
+            [clips[k - 1], clip],
+            f"<video><video>\nWhen is event {k + 1} of the second?",
+            f"from <t:{k / 4}> to <t:{k / 2 + 1}>",
+        )
+        for k, clip in enumerate(clips)
+    ]
+
+
 @pytest.mark.slow
-def test_a_trained_model_without_coordinate_tokens_is_read_by_its_references_words(
-    toy: Path, toy_bank: Path, train_here: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(("ask", "lape"), [(numbered, False), (second, True), (second, False)])
+def test_what_a_model_has_by_heart_it_scores(
+    toy: Path,
+    toy_bank: Path,
+    train_here: Callable[..., Path],
+    tmp_path: Path,
+    ask: Callable[[list[str]], list[tuple[list[str], str, str]]],
+    lape: bool,
 ) -> None:
-    """Black box: ordinals and counts before the times are not read as times."""
-    clips = sorted(path.name for path in (toy / "videos" / "train").glob("*.mp4"))[:4]
-    rows = []
-    for k, clip in enumerate(clips):
-        which = ("1st", "2nd", "3rd", "4th")[k]
-        span = f"from <t:{k / 4}> to <t:{k / 2 + 1}>"
-        answer = f"The {which} of 7 events lasts {span}"
-        turns = [("human", f"<video>\nWhen is event {k + 1}?"), ("gpt", answer)]
-        talk = [{"from": who, "value": value} for who, value in turns]
-        rows.append({"id": str(k), "video": f"train/{clip}", "conversations": talk})
+    """Black box: trained until nothing is left to learn, then scored by the command."""
+    clips = sorted(f"train/{path.name}" for path in (toy / "videos" / "train").glob("*.mp4"))[:4]
+    rows = [
+        {
+            "id": str(k),
+            "video": media,
+            "conversations": [
+                {"from": "human", "value": question},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for k, (media, question, answer) in enumerate(ask(clips))
+    ]
     records = tmp_path / "records.jsonl"
     records.write_text("\n".join(map(json.dumps, rows)))
     run = train_here(
         tmp_path / "run",
         data_path=records,
-        enable_lape=False,
-        max_steps=160,
+        enable_lape=lape,
+        max_steps=240,
         per_device_train_batch_size=4,
         learning_rate=3e-3,
     )
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["ce_loss"] < 0.01
     from train.evaluate import main
 
     main(["--model", str(run), "--bank", str(toy_bank), "--data_path", str(records)])

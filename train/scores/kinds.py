@@ -68,11 +68,12 @@ def _kind(reference: str, question: str, task: str, options: Sequence[str]) -> s
     marks = _marks(reference)
     if marks:
         return _kind_of_coordinates(reference, marks, task)
-    if options and letter_of(reference, options):
+    if letter_of(reference, options) and (options or re.fullmatch(r"\(?[A-Z][.)]?", reference)):
         return "choice"
     if number_of(reference) is not None:
         return "number"
-    if "order" in task or "sequence" in task or _is_order(reference):
+    ordered = re.search(r"(?<![a-z])(?:order|sequence)", task) and len(items_of(reference)) > 1
+    if ordered or _is_order(reference):
         return "order"
     described = "caption" in task or question.endswith(DESCRIBE)
     return "caption" if described or len(reference.split()) >= CAPTION_WORDS else "text"

@@ -9,6 +9,7 @@ words (mp4) are words.
 
 import re
 from dataclasses import dataclass
+from math import isfinite
 
 TIME, X, Y, SECONDS, PLAIN = "\ue010\ue011\ue012\ue013\ue014"
 """Stand for `<t:…>`, `<x:…>`, `<y:…>`, a number of seconds, a number of nothing in particular."""
@@ -20,7 +21,7 @@ _NUMBER = r"(?:\d+\.\d+|(?<!\w)\d+)"
 _UNIT = r"\s?(?:s|secs?|seconds?)(?![^\W\d_])"
 _TOKEN = re.compile(
     rf"""
-      <(?P<axis>[txy]):(?P<marked>-?\d+(?:\.\d+)?)>
+      <(?P<axis>[txy]):(?P<marked>-?\d+(?:\.\d+)?)>(?:{_UNIT})?
     | (?P<clock>(?<![\w.:])(?:\d+:)?\d{{1,2}}:[0-5]\d(?:\.\d+)?(?![\d:]))
     | (?P<minutes>(?<![\w.])\d+)\s?(?:m|mins?|minutes?)(?![^\W\d_])
         (?:\s?(?:and\s)?(?P<rest>\d+(?:\.\d+)?){_UNIT})?
@@ -64,9 +65,9 @@ def text_of(raw: str) -> Text:
         out += raw[position : match.start()]
         position = match.end()
         mark, value = _read(match)
-        if value is not None:
+        if value is not None and isfinite(value):
             values[len(out)] = value
-        out += mark
+        out += mark if value is None or isfinite(value) else "#"
     return Text(out + raw[position:], values)
 
 

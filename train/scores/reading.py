@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.scores.numerals import ANY, MARKED, PLAIN, SECONDS, UNMARKED, Text, text_of
-from train.scores.words import folded
+from train.scores.words import folded, spoken
 
 MOST_WORDS = 12
 """Words that may follow an answer's last number, in its sentence."""
@@ -81,20 +81,27 @@ def read_windows(said: str) -> Reading:
     return NOTHING
 
 
-def read_tube(said: str) -> Reading:
-    """Return an answer's span, where it says one, and its boxes, each after its time."""
+def read_tube(said: str, boxes: int) -> Reading:
+    """Return an answer's span, where it says one, and its boxes, each after its time.
+
+    boxes: how many the reference has; with more of them, those said twice, or behind the end of the
+    span, make a run-on.
+    """
     answer = heard(said)
-    shape = _filled("(?:{t}{t})?(?:{t}{x}{y}{x}{y})+", answer)
-    if not re.fullmatch(shape, answer.marks):
+    shape = _filled("({t}{t})?((?:{t}{x}{y}{x}{y})+)", answer)
+    found = re.fullmatch(shape, answer.marks)
+    if not found:
         return NOTHING
-    if runs_on(answer.text[max(answer.values) + 1 :]):
-        return RUN_ON
-    return Reading(tuple(answer.values.values()))
+    numbers = tuple(answer.values.values())
+    rows = [numbers[k : k + 5] for k in range(len(found[1] or ""), len(numbers), 5)]
+    behind = found[1] is not None and rows[-1][0] > numbers[1]
+    repeats = len(rows) > boxes and (len(set(rows)) < len(rows) or behind)
+    return RUN_ON if repeats or runs_on(answer.text[max(answer.values) + 1 :]) else Reading(numbers)
 
 
 def heard(said: str) -> Text:
     """Return an answer without a think block, its numbers as characters."""
-    return text_of(said.rpartition("</think>")[2])
+    return text_of(spoken(said))
 
 
 def words_of(said: str) -> str:

@@ -110,10 +110,11 @@ def of_mixed(asked: Asked, numbers: Sequence[float]) -> Json:
 
 
 def _error(truth: Sequence[float], numbers: Sequence[float], most: float) -> float:
-    """Return the mean difference from the reference; of what was not read, the whole range."""
+    """Return the mean difference from the reference, each at most the whole range, as unread ones."""
     if not numbers:
         return most
-    return math.fsum(abs(a - b) for a, b in zip(truth, numbers, strict=True)) / len(truth)
+    errors = [min(abs(a - b), most) for a, b in zip(truth, numbers, strict=True)]
+    return math.fsum(errors) / len(errors)
 
 
 def _fixed(asked: Asked, said: str) -> Reading:
@@ -128,7 +129,7 @@ COORDINATES: dict[str, tuple[Read, Compare]] = {
     "point": (_fixed, of_point),
     "box": (_fixed, of_box),
     "windows": (lambda asked, said: read_windows(said), of_windows),
-    "tube": (lambda asked, said: read_tube(said), of_tube),
+    "tube": (lambda asked, said: read_tube(said, len(asked.coordinates) // 5), of_tube),
     "mixed": (_fixed, of_mixed),
 }
 

@@ -12,6 +12,11 @@ SPELLED = (
 _NUMBER = re.compile(rf"(?i)(?<![\w.])-?\d+(?:\.\d+)?(?![\w%])|\b(?:{'|'.join(SPELLED)})\b")
 
 
+def spoken(answer: str) -> str:
+    """Return an answer without the think block before it; nothing where that has not ended."""
+    return "" if "<think>" in answer.rpartition("</think>")[2] else answer.rpartition("</think>")[2]
+
+
 def folded(text: str) -> str:
     """Return a text without case, without blanks and marks around it, and with single blanks in it."""
     return " ".join(text.casefold().split()).strip(" .!\"'`*")
@@ -19,13 +24,13 @@ def folded(text: str) -> str:
 
 def number_of(text: str) -> float | None:
     """Return the value of a text that is nothing but a number, in digits or in words."""
-    match = _NUMBER.fullmatch(folded(text))
+    match = _NUMBER.fullmatch(_plain(folded(text)))
     return _value(match[0]) if match else None
 
 
 def one_number(text: str) -> float | None:
     """Return the number that an answer says, if it says one."""
-    values = {_value(match[0]) for match in _NUMBER.finditer(text.rpartition("</think>")[2])}
+    values = {_value(match[0]) for match in _NUMBER.finditer(_plain(spoken(text)))}
     return values.pop() if len(values) == 1 else None
 
 
@@ -36,7 +41,7 @@ def decimals(text: str) -> int:
 
 def items_of(text: str) -> list[str]:
     """Return the items of a list that commas, arrows, lines or `then` part, or of letters like BAC."""
-    plain = text.rpartition("</think>")[2].strip(" .\n()[]")
+    plain = spoken(text).strip(" .\n()[]")
     if re.fullmatch(r"[A-Z]{2,}", plain) and len(set(plain)) == len(plain) == ord(max(plain)) - 64:
         return list(plain.lower())
     parts = re.split(
@@ -49,11 +54,12 @@ def items_of(text: str) -> list[str]:
 def letter_of(answer: str, options: Sequence[str]) -> str | None:
     """Return the letter that an answer to a multiple choice means, if it means one.
 
-    It is a letter (A, A., (A), option A), an option's text, or both where they agree.
+    It is a letter (A, A., (A), option A), an option's text, or both where they agree. Without options
+    it is a letter.
     """
-    said = re.sub(r"[*`]", "", answer.rpartition("</think>")[2]).strip()
+    said = re.sub(r"[*`]", "", spoken(answer)).strip()
     texts = [folded(option) for option in options]
-    letters = string.ascii_uppercase[: len(options)]
+    letters = string.ascii_uppercase[: len(options) or 26]
     if texts.count(folded(said)) == 1:
         return letters[texts.index(folded(said))]
     lead = r"(?:(?:the|my|best|correct|answer|option|choice|is)\b[:\s]*)*"
@@ -61,7 +67,13 @@ def letter_of(answer: str, options: Sequence[str]) -> str | None:
     if not match or match[1].upper() not in letters:
         return None
     letter, text = match[1].upper(), folded(match[2] or "")
-    return letter if not text or text == texts[letters.index(letter)] else None
+    own = dict(zip(letters, texts, strict=False)).get(letter, "")
+    return letter if text in ("", own) else None
+
+
+def _plain(text: str) -> str:
+    """Return a text without the commas between thousands."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
 def _value(number: str) -> float:

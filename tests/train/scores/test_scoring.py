@@ -42,6 +42,9 @@ KINDS = [
     ("a dog [<x:0.1><y:0.5>] <t:1.2>", "", "", "mixed"),
     ("<y:0.5><x:0.2>", "", "", "mixed"),
     ("A", OPTIONS, "", "choice"),
+    ("(C)", "Which?", "", "choice"),
+    ("he sits", "", "action_order", "text"),
+    ("1,200", "", "", "number"),
     ("A. a red ball", OPTIONS, "", "choice"),
     ("a blue box", OPTIONS, "", "choice"),
     ("it rolls", OPTIONS, "", "text"),
@@ -68,6 +71,7 @@ def test_the_kind_is_read_off_the_record(
     assert asked(reference, 8.0, question=question, task=task).kind == kind
 
 
+UNITS = ("from <t:1.0>s to <t:4.0>s", "from 1.0s to 4.0s", "from 1.0 seconds to 4.0 seconds", SPAN)
 RIGHT = [
     *(
         (SPAN, said)
@@ -107,6 +111,9 @@ RIGHT = [
     (TUBE, "from 0.0 to 4.0: 0.0 0.100 0.100 0.500 0.500 ; 4.0 0.100 0.100 0.500 0.500 "),
     *(("3", said) for said in ("3", "3.", "three", "Three objects", "There are 3 objects.")),
     ("0.53", "0.532"),
+    *(("1,200", said) for said in ("1200", "1,200", "about 1,200 people")),
+    *(("B", said) for said in ("B", "B.", "(B)", "Option B")),
+    *((f"from <t:1>{unit} to <t:4>{unit}", said) for unit in ("s", " seconds") for said in UNITS),
     *(("B, A, C", said) for said in ("B, A, C", "B -> A -> C", "BAC", "B, A and C", "b,a,c")),
     *(("red circle", said) for said in ("red circle", "Red  circle.", '"red circle"')),
 ]
@@ -151,6 +158,9 @@ WRONG = [
     (SPAN, "from <t:1.0> to <t:4.0> <t:", 0),
     (SPAN, "it is not there", 0),
     (SPAN, "", 0),
+    (SPAN, "<think>from 1.0 to 4.0", 0),
+    (SPAN, f"from {'9' * 400} to {'9' * 400}", 0),
+    (SPAN, f"from 1.0 to {'9' * 400}", 0),
     (NUMBERED, "The 3rd of 7 events lasts from 3.0 to 7.0", 1 / 6),
     (NUMBERED, "The 3rd of 7 events", 0),
     (BOX, "<x:0.5><y:0.6><x:0.1><y:0.2>", 0),
@@ -165,6 +175,8 @@ WRONG = [
     (TUBE, TUBE.replace("to <t:4>", "to <t:2>"), 0.5),
     (TUBE, TUBE.replace("<t:0> to <t:4>", "<t:4> to <t:0>"), 0),
     (TUBE, TUBE + "; <t:4> <x:0.1>", 0),
+    (TUBE, TUBE + "; <t:4> <x:0.1><y:0.1><x:0.5><y:0.5>" * 3, 0),
+    (TUBE, TUBE + "; <t:5> <x:0.1><y:0.1><x:0.5><y:0.5>", 0),
     (TUBE, "from <t:0> to <t:4>", 0),
     ("3", "4", 0),
     ("3", "3 or 4", 0),
@@ -199,6 +211,7 @@ POINTS = [
     ("<t:2.5>", "Event 2 is at 2.5 s", 0),
     ("at <t:2.5>", "at 0:02.5", 0),
     ("<t:2.5>", "3", 0.5),
+    ("<t:2.5>", "300", 8),
     ("<t:2.5>", "<x:2.5>", 8),
     ("<t:2.5>", "2.5 or 3.5", 8),
     ("<t:2.5>", "", 8),
