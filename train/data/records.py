@@ -117,6 +117,15 @@ def parse_record(
     )
 
 
+def duration_before(record: Record, durations: Sequence[float], turn: int) -> float:
+    """Return the seconds of the medium that a turn's first times belong to: the last one before it.
+
+    durations: of the record's media, in order. Before the first medium it is the first one's.
+    """
+    media = sum(len(MEDIA_TAG.findall(t.text)) for t in record.turns[:turn])
+    return durations[max(media - 1, 0)] if durations else 0.0
+
+
 def task_of(record: Record) -> int:
     """Return the place in `TASKS` of a record's first answer that is more than text."""
     kinds = [TASKS.index(kind_of(t.text)) for t in record.turns if t.role == "assistant"]
