@@ -123,7 +123,8 @@ def qvhighlights(item: Json) -> list[Json]:
     clip = item.get("clip", False)
     spans = [span(start, end, item["duration"], clip=clip) for start, end in windows]
     question = WHEN.format(item["query"])
-    return [asked(item["qid"], f"{item['vid']}.mp4", question, ", ".join(spans))]
+    row = asked(item["qid"], f"{item['vid']}.mp4", question, ", ".join(spans))
+    return [row | {"task": "windows"}]  # one window is scored as several are
 
 
 @importer("activitynet-captions", moments)

@@ -13,7 +13,7 @@ from typing import Any
 
 from shards.annotations.fault import RowError
 from shards.annotations.files import ALL, Selection
-from shards.annotations.forms import Json, canonical
+from shards.annotations.forms import MEDIA_TAG, Json, canonical
 from shards.annotations.records import check_inside, parse_row, rows_of
 from shards.errors import UserError
 from shards.format.samples import clip_id
@@ -129,6 +129,15 @@ def parse_record(
         where=where,
         source=source if isinstance(source, str) else "",
     )
+
+
+def duration_before(record: Record, durations: Sequence[float], turn: int) -> float:
+    """Return the seconds of the medium that a turn's first times belong to: the last one before it.
+
+    durations: of the record's media, in order. Before the first medium it is the first one's.
+    """
+    media = sum(len(MEDIA_TAG.findall(t.text)) for t in record.turns[:turn])
+    return durations[max(media - 1, 0)] if durations else 0.0
 
 
 def task_of(record: Record) -> int:
