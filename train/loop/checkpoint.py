@@ -80,11 +80,19 @@ def seal(folder: Path, state: Json) -> None:
 
 def verifies(folder: Path) -> bool:
     """Tell whether a checkpoint is whole: every file there, with the digest it was written with."""
+    return not damage_of(folder)
+
+
+def damage_of(folder: Path) -> str:
+    """Return what is wrong with a checkpoint, empty if it is whole."""
     try:
         digests = read_signed_json(folder / MANIFEST)["files"]
-        return all(file_facts(folder / name)["sha256"] == value for name, value in digests.items())
-    except (OSError, UserError):
-        return False
+        for name, digest in digests.items():
+            if file_facts(folder / name)["sha256"] != digest:
+                return f"{name} has other bytes than were written"
+    except (OSError, UserError) as error:
+        return str(error)
+    return ""
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -97,25 +105,37 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_resume(output_dir: Path, resume: str) -> Path | None:
-    """Return the checkpoint to go on from, None to start anew."""
+def find_resume(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """Return (the checkpoint to go on from, None to start anew; what is said of newer, damaged ones)."""
     if resume == "none":
-        return None
-    if resume == "auto":
-        return next((folder for folder in checkpoints(output_dir) if verifies(folder)), None)
-    if not verifies(Path(resume)):
-        raise UserError(
-            "files are missing or damaged",
-            where=f"resume {resume}",
-            fix="choose another checkpoint",
-        )
-    return Path(resume)
+        return None, []
+    if resume != "auto":
+        if damage := damage_of(Path(resume)):
+            raise UserError(
+                f"files are missing or damaged ({damage})",
+                where=f"resume {resume}",
+                fix="choose another checkpoint",
+            )
+        return Path(resume), []
+    damaged: list[tuple[Path, str]] = []
+    for folder in checkpoints(output_dir):
+        if not (damage := damage_of(folder)):
+            return folder, [_passed_over(*one, f"goes on from {folder.name}") for one in damaged]
+        damaged.append((folder, damage))
+    return None, [_passed_over(*one, "starts anew") for one in damaged]
 
 
-def choose_checkpoint(output_dir: Path, resume: str, accelerator: "Accelerator") -> Path | None:
-    """Return the checkpoint to go on from: one process reads them through, all take the same."""
-    chosen = [find_resume(output_dir, resume) if accelerator.is_main_process else None]
-    return broadcast_object_list(chosen)[0]
+def _passed_over(folder: Path, damage: str, instead: str) -> str:
+    return f"damaged   {folder}: {damage}; it is passed over, and the run {instead}"
+
+
+def choose_checkpoint(
+    output_dir: Path, resume: str, accelerator: "Accelerator"
+) -> tuple[Path | None, list[str]]:
+    """Return what `find_resume` does: one process reads checkpoints through, all take the same."""
+    chosen = [find_resume(output_dir, resume) if accelerator.is_main_process else (None, [])]
+    found: tuple[Path | None, list[str]] = broadcast_object_list(chosen)[0]
+    return found
 
 
 def facts_of(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> dict[str, Json]:
