@@ -105,37 +105,42 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_resume(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """Return (the checkpoint to go on from, None to start anew; what is said of newer, damaged ones)."""
+def find_resume(output_dir: Path, resume: str) -> Path | None:
+    """Return the checkpoint to go on from, None to start anew."""
     if resume == "none":
-        return None, []
-    if resume != "auto":
-        if damage := damage_of(Path(resume)):
-            raise UserError(
-                f"files are missing or damaged ({damage})",
-                where=f"resume {resume}",
-                fix="choose another checkpoint",
-            )
-        return Path(resume), []
-    damaged: list[tuple[Path, str]] = []
-    for folder in checkpoints(output_dir):
-        if not (damage := damage_of(folder)):
-            return folder, [_passed_over(*one, f"goes on from {folder.name}") for one in damaged]
-        damaged.append((folder, damage))
-    return None, [_passed_over(*one, "starts anew") for one in damaged]
+        return None
+    if resume == "auto":
+        return next((folder for folder in checkpoints(output_dir) if verifies(folder)), None)
+    if not verifies(Path(resume)):
+        raise UserError(
+            "files are missing or damaged",
+            where=f"resume {resume}",
+            fix="choose another checkpoint",
+        )
+    return Path(resume)
 
 
-def _passed_over(folder: Path, damage: str, instead: str) -> str:
-    return f"damaged   {folder}: {damage}; it is passed over, and the run {instead}"
+def passed_over(output_dir: Path, chosen: Path | None) -> list[str]:
+    """Return a line on each checkpoint newer than the chosen one: what is damaged, and what follows."""
+    newer = checkpoints(output_dir)
+    if chosen in newer:
+        newer = newer[: newer.index(chosen)]
+    instead = f"goes on from {chosen.name}" if chosen else "starts anew"
+    return [f"damaged   {path}: {damage_of(path)}; the run {instead}" for path in newer]
 
 
 def choose_checkpoint(
     output_dir: Path, resume: str, accelerator: "Accelerator"
 ) -> tuple[Path | None, list[str]]:
-    """Return what `find_resume` does: one process reads checkpoints through, all take the same."""
-    chosen = [find_resume(output_dir, resume) if accelerator.is_main_process else (None, [])]
-    found: tuple[Path | None, list[str]] = broadcast_object_list(chosen)[0]
-    return found
+    """Return (the checkpoint to go on from, what to say of newer ones that are damaged).
+
+    One process reads them through, all take the same.
+    """
+    found: tuple[Path | None, list[str]] = (None, [])
+    if accelerator.is_main_process:
+        chosen = find_resume(output_dir, resume)
+        found = chosen, passed_over(output_dir, chosen) if resume == "auto" else []
+    return tuple(broadcast_object_list(list(found)))
 
 
 def facts_of(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> dict[str, Json]:

@@ -51,7 +51,7 @@ class Process:
         return bool(self.words) and _name(self.words[0]).lstrip("-") in SHELLS
 
     def launches(self) -> tuple[str, ...] | None:
-        """Return the words after `accelerate launch`, `torchrun` and the like; None if it is neither."""
+        """Return the words after `accelerate launch`, `torchrun` and the like; None if it is none."""
         program, *following = self._program() or ("",)
         if program == "accelerate":
             return tuple(following[1:]) if following[:1] == ["launch"] else None
@@ -73,8 +73,8 @@ class Process:
         return (_name(words[0]), *words[1:]) if words else ()
 
     def __str__(self) -> str:
-        shown = " ".join(self.words)
-        return f"process {self.pid}, {shown[:60]}{'...' if len(shown) > 60 else ''}"
+        program, *following = self._program() or ("?",)
+        return f"{' '.join([program, *following[:1]])} (process {self.pid})"
 
 
 def ancestors() -> Iterator[Process]:
