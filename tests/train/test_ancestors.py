@@ -61,31 +61,34 @@ NAME = Path(sys.executable).name
 def test_launchers_hold_a_run_and_shells_that_wait_for_it(
     script: Path, command: str, expected: str
 ) -> None:
+    assert said(shlex.split(command), script) == expected
+
+
+def said(command: list[str], folder: Path) -> str:
+    """Return what a command prints as a job of its own, in the foreground."""
+
+    def in_foreground() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
     done = subprocess.run(
-        shlex.split(command),
-        cwd=script,
+        command,
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
         start_new_session=True,
+        preexec_fn=in_foreground,
     )
-    assert done.stdout == f"{expected}\n"
+    return done.stdout.rstrip("\n")
 
 
 def test_a_shell_of_another_job_is_not_waited_upon(script: Path) -> None:
     """An interactive shell makes a process group of each command, and may be left."""
     command = f"import os; os.setpgid(0, 0); os.execl({sys.executable!r}, 'python', 'script.py')"
-    done = subprocess.run(
-        ["sh", "-c", f"{PYTHON} -c {shlex.quote(command)}; true"],
-        cwd=script,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-        start_new_session=True,
-    )
-    assert done.stdout == "[] None\n"
+    line = f"{PYTHON} -c {shlex.quote(command)}; true"
+    assert said(["sh", "-c", line], script) == "[] None"
 
 
 def test_a_process_lives_until_it_has_ended_waited_for_or_not() -> None:
