@@ -80,11 +80,19 @@ def seal(folder: Path, state: Json) -> None:
 
 def verifies(folder: Path) -> bool:
     """Tell whether a checkpoint is whole: every file there, with the digest it was written with."""
+    return not damage_of(folder)
+
+
+def damage_of(folder: Path) -> str:
+    """Return what is wrong with a checkpoint, empty if it is whole."""
     try:
         digests = read_signed_json(folder / MANIFEST)["files"]
-        return all(file_facts(folder / name)["sha256"] == value for name, value in digests.items())
-    except (OSError, UserError):
-        return False
+        for name, digest in digests.items():
+            if file_facts(folder / name)["sha256"] != digest:
+                return f"{name} has other bytes than were written"
+    except (OSError, UserError) as error:
+        return str(error)
+    return ""
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -112,10 +120,27 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
-def choose_checkpoint(output_dir: Path, resume: str, accelerator: "Accelerator") -> Path | None:
-    """Return the checkpoint to go on from: one process reads them through, all take the same."""
-    chosen = [find_resume(output_dir, resume) if accelerator.is_main_process else None]
-    return broadcast_object_list(chosen)[0]
+def passed_over(output_dir: Path, chosen: Path | None) -> list[str]:
+    """Return a line on each checkpoint newer than the chosen one: what is damaged, and what follows."""
+    newer = checkpoints(output_dir)
+    if chosen in newer:
+        newer = newer[: newer.index(chosen)]
+    instead = f"goes on from {chosen.name}" if chosen else "starts anew"
+    return [f"damaged   {path}: {damage_of(path)}; the run {instead}" for path in newer]
+
+
+def choose_checkpoint(
+    output_dir: Path, resume: str, accelerator: "Accelerator"
+) -> tuple[Path | None, list[str]]:
+    """Return (the checkpoint to go on from, what to say of newer ones that are damaged).
+
+    One process reads them through, all take the same.
+    """
+    found: tuple[Path | None, list[str]] = (None, [])
+    if accelerator.is_main_process:
+        chosen = find_resume(output_dir, resume)
+        found = chosen, passed_over(output_dir, chosen) if resume == "auto" else []
+    return tuple(broadcast_object_list(list(found)))
 
 
 def facts_of(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> dict[str, Json]:

@@ -81,7 +81,10 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print, and write to train.log."""
         if self.active:
-            print(text, file=sys.stderr, flush=True)  # noqa: T201
+            try:
+                print(text, file=sys.stderr, flush=True)  # noqa: T201
+            except OSError:
+                _drop_stderr()
             self._text.write(text + "\n")
             self._text.flush()
 
@@ -103,6 +106,13 @@ class RunLog:
             self._text.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def _drop_stderr() -> None:
+    """Send what is printed nowhere: the terminal is closed, or `| tee` has died of the same Ctrl-C."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stderr.fileno())
+    os.close(nowhere)
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -159,6 +169,7 @@ def banner(
         f"losses    language + {config.loss_weight:g} x frame-causal ({config.predictor}, "
         f"{config.frame_attention} attention)",
     ]
+    lines.append(f"saves     {saves_line(config)}")
     if model.lape is not None:
         extra = parts.get("lape", 0) * 12 / 1e6
         lines.append(
@@ -173,6 +184,16 @@ def banner(
     if resumed:
         lines.append(f"resumed   from {resumed}")
     return "\n".join(lines)
+
+
+def saves_line(config: TrainConfig) -> str:
+    """Return when a run saves, and how much of it a crash may cost."""
+    minutes, steps = config.save_minutes, config.save_steps
+    whens = [f"every {minutes:g} minutes"] if minutes else []
+    whens += [f"every {steps} steps"] if steps else []
+    if not whens:
+        return "at the end alone: a crash before it leaves nothing (save_minutes, save_steps)"
+    return f"{', '.join(whens)} and at the end; the newest {config.save_total_limit} are kept"
 
 
 def rows_line(plan: "RunPlan") -> str:

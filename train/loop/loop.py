@@ -100,10 +100,11 @@ def train(
         asked = taken.stopped_by is not None or taken.save
         if done == total or is_due(config.save_steps, done) or improved or asked:
             save(run, learner, done, best)
+            signals.saved()
             timer.pause_over()
         if taken.stopped_by is not None and done < total:
             log.say(
-                f"stopped by {taken.stopped_by.name} after step {done} of {total}; "
+                f"stopped by {signals.cause or taken.stopped_by.name} after step {done} of {total}; "
                 f"checkpoint-{done} is saved, the same command with resume: auto goes on from it"
             )
             log.close()
@@ -163,7 +164,7 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     """
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    resumed = choose_checkpoint(output_dir, config.resume, accelerator)
+    resumed, passed_over = choose_checkpoint(output_dir, config.resume, accelerator)
     state = read_state(resumed) if resumed else {}
     pin_threads(config.num_threads, config.reduce, state, accelerator.num_processes)
     share = Share(accelerator.process_index, accelerator.num_processes)
@@ -184,6 +185,8 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     log = RunLog(
         output_dir, state.get("step", 0), is_main, wandb=settings if config.wandb else None
     )
+    for line in passed_over:
+        log.say(line)
     if is_main:
         (output_dir / "run.json").write_text(json.dumps({"config": settings}, indent=2) + "\n")
         write_drops(output_dir / LIST, all_drops(dataset, plan))
@@ -376,6 +379,9 @@ def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
     """Write `checkpoint-done` and remove old ones; every rank waits until that is done."""
     full = learner.full_state.gather(learner.optimizer)
     if run.accelerator.is_main_process:
+        keep = f"checkpoint-{best['step']}" if best else None
+        # what an earlier, higher limit left makes room first; the newest, known whole, stays
+        prune(run.output_dir, run.config.save_total_limit, keep)
         state = {
             "best": best,
             "global_batch": run.plan.rows_per_step,
@@ -386,7 +392,6 @@ def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
             "processes": run.share.world,
         }
         save_checkpoint(run.output_dir, done, *full, state)
-        keep = f"checkpoint-{best['step']}" if best else None
         prune(run.output_dir, run.config.save_total_limit, keep)
     run.accelerator.wait_for_everyone()
 

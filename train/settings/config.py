@@ -18,7 +18,8 @@ from shards.annotations.globs import is_glob
 from shards.hub import refusal
 from train.settings.exits import refuse
 from train.settings.foreign import ENVIRONMENT
-from train.settings.parse import BOOLEANS, Origin, merge
+from train.settings.launcher import wishes
+from train.settings.parse import BOOLEANS, Origin, merge, obey
 
 
 def checkpoint_every(word: str) -> int | None:
@@ -163,6 +164,11 @@ class RunSettings:
     logging_steps: int = setting(10, "steps between printed lines", least=1)
     eval_steps: int = setting(0, "steps between held-out losses; 0: at the end", least=0)
     save_steps: int = setting(0, "steps between checkpoints; 0: at the end", least=0)
+    save_minutes: float = setting(
+        30.0,
+        "minutes between checkpoints, whatever the steps; 0: save_steps alone decides",
+        least=0,
+    )
     save_total_limit: int = setting(2, "checkpoints kept, the best one besides", least=1)
     resume: str = setting("auto", "auto, none, or a checkpoint folder")
     reduce: str = setting(
@@ -187,13 +193,24 @@ class TrainConfig(
     """
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> TrainConfig:
-    """Return the settings of a command line, or print every problem and exit with 2."""
+def parse(
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    launched: Sequence[str] | None = None,
+) -> TrainConfig:
+    """Return the settings of a command line, or print every problem and exit with 2.
+
+    launched: the words between `accelerate launch` and the script, None where it started nothing.
+    """
+    environ = os.environ if environ is None else environ
     if any(flag in ("-h", "--help") for flag in argv):
         print(help_text())  # noqa: T201
         raise SystemExit(0)
     problems: list[str] = []
-    values = merge(TrainConfig, argv, os.environ if environ is None else environ, problems)
+    values = merge(TrainConfig, argv, environ, problems)
+    asked = wishes(environ, launched)
+    obey(TrainConfig, values, asked.settings, problems)
+    problems += asked.problems
     if problems:
         refuse(problems)
     config = TrainConfig(**{name: value for name, (value, _) in values.items()})
