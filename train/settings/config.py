@@ -15,6 +15,7 @@ from model.config import ModelSettings
 from model.settings import setting
 from shards.annotations.files import is_hub_name
 from train.settings.exits import refuse
+from train.settings.output import output_problem
 from train.settings.parse import BOOLEANS, ENVIRONMENT, Origin, merge
 
 
@@ -187,6 +188,11 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
             "(expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run; "
             "also a VILA stage or a LLaVA checkpoint: a folder with config.json)"
         )
+    if config.output_dir:
+        reads = {name: [getattr(config, name)] for name in ("stage_path", "data_config")}
+        reads |= {name: getattr(config, name) for name in ("bank", "data_path", "eval_path")}
+        if problem := output_problem(Path(config.output_dir), reads):
+            problems.append(f"{origins.get('output_dir', 'output_dir')} output_dir: {problem}")
     if config.data_mixture and not config.data_config:
         problems.append("data_mixture: needs data_config, a YAML of named datasets")
     if not config.data_config and not config.data_path:
