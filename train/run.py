@@ -9,14 +9,21 @@ refused is refused before torch is imported. `--plan` prints what the run would 
 """
 
 import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from shards.errors import UserError
+from shards.write.lock import folder_lock
 from train.data.dataset import Dataset, open_dataset
 from train.settings.config import TrainConfig, parse
 from train.settings.exits import command
 from train.start.stage import bank_problem
+
+SHOWN = 160
+"""Characters of a command that others are told of, who may not start theirs beside it."""
 
 
 @command
@@ -31,7 +38,8 @@ def main(argv: list[str]) -> None:
     if config.plan:
         show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
     else:
-        start(config, dataset)
+        with only_run_in(config.output_dir, argv):
+            start(config, dataset)
 
 
 def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
@@ -64,6 +72,18 @@ def start(config: TrainConfig, dataset: Dataset) -> None:
     accelerator.end_training()
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)
+
+
+def only_run_in(output_dir: str, argv: Sequence[str]) -> AbstractContextManager[None]:
+    """Keep a second run out of the output folder; of several processes the first one does."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return nullcontext()
+    command = shlex.join(["train/run.py", *argv])
+    return folder_lock(
+        Path(output_dir),
+        command if len(command) <= SHOWN else f"{command[:SHOWN]} ...",
+        fix="wait for its end, end it, or name another output_dir",
+    )
 
 
 def silent_single_process(environ: Mapping[str, str]) -> str | None:

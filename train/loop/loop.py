@@ -3,7 +3,6 @@
 `train()` is the story; what its steps share is a `Run` and a `Learner`.
 """
 
-import json
 import math
 import signal
 import time
@@ -42,6 +41,8 @@ from train.loop.signals import StopSignals
 from train.loop.speed import StepTimer, make_timer
 from train.loop.step import Losses, Step, run_step
 from train.settings.config import TrainConfig
+from train.settings.output import RUN
+from train.settings.recorded import write_run
 from train.start.prepare_llm import admit_llm, choose_attention, llm_dtype, prepare_llm
 from train.start.stage import build, llm_base
 
@@ -112,7 +113,9 @@ def train(
     model, _ = learner.full_state.gather(learner.optimizer)
     if accelerator.is_main_process:
         model.save(run.output_dir)
-    log.say(closing(learner.model, run.output_dir, time.monotonic() - began, metrics, best))
+    seconds = time.monotonic() - began
+    if metrics:
+        log.say(closing(learner.model, run.output_dir, seconds, metrics, best))
     log.close()
     return None
 
@@ -183,8 +186,10 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     log = RunLog(
         output_dir, state.get("step", 0), is_main, wandb=settings if config.wandb else None
     )
-    if is_main:
-        (output_dir / "run.json").write_text(json.dumps({"config": settings}, indent=2) + "\n")
+    if is_main and not (output_dir / RUN).exists():  # else it tells of the weights that are there
+        write_run(output_dir, state.get("config", settings), 0)
+    if resumed and (changed := changed_settings(resumed, state, plan.num_steps, settings)):
+        log.say(changed)
     return Run(
         config=config,
         dataset=dataset,
@@ -235,8 +240,6 @@ def make_learner(run: Run) -> Learner:
         ratio = model.calibrate(loader.batch([run.dataset.records[k] for k in records]))
 
     log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
-    if run.resumed and (changed := changed_settings(run.resumed, run.state, asdict(config))):
-        log.say(changed)
     log.say(f"attention {attention}: {reason}")
 
     full_state = FullState(model, accelerator)
@@ -373,6 +376,7 @@ def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
             "processes": run.share.world,
         }
         save_checkpoint(run.output_dir, done, *full, state)
+        write_run(run.output_dir, asdict(run.config), run.first)
         keep = f"checkpoint-{best['step']}" if best else None
         prune(run.output_dir, run.config.save_total_limit, keep)
     run.accelerator.wait_for_everyone()
