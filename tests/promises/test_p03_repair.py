@@ -389,7 +389,10 @@ def test_without_its_plan_nothing_is_repaired(bank: Path) -> None:
 
 def test_one_writer_at_a_time(bank: Path) -> None:
     flip_values(bank, 0)
-    with folder_lock(bank, "preprocess encode"), pytest.raises(UserError, match="preprocess encode"):
+    with (
+        folder_lock(bank, "preprocess encode"),
+        pytest.raises(UserError, match="preprocess encode"),
+    ):
         repair(bank)
 
 

@@ -41,20 +41,22 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_leaves_the_folder_free
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stderr=subprocess.DEVNULL,
     )
-    while not checkpoints(out):
-        assert process.poll() is None
-        time.sleep(0.01)
-    line = refused(train_here, out, **shared, learning_rate=0.5)
-    assert re.fullmatch(
-        rf"error: {out}: `train/run.py --stage_path .* \.\.\.` \(process {process.pid} on "
-        rf"{re.escape(socket.gethostname())}\) writes here since \S+Z; wait for its end, end it, or "
-        "name another output_dir",
-        line,
-    ), line
-    assert 4 in steps(out), "the run that was there keeps its metrics"
-    assert "0.5" not in (out / "run.json").read_text()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not checkpoints(out):
+            assert process.poll() is None
+            time.sleep(0.01)
+        line = refused(train_here, out, **shared, learning_rate=0.5)
+        assert re.fullmatch(
+            rf"error: {out}: `train/run.py --stage_path .* \.\.\.` \(process {process.pid} on "
+            rf"{re.escape(socket.gethostname())}\) writes here since \S+Z; wait for its end, end it, or "
+            "name another output_dir",
+            line,
+        ), line
+        assert 4 in steps(out), "the run that was there keeps its metrics"
+        assert '"learning_rate": 0.5' not in (out / "run.json").read_text()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert (out / ".lock").exists()
     first = int(checkpoints(out)[0].name.removeprefix("checkpoint-"))
     train_here(out, max_steps=first + 1)
