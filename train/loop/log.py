@@ -186,6 +186,8 @@ def closing(
     best: Json | None,
 ) -> str:
     """Return what a run did, and where it left its results."""
+    if not last:
+        return f"nothing was trained; model {output_dir} is as it was"
     lines = [f"done in {seconds:.0f} s; LAPE {'on' if model.lape else 'off'}"]
     shown = ("ce_loss", "autoregressive_loss", "ar_skill")
     lines.append("last step: " + "  ".join(f"{n} {last[n]:.4f}" for n in shown if n in last))

@@ -113,9 +113,7 @@ def train(
     model, _ = learner.full_state.gather(learner.optimizer)
     if accelerator.is_main_process:
         model.save(run.output_dir)
-    seconds = time.monotonic() - began
-    if metrics:
-        log.say(closing(learner.model, run.output_dir, seconds, metrics, best))
+    log.say(closing(learner.model, run.output_dir, time.monotonic() - began, metrics, best))
     log.close()
     return None
 
