@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,9 @@ def short(number: float) -> str:
     return f"{number:.0f}"
 
 
+WANDB_ID = "wandb-id.txt"
+
+
 class RunLog:
     """The run's logs; only the main process writes.
 
@@ -72,11 +76,7 @@ class RunLog:
         self._text = open(output_dir / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(output_dir / "logs", purge_step=first_step + 1)
         if wandb is not None:
-            import wandb as service
-
-            self._wandb = service.init(
-                project="framebank", name=output_dir.name, dir=str(output_dir), config=wandb
-            )
+            self._wandb = wandb_run(output_dir, first_step, wandb)
 
     def say(self, text: str) -> None:
         """Print, and write to train.log."""
@@ -94,7 +94,8 @@ class RunLog:
         numbers = {f"{kind}/{n}": v for n, v in metrics.items() if isinstance(v, int | float)}
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
+        # what was sent before a crash, beyond the checkpoint that the run went on from, is the same
+        if self._wandb is not None and step >= self._wandb.starting_step:
             self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
@@ -103,6 +104,23 @@ class RunLog:
             self._text.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
+    """Return the run at W&B: one for a folder, whose id lies in it, however often it is resumed."""
+    import wandb
+
+    path = output_dir / WANDB_ID
+    if not (first_step and path.exists()):
+        path.write_text(f"{secrets.token_hex(4)}\n")
+    return wandb.init(
+        project="framebank",
+        name=output_dir.name,
+        dir=str(output_dir),
+        config=settings,
+        id=path.read_text().strip(),
+        resume="allow",
+    )
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -4,7 +4,6 @@ Nothing here imports torch: a wrong key, value or path is answered within a mome
 together, each with where it stands and how to mend it, and exit code 2.
 """
 
-import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from model.settings import setting
 from shards.annotations.files import is_hub_name
 from train.settings.exits import refuse
 from train.settings.output import output_problem
+from train.settings.packages import missing_packages
 from train.settings.parse import BOOLEANS, ENVIRONMENT, Origin, merge
 
 
@@ -165,17 +165,20 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Trai
         print(help_text())  # noqa: T201
         raise SystemExit(0)
     problems: list[str] = []
-    values = merge(TrainConfig, argv, os.environ if environ is None else environ, problems)
+    environ = os.environ if environ is None else environ
+    values = merge(TrainConfig, argv, environ, problems)
     if problems:
         refuse(problems)
     config = TrainConfig(**{name: value for name, (value, _) in values.items()})
-    problems = check(config, {name: origin for name, (_, origin) in values.items()})
+    problems = check(config, {name: origin for name, (_, origin) in values.items()}, environ)
     if problems:
         refuse(problems)
     return config
 
 
-def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
+def check(
+    config: TrainConfig, origins: Mapping[str, Origin], environ: Mapping[str, str]
+) -> list[str]:
     """Return what is wrong with a config whose values have the right types."""
     problems = []
     for name in ("stage_path", "output_dir"):
@@ -210,9 +213,8 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
             else "it would let packed records see each other; use attn: auto, or pack_tokens: 0"
         )
         problems.append(f"{origins.get('attn', 'attn')} attn {config.attn}: {why}")
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        where = origins.get("wandb", "wandb")
-        problems.append(f"{where} wandb: not installed; pip install wandb, or set wandb: false")
+    if not config.plan:
+        problems += missing_packages(vars(config), origins, environ)
     if (
         config.resume not in ("auto", "none")
         and not (Path(config.resume) / "checkpoint.json").exists()
