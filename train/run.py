@@ -21,6 +21,7 @@ from train.data.dataset import Dataset, open_dataset
 from train.settings.config import TrainConfig, parse
 from train.settings.exits import command
 from train.start.stage import bank_problem
+from train.start.stage_files import stage_problem
 
 SHOWN = 160
 """Characters of a command that others are told of, who may not start theirs beside it."""
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> None:
     config = parse(argv)
     problem = silent_single_process(os.environ) or unsupported(config.reduce, os.environ)
     if problem:
+        raise UserError(problem)
+    if problem := stage_problem(config.stage_path):
         raise UserError(problem)
     dataset = open_dataset(config)
     if problem := bank_problem(config, dataset):

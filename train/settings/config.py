@@ -184,7 +184,9 @@ def check(
     for name in ("stage_path", "output_dir"):
         if not getattr(config, name):
             problems.append(f"{name}: missing; give --{name} PATH or set it in the YAML")
-    if config.stage_path and not is_model_name(config.stage_path):
+    # what a folder holds is looked at later: see train.start.stage_files
+    stage = config.stage_path
+    if stage and not Path(stage).exists() and not is_model_name(stage):
         where = origins.get("stage_path", "stage_path")
         problems.append(
             f"{where} stage_path: no such folder: {config.stage_path} "
