@@ -33,16 +33,26 @@ def main(argv: list[str]) -> None:
     problem = silent_single_process(os.environ) or unsupported(config.reduce, os.environ)
     if problem:
         raise UserError(problem)
-    if problem := stage_problem(config.stage_path):
-        raise UserError(problem)
-    dataset = open_dataset(config)
-    if problem := bank_problem(config, dataset):
-        raise UserError(problem)
+    dataset = open_inputs(config)
     if config.plan:
         show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
     else:
         with only_run_in(config.output_dir, argv):
             start(config, dataset)
+
+
+def open_inputs(config: TrainConfig) -> Dataset:
+    """Open banks and records; UserError with every problem of them and of the stage."""
+    stage = stage_problem(config.stage_path)
+    problems = [stage] if stage else []
+    try:
+        dataset = open_dataset(config)
+        problems += filter(None, [bank_problem(config, dataset)])
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError.of(problems)
+    return dataset
 
 
 def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
