@@ -64,10 +64,16 @@ def stage_problem(stage_path: str) -> str | None:
 
 def model_problem(folder: Path) -> str | None:
     """Return why a trained model's folder cannot be loaded: a file that is cut off, or not there."""
-    for part in [folder / name for name in PARTS["run"]]:
-        if part.is_dir() and (problem := _pointer_problem(part) or _weights_problem(part)):
+    for part in [folder / name for name in PARTS["run"] if (folder / name).is_dir()]:
+        problem = _pointer_problem(part) or _json_problem(part)
+        if problem := problem or _weights_problem(part, must=_has_weights(part)):
             return problem
     return None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Tell whether a trained model's part is an LLM of its own, none that lies elsewhere."""
+    return folder.name == "llm" and not (folder / "base.json").exists()
 
 
 def _nature_problem(place: Path) -> str | None:
