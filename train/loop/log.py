@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.slow_fast import draw_pattern, slow_frames
+from shards.errors import UserError
 from shards.signed import Json
 from shards.text import duration
 from train.data.dataset import Dataset
@@ -107,20 +108,28 @@ class RunLog:
 
 
 def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
-    """Return the run at W&B: one for a folder, whose id lies in it, however often it is resumed."""
+    """Return the run at W&B: one for a folder, whose id lies in it, however often it is resumed.
+
+    UserError where W&B does not take it: a key that is not valid, a server that is not reached.
+    """
     import wandb
 
     path = output_dir / WANDB_ID
     if not (first_step and path.exists()):
         path.write_text(f"{secrets.token_hex(4)}\n")
-    return wandb.init(
-        project="framebank",
-        name=output_dir.name,
-        dir=str(output_dir),
-        config=settings,
-        id=path.read_text().strip(),
-        resume="allow",
-    )
+    try:
+        return wandb.init(
+            project="framebank",
+            name=output_dir.name,
+            dir=str(output_dir),
+            config=settings,
+            id=path.read_text().strip(),
+            resume="allow",
+        )
+    except wandb.Error as error:
+        reason = str(error).strip().partition("\n")[0]
+        fix = "set WANDB_MODE=offline to send the run later, or wandb: false"
+        raise UserError(f"wandb does not take the run: {reason}", fix=fix) from None
 
 
 def keep_until(path: Path, step: int) -> None:

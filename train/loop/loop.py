@@ -184,7 +184,8 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     log = RunLog(
         output_dir, state.get("step", 0), is_main, wandb=settings if config.wandb else None
     )
-    if is_main and not (output_dir / RUN).exists():  # else it tells of the weights that are there
+    has_weights = resumed is not None or (output_dir / "config.json").exists()
+    if is_main and not (has_weights and (output_dir / RUN).exists()):  # else it tells of those
         write_run(output_dir, state.get("config", settings), 0)
     if resumed and (changed := changed_settings(resumed, state, plan.num_steps, settings)):
         log.say(changed)

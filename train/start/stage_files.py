@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.settings.packages import installed
 from train.start.stage import kind_of, read_config
 
 Json = dict[str, Any]
@@ -32,6 +33,7 @@ CLASSIFIERS = re.compile(
 )
 PARTS = {"run": ("", "llm", "llm/lora", "lape"), "vila": ("llm", "mm_projector")}
 """The folders of a stage whose files are read."""
+JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 QUANTISED_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 QUANTISED_TENSOR = re.compile(
     r".*\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|SCB|absmax|quant_map)$"
@@ -56,6 +58,10 @@ def stage_problem(stage_path: str) -> str | None:
     kind = kind_of(stage_path)
     if kind in ("run", "vila") and not (place / "llm" / "config.json").exists():
         return f"{place}: its LLM is missing (llm/config.json); {COPY}"
+    if (place / "llm" / "lora").is_dir() and not installed("peft"):
+        return (
+            f"{place}: has a LoRA adapter (llm/lora), and peft is not installed; pip install peft"
+        )
     for part in [place / name for name in PARTS.get(kind, ("",)) if (place / name).is_dir()]:
         if problem := _folder_problem(part, is_llm=part.name == "llm" or kind in ("llm", "llava")):
             return problem
@@ -164,15 +170,15 @@ def _quantised(where: str, method: str, bits: object = None) -> str:
 
 
 def _json_problem(folder: Path) -> str | None:
-    """Return a line where config.json is there and is none."""
-    path = folder / "config.json"
-    if not path.exists():
-        return None
-    try:
-        is_config = isinstance(json.loads(path.read_bytes()), dict)
-    except ValueError as error:
-        return f"{path}: not valid JSON ({error}); {COPY}"
-    return None if is_config else f"{path}: not a model's config; {COPY}"
+    """Return a line where a config or a tokenizer is there and is none: cut off, as a rule."""
+    for path in [folder / name for name in JSON_FILES if (folder / name).exists()]:
+        try:
+            is_mapping = isinstance(json.loads(path.read_bytes()), dict)
+        except ValueError as error:
+            return f"{path}: not valid JSON ({error}); {COPY}"
+        if not is_mapping:
+            return f"{path}: not what a model's {path.name} holds; {COPY}"
+    return None
 
 
 def _pointer_problem(folder: Path) -> str | None:

@@ -186,6 +186,11 @@ STAGES: dict[str, tuple[Change, str]] = {
         "/config.json: not valid JSON (Unterminated string starting at: line 1 column 16 (char 15)); "
         f"{COPY}",
     ),
+    "tokenizer cut off": (
+        write("tokenizer.json", '{"version": "1.0", '),
+        "/tokenizer.json: not valid JSON (Expecting property name enclosed in double quotes: line 1 "
+        f"column 20 (char 19)); {COPY}",
+    ),
     "tower": (
         config(model_type="siglip_vision_model", architectures=["SiglipVisionModel"]),
         f": a vision tower (siglip_vision_model), which `preprocess encode --tower` takes; {LLM}",
@@ -273,6 +278,19 @@ def test_stages_that_can_be_trained_are_let_in(stage: Path, trained_run: Path) -
     for run in (trained_run, next(trained_run.glob("checkpoint-*"))):
         assert stage_problem(str(run)) is None
         assert model_problem(run) is None
+
+
+def test_an_adapter_without_peft_is_told_before_torch(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    (run / "llm" / "lora").mkdir()
+    assert stage_problem(str(run)) is None
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert stage_problem(str(run)) == (
+        f"{run}: has a LoRA adapter (llm/lora), and peft is not installed; pip install peft"
+    )
 
 
 @pytest.mark.parametrize(
