@@ -96,7 +96,7 @@ class RunLog:
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         # what was sent before a crash, beyond the checkpoint that the run went on from, is the same
-        if self._wandb is not None and step >= self._wandb.starting_step:
+        if self._wandb is not None and step >= getattr(self._wandb, "starting_step", 0):
             self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
