@@ -11,7 +11,6 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from model.vlm import VLM
 from shards.errors import UserError
+from shards.format.manifest import installed
 from shards.read.banks import joint
 from shards.signed import Json, file_facts, read_signed_json, signed_json
 from train.batches.plan import RunPlan
@@ -193,7 +193,7 @@ def step_of(folder: Path) -> int:
 def versions() -> Json:
     """Return what a run was made with; recorded, never compared."""
     names = ("framebank", "torch", "transformers", "accelerate")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    return {"python": platform.python_version()} | {name: installed(name) for name in names}
 
 
 class FullState:

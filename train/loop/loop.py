@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.batch import Batch
+from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.signed import Json
@@ -236,7 +236,8 @@ def make_learner(run: Run) -> Learner:
     ratio = math.nan
     if not model.calibrated:
         records = run.plan.records(0)[:CALIBRATED]
-        ratio = model.calibrate(loader.batch([run.dataset.records[k] for k in records]))
+        batch = loader.batch([run.dataset.records[k] for k in records])
+        ratio = model.calibrate(to_device(batch, accelerator.device))
 
     log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
     log.say(f"attention {attention}: {reason}")
