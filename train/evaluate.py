@@ -9,6 +9,7 @@ What is asked is read from the reference: two times are a span, x y a point, x y
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from model.config import read_model_config
 from shards.errors import UserError
 from shards.signed import Json, write_atomic
 from train.data.dataset import Dataset, open_records
+from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.folders import Folders
 from train.data.records import Record, duration_before
 from train.loop.held_out import held_out_loss
@@ -54,24 +56,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--untrained", action="store_true", help="score the same model before any training step"
     )
-    parser.add_argument(
-        "--allow_outside", action="store_true", help="records may name videos by absolute paths"
-    )
     parser.add_argument("--media_dir", default="", help="as that of a run")
     parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
+    add_record_flags(parser)
     args = parser.parse_args(argv)
     strides = strides_of(args.model)
     name = "eval-untrained.json" if args.untrained else "eval.json"
     output = args.output or args.model / name
     if problem := model_problem(args.model) or report_problem(output):
         raise UserError(problem)
-    dataset = open_records(
-        args.bank,
-        args.data_path,
-        *strides,
-        allow_outside=args.allow_outside,
-        media=Folders(args.media_dir, tuple(args.strip_prefix)),
-    )
+    media = Folders(args.media_dir, tuple(args.strip_prefix))
+    dataset = open_records(args.bank, args.data_path, *strides, record_settings(args), media)
     records = dataset.held_out[: args.max_records or None]
     if any(
         asked_of(r, k, r.turns[k].text, 0.0).kind == "caption" for r, k in questions_of(records)
@@ -86,8 +81,13 @@ def main(argv: list[str]) -> None:
     model.to(accelerator.device).eval()
     report = evaluate(model, dataset, records, args.batch_size, accelerator)
     if accelerator.is_main_process:
+        report["dropped"] = dict(Counter(drop.reason for drop in dataset.drops))
         write_atomic(output, json.dumps(report, indent=2).encode() + b"\n")
         print(table(report))  # noqa: T201
+        listed = output.with_suffix(".dropped.jsonl")
+        write_drops(listed, dataset.drops)
+        for line in [*dataset.notes, *([f"listed in {listed}"] if dataset.drops else [])]:
+            print(line)  # noqa: T201
         print(f"written: {output}")  # noqa: T201
     accelerator.end_training()
 

@@ -50,7 +50,13 @@ FOREIGN: dict[str, tuple[Files, str]] = {
 OURS: dict[str, Files] = {
     "empty": {},
     "notes": {"notes.txt": "", "config.yaml": "", "slurm-12.out": "", "accelerate.json": "{}"},
-    "killed early": {"train.log": "", "metrics.jsonl": "", "logs/events": "", ".lock": ""},
+    "killed early": {
+        "train.log": "",
+        "dropped.jsonl": "",
+        "metrics.jsonl": "",
+        "logs/events": "",
+        ".lock": "",
+    },
     "run": {"run.json": '{"config": {}}', "metrics.jsonl": "", "predictions.jsonl": ""},
     "checkpoints alone": {"checkpoint-3/checkpoint.json": "{}", "metrics.jsonl": ""},
 }

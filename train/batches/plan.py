@@ -19,7 +19,7 @@ from model.family.limits import check_context
 from shards.errors import UserError
 from shards.read.banks import joint
 from shards.signed import Json, canonical_json, digest
-from train.batches.lengths import Lengths, fit_frames, measure, tokenizer_digest
+from train.batches.lengths import REFUSED, Lengths, fit_records, measure, tokenizer_digest
 from train.cost import LlmShape
 from train.data.dataset import Dataset
 from train.settings.config import BatchSettings, TrainConfig
@@ -82,7 +82,9 @@ class RunPlan:
     """int64 `(rows + 1,)` into `uses`."""
     cost: tuple[float, float]
     dropped: dict[str, int]
-    """Records left out, by reason."""
+    """Records left out, by reason, before this plan and by it."""
+    left_out: dict[str, np.ndarray] = field(default_factory=dict)
+    """int64, the records that this plan leaves out, by reason."""
     facts: Json = field(default_factory=dict)
     """All that the plan depends on, by name."""
 
@@ -208,7 +210,8 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
     """
     llm = llm_name(config.stage_path)
     tokenizer = tokenizer_digest(llm)
-    lengths = measure(config, dataset, llm, tokenizer)
+    lenient = config.on_bad_record == "drop"
+    lengths = measure(config, dataset, llm, tokenizer, lenient=lenient)
     shape = LlmShape.of(read_config(llm) or {})
     heads = shape.layers * shape.heads * shape.head_dim if shape else 0
     cut = Cut(
@@ -256,21 +259,18 @@ def make_plan(
     dropped here.
     """
     assert cut.rows_per_step % cut.rows_per_pack == 0, cut
-    limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
-    frames = np.full(len(lengths.text), cut.most_frames, np.int64)
-    reasons = dict(dropped or {})
-    kept = np.arange(len(frames))
-    if limits:
-        frames = fit_frames(lengths, frames, min(limits))
-        kept = np.flatnonzero(frames)
-        name = "max_tokens" if min(limits) == cut.max_tokens else "pack_tokens"
-        if len(kept) < len(frames):
-            reasons[f"longer than {name} {min(limits)} with one frame"] = len(frames) - len(kept)
-        frames = np.maximum(frames, 1)
+    most = np.full(len(lengths.text), cut.most_frames, np.int64)
+    frames, left_out = fit_records(lengths, most, cut.max_tokens, cut.pack_tokens)
+    reasons = dict(dropped or {}) | {reason: len(own) for reason, own in left_out.items()}
+    kept = np.setdiff1d(np.arange(len(frames)), np.concatenate([[], *left_out.values()]))
     if not len(kept):
+        limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
+        if REFUSED in left_out or not limits:
+            raise UserError(f"no record is left: {reasons}", fix="take another chat_template")
         raise UserError(
             f"no record fits {min(limits)} tokens", fix="raise max_tokens and pack_tokens"
         )
+    kept = kept.astype(np.int64)
     visual = lengths.visual(frames)
     tokens = lengths.text + visual + lengths.stamps(frames)
     if cut.pack_tokens:
@@ -294,6 +294,7 @@ def make_plan(
         row_start=row_start,
         cost=cut.cost,
         dropped=reasons,
+        left_out=left_out,
         facts=dict(facts or {}),
     )
 

@@ -21,6 +21,7 @@ from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
 from train.batches.plan import RunPlan, plan_run, rows_per_step
 from train.data.dataset import Dataset
+from train.data.drops import LIST, Drop, write_drops
 from train.loop.checkpoint import (
     FullState,
     changed_settings,
@@ -189,6 +190,8 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
         write_run(output_dir, state.get("config", settings), 0)
     if resumed and (changed := changed_settings(resumed, state, plan.num_steps, settings)):
         log.say(changed)
+    if is_main:
+        write_drops(output_dir / LIST, all_drops(dataset, plan))
     return Run(
         config=config,
         dataset=dataset,
@@ -201,6 +204,16 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
         facts=facts,
         log=log,
     )
+
+
+def all_drops(dataset: Dataset, plan: RunPlan) -> list[Drop]:
+    """Return each record that a run leaves out once, whether it is bad, not banked, or too long."""
+    own = [
+        Drop.of_record(dataset.records[k], reason)
+        for reason, records in plan.left_out.items()
+        for k in records.tolist()
+    ]
+    return [*dataset.drops, *dict.fromkeys(own)]
 
 
 def pin_threads(num_threads: int, reduce: str, state: Json, processes: int) -> None:

@@ -55,6 +55,25 @@ class DataSettings:
     unsupervised: str = setting(
         "error", "a record without an answer: stop, or drop it", choices=("error", "drop")
     )
+    on_bad_record: str = setting(
+        "refuse",
+        "a record that is damaged, misspelt or says two things: stop, or leave it out and list it",
+        choices=("refuse", "drop"),
+    )
+    bad_record_limit: str = setting(
+        "50%",
+        "bad records of a file that drop leaves out at most: a number, or a share like 1%",
+        valid=(
+            lambda word: re.fullmatch(r"\d{1,9}|(?:100|\d{1,2}(?:\.\d{1,6})?)%", word) is not None,
+            "a number like 100, or a share like 1%",
+        ),
+    )
+    times_past_end: str = setting(
+        "refuse",
+        "a time behind the end of its clip: a bad record, a span that ends with the clip, or drop",
+        choices=("refuse", "clip", "drop"),
+    )
+    ignore_fields: list[str] = setting([], "fields of records that are not looked at")
     allow_outside: bool = setting(False, "records may name videos by absolute paths, or by `..`")
     mm_spatial_pool_stride: int = setting(0, "slow stride; 0 takes the bank's finest", least=0)
     fast_stride: int = setting(0, "fast stride; 0 takes the bank's coarsest", least=0)
