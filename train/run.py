@@ -9,16 +9,24 @@ refused is refused before torch is imported. `--plan` prints what the run would 
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.errors import UserError
+from shards.write.lock import folder_lock
 from train.data.dataset import Dataset, open_dataset
 from train.settings.ancestors import Process, accelerate_words, holders
 from train.settings.config import TrainConfig, parse
 from train.settings.exits import command
 from train.start.stage import bank_problem
+from train.start.stage_files import stage_problem
+
+SHOWN = 160
+"""Characters of a command that others are told of, who may not start theirs beside it."""
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,13 +36,26 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     holding = holders()  # before minutes of loading, in which they may end
     config = parse(argv, os.environ, accelerate_words(argv))
-    dataset = open_dataset(config)
-    if problem := bank_problem(config, dataset):
-        raise UserError(problem)
+    dataset = open_inputs(config)
     if config.plan:
         show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
     else:
-        start(config, dataset, holding)
+        with only_run_in(config.output_dir, argv):
+            start(config, dataset, holding)
+
+
+def open_inputs(config: TrainConfig) -> Dataset:
+    """Open banks and records; UserError with every problem of them and of the stage."""
+    stage = stage_problem(config.stage_path)
+    problems = [stage] if stage else []
+    try:
+        dataset = open_dataset(config)
+        problems += filter(None, [bank_problem(config, dataset)])
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError.of(problems)
+    return dataset
 
 
 def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
@@ -88,6 +109,18 @@ def refuse_lost_fsdp(accelerator: "Accelerator", environ: Mapping[str, str]) -> 
             where="ACCELERATE_USE_FSDP",
             fix="launch without FSDP (leave the FSDP file out), or on GPUs",
         )
+
+
+def only_run_in(output_dir: str, argv: Sequence[str]) -> AbstractContextManager[None]:
+    """Keep a second run out of the output folder; of several processes the first one does."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return nullcontext()
+    command = shlex.join(["train/run.py", *argv])
+    return folder_lock(
+        Path(output_dir),
+        command if len(command) <= SHOWN else f"{command[:SHOWN]} ...",
+        fix="wait for its end, end it, or name another output_dir",
+    )
 
 
 if __name__ == "__main__":

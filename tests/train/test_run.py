@@ -300,6 +300,55 @@ def test_a_finished_run_started_again_changes_nothing(
     assert equal_bits(weights(out), weights(plain))
 
 
+def test_a_finished_run_asked_with_other_settings_says_that_it_trains_nothing(
+    train_here: Callable[..., Path], plain: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(plain, out)
+    before = (out / "run.json").read_bytes()
+    train_here(out, max_steps=6, save_steps=3, learning_rate=0.5)
+    said = (out / "train.log").read_text()[len((plain / "train.log").read_text()) :]
+    assert said.startswith(
+        f"finished  nothing is trained: {out / 'checkpoint-6'} has 6 steps, 6 are asked for\n"
+        "          its weights know nothing of the new settings: learning_rate was 0.001, is now "
+        "0.5; output_dir was "
+    )
+    assert "to train on, raise max_steps or num_train_epochs; to train otherwise, name" in said
+    assert "done in" not in said
+    assert (out / "run.json").read_bytes() == before
+    assert equal_bits(weights(out), weights(plain))
+    # it goes on with other settings: those of the first steps are kept too
+    train_here(out, max_steps=7, save_steps=3, learning_rate=0.5)
+    told = json.loads((out / "run.json").read_text())
+    (first,) = told["before"]
+    assert (told["config"]["learning_rate"], told["since_step"]) == (0.5, 6)
+    assert (first["config"]["learning_rate"], first["since_step"]) == (0.001, 0)
+
+
+def test_a_run_goes_on_when_a_record_file_has_another_name_and_place(
+    train_here: Callable[..., Path],
+    plain: Path,
+    run_settings: dict[str, Any],
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    out, records = tmp_path / "out", tmp_path / "elsewhere" / "records.jsonl"
+    out.mkdir()
+    shutil.copytree(plain / "checkpoint-3", out / "checkpoint-3")
+    records.parent.mkdir()
+    shutil.copy(run_settings["data_path"], records)
+    train_here(out, max_steps=6, save_steps=3, data_path=records)
+    assert lines_of(out) == lines_of(plain)[3:]
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[1:]))
+    line = refused(train_here, out, max_steps=6, save_steps=3, data_path=records)
+    assert line == (
+        f"error: {out / 'checkpoint-6'}: this run is another than the one it would go on with: record "
+        f"file records.jsonl has changed (it gave {len(lines)} records, now {len(lines) - 1}); use the "
+        "settings and files of before, another output_dir, or resume: none, which starts anew"
+    )
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_exactly(
     train_here: Callable[..., Path],
@@ -524,10 +573,10 @@ def test_the_best_checkpoint_by_held_out_loss_is_kept(
 
 
 OTHER = [
-    ({"enable_lape": False}, "enable_lape: False here, True there"),
-    ({"slow_frame_ratio": "0.25"}, "slow_frame_ratio: '0.25' here, '0.5' there"),
-    ({"num_temporal_tokens": 30}, "num_temporal_tokens: 30 here, 20 there"),
-    ({"predictor": "xattn"}, "predictor: 'xattn' here, 'resample' there"),
+    ({"enable_lape": False}, "enable_lape was true, is now false"),
+    ({"slow_frame_ratio": "0.25"}, 'slow_frame_ratio was "0.5", is now "0.25"'),
+    ({"num_temporal_tokens": 30}, "num_temporal_tokens was 20, is now 30"),
+    ({"predictor": "xattn"}, 'predictor was "resample", is now "xattn"'),
 ]
 
 
@@ -558,7 +607,7 @@ def test_another_banks_checkpoint_is_refused_by_field(
     )
     encode([str(toy / "videos")], tmp_path / "bank", options)
     line = refused(train_here, plain, max_steps=6, bank=tmp_path / "bank", mm_spatial_pool_stride=4)
-    assert "bank strides: [2, 4, 8] here, [4, 8] there" in line
+    assert "bank strides was [4, 8], is now [2, 4, 8]" in line
 
 
 def test_a_global_batch_that_does_not_divide_is_refused_on_resume(

@@ -17,7 +17,6 @@ import numpy as np
 
 from model.family.limits import check_context
 from shards.errors import UserError
-from shards.format.features import differences
 from shards.read.banks import joint
 from shards.signed import Json, canonical_json, digest
 from train.batches.lengths import REFUSED, Lengths, fit_records, measure, tokenizer_digest
@@ -162,10 +161,6 @@ class RunPlan:
     @cached_property
     def fingerprint(self) -> str:
         return digest(canonical_json(self.facts))
-
-    def differences(self, saved: Json) -> list[str]:
-        """Return a line for each fact in which this plan differs from the one that has `saved`."""
-        return differences(self.facts, saved, "plan ")
 
 
 SETTINGS = (

@@ -3,7 +3,6 @@
 `train()` is the story; what its steps share is a `Run` and a `Learner`.
 """
 
-import json
 import math
 import signal
 import time
@@ -43,6 +42,8 @@ from train.loop.signals import StopSignals
 from train.loop.speed import StepTimer, make_timer
 from train.loop.step import Losses, Step, run_step
 from train.settings.config import TrainConfig
+from train.settings.output import RUN
+from train.settings.recorded import write_run
 from train.start.prepare_llm import admit_llm, choose_attention, llm_dtype, prepare_llm
 from train.start.stage import build, llm_base
 
@@ -187,8 +188,12 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     )
     for line in passed_over:
         log.say(line)
+    has_weights = resumed is not None or (output_dir / "config.json").exists()
+    if is_main and not (has_weights and (output_dir / RUN).exists()):  # else it tells of those
+        write_run(output_dir, state.get("config", settings), 0)
+    if resumed and (changed := changed_settings(resumed, state, plan.num_steps, settings)):
+        log.say(changed)
     if is_main:
-        (output_dir / "run.json").write_text(json.dumps({"config": settings}, indent=2) + "\n")
         write_drops(output_dir / LIST, all_drops(dataset, plan))
     return Run(
         config=config,
@@ -251,8 +256,6 @@ def make_learner(run: Run) -> Learner:
         ratio = model.calibrate(to_device(batch, accelerator.device))
 
     log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
-    if run.resumed and (changed := changed_settings(run.resumed, run.state, asdict(config))):
-        log.say(changed)
     log.say(f"attention {attention}: {reason}")
 
     full_state = FullState(model, accelerator)
@@ -392,6 +395,7 @@ def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
             "processes": run.share.world,
         }
         save_checkpoint(run.output_dir, done, *full, state)
+        write_run(run.output_dir, asdict(run.config), run.first)
         prune(run.output_dir, run.config.save_total_limit, keep)
     run.accelerator.wait_for_everyone()
 
