@@ -61,7 +61,7 @@ class VLM(nn.Module):
         super().__init__()
         llm_width = llm.get_input_embeddings().embedding_dim
         self.calibrated = True
-        """Whether LAPE's gamma is set; a fresh model's is set from the run's first batch."""
+        """Whether LAPE's gamma is set; a fresh model's is set from the run's first records with media."""
         self.base: LlmBase | None = None
         """Where the LLM's own weights lie, when they are not trained."""
         self.masked = True
@@ -201,7 +201,8 @@ class VLM(nn.Module):
     def calibrate(self, batch: Batch) -> float:
         """Set LAPE's gamma so that positions are a tenth of the projected features, by RMS.
 
-        Returns the ratio at gamma 1. Called once, on the run's first batch, on every rank alike.
+        Returns the ratio at gamma 1. Called once, on the run's first records with media, on every rank
+        alike.
         """
         if self.lape is None or not self.config.lape_positions:
             return float("nan")
@@ -300,7 +301,8 @@ class VLM(nn.Module):
                     f"{folder}: LAPE preset {saved.lape_preset}, asked {self.config.lape_preset}"
                 )
             load_weights(module, folder / file)
-            self.calibrated |= module is self.lape
+            if module is self.lape:
+                self.calibrated = module.preset == "st" or bool((module.gamma != 1).any())
             lines.append(f"{file}: from {folder}")
         return lines
 

@@ -12,7 +12,7 @@ import numpy as np
 from model.config import ModelSettings, joined_cells
 from model.tower_kinds import frame_flops
 from shards.text import duration, some
-from train.batches.plan import RunPlan
+from train.batches.run_plan import RunPlan
 from train.cost import (
     DEVICES,
     LlmShape,
@@ -42,13 +42,13 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
         ("records", f"{records} kept, {plan.dropped_line}"),
         (
             "packs",
-            f"{plan.num_steps * plan.packs_per_step} of {plan.rows_per_pack} {rows_of}, "
+            f"{len(plan.pack_start)} of {plan.rows_per_pack} {rows_of}, "
             f"{len(plan.uses)} uses of records; {plan.efficiency:.2%} of the places hold a token",
         ),
         (
             "steps",
             f"{plan.num_steps} of {plan.packs_per_step} packs on {world} "
-            f"process{'es' if world > 1 else ''}",
+            f"process{'es' if world > 1 else ''}{plan.short_line}",
         ),
         (
             "tokens",

@@ -16,7 +16,7 @@ from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.text import some
-from train.batches.plan import RunPlan
+from train.batches.run_plan import RunPlan
 from train.cost import LlmShape, memory_bytes
 from train.settings.config import TrainConfig
 
@@ -120,9 +120,9 @@ class PackMemory:
 
     @classmethod
     def of(cls, plan: RunPlan, model: VLM) -> "PackMemory":
-        step, pack = plan.heaviest
-        places = int(plan.pack_slots[step * plan.packs_per_step + pack])
-        return cls(places, LlmShape.of(model.llm.config.to_dict()), model.tower_width)
+        return cls(
+            int(plan.pack_slots.max()), LlmShape.of(model.llm.config.to_dict()), model.tower_width
+        )
 
     def ways_out(self, config: TrainConfig) -> list[tuple[float, str]]:
         """Return (bytes that it saves, what to change), the greatest saving first."""

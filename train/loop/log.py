@@ -14,7 +14,7 @@ from train.settings.config import TrainConfig
 
 if TYPE_CHECKING:
     from model.vlm import VLM
-    from train.batches.plan import RunPlan
+    from train.batches.run_plan import RunPlan
 
 LINE: tuple[tuple[tuple[str, str], ...], ...] = (
     (
@@ -150,7 +150,7 @@ def banner(
         + (", and the time before each frame" if config.frame_time == "text" else ""),
         f"steps     {plan.num_steps} of {plan.rows_per_step} {rows_line(plan)}: "
         f"{plan.rows_per_pack} x {plan.packs_per_step} micro-batches on {world} "
-        f"process{'es' if world > 1 else ''}",
+        f"process{'es' if world > 1 else ''}{plan.short_line}",
         f"plan      {plan.per_step(plan.tokens).mean():,.0f} tokens a step, "
         f"{plan.num_labels.mean():,.0f} of them supervised; {plan.efficiency:.1%} of the places hold "
         f"one; fingerprint {plan.fingerprint[:12]}",

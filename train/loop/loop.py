@@ -16,11 +16,11 @@ import torch
 
 from model.batch import Batch
 from model.vlm import VLM
-from shards.errors import UserError
 from shards.signed import Json
 from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
-from train.batches.plan import RunPlan, plan_run, rows_per_step
+from train.batches.plan import plan_run, rows_per_step
+from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
 from train.loop.checkpoint import (
     FullState,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 COPY_EVERY = 10
 """Steps between readings of the copy baseline, which needs both streams of a clip."""
 CALIBRATED = 8
-"""Records of the first step that set the scale of LAPE's positions, however the step is cut."""
+"""Records that set the scale of LAPE's positions: the run's first ones with media."""
 CHECKED = 3
 """First steps whose counts are compared with those of the plan."""
 
@@ -168,11 +168,6 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     share = Share(accelerator.process_index, accelerator.num_processes)
     with accelerator.local_main_process_first():  # the others then find the lengths cached
         plan = plan_run(config, dataset, rows_per_step(config, share.world, state))
-    if accelerator.is_fsdp2 and plan.packs_per_step % share.world:
-        raise UserError(
-            f"FSDP needs as many micro-batches on each process: {plan.packs_per_step} of a step do not "
-            f"divide among {share.world}; use a divisor of {plan.packs_per_step} processes"
-        )
     longest = int(plan.tokens.max())
     choose_attention(config, accelerator.device.type, longest)  # refused before weights are loaded
     facts = facts_of(config, dataset, plan)
@@ -231,8 +226,7 @@ def make_learner(run: Run) -> Learner:
     loader = make_loader(run, model, compiled=attention == "flex_attention" or config.compile)
     ratio = math.nan
     if not model.calibrated:
-        records = run.plan.records(0)[:CALIBRATED]
-        ratio = model.calibrate(loader.batch([run.dataset.records[k] for k in records]))
+        ratio = calibrate(run, model, loader)
 
     log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
     if run.resumed and (changed := changed_settings(run.resumed, run.state, asdict(config))):
@@ -246,6 +240,20 @@ def make_learner(run: Run) -> Learner:
     if run.resumed:
         load_optimizer(optimizer, model, run.resumed)
     return Learner(model, loader, full_state, reduction, optimizer)
+
+
+def calibrate(run: Run, model: VLM, loader: Loader) -> float:
+    """Set the scale of a fresh model's positions; return it as `VLM.calibrate` does."""
+    records = run.plan.first_with_media(CALIBRATED)
+    if records:
+        return model.calibrate(loader.batch([run.dataset.records[k] for k in records]))
+    learns = model.lape is not None and model.lape.preset == "plus"
+    if learns and model.config.lape_positions:
+        run.log.say(
+            "LAPE      no record has a picture or a clip: the strength of positions (gamma) stays at 1; "
+            "the first run from this model whose records have some sets it"
+        )
+    return math.nan
 
 
 def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
@@ -283,6 +291,8 @@ def take_step(
     """Take one optimizer step on this process's batches."""
     config = run.config
     losses = Losses(config.seed, config.loss_weight, run.plan, step, run.accelerator)
+    if run.share.idles(run.plan, step):
+        batches = [*batches, learner.loader.idle(run.plan, step)]
     return run_step(
         learner.reduction,
         run.accelerator,

@@ -227,7 +227,7 @@ while not alive:
 """
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_who_is_killed_at_any_moment_goes_on(
     banks: Callable[[str], Path], tmp_path: Path, step: int
 ) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from train.batches.plan import RunPlan, plan_run
+from train.batches.plan import plan_run
+from train.batches.run_plan import RunPlan
 from train.data.dataset import open_dataset
 from train.settings.config import TrainConfig
 
