@@ -231,6 +231,14 @@ class VLM(nn.Module):
         assert sorted(found) == sorted(everything), "a parameter is in no group or in two"
         return {name: group for name, group in groups.items() if group}
 
+    def vectors(self) -> list[nn.Parameter]:
+        """Return the parameters that are vectors, or tables of vectors that each stand alone."""
+        tables: list[nn.Parameter] = list(self.visual.parameters())
+        tables += self.lape.parameters() if self.lape is not None else []
+        if self.frame_causal is not None:
+            tables += self.frame_causal.stream.parameters()
+        return tables + [p for p in self.parameters() if p.ndim < 2]
+
     def modules_on_disk(self) -> list[tuple[str, nn.Module]]:
         """Return (file, module) of every part beside the LLM that this model has."""
         parts = (

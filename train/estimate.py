@@ -94,8 +94,8 @@ def costs(
     return [
         (
             "model",
-            f"{per_step / 1e12:,.2f} TFLOPs a step ({config.tune_llm}; the head's forward "
-            f"{head / 1e12:,.2f}, on supervised rows only)",
+            f"{teraflops(per_step)} TFLOPs a step ({config.tune_llm}; the head's forward "
+            f"{teraflops(head)}, on supervised rows only)",
         ),
         ("encoder", encoder_line(dataset, plan, per_step)),
         (
@@ -105,6 +105,11 @@ def costs(
         ("read", f"{read / seconds / world / 1e6:,.1f} MB/s a device {at}"),
         ("time", f"{duration(seconds * plan.num_steps)}, {seconds:,.3f} s a step {at}"),
     ]
+
+
+def teraflops(flops: float) -> str:
+    """Return FLOPs in units of 10^12, small models' too."""
+    return f"{flops / 1e12:,.2f}" if flops >= 1e11 else f"{flops / 1e12:.2g}"
 
 
 def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.ndarray:

@@ -188,7 +188,6 @@ def make_plan(
         clips=np.bincount(lengths.clips.record, minlength=len(frames)),
         uses=uses,
         row_start=row_start,
-        shuffled=kept[order(cut.seed, 0, len(kept))],
         cost=cut.cost,
         dropped=reasons,
         facts=dict(facts or {}),

@@ -40,8 +40,6 @@ class RunPlan:
     """int64 `(uses,)`: the records of the run's rows, one row after the other."""
     row_start: np.ndarray
     """int64 `(rows + 1,)` into `uses`."""
-    shuffled: np.ndarray
-    """int64 `(kept,)`: the records of an epoch, in the order of the first one's shuffle."""
     cost: tuple[float, float]
     dropped: dict[str, int]
     """Records left out, by reason."""
@@ -88,13 +86,12 @@ class RunPlan:
         return [int(record) for record in self.uses[first:last]]
 
     def first_with_media(self, most: int) -> list[int]:
-        """Return the first records with clips, in the run's order; fewer where there are not more.
+        """Return the first records of the run that have clips; fewer where there are not more.
 
-        A run that ends before it has so many goes on to those that it does not come to.
+        Of a run that comes to none of them, the data's first ones.
         """
-        everything = np.concatenate([self.uses, self.shuffled])
-        with_media = everything[self.clips[everything] > 0]
-        return list(dict.fromkeys(with_media.tolist()))[:most]
+        used = list(dict.fromkeys(self.uses[self.clips[self.uses] > 0].tolist()))
+        return (used or np.flatnonzero(self.clips).tolist())[:most]
 
     @property
     def _first_use(self) -> np.ndarray:

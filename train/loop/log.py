@@ -156,6 +156,7 @@ def banner(
         f"one; fingerprint {plan.fingerprint[:12]}",
         f"trained   {sum(parts.values()):,} parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
+        f"rates     {rates_line(model, config)}",
         f"losses    language + {config.loss_weight:g} x frame-causal ({config.predictor}, "
         f"{config.frame_attention} attention)",
     ]
@@ -172,6 +173,16 @@ def banner(
     if resumed:
         lines.append(f"resumed   from {resumed}")
     return "\n".join(lines)
+
+
+def rates_line(model: "VLM", config: TrainConfig) -> str:
+    """Return the peak learning rate of each part that is trained, and which weights decay."""
+    from train.loop.optimizer import parameter_groups
+
+    peaks = {group["name"]: group["peak"] for group in parameter_groups(model, config)}
+    shown = ", ".join(f"{name} {peak:g}" for name, peak in peaks.items())
+    decay = f"; weight decay {config.weight_decay:g}, of matrices" if config.weight_decay else ""
+    return f"at their peak: {shown}{decay}"
 
 
 def rows_line(plan: "RunPlan") -> str:
