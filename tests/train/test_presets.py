@@ -1,4 +1,4 @@
-"""Every preset, run on small stand-ins by the commands that its comments name; its rates, and what decays.
+"""Every preset, run on small stand-ins by the commands that its comments name; its rates, what decays.
 
 pytest tests/train/test_presets.py
 """
