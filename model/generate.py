@@ -142,7 +142,10 @@ def choose(model: VLM, hidden: Tensor) -> list[Piece]:
 
 
 def write_answer(model: VLM, pieces: list[Piece], duration: float) -> str:
-    """Return the answer as text with coordinate markup, times in seconds of the clip."""
+    """Return the answer as text with coordinate markup, times in seconds of the clip.
+
+    Six decimals: with four a box of a hundredth of the frame would lose 2 % of its IoU.
+    """
     # decoded after a line break, for SentencePiece drops the blank that its text begins with
     before = model.tokenizer("\n", add_special_tokens=False).input_ids
     head = len(model.tokenizer.decode(before))
@@ -155,7 +158,7 @@ def write_answer(model: VLM, pieces: list[Piece], duration: float) -> str:
         run = []
         if piece.axis >= 0:
             value = piece.coord * duration if piece.axis == TIME else piece.coord
-            text += f"<{MARKUP[piece.axis]}:{value:.4f}>"
+            text += f"<{MARKUP[piece.axis]}:{value:.6f}>"
     return text.strip(" ")
 
 

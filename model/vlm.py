@@ -158,7 +158,10 @@ class VLM(nn.Module):
         """Return the last hidden states of embedded rows, without a cache: `(rows, length, width)`."""
         decoder = decoder_of(self.llm)
         # some that hold a state from token to token know no positions
-        known = {"position_ids": positions} if takes_positions(decoder) else {}
+        known: dict[str, Any] = {"position_ids": positions} if takes_positions(decoder) else {}
+        if self.llm.config._attn_implementation == "flex_attention":
+            # its kernel for rows under 128 tokens, meant for decoding, has no form for grouped heads
+            known["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
         states: Tensor = decoder(
             inputs_embeds=embeds, attention_mask=mask, use_cache=False, **known
         ).last_hidden_state

@@ -6,6 +6,7 @@ The clip goes through the same sampling, tower and pooling as `preprocess encode
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -17,12 +18,15 @@ import numpy as np
 
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.request import ReadRequest
+from shards.annotations.forms import MEDIA_TAG
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.format.plan import TOWER_THREADS
+from shards.hub import absent
 from shards.read.bank import ClipInfo, of_units
+from shards.signed import Json
 from train.data.markup import MARKUP
-from train.data.records import Turn
+from train.data.records import Record, Turn, check_coordinates, in_seconds
 from train.settings.exits import command
 
 if TYPE_CHECKING:
@@ -72,10 +76,11 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
     model = VLM.load(folder).eval()
     admit(model)
     features = FeatureConfig.from_json(model.features)
+    name = tower or find_tower(model.tower, folder)
     with DecodeChild() as child:
-        clip = fresh_clip(video, features, load_tower(features, tower or model.tower), child)
+        clip = fresh_clip(video, features, load_tower(features, name), child)
     chat = Chat.of(model)
-    turns = [Turn("user", f"<video>\n{question}"), Turn("assistant", "")]
+    turns = asked(question, clip.info)
     encoded = chat.encode(turns, [clip.info.duration], answer=1)
     row = lay_out(encoded, [clip.info], model.config, features.pool, stamp=chat.stamp)
     batch = collate([row], [[clip]], model.config, [str(video)])
@@ -83,10 +88,49 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
     return in_pixels(write_answer(model, pieces, clip.info.duration), clip.info.display_size)
 
 
+def asked(question: str, clip: ClipInfo) -> list[Turn]:
+    """Return the turns of a question; UserError for a time or place that its clip does not have."""
+    turns = (Turn("user", f"<video>\n{question}"), Turn("assistant", ""))
+    if MEDIA_TAG.search(question):  # the chat says that it has no medium for it
+        return list(turns)
+    problems: list[str] = []
+    record = in_seconds(
+        Record(clip.id, (clip.id,), turns, "", "the question"), problems, [clip.duration]
+    )
+    check_coordinates(record, [clip.duration], problems)
+    if problems:
+        raise UserError.of(
+            f"{problem}; times are seconds of the clip, which lasts {clip.duration:.2f}, places "
+            "fractions of the frame"
+            for problem in problems
+        )
+    return list(record.turns)
+
+
+def find_tower(name: str, folder: Path) -> str:
+    """Return where a tower lies that was named from another working directory, else its name.
+
+    It is looked for from here, then from the folders above the model and above the banks of its run.
+    The digest tells later whether it is the one.
+    """
+    if Path(name).exists() or Path(name).is_absolute():
+        return name
+    above = [folder.resolve(), *folder.resolve().parents]
+    runs = [place / "run.json" for place in above[:2]]
+    run: Json = next((json.loads(path.read_text()) for path in runs if path.is_file()), {})
+    banks = [base / bank for bank in run.get("config", {}).get("bank", []) for base in above]
+    for bank in banks:
+        if bank.is_dir():
+            above += [place for place in bank.resolve().parents if place not in above]
+    return next((str(base / name) for base in above if (base / name).is_dir()), name)
+
+
 def load_tower(features: FeatureConfig, name: str) -> "Tower":
     """Load the tower that made some features; UserError where it is another one."""
     from model.tower.tower import Tower
 
+    if why := absent(name):
+        raise UserError(why, where=f"tower {name}", fix="say with --tower where it lies now")
     tower = Tower.load(
         name, layer=features.layer, dtype=features.tower_dtype, attention=features.attention
     )

@@ -60,6 +60,7 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
             f"step {step + 1}, pack {number}: {len(pack)} x {widest} places, {shown}",
         ),
     ]
+    lines += [("note", note) for note in dataset.notes]
     shape = LlmShape.of(read_config(llm_name(config.stage_path)) or {})
     if shape is None:
         lines.append(("model", "its config.json is of another family: no FLOPs, memory and time"))

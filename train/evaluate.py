@@ -2,8 +2,8 @@
 
     accelerate launch train/evaluate.py --model runs/a --bank bank --data_path test.jsonl
 
-What is asked is read from the reference's markup: two times are a span, x y a point, x y x y a
-box, anything else text. Unparsable answers count as 0.
+What is asked is read from the reference: two times are a span, x y a point, x y x y a box, and so on
+(`train/scores/kinds.py`). An answer that does not say it counts as 0.
 """
 
 import argparse
@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 from shards.errors import UserError
 from shards.signed import Json
 from train.data.dataset import Dataset, open_records
-from train.data.markup import kind_of
-from train.data.records import Record
+from train.data.folders import Folders
+from train.data.records import Record, duration_before
 from train.loop.held_out import held_out_loss
-from train.scores import constant_span, score, summarise_scores, table
+from train.scores.captions import check_captions
+from train.scores.kinds import Asked, asked_of
+from train.scores.scoring import score
+from train.scores.summary import constant_span, summarise_scores, table
 from train.settings.config import TrainConfig
 from train.settings.exits import command
 
@@ -51,9 +54,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--allow_outside", action="store_true", help="records may name videos by absolute paths"
     )
+    parser.add_argument("--media_dir", default="", help="as that of a run")
+    parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
     args = parser.parse_args(argv)
     strides = strides_of(args.model)
-    dataset = open_records(args.bank, args.data_path, *strides, allow_outside=args.allow_outside)
+    dataset = open_records(
+        args.bank,
+        args.data_path,
+        *strides,
+        allow_outside=args.allow_outside,
+        media=Folders(args.media_dir, tuple(args.strip_prefix)),
+    )
+    records = dataset.held_out[: args.max_records or None]
+    if any(
+        asked_of(r, k, r.turns[k].text, 0.0).kind == "caption" for r, k in questions_of(records)
+    ):
+        check_captions()
 
     import torch
     from accelerate import Accelerator
@@ -61,7 +77,6 @@ def main(argv: list[str]) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = untrained(args.model) if args.untrained else load(args.model, dataset)
     model.to(accelerator.device).eval()
-    records = dataset.held_out[: args.max_records or None]
     report = evaluate(model, dataset, records, args.batch_size, accelerator)
     if accelerator.is_main_process:
         name = "eval-untrained.json" if args.untrained else "eval.json"
@@ -131,58 +146,60 @@ def evaluate(
     loader = Loader(dataset, chat, model.config)
     rank, world = accelerator.process_index, accelerator.num_processes
     losses = held_out_loss(model, loader, records, batch_size, accelerator)
-    questions = [question for record in records for question in questions_of(record)]
+    questions = questions_of(records)
     mine = questions[rank::world]
     own = []
     for begin in range(0, len(mine), batch_size):
         own += answer(model, loader, mine[begin : begin + batch_size])
     # dealt out in turn over the ranks, and put back into the order of the records
-    gathered = gather_object([(rank + k * world, said) for k, said in enumerate(own)])
-    answers = [said for _, said in sorted(gathered)]
-    scores = [score(reference, said, duration) for reference, said, duration, _ in answers]
-    report: Json = {"records": len(records), "answers": len(answers), "losses": losses}
-    report["tasks"] = summarise_scores(scores)
-    spans = [(ref, duration) for ref, _, duration, _ in answers if kind_of(ref) == "span"]
-    if spans:
-        report["constant_span_miou"] = constant_span(spans)
+    gathered = gather_object([(rank + k * world, pair) for k, pair in enumerate(own)])
+    pairs = [pair for _, pair in sorted(gathered, key=lambda numbered: numbered[0])]
+    asked, said = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    scores = [score(*pair) for pair in pairs]
+    report: Json = {"records": len(records), "answers": len(pairs), "losses": losses}
+    report["tasks"] = summarise_scores(asked, said, scores)
+    constant = constant_span(asked)
+    if constant is not None:
+        report["constant_span_miou"] = constant
     report["examples"] = [
-        {"record": id_, "reference": ref, "answer": said} for ref, said, _, id_ in answers[:20]
+        {"record": record.id, "reference": about.reference, "answer": text}
+        for (record, _), (about, text) in zip(questions[:20], pairs, strict=False)
     ]
     return report
 
 
-def questions_of(record: Record) -> list[tuple[Record, int]]:
-    """Return (record, number of the turn) for each answer of a record."""
-    return [(record, k) for k, turn in enumerate(record.turns) if turn.role == "assistant"]
+def questions_of(records: Sequence[Record]) -> list[tuple[Record, int]]:
+    """Return (record, number of the turn) for each answer of some records."""
+    return [
+        (record, k)
+        for record in records
+        for k, turn in enumerate(record.turns)
+        if turn.role == "assistant"
+    ]
 
 
 def answer(
     model: "VLM", loader: "Loader", questions: Sequence[tuple[Record, int]]
-) -> list[tuple[str, str, float, str]]:
-    """Return (reference, answer, seconds of the clip, record id) of some questions."""
+) -> list[tuple[Asked, str]]:
+    """Return what each question asks for, and the model's answer."""
     from model.batch import to_device
     from model.generate import generate, write_answer
 
     batch = to_device(loader.prompts(questions), device_of(model))
-    pieces = generate(model, batch, stop=loader.chat.stop)
-    durations = [first_duration(loader.dataset, record) for record, _ in questions]
-    return [
-        (
-            loader.chat.in_numbers(record.turns[turn].text, duration),
-            write_answer(model, said, duration),
-            duration,
-            record.id,
-        )
-        for (record, turn), said, duration in zip(questions, pieces, durations, strict=True)
-    ]
+    out = []
+    for (record, turn), said in zip(
+        questions, generate(model, batch, stop=loader.chat.stop), strict=True
+    ):
+        durations = [clip.info.duration for clip in loader.dataset.clips(record)]
+        duration = duration_before(record, durations, turn)
+        reference = loader.chat.in_numbers(record.turns[turn].text, duration)
+        about = asked_of(record, turn, reference, duration)
+        out.append((about, write_answer(model, said, duration)))
+    return out
 
 
 def device_of(model: "VLM") -> Any:
     return model.visual.frame_end.device
-
-
-def first_duration(dataset: Dataset, record: Record) -> float:
-    return dataset.clips(record)[0].info.duration if record.clips else 0.0
 
 
 if __name__ == "__main__":

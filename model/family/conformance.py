@@ -7,7 +7,8 @@ under the LLM's own causal mask. What fails decides what is allowed: back-ends o
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -313,7 +314,7 @@ def check_weights(model: VLM) -> None:
     probe = around(llm)  # which sets it to eval
     probe.masked, probe.visual = model.masked, model.visual
     batch = text_batch([ids], causal=not model.masked or attention == "flash_attention_2")
-    with torch.no_grad():
+    with torch.no_grad(), exact_products():
         own = llm(input_ids=ids[None]).logits[0].float()
         ours = probe.logits(probe.hidden_states(batch))
     llm.train(training)
@@ -328,6 +329,17 @@ def check_weights(model: VLM) -> None:
         f"(tolerated {TOLERANCE[table.dtype]}), the loss is {losses[0]:.4f}, its own {losses[1]:.4f}",
         where=named(llm),
     )
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32: TF32 of an H200 puts equal computations 7e-3 of an RMS apart."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def around(llm: Any) -> VLM:

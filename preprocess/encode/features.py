@@ -15,6 +15,7 @@ from preprocess.decode.clip import Clip
 from preprocess.decode.read_pictures import PICTURE_FPS
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import Outcome
+from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig, Sampling
 from shards.format.plan import (
@@ -23,6 +24,7 @@ from shards.format.plan import (
     Plan,
 )
 from shards.format.samples import SampleMeta
+from shards.hub import absent
 from shards.signed import Json
 
 
@@ -78,6 +80,8 @@ class EncodeOptions:
 
 
 def load_tower(options: EncodeOptions) -> Tower:
+    if why := absent(options.tower):
+        raise UserError(why, where=f"tower {options.tower}")
     return Tower.load(
         options.tower, layer=options.layer, dtype=options.tower_dtype, device=options.device
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from shards.errors import UserError
+from shards.hub import refusal
 
 Rows = Iterator[tuple[str, Any]]
 """(`file:line` or `file[index]`, row)."""
@@ -211,13 +212,16 @@ def local_copy(name: str) -> str:
     under = f"{folder.strip('/')}/" if folder else ""
     patterns = [f"{under}*{suffix}" for suffix in READERS]
     try:
+        if why := refusal(repo, "dataset"):
+            raise UserError(why)
         found = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)) / under
     except Exception as error:  # offline, unknown, gated: each means that it cannot be had
+        reason = str(error) if isinstance(error, UserError) else type(error).__name__
         # `*` is quoted for the shell that this line is copied into
         wanted = " ".join(f"--include '{pattern}'" for pattern in patterns)
         raise UserError(
             f"{name}: no such path here, and the Hub did not give it "
-            f"({type(error).__name__}); where there is a network, run `hf download {repo} --repo-type "
+            f"({reason}); where there is a network, run `hf download {repo} --repo-type "
             f"dataset {wanted} --local-dir {repo}`, bring the folder {repo} here, and name {repo}/{under}"
         ) from None
     if not found.is_dir():

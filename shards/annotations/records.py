@@ -102,11 +102,8 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
     media = video if isinstance(video, list) else [video]
     for medium in media:
         medium.encode()
-        if not allow_outside and leads_outside(medium):
-            raise UserError(
-                f"video {medium!a} leads out of its root; name it relative to the folder that is "
-                "encoded, or trust the file: encode --allow-outside, train allow_outside: true"
-            )
+        if not allow_outside:
+            check_inside(medium)
     tags = sum(len(MEDIA_TAG.findall(text)) for _, text in turns)
     if answered and tags != len(media):
         raise UserError(
@@ -126,6 +123,16 @@ def _part(data: Json) -> tuple[float | None, float | None]:
     if start is not None and end is not None and not start < end:
         raise UserError(f"start {start} is not before end {end}")
     return start, end
+
+
+def check_inside(medium: str) -> None:
+    """Raise UserError for the path of a medium that may lie elsewhere than under its root."""
+    if leads_outside(medium):
+        raise UserError(
+            f"video {medium!a} leads out of its root; name it relative to the folder that is "
+            "encoded, or trust the file: encode --allow-outside, train allow_outside: true; or take "
+            "leading folders off in training: strip_prefix"
+        )
 
 
 def leads_outside(path: str) -> bool:

@@ -138,7 +138,7 @@ class Manifest:
             calibration=plan.calibration,
             provenance=Provenance(
                 tower=tower.name,
-                torch=_installed("torch"),
+                torch=installed("torch"),
                 python=platform.python_version(),
                 machine=platform.machine(),
                 underflowed=sum(commit.underflowed or 0 for commit in commits),
@@ -187,7 +187,8 @@ def distinct(records: Sequence[Json]) -> list[Json]:
     return [unique[text] for text in sorted(unique)]
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """Return an installed package's version; "none" where it is not, as beside a bare clone."""
     try:
         return version(package)
     except PackageNotFoundError:  # a reader needs NumPy alone

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,16 +13,32 @@ from shards.format.features import FeatureConfig, differences
 from shards.format.manifest import Manifest
 from shards.format.quarantine import read_quarantine
 from shards.read.bank import Bank, ClipInfo
+from shards.read.near import NearIds
 from shards.signed import Json
+
+
+class Place(NamedTuple):
+    """Where a clip is: which bank, and which row of it."""
+
+    bank: Bank
+    row: int
+
+    def clip(self) -> "BankedClip":
+        return BankedClip(self.bank, self.row, self.bank.clip(self.row))
 
 
 class Banks:
     """Several banks read as one: a clip is found by its id in whichever bank holds it."""
 
-    def __init__(self, banks: Sequence[Bank]) -> None:
-        """Raises UserError unless tower, processor, layer, pooling and strides agree."""
+    def __init__(self, banks: Sequence[Bank], *, apart: bool = False) -> None:
+        """Raises UserError unless tower, processor, layer, pooling and strides agree.
+
+        apart: several may hold a clip of one id, as it is looked for in some of them (`among`).
+        """
         assert banks
         self.banks = list(banks)
+        self.beside: list[Bank] = []
+        """Banks of the run in which these clips are not looked for."""
         first = self.banks[0]
         for number, other in enumerate(self.banks[1:], 1):
             lines = differences(joint(first.config), joint(other.config))
@@ -28,12 +46,18 @@ class Banks:
                 raise UserError(
                     f"{first.where} and {other.where} cannot be joined: {'; '.join(lines)}"
                 )
-            for earlier in self.banks[:number]:
+            for earlier in [] if apart else self.banks[:number]:
                 _refuse_common_clips(earlier, other)
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path]) -> "Banks":
-        return cls([Bank.open(path) for path in paths])
+    def open(cls, paths: Sequence[str | Path], *, apart: bool = False) -> "Banks":
+        return cls([Bank.open(path) for path in paths], apart=apart)
+
+    def among(self, numbers: Sequence[int]) -> "Banks":
+        """Return some of the banks, by their places; UserError where two of them share a clip."""
+        chosen = Banks([self.banks[k] for k in numbers])
+        chosen.beside = [bank for k, bank in enumerate(self.banks) if k not in numbers]
+        return chosen
 
     @property
     def config(self) -> FeatureConfig:
@@ -44,19 +68,35 @@ class Banks:
         return self.banks[0].manifest
 
     def __contains__(self, id_: str) -> bool:
-        return any(id_ in bank for bank in self.banks)
+        return self.find(id_) is not None
 
-    def clip(self, id_: str) -> "BankedClip":
-        """Return a clip; KeyError for one that no bank holds."""
+    def find(self, id_: str) -> Place | None:
+        """Return where a clip is, None for one that no bank holds."""
         for bank in self.banks:
             row = bank.find(id_)
             if row is not None:
-                return BankedClip(bank, row, bank.clip(row))
-        raise KeyError(id_)
+                return Place(bank, row)
+        return None
 
-    def quarantined(self) -> set[str]:
-        """Return the ids of clips that could not be encoded."""
-        return {entry.id for bank in self.banks for entry in read_quarantine(bank.where)}
+    def clip(self, id_: str) -> "BankedClip":
+        """Return a clip; KeyError for one that no bank holds."""
+        place = self.find(id_)
+        if place is None:
+            raise KeyError(id_)
+        return place.clip()
+
+    @cached_property
+    def near(self) -> NearIds:
+        """The ids by what is left of their names, for hints."""
+        return NearIds(self.banks)
+
+    def quarantined(self) -> frozenset[str]:
+        """Return the ids of clips that could not be encoded, as they were when first asked for."""
+        return self._quarantined
+
+    @cached_property
+    def _quarantined(self) -> frozenset[str]:
+        return frozenset(entry.id for bank in self.banks for entry in read_quarantine(bank.where))
 
 
 def _refuse_common_clips(one: Bank, other: Bank) -> None:
@@ -65,7 +105,7 @@ def _refuse_common_clips(one: Bank, other: Bank) -> None:
         if other.ids[row] in one:
             raise UserError(
                 f"clip {other.ids[row]!r} is in {one.where} and in {other.where}; leave one of the "
-                "two banks out"
+                "two banks out, or bind records to theirs by the `banks` of a data_config entry"
             )
 
 

@@ -178,7 +178,7 @@ def test_a_written_answer_keeps_its_coordinates_in_order(make_model: Callable[..
         Piece(model.lape.tokens.token_id(1, 1.0), 1, 1.0),
     ]
     written = write_answer(model, pieces, duration=8.0)
-    assert written == "red from <t:2.0000> to <t:4.0000><x:0.3100><y:1.0000>"
+    assert written == "red from <t:2.000000> to <t:4.000000><x:0.310000><y:1.000000>"
     assert write_answer(model, [], duration=8.0) == ""
     ids = [piece.token for piece in pieces]
     assert model.tokenizer.decode(ids) == (

@@ -50,7 +50,7 @@ from shards.read.bank import Bank
 from shards.read.banks import BankedClip, Banks
 from train.ask import FreshClip, fresh_clip
 from train.batches.lengths import Clips
-from train.data.records import Record
+from train.data.records import Record, join
 
 CLIPS = os.environ.get("FRAMEBANK_CLIPS", "")
 WIDTH, PATCH, LAYER = 12, 8, -2
@@ -321,8 +321,9 @@ def test_a_unit_has_the_mean_time_of_its_frames(
     batch = make_batch(make_model(), *talks(qwen.banked[:1]))
     times = [time for group in batch.groups for time in group.time.tolist()]
     assert sorted(times) == pytest.approx([1 / 12, 6.5 / 12, 11 / 12])
-    record = Record("r", ("wide.mp4",), (), "", "here")
-    clips = Clips.of([record], Banks.open([qwen.path]), 2, 4)
+    banks = Banks.open([qwen.path])
+    (record,) = join([Record("r", ("wide.mp4",), (), "", "here")], banks, "error", [])
+    clips = Clips.of([record], banks, 2, 4)
     assert clips.frames.tolist() == [3]
     assert (clips.slow_cells.tolist(), clips.fast_cells.tolist()) == ([4 * 7], [2 * 4])
 

@@ -14,9 +14,10 @@ from model.generate import generate, write_answer
 from model.vlm import VLM
 from preprocess.decode.child import DecodeChild
 from preprocess.toy_models import save_tower
+from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.read.banks import Banks
-from train.ask import FreshClip, fresh_clip, in_pixels, load_tower, main
+from train.ask import FreshClip, asked, find_tower, fresh_clip, in_pixels, load_tower, main
 from train.batches.chat import Chat
 from train.batches.collate import collate, lay_out
 from train.data.markup import split_markup
@@ -81,9 +82,9 @@ def test_a_question_is_answered_in_seconds_and_pixels_as_from_the_bank(
 ) -> None:
     record = json.loads((toy / "train.jsonl").read_text().splitlines()[0])
     assert record["video"] == CLIP
-    asked = [turn["value"].removeprefix("<video>\n") for turn in record["conversations"][::2]]
-    span = next(question for question in asked if question.startswith("When"))
-    box = next(question for question in asked if question.startswith("Give the box"))
+    questions = [turn["value"].removeprefix("<video>\n") for turn in record["conversations"][::2]]
+    span = next(question for question in questions if question.startswith("When"))
+    box = next(question for question in questions if question.startswith("Give the box"))
     clip = Banks.open([toy_bank]).clip(CLIP)
     for question, pattern in (
         (span, r"\d\.\d\d s"),
@@ -144,6 +145,82 @@ def test_a_tower_that_was_moved_is_the_same_tower(
     there = capsys.readouterr().out
     main([*argv, "--tower", str(tmp_path / "moved")])
     assert capsys.readouterr().out == there
+
+
+OUTSIDE = [
+    (
+        "What is at <t:99>?",
+        "time 99 is outside [0, LAST]; times are seconds of the clip, which lasts",
+    ),
+    ("What is at <t:120%>?", "time 6.9 is outside [0, LAST]"),
+    ("What is at <x:1.2><y:0.5>?", "coordinate 1.2 is outside [0, 1]"),
+    ("What is at <t:-1>?", "time -1 is outside [0, LAST]"),
+]
+
+
+def test_a_time_or_a_place_that_the_clip_does_not_have_is_refused(
+    trained_run: Path, toy: Path, fresh: FreshClip, refused: Callable[..., str]
+) -> None:
+    last = f"{fresh.info.duration:g}"
+    for question, expected in OUTSIDE:
+        with pytest.raises(UserError) as caught:
+            asked(question, fresh.info)
+        (line,) = caught.value.problems
+        assert expected.replace("LAST", last) in line
+    argv = [str(toy / "videos" / CLIP), OUTSIDE[0][0], "--model", str(trained_run)]
+    assert OUTSIDE[0][1].replace("LAST", last) in refused(main, argv)
+
+
+def test_a_share_of_the_clip_is_asked_in_seconds_of_it(fresh: FreshClip) -> None:
+    half = f"What is at <t:{fresh.info.duration / 2:.6f}>?"
+    assert asked("What is at <t:50%>?", fresh.info) == asked(half, fresh.info)
+
+
+def test_the_tower_is_found_from_any_working_directory(
+    trained_run: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run and a bank know it that were made in a project's folder, asked from elsewhere."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    (project / "runs" / "a" / "checkpoint-4").mkdir(parents=True)
+    (project / "demo").mkdir()
+    elsewhere.mkdir()
+    shutil.copytree(toy / "tower", project / "demo" / "tower")
+    monkeypatch.chdir(elsewhere)
+    there = str(project / "demo" / "tower")
+    for folder in ("runs/a", "runs/a/checkpoint-4"):
+        assert find_tower("demo/tower", project / folder) == there
+    # a run that lies elsewhere knows its bank, by a path from where it began or an absolute one
+    (project / "demo" / "bank").mkdir()
+    for number, bank in enumerate(("../project/demo/bank", str(project / "demo" / "bank"))):
+        run = elsewhere / f"run{number}"
+        run.mkdir()
+        (run / "run.json").write_text(json.dumps({"config": {"bank": [bank]}}))
+        assert find_tower("demo/tower", run) == there
+    assert find_tower("google/siglip", project / "runs" / "a") == "google/siglip"
+    assert find_tower("/none/tower", project / "runs" / "a") == "/none/tower"
+    monkeypatch.chdir(project)
+    assert find_tower("demo/tower", elsewhere) == "demo/tower"
+
+
+def test_a_moved_projects_model_answers_from_another_directory(
+    trained_run: Path,
+    toy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = [str(toy / "videos" / CLIP), "How many objects are there?", "--model"]
+    main([*argv, str(trained_run)])
+    said = capsys.readouterr().out
+    shutil.copytree(
+        trained_run, tmp_path / "p" / "runs" / "a", ignore=shutil.ignore_patterns("c*-*")
+    )
+    shutil.copytree(toy / "tower", tmp_path / "p" / "demo" / "tower")
+    config = tmp_path / "p" / "runs" / "a" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tower": "demo/tower"}))
+    monkeypatch.chdir(tmp_path)
+    main([*argv, str(tmp_path / "p" / "runs" / "a")])
+    assert capsys.readouterr().out == said
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(

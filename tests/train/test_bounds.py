@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from model.config import ModelSettings, VLMConfig, read_model_config
 from shards.errors import UserError
 from train.settings.config import TrainConfig, parse
-from train.settings.parse import ENVIRONMENT
+from train.settings.foreign import ENVIRONMENT
 
 INTEGERS = 2**31 - 1
 BOUNDS = {
@@ -91,7 +91,10 @@ def assert_taken_or_refused(base: list[str], name: str, text: str, yaml: Path) -
         ([*base, "--config", str(yaml)], {}, f"{yaml}:2 {name}"),
         ([*base, f"--{name}={text}"], {}, f"--{name}"),
     ]
-    ways += [(base, {key: text}, key) for key, value in ENVIRONMENT.items() if value == name]
+    # an empty variable is an unset one
+    ways += [
+        (base, {key: text}, key) for key, value in ENVIRONMENT.items() if text and value == name
+    ]
     expected = meant(name, text)
     for argv, environ, subject in ways:
         errors = io.StringIO()

@@ -18,7 +18,8 @@ import pytest
 
 from preprocess.cli.main import main as preprocess
 from train.loop.metrics import FIELDS
-from train.settings.config import ENVIRONMENT, TrainConfig, parse
+from train.settings.config import TrainConfig, parse
+from train.settings.foreign import ENVIRONMENT, unknown
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {field.name: field for field in fields(TrainConfig)}
@@ -98,6 +99,14 @@ def test_a_row_names_what_there_is_with_its_default(
 def test_every_name_of_a_guide_has_a_row(guide: str) -> None:
     known = {word for row in ROWS for name in NAME.findall(row[0]) for word in name.split()}
     assert not set(GUIDES[guide].split()) - known
+
+
+def test_every_name_of_the_tables_is_a_setting_or_answered_by_name() -> None:
+    names = {name.strip("-") for row in ROWS[:-9] for name in NAME.findall(row[0])}
+    words = {name.split()[0] for name in names if "." not in name}
+    assert len(words) > 50
+    lower = {word.lower() for word in words if word not in ENVIRONMENT}
+    assert not [n for n in lower if n not in SETTINGS and "unknown" in unknown(n, SETTINGS)]
 
 
 def two_sets(tmp_path: Path, run_settings: Mapping[str, Any]) -> Path:

@@ -19,7 +19,7 @@ from model.config import ModelSettings
 from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.slow_fast import exact_ratio, uniform_indices
 from shards.errors import UserError
-from shards.read.banks import Banks
+from shards.read.banks import Banks, Place
 from shards.signed import canonical_json
 from train.batches.chat import VERSION, Chat
 from train.data.dataset import Dataset, Part
@@ -68,9 +68,10 @@ class Clips:
         values = np.zeros((4, len(ids)))
         found = np.zeros(len(ids), bool)
         digest = blake2b("\n".join(ids).encode(), digest_size=16)
+        places = [place for own in records for place in own.places]
         for bank in banks.banks:
-            here = np.asarray([id_ in bank for id_ in ids], bool)
-            rows = np.asarray([bank.row(id_) for id_ in ids if id_ in bank], np.int64)
+            here = np.asarray([place.bank is bank for place in places], bool)
+            rows = np.asarray([place.row for place in places if place.bank is bank], np.int64)
             columns = bank.columns
             for name in (
                 "start",
@@ -78,10 +79,10 @@ class Clips:
                 *(f"stride{s}_crc32c" for s in (slow_stride, fast_stride)),
             ):
                 digest.update(columns[name][rows].tobytes())
-            for place, stride in ((1, slow_stride), (2, fast_stride)):
+            for grid, stride in ((1, slow_stride), (2, fast_stride)):
                 shape = columns[f"stride{stride}_shape"].reshape(-1, 4).astype(np.int64)[rows]
                 values[0, here] = shape[:, 0]
-                values[place, here] = shape[:, 1] * shape[:, 2]
+                values[grid, here] = shape[:, 1] * shape[:, 2]
             values[3, here] = (columns["end"] - columns["start"])[rows]
             found |= here
         assert found.all()
@@ -99,17 +100,17 @@ class Stamps:
     """int64 `(uses,)`, where a use's frames begin."""
 
     @classmethod
-    def of(cls, records: Sequence[Record], banks: Banks, chat: Chat) -> "Stamps":
+    def of(cls, records: Sequence[Record], chat: Chat) -> "Stamps":
         """Count what is written before the frames of the records' clips."""
-        seconds: dict[str, np.ndarray] = {}
-        for id_ in {id_: None for record in records for id_ in record.clips}:
-            info = banks.clip(id_).info
-            seconds[id_] = info.timestamps - info.start
+        seconds: dict[Place, np.ndarray] = {}
+        for place in {place: None for record in records for place in record.places}:
+            info = place.clip().info
+            seconds[place] = info.timestamps - info.start
         counts = {
-            id_: np.asarray([len(chat.stamp(t)) for t in times.tolist()], np.int64)
-            for id_, times in seconds.items()
+            place: np.asarray([len(chat.stamp(t)) for t in times.tolist()], np.int64)
+            for place, times in seconds.items()
         }
-        uses = [counts[id_] for record in records for id_ in record.clips]
+        uses = [counts[place] for record in records for place in record.places]
         first = np.cumsum([0, *map(len, uses)])[:-1]
         return cls(np.concatenate([*uses, np.zeros(0, np.int64)]), first)
 
@@ -207,9 +208,7 @@ def measure(settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str)
         text.append(np.tile(own[:, 0], part.repeats))
         supervised.append(np.tile(own[:, 1], part.repeats))
     ratio = exact_ratio(settings.slow_frame_ratio)
-    written = (
-        Stamps.of(dataset.records, dataset.banks, chat()) if settings.frame_time == "text" else None
-    )
+    written = Stamps.of(dataset.records, chat()) if settings.frame_time == "text" else None
     return Lengths(np.concatenate(text), np.concatenate(supervised), clips, ratio, written)
 
 

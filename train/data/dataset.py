@@ -1,8 +1,9 @@
 """The run's inputs: banks and records, opened, joined and checked before torch is imported."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 from shards.annotations.files import ALL, Selection, annotation_files, local_copy
 from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks
+from train.data.folders import Folders
 from train.data.markup import MARKUP
-from train.data.mixtures import MixturePart, read_mixture
-from train.data.records import Record, check_coordinates, join, read_records
+from train.data.mixtures import MixturePart, all_parts
+from train.data.records import PLAIN, Record, check_coordinates, join, read_records
 from train.settings.config import TrainConfig
 
 SHOWN = 30
@@ -42,6 +44,8 @@ class Dataset:
     """Records left out, by reason, as often as the mixture repeats them."""
     slow_stride: int
     fast_stride: int
+    notes: tuple[str, ...] = ()
+    """What there is to say of how the records were found, a line each."""
 
     @cached_property
     def records(self) -> list[Record]:
@@ -49,34 +53,28 @@ class Dataset:
         return [record for part in self.parts for record in part.records * part.repeats]
 
     def clips(self, record: Record) -> list[BankedClip]:
-        return [self.banks.clip(id_) for id_ in record.clips]
+        return [place.clip() for place in record.places]
 
 
 def open_dataset(config: TrainConfig) -> Dataset:
     """Open a run's banks and records; UserError with every problem if there is any."""
     problems: list[str] = []
-    folders = list(config.bank)
-    wanted: list[MixturePart] = []
-    for path in config.data_path:
-        if Path(path).suffix.lower() in (".yaml", ".yml"):
-            wanted += read_mixture(path, "", problems)
-        else:
-            wanted.append(MixturePart([path], [], 1))
-    if config.data_config:
-        wanted += read_mixture(config.data_config, config.data_mixture, problems)
-    files: list[tuple[str, int, Selection]] = []
-    for part in wanted:
-        here = local_copies(part.records, problems)
-        files += [(path, part.repeats, part.chosen) for path in here]
-        folders += [bank for bank in part.banks if bank not in folders]
-    if not folders:
+    notes: list[str] = []
+    folders = Folders(config.media_dir, tuple(config.strip_prefix))
+    wanted = all_parts(
+        config.data_path, config.data_config, config.data_mixture, folders, problems, notes
+    )
+    held_out = all_parts(config.eval_path, "", "", folders, problems, notes)
+    wanted, held_out = (local_parts(parts, problems) for parts in (wanted, held_out))
+    if not config.bank and not any(part.banks for part in wanted):
         problems.append("bank: missing; give --bank BANK, made by `preprocess encode`")
     if problems:
         raise UserError.of(shorten(problems))
-    dataset = _join(config, files, Banks.open(folders), problems)
+    pools = Pools.open(config.bank, [*wanted, *held_out])
+    dataset = _join(config, wanted, held_out, pools, problems)
     if problems:
         raise UserError.of(shorten(problems))
-    return dataset
+    return replace(dataset, notes=tuple(notes))
 
 
 def open_records(
@@ -86,66 +84,136 @@ def open_records(
     fast_stride: int,
     *,
     allow_outside: bool = False,
+    media: Folders = PLAIN,
 ) -> Dataset:
     """Open banks and the records that a model is scored on, as held-out ones.
 
     UserError with every problem: a clip that no bank has is one, and a coordinate outside its clip.
+    media: what leads from their names to ids.
     """
     problems: list[str] = []
-    banks = None
+    pools = None
+    parts = local_parts(all_parts(paths, "", "", media, problems, []), problems)
     try:
-        banks = Banks.open(folders)
+        pools = Pools.open(folders, parts)
     except UserError as error:
         problems += error.problems
     records: list[Record] = []
-    for path in local_copies(paths, problems):
-        read = read_records(path, problems, allow_outside=allow_outside)
-        records += join(read, banks, "error", problems) if banks else []
-    if banks:
-        _check_times_and_places(records, banks, problems)
-    if banks is None or problems:
+    for part in parts:
+        for path in part.records:
+            read = read_records(
+                path,
+                problems,
+                allow_outside=allow_outside,
+                chosen=part.chosen,
+                folders=part.folders,
+            )
+            if pools:
+                records += join(read, pools.of(part), "error", problems, folders=part.folders)
+    _check_times_and_places(records, problems)
+    if pools is None or problems:
         raise UserError.of(shorten(problems))
-    return Dataset(banks, (), records, Counter(), slow_stride, fast_stride)
+    return Dataset(pools.banks, (), records, Counter(), slow_stride, fast_stride)
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The banks of a run, and which of them the clips of each dataset are looked for in.
+
+    They are a dataset's own banks where it names some, else the run's, else all.
+    """
+
+    banks: Banks
+    numbers: dict[str, int]
+    """Of the banks, by their real paths."""
+    run: tuple[int, ...]
+    made: dict[tuple[int, ...], Banks]
+
+    @classmethod
+    def open(cls, folders: Sequence[str], parts: Sequence[MixturePart]) -> "Pools":
+        """Raises UserError where a bank cannot be opened, or does not fit the others."""
+        named: dict[str, str] = {}
+        for folder in [*folders, *(bank for part in parts for bank in part.banks)]:
+            named.setdefault(real(folder), folder)
+        numbers = {path: k for k, path in enumerate(named)}
+        own = [numbers[real(folder)] for folder in folders] or list(numbers.values())
+        return cls(Banks.open(list(named.values()), apart=True), numbers, _distinct(own), {})
+
+    def of(self, part: MixturePart) -> Banks:
+        """Return the banks of a dataset; UserError where two of them hold a clip of one id."""
+        chosen = _distinct([self.numbers[real(bank)] for bank in part.banks]) or self.run
+        if chosen not in self.made:
+            self.made[chosen] = self.banks.among(chosen)
+        return self.made[chosen]
+
+
+def _distinct(numbers: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(numbers))
+
+
+def real(place: str) -> str:
+    """Return what tells a bank from others: the real path of a folder, a URL as it is."""
+    return place if "://" in place else os.path.realpath(place)
 
 
 def _join(
     config: TrainConfig,
-    files: Sequence[tuple[str, int, Selection]],
-    banks: Banks,
+    wanted: Sequence[MixturePart],
+    evaluated: Sequence[MixturePart],
+    pools: Pools,
     problems: list[str],
 ) -> Dataset:
+    banks = pools.banks
     slow, fast = choose_strides(
         banks, config.mm_spatial_pool_stride, config.fast_stride, config.slow_frame_ratio, problems
     )
     parts: list[Part] = []
     dropped: Counter[str] = Counter()
-    for path, repeats, chosen in files:
-        left_out: Counter[str] = Counter()
-        without_answer = left_out if config.unsupervised == "drop" else None
-        read = read_records(
-            path, problems, without_answer, allow_outside=config.allow_outside, chosen=chosen
-        )
-        kept = join(read, banks, config.missing, problems, left_out)
-        dropped.update({reason: count * repeats for reason, count in left_out.items()})
-        parts.append(Part(path, file_digest(path, chosen), kept, repeats))
+    for part in wanted:
+        for path in part.records:
+            left_out: Counter[str] = Counter()
+            without_answer = left_out if config.unsupervised == "drop" else None
+            read = read_records(
+                path,
+                problems,
+                without_answer,
+                allow_outside=config.allow_outside,
+                chosen=part.chosen,
+                folders=part.folders,
+            )
+            kept = join(read, pools.of(part), config.missing, problems, left_out, part.folders)
+            dropped.update({reason: count * part.repeats for reason, count in left_out.items()})
+            parts.append(Part(path, file_digest(path, part.chosen), kept, part.repeats))
     held_out = []
-    for path in local_copies(config.eval_path, problems):
-        read = read_records(path, problems, allow_outside=config.allow_outside)
-        held_out += join(read, banks, config.missing, problems)
+    for part in evaluated:
+        for path in part.records:
+            read = read_records(
+                path,
+                problems,
+                allow_outside=config.allow_outside,
+                chosen=part.chosen,
+                folders=part.folders,
+            )
+            held_out += join(read, pools.of(part), config.missing, problems, folders=part.folders)
     own = [record for part in parts for record in part.records]
     # a file that is taken in two parts is checked once
-    once = {record.where: record for record in [*own, *held_out]}
-    _check_times_and_places(once.values(), banks, problems)
+    once = {(record.where, record.places): record for record in [*own, *held_out]}
+    _check_times_and_places(once.values(), problems)
     if not own and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")
     return Dataset(banks, tuple(parts), held_out, dropped, slow, fast)
 
 
-def _check_times_and_places(records: Iterable[Record], banks: Banks, problems: list[str]) -> None:
+def _check_times_and_places(records: Iterable[Record], problems: list[str]) -> None:
     for record in records:
         if MARKUP.search("".join(turn.text for turn in record.turns)):
-            seconds = [banks.clip(id_).info.duration for id_ in record.clips]
+            seconds = [place.clip().info.duration for place in record.places]
             check_coordinates(record, seconds, problems)
+
+
+def local_parts(parts: Sequence[MixturePart], problems: list[str]) -> list[MixturePart]:
+    """Return datasets with the places of their files, those of the Hub after download."""
+    return [replace(part, records=local_copies(part.records, problems)) for part in parts]
 
 
 def local_copies(names: Sequence[str], problems: list[str]) -> list[str]:

@@ -7,22 +7,28 @@ Three forms of YAML, told by their shape:
 - lmms-engine's: `datasets: [{path: FILE, data_folder: FOLDER}, ...]`.
 """
 
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from shards.annotations.files import ALL, Selection, is_hub_name
+from shards.annotations.files import ALL, Selection, annotation_files, is_hub_name
+from shards.annotations.globs import expanded, is_glob
 from shards.errors import UserError
+from train.data.folders import Folders
 
 FILES = ("records", "data_path", "json_path", "path")
 """What a dataset's annotation files are called: here, in VILA, in LLaVA-NeXT, in lmms-engine."""
-KNOWN = (*FILES, "banks", "sampling_strategy", "seed")
-ABOUT_VIDEOS = ("_target_", "media_dir", "data_folder", "data_type")
-"""Read and left alone: where videos lie was settled when they were encoded."""
+BANKS = ("banks", "bank")
+FOLDERS = ("media_dir", "data_folder")
+"""What the folder of a dataset's media is called here and in VILA, and in lmms-engine."""
+KNOWN = (*FILES, *BANKS, *FOLDERS, "strip_prefix", "sampling_strategy", "seed")
+LEFT_ALONE = ("_target_", "data_type", "is_video")
+"""Of other trainers, and told by the rows themselves."""
 TERM = re.compile(r"([^@*]+?)(?:@([\d.]+))?(?:\*(\d+))?")
 
 
@@ -36,12 +42,81 @@ class MixturePart:
     repeats: int
     chosen: Selection = ALL
     """Of the rows of each file."""
+    folders: Folders = Folders()
+    """What leads from its names of media to ids."""
+    name: str = field(default="", compare=False)
+    """Where it stands, for messages."""
+    repeatable: bool = field(default=False, compare=False)
+    """Whether its files may be those of another dataset too: a mixture asked for both by name."""
 
 
-def read_mixture(config: str, mixture: str, problems: list[str]) -> list[MixturePart]:
+def all_parts(
+    paths: Sequence[str],
+    data_config: str,
+    mixture: str,
+    folders: Folders,
+    problems: list[str],
+    notes: list[str],
+) -> list[MixturePart]:
+    """Return the datasets of a run: record files, mixtures among them, and a mixture's YAML.
+
+    folders: of datasets that say nothing of their own. A file that is there twice is a problem,
+    unless a mixture asks for it by two names.
+    """
+    found: list[MixturePart] = []
+    for path in paths:
+        if Path(path).suffix.lower() in (".yaml", ".yml"):
+            found += read_mixture(path, "", problems, notes)
+        else:
+            found.append(MixturePart(expanded([path], problems), [], 1, name=f"data_path {path}"))
+    if data_config:
+        found += read_mixture(data_config, mixture, problems, notes)
+    found = [
+        part if part.folders != Folders() else replace(part, folders=folders) for part in found
+    ]
+    refuse_repeats(found, problems)
+    return found
+
+
+def refuse_repeats(parts: Sequence[MixturePart], problems: list[str]) -> None:
+    """Add a problem for each file that two datasets have, or one has twice."""
+    seen: dict[object, MixturePart] = {}
+    for part in parts:
+        here = set()
+        for file in [file for path in part.records for file in files_of(path)]:
+            key = (file, part.chosen, real_banks(part), part.folders)
+            other = part if key in here else seen.get(key)
+            here.add(key)
+            seen.setdefault(key, part)
+            if other is part or (other and not (other.repeatable and part.repeatable)):
+                where = f"{part.name}, twice" if other is part else f"{other.name} and {part.name}"
+                problems.append(
+                    f"{file}: is listed in {where}; leave one out, or repeat a dataset by a mixture "
+                    "such as name*2"
+                )
+
+
+def files_of(path: str) -> list[str]:
+    """Return the annotation files of a path by their real paths; a Hub name is one by itself."""
+    if not Path(path).exists():
+        return [path]
+    try:
+        return [os.path.realpath(file) for file in annotation_files(Path(path))]
+    except UserError:  # is said where it is read
+        return [os.path.realpath(path)]
+
+
+def real_banks(part: MixturePart) -> tuple[str, ...]:
+    return tuple(sorted(map(os.path.realpath, part.banks)))
+
+
+def read_mixture(
+    config: str, mixture: str, problems: list[str], notes: list[str] | None = None
+) -> list[MixturePart]:
     """Return the datasets of a mixture such as `a+b*2+c@0.1`; an empty mixture takes each once.
 
     Paths are relative to the YAML. `name@0.1` takes that share at random, by the entry's `seed`.
+    notes: takes what is left out of an empty mixture: names that stand for others, and second names.
     """
     try:
         named = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
@@ -59,11 +134,56 @@ def read_mixture(config: str, mixture: str, problems: list[str]) -> list[Mixture
             problems.append(
                 f"data_mixture {mixture}: {config} is a list of datasets without names; leave it out"
             )
-        entries = enumerate(named["datasets"])
-        parts = [_part(entry, f"datasets[{k}]", config, problems) for k, entry in entries]
-        return [part for part in parts if part]
+        found = [
+            _part(entry, f"datasets[{k}]", config, problems)
+            for k, entry in enumerate(named["datasets"])
+        ]
+        return [part for part in found if part]
+    if mixture:
+        return _asked(mixture, named, config, problems)
+    notes = [] if notes is None else notes
+    joined = [str(name) for name, entry in named.items() if isinstance(entry, str | list)]
+    if joined:
+        notes.append(
+            f"{config}: {', '.join(joined)} stand for other names, and are left out without "
+            "a data_mixture"
+        )
+    found = [
+        _part(entry, str(name), config, problems)
+        for name, entry in named.items()
+        if not isinstance(entry, str | list)
+    ]
+    return _once([part for part in found if part], problems, notes)
+
+
+def _once(parts: Sequence[MixturePart], problems: list[str], notes: list[str]) -> list[MixturePart]:
+    """Return each dataset of a registry without those of its files that an earlier one has too."""
+    seen: dict[object, MixturePart] = {}
+    kept = []
+    for part in parts:
+        records = []
+        for path in part.records:
+            other = seen.setdefault((*files_of(path), real_banks(part), part.folders), part)
+            if other is part:
+                records.append(path)
+            elif other.chosen == part.chosen:
+                notes.append(f"{path}: taken once, {other.name} and {part.name} are names of it")
+            else:
+                problems.append(
+                    f"{path}: {other.name} and {part.name} choose other rows of it; say in "
+                    "data_mixture which to take"
+                )
+        if records:
+            kept.append(replace(part, records=records))
+    return kept
+
+
+def _asked(
+    mixture: str, named: dict[str, Any], config: str, problems: list[str]
+) -> list[MixturePart]:
+    """Return the datasets of a mixture in which they are named."""
     found: list[MixturePart] = []
-    for term in _terms(mixture or "+".join(named), named, problems, ()):
+    for term in _terms(mixture, named, problems, ()):
         match = TERM.fullmatch(term)
         name, share, times = match.groups() if match else (term, None, None)
         if not match or times == "0":
@@ -79,7 +199,7 @@ def read_mixture(config: str, mixture: str, problems: list[str]) -> list[Mixture
             continue
         part = _part(named[name], str(name), config, problems, share)
         if part:
-            found.append(replace(part, repeats=int(times or 1)))
+            found.append(replace(part, repeats=int(times or 1), repeatable=True))
     return found
 
 
@@ -109,9 +229,12 @@ def _part(
         wants = f"has both {' and '.join(fields)}; keep one" if fields else "needs `records`"
         problems.append(f"{where} {wants}")
         return None
-    unknown = sorted(set(entry) - {*KNOWN, *ABOUT_VIDEOS})
+    unknown = sorted(map(str, set(entry) - {*KNOWN, *LEFT_ALONE}))
     if unknown:
         problems.append(f"{where}: unknown {', '.join(unknown)} (known: {', '.join(KNOWN)})")
+    for names in (BANKS, FOLDERS):
+        if all(name in entry for name in names):
+            problems.append(f"{where} has both {' and '.join(names)}; keep one")
     chosen, seed = ALL, entry.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         problems.append(f"{where}: seed must be an integer, not negative, got {seed!r}")
@@ -130,9 +253,22 @@ def _part(
     problems += [
         f"{where}: no such file: {path}"
         for path in records
-        if not Path(path).exists() and not is_hub_name(path)
+        if not is_glob(path) and not Path(path).exists() and not is_hub_name(path)
     ]
-    return MixturePart(records, _paths(entry.get("banks", []), config), 1, chosen)
+    wrong: list[str] = []
+    records = expanded(records, wrong)
+    problems += [f"{where}: {problem}" for problem in wrong]
+    banks = _paths(_first(entry, BANKS) or [], config)
+    folders = Folders(str(_first(entry, FOLDERS) or ""), _prefixes(entry.get("strip_prefix")))
+    return MixturePart(records, banks, 1, chosen, folders, name=where)
+
+
+def _first(entry: dict[str, Any], names: Sequence[str]) -> Any:
+    return next((entry[name] for name in names if entry.get(name) is not None), None)
+
+
+def _prefixes(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else (str(value),) if value else ()
 
 
 def share_of(text: str, seed: int) -> Selection:

@@ -7,17 +7,18 @@ carry `<t:12.5>` (seconds of the clip) or `<t:41.3%>` (a share of it), `<x:0.31>
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from shards.annotations.files import ALL, Selection
 from shards.annotations.forms import MEDIA_TAG, Json, canonical
-from shards.annotations.records import UnsupervisedError, parse_row, rows_of
+from shards.annotations.records import UnsupervisedError, check_inside, parse_row, rows_of
 from shards.errors import UserError
 from shards.format.samples import clip_id
-from shards.read.banks import Banks
+from shards.read.banks import Banks, Place
+from train.data.folders import Folders, advice, several
 from train.data.markup import MEDIA_TAGS, SHARE, kind_of, split_markup
 
 
@@ -40,8 +41,14 @@ class Record:
     """The record's own task name, or empty."""
     where: str
     """`file:line` or `file[index]`, for messages."""
+    source: str = ""
+    """LLaVA-Video's `data_source`: a folder that its media may be banked under."""
+    places: tuple[Place, ...] = field(default=(), compare=False, repr=False)
+    """Of the clips, once the record is joined to banks."""
 
 
+PLAIN = Folders()
+"""Records name clips by their ids."""
 TASKS = ("text", "time", "span", "point", "box")
 """What an answer may be; the losses are split by it."""
 
@@ -53,16 +60,18 @@ def read_records(
     *,
     allow_outside: bool = False,
     chosen: Selection = ALL,
+    folders: Folders = PLAIN,
 ) -> list[Record]:
     """Read a file or folder of any form; what is wrong with a record goes to `problems`, by place.
 
     Records without an answer are a problem too, or - given `dropped` - left out and counted there.
-    chosen: which rows are read. allow_outside: paths may be absolute, or lead out of their root.
+    chosen: which rows are read. allow_outside: paths may be absolute, or lead out of their root;
+    without it they may not once the prefixes of `folders` are taken off.
     """
     records = []
     for where, row in rows_of(path, problems, chosen):
         try:
-            records.append(parse_record(row, where, allow_outside=allow_outside))
+            records.append(parse_record(row, where, allow_outside=allow_outside, folders=folders))
         except UnsupervisedError as error:
             if dropped is None:
                 problems.append(f"{error}; mend it, or set unsupervised: drop")
@@ -87,16 +96,34 @@ def checked_rows(
     return rows
 
 
-def parse_record(data: Any, where: str, *, allow_outside: bool = False) -> Record:
+def parse_record(
+    data: Any, where: str, *, allow_outside: bool = False, folders: Folders = PLAIN
+) -> Record:
     """Return a record, or raise UserError naming its place, its id and what is wrong."""
-    row = parse_row(data, where, allow_outside=allow_outside)
+    row = parse_row(data, where, allow_outside=allow_outside or bool(folders.strip_prefix))
+    try:
+        for medium in [] if allow_outside else row.media:
+            check_inside(folders.stripped(medium))
+    except UserError as error:
+        raise UserError(f"{where} (id {row.id}): {error}") from None
+    source = data.get("data_source")
     return Record(
         id=row.id,
         clips=tuple(clip_id(medium, row.start, row.end) for medium in row.media),
         turns=tuple(Turn(role, text) for role, text in row.turns),
         task=row.task,
         where=where,
+        source=source if isinstance(source, str) else "",
     )
+
+
+def duration_before(record: Record, durations: Sequence[float], turn: int) -> float:
+    """Return the seconds of the medium that a turn's first times belong to: the last one before it.
+
+    durations: of the record's media, in order. Before the first medium it is the first one's.
+    """
+    media = sum(len(MEDIA_TAG.findall(t.text)) for t in record.turns[:turn])
+    return durations[max(media - 1, 0)] if durations else 0.0
 
 
 def task_of(record: Record) -> int:
@@ -111,58 +138,73 @@ def join(
     missing: str,
     problems: list[str],
     dropped: Counter[str] | None = None,
+    folders: Folders = PLAIN,
 ) -> list[Record]:
     """Keep the records whose clips are banked; others are dropped when in quarantine or asked for.
 
-    Returns the kept records; the others are counted in `dropped`, by reason.
+    folders: what leads from their names to ids. Returns the kept records, with the ids and the places
+    of their clips; the others are counted in `dropped`, by reason.
     """
     kept = []
     quarantined = banks.quarantined()
     dropped = Counter() if dropped is None else dropped
-    elsewhere: dict[str, list[str]] = {}
     for record in records:
-        unknown = [id_ for id_ in record.clips if id_ not in banks]
-        if not unknown:
-            kept.append(in_seconds(record, banks, problems))
-        elif all(id_ in quarantined for id_ in unknown):
+        named = f"{record.where} (id {record.id})"
+        try:
+            ids = [
+                known_id(id_, record.source, banks, quarantined, folders) for id_ in record.clips
+            ]
+        except UserError as error:
+            problems.append(f"{named}: {error}")
+            continue
+        places = [banks.find(id_) if id_ is not None else None for id_ in ids]
+        found = replace(
+            record,
+            clips=tuple(id_ for id_ in ids if id_ is not None),
+            places=tuple(place for place in places if place is not None),
+        )
+        if len(found.places) == len(record.clips):
+            kept.append(in_seconds(found, problems))
+        elif len(found.clips) == len(record.clips):
             dropped["clip in quarantine"] += 1
         elif missing == "drop":
             dropped["clip in no bank"] += 1
         else:
-            elsewhere = elsewhere or by_name(banks)
-            alike = elsewhere.get(file_name(unknown[0]), [])
-            has = (
-                f"the bank has {', '.join(map(repr, alike[:3]))}: are the records' paths relative to "
-                "another root? Encode from that folder, or with --video-root"
-                if alike
-                else "encode it, name its bank"
-            )
+            unknown = record.clips[ids.index(None)]
             problems.append(
-                f"{record.where} (id {record.id}): no bank knows the clip {unknown[0]!r}; {has}, or "
-                "set missing: drop"
+                f"{named}: no bank knows the clip {unknown!r}; {advice(unknown, banks)}, or set "
+                "missing: drop"
             )
     return kept
 
 
-def by_name(banks: Banks) -> dict[str, list[str]]:
-    """Return the ids of all banked clips by the name of their file, without its folder."""
-    found: dict[str, list[str]] = {}
-    for bank in banks.banks:
-        for id_ in bank.ids:
-            found.setdefault(file_name(id_), []).append(id_)
-    return found
+def known_id(
+    id_: str, source: str, banks: Banks, quarantined: Collection[str], folders: Folders
+) -> str | None:
+    """Return the id that a clip is banked or quarantined under, None where it is not known.
+
+    The id itself wins over what `folders` makes of it; UserError where that is several clips.
+    """
+    if id_ in banks or id_ in quarantined:
+        return id_
+    names = folders.other_names(id_, source)
+    found = [name for name in names if name in banks or name in quarantined]
+    if len(found) > 1:
+        raise several(id_, found)
+    return found[0] if found else None
 
 
-def file_name(id_: str) -> str:
-    """Return the name of a clip's file, without folder and part."""
-    return id_.partition("#")[0].rpartition("/")[2]
+def in_seconds(
+    record: Record, problems: list[str], lasting: Sequence[float] | None = None
+) -> Record:
+    """Return a record with the times that are shares of a clip in seconds of it.
 
-
-def in_seconds(record: Record, banks: Banks, problems: list[str]) -> Record:
-    """Return a banked record with the times that are shares of a clip in seconds of it."""
+    lasting: seconds of its media; None where it is joined, and its places tell.
+    """
     if not any(SHARE.search(turn.text) for turn in record.turns):
         return record
-    durations = [banks.clip(id_).info.duration for id_ in record.clips]
+    banked = [place.clip().info.duration for place in record.places]
+    durations = banked if lasting is None else lasting
     if not durations or min(durations) <= 0:
         problems.append(
             f"{record.where} (id {record.id}): a time in %, and a medium without a duration"

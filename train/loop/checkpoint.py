@@ -12,7 +12,6 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.format.features import differences
+from shards.format.manifest import installed
 from shards.read.banks import joint
 from shards.signed import Json, file_facts, read_signed_json, signed_json
 from train.batches.run_plan import RunPlan
@@ -186,7 +186,7 @@ def step_of(folder: Path) -> int:
 def versions() -> Json:
     """Return what a run was made with; recorded, never compared."""
     names = ("framebank", "torch", "transformers", "accelerate")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    return {"python": platform.python_version()} | {name: installed(name) for name in names}
 
 
 class FullState:

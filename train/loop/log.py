@@ -170,6 +170,7 @@ def banner(
             lines.append(f"          positions / features by RMS at gamma 1: {ratio:.2f}")
     else:
         lines.append("LAPE      off")
+    lines += [f"note      {note}" for note in dataset.notes]
     if resumed:
         lines.append(f"resumed   from {resumed}")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.batch import Batch
+from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.signed import Json
 from train.batches.chat import Chat
@@ -246,7 +246,9 @@ def calibrate(run: Run, model: VLM, loader: Loader) -> float:
     """Set the scale of a fresh model's positions; return it as `VLM.calibrate` does."""
     records = run.plan.first_with_media(CALIBRATED)
     if records:
-        return model.calibrate(loader.batch([run.dataset.records[k] for k in records]))
+        batch = loader.batch([run.dataset.records[k] for k in records])
+        # where the model is: FSDP moves it to the device only later
+        return model.calibrate(to_device(batch, model.visual.frame_end.device))
     learns = model.lape is not None and model.lape.preset == "plus"
     if learns and model.config.lape_positions:
         run.log.say(

@@ -14,8 +14,11 @@ from pathlib import Path
 from model.config import ModelSettings
 from model.settings import setting
 from shards.annotations.files import is_hub_name
+from shards.annotations.globs import is_glob
+from shards.hub import refusal
 from train.settings.exits import refuse
-from train.settings.parse import BOOLEANS, ENVIRONMENT, Origin, merge
+from train.settings.foreign import ENVIRONMENT
+from train.settings.parse import BOOLEANS, Origin, merge
 
 
 def checkpoint_every(word: str) -> int | None:
@@ -33,11 +36,18 @@ class DataSettings:
     bank: list[str] = setting([], "bank folders made by `preprocess encode`, one or several")
     data_path: list[str] = setting(
         [],
-        "records: .json, .jsonl, .csv, .parquet, a folder of one kind, a mixture's YAML, Hub name",
+        "records: .json, .jsonl, .csv, .parquet, a folder of one kind, a pattern such as x/*.parquet, "
+        "a mixture's YAML, Hub name",
     )
     data_config: str = setting("", "YAML of named datasets: name -> {records, banks}")
     data_mixture: str = setting("", "which of them, how often and how much: a+b*2+c@0.1")
     eval_path: list[str] = setting([], "record files for the held-out loss")
+    media_dir: str = setting(
+        "", "folder that the records' media are relative to, where no id is as they say"
+    )
+    strip_prefix: list[str] = setting(
+        [], "leading folders of the records' media that the banks' ids do not have"
+    )
     missing: str = setting(
         "error", "a record whose clip no bank has: stop, or drop it", choices=("error", "drop")
     )
@@ -180,20 +190,16 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
     for name in ("stage_path", "output_dir"):
         if not getattr(config, name):
             problems.append(f"{name}: missing; give --{name} PATH or set it in the YAML")
-    if config.stage_path and not is_model_name(config.stage_path):
+    if config.stage_path and (problem := stage_problem(config.stage_path)):
         where = origins.get("stage_path", "stage_path")
-        problems.append(
-            f"{where} stage_path: no such folder: {config.stage_path} "
-            "(expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run; "
-            "also a VILA stage or a LLaVA checkpoint: a folder with config.json)"
-        )
+        problems.append(f"{where} stage_path: {problem}")
     if config.data_mixture and not config.data_config:
         problems.append("data_mixture: needs data_config, a YAML of named datasets")
     if not config.data_config and not config.data_path:
         problems.append("data_path: missing; give --data_path RECORDS.jsonl, or data_config")
     for name in ("data_path", "eval_path"):
         for path in getattr(config, name):
-            if not Path(path).exists() and not is_hub_name(path):
+            if not Path(path).exists() and not is_glob(path) and not is_hub_name(path):
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
     if config.attn.startswith("flash") and (
         config.frame_attention == "block" or config.pack_tokens
@@ -218,19 +224,18 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
     return problems
 
 
-def is_model_name(name: str) -> bool:
-    """Tell whether a name is a model folder, or a Hub name whose config can be had."""
+def stage_problem(name: str) -> str | None:
+    """Return why a name is no model folder, and none that the Hub gives; None where it is."""
     if (Path(name) / "config.json").is_file():
-        return True
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        return False
-    from huggingface_hub import hf_hub_download
-
-    try:
-        hf_hub_download(name, "config.json")
-    except Exception:  # offline, unknown, gated: each means that it cannot be loaded
-        return False
-    return True
+        return None
+    expected = (
+        "expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run; "
+        "also a VILA stage or a LLaVA checkpoint: a folder with config.json"
+    )
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return f"no such folder: {name} ({expected})"
+    why = refusal(name)
+    return why and f"no such folder: {name}, and as a name of the Hub: {why} ({expected})"
 
 
 def help_text() -> str:

@@ -3,7 +3,6 @@
 What is wrong is collected, each problem with where it stands; which settings there are is the caller's.
 """
 
-import difflib
 import re
 import types
 import typing
@@ -15,15 +14,19 @@ from typing import Any
 import yaml
 
 from model.settings import expected, problem_of
+from train.settings.foreign import (
+    ENVIRONMENT,
+    FOREIGN,
+    NESTS,
+    environment_problems,
+    is_foreign,
+    unknown,
+)
 
-ENVIRONMENT = {
-    "ENABLE_LAPE": "enable_lape",
-    "NUM_SPATIAL_TOKENS": "num_spatial_tokens",
-    "NUM_TEMPORAL_TOKENS": "num_temporal_tokens",
-}
 POSITIONAL = ("stage_path", "data_mixture", "output_dir")
 """What words before the first flag mean, as in VILA's scripts."""
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
+BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
 
 NOT_ZERO = re.compile("[^eE]*[1-9]")
 
@@ -43,8 +46,9 @@ def merge(
     for path in [value for name, value, _ in flags if name == "config"]:
         for name, value, origin in read_yaml(path, problems):
             _set(settings, values, name, value, origin, problems)
+    problems += environment_problems(environ)
     for variable, name in ENVIRONMENT.items():
-        if variable in environ:
+        if environ.get(variable):  # a variable that is set to nothing is unset, as shells have it
             _set(settings, values, name, environ[variable], variable, problems)
     for name, value, origin in flags:
         if name != "config":
@@ -60,6 +64,7 @@ def read_flags(
     Up to three words before the first flag are the stage path, the mixture and the output folder.
     """
     found: list[tuple[str, Any, Origin]] = []
+    names = {item.name for item in fields(settings)}
     words = list(argv)
     for name in POSITIONAL:
         if words and not words[0].startswith("-"):
@@ -76,7 +81,9 @@ def read_flags(
             following.append(words.pop(0))
         if equals:
             following.insert(0, value)
-        if not following and typing.get_type_hints(settings).get(name) is bool:
+        if name != "config" and name not in names:
+            found.append((name, following, f"--{name}"))
+        elif not following and typing.get_type_hints(settings).get(name) is bool:
             found.append((name, "true", f"--{name}"))
         elif not following:
             problems.append(f"--{name}: needs a value")
@@ -106,8 +113,14 @@ def read_yaml(path: str, problems: list[str]) -> list[tuple[str, Any, Origin]]:
     if not isinstance(root, yaml.MappingNode):
         problems.append(f"{path}:1 expected `setting: value` lines")
         return []
+    return _lines(path, root, {}, problems)
+
+
+def _lines(
+    path: str, root: yaml.MappingNode, seen: dict[str, int], problems: list[str]
+) -> list[tuple[str, Any, Origin]]:
+    """Return the settings of a mapping, and of those that other trainers' keys nest in it."""
     found: list[tuple[str, Any, Origin]] = []
-    seen: dict[str, int] = {}
     for key, node in root.value:
         line = key.start_mark.line + 1
         if key.value in seen:
@@ -118,6 +131,12 @@ def read_yaml(path: str, problems: list[str]) -> list[tuple[str, Any, Origin]]:
             value: Any = node.value
         elif isinstance(node, yaml.SequenceNode):
             value = [item.value for item in node.value]
+        elif key.value in NESTS:
+            problems.append(f"{path}:{line} {key.value}: {FOREIGN[key.value]}")
+            found += _lines(path, node, seen, problems)
+            continue
+        elif is_foreign(key.value):
+            value = ""
         else:
             problems.append(f"{path}:{line} {key.value}: expected a value or a list, got a mapping")
             continue
@@ -136,9 +155,7 @@ def _set(
     known = {item.name: item for item in fields(settings)}
     subject = origin if origin in ENVIRONMENT or origin.startswith("--") else f"{origin} {name}"
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else " (see --help)"
-        problems.append(f"{subject}: unknown setting{hint}")
+        problems.append(f"{subject}: {unknown(name, known)}")
         return
     item = known[name]
     try:

@@ -145,6 +145,7 @@ def assemble(
     model.base = llm_base(settings)
     lines = [f"LLM: {type(llm).__name__} from {llm_path}"]
     if kind == "run":
+        refuse_other_tower(folder, model)
         lines += model.adopt(folder)
     elif kind != "llm":
         lines += load_parts(model, kind, folder)
@@ -179,7 +180,7 @@ def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
 def load_parts(model: "VLM", kind: str, folder: Path) -> list[str]:
     """Load what fits of a VILA or LLaVA stage into a fresh model; return a line for each part."""
     made, projector, tables, others = read_vila(folder) if kind == "vila" else read_llava(folder)
-    asked = model.config.mm_projector_type
+    asked, tower = model.config.mm_projector_type, tower_of(folder)
     lines = []
     if not projector:
         lines.append(f"projector: new ({asked}), the stage has none")
@@ -193,16 +194,56 @@ def load_parts(model: "VLM", kind: str, folder: Path) -> list[str]:
             projector,
             f"{folder}: projector ({made})",
             f"the bank's tower has width {model.tower_width}; use a bank of the tower that the stage "
-            "was trained with, or another mm_projector_type, which starts anew",
+            f"was trained with{tower and f' (preprocess encode --tower {tower})'}, or "
+            "another mm_projector_type, which starts anew",
         )
+        other = tower and Path(tower).name != Path(model.tower).name
         lines.append(
             f"projector: from the stage ({made}, {len(projector)} tensors); features are pooled before "
             "it here, so it has to be tuned again"
+            + (
+                f"; it was trained behind {tower}, the bank's tower is {model.tower}"
+                if other
+                else ""
+            )
         )
     lines += load_tables(model, folder, tables)
     parts = ["visual"] + (["frame_causal"] if model.frame_causal is not None else [])
     lines += [f"{name}: new, the stage has none" for name in parts]
     return lines + [f"ignored: {other}" for other in others]
+
+
+def tower_of(folder: Path) -> str:
+    """Return the name of the vision tower that a VILA or LLaVA stage says it has, or nothing."""
+    config = read_config(str(folder)) or {}
+    own = config.get("vision_tower_cfg")
+    own = own.get("_name_or_path") if isinstance(own, dict) else own
+    return str(config.get("mm_vision_tower") or config.get("vision_tower") or own or "")
+
+
+def refuse_other_tower(folder: Path, model: "VLM") -> None:
+    """Raise UserError where a run's projector does not fit the bank's features, or our settings."""
+    facts = read_config(str(folder)) or {}
+    made, asked = facts["model"]["mm_projector_type"], model.config.mm_projector_type
+    if made != asked:
+        raise UserError(
+            f"its projector is {made}, asked {asked}",
+            where=folder,
+            fix=f"set mm_projector_type: {made}, or start from its LLM alone: stage_path: {folder}/llm",
+        )
+    ours, theirs = model.features, facts["features"]
+    differing = [name for name in ("tower_digest", "layer") if ours.get(name) != theirs.get(name)]
+    if facts["tower_width"] != model.tower_width or differing:
+        raise UserError(
+            f"its projector takes features of width {facts['tower_width']} of layer "
+            f"{theirs.get('layer')} of {facts['tower']}, the bank has width {model.tower_width} of "
+            f"layer {ours.get('layer')} of {model.tower}"
+            + (", another tower" if "tower_digest" in differing else ""),
+            where=folder,
+            fix="set bank to one that was made with its tower (preprocess encode --tower "
+            f"{facts['tower']} --layer {theirs.get('layer')}), or start from its LLM alone: "
+            f"stage_path: {folder}/llm",
+        )
 
 
 def load_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:

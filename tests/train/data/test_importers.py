@@ -101,6 +101,7 @@ def test_qvhighlights(tmp_path: Path) -> None:
     assert (record.id, record.clips) == ("8737", ("bP5KfdFJzC4_660.0_810.0.mp4",))
     expected = "from <t:0.000> to <t:16.000>, from <t:20.000> to <t:36.500>"
     assert record.turns[1].text == expected
+    assert record.task == "windows"  # of which a query with one window is one, too
 
 
 def test_refcoco(tmp_path: Path) -> None:

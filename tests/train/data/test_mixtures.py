@@ -13,6 +13,7 @@ import yaml
 from shards.annotations.files import ALL, Selection
 from shards.errors import UserError
 from train.data.dataset import file_digest, open_dataset
+from train.data.folders import Folders
 from train.data.mixtures import MixturePart, read_mixture
 from train.settings.config import TrainConfig
 
@@ -186,3 +187,130 @@ def test_a_digest_tells_choices_and_contents_apart(folder: Path) -> None:
     assert len(digests) == 4
     assert file_digest(str(folder / "b.jsonl")) not in digests
     assert file_digest(str(folder / "none")) == file_digest(str(folder / "nor this"))
+
+
+# -- globs, second names, files that are there twice
+
+
+@pytest.fixture
+def sets(folder: Path, make_bank: Callable[..., Path]) -> Callable[..., list[str]]:
+    """A function that returns the ids of a run's records, with its notes after them."""
+    arrays = {4: np.zeros((8, 2, 2, 5), np.float16), 8: np.zeros((8, 1, 1, 5), np.float16)}
+    bank = make_bank(folder / "bank", {"v.mp4": arrays})
+
+    def taken(content: Any = None, **settings: Any) -> list[str]:
+        if content is not None:
+            (folder / "mix.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+            settings["data_config"] = str(folder / "mix.yaml")
+        dataset = open_dataset(TrainConfig(bank=[str(bank)], **settings))
+        return [*(record.id for record in dataset.records), *dataset.notes]
+
+    return taken
+
+
+def refused(taken: Callable[..., list[str]], *content: Any, **settings: Any) -> list[str]:
+    with pytest.raises(UserError) as stop:
+        taken(*content, **settings)
+    return stop.value.problems
+
+
+def test_a_pattern_takes_the_files_that_match_in_the_order_of_their_names(
+    folder: Path, sets: Callable[..., list[str]]
+) -> None:
+    (folder / "y" / "two").mkdir(parents=True)
+    for place, name in (("y/two/c", "c"), ("y/b", "b"), ("y/B", "b"), ("y/.hidden", "a")):
+        (folder / f"{place}.jsonl").write_text((folder / f"{name}.jsonl").read_text())
+    (folder / "y" / "notes.txt").write_text("no record")
+    flat = sets(data_path=[str(folder / "?.jsonl")])
+    assert flat == sets(data_path=[str(folder / f"{name}.jsonl") for name in "abc"])
+    deep = sets(data_path=[str(folder / "y" / "**" / "*.jsonl")])
+    assert [deep[0], deep[20], deep[40], len(deep)] == ["b0", "b0", "c0", 60]
+    assert sets({"x": {"records": "y/**/*.jsonl"}}) == deep
+    assert sets({"datasets": [{"json_path": "{a,y/tw*/c}.jsonl"}]})[::20] == ["a0", "c0"]
+    # a file of that very name is no pattern
+    (folder / "[ab].jsonl").write_text((folder / "c.jsonl").read_text())
+    assert sets(data_path=[str(folder / "[ab].jsonl")])[0] == "c0"
+
+
+def test_a_pattern_that_matches_nothing_says_what_there_is(
+    folder: Path, sets: Callable[..., list[str]]
+) -> None:
+    (line,) = refused(sets, data_path=[str(folder / "*.parquet")])
+    assert line == (
+        f"{folder / '*.parquet'}: no file matches; {folder} holds a.jsonl, b.jsonl, bank, c.jsonl"
+    )
+    (line,) = refused(sets, {"x": {"records": "none/*.jsonl"}})
+    assert line.endswith(f"no file matches; there is no folder {folder / 'none'}")
+    assert line.startswith(f"data_config {folder / 'mix.yaml'}: x: ")
+
+
+ALIASES = {
+    "a": {"records": "a.jsonl"},
+    "first": {"data_path": "./a.jsonl"},
+    "bc": {"records": ["b.jsonl", "c.jsonl"]},
+    "c": {"records": "c.jsonl"},
+    "all": "a+bc*2",
+}
+
+
+def test_second_names_of_a_dataset_are_not_trained_twice(sets: Callable[..., list[str]]) -> None:
+    taken = sets(ALIASES)
+    assert taken[:60:20] == ["a0", "b0", "c0"]
+    assert "all stand for other names, and are left out without a data_mixture" in taken[60]
+    assert "first are names of it" in taken[61]
+    assert "c are names of it" in taken[62]
+    assert len(taken) == 63
+    # what a mixture asks for by name is taken as it asks
+    assert len(sets(ALIASES, data_mixture="a+first")) == 40
+    assert len(sets(ALIASES, data_mixture="all+c")) == 120
+
+
+def test_other_choices_of_one_file_are_not_two_datasets(sets: Callable[..., list[str]]) -> None:
+    small = {"a": {"records": "a.jsonl"}, "few": {"records": "a.jsonl", "sampling_strategy": "10%"}}
+    (line,) = refused(sets, small)
+    assert "choose other rows of it; say in data_mixture which to take" in line
+    assert len(sets(small, data_mixture="few")) == 2
+    lists = {
+        "datasets": [{"json_path": "a.jsonl", "sampling_strategy": f"first:{n}"} for n in (2, 3)]
+    }
+    assert len(sets(lists)) == 5
+
+
+def test_a_file_that_is_listed_twice_is_named(folder: Path, sets: Callable[..., list[str]]) -> None:
+    a, b = (str(folder / f"{name}.jsonl") for name in "ab")
+    (line,) = refused(sets, data_path=[a, b, f"{folder}/./a.jsonl"])
+    assert line == (
+        f"{a}: is listed in data_path {a} and data_path {folder}/./a.jsonl; leave one out, or repeat "
+        "a dataset by a mixture such as name*2"
+    )
+    assert "listed in" in refused(sets, data_path=[a, str(folder / "*.jsonl")])[0]
+    assert "listed in" in refused(sets, {"x": {"records": "a.jsonl"}}, data_path=[a])[0]
+    (line,) = refused(sets, {"datasets": [{"json_path": "{a,b,a}.jsonl"}]})
+    assert "datasets[0], twice; leave one out" in line
+    (folder / "only").mkdir()
+    (folder / "only" / "link.jsonl").symlink_to(folder / "a.jsonl")
+    assert a in refused(sets, data_path=[a, str(folder / "only")])[0]
+
+
+def test_the_fields_of_other_registries_are_taken_or_refused(folder: Path) -> None:
+    vila = {
+        "x": {
+            "_target_": "llava.data.LLaVADataset",
+            "data_path": "a.jsonl",
+            "media_dir": "/data/clips",
+            "is_video": True,
+        }
+    }
+    (part,), problems = mixed(folder, "x", vila)
+    assert (part.folders, problems) == (Folders("/data/clips"), [])
+    entry = {"path": "a.jsonl", "data_folder": "clips", "data_type": "json"}
+    (part,), problems = mixed(folder, "", {"datasets": [entry]})
+    assert (part.folders, problems) == (Folders("clips"), [])
+    both = {
+        "x": {"records": "a.jsonl", "bank": "p", "banks": "q", "media_dir": "y", "data_folder": "z"}
+    }
+    _, problems = mixed(folder, "x", both)
+    assert [line.rpartition(" has ")[2] for line in problems] == [
+        "both banks and bank; keep one",
+        "both media_dir and data_folder; keep one",
+    ]

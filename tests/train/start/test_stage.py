@@ -317,6 +317,63 @@ def test_a_model_without_a_causal_llm_is_refused_in_a_line(
     assert "Siglip" in str(caught.value)
 
 
+CURES: list[tuple[Callable[[Any], Any], str]] = [
+    (
+        lambda facts: facts["features"].update(tower_digest="00" * 16),
+        ", another tower; set bank to one that was made with its tower (preprocess encode --tower ",
+    ),
+    (lambda facts: facts["features"].update(layer=-1), "of layer -1 of "),
+    (
+        lambda facts: facts.update(tower_width=96),
+        "its projector takes features of width 96 of layer",
+    ),
+    (
+        lambda facts: facts["model"].update(mm_projector_type="linear"),
+        "its projector is linear, asked mlp2x_gelu; set mm_projector_type: linear, or start from its "
+        "LLM alone: stage_path: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), CURES)
+def test_a_runs_projector_that_does_not_fit_names_the_setting_that_cures_it(
+    start: Callable[..., tuple[VLM, list[str]]],
+    trained_run: Path,
+    tmp_path: Path,
+    change: Callable[[Any], Any],
+    expected: str,
+) -> None:
+    stage = tmp_path / "run"
+    shutil.copytree(trained_run, stage, ignore=shutil.ignore_patterns("checkpoint-*"))
+    facts = json.loads((stage / "config.json").read_text())
+    change(facts)
+    (stage / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError) as caught:
+        start(stage)
+    assert expected in str(caught.value)
+    # the LLM alone starts anew, as the message says
+    assert f"stage_path: {stage}/llm" in str(caught.value)
+    start(stage / "llm")
+
+
+def test_a_stages_own_tower_is_named_where_it_is_another(
+    start: Callable[..., tuple[VLM, list[str]]], toy: Path, width: int, tmp_path: Path
+) -> None:
+    kinds = (("ok", width), ("wide", width + 1))
+    for name, wide in kinds:
+        save_vila(tmp_path / name, toy, wide, "mlp2x_gelu")
+        path = tmp_path / name / "config.json"
+        tower = {"vision_tower_cfg": {"_name_or_path": "google/siglip-so400m-patch14-384"}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | tower))
+    _, lines = start(tmp_path / "ok")
+    (line,) = [line for line in lines if line.startswith("projector: ")]
+    assert "it was trained behind google/siglip-so400m-patch14-384, the bank's tower is " in line
+    with pytest.raises(
+        UserError, match=r"preprocess encode --tower google/siglip-so400m-patch14-384\)"
+    ):
+        start(tmp_path / "wide")
+
+
 def test_an_llm_and_a_run_are_told_what_they_gave(
     start: Callable[..., tuple[VLM, list[str]]], toy: Path, trained_run: Path
 ) -> None:

@@ -1,0 +1,1 @@
+"""Answers and references -> scores: what an answer says, what it is compared by, what to report."""

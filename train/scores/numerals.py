@@ -1,0 +1,90 @@
+"""Numbers in text: each becomes one character, so that patterns of words and numbers can be matched.
+
+    text_of("from <t:1.5> to 4 s").values   # {5: 1.5, 10: 4.0}
+
+Coordinate markup keeps its axis. A clock (1:04) or a number with a unit (4 s, 1 min 4 s) is a time
+in seconds. Ordinals (3rd), numbers of other units (50 %, 3 px, frame 7) and numbers that are parts of
+words (mp4) are words.
+"""
+
+import re
+from dataclasses import dataclass
+from math import isfinite
+
+TIME, X, Y, SECONDS, PLAIN = "\ue010\ue011\ue012\ue013\ue014"
+"""Stand for `<t:…>`, `<x:…>`, `<y:…>`, a number of seconds, a number of nothing in particular."""
+MARKED = {"t": TIME, "x": X, "y": Y}
+ANY = f"[{TIME}{X}{Y}{SECONDS}{PLAIN}]"
+UNMARKED = f"[{SECONDS}{PLAIN}]"
+
+_NUMBER = r"(?:\d+\.\d+|(?<!\w)\d+)"
+_UNIT = r"\s?(?:s|secs?|seconds?)(?![^\W\d_])"
+_TOKEN = re.compile(
+    rf"""
+      <(?P<axis>[txy]):(?P<marked>-?\d+(?:\.\d+)?)>(?:{_UNIT})?
+    | (?P<clock>(?<![\w.:])(?:\d+:)?\d{{1,2}}:[0-5]\d(?:\.\d+)?(?![\d:]))
+    | (?P<minutes>(?<![\w.])\d+)\s?(?:m|mins?|minutes?)(?![^\W\d_])
+        (?:\s?(?:and\s)?(?P<rest>\d+(?:\.\d+)?){_UNIT})?
+    | (?<!\w)\d+(?P<ordinal>st|nd|rd|th)(?!\w)
+    | (?P<frames>(?<!\w)frames?\s)\d+(?:\.\d+)?
+    | {_NUMBER}\s?(?P<other>%|(?:percent|px|pixels?|ms|fps|frames?|h|hours?)(?!\w))
+    | (?P<seconds>{_NUMBER}){_UNIT}
+    | (?P<joined>\d+\.\d)(?=\d+\.\d)
+    | (?P<plain>
+        (?<!\d\s)(?<![\w)\]>])-(?:\d+\.\d+|\d+(?!\w))  # a dash after a number is no sign
+      | \d+\.\d+
+      | (?<!\w)(?<!\d\.)\d+(?!\w)
+      | (?<![\w.])\.\d+
+      )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+"""joined: times written one after the other without a blank, as plain text has them: 1.04.0."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text whose numbers are single characters."""
+
+    text: str
+    values: dict[int, float]
+    """The number that the character at a place stands for."""
+
+    @property
+    def marks(self) -> str:
+        """Its number characters, in order."""
+        return "".join(self.text[place] for place in self.values)
+
+
+def text_of(raw: str) -> Text:
+    """Return a text with each number as a character; blanks are single, and line breaks stay."""
+    raw = re.sub(f"{ANY}|[^\\S\n]+", " ", raw).strip()
+    raw = re.sub(r" ?\n\s*", "\n", raw)
+    out, values, position = "", dict[int, float](), 0
+    for match in _TOKEN.finditer(raw):
+        out += raw[position : match.start()]
+        position = match.end()
+        mark, value = _read(match)
+        if value is not None and isfinite(value):
+            values[len(out)] = value
+        out += mark if value is None or isfinite(value) else "#"
+    return Text(out + raw[position:], values)
+
+
+def _read(match: re.Match[str]) -> tuple[str, float | None]:
+    """Return the character, or the word, that a token becomes, and its value."""
+    found = match.groupdict()
+    if found["axis"]:
+        return MARKED[found["axis"].lower()], float(found["marked"])
+    if found["clock"]:
+        seconds = 0.0
+        for part in found["clock"].split(":"):
+            seconds = 60 * seconds + float(part)
+        return SECONDS, seconds
+    if found["minutes"]:
+        return SECONDS, 60 * float(found["minutes"]) + float(found["rest"] or 0)
+    if found["seconds"]:
+        return SECONDS, float(found["seconds"])
+    if found["joined"] or found["plain"]:
+        return PLAIN, float(found["joined"] or found["plain"])
+    return f"#{found['ordinal'] or found['frames'] or found['other']}".lower().rstrip(), None

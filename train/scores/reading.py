@@ -1,0 +1,178 @@
+"""What an answer says: the coordinates that a reference asks for, found in text that a model wrote.
+
+An answer is searched for the reference's own words with numbers where its coordinates are; other
+numbers in those words, and ordinals, may be any. Where those words are not there, it is searched for
+the common ways to write the kind. What it says counts when it is said once and is the end of the
+answer: see `runs_on`. The README has a table of examples, which a test reads.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from train.scores.numerals import ANY, MARKED, PLAIN, SECONDS, UNMARKED, Text, text_of
+from train.scores.words import folded, spoken
+
+MOST_WORDS = 12
+"""Words that may follow an answer's last number."""
+TO = r"(?:-|\u2013|\u2014|~|→|->|\.\.\.?|to|till|until|through|up to)"
+END = (
+    r"(?:(?:and|,|;) ?)*(?:it )?(?:ends?|ending|stops?|finishes)"
+    r"(?: ?(?:is|at|in|on|time|:|=|around|about))*"
+)
+SPANS = (
+    rf"({{t}})[\])}}}}]?,?\s?(?:{TO}|{END})\s?(?:about |around )?[\[({{{{]?({{t}})"
+    r"|between ({t}) and ({t})",
+    r"({t})[\])}}]?\s?(?:,|;|and|/|\|)?\s?[\[({{]?({t})",
+)
+"""Two times joined by a word or a dash; then two times beside each other."""
+_GAP = r"[\s,;:=()\[\]{{}}]*(?:(?:and|to)\s)?[\s()\[\]{{}}]*"
+_NAME = r"(?:(?<!\w){0}_?(?:\d|min|max)?\s?[:=]?\s?)?"
+_PLACE = rf"{_NAME.format('x')}({{x}}){_GAP}{_NAME.format('y')}({{y}})"
+COMMON = {
+    "time": (f"([{MARKED['t']}{SECONDS}])", "({t})"),
+    "span": SPANS,
+    "point": (_PLACE,),
+    "box": (f"{_PLACE}{_GAP}{_PLACE}",),
+}
+"""Of a kind, the ways in which its coordinates are written; the first that is there is read."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The coordinates that an answer says, in the reference's order, if it says them."""
+
+    numbers: tuple[float, ...] = ()
+    run_on: bool = False
+    """It says them, and goes on."""
+
+    @property
+    def parsed(self) -> bool:
+        return bool(self.numbers)
+
+
+NOTHING = Reading()
+RUN_ON = Reading(run_on=True)
+
+
+def read_coordinates(kind: str, reference: str, said: str) -> Reading:
+    """Return the coordinates of an answer: as many as the reference has, on the same axes."""
+    answer, asked = heard(said), text_of(reference)
+    patterns = [own_words(asked)]
+    if not re.search(r"\w", re.sub(ANY, "", asked.text)) and kind in COMMON:
+        patterns = []  # without words of its own any number would do
+    patterns += COMMON.get(kind, ())
+    for pattern in patterns:
+        found = list(_search(pattern, answer))
+        if found:
+            return RUN_ON if len(found) > 1 else _alone(answer, found)
+    return _in_order(answer, re.sub("[^txy]", "", _axes(asked)))
+
+
+def read_windows(said: str) -> Reading:
+    """Return the starts and ends of all spans that an answer lists."""
+    answer = heard(said)
+    for pattern in SPANS:
+        found = list(_search(pattern, answer))
+        if found:
+            reading = _alone(answer, found)
+            pairs = list(zip(reading.numbers[::2], reading.numbers[1::2], strict=True))
+            return RUN_ON if len(set(pairs)) < len(pairs) else reading
+    return NOTHING
+
+
+def read_tube(said: str, boxes: int) -> Reading:
+    """Return an answer's span, where it says one, and its boxes, each after its time.
+
+    boxes: how many the reference has; with more of them, those said twice, or behind the end of the
+    span, make a run-on.
+    """
+    answer = heard(said)
+    shape = _filled("({t}{t})?((?:{t}{x}{y}{x}{y})+)", answer)
+    found = re.fullmatch(shape, answer.marks)
+    if not found:
+        return NOTHING
+    numbers = tuple(answer.values.values())
+    rows = [numbers[k : k + 5] for k in range(len(found[1] or ""), len(numbers), 5)]
+    behind = found[1] is not None and rows[-1][0] > numbers[1]
+    repeats = len(rows) > boxes and (len(set(rows)) < len(rows) or behind)
+    return RUN_ON if repeats or runs_on(answer.text[max(answer.values) + 1 :]) else Reading(numbers)
+
+
+def heard(said: str) -> Text:
+    """Return an answer without a think block, its numbers as characters."""
+    return text_of(spoken(said))
+
+
+def words_of(said: str) -> str:
+    """Return the words of a text without its numbers."""
+    return folded(re.sub(ANY, " ", heard(said).text))
+
+
+def runs_on(tail: str) -> bool:
+    """Return whether more follows the last number of an answer than a few words.
+
+    More is: a number, another line, over `MOST_WORDS` words, a word three times in a row.
+    """
+    tail = tail.rstrip()
+    return bool(
+        re.search(ANY, tail)
+        or re.search(r"\n\s*\w|<", tail)
+        or len(tail.split()) > MOST_WORDS
+        or re.search(r"(?i)(\b\w+\b)(?:\W+\1\b){2}", tail)
+    )
+
+
+def own_words(asked: Text) -> str:
+    """Return the pattern of a reference's own words, with its coordinates as groups."""
+    text = asked.text.rstrip(" .!")
+    pattern = r"(?<!\w)" if re.match(r"\w", text) else ""
+    axes = {mark: axis for axis, mark in MARKED.items()}
+    for char in text:
+        if char in axes:
+            pattern += rf"\s*({{{axes[char]}}})\s*"
+        elif char in (SECONDS, PLAIN):
+            pattern += UNMARKED
+        else:
+            pattern += r"\s*" if char.isspace() else re.escape(char).translate(_BRACES)
+    return pattern
+
+
+_BRACES = str.maketrans({"{": "{{", "}": "}}"})
+"""Patterns are filled in by `str.format`."""
+
+
+def _filled(pattern: str, answer: Text) -> str:
+    """Fill in what may be a time, an x, a y of an answer: markup where that axis has any."""
+    plain = {"t": UNMARKED, "x": PLAIN, "y": PLAIN}
+    marks = answer.marks
+    return pattern.format(**{a: MARKED[a] if MARKED[a] in marks else plain[a] for a in MARKED})
+
+
+def _search(pattern: str, answer: Text) -> list[list[int]]:
+    """Return the places of the numbers of each match of a pattern."""
+    found = re.finditer(_filled(pattern, answer), answer.text, re.IGNORECASE)
+    return [[m.start(k + 1) for k, group in enumerate(m.groups()) if group] for m in found]
+
+
+def _alone(answer: Text, found: Sequence[Sequence[int]]) -> Reading:
+    """Return the numbers at some places, unless the answer has more coordinates, or goes on."""
+    places = [place for match in found for place in match]
+    others = {answer.text[place] for place in answer.values if place not in places}
+    if others & set(MARKED.values()) or runs_on(answer.text[places[-1] + 1 :]):
+        return RUN_ON
+    return Reading(tuple(answer.values[place] for place in places))
+
+
+def _axes(text: Text) -> str:
+    """Return the axis of each number of a text, `.` for one without."""
+    axes = {mark: axis for axis, mark in MARKED.items()}
+    return "".join(axes.get(mark, ".") for mark in text.marks)
+
+
+def _in_order(answer: Text, axes: str) -> Reading:
+    """Return the numbers of an answer that has exactly one for each of some axes, and no other."""
+    shape = _filled("".join(f"{{{axis}}}" for axis in axes), answer)
+    if not re.fullmatch(shape, answer.marks) or not answer.values:
+        return NOTHING
+    return _alone(answer, [list(answer.values)])

@@ -1,0 +1,60 @@
+"""Scores of all answers -> a report, and the report as people read it."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from shards.signed import Json
+from train.scores.captions import cider
+from train.scores.kinds import Asked
+from train.scores.overlap import interval_iou
+
+
+def summarise_scores(asked: Sequence[Asked], said: Sequence[str], scores: Sequence[Json]) -> Json:
+    """Return the mean of each score, by kind, over the answers that have it; of captions also CIDEr."""
+    by_kind: dict[str, list[Json]] = defaultdict(list)
+    for entry in scores:
+        by_kind[entry["kind"]].append(entry)
+    out: Json = {}
+    for kind, entries in sorted(by_kind.items()):
+        out[kind] = {"count": len(entries)}
+        for name in dict.fromkeys(name for entry in entries for name in entry if name != "kind"):
+            values = [entry[name] for entry in entries if name in entry]
+            out[kind][name] = math.fsum(values) / len(values)
+    captions = [
+        (a.reference, text) for a, text in zip(asked, said, strict=True) if a.kind == "caption"
+    ]
+    if captions:
+        out["caption"]["cider"] = cider(*zip(*captions, strict=True))
+    return out
+
+
+def constant_span(asked: Sequence[Asked]) -> float | None:
+    """Return the mIoU of the best single span, as shares of each clip, found with the answers known.
+
+    A model that has not looked at the videos cannot do better. None where no span is asked for.
+    """
+    spans = [a for a in asked if a.kind == "span"]
+    if not spans:
+        return None
+    shares = [[n / a.duration for n in a.coordinates] for a in spans]
+    grid = [k / 20 for k in range(21)]
+    guesses = [(start, end) for start in grid for end in grid if start < end]
+    return max(sum(interval_iou(share, guess) for share in shares) for guess in guesses) / len(
+        shares
+    )
+
+
+def table(report: Json) -> str:
+    """Return a report as people read it."""
+    losses = report["losses"]
+    lines = [f"{report['records']} records, {report['answers']} answers"]
+    shown = ("ce_loss", "autoregressive_loss", "ar_copy_baseline", "ar_skill")
+    lines.append("  ".join(f"{name} {losses[name]:.4f}" for name in shown if name in losses))
+    for kind, entry in report["tasks"].items():
+        parts = [f"{kind:7} n={entry['count']:<5}"]
+        parts += [f"{name} {value:.3f}" for name, value in entry.items() if name != "count"]
+        lines.append("  ".join(parts))
+    if "constant_span_miou" in report:
+        lines.append(f"best constant span: mIoU {report['constant_span_miou']:.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""Short answers in words: the same text, a number, an option, a list in order."""
+
+import re
+import string
+from collections.abc import Sequence
+
+SPELLED = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    *("nineteen", "twenty"),
+)
+_NUMBER = re.compile(rf"(?i)(?<![\w.])-?\d+(?:\.\d+)?(?![\w%])|\b(?:{'|'.join(SPELLED)})\b")
+
+
+def spoken(answer: str) -> str:
+    """Return an answer without the think block before it; nothing where that has not ended."""
+    return "" if "<think>" in answer.rpartition("</think>")[2] else answer.rpartition("</think>")[2]
+
+
+def folded(text: str) -> str:
+    """Return a text without case, without blanks and marks around it, and with single blanks in it."""
+    return " ".join(text.casefold().split()).strip(" .!\"'`*")
+
+
+def number_of(text: str) -> float | None:
+    """Return the value of a text that is nothing but a number, in digits or in words."""
+    match = _NUMBER.fullmatch(_plain(folded(text)))
+    return _value(match[0]) if match else None
+
+
+def one_number(text: str) -> float | None:
+    """Return the number that an answer says, if it says one."""
+    values = {_value(match[0]) for match in _NUMBER.finditer(_plain(spoken(text)))}
+    return values.pop() if len(values) == 1 else None
+
+
+def decimals(text: str) -> int:
+    """Return how many digits a number has behind its point."""
+    return len(folded(text).partition(".")[2])
+
+
+def items_of(text: str) -> list[str]:
+    """Return the items of a list that commas, arrows, lines or `then` part, or of letters like BAC."""
+    plain = spoken(text).strip(" .\n()[]")
+    if re.fullmatch(r"[A-Z]{2,}", plain) and len(set(plain)) == len(plain) == ord(max(plain)) - 64:
+        return list(plain.lower())
+    parts = re.split(
+        r"\s*(?:->|→|>|,|;|\n|\bthen\b|\s-\s|(?<=^\w)-|(?<=\b\w)\sand\s(?=\w\b))\s*", plain
+    )
+    items = [re.sub(r"^(?:\d+[.)]\s+|and\s+|first\s+|finally\s+)", "", folded(p)) for p in parts]
+    return [item.strip(" ()") for item in items if item]
+
+
+def letter_of(answer: str, options: Sequence[str]) -> str | None:
+    """Return the letter that an answer to a multiple choice means, if it means one.
+
+    It is a letter (A, A., (A), option A), an option's text, or both where they agree. Without options
+    it is a letter.
+    """
+    said = re.sub(r"[*`]", "", spoken(answer)).strip()
+    texts = [folded(option) for option in options]
+    letters = string.ascii_uppercase[: len(options) or 26]
+    if texts.count(folded(said)) == 1:
+        return letters[texts.index(folded(said))]
+    lead = r"(?:(?:the|my|best|correct|answer|option|choice|is)\b[:\s]*)*"
+    match = re.fullmatch(rf"(?is){lead}\(?([A-Z])(?:[.):,]+(.*))?", said)
+    if not match or match[1].upper() not in letters:
+        return None
+    letter, text = match[1].upper(), folded(match[2] or "")
+    own = dict(zip(letters, texts, strict=False)).get(letter, "")
+    return letter if text in ("", own) else None
+
+
+def _plain(text: str) -> str:
+    """Return a text without the commas between thousands."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+
+
+def _value(number: str) -> float:
+    word = number.lower()
+    return float(SPELLED.index(word) if word in SPELLED else word)
