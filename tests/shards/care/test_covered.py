@@ -58,7 +58,7 @@ def make(root: Path, toy: Path, side: int, patch: int, codec: str = "none") -> P
         strides=(2, 4),
         sampling=Sampling(num_frames=2),
         codec=codec,
-        shard_bytes=8_000,
+        shard_bytes=5_000,
     )
     summary = encode([str(toy / "videos")], root / "bank", options)
     assert (summary.clips, summary.failures) == (9, [])
@@ -250,7 +250,7 @@ def test_who_is_killed_at_any_moment_goes_on(
             process.stdin.write("\n")
             process.stdin.flush()
     assert process.returncode == 0
-    assert moments > 20  # of a change to a file, each of two shards and the plan
+    assert moments > 20  # of a change to a file: the shards, then the plan
 
 
 def test_where_the_grid_leaves_the_patch_size_open_the_tower_is_asked(
