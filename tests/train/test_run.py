@@ -663,7 +663,8 @@ def test_each_trained_parameter_is_in_one_group_with_its_own_rate(
     }
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.startswith("lape")
+        alone = name.startswith(("lape", "visual")) or name == "frame_causal.stream.weight"
+        matrix = parameter.ndim >= 2 and not alone
         assert decay[id(parameter)] == (0.1 if matrix else 0.0), name
     by_default = parameter_groups(model, TrainConfig(learning_rate=1e-4))
     peaks = {group["name"]: group["peak"] for group in by_default}

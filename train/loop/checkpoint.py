@@ -25,7 +25,7 @@ from shards.errors import UserError
 from shards.format.manifest import installed
 from shards.read.banks import joint
 from shards.signed import Json, file_facts, read_signed_json, signed_json
-from train.batches.plan import RunPlan
+from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
 from train.loop.optimizer import save_optimizer
 from train.settings.config import TrainConfig

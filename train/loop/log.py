@@ -16,7 +16,7 @@ from train.settings.config import TrainConfig
 
 if TYPE_CHECKING:
     from model.vlm import VLM
-    from train.batches.plan import RunPlan
+    from train.batches.run_plan import RunPlan
 
 LINE: tuple[tuple[tuple[str, str], ...], ...] = (
     (
@@ -187,12 +187,13 @@ def banner(
         + (", and the time before each frame" if config.frame_time == "text" else ""),
         f"steps     {plan.num_steps} of {plan.rows_per_step} {rows_line(plan)}: "
         f"{plan.rows_per_pack} x {plan.packs_per_step} micro-batches on {world} "
-        f"process{'es' if world > 1 else ''}",
+        f"process{'es' if world > 1 else ''}{plan.short_line}",
         f"plan      {plan.per_step(plan.tokens).mean():,.0f} tokens a step, "
         f"{plan.num_labels.mean():,.0f} of them supervised; {plan.efficiency:.1%} of the places hold "
         f"one; fingerprint {plan.fingerprint[:12]}",
         f"trained   {sum(parts.values()):,} parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
+        f"rates     {rates_line(model, config)}",
         f"losses    language + {config.loss_weight:g} x frame-causal ({config.predictor}, "
         f"{config.frame_attention} attention)",
     ]
@@ -221,6 +222,16 @@ def saves_line(config: TrainConfig) -> str:
     if not whens:
         return "at the end alone: a crash before it leaves nothing (save_minutes, save_steps)"
     return f"{', '.join(whens)} and at the end; the newest {config.save_total_limit} are kept"
+
+
+def rates_line(model: "VLM", config: TrainConfig) -> str:
+    """Return the peak learning rate of each part that is trained, and which weights decay."""
+    from train.loop.optimizer import parameter_groups
+
+    peaks = {group["name"]: group["peak"] for group in parameter_groups(model, config)}
+    shown = ", ".join(f"{name} {peak:g}" for name, peak in peaks.items())
+    decay = f"; weight decay {config.weight_decay:g}, of matrices" if config.weight_decay else ""
+    return f"at their peak: {shown}{decay}"
 
 
 def rows_line(plan: "RunPlan") -> str:

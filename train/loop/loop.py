@@ -15,13 +15,13 @@ import torch
 
 from model.batch import Batch, to_device
 from model.vlm import VLM
-from shards.errors import UserError
 from shards.signed import Json
 from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
-from train.batches.plan import RunPlan, plan_run, rows_per_step
+from train.batches.plan import all_drops, plan_run, rows_per_step
+from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
-from train.data.drops import LIST, Drop, write_drops
+from train.data.drops import LIST, write_drops
 from train.loop.checkpoint import (
     FullState,
     changed_settings,
@@ -33,7 +33,7 @@ from train.loop.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from train.loop.checks import PackMemory, UpdateCheck, out_of_memory_advice, rehearse
+from train.loop.checks import PackMemory, UpdateCheck, check_counts, out_of_memory_advice, rehearse
 from train.loop.gradients import Reduction, make_reduction
 from train.loop.held_out import held_out_loss
 from train.loop.log import RunLog, banner, closing, line_of
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 COPY_EVERY = 10
 """Steps between readings of the copy baseline, which needs both streams of a clip."""
 CALIBRATED = 8
-"""Records of the first step that set the scale of LAPE's positions, however the step is cut."""
+"""Records that set the scale of LAPE's positions: the run's first ones with media."""
 CHECKED = 3
 """First steps whose counts are compared with those of the plan."""
 
@@ -171,11 +171,6 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     share = Share(accelerator.process_index, accelerator.num_processes)
     with accelerator.local_main_process_first():  # the others then find the lengths cached
         plan = plan_run(config, dataset, rows_per_step(config, share.world, state))
-    if accelerator.is_fsdp2 and plan.packs_per_step % share.world:
-        raise UserError(
-            f"FSDP needs as many micro-batches on each process: {plan.packs_per_step} of a step do not "
-            f"divide among {share.world}; use a divisor of {plan.packs_per_step} processes"
-        )
     longest = int(plan.tokens.max())
     choose_attention(config, accelerator.device.type, longest)  # refused before weights are loaded
     facts = facts_of(config, dataset, plan)
@@ -207,16 +202,6 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
         facts=facts,
         log=log,
     )
-
-
-def all_drops(dataset: Dataset, plan: RunPlan) -> list[Drop]:
-    """Return each record that a run leaves out once, whether it is bad, not banked, or too long."""
-    own = [
-        Drop.of_record(dataset.records[k], reason)
-        for reason, records in plan.left_out.items()
-        for k in records.tolist()
-    ]
-    return [*dataset.drops, *dict.fromkeys(own)]
 
 
 def pin_threads(num_threads: int, reduce: str, state: Json, processes: int) -> None:
@@ -251,9 +236,7 @@ def make_learner(run: Run) -> Learner:
     loader = make_loader(run, model, compiled=attention == "flex_attention" or config.compile)
     ratio = math.nan
     if not model.calibrated:
-        records = run.plan.records(0)[:CALIBRATED]
-        batch = loader.batch([run.dataset.records[k] for k in records])
-        ratio = model.calibrate(to_device(batch, accelerator.device))
+        ratio = calibrate(run, model, loader)
 
     log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
     log.say(f"attention {attention}: {reason}")
@@ -265,6 +248,22 @@ def make_learner(run: Run) -> Learner:
     if run.resumed:
         load_optimizer(optimizer, model, run.resumed)
     return Learner(model, loader, full_state, reduction, optimizer)
+
+
+def calibrate(run: Run, model: VLM, loader: Loader) -> float:
+    """Set the scale of a fresh model's positions; return it as `VLM.calibrate` does."""
+    records = run.plan.first_with_media(CALIBRATED)
+    if records:
+        batch = loader.batch([run.dataset.records[k] for k in records])
+        # where the model is: FSDP moves it to the device only later
+        return model.calibrate(to_device(batch, model.visual.frame_end.device))
+    learns = model.lape is not None and model.lape.preset == "plus"
+    if learns and model.config.lape_positions:
+        run.log.say(
+            "LAPE      no record has a picture or a clip: the strength of positions (gamma) stays at 1; "
+            "the first run from this model whose records have some sets it"
+        )
+    return math.nan
 
 
 def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
@@ -302,6 +301,8 @@ def take_step(
     """Take one optimizer step on this process's batches."""
     config = run.config
     losses = Losses(config.seed, config.loss_weight, run.plan, step, run.accelerator)
+    if run.share.idles(run.plan, step):
+        batches = [*batches, learner.loader.idle(run.plan, step)]
     return run_step(
         learner.reduction,
         run.accelerator,
@@ -338,14 +339,6 @@ def check_step(run: Run, updates: UpdateCheck, step: int, metrics: Json) -> None
     )
     if step < run.first + CHECKED:
         check_counts(run.plan, step, metrics)
-
-
-def check_counts(plan: RunPlan, step: int, metrics: Json) -> None:
-    """Assert that what all ranks counted in a step is what the plan divided by."""
-    counted = metrics["supervised_tokens"], metrics["tokens"]
-    assert counted == (plan.num_labels[step], plan.per_step(plan.tokens)[step]), (step, metrics)
-    if metrics["transitions"]:  # none without a frame head
-        assert metrics["transitions"] == plan.num_transitions[step], (step, metrics)
 
 
 def log_step(run: Run, learner: Learner, timer: StepTimer, done: int, metrics: Json) -> Json:

@@ -118,7 +118,7 @@ class OptimizerSettings:
     learning_rate: float = setting(2e-5, "of the LLM", more_than=0)
     projector_lr: float = setting(0.0, "of projector and new heads; 0 takes learning_rate", least=0)
     lape_lr: float = setting(0.0, "of LAPE's tables; 0 takes 10 x learning_rate", least=0)
-    weight_decay: float = setting(0.0, "of LLM and projector matrices", least=0)
+    weight_decay: float = setting(0.0, "of matrices: no vector, no row of LAPE's tables", least=0)
     adam_beta2: float = setting(
         0.999, "AdamW's memory of squared gradients", more_than=0, less_than=1
     )

@@ -86,11 +86,23 @@ def test_two_sharded_processes_train_save_and_resume_like_one(
     run_settings: dict[str, Any],
     as_flags: Callable[..., list[str]],
     train_here: Callable[..., Path],
+    toy: Path,
     tmp_path: Path,
 ) -> None:
+    # five records in steps of two: in the third step one process has no pack
+    records = tmp_path / "five.jsonl"
+    records.write_text("".join((toy / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
+    run_settings = run_settings | {"data_path": records}
     one = train_here(
-        tmp_path / "one", save_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2
+        tmp_path / "one",
+        data_path=records,
+        save_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
     )
+    lines = (one / "metrics.jsonl").read_text().splitlines()
+    tokens = [json.loads(line)["supervised_tokens"] for line in lines]
+    assert tokens[2] < min(tokens[:2])
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     two = tmp_path / "two"
