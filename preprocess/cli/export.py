@@ -4,12 +4,14 @@ from pathlib import Path
 
 import click
 
+from preprocess.cli.options import LOCAL
+
 FORMATS = ("wids", "hf")
 
 
 @click.command()
 @click.argument("form", metavar="FORMAT", type=click.Choice(FORMATS))
-@click.argument("bank", type=click.Path(path_type=Path))
+@click.argument("bank", type=LOCAL)
 def export(form: str, bank: Path) -> None:
     """Write an index file into BANK by which others read its shards; nothing is copied.
 

@@ -9,6 +9,7 @@ still picture is a clip of no duration. Colours are those of Pillow's `convert("
 datasets are read everywhere; a picture is turned as its EXIF orientation says.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,12 @@ from shards.format.quarantine import Reason
 
 PICTURE_FPS = "2"
 """Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
-PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"))
+PICTURE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"),
+        *(".avif", ".heic", ".heif"),
+    )
+)
 PICTURES = "pictures"
 """Stands for the codec in the scan of pictures."""
 NO_DURATION = 100  # ms that browsers show a frame which gives none
@@ -37,9 +43,11 @@ def holds_pictures(path: Path) -> bool:
 
 def picture_files(folder: Path) -> list[Path]:
     """Return the picture files of a folder in natural order of name, hidden ones left out."""
+    with os.scandir(folder) as entries:  # of a pipe no picture is read
+        files = [Path(entry.path) for entry in entries if entry.is_file()]
     files = [
         file
-        for file in folder.iterdir()
+        for file in files
         if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
     ]
     return sorted(files, key=_natural)

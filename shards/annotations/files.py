@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from shards.annotations.forms import FORMS
-from shards.annotations.sniff import GZIP, HEAD, foreign, is_record, is_stray, object_kind
+from shards.annotations.sniff import GZIP, foreign, is_record, is_stray, object_kind
 from shards.errors import UserError
 from shards.hub import refusal
+from shards.kinds import HEAD
 from shards.text import some
 
 Rows = Iterator[tuple[str, Any]]

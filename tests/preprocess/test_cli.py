@@ -25,7 +25,7 @@ from shards.read.bank import Bank
 PLANNED = (
     "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype --codec "
     "--tower-dtype --batch-frames --tower-threads --device --allow-truncated --folder-fps "
-    "--allow-outside --shard-size --prune --help"
+    "--allow-outside --missing --on-bad-record --follow-links --archive-ids --shard-size --prune --help"
 )
 OPTIONS = {
     "plan": f"{PLANNED} --no-estimate",

@@ -16,16 +16,16 @@ from random import Random
 
 import pytest
 
-from preprocess.decode.archive import Unpacker, archive_members
+from preprocess.decode.archive import Unpacker
 from preprocess.decode.scan import VideoError
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.run import encode
 from preprocess.sources.find import find_clips
+from preprocess.sources.members import archive_members
+from preprocess.sources.skips import Why, report
 from shards.errors import UserError
 from shards.format.plan import ClipSource, cut_units
 from shards.read.bank import Bank
-
-MP4 = frozenset((".mp4",))
 
 
 def pack(archive: Path, folder: Path) -> Path:
@@ -91,7 +91,7 @@ def test_a_gz_is_read_once_from_its_start(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = pack(tmp_path / "videos.tar.gz", toy / "videos")
-    clips = find_clips([str(archive)], [])
+    clips = find_clips([str(archive)]).clips
     rewinds = []
     rewind = gzip.GzipFile.rewind
     monkeypatch.setattr(
@@ -116,29 +116,50 @@ def test_ordinary_clips_come_before_archived_ones_and_keep_their_order(tmp_path:
     assert unit == plain + archived[::-1]
 
 
-@pytest.mark.parametrize(
-    ("infos", "said"),
-    [
-        ([("../../out.mp4", b"x", {})], "'../../out.mp4' leads outside"),
-        ([("a/../../out.mp4", b"x", {})], "leads outside"),
-        ([("/tmp/out.mp4", b"x", {})], "'/tmp/out.mp4' leads outside"),
-        ([("a.mp4", None, {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})], "is a link"),
-        ([("a.mp4", None, {"type": tarfile.LNKTYPE, "linkname": "b.mp4"})], "is a link"),
-        ([("a.mp4", None, {"type": tarfile.FIFOTYPE})], "no plain file"),
-        ([("a.mp4", b"x", {}), ("./a.mp4", b"y", {})], "'a.mp4' more than once"),
-        ([("a.txt", b"x", {})], "no video files in this archive"),
-    ],
-)
-def test_a_hostile_archive_is_refused_by_name_before_anything_is_read(
-    tmp_path: Path, infos: list[tuple[str, bytes | None, dict[str, object]]], said: str
+ODD: dict[str, tuple[list[tuple[str, bytes | None, dict[str, object]]], Why]] = {
+    "above": ([("../../out.mp4", b"x", {})], Why.OUTSIDE),
+    "above, on a way": ([("a/../../out.mp4", b"x", {})], Why.OUTSIDE),
+    "absolute": ([("/tmp/out.mp4", b"x", {})], Why.OUTSIDE),
+    "link": (
+        [("a.mp4", None, {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})],
+        Why.MEMBER_LINK,
+    ),
+    "hard link": (
+        [("a.mp4", None, {"type": tarfile.LNKTYPE, "linkname": "b.mp4"})],
+        Why.MEMBER_LINK,
+    ),
+    "pipe": ([("a.mp4", None, {"type": tarfile.FIFOTYPE})], Why.SPECIAL),
+    "device": ([("a.mp4", None, {"type": tarfile.CHRTYPE})], Why.SPECIAL),
+    "twice": ([("good.mp4", b"x", {})], Why.REPLACED),
+    "text": ([("a.txt", b"x", {})], Why.UNKNOWN),
+    "records": ([("a.json", b"{}", {})], Why.UNKNOWN),
+    "picture": ([("a.jpg", b"x", {})], Why.ARCHIVED_PICTURE),
+    "junk": ([("__MACOSX/._a.mp4", b"x", {})], Why.SYSTEM),
+    "not UTF-8": ([("caf\udce9.mp4", b"x", {})], Why.NAME),
+    "no ending, no video": ([("LICENSE", b"x", {})], Why.UNKNOWN),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_no_clip_is_skipped_by_name_and_nothing_of_it_is_read(
+    tmp_path: Path, odd: str
 ) -> None:
-    archive = tar_of(tmp_path / "bad.tar", *infos)
-    with pytest.raises(UserError, match=r"bad\.tar") as error:
-        find_clips([str(archive), "/no/such.mp4"], [])
-    problem, other = str(error.value).splitlines()
-    assert said in problem
-    assert other.startswith("/no/such.mp4")
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.tar"]
+    infos, why = ODD[odd]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    archive = tar_of(folder / "bad.tar", *infos, ("./good.mp4", b"the last", {}))
+    found = find_clips([str(archive)])
+    assert [(clip.id, clip.nbytes) for clip in found.clips] == [("good.mp4", 8)]
+    (skip,) = found.skips
+    assert skip.reason is why
+    assert skip.where.startswith(f"{archive}: ")
+    (line,) = report(found.skips)
+    assert line.encode().isascii()
+    if odd != "twice":
+        alone = tar_of(folder / "bad.tar", *infos)
+        with pytest.raises(UserError, match=r"no video files in this archive; skipped: 1 "):
+            find_clips([str(alone)])
+    assert [path.name for path in tmp_path.rglob("*")] == ["in", "bad.tar"]
 
 
 def cut(raw: bytes) -> bytes:
@@ -169,10 +190,10 @@ def test_a_cut_or_damaged_archive_is_refused_by_name(
     for k in range(3):
         (tmp_path / "v" / f"{k}.mp4").write_bytes(random.randbytes(1000))
     archive = pack(tmp_path / name, tmp_path / "v")
-    assert len(archive_members(archive, MP4)) == 3
+    assert len(archive_members(archive)[0]) == 3
     archive.write_bytes(spoil(archive.read_bytes()))
     with pytest.raises(UserError, match=r"cut off or damaged after [0123] videos") as error:
-        archive_members(archive, MP4)
+        archive_members(archive)[0]
     assert "fetch it again" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -181,7 +202,7 @@ def test_an_archive_changed_since_the_plan_is_noticed(
     toy: Path, toy_options: EncodeOptions, tmp_path: Path
 ) -> None:
     archive = pack(tmp_path / "v.tar", toy / "videos" / "test")
-    first, *_ = archive_members(archive, MP4)
+    first, *_ = archive_members(archive)[0]
     tar_of(archive, ("x.mp4", b"x" * 100, {}), ("y.mp4", b"y" * 99999, {}))
     with (
         Unpacker(tmp_path) as unpacker,

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from preprocess.encode.run import EncodeOptions, encode
+from preprocess.sources.find import FindOptions
 from shards.errors import UserError
 from shards.format.features import Sampling
 from shards.format.plan import read_plan
@@ -263,7 +264,7 @@ def test_parts_of_a_video_are_clips_of_their_own(
     items = [{"video": video}, {"video": video, "start": 1, "end": 2.5}]
     annotations = tmp_path / "train.json"
     annotations.write_text(json.dumps(items))
-    options = replace(toy_options, video_roots=(str(toy / "videos"),))
+    options = replace(toy_options, find=FindOptions(video_roots=(str(toy / "videos"),)))
     encode([str(annotations)], tmp_path / "bank", options)
     found = metas(tmp_path / "bank")
     assert set(found) == {video, f"{video}#1-2.5"}

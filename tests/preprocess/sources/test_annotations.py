@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.sources.find import find_clips
+from preprocess.sources.find import FindOptions, find_clips
 from shards.annotations import forms
 from shards.annotations.fault import RowError
 from shards.annotations.forms import Json, canonical
@@ -121,8 +121,9 @@ def trained_on(path: Path) -> tuple[set[str], list[str]]:
 
 def encoded(path: Path, root: Path) -> tuple[set[str], list[str]]:
     """Return the ids that encode gives the clips of a file, and what it refuses."""
+    lookup = FindOptions(video_roots=(str(root),))
     try:
-        return {clip.id for clip in find_clips([str(path)], [str(root)])}, []
+        return {clip.id for clip in find_clips([str(path)], lookup).clips}, []
     except UserError as error:
         return set(), error.problems
 
