@@ -53,7 +53,7 @@ from shards.format.quarantine import read_quarantine
 from shards.format.samples import SampleMeta
 from shards.signed import Json, write_atomic
 from shards.write.finish import finish
-from shards.write.lock import bank_lock
+from shards.write.lock import folder_lock
 from shards.write.shard import ShardWriter, index_bytes
 
 
@@ -94,7 +94,7 @@ def repair(
     nothing has to be encoded. video_roots: where to look for videos that are not where they were.
     """
     refuse_no_bank(bank)
-    with bank_lock(bank, "preprocess repair"):
+    with folder_lock(bank, "preprocess repair"):
         migrated = migrate(
             bank,
             lambda plan: corrected(

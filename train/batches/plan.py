@@ -21,10 +21,11 @@ from model.family.limits import check_context
 from shards.errors import UserError
 from shards.read.banks import joint
 from shards.signed import Json
-from train.batches.lengths import Lengths, fit_frames, measure, tokenizer_digest
+from train.batches.lengths import REFUSED, Lengths, fit_records, measure, tokenizer_digest
 from train.batches.run_plan import RunPlan
 from train.cost import LlmShape
 from train.data.dataset import Dataset
+from train.data.drops import Drop
 from train.settings.config import BatchSettings, TrainConfig
 from train.start.stage import context_of, llm_name, read_config
 
@@ -106,7 +107,8 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
     """
     llm = llm_name(config.stage_path)
     tokenizer = tokenizer_digest(llm)
-    lengths = measure(config, dataset, llm, tokenizer)
+    lenient = config.on_bad_record == "drop"
+    lengths = measure(config, dataset, llm, tokenizer, lenient=lenient)
     shape = LlmShape.of(read_config(llm) or {})
     heads = shape.layers * shape.heads * shape.head_dim if shape else 0
     cut = Cut(
@@ -155,21 +157,18 @@ def make_plan(
     dropped here.
     """
     assert cut.rows_per_step % cut.rows_per_pack == 0, cut
-    limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
-    frames = np.full(len(lengths.text), cut.most_frames, np.int64)
-    reasons = dict(dropped or {})
-    kept = np.arange(len(frames))
-    if limits:
-        frames = fit_frames(lengths, frames, min(limits))
-        kept = np.flatnonzero(frames)
-        name = "max_tokens" if min(limits) == cut.max_tokens else "pack_tokens"
-        if len(kept) < len(frames):
-            reasons[f"longer than {name} {min(limits)} with one frame"] = len(frames) - len(kept)
-        frames = np.maximum(frames, 1)
+    most = np.full(len(lengths.text), cut.most_frames, np.int64)
+    frames, left_out = fit_records(lengths, most, cut.max_tokens, cut.pack_tokens)
+    reasons = dict(dropped or {}) | {reason: len(own) for reason, own in left_out.items()}
+    kept = np.setdiff1d(np.arange(len(frames)), np.concatenate([[], *left_out.values()]))
     if not len(kept):
+        limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
+        if REFUSED in left_out or not limits:
+            raise UserError(f"no record is left: {reasons}", fix="take another chat_template")
         raise UserError(
             f"no record fits {min(limits)} tokens", fix="raise max_tokens and pack_tokens"
         )
+    kept = kept.astype(np.int64)
     visual = lengths.visual(frames)
     tokens = lengths.text + visual + lengths.stamps(frames)
     epochs = packed_epochs(kept, tokens, cut) if cut.pack_tokens else plain_epochs(kept, cut)
@@ -190,6 +189,7 @@ def make_plan(
         row_start=row_start,
         cost=cut.cost,
         dropped=reasons,
+        left_out=left_out,
         facts=dict(facts or {}),
     )
 
@@ -319,3 +319,13 @@ def balance_steps(
     whole = len(rows) // cut.rows_per_step
     starts = [*(rng.permutation(whole) * cut.rows_per_step), whole * cut.rows_per_step]
     return [rows[k] for start in starts for k in ranked[start : start + cut.rows_per_step]]
+
+
+def all_drops(dataset: Dataset, plan: RunPlan) -> list[Drop]:
+    """Return each record that a run leaves out once, whether it is bad, not banked, or too long."""
+    own = [
+        Drop.of_record(dataset.records[k], reason)
+        for reason, records in plan.left_out.items()
+        for k in records.tolist()
+    ]
+    return [*dataset.drops, *dict.fromkeys(own)]

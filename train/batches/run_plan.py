@@ -10,7 +10,6 @@ from functools import cached_property
 
 import numpy as np
 
-from shards.format.features import differences
 from shards.signed import Json, canonical_json, digest
 
 
@@ -42,7 +41,9 @@ class RunPlan:
     """int64 `(rows + 1,)` into `uses`."""
     cost: tuple[float, float]
     dropped: dict[str, int]
-    """Records left out, by reason."""
+    """Records left out, by reason, before this plan and by it."""
+    left_out: dict[str, np.ndarray] = field(default_factory=dict)
+    """int64, the records that this plan leaves out, by reason."""
     facts: Json = field(default_factory=dict)
     """All that the plan depends on, by name."""
 
@@ -162,7 +163,3 @@ class RunPlan:
     @cached_property
     def fingerprint(self) -> str:
         return digest(canonical_json(self.facts))
-
-    def differences(self, saved: Json) -> list[str]:
-        """Return a line for each fact in which this plan differs from the one that has `saved`."""
-        return differences(self.facts, saved, "plan ")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.errors import UserError
+from shards.signed import Json
 from shards.text import some
 from train.batches.run_plan import RunPlan
 from train.cost import LlmShape, memory_bytes
@@ -202,3 +203,11 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
     """Return what no step may change: parameters that are not trained, and buffers."""
     named = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     return named | dict(model.named_buffers())
+
+
+def check_counts(plan: RunPlan, step: int, metrics: Json) -> None:
+    """Assert that what all ranks counted in a step is what the plan divided by."""
+    counted = metrics["supervised_tokens"], metrics["tokens"]
+    assert counted == (plan.num_labels[step], plan.per_step(plan.tokens)[step]), (step, metrics)
+    if metrics["transitions"]:  # none without a frame head
+        assert metrics["transitions"] == plan.num_transitions[step], (step, metrics)

@@ -17,6 +17,7 @@ from train.batches.plan import Cut, best_fit_decreasing, make_plan, plan_run
 from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset, open_dataset
 from train.settings.config import TrainConfig
+from train.settings.recorded import facts_changed
 
 
 def lengths_of(text: list[int], frames: list[int] | None = None) -> Lengths:
@@ -278,7 +279,7 @@ def config(toy: Path, toy_bank: Path) -> TrainConfig:
 def changed(config: TrainConfig, dataset: Dataset, rows: int = 4, **settings_: object) -> list[str]:
     plan = plan_run(config, dataset, 4)
     other = plan_run(replace(config, **settings_), dataset, rows)  # type: ignore[arg-type]
-    lines = other.differences(plan.facts)
+    lines = facts_changed({"plan": plan.facts}, {"plan": other.facts})
     assert (other.fingerprint != plan.fingerprint) == bool(lines)
     return lines
 
@@ -286,10 +287,10 @@ def changed(config: TrainConfig, dataset: Dataset, rows: int = 4, **settings_: o
 def test_what_changes_a_plan_is_named(config: TrainConfig) -> None:
     dataset = open_dataset(config)
     assert changed(config, dataset) == []
-    assert changed(config, dataset, seed=1) == ["plan seed: 1 here, 0 there"]
-    assert changed(config, dataset, rows=8) == ["plan rows_per_step: 8 here, 4 there"]
-    assert changed(config, dataset, max_frames_num=4) == ["plan max_frames_num: 4 here, 16 there"]
-    assert changed(config, dataset, pack_tokens=900) == ["plan pack_tokens: 900 here, 0 there"]
+    assert changed(config, dataset, seed=1) == ["seed was 0, is now 1"]
+    assert changed(config, dataset, rows=8) == ["rows_per_step was 4, is now 8"]
+    assert changed(config, dataset, max_frames_num=4) == ["max_frames_num was 16, is now 4"]
+    assert changed(config, dataset, pack_tokens=900) == ["pack_tokens was 0, is now 900"]
     # neither the cut into packs nor the length of the run is part of what was learned so far
     assert changed(config, dataset, per_device_train_batch_size=4) == []
     assert changed(config, dataset, max_steps=70, prefetch=9) == []
@@ -298,10 +299,16 @@ def test_what_changes_a_plan_is_named(config: TrainConfig) -> None:
 def test_other_records_and_clips_are_named(config: TrainConfig, tmp_path: Path) -> None:
     plan = plan_run(config, open_dataset(config), 4)
     (path,) = config.data_path
-    moved = tmp_path / "train.jsonl"
+    moved = tmp_path / "renamed.jsonl"
     moved.write_bytes(Path(path).read_bytes())
     again = replace(config, data_path=[str(moved)])
-    assert plan_run(again, open_dataset(again), 4).differences(plan.facts) == []
-    moved.write_text("".join(Path(path).read_text().splitlines(keepends=True)[1:]))
-    lines = plan_run(again, open_dataset(again), 4).differences(plan.facts)
-    assert [line.split(":")[0] for line in lines] == ["plan clips", "plan records.0 train.jsonl"]
+    facts = plan_run(again, open_dataset(again), 4).facts
+    assert facts_changed({"plan": plan.facts}, {"plan": facts}) == []
+    moved = moved.rename(tmp_path / "train.jsonl")
+    lines = Path(path).read_text().splitlines(keepends=True)
+    moved.write_text("".join(lines[1:]))
+    again = replace(config, data_path=[str(moved)])
+    facts = plan_run(again, open_dataset(again), 4).facts
+    assert facts_changed({"plan": plan.facts}, {"plan": facts}) == [
+        f"record file train.jsonl has changed (it gave {len(lines)} records, now {len(lines) - 1})"
+    ]

@@ -22,7 +22,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from model.vlm import VLM
-from train.run import unsupported
+from train.settings.launcher import wishes
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted((ROOT / "train" / "presets").glob("fsdp2_*.yaml"))
@@ -72,37 +72,13 @@ def test_the_settings_reach_the_plugin(
     environ = prepare_multi_gpu_env(args)
     for name in [name for name in environ if name.startswith(("FSDP", "ACCELERATE"))]:
         monkeypatch.setenv(name, environ[name])
-    assert unsupported("fast", environ) is None
+    assert wishes(environ).problems == []
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
     assert not plugin.cpu_ram_efficient_loading
     plugin.set_auto_wrap_policy(make_model())
     assert plugin.transformer_cls_names_to_wrap == ["Qwen2DecoderLayer"]
-
-
-@pytest.mark.parametrize(
-    ("environ", "reduce", "words"),
-    [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "fast", "DeepSpeed is not supported"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "fast", "fsdp_version: 2"),
-        (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-            "exact",
-            "use reduce: fast",
-        ),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fast", None),
-        ({}, "exact", None),
-    ],
-)
-def test_what_cannot_work_is_refused_in_a_line(
-    environ: dict[str, str], reduce: str, words: str | None
-) -> None:
-    problem = unsupported(reduce, environ)
-    assert (problem is None) == (words is None)
-    if problem and words:
-        assert words in problem
-        assert "\n" not in problem
 
 
 @pytest.mark.slow
