@@ -17,7 +17,7 @@ def export(form: str, bank: Path) -> None:
 
     \b
     preprocess export wids bank     wids.json, for wids.ShardListDataset("bank/wids.json")
-    preprocess export hf bank       README.md, for datasets.load_dataset("bank", streaming=True)
+    preprocess export hf bank       README.md, for datasets.load_dataset("bank"), streaming or not
 
     Stock webdataset, tarfile and GNU tar need none.
     """
