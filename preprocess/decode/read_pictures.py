@@ -12,7 +12,7 @@ datasets are read everywhere; a picture is turned as its EXIF orientation says.
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -120,7 +120,7 @@ def _natural(file: Path) -> tuple[list[tuple[int, int | str]], str]:
 def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
     """Yield frames of a picture file: uint8 `(height, width, 3)`."""
     with _pillow(path):
-        image = Image.open(path)
+        image = _opened(path)
     with image:
         if image.mode.startswith(("I", "F")):
             raise _unreadable(path, f"its pixels are of mode {image.mode}, not 8 bits a colour")
@@ -133,7 +133,7 @@ def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
 
 def _animation_ends(path: Path) -> list[int]:
     """Return the ms at which each frame stops being shown; [0] for a still picture."""
-    with _pillow(path), Image.open(path) as image:
+    with _pillow(path), _opened(path) as image:
         count = getattr(image, "n_frames", 1)
         if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
             return [0]
@@ -144,6 +144,15 @@ def _animation_ends(path: Path) -> list[int]:
             end += Fraction(image.info.get("duration") or NO_DURATION)
             ends.append(round(end))
         return ends
+
+
+def _opened(path: Path) -> Image.Image:
+    if path.suffix.lower() in (".heic", ".heif"):
+        with suppress(ImportError):
+            import pillow_heif  # a plugin that must be asked for
+
+            pillow_heif.register_heif_opener()
+    return Image.open(path)
 
 
 @contextmanager

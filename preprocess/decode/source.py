@@ -20,6 +20,7 @@ from preprocess.decode.clip import Clip
 from preprocess.decode.read_pictures import picture_files
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
+from preprocess.decode.verdict import explained, refuse_encrypted
 from shards.format.plan import ClipSource
 from shards.format.quarantine import Reason
 from shards.signed import digest
@@ -72,16 +73,24 @@ class SourceReader(ExitStack):
 
     def _read(self, source: ClipSource, request: ReadRequest) -> tuple[Clip, int, str]:
         if source.offset is None:
-            return self.child.read_clip(request), *_identity(source, request.path)
+            return self._read_file(request), *_identity(source, request.path)
         assert source.nbytes is not None
         unpacked = self._unpacker.unpacked(request.path, source.offset, source.nbytes)
         with unpacked as path:
             try:
-                clip = self.child.read_clip(replace(request, path=path))
+                clip = self._read_file(replace(request, path=path))
             except VideoError as error:  # names the file that the member was read from
                 reason, what, got, expected, _, fix = error.args
                 raise VideoError(reason, what, got, expected, source.where, fix) from None
             return clip, *_identity(source, path)
+
+    def _read_file(self, request: ReadRequest) -> Clip:
+        """Read a file or a folder; raises VideoError that says what it is, where it is no clip."""
+        refuse_encrypted(request.path)
+        try:
+            return self.child.read_clip(request)
+        except VideoError as error:
+            raise explained(error, request.path) from None
 
 
 def _identity(source: ClipSource, path: Path) -> tuple[int, str]:

@@ -9,6 +9,17 @@ from shards.annotations.forms import FORMS
 from shards.kinds import HEAD, is_text, kind_of
 
 GZIP = b"\x1f\x8b"
+AS_LINES = "write its records as JSON lines"
+AS_PARQUET = "write it as parquet: pyarrow.parquet.write_table"
+FIXES = {
+    "a parquet file": "let its name end in .parquet",
+    "an Arrow file": AS_PARQUET,
+    "an Arrow stream": AS_PARQUET,
+    "an HDF5 file": AS_LINES,
+    "an SQLite database": AS_LINES,
+    "a Python pickle": AS_LINES,
+}
+"""What to do with files that may hold records."""
 METADATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
     *("config.json", "metadata.json", "croissant.json", "package.json", "statistics.json"),
@@ -25,8 +36,9 @@ def foreign(data: bytes) -> str | None:
         return None
     if kind.what == "empty":
         return "the file is empty"
+    fix = kind.fix or FIXES.get(kind.what, "name the file with the records")
     wrong = ", not records" if kind.what.startswith(("a web page", "XML")) else ""
-    return f"this is {kind.what}{wrong}; {kind.fix or 'name the file with the records'}"
+    return f"this is {kind.what}{wrong}; {fix}"
 
 
 def object_kind(data: dict[str, Any]) -> str:
