@@ -29,6 +29,7 @@ from train.batches.plan import order
 from train.data.dataset import open_dataset
 from train.evaluate import untrained
 from train.loop.checkpoint import read_state
+from train.loop.floor import floor_of_model
 from train.loop.held_out import held_out_loss
 from train.loop.optimizer import parameter_groups, rate
 from train.loop.speed import CLOCK
@@ -366,7 +367,8 @@ def in_memory_loss(folder: Path, settings: dict[str, Any], toy: Path) -> Json:
     model = VLM.load(folder)
     chat = Chat.of(model)
     loader = Loader(dataset, chat, model.config)
-    return held_out_loss(model, loader, dataset.held_out, 2, Accelerator())
+    floor = floor_of_model(folder, model.config)
+    return held_out_loss(model, loader, dataset.held_out, 2, Accelerator(), floor)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])

@@ -34,6 +34,7 @@ from train.loop.checkpoint import (
     set_aside,
 )
 from train.loop.checks import PackMemory, UpdateCheck, out_of_memory_advice, rehearse
+from train.loop.floor import Floor, floor_of_run
 from train.loop.gradients import Reduction, make_reduction
 from train.loop.held_out import held_out_loss
 from train.loop.log import RunLog, banner, closing, line_of
@@ -150,6 +151,8 @@ class Learner:
     full_state: FullState
     reduction: Reduction
     optimizer: torch.optim.Optimizer
+    floor: Floor | None
+    """What the frame-causal loss is read against; None without that loss."""
 
 
 # -- plan
@@ -239,6 +242,9 @@ def make_learner(run: Run) -> Learner:
     if run.resumed and (changed := changed_settings(run.resumed, run.state, asdict(config))):
         log.say(changed)
     log.say(f"attention {attention}: {reason}")
+    floor = None
+    if model.frame_causal is not None:
+        floor = floor_of_run(run.output_dir, run.plan, loader, accelerator, log.say)
 
     full_state = FullState(model, accelerator)
     reduction = make_reduction(config.reduce, accelerator, model, make_optimizer(model, config))
@@ -246,7 +252,7 @@ def make_learner(run: Run) -> Learner:
     allocate(optimizer)
     if run.resumed:
         load_optimizer(optimizer, model, run.resumed)
-    return Learner(model, loader, full_state, reduction, optimizer)
+    return Learner(model, loader, full_state, reduction, optimizer, floor)
 
 
 def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
@@ -270,7 +276,7 @@ def rehearse_heaviest(run: Run, learner: Learner, memory: PackMemory) -> None:
             learner.reduction,
             learner.model,
             learner.loader.pack(plan, step, pack, with_copy=True),
-            Losses(config.seed, config.loss_weight, plan, step, run.accelerator),
+            Losses(config.seed, config.loss_weight, plan, step, run.accelerator, learner.floor),
             accumulated=plan.packs_per_step > run.share.world,
         )
 
@@ -283,7 +289,7 @@ def take_step(
 ) -> Step:
     """Take one optimizer step on this process's batches."""
     config = run.config
-    losses = Losses(config.seed, config.loss_weight, run.plan, step, run.accelerator)
+    losses = Losses(config.seed, config.loss_weight, run.plan, step, run.accelerator, learner.floor)
     return run_step(
         learner.reduction,
         run.accelerator,
@@ -349,6 +355,7 @@ def evaluate(run: Run, learner: Learner, done: int, best: Json | None) -> Json:
         run.dataset.held_out,
         run.config.per_device_train_batch_size,
         run.accelerator,
+        learner.floor,
     )
     run.log.record(done, held, kind="eval")
     run.log.say(f"held out: {line_of(done, run.plan.num_steps, held)}")
