@@ -81,14 +81,7 @@ def main(argv: list[str]) -> None:
     model = untrained(args.model) if args.untrained else load(args.model, dataset)
     model.to(accelerator.device).eval()
     floor = floor_of_model(args.model, model.config)
-    report = evaluate(
-        model,
-        dataset,
-        records,
-        args.batch_size,
-        accelerator,
-        floor.to(accelerator.device) if floor else None,
-    )
+    report = evaluate(model, dataset, records, args.batch_size, accelerator, floor)
     if accelerator.is_main_process:
         name = "eval-untrained.json" if args.untrained else "eval.json"
         output = args.output or args.model / name

@@ -64,11 +64,11 @@ def losses(out: Path) -> list[list[float]]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of a model folder by file and name."""
+    """Return every tensor of a model by file and name."""
     return {
         f"{path.relative_to(out)}:{name}": tensor
         for path in sorted(out.rglob("*.safetensors"))
-        if not str(path.relative_to(out)).startswith(("checkpoint-", "optimizer-"))
+        if not str(path.relative_to(out)).startswith(("checkpoint-", "optimizer-", "floor."))
         for name, tensor in load_file(path).items()
     }
 

@@ -31,6 +31,7 @@ def held_out_loss(
     from model.batch import to_device
     from train.loop.metrics import NUM_SUMS, summarise, sums_of
 
+    floor = floor and floor.to(accelerator.device)
     was_training = model.training
     model.eval()
     # a row for each batch, so that they are added up in the same order on any number of ranks
