@@ -33,7 +33,7 @@ from shards.format.features import differences
 from shards.read.banks import Place
 from shards.signed import Json, canonical_json, digest
 from train.batches.loader import Loader
-from train.batches.plan import RunPlan
+from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
 
 if TYPE_CHECKING:
@@ -279,10 +279,13 @@ def floor_of_run(
     accelerator: "Accelerator",
     say: Callable[[str], None],
 ) -> Floor | None:
-    """Return the floor of a run, fitted once and kept in its folder; None without two frames to fit.
+    """Return the floor of a run, fitted once and kept in its folder; every rank calls this.
 
-    Every rank calls this; one of each machine reads and fits, the others read the file.
+    One of each machine reads and fits, the others read the file. None where the model predicts no
+    frames, or no training clip has two.
     """
+    if loader.config.loss_weight == 0:
+        return None
     records = records_to_fit(loader.dataset, plan)
     facts = facts_of(plan, loader.config, records)
     if not records:

@@ -18,6 +18,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.vlm import VLM
 from shards.errors import UserError
+from shards.signed import Json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
 
 LossOf = Callable[[Any, int, Batch], Tensor]
 """(wrapped model, pack of the step, its batch) -> its share of the step's loss."""
+
+
+def pin_threads(num_threads: int, reduce: str, state: Json, processes: int) -> None:
+    """Set torch's threads: as asked, or as the run began.
+
+    A sum is cut into as many parts as there are threads, so another number of them is another
+    rounding: a resumed run would no longer be the run it was, bit by bit.
+    """
+    as_before = reduce == "exact" or state.get("processes") == processes
+    threads = num_threads or (state.get("threads") if as_before else None)
+    if threads:
+        torch.set_num_threads(threads)
 
 
 class Reduction(Protocol):
@@ -35,7 +48,8 @@ class Reduction(Protocol):
     def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
         """Leave the gradient of a step's loss over all packs in the parameters of every rank.
 
-        batches: this rank's packs k = rank, rank + world, ... of `packs`.
+        batches: this rank's packs k = rank, rank + world, ... of `packs`, and an idle one where other
+        ranks have one more.
         """
 
     def hold_gradients(self) -> None:
@@ -69,11 +83,7 @@ class Fast:
 
     def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if packs < world:
-            raise UserError(
-                f"a step has {packs} packs for {world} processes",
-                fix=f"start at most {packs} of them",
-            )
+        assert len(batches) == -(-packs // world), "ranks that make fewer passes are waited for"
         self.drop_gradients()
         for place, batch in enumerate(batches):
             last = place == len(batches) - 1
