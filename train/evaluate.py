@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from model.vlm import VLM
     from train.batches.loader import Loader
+    from train.loop.floor import Floor
 
 
 @command
@@ -76,10 +77,13 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import Accelerator
 
+    from train.loop.floor import floor_of_model
+
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = untrained(args.model) if args.untrained else load(args.model, dataset)
     model.to(accelerator.device).eval()
-    report = evaluate(model, dataset, records, args.batch_size, accelerator)
+    floor = floor_of_model(args.model, model.config)
+    report = evaluate(model, dataset, records, args.batch_size, accelerator, floor)
     if accelerator.is_main_process:
         report["dropped"] = dict(Counter(drop.reason for drop in dataset.drops))
         write_atomic(output, json.dumps(report, indent=2).encode() + b"\n")
@@ -147,8 +151,12 @@ def evaluate(
     records: Sequence[Record],
     batch_size: int,
     accelerator: "Accelerator",
+    floor: "Floor | None" = None,
 ) -> Json:
-    """Return losses and scores of a model over records, the same on every rank."""
+    """Return losses and scores of a model over records, the same on every rank.
+
+    floor: what the frame-causal loss is read against.
+    """
     from accelerate.utils import gather_object
 
     from model.family.conformance import admit
@@ -159,7 +167,7 @@ def evaluate(
     chat = Chat.of(model)
     loader = Loader(dataset, chat, model.config)
     rank, world = accelerator.process_index, accelerator.num_processes
-    losses = held_out_loss(model, loader, records, batch_size, accelerator)
+    losses = held_out_loss(model, loader, records, batch_size, accelerator, floor)
     questions = questions_of(records)
     mine = questions[rank::world]
     own = []

@@ -28,6 +28,7 @@ def compare(runs: list[Path]) -> str:
         "train s",
         "ce_loss",
         "ar_loss",
+        "strongest baseline",
         "ar_skill",
         "span mIoU",
     ]
@@ -52,6 +53,7 @@ def compare(runs: list[Path]) -> str:
                 f"{sum(line['seconds'] for line in steps):.0f}",
                 _number(losses.get("ce_loss")),
                 _number(losses.get("autoregressive_loss")),
+                _strongest(losses),
                 _number(losses.get("ar_skill")),
                 _number(scored.get("tasks", {}).get("span", {}).get("iou")),
                 _number(before.get("tasks", {}).get("span", {}).get("iou")),
@@ -67,6 +69,14 @@ def compare(runs: list[Path]) -> str:
 
 def _read(path: Path) -> Json:
     return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _strongest(losses: Json) -> str:
+    """Return the lowest loss of those that `ar_skill` is read against, and whose it is."""
+    if "ar_skill" not in losses:
+        return "-"
+    loss, name = min((losses[f"ar_{name}_baseline"], name) for name in ("copy", "affine", "ridge"))
+    return f"{loss:.3f} {name}"
 
 
 def _number(value: float | None) -> str:
