@@ -46,12 +46,13 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
 def encode(inputs: tuple[str, ...], out: Path, procs: int, **flags: Any) -> None:
     """Bank the features of INPUTS.
 
-    An input is a video, a folder, an archive (.tar, .tar.gz, .tgz), or annotations as training
-    reads them: .json, .jsonl, .csv or .parquet, a folder of these, owner/name of the Hub. A folder
-    gives its videos and .gif files at any depth, and each folder in which there is nothing but
-    pictures is one clip (its rate: --folder-fps). The `video` of an annotation may be a video, a
-    folder of pictures, an animation or a still picture. An archive gives its videos, read one at
-    a time and not unpacked; name archives themselves, not their folder.
+    An input is a video, a folder, an archive (.zip; .tar, plain or packed with gzip, bzip2 or xz),
+    or annotations as training reads them: .json, .jsonl, .csv or .parquet, a folder of these,
+    owner/name of the Hub. A folder gives its videos and animations at any depth, and each folder in
+    which there is nothing but pictures is one clip (its rate: --folder-fps). The `video` of an
+    annotation may be a video, a folder of pictures, an animation or a still picture. An archive
+    gives its videos, read one at a time and not unpacked; name archives themselves, not their
+    folder. What else there is is counted, and listed in BANK/skipped.jsonl.
 
     Rerunning skips what is done, encodes what is new, and encodes again videos that have changed.
     A clip that cannot be read is named in BANK/quarantine.jsonl; `preprocess retry BANK` tries it

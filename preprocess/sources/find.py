@@ -12,7 +12,7 @@ from pathlib import Path
 from preprocess.decode.archive import is_archive
 from preprocess.decode.read_pictures import PICTURE_FPS, PICTURE_SUFFIXES
 from preprocess.sources.annotations import Lookup, annotated_media
-from preprocess.sources.folder import CLIP_SUFFIXES, head_of, in_folder
+from preprocess.sources.folder import CLIP_SUFFIXES, head_of, in_folder, is_utf8
 from preprocess.sources.members import archive_members
 from preprocess.sources.skips import Skip, Why, report
 from shards.annotations.files import SUFFIXES, annotation_files, is_hub_name, local_copy, suffix_of
@@ -72,6 +72,11 @@ def find_clips(inputs: Sequence[str], options: FindOptions = FindOptions()) -> F
         for root in options.video_roots
         if not Path(root).is_dir()
     ]
+    problems += [
+        f"--video-root {ascii(root)[1:-1]}: its path is not UTF-8; name a link to it (ln -s)"
+        for root in options.video_roots
+        if not is_utf8(os.path.abspath(root))
+    ]
     clips: dict[str, ClipSource] = {}
     clashes: dict[tuple[str, str, bool], list[str]] = {}
     for text in inputs:
@@ -121,6 +126,9 @@ def _sources(
     """Return the clips of one input."""
     refuse_url(text, "an input")
     path = Path(text)
+    if not is_utf8(str(path.absolute())):  # decoders take no such path
+        fix = "rename it, or name a link to its folder (ln -s)"
+        raise UserError("its path is not UTF-8", where=ascii(text)[1:-1], fix=fix)
     if not path.exists():
         if not is_hub_name(text) or path.suffix.lower() in CLIP_SUFFIXES | PICTURE_SUFFIXES:
             broken = "a broken link" if path.is_symlink() else "no such file or folder"
@@ -198,8 +206,4 @@ def _source(
     file: Path, relative: str, start: float | None = None, end: float | None = None
 ) -> ClipSource:
     id_ = clip_id(relative, start, end)
-    try:
-        key = sample_key(id_)
-    except UnicodeEncodeError:
-        raise UserError("its name is not UTF-8", where=ascii(str(file)), fix="rename it") from None
-    return ClipSource(id_, key, str(file.absolute()), relative, start, end)
+    return ClipSource(id_, sample_key(id_), str(file.absolute()), relative, start, end)

@@ -276,6 +276,17 @@ def test_a_name_that_is_not_utf8_is_one_skip_and_refused_where_it_is_all_there_i
     (line,) = refusal(lambda: find_clips([str(odd)]))
     assert re.search(r"caf\\udce9\.mp4.*rename", line)
     line.encode()  # it can be printed
+    folder = odd.with_name(odd.stem)
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"x")
+    for call in (
+        lambda: find_clips([str(folder)]),
+        lambda: find_clips([str(videos)], under(folder)),
+    ):
+        (line,) = refusal(call)
+        assert re.search(r"caf\\udce9: its path is not UTF-8; .*ln -s", line)
+    (videos / "link").symlink_to(folder)
+    assert ids([videos / "link"]) == ["a.mp4"]
 
 
 def source(id_: str) -> ClipSource:
