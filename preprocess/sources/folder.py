@@ -58,6 +58,8 @@ VIDEO_SUFFIXES = frozenset(
 )
 """Of files that FFmpeg reads as video."""
 MAYBE_ANIMATED = frozenset((".webp", ".png", ".avif", ".heic", ".heif"))
+PICTURE_HEAD = 1 << 14
+"""Bytes of a picture that are looked at: what says that it moves stands in front."""
 TEXT_TOO = frozenset((".ts", ".mts"))
 """TypeScript's endings, too: what is text is none."""
 DATA_TOO = frozenset((".dat", ".mod", ".tod", ".ps", ".ogg"))
@@ -185,7 +187,8 @@ def why_no_clip(path: Path) -> Why | None:
     ending = path.suffix.lower()
     if ending in BY_CONTENT:
         try:
-            return why_by_content(ending, head_of(path))
+            few = PICTURE_HEAD if ending in MAYBE_ANIMATED else HEAD
+            return why_by_content(ending, head_of(path, few))
         except OSError:
             if ending in CLIP_SUFFIXES:
                 return None  # to be quarantined: it should be one
@@ -211,9 +214,9 @@ def why_by_content(ending: str, head: bytes) -> Why | None:
     return None if family in ("video", "animation") else Why.UNKNOWN
 
 
-def head_of(path: Path) -> bytes:
+def head_of(path: Path, nbytes: int = HEAD) -> bytes:
     with open(path, "rb") as file:
-        return file.read(HEAD)
+        return file.read(nbytes)
 
 
 def is_utf8(name: str) -> bool:

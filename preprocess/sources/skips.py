@@ -2,7 +2,7 @@
 
     skipped: 3 links to folders (--follow-links), 2 unreadable folders, 14 files of unknown type: .mts 14
 
-`BANK/skipped.jsonl` has a line for each: `{reason, where, text}`.
+`BANK/skipped.jsonl` has a line for each of the last run's inputs: `{reason, where, text}`.
 """
 
 import json
