@@ -20,7 +20,8 @@ from shards.errors import UserError
 from shards.format.features import differences
 from shards.read.banks import joint
 from shards.signed import Json, canonical_json, digest
-from train.batches.lengths import REFUSED, Lengths, fit_records, measure, tokenizer_digest
+from train.batches.fitting import fit_records
+from train.batches.lengths import REFUSED, Lengths, measure, tokenizer_digest
 from train.cost import LlmShape
 from train.data.dataset import Dataset
 from train.settings.config import BatchSettings, TrainConfig
@@ -86,6 +87,8 @@ class RunPlan:
     """Records left out, by reason, before this plan and by it."""
     left_out: dict[str, np.ndarray] = field(default_factory=dict)
     """int64, the records that this plan leaves out, by reason."""
+    frames_line: str = ""
+    """How many frames of the others `max_tokens` and `pack_tokens` leave out; empty where none."""
     facts: Json = field(default_factory=dict)
     """All that the plan depends on, by name."""
 
@@ -264,10 +267,10 @@ def make_plan(
     dropped here.
     """
     assert cut.rows_per_step % cut.rows_per_pack == 0, cut
-    most = np.full(len(lengths.text), cut.most_frames, np.int64)
-    frames, left_out = fit_records(lengths, most, cut.max_tokens, cut.pack_tokens)
+    frames, kept, left_out, frames_line = fit_records(
+        lengths, cut.most_frames, cut.max_tokens, cut.pack_tokens
+    )
     reasons = dict(dropped or {}) | {reason: len(own) for reason, own in left_out.items()}
-    kept = np.setdiff1d(np.arange(len(frames)), np.concatenate([[], *left_out.values()]))
     if not len(kept):
         limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
         if REFUSED in left_out or not limits:
@@ -275,7 +278,6 @@ def make_plan(
         raise UserError(
             f"no record fits {min(limits)} tokens", fix="raise max_tokens and pack_tokens"
         )
-    kept = kept.astype(np.int64)
     visual = lengths.visual(frames)
     tokens = lengths.text + visual + lengths.stamps(frames)
     if cut.pack_tokens:
@@ -300,6 +302,7 @@ def make_plan(
         cost=cut.cost,
         dropped=reasons,
         left_out=left_out,
+        frames_line=frames_line,
         facts=dict(facts or {}),
     )
 

@@ -43,6 +43,7 @@ from train.loop.signals import StopSignals
 from train.loop.speed import StepTimer, make_timer
 from train.loop.step import Losses, Step, run_step
 from train.settings.config import TrainConfig
+from train.start.limits import token_limit
 from train.start.prepare_llm import admit_llm, choose_attention, llm_dtype, prepare_llm
 from train.start.stage import build, llm_base
 
@@ -244,7 +245,8 @@ def make_learner(run: Run) -> Learner:
     ratio = math.nan
     if not model.calibrated:
         records = run.plan.records(0)[:CALIBRATED]
-        batch = loader.batch([run.dataset.records[k] for k in records])
+        whole = config.max_frames_num
+        batch = loader.rows([[(run.dataset.records[k], whole)] for k in records], False)
         ratio = model.calibrate(to_device(batch, accelerator.device))
 
     log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
@@ -267,7 +269,8 @@ def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
     # flex_attention cuts a row into blocks of 128
     row_length = -(-run.config.pack_tokens // 128) * 128 if compiled else 0
     on_cuda = run.accelerator.device.type == "cuda"
-    return Loader(run.dataset, chat, model.config, row_length=row_length, pin=on_cuda)
+    limit = token_limit(asdict(run.config))  # of held-out records as of the others
+    return Loader(run.dataset, chat, model.config, row_length=row_length, pin=on_cuda, limit=limit)
 
 
 # -- rehearsal
