@@ -171,7 +171,7 @@ def fresh_clip(
         frame_index=frame_index,
         display_size=(height, width),
         patch_grid=tower.grid_of(height, width),
-        covered=tower.pixels.covered(height, width),
+        covered=tower.covered(height, width),
     )
     return FreshClip(info, stored)
 

@@ -15,11 +15,10 @@ import pytest
 
 from shards.errors import UserError
 from train.batches.lengths import REFUSED
-from train.batches.plan import plan_run
+from train.batches.plan import all_drops, plan_run
 from train.convert import main as convert
 from train.data.dataset import open_dataset, open_records
 from train.data.drops import most_of
-from train.loop.loop import all_drops
 from train.run import main as run
 from train.settings.config import DataSettings, TrainConfig, parse
 
