@@ -12,11 +12,18 @@ from train.evaluate import main
 
 
 @pytest.fixture(scope="module")
-def limited(train_here: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose records were cut to 140 tokens, and that answers in coordinates."""
+def limited(
+    train_here: Callable[..., Path], toy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a run whose records were cut to 42 tokens, and that answers in coordinates."""
     out = tmp_path_factory.mktemp("limited") / "out"
     return train_here(
-        out, max_tokens=140, max_steps=40, per_device_train_batch_size=4, learning_rate=3e-3
+        out,
+        data_path=toy / "test.jsonl",
+        max_tokens=42,
+        max_steps=40,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
     )
 
 
@@ -122,11 +129,11 @@ def test_each_test_set_has_its_scores_and_its_answers_under_the_limits_of_traini
         assert report["answers"] == len(answers)
         assert f"written: {limited / f'eval-{name}.json'}, predictions-{name}.jsonl" in printed
         limits = report["limits"]
-        assert (limits["max_tokens"], limits["max_frames_num"]) == (140, 6)
+        assert (limits["max_tokens"], limits["max_frames_num"]) == (42, 6)
         assert limits["frames"] + limits["frames_left_out"] == 6 * len(records)
         assert limits["frames_left_out"] > 0
         assert (
-            "frames as in training: 6 of a clip at most, interleave 0.5; of records of 140 tokens at "
+            "frames as in training: 6 of a clip at most, interleave 0.5; of records of 42 tokens at "
             f"most, which leaves out {limits['frames_left_out']} of {6 * len(records)} frames"
             in printed
         )
