@@ -151,7 +151,8 @@ class Answerer:
     ) -> str:
         """Return the answer that the last turn, an empty one, stands for: text with markup.
 
-        Its times are seconds of the last clip.
+        Its times are seconds of the last clip. Of a limit the question alone takes room: how long the
+        answer will be is not known, as it was in training.
         """
         from model.batch import to_device
         from model.generate import generate, write_answer
