@@ -208,7 +208,6 @@ def parse(
         print(help_text())  # noqa: T201
         raise SystemExit(0)
     problems: list[str] = []
-    environ = os.environ if environ is None else environ
     values = merge(TrainConfig, argv, environ, problems)
     asked = wishes(environ, launched)
     obey(TrainConfig, values, asked.settings, problems)
