@@ -82,9 +82,6 @@ def evaluate(
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from model.family.conformance import admit
-
-    admit(model)
     rank, world = accelerator.process_index, accelerator.num_processes
     losses = held_out_loss(model, loader, records, batch_size, accelerator)
     questions = questions_of(records)

@@ -81,10 +81,13 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import Accelerator
 
+    from model.family.conformance import admit
+
     # -- the model, and the banks it is scored on
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = untrained(args.model) if args.untrained else load(args.model, sets)
     model.to(accelerator.device).eval()
+    admit(model)
     loaders = [loader_of(model, dataset, limit) for dataset in sets]
     caps = [
         new_tokens(loader, questions_of(own), args.max_new_tokens)

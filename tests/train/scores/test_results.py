@@ -83,3 +83,28 @@ def test_what_is_no_result_is_not_written_over(tmp_path: Path) -> None:
     assert data.read_text() == '{"conversations": []}\n'
     with pytest.raises(UserError, match="its folder is not there"):
         results_of(tmp_path, ["a.jsonl"], tmp_path / "gone" / "x.json", untrained=False)
+
+
+def test_the_table_of_runs_has_a_row_for_each_test_set(tmp_path: Path) -> None:
+    from train.report import compare
+
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {"frame_sampling_strategy": "uniform", "slow_frame_ratio": "0.5", "enable_lape": True}
+    (run / "run.json").write_text(json.dumps({"config": config}))
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 7, "seconds": 2.0}\n')
+    assert compare([run]).splitlines()[1].split()[-7:] == ["-"] * 7
+    for name, iou in {"a": 0.25, "b": 0.5}.items():
+        for untrained, ending in ((False, ""), (True, "-untrained")):
+            (own,) = results_of(run, [f"{name}.jsonl"], None, untrained=untrained)
+            assert own.report.name == f"eval-{name}{ending}.json"
+            about = {"test_set": own.name, "data_path": own.data_path, "untrained": untrained}
+            scores = {"tasks": {"span": {"iou": iou / (1 + untrained)}}}
+            own.report.write_text(json.dumps(about | scores))
+    header, *rows = (line.split("  ") for line in compare([run]).splitlines())
+    found = [[cell.strip() for cell in row if cell.strip()] for row in (header, *rows)]
+    places = [found[0].index(name) for name in ("test set", "span mIoU", "untrained")]
+    assert [[row[k] for k in places] for row in found[1:]] == [
+        ["a", "0.250", "0.125"],
+        ["b", "0.500", "0.250"],
+    ]
