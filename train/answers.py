@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from model.vlm import VLM
     from train.batches.chat import Chat
     from train.batches.loader import Loader
+    from train.loop.floor import Floor
 
 FEWEST_NEW_TOKENS = 96
 """Tokens that an answer of any kind may have; those of longer references more."""
@@ -74,16 +75,17 @@ def evaluate(
     batch_size: int,
     most: dict[str, int],
     accelerator: "Accelerator",
+    floor: "Floor | None" = None,
 ) -> tuple[Json, list[Prediction]]:
     """Return losses and scores of a model over records, and its answers, the same on every rank.
 
-    most: tokens of an answer at most, by kind.
+    most: tokens of an answer at most, by kind. floor: what the frame-causal loss is read against.
     """
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
     rank, world = accelerator.process_index, accelerator.num_processes
-    losses = held_out_loss(model, loader, records, batch_size, accelerator)
+    losses = held_out_loss(model, loader, records, batch_size, accelerator, floor)
     questions = questions_of(records)
     mine = questions[rank::world]
     own = []

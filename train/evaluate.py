@@ -82,12 +82,14 @@ def main(argv: list[str]) -> None:
     from accelerate import Accelerator
 
     from model.family.conformance import admit
+    from train.loop.floor import floor_of_model
 
     # -- the model, and the banks it is scored on
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = untrained(args.model) if args.untrained else load(args.model, sets)
     model.to(accelerator.device).eval()
     admit(model)
+    floor = floor_of_model(args.model, model.config)
     loaders = [loader_of(model, dataset, limit) for dataset in sets]
     caps = [
         new_tokens(loader, questions_of(own), args.max_new_tokens)
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> None:
 
     # -- answers and losses, a test set after the other
     for place, loader, own, most in zip(results, loaders, records, caps, strict=True):
-        report, said = evaluate(model, loader, own, args.batch_size, most, accelerator)
+        report, said = evaluate(model, loader, own, args.batch_size, most, accelerator, floor)
         if accelerator.is_main_process:
             about: Json = {"test_set": place.name, "data_path": place.data_path}
             about["untrained"] = args.untrained

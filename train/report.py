@@ -30,6 +30,7 @@ def compare(runs: list[Path]) -> str:
         "test set",
         "ce_loss",
         "ar_loss",
+        "strongest baseline",
         "ar_skill",
         "span mIoU",
     ]
@@ -74,6 +75,7 @@ def _scores(run: Path) -> list[list[str]]:
                 (scored or before).get("test_set", "-"),
                 _number(losses.get("ce_loss")),
                 _number(losses.get("autoregressive_loss")),
+                _strongest(losses),
                 _number(losses.get("ar_skill")),
                 _number(scored.get("tasks", {}).get("span", {}).get("iou")),
                 _number(before.get("tasks", {}).get("span", {}).get("iou")),
@@ -81,6 +83,14 @@ def _scores(run: Path) -> list[list[str]]:
             ]
         )
     return out
+
+
+def _strongest(losses: Json) -> str:
+    """Return the lowest loss of those that `ar_skill` is read against, and whose it is."""
+    if "ar_skill" not in losses:
+        return "-"
+    loss, name = min((losses[f"ar_{name}_baseline"], name) for name in ("copy", "affine", "ridge"))
+    return f"{loss:.3f} {name}"
 
 
 def _number(value: float | None) -> str:
