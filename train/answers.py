@@ -91,7 +91,8 @@ def evaluate(
     own = []
     shown = None if rank == 0 else True  # on a terminal alone
     for begin in tqdm(range(0, len(mine), batch_size), "answers", disable=shown):
-        own += answer(model, loader, mine[begin : begin + batch_size], most)
+        with accelerator.autocast():  # as its losses: what Accelerate is asked for
+            own += answer(model, loader, mine[begin : begin + batch_size], most)
     # dealt out in turn over the ranks, and put back into the order of the records
     gathered = gather_object([(rank + k * world, said) for k, said in enumerate(own)])
     predictions = [said for _, said in sorted(gathered, key=lambda numbered: numbered[0])]

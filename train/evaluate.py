@@ -11,6 +11,7 @@ are cut as the model's training cut its own.
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -45,8 +46,10 @@ from train.scores.results import (
     results_of,
 )
 from train.scores.summary import table
+from train.settings.ancestors import accelerate_words
 from train.settings.config import TrainConfig
 from train.settings.exits import command
+from train.settings.launcher import wishes
 from train.settings.recorded import limit_of_run, trained_with
 from train.start.stage_files import model_problem
 
@@ -64,6 +67,8 @@ def main(argv: list[str]) -> None:
         rescore(args.rescore, args.output)
         return
     # -- everything that can be refused, before an answer is generated
+    if problems := wishes(os.environ, accelerate_words(argv)).problems:
+        raise UserError.of(problems)
     strides = strides_of(args.model)
     if problem := model_problem(args.model):
         raise UserError(problem)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,3 +216,27 @@ def test_an_llm_is_no_model_to_score(
     words = ["--bank", str(toy_bank), "--data_path", str(toy / "test.jsonl")]
     line = refused(main, ["--model", str(toy / "llm"), *words])
     assert line.startswith(f"error: {toy / 'llm' / 'config.json'}: not a framebank model of format")
+
+
+def test_what_accelerate_is_asked_for_holds_for_answers_too(
+    evaluate_here: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import model.generate
+
+    under_bf16 = []
+    whole = model.generate.generate
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        under_bf16.append(torch.is_autocast_enabled("cpu"))
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(model.generate, "generate", watched)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    evaluate_here(output=tmp_path / "bf16.json")
+    assert set(under_bf16) == {True}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SystemExit):
+        evaluate_here(output=tmp_path / "fp16.json")
+    assert not (tmp_path / "fp16.json").exists()
