@@ -216,13 +216,9 @@ def test_each_frame_is_the_one_of_its_index(
     video: Path, decoder: str, reader: str, part: tuple[float | None, float | None]
 ) -> None:
     for sampling in (EIGHT, Sampling(num_frames=1), Sampling(fps="3", max_frames=64), ALL):
-        if part[0] == 3.98:
-            with pytest.raises(VideoError, match="correct the part"):
-                read_clip(ReadRequest(video, sampling, start=part[0], decoder=decoder))
-            continue
         clip = read_clip(ReadRequest(video, sampling, start=part[0], end=part[1], decoder=decoder))
         assert numbers(clip) == clip.frame_index.tolist()
-        assert np.array_equal(clip.timestamps, clip.frame_index / 25)
+        assert np.array_equal(clip.timestamps, np.maximum(clip.frame_index / 25, part[0] or 0))
         assert clip.decoder == reader
         assert clip.fps == 25.0
         assert clip.display_size == (64, 128)
