@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +22,7 @@ from shards.errors import UserError
 
 ORIGINAL_LLAVA = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
 """The `model_type` of LLaVA's own checkpoints -> the family of the LLM that lies flat in them."""
+COPY = "copy or download it again"
 PREFIXES = (("language_model.", ""), ("model.language_model.", "model."), ("lm_head.", "lm_head."))
 """How the LLM's weights begin in a LLaVA checkpoint of transformers, older and newer, and alone."""
 
@@ -68,9 +69,21 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
     else:
         try:
             llm, found = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True
+                # else it asks on the terminal whether a folder's own code may run
+                path,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
+        except SafetensorError as error:
+            raise UserError(f"its weights do not read ({error})", where=path, fix=COPY) from None
         except ValueError as error:  # of many lines where the model is of another sort
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    "its model is code of its own, which is never run",
+                    where=path,
+                    fix="take a form of it that transformers itself has, or another LLM",
+                ) from None
             reason = str(error).splitlines()[0].partition(" for this kind of")[0]
             raise UserError(
                 f"{path}: not a causal LLM, nor a LLaVA checkpoint that holds one: {reason}"
@@ -91,7 +104,10 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
         config = AutoConfig.for_model(ORIGINAL_LLAVA[written["model_type"]], **facts)
         prefixes: tuple[tuple[str, str], ...] = (("model.", "model."), ("lm_head.", "lm_head."))
     else:
-        config, prefixes = AutoConfig.from_pretrained(folder).text_config, PREFIXES
+        config, prefixes = (
+            AutoConfig.from_pretrained(folder, trust_remote_code=False).text_config,
+            PREFIXES,
+        )
 
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
@@ -121,11 +137,14 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
     """Return the tensors of a folder's safetensors files under their new names; None leaves one out."""
     out: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt", device="cpu") as saved:
-            for name in saved.keys():  # noqa: SIM118 - it is no mapping
-                new = rename(name)
-                if new is not None:
-                    out[new] = saved.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt", device="cpu") as saved:
+                for name in saved.keys():  # noqa: SIM118 - it is no mapping
+                    new = rename(name)
+                    if new is not None:
+                        out[new] = saved.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"its weights do not read ({error})", where=file, fix=COPY) from None
     return out
 
 
@@ -241,7 +260,10 @@ def save_weights(module: nn.Module, path: Path) -> None:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a part's weights; UserError lists every tensor that is missing, extra or of another shape."""
     _require(path)
-    saved, own = load_file(path), module.state_dict()
+    try:
+        saved, own = load_file(path), module.state_dict()
+    except SafetensorError as error:
+        raise UserError(f"its weights do not read ({error})", where=path, fix=COPY) from None
     wrong = shape_problems(saved, own)
     if wrong:
         raise UserError(f"{path}: {'; '.join(wrong)}")

@@ -61,7 +61,7 @@ class VLM(nn.Module):
         super().__init__()
         llm_width = llm.get_input_embeddings().embedding_dim
         self.calibrated = True
-        """Whether LAPE's gamma is set; a fresh model's is set from the run's first batch."""
+        """Whether LAPE's gamma is set; a fresh model's is set from the run's first records with media."""
         self.base: LlmBase | None = None
         """Where the LLM's own weights lie, when they are not trained."""
         self.masked = True
@@ -204,7 +204,8 @@ class VLM(nn.Module):
     def calibrate(self, batch: Batch) -> float:
         """Set LAPE's gamma so that positions are a tenth of the projected features, by RMS.
 
-        Returns the ratio at gamma 1. Called once, on the run's first batch, on every rank alike.
+        Returns the ratio at gamma 1. Called once, on the run's first records with media, on every rank
+        alike.
         """
         if self.lape is None or not self.config.lape_positions:
             return float("nan")
@@ -232,6 +233,14 @@ class VLM(nn.Module):
         everything = [id(p) for p in self.parameters() if p.requires_grad]
         assert sorted(found) == sorted(everything), "a parameter is in no group or in two"
         return {name: group for name, group in groups.items() if group}
+
+    def vectors(self) -> list[nn.Parameter]:
+        """Return the parameters that are vectors, or tables of vectors that each stand alone."""
+        tables: list[nn.Parameter] = list(self.visual.parameters())
+        tables += self.lape.parameters() if self.lape is not None else []
+        if self.frame_causal is not None:
+            tables += self.frame_causal.stream.parameters()
+        return tables + [p for p in self.parameters() if p.ndim < 2]
 
     def modules_on_disk(self) -> list[tuple[str, nn.Module]]:
         """Return (file, module) of every part beside the LLM that this model has."""
@@ -303,7 +312,8 @@ class VLM(nn.Module):
                     f"{folder}: LAPE preset {saved.lape_preset}, asked {self.config.lape_preset}"
                 )
             load_weights(module, folder / file)
-            self.calibrated |= module is self.lape
+            if module is self.lape:
+                self.calibrated = module.preset == "st" or bool((module.gamma != 1).any())
             lines.append(f"{file}: from {folder}")
         return lines
 

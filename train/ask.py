@@ -25,8 +25,9 @@ from shards.format.plan import TOWER_THREADS
 from shards.hub import absent
 from shards.read.bank import ClipInfo, of_units
 from shards.signed import Json
+from train.data.coordinates import settled
 from train.data.markup import MARKUP
-from train.data.records import Record, Turn, check_coordinates, in_seconds
+from train.data.records import Record, Turn
 from train.settings.exits import command
 
 if TYPE_CHECKING:
@@ -93,15 +94,12 @@ def asked(question: str, clip: ClipInfo) -> list[Turn]:
     turns = (Turn("user", f"<video>\n{question}"), Turn("assistant", ""))
     if MEDIA_TAG.search(question):  # the chat says that it has no medium for it
         return list(turns)
-    problems: list[str] = []
-    record = in_seconds(
-        Record(clip.id, (clip.id,), turns, "", "the question"), problems, [clip.duration]
-    )
-    check_coordinates(record, [clip.duration], problems)
+    asked_record = Record(clip.id, (clip.id,), turns, "", "the question")
+    record, _, problems = settled(asked_record, [clip.duration], clip=False)
     if problems:
         raise UserError.of(
-            f"{problem}; times are seconds of the clip, which lasts {clip.duration:.2f}, places "
-            "fractions of the frame"
+            f"{problem.where}: {problem.what}; times are seconds of the clip, which lasts "
+            f"{clip.duration:.2f}, places fractions of the frame"
             for problem in problems
         )
     return list(record.turns)
@@ -173,7 +171,7 @@ def fresh_clip(
         frame_index=frame_index,
         display_size=(height, width),
         patch_grid=tower.grid_of(height, width),
-        covered=tower.pixels.covered(height, width),
+        covered=tower.covered(height, width),
     )
     return FreshClip(info, stored)
 

@@ -10,10 +10,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shards.annotations.fault import RowError
 from shards.annotations.forms import Json
 from shards.errors import UserError
-from train.data.dataset import local_copies, shorten
+from train.data.dataset import local_copies
+from train.data.drops import (
+    BadRecords,
+    Drop,
+    add_record_flags,
+    counted,
+    record_settings,
+    write_drops,
+)
 from train.data.importers import BOXES, IMPORTERS, imported
+from train.data.reading import shorten
 from train.data.records import checked_rows
 from train.settings.exits import command
 
@@ -24,17 +34,27 @@ def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     problems: list[str] = []
     rows: list[Json] = []
-    if args.form == "records":
-        for path in local_copies(args.inputs, problems):
-            rows += checked_rows(path, problems, allow_outside=args.allow_outside)
-    else:
-        for name in args.inputs:
-            rows += imported(args.form, Path(name), problems, getattr(args, "boxes", None))
+    settings = record_settings(args)
+    judged, drops = BadRecords(settings), list[Drop]()
+    for path in local_copies(args.inputs, problems) if args.form == "records" else args.inputs:
+        bad: list[RowError] = []
+        if args.form == "records":
+            made = checked_rows(path, problems, bad, settings)
+        else:
+            clip = settings.times_past_end == "clip"
+            boxes = getattr(args, "boxes", None)
+            made = imported(args.form, Path(path), problems, bad, boxes=boxes, clip=clip)
+        rows += made
+        drops += judged.judge(path, bad, len(made) + len({e.place for e in bad}), problems)
     if problems:
-        raise UserError.of(shorten(problems))
+        raise UserError.of(judged.advised(shorten(problems)))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     args.out.write_text("".join(lines), encoding="utf-8")
-    print(f"written: {args.out}: {len(rows)} records")  # noqa: T201
+    listed = args.out.with_suffix(".dropped.jsonl")
+    write_drops(listed, drops)
+    why = counted([drop.reason for drop in drops])
+    left_out = f"; {len(drops)} left out ({why}), listed in {listed}" if drops else ""
+    print(f"written: {args.out}: {len(rows)} records{left_out}")  # noqa: T201
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,10 +70,7 @@ def parser() -> argparse.ArgumentParser:
         own = forms.add_parser(form, help=(about or form).splitlines()[0], description=about)
         own.add_argument("inputs", nargs="+", help="annotation files")
         own.add_argument("--out", required=True, type=Path, help="records to write (.jsonl)")
-        if form == "records":
-            own.add_argument(
-                "--allow_outside", action="store_true", help="paths may leave their root"
-            )
+        add_record_flags(own)
         if form == "refcoco":
             own.add_argument("--boxes", choices=BOXES, help="what bbox holds")
     return out

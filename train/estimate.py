@@ -12,7 +12,7 @@ import numpy as np
 from model.config import ModelSettings, joined_cells
 from model.tower_kinds import frame_flops
 from shards.text import duration, some
-from train.batches.plan import RunPlan
+from train.batches.run_plan import RunPlan
 from train.cost import (
     DEVICES,
     LlmShape,
@@ -42,13 +42,13 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
         ("records", f"{records} kept, {plan.dropped_line}"),
         (
             "packs",
-            f"{plan.num_steps * plan.packs_per_step} of {plan.rows_per_pack} {rows_of}, "
+            f"{len(plan.pack_start)} of {plan.rows_per_pack} {rows_of}, "
             f"{len(plan.uses)} uses of records; {plan.efficiency:.2%} of the places hold a token",
         ),
         (
             "steps",
             f"{plan.num_steps} of {plan.packs_per_step} packs on {world} "
-            f"process{'es' if world > 1 else ''}",
+            f"process{'es' if world > 1 else ''}{plan.short_line}",
         ),
         (
             "tokens",
@@ -95,8 +95,8 @@ def costs(
     return [
         (
             "model",
-            f"{per_step / 1e12:,.2f} TFLOPs a step ({config.tune_llm}; the head's forward "
-            f"{head / 1e12:,.2f}, on supervised rows only)",
+            f"{teraflops(per_step)} TFLOPs a step ({config.tune_llm}; the head's forward "
+            f"{teraflops(head)}, on supervised rows only)",
         ),
         ("encoder", encoder_line(dataset, plan, per_step)),
         (
@@ -106,6 +106,11 @@ def costs(
         ("read", f"{read / seconds / world / 1e6:,.1f} MB/s a device {at}"),
         ("time", f"{duration(seconds * plan.num_steps)}, {seconds:,.3f} s a step {at}"),
     ]
+
+
+def teraflops(flops: float) -> str:
+    """Return FLOPs in units of 10^12, small models' too."""
+    return f"{flops / 1e12:,.2f}" if flops >= 1e11 else f"{flops / 1e12:.2g}"
 
 
 def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.ndarray:

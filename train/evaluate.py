@@ -9,13 +9,16 @@ What is asked is read from the reference: two times are a span, x y a point, x y
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.config import read_model_config
 from shards.errors import UserError
-from shards.signed import Json
+from shards.signed import Json, write_atomic
 from train.data.dataset import Dataset, open_records
+from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.folders import Folders
 from train.data.records import Record, duration_before
 from train.loop.held_out import held_out_loss
@@ -25,6 +28,8 @@ from train.scores.scoring import score
 from train.scores.summary import constant_span, summarise_scores, table
 from train.settings.config import TrainConfig
 from train.settings.exits import command
+from train.settings.output import file_problem
+from train.start.stage_files import model_problem
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,20 +56,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--untrained", action="store_true", help="score the same model before any training step"
     )
-    parser.add_argument(
-        "--allow_outside", action="store_true", help="records may name videos by absolute paths"
-    )
     parser.add_argument("--media_dir", default="", help="as that of a run")
     parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
+    add_record_flags(parser)
     args = parser.parse_args(argv)
     strides = strides_of(args.model)
-    dataset = open_records(
-        args.bank,
-        args.data_path,
-        *strides,
-        allow_outside=args.allow_outside,
-        media=Folders(args.media_dir, tuple(args.strip_prefix)),
-    )
+    name = "eval-untrained.json" if args.untrained else "eval.json"
+    output = args.output or args.model / name
+    if problem := model_problem(args.model) or report_problem(output):
+        raise UserError(problem)
+    media = Folders(args.media_dir, tuple(args.strip_prefix))
+    dataset = open_records(args.bank, args.data_path, *strides, record_settings(args), media)
     records = dataset.held_out[: args.max_records or None]
     if any(
         asked_of(r, k, r.turns[k].text, 0.0).kind == "caption" for r, k in questions_of(records)
@@ -79,20 +81,32 @@ def main(argv: list[str]) -> None:
     model.to(accelerator.device).eval()
     report = evaluate(model, dataset, records, args.batch_size, accelerator)
     if accelerator.is_main_process:
-        name = "eval-untrained.json" if args.untrained else "eval.json"
-        output = args.output or args.model / name
-        output.write_text(json.dumps(report, indent=2) + "\n")
+        report["dropped"] = dict(Counter(drop.reason for drop in dataset.drops))
+        write_atomic(output, json.dumps(report, indent=2).encode() + b"\n")
         print(table(report))  # noqa: T201
+        listed = output.with_suffix(".dropped.jsonl")
+        write_drops(listed, dataset.drops)
+        for line in [*dataset.notes, *([f"listed in {listed}"] if dataset.drops else [])]:
+            print(line)  # noqa: T201
         print(f"written: {output}")  # noqa: T201
     accelerator.end_training()
 
 
 def strides_of(folder: Path) -> tuple[int, int]:
     """Return the slow and the fast stride of a trained model; UserError where there is none."""
-    if not (folder / "config.json").exists():
-        raise UserError("no trained model here (config.json is missing)", where=f"--model {folder}")
-    facts = json.loads((folder / "config.json").read_text())["model"]
-    return facts["slow_stride"], facts["fast_stride"]
+    model = read_model_config(folder)["model"]
+    return model.slow_stride, model.fast_stride
+
+
+def report_problem(path: Path) -> str | None:
+    """Return why a report may not be written to a file: said before the scoring, not after."""
+    if (problem := file_problem(path)) or not path.exists():
+        return problem
+    try:
+        is_report = "tasks" in json.loads(path.read_bytes())
+    except (ValueError, TypeError):
+        is_report = False
+    return None if is_report else f"{path}: holds something else than a report; name another file"
 
 
 def load(folder: Path, dataset: Dataset) -> "VLM":

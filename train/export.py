@@ -8,12 +8,17 @@ is where, and what other trainers would drop of it.
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.config import read_model_config
 from shards.errors import UserError
 from train.settings.exits import command
+from train.settings.output import folder_problem
+from train.start.stage_files import model_problem
 
 if TYPE_CHECKING:
     from model.vlm import VLM
@@ -44,9 +49,10 @@ def main(argv: list[str]) -> None:
 
 def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "float32") -> None:
     """Write a run's model so that transformers alone loads its LLM; UserError if it cannot be."""
-    if not (run / "config.json").exists():
-        raise UserError("no trained model here (config.json is missing)", where=run)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    read_model_config(run)
+    if problem := model_problem(run) or folder_problem(out):
+        raise UserError(problem)
+    if out.exists() and any(out.iterdir()):
         raise UserError("not empty", where=out, fix="name a new folder")
     adapted = (run / "llm" / "lora").exists()
     if merge_lora and not adapted:
@@ -61,8 +67,11 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
         model.llm = model.llm.merge_and_unload()
     for weight in model.llm.parameters():
         weight.data = weight.data.to(getattr(torch, dtype))
-    model.save(out)
-    (out / "README.md").write_text(readme(model, adapter=adapted and not merge_lora))
+    aside = out.resolve().with_name(f"{out.resolve().name}.tmp")  # until it is whole
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save(aside)
+    (aside / "README.md").write_text(readme(model, adapter=adapted and not merge_lora))
+    os.replace(aside, out.resolve())
 
 
 def readme(model: "VLM", *, adapter: bool) -> str:  # long: it is the page itself

@@ -9,29 +9,53 @@ refused is refused before torch is imported. `--plan` prints what the run would 
 """
 
 import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError
+from shards.write.lock import folder_lock
 from train.data.dataset import Dataset, open_dataset
+from train.settings.ancestors import Process, accelerate_words, holders
 from train.settings.config import TrainConfig, parse
 from train.settings.exits import command
 from train.start.stage import bank_problem
+from train.start.stage_files import stage_problem
+
+SHOWN = 160
+"""Characters of a command that others are told of, who may not start theirs beside it."""
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @command
 def main(argv: list[str]) -> None:
-    config = parse(argv)
-    problem = silent_single_process(os.environ) or unsupported(config.reduce, os.environ)
-    if problem:
-        raise UserError(problem)
-    dataset = open_dataset(config)
-    if problem := bank_problem(config, dataset):
-        raise UserError(problem)
+    holding = holders()  # before minutes of loading, in which they may end
+    config = parse(argv, os.environ, accelerate_words(argv))
+    dataset = open_inputs(config)
     if config.plan:
         show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
     else:
-        start(config, dataset)
+        with only_run_in(config.output_dir, argv):
+            start(config, dataset, holding)
+
+
+def open_inputs(config: TrainConfig) -> Dataset:
+    """Open banks and records; UserError with every problem of them and of the stage."""
+    stage = stage_problem(config.stage_path)
+    problems = [stage] if stage else []
+    try:
+        dataset = open_dataset(config)
+        problems += filter(None, [bank_problem(config, dataset)])
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError.of(problems)
+    return dataset
 
 
 def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
@@ -43,12 +67,17 @@ def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
     print(table(config, dataset, plan, world))  # noqa: T201
 
 
-def start(config: TrainConfig, dataset: Dataset) -> None:
-    """Train. A run that a signal ended exits with 128 + its number: 143 or 130."""
+def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> None:
+    """Train. A run that a signal ended exits with 128 + its number: 143, 130 or 129.
+
+    holding: the processes whose end is to end the run.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the loader's
+    # DDP warns that it looked for unused parameters in vain: a later pack may have some
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     from train.loop.loop import train
     from train.loop.signals import StopSignals
@@ -57,47 +86,41 @@ def start(config: TrainConfig, dataset: Dataset) -> None:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes on the CPU do not find each other
         mixed_precision="bf16" if config.bf16 else "no",
+        # ours alone, which have taken in what the launcher was asked for
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    with StopSignals() as signals:
+    refuse_lost_fsdp(accelerator, os.environ)
+    save_seconds = 60 * config.save_minutes if accelerator.is_main_process else 0
+    with StopSignals(holding, save_seconds) as signals:
         stopped_by = train(config, dataset, accelerator, signals)
     accelerator.end_training()
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)
 
 
-def silent_single_process(environ: Mapping[str, str]) -> str | None:
-    """Return what to run instead where Accelerate was asked for processes and started only one.
-
-    `accelerate launch --cpu --num_processes 2` (1.15) sets MASTER_ADDR, which it does for two and
-    more, and then starts the script once, without WORLD_SIZE.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in environ
-    if launched and "MASTER_ADDR" in environ and "WORLD_SIZE" not in environ:
-        return (
-            "accelerate launch was asked for several processes and started one (it does so with "
-            "--cpu). Run `accelerate launch --multi_gpu --num_processes 2 train/run.py ...` (works "
-            "on CPU too) or `torchrun --nproc_per_node 2 -m train.run ...`"
+def refuse_lost_fsdp(accelerator: "Accelerator", environ: Mapping[str, str]) -> None:
+    """Raise UserError where FSDP was asked for and Accelerate has made plain processes of it."""
+    if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not accelerator.is_fsdp2:
+        raise UserError(
+            f"FSDP was asked for, and Accelerate shards on GPUs alone: here it would run "
+            f"{accelerator.distributed_type.value} on {accelerator.device.type}",
+            where="ACCELERATE_USE_FSDP",
+            fix="launch without FSDP (leave the FSDP file out), or on GPUs",
         )
-    return None
 
 
-def unsupported(reduce: str, environ: Mapping[str, str]) -> str | None:
-    """Return why Accelerate's way of sharing the model over processes is refused, if it is."""
-    asked = {name: environ.get(name, "false").lower() for name in environ}
-    if asked.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return (
-            "DeepSpeed is not supported: it scales, clips and accumulates by itself, and this "
-            "trainer does so over exact counts. Use DDP, or FSDP2: "
-            "accelerate launch --config_file train/presets/fsdp2_8gpu.yaml train/run.py ..."
-        )
-    if asked.get("ACCELERATE_USE_FSDP") != "true":
-        return None
-    if environ.get("FSDP_VERSION", "1") != "2":
-        return "FSDP 1 is not supported; set fsdp_version: 2, as train/presets/fsdp2_8gpu.yaml does"
-    if reduce == "exact":
-        return "reduce exact adds up whole gradients, which FSDP2 never has; use reduce: fast"
-    return None
+def only_run_in(output_dir: str, argv: Sequence[str]) -> AbstractContextManager[None]:
+    """Keep a second run out of the output folder; of several processes the first one does."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return nullcontext()
+    command = shlex.join(["train/run.py", *argv])
+    return folder_lock(
+        Path(output_dir),
+        command if len(command) <= SHOWN else f"{command[:SHOWN]} ...",
+        fix="wait for its end, end it, or name another output_dir",
+    )
 
 
 if __name__ == "__main__":

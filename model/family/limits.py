@@ -52,8 +52,14 @@ def load_tokenizer(where: Any, rows: int | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except ValueError as error:  # of many lines where no tokenizer's files are found
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                "its tokenizer is code of its own, which is never run",
+                where=where,
+                fix="put a tokenizer.json of the same words there, or take another LLM",
+            ) from None
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"its tokenizer does not load: {reason}", where=where, fix=FIX) from None
     check_tokenizer(tokenizer, rows, where)

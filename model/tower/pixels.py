@@ -136,13 +136,18 @@ class Pixels:
             return self.height, int(self.height * width / height)
         return int(self.height * height / width), self.height
 
-    def covered(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Return the part of a frame that the tower sees: y0, x0, y1, x1 as fractions of it."""
-        if self.crop is None:
-            return 0.0, 0.0, 1.0, 1.0
+    def covered(self, height: int, width: int, patch: int) -> tuple[float, float, float, float]:
+        """Return the part of a frame that whole patches lie on: y0, x0, y1, x1 as fractions of it.
+
+        patch: pixels on a side. A tower takes as many as fit, from the upper left: what is left of
+        the crop below and to the right (of 384 pixels 6, where patches have 14) enters no feature.
+        """
         rows, cols = self.resized(height, width)
-        top, left = (rows - self.crop[0]) // 2, (cols - self.crop[1]) // 2
-        return top / rows, left / cols, (top + self.crop[0]) / rows, (left + self.crop[1]) / cols
+        kept_rows, kept_cols = self.output_size(height, width)
+        top, left = (rows - kept_rows) // 2, (cols - kept_cols) // 2
+        bottom = top + kept_rows // patch * patch
+        right = left + kept_cols // patch * patch
+        return top / rows, left / cols, bottom / rows, right / cols
 
     def check(self, height: int, width: int) -> None:
         """Raise UserError for a frame size that cannot be made to fit."""

@@ -94,6 +94,10 @@ class Tower:
         rows, cols = self.pixels.output_size(height, width)
         return rows // self.patch, cols // self.patch
 
+    def covered(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """Return the part of such a frame that the patches cover: y0, x0, y1, x1 as fractions of it."""
+        return self.pixels.covered(height, width, self.patch)
+
     def encode(self, frames: np.ndarray, batch_frames: int = 16) -> Tensor:
         """Return the patch grid of each unit: fp32 `(units, patch_rows, patch_cols, width)`.
 

@@ -81,7 +81,7 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     this gives the old bytes, which is checked. A video that is gone or was changed is named, its
     sample stays damaged: `preprocess encode` banks the new video. Index, catalogue and manifest are
     made from the shards, without a tower. A BANK of an older format gets the metadata of today's:
-    its shards stay as they are, nothing is encoded.
+    its features stay as they are, nothing is encoded.
 
     Exit code 0: all is repaired; 1: some damage remains and is listed; 2: wrong usage.
 

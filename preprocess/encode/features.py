@@ -178,7 +178,7 @@ def describe(
         frame_index=clip.frame_index.tolist(),
         timestamps=clip.timestamps.tolist(),
         display_size=(height, width),
-        covered=tower.pixels.covered(height, width),
+        covered=tower.covered(height, width),
         patch_grid=tower.grid_of(height, width),
         cell_grids={str(stride): array.shape[1:3] for stride, array in arrays.items()},
         tower_width=tower.width,

@@ -6,7 +6,7 @@
 A shard is written beside the old one: samples whose bytes are in their place are copied, the others
 are decoded and encoded again, in the old order. On the machine that made the bank that gives the old
 bytes. Index, commit record, catalogue and manifest come from the shards; a lost commit record only of
-a shard that bank.json proves. A bank of an older format is brought up to date, its shards untouched.
+a shard that bank.json proves. A bank of an older format is brought up to date, its features as they are.
 """
 
 import json
@@ -23,6 +23,7 @@ import numpy as np
 from model.tower.tower import FeatureRangeError, Tower
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
+from preprocess.encode.covered import corrected
 from preprocess.encode.features import (
     EncodeOptions,
     describe,
@@ -52,7 +53,7 @@ from shards.format.quarantine import read_quarantine
 from shards.format.samples import SampleMeta
 from shards.signed import Json, write_atomic
 from shards.write.finish import finish
-from shards.write.lock import bank_lock
+from shards.write.lock import folder_lock
 from shards.write.shard import ShardWriter, index_bytes
 
 
@@ -93,11 +94,18 @@ def repair(
     nothing has to be encoded. video_roots: where to look for videos that are not where they were.
     """
     refuse_no_bank(bank)
-    with bank_lock(bank, "preprocess repair"):
-        migrated = migrate(bank)
+    with folder_lock(bank, "preprocess repair"):
+        migrated = migrate(
+            bank,
+            lambda plan: corrected(
+                bank, plan, ClipEncoder(bank, plan, tower, device, video_roots).load
+            ),
+        )
         done = Repaired(damages=verify(bank, deep=True, seen=seen), files=migrated)
         if migrated:
-            done.notes.append("a bank of an older format: its metadata is rewritten")
+            done.notes.append(
+                "a bank of an older format: its metadata is rewritten, its features are as they were"
+            )
         inventory = read_inventory(bank)
         if not done.damages:
             return done
@@ -156,7 +164,7 @@ class ClipEncoder:
 
         old: the sample's json, where it is there. provenance: of its shard.
         """
-        tower = self._load()
+        tower = self.load()
         known = ("batch_frames", "tower_threads")
         numbers = {name: int(str(provenance[name])) for name in known if name in provenance}
         options = replace(self.options, **numbers)  # type: ignore[arg-type]
@@ -184,11 +192,12 @@ class ClipEncoder:
 
     def provenance(self, old: Mapping[str, object]) -> Json:
         """Return the provenance of a shard that was written in part today."""
-        return provenance(self._load(), self.options) | {
+        return provenance(self.load(), self.options) | {
             name: old[name] for name in ("batch_frames", "tower_threads") if name in old
         }
 
-    def _load(self) -> Tower:
+    def load(self) -> Tower:
+        """Return the bank's tower; another one is refused."""
         if self.tower is None:
             self.tower = load_tower(self.options)
             asked = feature_config(self.tower, self.options)
@@ -302,12 +311,14 @@ class ShardRepair:
         if self.commit:
             record = replace(record, underflowed=self.commit.underflowed)
         record = replace(record, samples=samples)
-        same = self.commit is not None and samples == self.commit.samples
+        proven = self.commit is not None and samples == self.commit.samples
+        # a shard that was damaged when its descriptions were revised is known by its samples alone
+        same = proven and (bool(refused) or record == self.commit)
         if not same:
-            if self.encoded:
+            if self.encoded and not proven:
                 record = replace(record, provenance=self.encoder.provenance(record.provenance))
             write_commit(folder / self.name, record)
-            if self.encoded and self.commit:
+            if self.encoded and self.commit and not proven:
                 self.done.notes.append(
                     f"{self.name}: is not byte for byte what it was, as another machine or library "
                     f"made it; that these clips are the same cannot be proven: "

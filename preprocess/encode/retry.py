@@ -35,7 +35,7 @@ from shards.format.plan import (
 )
 from shards.format.quarantine import read_entries
 from shards.write.finish import finish
-from shards.write.lock import bank_lock
+from shards.write.lock import folder_lock
 
 
 def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how: Any) -> Summary:
@@ -46,7 +46,7 @@ def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how
     """
     if not (bank / "plan.json").exists():
         raise UserError(f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`")
-    with bank_lock(bank, "preprocess retry"):
+    with folder_lock(bank, "preprocess retry"):
         return _retry(bank, tower, roots, how)
 
 

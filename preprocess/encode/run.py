@@ -38,7 +38,7 @@ from shards.format.plan import (
 )
 from shards.format.quarantine import read_entries, settle
 from shards.write.finish import finish
-from shards.write.lock import bank_lock
+from shards.write.lock import folder_lock
 
 
 def encode(
@@ -74,7 +74,7 @@ def encode_clips(
     """Do what `encode` does for clips that were found already; returns the changes, too."""
     tower = load_tower(options)
     predicted_bytes(tower, options)  # refuses what the tower cannot do before there is a folder
-    with disk_errors(out), bank_lock(out, "preprocess encode"):
+    with disk_errors(out), folder_lock(out, "preprocess encode"):
         changes = make_plan(out, clips, tower, options, prune=prune)
         return execute(out, changes.plan, clips, tower, options, procs), changes
 
@@ -89,7 +89,7 @@ def plan_clips(
     """Write the plan that `encode_clips` would execute, and encode nothing."""
     tower = load_tower(options)
     predicted_bytes(tower, options)
-    with disk_errors(out), bank_lock(out, "preprocess plan"):
+    with disk_errors(out), folder_lock(out, "preprocess plan"):
         return tower, make_plan(out, clips, tower, options, prune=prune)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from preprocess.decode.read_pictures import picture_files
-from shards.annotations.files import READERS, annotation_files
+from shards.annotations.files import SUFFIXES, annotation_files, suffix_of
 from shards.annotations.records import parse_row, rows_of
 from shards.errors import UserError
 
@@ -29,7 +29,7 @@ class Named(NamedTuple):
 def holds_annotations(path: Path) -> bool:
     """Whether a file, or any file of a folder, is an annotation file by its ending."""
     files = path.rglob("*") if path.is_dir() else [path]
-    return any(file.suffix.lower() in READERS for file in files)
+    return any(suffix_of(file) in SUFFIXES for file in files)
 
 
 def annotated_media(

@@ -1,12 +1,15 @@
-"""Annotation files -> rows: json, jsonl, csv and parquet, folders of them, datasets of the Hub.
+"""Annotation files -> rows: json, jsonl, csv (or .gz of them), parquet, folders, datasets of the Hub.
 
 A row is what a file holds for one record, in whatever form; `forms` makes records of it.
 """
 
 import csv
+import gzip
+import io
 import json
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -15,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from shards.annotations.forms import FORMS
+from shards.annotations.sniff import GZIP, HEAD, foreign, is_record, is_stray, object_kind
 from shards.errors import UserError
 from shards.hub import refusal
+from shards.text import some
 
 Rows = Iterator[tuple[str, Any]]
 """(`file:line` or `file[index]`, row)."""
@@ -77,30 +83,62 @@ ALL = Selection()
 def read_rows(path: str | Path) -> Rows:
     """Yield the rows of a file or folder; one that cannot be read as an `UnreadableRow`.
 
-    Raises UserError where nothing can be read on: a folder of several kinds of files, a damaged file.
+    Raises UserError where nothing can be read on: a folder of several kinds of files, a damaged file,
+    a file that is something else.
     """
     for file in annotation_files(Path(path)):
-        reader = READERS.get(file.suffix.lower(), _json)
         try:
-            yield from reader(file)
+            if suffix_of(file) == ".parquet":
+                yield from _parquet(file)
+                continue
+            text = read_text(file)
+            if suffix_of(file) == ".csv":
+                yield from _csv(file, text)
+            else:
+                yield from _json(file, text)
         except (OSError, csv.Error, RecursionError) as error:
             raise UserError(f"not readable as records: {error}", where=file) from None
         except UnicodeDecodeError as error:
             raise UserError(f"not readable as records: not UTF-8: {error}", where=file) from None
 
 
+def suffix_of(file: Path) -> str:
+    """Return what a file is by its name: `.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
+    name = file.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file, unpacked where it is gzip; UserError for what is no text of records."""
+    data = file.read_bytes()
+    if data.startswith(GZIP):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"not readable as gzip: {error}", where=file) from None
+    if what := foreign(data[:HEAD]):
+        raise UserError(what, where=file)
+    return data.decode("utf-8-sig")
+
+
 def annotation_files(path: Path) -> list[Path]:
-    """Return a file itself, or the annotation files of a folder at any depth, all of one kind."""
+    """Return a file itself, or the annotation files of a folder at any depth, all of one kind.
+
+    Metadata that lies beside them is passed over: see `stray_files`.
+    """
     if not path.is_dir():
         return [path]
+    refuse_saved_dataset(path)
+    every = _by_name(path)
+    stray = {file for file in every if is_stray(file)}
     found: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.suffix.lower() in READERS and not hidden:
-            found.setdefault(file.suffix.lower(), []).append(file)
+    for file in every:
+        if file not in stray:
+            found.setdefault(suffix_of(file), []).append(file)
     if not found:
+        beside = f", and metadata alone: {some(sorted(f.name for f in stray))}" if stray else ""
         raise UserError(
-            f"{path}: no annotation files in this folder (looked for {', '.join(READERS)})"
+            f"{path}: no annotation files in this folder (looked for {', '.join(SUFFIXES)}){beside}"
         )
     if len(found) > 1:
         kinds = ", ".join(f"{len(files)} {suffix}" for suffix, files in sorted(found.items()))
@@ -108,20 +146,65 @@ def annotation_files(path: Path) -> list[Path]:
     return next(iter(found.values()))
 
 
-def _json(file: Path) -> Rows:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not readable as records: {error}") from None
+def stray_files(path: Path) -> list[Path]:
+    """Return the files of a folder that look like annotations by name and hold none."""
+    return [file for file in _by_name(path) if is_stray(file)] if path.is_dir() else []
+
+
+def _by_name(folder: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if suffix_of(file) in SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+
+
+def refuse_saved_dataset(folder: Path) -> None:
+    """Raise UserError for a folder that `datasets` wrote with `save_to_disk`, as Arrow files."""
+    split = (folder / "dataset_dict.json").is_file()
+    if not split and not ((folder / "state.json").is_file() and any(folder.glob("*.arrow"))):
+        return
+    one = "['train']" if split else ""
+    raise UserError(
+        "this folder was written by datasets' save_to_disk, as Arrow files",
+        where=folder,
+        fix='write parquet once: python -c "import datasets; '
+        f"datasets.load_from_disk('{folder}'){one}.to_parquet('records.parquet')\"",
+    )
+
+
+def _json(file: Path, text: str) -> Rows:
+    """Yield the records of a JSON list, or of JSON lines: told by what is there, not by the name."""
+    begins = text.lstrip()[:1]
+    if suffix_of(file) != ".jsonl" or begins == "[":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            if begins != "{" and suffix_of(file) != ".jsonl":
+                raise UserError(f"{file}: not readable as records: {error}") from None
+            if begins == "{" and error.msg != "Extra data":
+                raise UserError(f"{file}: not readable as records: {error}") from None
+        else:
+            yield from _listed(file, rows)
+            return
+    yield from _lines(file, text)
+
+
+def _listed(file: Path, rows: Any) -> Rows:
+    if isinstance(rows, dict) and is_record(rows):
+        rows = [rows]
+    if isinstance(rows, dict):
+        raise UserError(object_kind(rows), where=file)
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a list of records, got {type(rows).__name__}")
     for index, row in enumerate(rows):
         yield f"{file}[{index}]", row
 
 
-def _jsonl(file: Path) -> Rows:
+def _lines(file: Path, text: str) -> Rows:
     # not splitlines: JSON may hold U+2028 and its like as they are
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 row: Any = json.loads(line)
@@ -130,18 +213,37 @@ def _jsonl(file: Path) -> Rows:
             yield f"{file}:{number}", row
 
 
-def _csv(file: Path) -> Rows:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, restkey="")
-        for row in reader:
-            where = f"{file}:{reader.line_num}"
-            if "" in row:
-                yield where, UnreadableRow("more cells than the header names; quote the commas")
-                continue
-            try:
-                yield where, {name: _cell(name, value) for name, value in row.items() if value}
-            except ValueError as error:
-                yield where, UnreadableRow(str(error))
+def _csv(file: Path, text: str) -> Rows:
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+    header = [name.strip() for name in reader.fieldnames or []]
+    if not is_record(dict.fromkeys(header)):
+        raise UserError(
+            f"the first line of a csv names its columns, got {ascii(', '.join(header))[:80]}",
+            expected=f"one of {', '.join(FORMS)}, video, image among them",
+            where=file,
+            fix=csv_advice(header),
+        )
+    for row in reader:
+        where = f"{file}:{reader.line_num}"
+        if "" in row:
+            yield where, UnreadableRow("more cells than the header names; quote the commas")
+            continue
+        try:
+            yield where, {name: _cell(name, value) for name, value in row.items() if value}
+        except ValueError as error:
+            yield where, UnreadableRow(str(error))
+
+
+def csv_advice(header: Sequence[str]) -> str:
+    """Return what to do about a csv whose first line names no column that is known."""
+    line = header[0] if len(header) == 1 else ""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if separator in line:
+            return f"its columns are parted by {name}; write commas"
+    return (
+        "a list of paths and labels, as classifiers have it, is no list of records; add a line like "
+        "video,question,answer"
+    )
 
 
 def _cell(name: str, text: str) -> Any:
@@ -149,12 +251,19 @@ def _cell(name: str, text: str) -> Any:
     if name in ("start", "end", "duration"):
         return float(text)
     if name in STRUCTURED and text.lstrip()[:1] in ("[", "{"):
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`{name}` is a list or an object, and no JSON ({error}): {ascii(text)[:60]}; write "
+                "it with double quotes, as Python's json.dumps does and its print does not"
+            ) from None
     return text
 
 
 STRUCTURED = (
-    *("conversations", "messages", "options", "variables"),
+    *("conversations", "messages", "variables"),
+    *("options", "candidates", "choices", "option", "answers"),
     *("video", "videos", "image", "images"),
 )
 
@@ -165,6 +274,10 @@ def _parquet(file: Path) -> Rows:
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
         raise UserError(f"{file}: parquet needs pyarrow; pip install pyarrow") from None
+    with file.open("rb") as opening:
+        head = opening.read(HEAD)
+    if not head.startswith(b"PAR1") and (what := foreign(head)):
+        raise UserError(what, where=file)
     try:
         opened = pq.ParquetFile(file)
         index = 0
@@ -176,19 +289,15 @@ def _parquet(file: Path) -> Rows:
         raise UserError(f"{file}: not readable as parquet: {error}") from None
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+"""Of annotation files; those of text may have .gz behind."""
 
 
 def is_hub_name(name: str) -> bool:
     """Tell whether a name that is no path here could be a dataset of the Hub: `owner/name[:folder]`."""
     return (
         HUB_NAME.fullmatch(name) is not None
-        and Path(name).suffix.lower() not in (*READERS, ".yaml", ".yml")
+        and Path(name).suffix.lower() not in (*SUFFIXES, ".gz", ".yaml", ".yml")
         and not Path(name).exists()
         and not Path(name).parts[0].startswith(".")
         and not Path(Path(name).parts[0]).exists()
@@ -210,7 +319,7 @@ def local_copy(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     under = f"{folder.strip('/')}/" if folder else ""
-    patterns = [f"{under}*{suffix}" for suffix in READERS]
+    patterns = [f"{under}*{suffix}" for suffix in (*SUFFIXES, ".jsonl.gz", ".json.gz")]
     try:
         if why := refusal(repo, "dataset"):
             raise UserError(why)

@@ -4,22 +4,23 @@
 
 Ours: `{id, video, start?, end?, task?, conversations: [{from: human|gpt|system, value}]}` with one
 `<video>` or `<image>` tag for each medium. Every form is one function in `FORMS`: a row and its media
--> turns. What is wrong with a row is a UserError that does not yet say where; a row that could be
+-> turns. What is wrong with a row is a RowError that does not yet say where; a row that could be
 read in two ways is refused.
 """
 
-import json
 import re
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal
 from typing import Any
 
-from shards.errors import UserError
+from shards.annotations.answers import asked_and_answered
+from shards.annotations.fault import RowError, UnsupervisedError, short
+from shards.annotations.fields import Fields, is_empty, listed
 
 Json = dict[str, Any]
 
-MEDIA_TAG = re.compile(r"<(?:video|image)>")
+MEDIA_TAG = re.compile(r"(?<!\\)<(?:video|image)>")
+"""Where a medium stands; `\\<image>` is the word itself."""
 COORDINATE_SLOT = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(INPUT|OUTPUT)>")
 VARIABLES = {
     ("TEMP", "INPUT"): "temporal_input_locations",
@@ -30,38 +31,94 @@ VARIABLES = {
     ("WIDTH", "OUTPUT"): "spatial_width_output_locations",
 }
 """LLaVA-ST: the numbers that stand at each slot of its texts (LLaVA-ST, inference/src/utils.py)."""
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+"""Who speaks in a turn, by what datasets call them, in small letters."""
+TAGS = "tags do not fit the media"
+TURNS = "turns of no known form"
+SLOTS = "slots and variables do not fit"
 DESCRIBE = "Describe this in detail."
 """What is asked where a row has a caption and no question."""
 
 
-def canonical(row: Any, *, media_only: bool = False) -> Json:
-    """Return a row of any known form as one of ours; UserError where it has none, or two.
+def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = ()) -> Json:
+    """Return a row of any known form as one of ours; RowError where it has none, or two.
 
-    media_only: a row may have none, but for its media.
+    media_only: a row may have none, but for its media. ignored: fields that are not looked at.
     """
     if not isinstance(row, dict):
-        raise UserError(f"expected an object, got {type(row).__name__}")
-    # parquet fills in what other rows have
-    row = {name: value for name, value in row.items() if value is not None}
-    forms = [name for name in FORMS if name in row]
-    if len({"conversations", "messages"} & set(forms)) == 1:
-        forms = forms[:1]  # what else it has is about the conversation, not another one
-    if len(forms) != 1 and not (media_only and not forms):
-        fields = _short(", ".join(map(str, row)) or "nothing")
-        got = f"both {' and '.join(forms)}" if forms else fields
-        raise UserError(f"expected an object with one of {', '.join(FORMS)}; got {got}")
-    out = {name: row[name] for name in ("id", "start", "end", "task") if name in row}
-    named = Media(row)
-    turns = FORMS[forms[0]](row, named) if forms else []
-    if forms and "variables" in row:
-        turns = filled_in(turns, row["variables"])
-    media = named.in_order(turns) if forms else [path for _, path in named.listed]
+        raise RowError("no known form", f"expected an object, got {type(row).__name__}")
+    fields = Fields(row, ignored)
+    form = form_of(row, fields, media_only)
+    out = {name: fields[name] for name in ("id", "start", "end", "task") if name in fields}
+    named = Media(fields)
+    turns = FORMS[form](fields, named) if form else []
+    slots = any(COORDINATE_SLOT.search(turn["value"]) for turn in turns)
+    if "variables" in fields or (slots and not media_only):
+        turns = filled_in(turns, fields.get("variables", {}))
+    turns = [*system_turn(fields, turns), *turns]
+    media = named.in_order(turns) if form else [path for _, path in named.listed]
     if named.part.keys() & out.keys():
-        raise UserError("start and end both in a message and in the row; keep one")
+        raise RowError("two readings", "start and end both in a message and in the row; keep one")
     out |= named.part
     if media:
         out["video"] = media[0] if len(media) == 1 else media
+    if not media_only:
+        fields.refuse_unread([turn["value"] for turn in turns], has_media=bool(media))
     return out | {"conversations": turns}
+
+
+def form_of(row: Json, fields: Fields, media_only: bool) -> str:
+    """Return the name of a row's form, or nothing where it may have none; fields: what is not empty."""
+    forms = [name for name in FORMS if name in fields]
+    if len({"conversations", "messages"} & set(forms)) == 1:
+        forms = forms[:1]  # what else it has is about the conversation, not another one
+    if len(forms) == 1:
+        return forms[0]
+    if not forms and media_only:
+        return ""
+    if not forms and (empty := [name for name in FORMS if name in row]):
+        raise UnsupervisedError("no supervised text", f"`{empty[0]}` is empty")
+    got = f"both {' and '.join(forms)}" if forms else short(", ".join(map(str, row)) or "nothing")
+    raise RowError(
+        "two readings" if forms else "no known form",
+        f"expected an object with one of {', '.join(FORMS)}; got {got}",
+        fix=next((fix for name, fix in ELSEWHERE.items() if name in row), None),
+    )
+
+
+_CONVERT = "this is an annotation of {0}: python -m train.convert {0} makes records of it"
+ELSEWHERE = {
+    "relevant_windows": _CONVERT.format("qvhighlights"),
+    "timestamps": _CONVERT.format("activitynet-captions"),
+    "st_time": _CONVERT.format("hc-stvg"),
+    "bbox": _CONVERT.format("refcoco"),
+    "captions": "write one text as `caption`, or a conversation about the captions",
+}
+"""What to do with rows that no form reads, by a field of theirs."""
+SYSTEM = ("system", "system_prompt", "system_message")
+"""Fields whose text comes before the first turn."""
+
+
+def system_turn(fields: Fields, turns: Sequence[Json]) -> list[Json]:
+    """Return the turn that a row's system prompt is, if it has one and does not say it in its turns."""
+    texts = {name: fields[name] for name in SYSTEM if name in fields}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise RowError("not a text", f"`{name}`", got=short(text), expected="a text")
+    own = [turn["value"] for turn in turns[:1] if turn["from"] == "system"]
+    if len({text.strip() for text in [*own, *texts.values()]}) > 1:
+        where = [*texts, *(["the first turn"] if own else [])]
+        raise RowError("two readings", f"{' and '.join(where)} are different system prompts")
+    return [] if own else [{"from": "system", "value": text} for text in [*texts.values()][:1]]
 
 
 class Media:
@@ -70,16 +127,44 @@ class Media:
     def __init__(self, row: Json) -> None:
         self.listed: list[tuple[str, str]] = []
         """(`video` or `image`, path) of the row's own fields."""
+        self.folder = row.get("media_dir", "")
+        """VILA's: what the paths are relative to, itself relative to the root."""
+        if not isinstance(self.folder, str):
+            raise RowError("bad medium", f"media_dir must be a folder, got {short(self.folder)}")
         for kind in ("video", "image"):
             fields = [name for name in (kind, f"{kind}s") if name in row]
             if len(fields) > 1:
-                raise UserError(f"both {' and '.join(fields)} name media; keep one")
+                raise RowError("two readings", f"both {' and '.join(fields)} name media; keep one")
             for name in fields:
                 value = row[name] if isinstance(row[name], list) else [row[name]]
-                self.listed += [(kind, path_of(medium)) for medium in value]
+                media = [medium for medium in value if not is_empty(medium)]
+                self.listed += [(kind, self._path(medium)) for medium in media]
+        self._heed_is_video(row.get("is_video"))
         self.brought: list[str] = []
         self.part: Json = {}
         """`start` and `end`, where a message says them."""
+
+    def _path(self, medium: Any) -> str:
+        path = path_of(medium)
+        return f"{self.folder.rstrip('/')}/{path}" if self.folder else path
+
+    def _heed_is_video(self, said: object) -> None:
+        """Make a video of what a row with VILA's `is_video` names as its image."""
+        kinds = [kind for kind, _ in self.listed]
+        if said is None or not kinds:
+            return
+        if said not in (True, False):
+            raise RowError("bad medium", f"is_video must be true or false, got {short(said)}")
+        if not said and "video" in kinds:
+            raise RowError("two readings", "is_video is false, and `video` names one; keep one")
+        if said and len(kinds) > 1:
+            raise RowError(
+                "bad medium",
+                f"is_video with {len(kinds)} media: are they the frames of one?",
+                fix="name the folder that they are in as `video`",
+            )
+        if said:
+            self.listed = [("video", path) for _, path in self.listed]
 
     def tag(self, part: Json) -> str:
         """Return the tag of a medium in a message's content, and keep its path if it names one."""
@@ -87,8 +172,8 @@ class Media:
         source = part.get(kind, part.get(f"{kind}_url", part.get("path", part.get("url"))))
         if isinstance(source, dict) and "url" in source:
             source = source["url"]
-        if source is not None:
-            self.brought.append(path_of(source))
+        if not is_empty(source):
+            self.brought.append(self._path(source))
         times = {name.removeprefix("video_"): part[name] for name in PART_TIMES if name in part}
         self.part |= times
         return f"<{kind}>"
@@ -96,9 +181,13 @@ class Media:
     def in_order(self, turns: Sequence[Json]) -> list[str]:
         """Return the paths in the order of the tags; how many there are is not checked here."""
         if self.brought and self.listed:
-            raise UserError("media both in the messages and in a field of the row; keep one")
+            raise RowError(
+                "two readings", "media both in the messages and in a field of the row; keep one"
+            )
         if self.part and len(self.brought or self.listed) > 1:
-            raise UserError("video_start and video_end of several media; make a record of each")
+            raise RowError(
+                "two readings", "video_start and video_end of several media; make a record of each"
+            )
         kinds = {kind for kind, _ in self.listed}
         if self.brought or len(kinds) < 2:
             return self.brought or [path for _, path in self.listed]
@@ -108,7 +197,9 @@ class Media:
                 f"{tags.count(kind)} <{kind}> tags for {sum(k == kind for k, _ in self.listed)}"
                 for kind in ("video", "image")
             )
-            raise UserError(f"{counts}: which tag is which medium? write one tag of its kind each")
+            raise RowError(
+                TAGS, f"{counts}: which tag is which medium? write one tag of its kind each"
+            )
         waiting = {kind: iter([p for k, p in self.listed if k == kind]) for kind in kinds}
         return [next(waiting[kind]) for kind in tags]
 
@@ -117,54 +208,76 @@ PART_TIMES = ("video_start", "video_end")
 
 
 def path_of(medium: Any) -> str:
-    """Return the path of a medium; UserError for what is none: a URL, frames, embedded bytes."""
+    """Return the path of a medium; RowError for what is none: a URL, frames, embedded bytes."""
     if isinstance(medium, dict) and isinstance(medium.get("path"), str):
         if medium.get("bytes") is not None:
-            raise UserError("a medium's bytes are in the row; write them to a file and name that")
+            raise RowError(
+                "bad medium",
+                "a medium's bytes are in the row; write them to a file and name that",
+            )
         medium = medium["path"]
     if isinstance(medium, list):
-        raise UserError(
-            f"a medium is a list of {len(medium)} frames; name the folder that they are in"
+        raise RowError(
+            "bad medium",
+            f"a medium is a list of {len(medium)} frames; name the folder that they are in",
         )
     if not isinstance(medium, str) or not medium:
-        raise UserError(f"a medium must be a path, got {_short(medium)}")
+        raise RowError("bad medium", f"a medium must be a path, got {short(medium)}")
     if medium.startswith("file://"):
         return medium.removeprefix("file://")
     if re.match(r"data:|[a-z0-9]+://", medium):
-        raise UserError(f"a medium must be a path, got {_short(medium)}; download it first")
+        raise RowError(
+            "bad medium", f"a medium must be a path, got {short(medium)}; download it first"
+        )
     return medium
 
 
 def turn_of(turn: Any, media: Media) -> Json:
-    """Return a turn `{from, value}` or `{role, content}` as `{from, value}`."""
+    """Return a turn `{from, value}` or `{role, content}` as `{from, value}`; null is no answer."""
+    needs = "a turn needs `from` (human or gpt) and `value`"
     if not isinstance(turn, dict):
-        raise UserError(f"a turn needs `from` (human or gpt) and `value`, got {_short(turn)}")
-    pairs = [pair for pair in (("from", "value"), ("role", "content")) if pair[0] in turn]
-    if len(pairs) != 1 or turn.get(pairs[0][1]) is None:
-        raise UserError(
-            f"a turn needs `from` (human or gpt) and `value`, or `role` and `content`, got {_short(turn)}"
+        raise RowError(TURNS, f"{needs}, got {short(turn)}")
+    pairs = [
+        pair for pair in (("from", "value"), ("role", "content")) if not is_empty(turn.get(pair[0]))
+    ]
+    if len(pairs) != 1 or pairs[0][1] not in turn:
+        raise RowError(TURNS, f"{needs}, or `role` and `content`, got {short(turn)}")
+    if more := [name for name in TURN_FIELDS if not is_empty(turn.get(name))]:
+        raise RowError(
+            "a field that nothing reads", f"a turn's `{more[0]}`", got=short(turn[more[0]])
         )
     who, what = turn[pairs[0][0]], turn[pairs[0][1]]
     if isinstance(what, list):
         what = "".join(_content(part, media) for part in what)
+    if what is None and ROLES.get(str(who).lower()) == "assistant":
+        what = ""
     if not isinstance(what, str):
-        raise UserError(f"a turn's {pairs[0][1]} must be a text or a list, got {_short(what)}")
+        raise RowError(TURNS, f"a turn's {pairs[0][1]} must be a text or a list, got {short(what)}")
     return {"from": str(who), "value": what}
+
+
+TURN_FIELDS = (
+    *("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking"),
+    *("image", "images", "video", "videos", "audio", "weight"),
+)
+"""Fields of a turn that would change what it says or how it is learned; none is read."""
 
 
 def _content(part: Any, media: Media) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise UserError(f"a part of a message must be an object with `type`, got {_short(part)}")
+        raise RowError(
+            TURNS, f"a part of a message must be an object with `type`, got {short(part)}"
+        )
     part = {name: value for name, value in part.items() if value is not None}
     kind = part.get("type")
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     if kind in ("video", "image", "video_url", "image_url"):
         return media.tag(part)
-    raise UserError(
-        f"a part of a message must have `type` text, video or image, got {_short(part)}"
+    raise RowError(
+        TURNS, f"a part of a message must have `type` text, video or image, got {short(part)}"
     )
 
 
@@ -176,11 +289,11 @@ def one_round(media: Media, asked: str, answered: str) -> list[Json]:
 
 
 def conversations(row: Json, media: Media) -> list[Json]:
-    return [turn_of(turn, media) for turn in _listed(row, "conversations")]
+    return [turn_of(turn, media) for turn in listed(row, "conversations")]
 
 
 def messages(row: Json, media: Media) -> list[Json]:
-    return [turn_of(turn, media) for turn in _listed(row, "messages")]
+    return [turn_of(turn, media) for turn in listed(row, "messages")]
 
 
 def question(row: Json, media: Media) -> list[Json]:
@@ -188,7 +301,11 @@ def question(row: Json, media: Media) -> list[Json]:
 
 
 def caption(row: Json, media: Media) -> list[Json]:
-    return one_round(media, str(row.get("prompt", DESCRIBE)), str(row["caption"]))
+    asked, said = row.get("prompt", DESCRIBE), row["caption"]
+    for name, value in (("prompt", asked), ("caption", said)):
+        if not isinstance(value, str):
+            raise RowError("not a text", f"`{name}`", got=short(value), expected="a text")
+    return one_round(media, asked, said)
 
 
 FORMS: dict[str, Callable[[Json, Media], list[Json]]] = {
@@ -200,84 +317,33 @@ FORMS: dict[str, Callable[[Json, Media], list[Json]]] = {
 """The field that tells the form of a row, and what makes turns of it."""
 
 
-def asked_and_answered(row: Json) -> tuple[str, str]:
-    """Return the question and the answer of a row; with options, lettered, of a multiple choice."""
-    if "answer" not in row:
-        raise UserError("a question without `answer`")
-    question, answer = str(row["question"]), row["answer"]
-    numbered = sorted(name for name in row if re.fullmatch(r"a\d", name))
-    if numbered and "options" in row:
-        raise UserError("both options and a0, a1 ... name the options; keep one")
-    options = [str(row[name]) for name in numbered]
-    if "options" in row:
-        options = [str(option) for option in _listed(row, "options")]
-    if not options:
-        return question, str(answer)
-    plain = [re.sub(r"^\(?[A-Z][.):]\s*", "", option) for option in options]
-    lines = [
-        f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, plain, strict=False)
-    ]
-    said = str(answer).strip()
-    meant = {
-        k
-        for k, names in enumerate(zip(options, plain, lines, strict=True))
-        # a0 is answer 0, as the columns say; where options are a list, nothing says where 0 is
-        if said in names
-        or re.fullmatch(rf"\(?{lines[k][0]}[.)]?", said.upper())
-        or (numbered and said == str(k))
-    }
-    if len(meant) != 1:
-        many = "more than one of" if meant else "none of"
-        raise UserError(
-            f"answer {_short(answer)} is {many} the options; write its letter, A to {lines[-1][0]}"
-        )
-    asked = "\n".join([question, *lines, "Answer with the letter and the option."])
-    return asked, lines[meant.pop()]
-
-
 def filled_in(turns: Sequence[Json], variables: Any) -> list[Json]:
     """Return LLaVA-ST's turns with the numbers of `variables` at their slots, as markup.
 
     Times are shares of the clip there: `<TEMP-INPUT>` and 0.413 become `<t:41.3%>`.
     """
     if not isinstance(variables, dict):
-        raise UserError(f"`variables` must be an object of lists, got {_short(variables)}")
+        raise RowError(SLOTS, f"`variables` must be an object of lists, got {short(variables)}")
     variables = {name: numbers for name, numbers in variables.items() if numbers is not None}
-    lists = {slot: _listed({name: [], **variables}, name) for slot, name in VARIABLES.items()}
+    lists = {slot: listed({name: [], **variables}, name) for slot, name in VARIABLES.items()}
     waiting = {slot: iter(numbers) for slot, numbers in lists.items()}
     texts = "".join(turn["value"] for turn in turns)
     for slot, name in VARIABLES.items():
         slots, numbers = texts.count(f"<{'-'.join(slot)}>"), len(lists[slot])
         if slots != numbers:
-            raise UserError(f"{slots} <{'-'.join(slot)}> for {numbers} numbers in {name}")
+            raise RowError(SLOTS, f"{slots} <{'-'.join(slot)}> for {numbers} numbers in {name}")
 
     def markup(match: re.Match[str]) -> str:
         axis, side = match.group(1), match.group(2)
         value = next(waiting[axis, side])
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             name = VARIABLES[axis, side]
-            raise UserError(f"{name}: {_short(value)} is no share of the clip or frame, 0 to 1")
+            raise RowError(
+                SLOTS, f"{name}: {short(value)} is no share of the clip or frame, 0 to 1"
+            )
         exact = Decimal(repr(value))
         if axis == "TEMP":
             return f"<t:{(exact * 100).normalize():f}%>"
         return f"<{'x' if axis == 'WIDTH' else 'y'}:{exact:f}>"
 
     return [turn | {"value": COORDINATE_SLOT.sub(markup, turn["value"])} for turn in turns]
-
-
-def _listed(row: Json, name: str) -> list[Any]:
-    """Return a field that must be a list; json in a text is read, as csv and some parquet have it."""
-    value = row[name]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise UserError(f"`{name}` must be a list, got {_short(value)}") from None
-    if not isinstance(value, list):
-        raise UserError(f"`{name}` must be a list, got {_short(value)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

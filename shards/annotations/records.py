@@ -7,27 +7,19 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.annotations.fault import RowError, UnsupervisedError, short
 from shards.annotations.files import ALL, Selection, UnreadableRow, read_rows
-from shards.annotations.forms import MEDIA_TAG, Json, canonical
+from shards.annotations.forms import MEDIA_TAG, ROLES, TAGS, TURNS, Json, canonical
 from shards.errors import UserError
 from shards.text import printable
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-
-class UnsupervisedError(UserError):
-    """A row without an answer, from which nothing can be learned."""
+Turns = tuple[tuple[str, str], ...]
+"""(user, assistant or system; text) of each turn."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +33,8 @@ class Row:
     start: float | None
     """Of the part of the media that is meant, in seconds."""
     end: float | None
-    turns: tuple[tuple[str, str], ...]
-    """(user, assistant or system; text)."""
+    turns: Turns
+    """Two that follow one another are of different roles."""
     task: str
     """The row's own task name, or empty."""
 
@@ -50,67 +42,133 @@ class Row:
 def rows_of(
     path: str | Path, problems: list[str], chosen: Selection = ALL
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) of the chosen rows of a file or folder; what cannot be read is a problem."""
+    """Yield (place, row) of the chosen rows of a file or folder; a file that cannot be read is a problem.
+
+    A row that cannot be read comes as an `UnreadableRow`, which `parse_row` refuses.
+    """
     try:
         rows = list(read_rows(path))
     except UserError as error:
         problems.append(str(error))
         return
-    for k in chosen.of(len(rows)):
-        where, row = rows[k]
-        if isinstance(row, UnreadableRow):
-            problems.append(f"{where}: {row}")
-        else:
-            yield where, row
+    yield from (rows[k] for k in chosen.of(len(rows)))
 
 
 def parse_row(
-    data: Any, where: str, *, allow_outside: bool = False, media_only: bool = False
+    data: Any,
+    where: str,
+    *,
+    allow_outside: bool = False,
+    media_only: bool = False,
+    ignored: Collection[str] = (),
 ) -> Row:
-    """Return what a row of any form says, or raise UserError naming its place, its id and the fault.
+    """Return what a row of any form says, or raise RowError naming its place, its id and the fault.
 
     allow_outside: paths may be absolute, or lead out of their root. media_only: a row need not have
-    an answer, or turns at all. Without an answer it is else an UnsupervisedError.
+    an answer, or turns at all. Without an answer it is else an UnsupervisedError. ignored: fields of
+    the row that are not looked at.
     """
     given = data.get("id") if isinstance(data, dict) else None
     id_ = printable(where if given is None else str(given))
-    name = where if given is None else f"{where} (id {id_})"
+    own_id = "" if given is None else id_
     try:
-        return _parse(canonical(data, media_only=media_only), id_, allow_outside, media_only)
-    except UnsupervisedError as error:
-        raise UnsupervisedError(f"{name}: {error}") from None
+        if isinstance(data, UnreadableRow):
+            raise RowError("not readable", str(data))
+        ours = canonical(data, media_only=media_only, ignored=ignored)
+        return _parse(ours, id_, allow_outside, media_only)
     except UnicodeEncodeError:
-        raise UserError(f"{name}: holds half of a UTF-16 pair; write UTF-8 text") from None
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+        what = "holds half of a UTF-16 pair; write UTF-8 text"
+        raise RowError("not readable", what).at(where, own_id) from None
+    except RowError as error:
+        raise error.at(where, own_id) from None
+    except UserError as error:  # of a form that someone added
+        raise RowError("no known form", str(error)).at(where, own_id) from None
 
 
 def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
     turns = []
     for turn in data["conversations"]:
-        if turn["from"] not in ROLES:
-            raise UserError(
+        role = ROLES.get(turn["from"].lower())
+        if role is None:
+            raise RowError(
+                TURNS,
                 f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
-                f"known are {', '.join(ROLES)}"
+                f"known are {', '.join(ROLES)}",
             )
         turn["value"].encode()
-        turns.append((ROLES[turn["from"]], turn["value"]))
-    answered = any(role == "assistant" and text.strip() for role, text in turns)
-    if not answered and not media_only:
-        raise UnsupervisedError("no supervised text: no gpt turn with an answer")
+        turns.append((role, turn["value"]))
     video = data.get("video", [])
     media = video if isinstance(video, list) else [video]
     for medium in media:
         medium.encode()
         if not allow_outside:
             check_inside(medium)
-    tags = sum(len(MEDIA_TAG.findall(text)) for _, text in turns)
-    if answered and tags != len(media):
-        raise UserError(
-            f"{tags} <video>/<image> tags for {len(media)} media; write one tag per medium"
-        )
     start, end = _part(data)
+    if not media_only:
+        refuse_unanswered(turns)
+    if any(role == "assistant" and text.strip() for role, text in turns):
+        turns = with_tags(joined(turns), len(media))
     return Row(id_, tuple(media), start, end, tuple(turns), str(data.get("task", "")))
+
+
+def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:
+    """Raise RowError for an answer that is none, and for a last question that has none."""
+    blank = [k for k, (role, text) in enumerate(turns) if role == "assistant" and not text.strip()]
+    if len(blank) == sum(role == "assistant" for role, _ in turns):
+        raise UnsupervisedError(
+            "no supervised text", "no supervised text: no gpt turn with an answer"
+        )
+    if blank:
+        raise RowError(
+            "empty answer",
+            f"turn {blank[0] + 1} of {len(turns)} (gpt) is empty",
+            got=short(turns[blank[0]][1]),
+            expected="an answer",
+        )
+    if turns[-1][0] != "assistant":
+        raise RowError(
+            "last question without an answer",
+            f"turn {len(turns)}, the last, is of {turns[-1][0]}",
+            got=short(turns[-1][1]),
+            expected="an answer after it",
+        )
+
+
+def joined(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return turns of which no two that follow one another are of one role: such are one, on new lines.
+
+    Half of all chat templates refuse them, and others show them as separate messages.
+    """
+    out: list[tuple[str, str]] = []
+    for role, text in turns:
+        if out and out[-1][0] == role:
+            out[-1] = role, "\n".join(part for part in (out[-1][1], text) if part.strip())
+        else:
+            out.append((role, text))
+    return out
+
+
+def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, str]]:
+    """Return turns with a tag for each medium: as they are, or, where they have none, all tags first."""
+    tags = [len(MEDIA_TAG.findall(text)) for _, text in turns]
+    words = "where the word itself is meant, write \\<image> or \\<video>"
+    for number, ((role, text), count) in enumerate(zip(turns, tags, strict=True), start=1):
+        if role == "assistant" and count:
+            raise RowError(
+                TAGS,
+                f"turn {number} (gpt) has the tag {MEDIA_TAG.findall(text)[0]}, and media stand in "
+                f"questions; {words}",
+            )
+    first = next((k for k, (role, _) in enumerate(turns) if role == "user"), None)
+    if media and not sum(tags) and first is not None:
+        asked = turns[first][0], "<video>\n" * media + turns[first][1]
+        return [*turns[:first], asked, *turns[first + 1 :]]
+    if sum(tags) != media:
+        raise RowError(
+            TAGS,
+            f"{sum(tags)} <video>/<image> tags for {media} media; write one tag per medium; {words}",
+        )
+    return list(turns)
 
 
 def _part(data: Json) -> tuple[float | None, float | None]:
@@ -118,20 +176,23 @@ def _part(data: Json) -> tuple[float | None, float | None]:
     for side, time in zip(("start", "end"), times, strict=True):
         a_number = isinstance(time, int | float) and not isinstance(time, bool)
         if time is not None and not (a_number and 0 <= time < math.inf):
-            raise UserError(f"{side} must be seconds, not negative, got {time!a}")
+            raise RowError(
+                "bad start or end", f"{side} must be seconds, not negative, got {time!a}"
+            )
     start, end = times
     if start is not None and end is not None and not start < end:
-        raise UserError(f"start {start} is not before end {end}")
+        raise RowError("start not before end", f"start {start} is not before end {end}")
     return start, end
 
 
 def check_inside(medium: str) -> None:
-    """Raise UserError for the path of a medium that may lie elsewhere than under its root."""
+    """Raise RowError for the path of a medium that may lie elsewhere than under its root."""
     if leads_outside(medium):
-        raise UserError(
+        raise RowError(
+            "path out of its root",
             f"video {medium!a} leads out of its root; name it relative to the folder that is "
             "encoded, or trust the file: encode --allow-outside, train allow_outside: true; or take "
-            "leading folders off in training: strip_prefix"
+            "leading folders off in training: strip_prefix",
         )
 
 

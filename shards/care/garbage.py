@@ -17,7 +17,7 @@ from pathlib import Path
 from shards.care.inventory import Inventory, read_inventory
 from shards.errors import UserError
 from shards.format.commits import SampleRecord, journal_path, part_path
-from shards.write.lock import bank_lock
+from shards.write.lock import folder_lock
 
 TEMPORARY = ("*.tmp", "index.zarr.old", "shards/*.tmp", "shards/.repair")
 SHARD = re.compile(r"(.+\.tar)(\.idx|\.part|\.journal)?|(.+)\.done")
@@ -34,7 +34,7 @@ class Leftover:
 
 def collect(bank: Path) -> list[Leftover]:
     """Remove the leftovers of a bank that nobody writes to; return what they were."""
-    with bank_lock(bank, "preprocess gc"):
+    with folder_lock(bank, "preprocess gc"):
         found = leftovers(read_inventory(bank))
         for piece in found:
             if piece.path.is_dir():

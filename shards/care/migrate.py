@@ -1,6 +1,6 @@
-"""Bring a bank of an older format up to date: its small files are rewritten, its shards stay as they are.
+"""Bring a bank of an older format up to date: nothing is encoded, features are copied as they are.
 
-migrate(Path("bank"))     # the files that were written; none of a bank of today
+migrate(Path("bank"), correcting)     # the files that were written; none of a bank of today
 
 A bank of format 1 may lack what was added while the number stayed 1:
 
@@ -11,15 +11,22 @@ A bank of format 1 may lack what was added while the number stayed 1:
 What a plan lacks was not there to be chosen, so that today's default is what was meant. What a
 commit record lacks is read off its shard, which the record's sha256 proves. Catalogue and bank.json
 are made from the rest, as at the end of every run.
+
+Formats 1 and 2 also say of every sample that the tower saw its whole crop (`covered`), though patches
+that do not divide it leave a rest. Where that is so the shard is written again, with the features of
+the old one.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
+from shards.care.revise import Correct, resume_move, revise
 from shards.care.tar_scan import commit_of
 from shards.errors import UserError
 from shards.format.commits import (
     CommitRecord,
     done_path,
+    index_path,
     read_commits,
     shard_path,
     write_commit,
@@ -32,11 +39,12 @@ from shards.signed import Json, file_sha256, read_signed_json
 from shards.write.finish import finish
 
 
-def migrate(bank: Path) -> list[str]:
-    """Rewrite the small files of a bank of an older format; return their names below it.
+def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
+    """Rewrite what an older format has otherwise; return the names of the files below the bank.
 
-    Whoever is killed in the middle does it again. Raises UserError, one line, where the plan lacks
-    what cannot be filled in.
+    correcting: what gives the descriptions of a plan's samples their right `covered`. Whoever is
+    killed in the middle does it again. Raises UserError, one line, where the plan lacks what cannot be
+    filled in.
     """
     plan_json, manifest = _signed(bank / "plan.json"), _signed(bank / "bank.json")
     if not any(record and is_older(record) for record in (plan_json, manifest)):
@@ -48,14 +56,20 @@ def migrate(bank: Path) -> list[str]:
         )
     plan = _plan(bank, plan_json, manifest or {})
     listed = {entry.get("name"): entry for entry in (manifest or {}).get("shards", ())}
+    correct, fingerprint = correcting(plan), plan.features.fingerprint
     written = []
     for unit in range(len(plan.units)):
         shard = shard_path(bank, unit)
+        resume_move(shard, fingerprint)
         sha256 = listed.get(shard.name, {}).get("sha256")
-        commit = _commit(shard, unit, plan.features.fingerprint, sha256)
-        if commit:
-            write_commit(shard, commit)
-            written.append(f"shards/{done_path(shard).name}")
+        commit = _commit(shard, unit, fingerprint, sha256)
+        if not commit:
+            continue
+        revised = revise(shard, commit, correct) if shard.exists() else commit
+        if revised != commit:
+            written += [f"shards/{path.name}" for path in (shard, index_path(shard))]
+        write_commit(shard, revised)
+        written.append(f"shards/{done_path(shard).name}")
     write_plan(bank, plan)
     written.append("plan.json")
     if (bank / "bank.json").exists():

@@ -14,7 +14,7 @@ from shards.errors import UserError
 from shards.format.fields import parse
 from shards.signed import Json, canonical_json, digest
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of a bank's files: any change of their layout, or of what a field means, raises it."""
 
 POOL_MODES = ("average", "average_floor", "max", "bilinear")

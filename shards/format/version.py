@@ -22,7 +22,7 @@ def refuse_other_version(record: Json, bank: object, name: str) -> None:
     if is_older(record):
         raise OtherVersion(
             f"{bank}: format {version}, this framebank reads {FORMAT_VERSION}; run `preprocess repair "
-            f"{bank}`: it rewrites the bank's metadata, keeps its shards and encodes nothing"
+            f"{bank}`: it rewrites the bank's metadata, keeps its features and encodes nothing"
         )
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise OtherVersion(

@@ -33,7 +33,8 @@ from train.ask import FreshClip
 from train.batches.chat import MEDIA, Encoded
 from train.batches.collate import Row, collate, lay_out, pack
 from train.batches.lengths import Clips, Lengths
-from train.batches.plan import Cut, RunPlan, make_plan
+from train.batches.plan import Cut, make_plan
+from train.batches.run_plan import RunPlan
 
 PATCHES = 24
 """Of a side: stride 4 gives 6 x 6 cells, stride 12 gives 2 x 2."""

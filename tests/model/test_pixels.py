@@ -92,7 +92,7 @@ def test_sizes_are_those_of_transformers(
         return
     pixels.check(height, width)
     assert pixels.output_size(height, width) == expected
-    assert pixels.covered(height, width) == (0.0, 0.0, 1.0, 1.0)
+    assert pixels.covered(height, width, multiple // 2) == (0.0, 0.0, 1.0, 1.0)
 
 
 def test_pixels_survive_their_json() -> None:

@@ -238,7 +238,7 @@ def test_the_covered_part_is_where_the_crop_was_cut(
 ) -> None:
     processor = crop_processor(CLIPImageProcessorPil, edge)()
     tower = Tower.load(str(save(tmp_path, CLIPVisionModel(CLIPVisionConfig(**VISION)), processor)))
-    y0, x0, y1, x1 = tower.pixels.covered(height, width)
+    y0, x0, y1, x1 = tower.covered(height, width)
     # a frame whose red is its row and whose green is its column tells where a pixel came from
     ramp = np.zeros((1, height, width, 3), np.uint8)
     ramp[..., 0] = np.linspace(0, 255, height)[:, None]
@@ -255,9 +255,9 @@ def test_the_covered_part_is_where_the_crop_was_cut(
 
 
 def test_a_squeezed_frame_is_covered_whole(towers: dict[str, Path]) -> None:
-    pixels = Tower.load(str(towers["siglip"])).pixels
-    assert pixels.covered(480, 640) == (0.0, 0.0, 1.0, 1.0)
-    assert pixels.output_size(480, 640) == (SIDE, SIDE)
+    tower = Tower.load(str(towers["siglip"]))
+    assert tower.covered(480, 640) == (0.0, 0.0, 1.0, 1.0)
+    assert tower.pixels.output_size(480, 640) == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,7 +37,7 @@ from shards.format.plan import read_plan, write_plan
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
 from shards.signed import file_facts, read_signed_json, signed_json, write_atomic
-from shards.write.lock import bank_lock
+from shards.write.lock import folder_lock
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +389,10 @@ def test_without_its_plan_nothing_is_repaired(bank: Path) -> None:
 
 def test_one_writer_at_a_time(bank: Path) -> None:
     flip_values(bank, 0)
-    with bank_lock(bank, "preprocess encode"), pytest.raises(UserError, match="preprocess encode"):
+    with (
+        folder_lock(bank, "preprocess encode"),
+        pytest.raises(UserError, match="preprocess encode"),
+    ):
         repair(bank)
 
 

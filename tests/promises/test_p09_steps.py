@@ -17,7 +17,8 @@ from model.batch import Batch
 from model.vlm import VLMConfig
 from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
-from train.batches.plan import RunPlan, plan_run
+from train.batches.plan import plan_run
+from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset, Part, open_dataset
 from train.settings.config import TrainConfig
 

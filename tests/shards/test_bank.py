@@ -237,9 +237,9 @@ def test_an_edited_manifest_is_refused(copy: Path) -> None:
 def test_a_bank_of_a_newer_format_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "bank.json").read_text())
     manifest.pop("self_hash")
-    (copy / "bank.json").write_bytes(signed_json(manifest | {"format_version": 3}))
+    (copy / "bank.json").write_bytes(signed_json(manifest | {"format_version": 4}))
     message = refusal(lambda: Bank.open(copy))
-    assert re.search(r"format 3\b.*up to 2\b.*update framebank", message)
+    assert re.search(r"format 4\b.*up to 3\b.*update framebank", message)
 
 
 def test_a_bank_whose_catalogue_is_of_another_bank_is_refused(

@@ -48,6 +48,7 @@ BOUNDS = {
     "logging_steps": (1, INTEGERS),
     "eval_steps": (0, INTEGERS),
     "save_steps": (0, INTEGERS),
+    "save_minutes": (0.0, math.inf),
     "save_total_limit": (1, INTEGERS),
     "num_threads": (0, 1024),
 }

@@ -67,7 +67,8 @@ def test_tokens_pairs_and_bytes_are_those_of_the_batches(
     text = lines_of(table(config, dataset, plan, 1))
     tokens = sum(int(batch.lengths.sum()) for batch in batches) / 3
     assert number(text["tokens"], r"# a step") == round(tokens)
-    assert number(text["packs"], r"# of 1 rows of 600 tokens") == 12
+    assert number(text["packs"], r"# of 1 rows of 600 tokens") == len(batches) == 6
+    assert text["steps"] == "3 of 4 packs on 1 process; 3 short at the end of an epoch (2 rows)"
     step, pack = plan.heaviest
     assert f"step {step + 1}, pack {pack}: 1 x {max(plan.row_tokens)} places" in text["heaviest"]
 

@@ -189,3 +189,28 @@ def test_a_bank_that_the_model_was_not_made_for_is_refused_by_field(
     encode([str(toy / "videos")], tmp_path / "bank", options)
     line = refused(evaluate_here, bank=tmp_path / "bank")
     assert "pool: 'max' here, 'average' there" in line
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_scoring(
+    trained_run: Path, toy_bank: Path, toy: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    records = tmp_path / "test.jsonl"
+    shutil.copy(toy / "test.jsonl", records)
+    words = ["--model", str(trained_run), "--bank", str(toy_bank), "--data_path", str(records)]
+    lost = tmp_path / "gone" / "eval.json"
+    for output, expected in {
+        records: "holds something else than a report; name another file",
+        tmp_path: "a folder; name a file",
+        lost: f"its folder is not there; make {lost.parent}",
+    }.items():
+        line = refused(main, [*words, "--output", str(output)])
+        assert line == f"error: {output}: {expected}"
+    assert records.read_bytes() == (toy / "test.jsonl").read_bytes()
+
+
+def test_an_llm_is_no_model_to_score(
+    toy: Path, toy_bank: Path, refused: Callable[..., str]
+) -> None:
+    words = ["--bank", str(toy_bank), "--data_path", str(toy / "test.jsonl")]
+    line = refused(main, ["--model", str(toy / "llm"), *words])
+    assert line.startswith(f"error: {toy / 'llm' / 'config.json'}: not a framebank model of format")

@@ -1,9 +1,17 @@
 """How a command ends: lines and exit 2 for what a person can mend, a traceback for a bug."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from shards.errors import UserError
 from train.settings.exits import command
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @command
@@ -36,3 +44,61 @@ def test_a_bug_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixtu
 
 def test_what_a_command_returns_is_handed_on() -> None:
     assert command(lambda a, b=1: a + b)(1, b=2) == 3
+
+
+FAILS = """
+import os, sys, time
+from shards.errors import UserError
+from train.settings.exits import command
+
+@command
+def main(ranks):
+    if os.environ.get("RANK", "0") in ranks:
+        raise UserError("wrong", where="here", fix="mend it")
+    time.sleep(60)
+
+main(sys.argv[1:])
+"""
+TWO = ["torchrun", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    [
+        (TWO, ["0", "1"]),
+        (TWO, ["1"]),
+        (["accelerate", "launch"], ["0"]),
+        pytest.param(
+            ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"],
+            ["0", "1"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_under_a_launcher_our_line_comes_once_and_last(
+    tmp_path: Path, launcher: list[str], ranks: list[str]
+) -> None:
+    (tmp_path / "fails.py").write_text(FAILS)
+    port = ["--main_process_port" if launcher[0] == "accelerate" else "--master_port", free_port()]
+    done = subprocess.run(
+        [Path(sys.executable).with_name(launcher[0]), *launcher[1:], *port, "fails.py", *ranks],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=50,
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert "Traceback (most recent call last):" in lines, "the launcher's own"
+    assert lines[-1] == "error: here: wrong; mend it"
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    # should nothing outlive the launcher, its report has the words too
+    assert "here: wrong; mend it" in "\n".join(lines[:-1])
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

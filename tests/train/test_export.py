@@ -107,3 +107,32 @@ def test_whoever_may_read_the_folder_may_read_its_weights(trained_run: Path, ada
         files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts]
         modes = {oct(path.stat().st_mode & 0o777): path.name for path in files}
         assert len(modes) == 1, modes
+
+
+def test_what_cannot_take_an_export_is_refused_before_the_model_is_loaded(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for out, expected in {
+        tmp_path / "file": "a file; name a folder",
+        tmp_path / "link": f"a link to {tmp_path / 'gone'}, which is not there; mend or remove it",
+    }.items():
+        assert refused(capsys, str(trained_run), str(out)) == f"{out}: {expected}"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.tmp").mkdir()  # of an export that was killed
+    (tmp_path / "out.tmp" / "left").write_text("")
+    main(["hf", str(trained_run), str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "left").exists()
+    assert not (tmp_path / "out.tmp").exists()
+
+
+def test_a_run_that_was_copied_in_part_is_not_exported(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    (run / "llm" / "model.safetensors").write_bytes(b"")
+    line = refused(capsys, str(run), str(tmp_path / "out"))
+    assert line == f"{run / 'llm' / 'model.safetensors'}: empty; copy or download it again"
+    assert not (tmp_path / "out").exists()

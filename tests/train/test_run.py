@@ -28,11 +28,10 @@ from train.batches.loader import Loader
 from train.batches.plan import order
 from train.data.dataset import open_dataset
 from train.evaluate import untrained
-from train.loop.checkpoint import read_state
+from train.loop.checkpoint import read_state, save_checkpoint
 from train.loop.held_out import held_out_loss
 from train.loop.optimizer import parameter_groups, rate
 from train.loop.speed import CLOCK
-from train.run import silent_single_process
 from train.settings.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,16 +209,6 @@ def test_a_launcher_that_starts_one_process_for_two_is_found_out(
     assert not (tmp_path / "out").exists()
 
 
-def test_other_ways_to_start_are_not_found_out() -> None:
-    launched = {"ACCELERATE_MIXED_PRECISION": "no"}
-    assert silent_single_process({}) is None
-    assert silent_single_process(launched) is None
-    two = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
-    assert silent_single_process(launched | two) is None
-    assert silent_single_process(two) is None
-    assert silent_single_process(launched | {"MASTER_ADDR": "127.0.0.1"}) is not None
-
-
 def test_a_resumed_run_equals_one_that_never_stopped(
     train_here: Callable[..., Path], plain: Path, tmp_path: Path
 ) -> None:
@@ -243,10 +232,62 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     shutil.copytree(plain, out)
     (out / "checkpoint-6" / "projector.safetensors").write_bytes(b"")
     train_here(out, max_steps=6, save_steps=5, save_total_limit=1)
+    damaged = out / "checkpoint-6"
+    said = f"damaged   {damaged}: projector.safetensors has other bytes than were written; the run goes"
+    assert f"{said} on from checkpoint-3\n" in (out / "train.log").read_text()
     assert lines_of(out) == lines_of(plain)
     assert equal_bits(weights(out), weights(plain))
     # the damaged one is out of the way, and did not push out what was written since
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-6.old"}
+
+
+def test_without_a_whole_checkpoint_a_run_starts_anew_and_says_so(
+    train_here: Callable[..., Path], plain: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(plain, out)
+    (out / "checkpoint-6" / "visual.safetensors").unlink()
+    (out / "checkpoint-3" / "checkpoint.json").write_bytes(b"{}")
+    train_here(out, max_steps=6, save_steps=3)
+    said = [x for x in (out / "train.log").read_text().splitlines() if x.startswith("damaged ")]
+    assert len(said) == 2
+    assert all(line.endswith("; the run starts anew") for line in said)
+    assert equal_bits(weights(out), weights(plain))
+
+
+def test_checkpoints_come_by_the_clock_and_change_nothing(
+    train_here: Callable[..., Path], plain: Path, tmp_path: Path
+) -> None:
+    out = train_here(
+        tmp_path / "out", max_steps=6, save_steps=3, save_minutes=1e-9, save_total_limit=9
+    )
+    assert {path.name for path in out.glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in range(1, 7)
+    }
+    assert lines_of(out) == lines_of(plain)
+    assert equal_bits(weights(out), weights(plain))
+    text = (out / "train.log").read_text()
+    assert "saves     every 1e-09 minutes, every 3 steps and at the end; the newest 9 are" in text
+    assert "saves     every 30 minutes, every 3 steps" in (plain / "train.log").read_text()
+
+
+def test_a_lower_limit_makes_room_before_the_next_checkpoint_is_written(
+    train_here: Callable[..., Path], plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = train_here(tmp_path / "out", max_steps=8, save_steps=1, save_total_limit=9)
+    shutil.rmtree(out / "checkpoint-8")
+    (out / "checkpoint-7" / "visual.safetensors").write_bytes(b"")
+    seen = []
+
+    def watched(folder: Path, *args: Any) -> Path:
+        seen.append(sorted(path.name for path in folder.glob("checkpoint-*")))
+        return save_checkpoint(folder, *args)
+
+    monkeypatch.setattr("train.loop.loop.save_checkpoint", watched)
+    train_here(out, max_steps=8, save_steps=1, save_total_limit=1)
+    # the newest whole one stays until the next is written, and read back
+    assert seen == [["checkpoint-6", "checkpoint-7.old"], ["checkpoint-7", "checkpoint-7.old"]]
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-7.old"}
 
 
 def test_a_finished_run_started_again_changes_nothing(
@@ -257,6 +298,55 @@ def test_a_finished_run_started_again_changes_nothing(
     train_here(out, max_steps=6, save_steps=3)
     assert lines_of(out) == lines_of(plain)
     assert equal_bits(weights(out), weights(plain))
+
+
+def test_a_finished_run_asked_with_other_settings_says_that_it_trains_nothing(
+    train_here: Callable[..., Path], plain: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(plain, out)
+    before = (out / "run.json").read_bytes()
+    train_here(out, max_steps=6, save_steps=3, learning_rate=0.5)
+    said = (out / "train.log").read_text()[len((plain / "train.log").read_text()) :]
+    assert said.startswith(
+        f"finished  nothing is trained: {out / 'checkpoint-6'} has 6 steps, 6 are asked for\n"
+        "          its weights know nothing of the new settings: learning_rate was 0.001, is now "
+        "0.5; output_dir was "
+    )
+    assert "to train on, raise max_steps or num_train_epochs; to train otherwise, name" in said
+    assert "done in" not in said
+    assert (out / "run.json").read_bytes() == before
+    assert equal_bits(weights(out), weights(plain))
+    # it goes on with other settings: those of the first steps are kept too
+    train_here(out, max_steps=7, save_steps=3, learning_rate=0.5)
+    told = json.loads((out / "run.json").read_text())
+    (first,) = told["before"]
+    assert (told["config"]["learning_rate"], told["since_step"]) == (0.5, 6)
+    assert (first["config"]["learning_rate"], first["since_step"]) == (0.001, 0)
+
+
+def test_a_run_goes_on_when_a_record_file_has_another_name_and_place(
+    train_here: Callable[..., Path],
+    plain: Path,
+    run_settings: dict[str, Any],
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    out, records = tmp_path / "out", tmp_path / "elsewhere" / "records.jsonl"
+    out.mkdir()
+    shutil.copytree(plain / "checkpoint-3", out / "checkpoint-3")
+    records.parent.mkdir()
+    shutil.copy(run_settings["data_path"], records)
+    train_here(out, max_steps=6, save_steps=3, data_path=records)
+    assert lines_of(out) == lines_of(plain)[3:]
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[1:]))
+    line = refused(train_here, out, max_steps=6, save_steps=3, data_path=records)
+    assert line == (
+        f"error: {out / 'checkpoint-6'}: this run is another than the one it would go on with: record "
+        f"file records.jsonl has changed (it gave {len(lines)} records, now {len(lines) - 1}); use the "
+        "settings and files of before, another output_dir, or resume: none, which starts anew"
+    )
 
 
 @pytest.mark.slow
@@ -483,10 +573,10 @@ def test_the_best_checkpoint_by_held_out_loss_is_kept(
 
 
 OTHER = [
-    ({"enable_lape": False}, "enable_lape: False here, True there"),
-    ({"slow_frame_ratio": "0.25"}, "slow_frame_ratio: '0.25' here, '0.5' there"),
-    ({"num_temporal_tokens": 30}, "num_temporal_tokens: 30 here, 20 there"),
-    ({"predictor": "xattn"}, "predictor: 'xattn' here, 'resample' there"),
+    ({"enable_lape": False}, "enable_lape was true, is now false"),
+    ({"slow_frame_ratio": "0.25"}, 'slow_frame_ratio was "0.5", is now "0.25"'),
+    ({"num_temporal_tokens": 30}, "num_temporal_tokens was 20, is now 30"),
+    ({"predictor": "xattn"}, 'predictor was "resample", is now "xattn"'),
 ]
 
 
@@ -517,7 +607,7 @@ def test_another_banks_checkpoint_is_refused_by_field(
     )
     encode([str(toy / "videos")], tmp_path / "bank", options)
     line = refused(train_here, plain, max_steps=6, bank=tmp_path / "bank", mm_spatial_pool_stride=4)
-    assert "bank strides: [2, 4, 8] here, [4, 8] there" in line
+    assert "bank strides was [4, 8], is now [2, 4, 8]" in line
 
 
 def test_a_global_batch_that_does_not_divide_is_refused_on_resume(
@@ -573,7 +663,8 @@ def test_each_trained_parameter_is_in_one_group_with_its_own_rate(
     }
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.startswith("lape")
+        alone = name.startswith(("lape", "visual")) or name == "frame_causal.stream.weight"
+        matrix = parameter.ndim >= 2 and not alone
         assert decay[id(parameter)] == (0.1 if matrix else 0.0), name
     by_default = parameter_groups(model, TrainConfig(learning_rate=1e-4))
     peaks = {group["name"]: group["peak"] for group in by_default}

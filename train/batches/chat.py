@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.config import CHAT_TEMPLATES, TEMPLATE_DATE
 from model.lape.tokens import AXES, LapeTokens
+from shards.annotations.forms import MEDIA_TAG
 from shards.errors import UserError
 from train.batches.segments import Segment, Segments
 from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, split_markup
-from train.data.records import MEDIA_TAG, Turn
+from train.data.records import Turn
 from train.start.templates import dated
 
 if TYPE_CHECKING:

@@ -21,11 +21,15 @@ from model.slow_fast import exact_ratio, uniform_indices
 from shards.errors import UserError
 from shards.read.banks import Banks, Place
 from shards.signed import canonical_json
-from train.batches.chat import VERSION, Chat
+from train.batches.chat import VERSION, Chat, Piece
 from train.data.dataset import Dataset, Part
 from train.data.records import Record
 from train.start.templates import load_with_template
 
+UNWRITABLE = -1
+"""Tokens of a record that cannot be encoded."""
+REFUSED = "refused by the chat template"
+"""Why such a record is left out."""
 CHUNK = 4096
 """Records tokenised together."""
 TOKENIZER_FILES = (
@@ -180,10 +184,13 @@ class Lengths:
         return sums.astype(np.int64)
 
 
-def measure(settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str) -> Lengths:
+def measure(
+    settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str, *, lenient: bool = False
+) -> Lengths:
     """Return the lengths of a dataset's records.
 
-    llm: name or folder of the model whose tokenizer is used; tokenizer: its digest.
+    llm: name or folder of the model whose tokenizer is used; tokenizer: its digest. lenient: a record
+    that its chat template refuses has UNWRITABLE tokens of text, and is no UserError.
     """
     spatial = settings.num_spatial_tokens
     anchors = (
@@ -204,7 +211,7 @@ def measure(settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str)
         uses = sum(len(record.clips) for record in part.records)
         durations = clips.duration[first : first + uses]
         first += uses * part.repeats
-        own = text_lengths(part, durations, template, anchors, chat)
+        own = text_lengths(part, durations, template, anchors, chat, lenient=lenient)
         text.append(np.tile(own[:, 0], part.repeats))
         supervised.append(np.tile(own[:, 1], part.repeats))
     ratio = exact_ratio(settings.slow_frame_ratio)
@@ -227,37 +234,75 @@ def fit_frames(lengths: Lengths, frames: np.ndarray, limit: int) -> np.ndarray:
     return low
 
 
+def fit_records(
+    lengths: Lengths, frames: np.ndarray, max_tokens: int, pack_tokens: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the frames of a clip that each record's tokens leave room for, and who is left out.
+
+    frames: int64 `(records,)`, the most there may be. Limits of 0 are none. Left out, by reason, are
+    the records that do not fit with one frame, and those that cannot be encoded; their frames are 1.
+    """
+    left_out = {REFUSED: np.flatnonzero(lengths.text < 0)}
+    if limits := [limit for limit in (max_tokens, pack_tokens) if limit]:
+        frames = fit_frames(lengths, frames, min(limits))
+        name = "max_tokens" if min(limits) == max_tokens else "pack_tokens"
+        too_long = (frames == 0) & (lengths.text >= 0)
+        left_out[f"longer than {name} {min(limits)} with one frame"] = np.flatnonzero(too_long)
+        frames = np.maximum(frames, 1)
+    return frames, {reason: records for reason, records in left_out.items() if len(records)}
+
+
 def text_lengths(
     part: Part,
     durations: np.ndarray,
     tokenizer: str,
     anchors: LapeTokens | None,
     make_chat: Callable[[], Chat],
+    *,
+    lenient: bool = False,
 ) -> np.ndarray:
     """Return (tokens of text, supervised tokens) of a file's records, from the cache where it knows.
 
     durations: float64, of the records' clips, one after the other. Returns int64 `(records, 2)`;
-    raises UserError naming the records that cannot be encoded.
+    raises UserError naming the records that cannot be encoded, which are UNWRITABLE if lenient.
     """
     facts = {"version": VERSION, "tokenizer": tokenizer, "source": part.digest}
     facts["anchors"] = [*anchors.counts, *anchors.axes] if anchors else None
     # of the same file, other records are kept when other clips are banked
     path = str(Path(part.path))
     facts["records"] = [record.where.removeprefix(path) for record in part.records]
+    facts["texts"] = texts_digest(part.records)
     key = blake2b(canonical_json(facts) + durations.tobytes(), digest_size=16)
     file = cache_folder() / f"lengths-{key.hexdigest()}.bin"
     counts = read_counts(file, len(part.records))
-    if counts is None:
-        counts = count_tokens(make_chat(), part.records, durations.tolist())
+    if counts is None or not (lenient or (counts >= 0).all()):
+        counts = count_tokens(make_chat(), part.records, durations.tolist(), lenient=lenient)
         write_counts(file, counts)
     return counts
 
 
-def count_tokens(chat: Chat, records: Sequence[Record], durations: Sequence[float]) -> np.ndarray:
-    """Return int64 `(records, 2)`: tokens of text and supervised ones, exactly as `encode` makes them."""
+def texts_digest(records: Sequence[Record]) -> str:
+    """Return a digest of what records say: how they are read may change, and clips clip their times."""
+    digest = blake2b(digest_size=16)
+    for record in records:
+        digest.update(
+            "\0".join(part for turn in record.turns for part in (turn.role, turn.text)).encode()
+        )
+        digest.update(b"\1")
+    return digest.hexdigest()
+
+
+def count_tokens(
+    chat: Chat, records: Sequence[Record], durations: Sequence[float], *, lenient: bool = False
+) -> np.ndarray:
+    """Return int64 `(records, 2)`: tokens of text and supervised ones, exactly as `encode` makes them.
+
+    lenient: both are UNWRITABLE of a record that cannot be encoded; else it is a UserError.
+    """
     problems: list[str] = []
     counts: list[tuple[int, int]] = []
     place = 0
+    talks: list[list[Piece] | None]
     for first in range(0, len(records), CHUNK):
         talks = []
         for record in records[first : first + CHUNK]:
@@ -267,10 +312,16 @@ def count_tokens(chat: Chat, records: Sequence[Record], durations: Sequence[floa
                 talks.append(chat.pieces(record.turns, own))
             except UserError as error:
                 problems.append(f"{record.where} (id {record.id}): {error}")
-        counts += chat.count(talks)
-    if problems:
+                talks.append(None)
+        made = iter(chat.count([talk for talk in talks if talk is not None]))
+        unwritable = (UNWRITABLE, UNWRITABLE)
+        counts += [unwritable if talk is None else next(made) for talk in talks]
+    if problems and not lenient:
         more = f"; and {len(problems) - 3} more like these" if len(problems) > 3 else ""
-        raise UserError("; ".join(problems[:3]) + more)
+        raise UserError(
+            "; ".join(problems[:3]) + more,
+            fix="mend them, or set on_bad_record: drop, which leaves such records out",
+        )
     return np.asarray(counts, np.int64).reshape(-1, 2)
 
 

@@ -10,7 +10,7 @@ from model.batch import Batch, pinned
 from model.vlm import VLMConfig
 from train.batches.chat import MEDIA, Chat, Encoded
 from train.batches.collate import collate, lay_out, pack
-from train.batches.plan import RunPlan
+from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
 from train.data.records import Record, task_of
 
@@ -25,8 +25,15 @@ class Share:
     rank: int
     world: int
 
-    def packs(self, plan: RunPlan) -> range:
-        return range(self.rank, plan.packs_per_step, self.world)
+    def packs(self, plan: RunPlan, step: int) -> range:
+        return range(self.rank, int(plan.num_packs[step]), self.world)
+
+    def idles(self, plan: RunPlan, step: int) -> bool:
+        """Whether other processes have a pack more in this step.
+
+        DDP's and FSDP's wait for each other in every pass, so that each must make as many.
+        """
+        return len(self.packs(plan, step)) < -(-int(plan.num_packs[step]) // self.world)
 
 
 class Loader:
@@ -107,8 +114,12 @@ class Loader:
     def packs(
         self, plan: RunPlan, share: Share, step: int, *, with_copy: bool = False
     ) -> list[Batch]:
-        """Return this process's batches of a step."""
-        return [self.pack(plan, step, k, with_copy=with_copy) for k in share.packs(plan)]
+        """Return the batches of this process's packs of a step."""
+        return [self.pack(plan, step, k, with_copy=with_copy) for k in share.packs(plan, step)]
+
+    def idle(self, plan: RunPlan, step: int) -> Batch:
+        """Return a small batch to run without learning from it: one record, a frame of each clip."""
+        return self.rows([[(self.dataset.records[plan.records(step)[0]], 1)]], False)
 
     def steps(
         self, plan: RunPlan, share: Share, first: int, *, copy_every: int, prefetch: int = 2

@@ -2,27 +2,30 @@
 
 A row is what attention sees: one record, or - packed - several up to `pack_tokens`. A pack is
 `rows_per_pack` rows, one forward of one rank. A step is `rows_per_step` rows, whose packs rank r of
-`world` takes in turn: k = r, r + world, ... Nothing here depends on world size, workers or prefetch,
+`world` takes in turn: k = r, r + world, ... An epoch is each record once, so that its last step has
+the rows that are left, and its last pack too. Nothing here depends on world size, workers or prefetch,
 and a longer run of the same records begins with the same steps.
 """
 
 import itertools
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from model.family.limits import check_context
 from shards.errors import UserError
-from shards.format.features import differences
 from shards.read.banks import joint
-from shards.signed import Json, canonical_json, digest
-from train.batches.lengths import Lengths, fit_frames, measure, tokenizer_digest
+from shards.signed import Json
+from train.batches.lengths import REFUSED, Lengths, fit_records, measure, tokenizer_digest
+from train.batches.run_plan import RunPlan
 from train.cost import LlmShape
 from train.data.dataset import Dataset
+from train.data.drops import Drop
 from train.settings.config import BatchSettings, TrainConfig
 from train.start.stage import context_of, llm_name, read_config
 
@@ -55,115 +58,6 @@ class Cut:
     """0: the epochs decide."""
     cost: tuple[float, float] = (1.0, 0.0)
     """What a token of a row costs, and what the square of a record's length does."""
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """Which records each step learns from, how many frames of them, and how they lie in rows."""
-
-    rows_per_step: int
-    rows_per_pack: int
-    pack_tokens: int
-    num_steps: int
-    frames: np.ndarray
-    """int64 `(records,)`: frames of each clip of a record that are used, at most."""
-    tokens: np.ndarray
-    """int64 `(records,)`, with that many frames."""
-    visual: np.ndarray
-    """Tokens of frames among them, each frame's closing one included."""
-    supervised: np.ndarray
-    transitions: np.ndarray
-    frame_pairs: np.ndarray
-    """Pairs that `block` attention adds to the causal ones of each record."""
-    clips: np.ndarray
-    """int64 `(records,)`, clips of each record."""
-    uses: np.ndarray
-    """int64 `(uses,)`: the records of the run's rows, one row after the other."""
-    row_start: np.ndarray
-    """int64 `(rows + 1,)` into `uses`."""
-    cost: tuple[float, float]
-    dropped: dict[str, int]
-    """Records left out, by reason."""
-    facts: Json = field(default_factory=dict)
-    """All that the plan depends on, by name."""
-
-    @property
-    def packs_per_step(self) -> int:
-        return self.rows_per_step // self.rows_per_pack
-
-    def pack(self, step: int, pack: int) -> list[list[int]]:
-        """Return the rows of a pack, each as its records in order."""
-        assert 0 <= pack < self.packs_per_step
-        first = step * self.rows_per_step + pack * self.rows_per_pack
-        edges = self.row_start[first : first + self.rows_per_pack + 1].tolist()
-        return [self.uses[a:b].tolist() for a, b in itertools.pairwise(edges)]
-
-    def records(self, step: int) -> list[int]:
-        """Return the records of a step, in the order of its packs."""
-        first, last = self._step_start[step : step + 2]
-        return [int(record) for record in self.uses[first:last]]
-
-    @property
-    def _step_start(self) -> np.ndarray:
-        return self.row_start[:: self.rows_per_step]
-
-    @cached_property
-    def row_tokens(self) -> np.ndarray:
-        """Tokens of each row without padding: int64 `(rows,)`."""
-        return np.add.reduceat(self.tokens[self.uses], self.row_start[:-1])
-
-    @cached_property
-    def num_labels(self) -> np.ndarray:
-        """Supervised tokens of each step: the denominator of the language loss, int64 `(steps,)`."""
-        return self.per_step(self.supervised)
-
-    @cached_property
-    def num_transitions(self) -> np.ndarray:
-        """Steps from frame to frame of each step: the denominator of the frame loss."""
-        return self.per_step(self.transitions)
-
-    def per_step(self, values: np.ndarray) -> np.ndarray:
-        """Return the sum of a per-record quantity over the records of each step."""
-        return np.add.reduceat(values[self.uses], self._step_start[:-1])
-
-    @cached_property
-    def row_cost(self) -> np.ndarray:
-        linear, quadratic = self.cost
-        squares = np.add.reduceat(self.tokens[self.uses].astype(float) ** 2, self.row_start[:-1])
-        return linear * self.row_tokens + quadratic * squares
-
-    @cached_property
-    def pack_slots(self) -> np.ndarray:
-        """Places of each pack with its padding to the longest row: int64 `(packs,)`."""
-        longest = self.row_tokens.reshape(-1, self.rows_per_pack).max(axis=1)
-        return longest * self.rows_per_pack
-
-    @property
-    def heaviest(self) -> tuple[int, int]:
-        """Return (step, pack) of the pack with most places, among those the costliest."""
-        cost = self.row_cost.reshape(-1, self.rows_per_pack).sum(axis=1)
-        place = int(np.lexsort((cost, self.pack_slots))[-1])
-        return divmod(place, self.packs_per_step)
-
-    @property
-    def efficiency(self) -> float:
-        """Return the share of places that hold a token: of full rows, or of rows padded as they are."""
-        places = len(self.row_tokens) * self.pack_tokens or int(self.pack_slots.sum())
-        return float(self.row_tokens.sum()) / places
-
-    @property
-    def dropped_line(self) -> str:
-        """How many records were left out, and why."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        return f"{sum(self.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return digest(canonical_json(self.facts))
-
-    def differences(self, saved: Json) -> list[str]:
-        """Return a line for each fact in which this plan differs from the one that has `saved`."""
-        return differences(self.facts, saved, "plan ")
 
 
 SETTINGS = (
@@ -213,7 +107,8 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
     """
     llm = llm_name(config.stage_path)
     tokenizer = tokenizer_digest(llm)
-    lengths = measure(config, dataset, llm, tokenizer)
+    lenient = config.on_bad_record == "drop"
+    lengths = measure(config, dataset, llm, tokenizer, lenient=lenient)
     shape = LlmShape.of(read_config(llm) or {})
     heads = shape.layers * shape.heads * shape.head_dim if shape else 0
     cut = Cut(
@@ -231,6 +126,7 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
     facts = {name: getattr(config, name) for name in SETTINGS}
     facts |= {
         "rows_per_step": rows_per_step,
+        "epochs": "each record once",  # earlier plans filled an epoch's last step from the next one
         "slow_stride": dataset.slow_stride,
         "fast_stride": dataset.fast_stride,
         "tokenizer": tokenizer,
@@ -261,33 +157,27 @@ def make_plan(
     dropped here.
     """
     assert cut.rows_per_step % cut.rows_per_pack == 0, cut
-    limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
-    frames = np.full(len(lengths.text), cut.most_frames, np.int64)
-    reasons = dict(dropped or {})
-    kept = np.arange(len(frames))
-    if limits:
-        frames = fit_frames(lengths, frames, min(limits))
-        kept = np.flatnonzero(frames)
-        name = "max_tokens" if min(limits) == cut.max_tokens else "pack_tokens"
-        if len(kept) < len(frames):
-            reasons[f"longer than {name} {min(limits)} with one frame"] = len(frames) - len(kept)
-        frames = np.maximum(frames, 1)
+    most = np.full(len(lengths.text), cut.most_frames, np.int64)
+    frames, left_out = fit_records(lengths, most, cut.max_tokens, cut.pack_tokens)
+    reasons = dict(dropped or {}) | {reason: len(own) for reason, own in left_out.items()}
+    kept = np.setdiff1d(np.arange(len(frames)), np.concatenate([[], *left_out.values()]))
     if not len(kept):
+        limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
+        if REFUSED in left_out or not limits:
+            raise UserError(f"no record is left: {reasons}", fix="take another chat_template")
         raise UserError(
             f"no record fits {min(limits)} tokens", fix="raise max_tokens and pack_tokens"
         )
+    kept = kept.astype(np.int64)
     visual = lengths.visual(frames)
     tokens = lengths.text + visual + lengths.stamps(frames)
-    if cut.pack_tokens:
-        uses, row_start, num_steps = packed_rows(kept, tokens, cut)
-    else:
-        uses, num_steps = plain_rows(kept, cut)
-        row_start = np.arange(len(uses) + 1)
+    epochs = packed_epochs(kept, tokens, cut) if cut.pack_tokens else plain_epochs(kept, cut)
+    uses, row_start, step_start = cut_steps(epochs, cut)
     return RunPlan(
         rows_per_step=cut.rows_per_step,
         rows_per_pack=cut.rows_per_pack,
         pack_tokens=cut.pack_tokens,
-        num_steps=num_steps,
+        step_start=step_start,
         frames=frames,
         tokens=tokens,
         visual=visual,
@@ -299,65 +189,97 @@ def make_plan(
         row_start=row_start,
         cost=cut.cost,
         dropped=reasons,
+        left_out=left_out,
         facts=dict(facts or {}),
     )
 
 
-def plain_rows(kept: np.ndarray, cut: Cut) -> tuple[np.ndarray, int]:
-    """Return the records of a run of one record a row, and its steps: whole steps, one at least.
+def cut_steps(
+    epochs: Iterator[Iterator[list[list[int]]]], cut: Cut
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (uses, row starts, step starts) of a run: `max_steps`, or the epochs that are asked for.
 
-    Epochs follow one another in one endless stream; a step may span two of them.
+    epochs: without end, of each its steps in order, of each step its rows. Part of an epoch is so
+    much of its steps, rounded up.
     """
-    steps = cut.max_steps or max(1, int(cut.epochs * len(kept) / cut.rows_per_step))
-    wanted = steps * cut.rows_per_step
-    epochs = range(-(-wanted // len(kept)))
-    stream = [kept[order(cut.seed, epoch, len(kept))] for epoch in epochs]
-    return np.concatenate(stream)[:wanted], steps
+    steps: list[list[list[int]]] = []
+    for number, epoch in enumerate(epochs):
+        if cut.max_steps:
+            steps += itertools.islice(epoch, cut.max_steps - len(steps))
+            over = len(steps) == cut.max_steps
+        else:
+            left = Fraction(str(cut.epochs)) - number
+            whole = list(epoch)
+            steps += whole[: math.ceil(left * len(whole))]
+            over = left <= 1
+        if over:
+            break
+    rows = [row for step in steps for row in step]
+    starts = [np.cumsum([0, *map(len, parts)]) for parts in (rows, steps)]
+    return np.concatenate([np.asarray(row) for row in rows]), starts[0], starts[1]
 
 
-def packed_rows(
+def plain_epochs(kept: np.ndarray, cut: Cut) -> Iterator[Iterator[list[list[int]]]]:
+    """Yield the steps of each epoch, one record a row in the shuffled order."""
+    for epoch in itertools.count():
+        stream = kept[order(cut.seed, epoch, len(kept))].tolist()
+        yield steps_of([[record] for record in stream], cut)
+
+
+def steps_of(rows: list[list[int]], cut: Cut) -> Iterator[list[list[int]]]:
+    """Yield rows as steps; the last one may be short."""
+    for first in range(0, len(rows), cut.rows_per_step):
+        yield rows[first : first + cut.rows_per_step]
+
+
+def packed_epochs(
     kept: np.ndarray, tokens: np.ndarray, cut: Cut
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return (uses, row starts, steps) of a run of packed rows.
+) -> Iterator[Iterator[list[list[int]]]]:
+    """Yield the steps of each epoch, its records packed into rows.
 
-    The stream of epochs is cut into windows, a window packed into rows, and the rows of a few
-    neighbouring steps shared out by cost. Each is done in order of the stream, so that the number of
-    steps decides only where it ends.
+    An epoch is cut into windows, a window packed into rows, and the rows of a few neighbouring steps
+    shared out by cost. Each is done in order of the stream, so that the number of steps decides only
+    where it ends.
     """
+    for epoch in itertools.count():
+        yield _packed_epoch(kept, tokens, cut, epoch)
+
+
+def _packed_epoch(
+    kept: np.ndarray, tokens: np.ndarray, cut: Cut, epoch: int
+) -> Iterator[list[list[int]]]:
+    block, first = NEIGHBOURS * cut.rows_per_step, 0
     rows: list[list[int]] = []
-    steps = cut.max_steps
-    block = NEIGHBOURS * cut.rows_per_step
+    for packed, last in _packed_windows(kept, tokens, cut, epoch):
+        rows += packed
+        while len(rows) >= block or (last and rows):
+            rng = np.random.default_rng([cut.seed, first, 2, epoch])
+            yield from steps_of(balance_steps(rows[:block], tokens, cut, rng), cut)
+            rows, first = rows[block:], first + block
+
+
+def _packed_windows(
+    kept: np.ndarray, tokens: np.ndarray, cut: Cut, epoch: int
+) -> Iterator[tuple[list[list[int]], bool]]:
+    """Yield the rows of each window of an epoch in random order, and whether the epoch ends."""
     rest: list[int] = []
-    drawn = 0
-    for window, last in windows(kept, cut.seed):
+    drawn = epoch * len(kept)
+    for window, last in windows(kept, cut.seed, epoch):
         packed = best_fit_decreasing([*rest, *window], tokens, cut.pack_tokens)
         # the emptiest row is filled up in the next window; an epoch leaves nothing to the next
         rest = [] if last or len(packed) == 1 else packed.pop()
         rng = np.random.default_rng([cut.seed, drawn, 1])
-        emptiest = [packed.pop()] if last else []  # what ends a run may cut off
-        rows += [packed[k] for k in rng.permutation(len(packed))] + emptiest
+        emptiest = [packed.pop()] if last else []  # goes to the end
+        yield [packed[k] for k in rng.permutation(len(packed))] + emptiest, last
         drawn += len(window)
-        if not steps and drawn >= int(cut.epochs * len(kept)):
-            share = cut.epochs * len(kept) / drawn
-            steps = max(1, int(len(rows) * min(share, 1.0)) // cut.rows_per_step)
-        if steps and len(rows) >= -(-steps // NEIGHBOURS) * block:
-            break
-    balanced: list[list[int]] = []
-    for first in range(0, steps * cut.rows_per_step, block):
-        rng = np.random.default_rng([cut.seed, first, 2])
-        balanced += balance_steps(rows[first : first + block], tokens, cut, rng)
-    balanced = balanced[: steps * cut.rows_per_step]
-    row_start = np.concatenate([[0], np.cumsum([len(row) for row in balanced])])
-    return np.concatenate([np.asarray(row) for row in balanced]), row_start, steps
 
 
-def windows(kept: np.ndarray, seed: int) -> Iterator[tuple[list[int], bool]]:
-    """Yield the shuffled records in windows, epoch after epoch without end, and if an epoch ends."""
+def windows(kept: np.ndarray, seed: int, epoch: int) -> Iterator[tuple[list[int], bool]]:
+    """Yield the shuffled records of an epoch in windows, and whether it ends."""
     count = -(-len(kept) // WINDOW)
-    for epoch in itertools.count():
-        stream = kept[order(seed, epoch, len(kept))]
-        for number, window in enumerate(np.array_split(stream, count)):
-            yield window.tolist(), number == count - 1
+    stream = kept[order(seed, epoch, len(kept))]
+    for number, window in enumerate(np.array_split(stream, count)):
+        yield window.tolist(), number == count - 1
 
 
 def best_fit_decreasing(records: list[int], tokens: np.ndarray, limit: int) -> list[list[int]]:
@@ -387,11 +309,23 @@ def balance_steps(
 ) -> list[list[int]]:
     """Return the rows of neighbouring steps so that those of one step cost nearly the same.
 
-    The ranks of a step then wait little for each other. Steps come in random order.
+    The ranks of a step then wait little for each other. Steps come in random order; rows that make
+    no whole step, the cheapest, come last.
     """
     linear, quadratic = cut.cost
     lengths = [tokens[row].astype(float) for row in rows]
     cost = [linear * own.sum() + quadratic * (own**2).sum() for own in lengths]
     ranked = sorted(range(len(rows)), key=lambda k: -cost[k])
-    starts = rng.permutation(len(rows) // cut.rows_per_step) * cut.rows_per_step
+    whole = len(rows) // cut.rows_per_step
+    starts = [*(rng.permutation(whole) * cut.rows_per_step), whole * cut.rows_per_step]
     return [rows[k] for start in starts for k in ranked[start : start + cut.rows_per_step]]
+
+
+def all_drops(dataset: Dataset, plan: RunPlan) -> list[Drop]:
+    """Return each record that a run leaves out once, whether it is bad, not banked, or too long."""
+    own = [
+        Drop.of_record(dataset.records[k], reason)
+        for reason, records in plan.left_out.items()
+        for k in records.tolist()
+    ]
+    return [*dataset.drops, *dict.fromkeys(own)]

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -11,14 +11,14 @@ from pathlib import Path
 from shards.annotations.files import ALL, Selection, annotation_files, local_copy
 from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks
+from train.data.drops import LIST, Drop
 from train.data.folders import Folders
-from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart, all_parts
-from train.data.records import PLAIN, Record, check_coordinates, join, read_records
-from train.settings.config import TrainConfig
+from train.data.reading import Reading, shorten
+from train.data.records import PLAIN, Record
+from train.settings.config import DataSettings, TrainConfig
 
-SHOWN = 30
-"""Problems that are printed; a file of the wrong form has one for each of its rows."""
+DEFAULTS = DataSettings()
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class Dataset:
     slow_stride: int
     fast_stride: int
     notes: tuple[str, ...] = ()
-    """What there is to say of how the records were found, a line each."""
+    """What there is to say of how the records were found and read, a line each."""
+    drops: tuple[Drop, ...] = ()
+    """Each record that was left out, of the held-out ones too."""
 
     @cached_property
     def records(self) -> list[Record]:
@@ -72,9 +74,7 @@ def open_dataset(config: TrainConfig) -> Dataset:
         raise UserError.of(shorten(problems))
     pools = Pools.open(config.bank, [*wanted, *held_out])
     dataset = _join(config, wanted, held_out, pools, problems)
-    if problems:
-        raise UserError.of(shorten(problems))
-    return replace(dataset, notes=tuple(notes))
+    return replace(dataset, notes=(*notes, *dataset.notes))
 
 
 def open_records(
@@ -82,14 +82,14 @@ def open_records(
     paths: Sequence[str],
     slow_stride: int,
     fast_stride: int,
-    *,
-    allow_outside: bool = False,
+    settings: DataSettings = DEFAULTS,
     media: Folders = PLAIN,
 ) -> Dataset:
     """Open banks and the records that a model is scored on, as held-out ones.
 
-    UserError with every problem: a clip that no bank has is one, and a coordinate outside its clip.
-    media: what leads from their names to ids.
+    settings: how records are read, and what becomes of bad ones. UserError with every problem: a clip
+    that no bank has is one, and a coordinate outside its clip. media: what leads from their names to
+    ids.
     """
     problems: list[str] = []
     pools = None
@@ -98,22 +98,19 @@ def open_records(
         pools = Pools.open(folders, parts)
     except UserError as error:
         problems += error.problems
-    records: list[Record] = []
-    for part in parts:
-        for path in part.records:
-            read = read_records(
-                path,
-                problems,
-                allow_outside=allow_outside,
-                chosen=part.chosen,
-                folders=part.folders,
-            )
-            if pools:
-                records += join(read, pools.of(part), "error", problems, folders=part.folders)
-    _check_times_and_places(records, problems)
-    if pools is None or problems:
-        raise UserError.of(shorten(problems))
-    return Dataset(pools.banks, (), records, Counter(), slow_stride, fast_stride)
+    reading = Reading(settings, problems)
+    records = [
+        record
+        for part in parts
+        for record in reading.records(part, pools.of(part) if pools else None, held_out=True)
+    ]
+    if not records and not problems:
+        problems.append(f"no records are left of {', '.join(paths)}")
+    reading.refuse()
+    assert pools is not None
+    notes, drops = reading.notes(""), reading.unique_drops
+    banks = pools.banks
+    return Dataset(banks, (), records, Counter(), slow_stride, fast_stride, notes, drops)
 
 
 @dataclass(frozen=True)
@@ -167,48 +164,25 @@ def _join(
     slow, fast = choose_strides(
         banks, config.mm_spatial_pool_stride, config.fast_stride, config.slow_frame_ratio, problems
     )
+    reading = Reading(config, problems)
     parts: list[Part] = []
     dropped: Counter[str] = Counter()
     for part in wanted:
         for path in part.records:
-            left_out: Counter[str] = Counter()
-            without_answer = left_out if config.unsupervised == "drop" else None
-            read = read_records(
-                path,
-                problems,
-                without_answer,
-                allow_outside=config.allow_outside,
-                chosen=part.chosen,
-                folders=part.folders,
-            )
-            kept = join(read, pools.of(part), config.missing, problems, left_out, part.folders)
-            dropped.update({reason: count * part.repeats for reason, count in left_out.items()})
+            kept = reading.records(replace(part, records=[path]), pools.of(part))
+            for drop in reading.left_out:
+                dropped[drop.reason] += part.repeats
             parts.append(Part(path, file_digest(path, part.chosen), kept, part.repeats))
-    held_out = []
-    for part in evaluated:
-        for path in part.records:
-            read = read_records(
-                path,
-                problems,
-                allow_outside=config.allow_outside,
-                chosen=part.chosen,
-                folders=part.folders,
-            )
-            held_out += join(read, pools.of(part), config.missing, problems, folders=part.folders)
-    own = [record for part in parts for record in part.records]
-    # a file that is taken in two parts is checked once
-    once = {(record.where, record.places): record for record in [*own, *held_out]}
-    _check_times_and_places(once.values(), problems)
-    if not own and not problems:
+    held_out = [
+        record
+        for part in evaluated
+        for record in reading.records(part, pools.of(part), held_out=True)
+    ]
+    if not any(part.records for part in parts) and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")
-    return Dataset(banks, tuple(parts), held_out, dropped, slow, fast)
-
-
-def _check_times_and_places(records: Iterable[Record], problems: list[str]) -> None:
-    for record in records:
-        if MARKUP.search("".join(turn.text for turn in record.turns)):
-            seconds = [place.clip().info.duration for place in record.places]
-            check_coordinates(record, seconds, problems)
+    reading.refuse()
+    notes, drops = reading.notes(LIST), reading.unique_drops
+    return Dataset(banks, tuple(parts), held_out, dropped, slow, fast, notes, drops)
 
 
 def local_parts(parts: Sequence[MixturePart], problems: list[str]) -> list[MixturePart]:
@@ -263,10 +237,3 @@ def choose_strides(
             f"slow_frame_ratio {ratio}: slow and fast are both stride {slow}, so it can only be 0 or 1"
         )
     return slow, fast
-
-
-def shorten(problems: Sequence[str]) -> list[str]:
-    """Return the first problems, and how many more there are."""
-    if len(problems) <= SHOWN:
-        return list(problems)
-    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN} more like these"]

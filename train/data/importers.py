@@ -1,7 +1,7 @@
 """Grounding benchmarks -> records with coordinate markup.
 
 An importer is one function of one annotation, marked with `@importer(NAME, READER)`: it returns rows
-of ours, or raises UserError without saying where. Times are `<t:seconds>`, a box is `<x><y><x><y>`,
+of ours, or raises RowError without saying where. Times are `<t:seconds>`, a box is `<x><y><x><y>`,
 its corners as fractions of the frame.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from shards.annotations.fault import RowError
 from shards.annotations.files import Rows, UnreadableRow, read_rows
 from shards.annotations.forms import Json, canonical
 from shards.errors import UserError
@@ -26,6 +27,7 @@ TUBE_BOXES = 8
 """Boxes of a tube that are written, evenly."""
 BOXES = ("xywh", "xyxy", "unit")
 """What four numbers of a box may be: see `box`."""
+NOT_ONE = "not an annotation of this form"
 
 
 Importer = Callable[[Any], list[Json]]
@@ -62,6 +64,27 @@ def named_items(path: Path) -> Rows:
         yield f"{path}[{name!a}]", {"video": name, **entry} if isinstance(entry, dict) else entry
 
 
+def moments(path: Path) -> Rows:
+    """Yield each moment of entries with `timestamps` and `sentences`, as an item of its own."""
+    for where, entry in named_items(path):
+        times, sentences = entry["timestamps"], entry["sentences"]
+        if len(times) != len(sentences):
+            what = f"{len(times)} timestamps for {len(sentences)} sentences"
+            yield where, UnreadableRow(what)
+            continue
+        for k, (timestamp, sentence) in enumerate(zip(times, sentences, strict=True)):
+            yield (
+                f"{where}[{k}]",
+                {
+                    "id": f"{entry['video']}-{k}",
+                    "video": entry["video"],
+                    "duration": entry["duration"],
+                    "timestamp": timestamp,
+                    "sentence": sentence,
+                },
+            )
+
+
 def boxed_images(path: Path) -> Rows:
     """Yield boxes with their image; a COCO file joins `annotations` to `images`, its boxes xywh."""
     data = (
@@ -85,7 +108,7 @@ def charades_sta(line: str) -> list[Json]:
     """`AO8RW 0.0 6.9##a person is putting a book on a shelf.` (Charades-STA, one a line)."""
     match = re.fullmatch(r"(\S+) ([\d.]+) ([\d.]+) ?##(.*\S.*)", line.strip())
     if not match:
-        raise UserError(f"expected `VIDEO START END##SENTENCE`, got {ascii(line)[:80]}")
+        raise RowError(NOT_ONE, f"expected `VIDEO START END##SENTENCE`, got {ascii(line)[:80]}")
     video, start, end, sentence = match.groups()
     answer = span(float(start), float(end))
     return [asked(f"{video}_{start}_{end}", f"{video}.mp4", WHEN.format(sentence.strip()), answer)]
@@ -96,11 +119,20 @@ def qvhighlights(item: Json) -> list[Json]:
     """`{qid, query, duration, vid, relevant_windows: [[start, end], ...]}` (QVHighlights)."""
     windows = item.get("relevant_windows")
     if not windows:
-        raise UserError("no relevant_windows; the test split is published without")
-    spans = [span(start, end, item["duration"]) for start, end in windows]
+        raise RowError("no answer", "no relevant_windows; the test split is published without")
+    clip = item.get("clip", False)
+    spans = [span(start, end, item["duration"], clip=clip) for start, end in windows]
     question = WHEN.format(item["query"])
     row = asked(item["qid"], f"{item['vid']}.mp4", question, ", ".join(spans))
     return [row | {"task": "windows"}]  # one window is scored as several are
+
+
+@importer("activitynet-captions", moments)
+def activitynet_captions(item: Json) -> list[Json]:
+    """`{video: {duration, timestamps: [[start, end], ...], sentences}}` (ActivityNet Captions)."""
+    start, end = item["timestamp"]
+    said = span(start, end, float(item["duration"]), clip=item.get("clip", False))
+    return [asked(item["id"], f"{item['video']}.mp4", WHEN.format(item["sentence"].strip()), said)]
 
 
 @importer("refcoco", boxed_images)
@@ -130,7 +162,7 @@ def hc_stvg(item: Json) -> list[Json]:
     height, width = item["img_size"]
     boxes = item["bbox"]
     if not boxes:
-        raise UserError("a tube without boxes")
+        raise RowError("no answer", "a tube without boxes")
     written = min(TUBE_BOXES, len(boxes))
     last = max(1, written - 1)
     places = [k * (len(boxes) - 1) // last for k in range(written)]
@@ -160,7 +192,7 @@ def first(item: Json, *names: str) -> Any:
     """Return the first of some fields that an annotation has."""
     found = next((item[name] for name in names if item.get(name) is not None), None)
     if found is None:
-        raise UserError(f"none of {', '.join(names)}")
+        raise RowError(NOT_ONE, f"none of {', '.join(names)}")
     return found
 
 
@@ -168,12 +200,21 @@ def time(seconds: float) -> str:
     return f"<t:{seconds:.3f}>"
 
 
-def span(start: float, end: float, duration: float | None = None) -> str:
-    """Return `from <t:start> to <t:end>`; UserError where it is none, or ends behind the video."""
+def span(start: float, end: float, duration: float | None = None, *, clip: bool = False) -> str:
+    """Return `from <t:start> to <t:end>`; RowError where it is none, or ends behind the video.
+
+    clip: one that begins in the video and ends behind it ends with it.
+    """
+    if clip and duration is not None and start < duration < end:
+        end = duration
     if not 0 <= start < end:
-        raise UserError(f"start {start:g} is not before end {end:g}")
+        raise RowError("span backwards", f"start {start:g} is not before end {end:g}")
     if duration is not None and end > duration:
-        raise UserError(f"end {end:g} is behind the video's {duration:g} seconds")
+        raise RowError(
+            "time past the end of its clip",
+            f"end {end:g} is behind the video's {duration:g} seconds",
+            fix="--times_past_end clip ends it with the video",
+        )
     return f"from {time(start)} to {time(end)}"
 
 
@@ -183,11 +224,13 @@ def box(values: Sequence[float], boxes: str, width: float, height: float) -> str
     boxes: `xywh` or `xyxy` in pixels, or `unit`, corners that are fractions already.
     """
     if len(values) != 4:
-        raise UserError(f"a box needs four numbers, got {len(values)}")
+        raise RowError("bad box", f"a box needs four numbers, got {len(values)}")
     if boxes not in BOXES:
-        raise UserError(f"what is a bbox here? say --boxes {', '.join(BOXES)}")
+        raise RowError("bad box", f"what is a bbox here? say --boxes {', '.join(BOXES)}")
     if not (width > 0 and height > 0):
-        raise UserError(f"width and height must be positive, got {width:g} and {height:g}")
+        raise RowError(
+            "bad box", f"width and height must be positive, got {width:g} and {height:g}"
+        )
     x1, y1, x2, y2 = (float(value) for value in values)
     if boxes == "xywh":
         x2, y2 = x1 + x2, y1 + y2
@@ -195,45 +238,61 @@ def box(values: Sequence[float], boxes: str, width: float, height: float) -> str
         x1, y1, x2, y2 = x1 * width, y1 * height, x2 * width, y2 * height
     corners = f"{x1:g} {y1:g} {x2:g} {y2:g}"
     if not (x1 < x2 and y1 < y2):
-        raise UserError(f"box {corners}: its corners are not in order; are boxes {boxes} here?")
+        raise RowError(
+            "box backwards", f"box {corners}: its corners are not in order; are boxes {boxes} here?"
+        )
     if min(x1, y1) < -SLACK or x2 > width + SLACK or y2 > height + SLACK:
-        raise UserError(
-            f"box {corners} leaves its frame of {width:g} x {height:g}; are boxes {boxes} here?"
+        raise RowError(
+            "box outside its frame",
+            f"box {corners} leaves its frame of {width:g} x {height:g}; are boxes {boxes} here?",
         )
     pairs = [("x", x1 / width), ("y", y1 / height), ("x", x2 / width), ("y", y2 / height)]
     return "".join(f"<{axis}:{min(max(value, 0.0), 1.0):.4f}>" for axis, value in pairs)
 
 
-def imported(name: str, path: Path, problems: list[str], boxes: str | None = None) -> list[Json]:
-    """Return the rows of ours that a benchmark's file becomes; what is wrong goes to `problems`."""
+def imported(
+    name: str,
+    path: Path,
+    problems: list[str],
+    bad: list[RowError],
+    *,
+    boxes: str | None = None,
+    clip: bool = False,
+) -> list[Json]:
+    """Return the rows of ours that a benchmark's file becomes.
+
+    What is wrong with an annotation goes to `bad`, what is wrong with the file to `problems`. boxes:
+    what four numbers are where the file does not say. clip: spans end with their videos.
+    """
     read, convert = IMPORTERS[name]
+    settings: Json = {"boxes": boxes} if boxes else {}
+    settings |= {"clip": True} if clip else {}
     rows = []
     try:
         for where, item in read(path):
-            if isinstance(item, UnreadableRow):
-                problems.append(f"{where}: {item}")
-                continue
             try:
-                known = {"boxes": boxes} | item if boxes and isinstance(item, dict) else item
-                made = convert(known)
+                if isinstance(item, UnreadableRow):
+                    raise RowError("not readable", str(item))
+                made = convert(settings | item if isinstance(item, dict) else item)
                 for row in made:
                     parse_record(row, where)
-                rows += made
+            except RowError as error:
+                bad.append(error if error.place else error.at(where, id_of(item)))
             except KeyError as error:
-                problems.append(f"{where}{named(item)}: no field {error}")
-            except (AttributeError, TypeError) as error:
-                problems.append(f"{where}{named(item)}: not a record of {name}: {error}")
-            except (ValueError, UserError) as error:
-                text = str(error)
-                problems.append(text if text.startswith(where) else f"{where}{named(item)}: {text}")
+                bad.append(RowError(NOT_ONE, f"no field {error}").at(where, id_of(item)))
+            except (AttributeError, TypeError, ValueError, UserError) as error:
+                what = f"not a record of {name}: {error}"
+                bad.append(RowError(NOT_ONE, what).at(where, id_of(item)))
+            else:
+                rows += made
     except (OSError, ValueError, UserError) as error:
         text = str(error)
         problems.append(text if text.startswith(str(path)) else f"{path}: not readable: {text}")
     return rows
 
 
-def named(item: Any) -> str:
-    """Return ` (id ...)` of an annotation that has one."""
+def id_of(item: Any) -> str:
+    """Return the id of an annotation that has one, else nothing."""
     fields = item if isinstance(item, dict) else {}
     ids = [str(fields[name]) for name in ("id", "qid", "video") if name in fields]
-    return f" (id {printable(ids[0])})" if ids else ""
+    return printable(ids[0]) if ids else ""

@@ -6,20 +6,22 @@ carry `<t:12.5>` (seconds of the clip) or `<t:41.3%>` (a share of it), `<x:0.31>
 (fractions of the frame), or an anchor by name such as `<TEMP-037>`.
 """
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shards.annotations.fault import RowError
 from shards.annotations.files import ALL, Selection
 from shards.annotations.forms import MEDIA_TAG, Json, canonical
-from shards.annotations.records import UnsupervisedError, check_inside, parse_row, rows_of
+from shards.annotations.records import check_inside, parse_row, rows_of
 from shards.errors import UserError
 from shards.format.samples import clip_id
 from shards.read.banks import Banks, Place
 from train.data.folders import Folders, advice, several
-from train.data.markup import MEDIA_TAGS, SHARE, kind_of, split_markup
+from train.data.markup import kind_of
+from train.data.spans import refuse_misspelt
+from train.settings.config import DataSettings
 
 
 @dataclass(frozen=True)
@@ -56,56 +58,68 @@ TASKS = ("text", "time", "span", "point", "box")
 def read_records(
     path: str | Path,
     problems: list[str],
-    dropped: Counter[str] | None = None,
+    bad: list[RowError] | None = None,
     *,
     allow_outside: bool = False,
+    ignored: Collection[str] = (),
     chosen: Selection = ALL,
     folders: Folders = PLAIN,
 ) -> list[Record]:
-    """Read a file or folder of any form; what is wrong with a record goes to `problems`, by place.
+    """Read a file or folder of any form; what is wrong with it goes to `problems`, by place.
 
-    Records without an answer are a problem too, or - given `dropped` - left out and counted there.
-    chosen: which rows are read. allow_outside: paths may be absolute, or lead out of their root;
-    without it they may not once the prefixes of `folders` are taken off.
+    bad: takes what is wrong with single records, where it is given. chosen: which rows are read.
+    allow_outside: paths may be absolute, or lead out of their root; without it they may not once the
+    prefixes of `folders` are taken off. ignored: fields not looked at.
     """
     records = []
     for where, row in rows_of(path, problems, chosen):
         try:
-            records.append(parse_record(row, where, allow_outside=allow_outside, folders=folders))
-        except UnsupervisedError as error:
-            if dropped is None:
-                problems.append(f"{error}; mend it, or set unsupervised: drop")
-            else:
-                dropped["no supervised text"] += 1
-        except UserError as error:
-            problems.append(str(error))
+            record = parse_record(
+                row, where, allow_outside=allow_outside, ignored=ignored, folders=folders
+            )
+        except RowError as error:
+            problems.append(str(error)) if bad is None else bad.append(error)
+        else:
+            records.append(record)
     return records
 
 
 def checked_rows(
-    path: str | Path, problems: list[str], *, allow_outside: bool = False
+    path: str | Path,
+    problems: list[str],
+    bad: list[RowError],
+    settings: DataSettings,
 ) -> list[Json]:
     """Return the rows of a file as rows of ours, as `read_records` understands them."""
     rows = []
+    allow_outside, ignored = settings.allow_outside, settings.ignore_fields
     for where, row in rows_of(path, problems):
         try:
-            parse_record(row, where, allow_outside=allow_outside)
-            rows.append(canonical(row))
-        except UserError as error:
-            problems.append(str(error))
+            parse_record(row, where, allow_outside=allow_outside, ignored=ignored)
+        except RowError as error:
+            bad.append(error)
+        else:
+            rows.append(canonical(row, ignored=ignored))
     return rows
 
 
 def parse_record(
-    data: Any, where: str, *, allow_outside: bool = False, folders: Folders = PLAIN
+    data: Any,
+    where: str,
+    *,
+    allow_outside: bool = False,
+    ignored: Collection[str] = (),
+    folders: Folders = PLAIN,
 ) -> Record:
-    """Return a record, or raise UserError naming its place, its id and what is wrong."""
-    row = parse_row(data, where, allow_outside=allow_outside or bool(folders.strip_prefix))
+    """Return a record, or raise RowError naming its place, its id and what is wrong."""
+    lenient = allow_outside or bool(folders.strip_prefix)
+    row = parse_row(data, where, allow_outside=lenient, ignored=ignored)
     try:
         for medium in [] if allow_outside else row.media:
             check_inside(folders.stripped(medium))
-    except UserError as error:
-        raise UserError(f"{where} (id {row.id}): {error}") from None
+        refuse_misspelt(row.turns)
+    except RowError as error:
+        raise error.at(where, row.id if data.get("id") is not None else "") from None
     source = data.get("data_source")
     return Record(
         id=row.id,
@@ -137,17 +151,17 @@ def join(
     banks: Banks,
     missing: str,
     problems: list[str],
-    dropped: Counter[str] | None = None,
+    dropped: list[tuple[Record, str]] | None = None,
     folders: Folders = PLAIN,
 ) -> list[Record]:
     """Keep the records whose clips are banked; others are dropped when in quarantine or asked for.
 
     folders: what leads from their names to ids. Returns the kept records, with the ids and the places
-    of their clips; the others are counted in `dropped`, by reason.
+    of their clips; the others go to `dropped`, each with its reason.
     """
     kept = []
     quarantined = banks.quarantined()
-    dropped = Counter() if dropped is None else dropped
+    dropped = [] if dropped is None else dropped
     for record in records:
         named = f"{record.where} (id {record.id})"
         try:
@@ -164,11 +178,11 @@ def join(
             places=tuple(place for place in places if place is not None),
         )
         if len(found.places) == len(record.clips):
-            kept.append(in_seconds(found, problems))
+            kept.append(found)
         elif len(found.clips) == len(record.clips):
-            dropped["clip in quarantine"] += 1
+            dropped.append((record, "clip in quarantine"))
         elif missing == "drop":
-            dropped["clip in no bank"] += 1
+            dropped.append((record, "clip in no bank"))
         else:
             unknown = record.clips[ids.index(None)]
             problems.append(
@@ -192,55 +206,3 @@ def known_id(
     if len(found) > 1:
         raise several(id_, found)
     return found[0] if found else None
-
-
-def in_seconds(
-    record: Record, problems: list[str], lasting: Sequence[float] | None = None
-) -> Record:
-    """Return a record with the times that are shares of a clip in seconds of it.
-
-    lasting: seconds of its media; None where it is joined, and its places tell.
-    """
-    if not any(SHARE.search(turn.text) for turn in record.turns):
-        return record
-    banked = [place.clip().info.duration for place in record.places]
-    durations = banked if lasting is None else lasting
-    if not durations or min(durations) <= 0:
-        problems.append(
-            f"{record.where} (id {record.id}): a time in %, and a medium without a duration"
-        )
-    media = iter(durations)
-    duration = durations[0] if durations else 0.0
-    turns = []
-    for turn in record.turns:
-        text = ""
-        for place, part in enumerate(MEDIA_TAGS.split(turn.text)):
-            duration = next(media) if place % 2 else duration
-            seconds = duration / 100
-            text += SHARE.sub(lambda share, s=seconds: f"<t:{float(share[1]) * s:.6f}>", part)
-        turns.append(Turn(turn.role, text))
-    return replace(record, turns=tuple(turns))
-
-
-def check_coordinates(record: Record, durations: Sequence[float], problems: list[str]) -> None:
-    """Add a problem for each coordinate of a record that lies outside its clip or frame."""
-    media = iter(durations)
-    duration = durations[0] if durations else 0.0
-    for turn in record.turns:
-        for part in MEDIA_TAGS.split(turn.text):
-            if MEDIA_TAG.fullmatch(part):
-                duration = next(media)
-                continue
-            for piece in split_markup(part):
-                if isinstance(piece, str) or piece.anchor is not None:
-                    continue
-                limit = duration if piece.axis == 0 else 1.0
-                # seconds are often rounded to one decimal, so an end may lie a little behind
-                if limit == 0 or not -1e-3 <= piece.value <= limit + (
-                    0.1 if piece.axis == 0 else 1e-3
-                ):
-                    kind = "time" if piece.axis == 0 else "coordinate"
-                    problems.append(
-                        f"{record.where} (id {record.id}): {kind} {piece.value:g} is outside "
-                        f"[0, {limit:g}]"
-                    )

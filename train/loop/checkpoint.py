@@ -6,7 +6,6 @@ decide whether a run may go on from it, settings, versions, and the digest of ev
 """
 
 import copy
-import json
 import os
 import platform
 import shutil
@@ -23,14 +22,14 @@ from torch.distributed.tensor import DTensor
 
 from model.vlm import VLM
 from shards.errors import UserError
-from shards.format.features import differences
 from shards.format.manifest import installed
 from shards.read.banks import joint
 from shards.signed import Json, file_facts, read_signed_json, signed_json
-from train.batches.plan import RunPlan
+from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
 from train.loop.optimizer import save_optimizer
 from train.settings.config import TrainConfig
+from train.settings.recorded import facts_changed, was_now
 from train.start.stage import model_config
 
 if TYPE_CHECKING:
@@ -80,11 +79,19 @@ def seal(folder: Path, state: Json) -> None:
 
 def verifies(folder: Path) -> bool:
     """Tell whether a checkpoint is whole: every file there, with the digest it was written with."""
+    return not damage_of(folder)
+
+
+def damage_of(folder: Path) -> str:
+    """Return what is wrong with a checkpoint, empty if it is whole."""
     try:
         digests = read_signed_json(folder / MANIFEST)["files"]
-        return all(file_facts(folder / name)["sha256"] == value for name, value in digests.items())
-    except (OSError, UserError):
-        return False
+        for name, digest in digests.items():
+            if file_facts(folder / name)["sha256"] != digest:
+                return f"{name} has other bytes than were written"
+    except (OSError, UserError) as error:
+        return str(error)
+    return ""
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -112,10 +119,27 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
-def choose_checkpoint(output_dir: Path, resume: str, accelerator: "Accelerator") -> Path | None:
-    """Return the checkpoint to go on from: one process reads them through, all take the same."""
-    chosen = [find_resume(output_dir, resume) if accelerator.is_main_process else None]
-    return broadcast_object_list(chosen)[0]
+def passed_over(output_dir: Path, chosen: Path | None) -> list[str]:
+    """Return a line on each checkpoint newer than the chosen one: what is damaged, and what follows."""
+    newer = checkpoints(output_dir)
+    if chosen in newer:
+        newer = newer[: newer.index(chosen)]
+    instead = f"goes on from {chosen.name}" if chosen else "starts anew"
+    return [f"damaged   {path}: {damage_of(path)}; the run {instead}" for path in newer]
+
+
+def choose_checkpoint(
+    output_dir: Path, resume: str, accelerator: "Accelerator"
+) -> tuple[Path | None, list[str]]:
+    """Return (the checkpoint to go on from, what to say of newer ones that are damaged).
+
+    One process reads them through, all take the same.
+    """
+    found: tuple[Path | None, list[str]] = (None, [])
+    if accelerator.is_main_process:
+        chosen = find_resume(output_dir, resume)
+        found = chosen, passed_over(output_dir, chosen) if resume == "auto" else []
+    return tuple(broadcast_object_list(list(found)))
 
 
 def facts_of(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> dict[str, Json]:
@@ -134,25 +158,33 @@ def refuse_other_run(folder: Path, state: Json, facts: Mapping[str, Json]) -> No
 
     facts: model, bank, plan, ... -> what of it must be the same, by name.
     """
-    ours = json.loads(json.dumps(facts))
-    lines = []
-    for subject in ours:
-        lines += differences(ours[subject], state["facts"].get(subject, {}), f"{subject} ")
-    if lines:
+    if lines := facts_changed(state["facts"], facts):
         raise UserError(
-            f"{folder} does not fit this run: {'; '.join(lines)}. Use the same settings, another "
-            "output_dir, or resume: none"
+            f"this run is another than the one it would go on with: {'; '.join(lines)}",
+            where=folder,
+            fix="use the settings and files of before, another output_dir, or resume: none, which "
+            "starts anew",
         )
 
 
-def changed_settings(folder: Path, state: Json, config: Json) -> str:
-    """Return a line on the settings that differ from those of the run so far, empty if none does.
+def changed_settings(folder: Path, state: Json, total: int, config: Json) -> str:
+    """Return what to say of the settings that differ from those of the run so far, empty if nothing.
 
-    Those that a run may change: a rate, a number of steps. From here on it is another run.
+    Those that a run may change: a rate, a number of steps. From here on it is another run; where all
+    steps (`total`) are taken, they change nothing.
     """
-    ours = json.loads(json.dumps(config)) | {"resume": state["config"]["resume"]}
-    lines = differences(ours, state["config"])
-    return f"changed   since {folder.name}: {'; '.join(lines)}" if lines else ""
+    changed = "; ".join(was_now(state["config"], config))
+    if state["step"] < total:
+        return f"changed   since {folder.name}: {changed}" if changed else ""
+    text = (
+        f"finished  nothing is trained: {folder} has {state['step']} steps, {total} are asked for"
+    )
+    if changed:
+        text += f"\n          its weights know nothing of the new settings: {changed}"
+    return (
+        f"{text}\n          to train on, raise max_steps or num_train_epochs; to train otherwise, "
+        "name another output_dir, or resume: none"
+    )
 
 
 def set_aside(output_dir: Path, step: int) -> None:

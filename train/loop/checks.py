@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.errors import UserError
+from shards.signed import Json
 from shards.text import some
-from train.batches.plan import RunPlan
+from train.batches.run_plan import RunPlan
 from train.cost import LlmShape, memory_bytes
 from train.settings.config import TrainConfig
 
@@ -120,9 +121,9 @@ class PackMemory:
 
     @classmethod
     def of(cls, plan: RunPlan, model: VLM) -> "PackMemory":
-        step, pack = plan.heaviest
-        places = int(plan.pack_slots[step * plan.packs_per_step + pack])
-        return cls(places, LlmShape.of(model.llm.config.to_dict()), model.tower_width)
+        return cls(
+            int(plan.pack_slots.max()), LlmShape.of(model.llm.config.to_dict()), model.tower_width
+        )
 
     def ways_out(self, config: TrainConfig) -> list[tuple[float, str]]:
         """Return (bytes that it saves, what to change), the greatest saving first."""
@@ -202,3 +203,11 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
     """Return what no step may change: parameters that are not trained, and buffers."""
     named = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     return named | dict(model.named_buffers())
+
+
+def check_counts(plan: RunPlan, step: int, metrics: Json) -> None:
+    """Assert that what all ranks counted in a step is what the plan divided by."""
+    counted = metrics["supervised_tokens"], metrics["tokens"]
+    assert counted == (plan.num_labels[step], plan.per_step(plan.tokens)[step]), (step, metrics)
+    if metrics["transitions"]:  # none without a frame head
+        assert metrics["transitions"] == plan.num_transitions[step], (step, metrics)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.slow_fast import draw_pattern, slow_frames
+from shards.errors import UserError
 from shards.signed import Json
 from shards.text import duration
 from train.data.dataset import Dataset
@@ -14,7 +16,7 @@ from train.settings.config import TrainConfig
 
 if TYPE_CHECKING:
     from model.vlm import VLM
-    from train.batches.plan import RunPlan
+    from train.batches.run_plan import RunPlan
 
 LINE: tuple[tuple[tuple[str, str], ...], ...] = (
     (
@@ -52,6 +54,9 @@ def short(number: float) -> str:
     return f"{number:.0f}"
 
 
+WANDB_ID = "wandb-id.txt"
+
+
 class RunLog:
     """The run's logs; only the main process writes.
 
@@ -72,16 +77,15 @@ class RunLog:
         self._text = open(output_dir / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(output_dir / "logs", purge_step=first_step + 1)
         if wandb is not None:
-            import wandb as service
-
-            self._wandb = service.init(
-                project="framebank", name=output_dir.name, dir=str(output_dir), config=wandb
-            )
+            self._wandb = wandb_run(output_dir, first_step, wandb)
 
     def say(self, text: str) -> None:
         """Print, and write to train.log."""
         if self.active:
-            print(text, file=sys.stderr, flush=True)  # noqa: T201
+            try:
+                print(text, file=sys.stderr, flush=True)  # noqa: T201
+            except OSError:
+                _drop_stderr()
             self._text.write(text + "\n")
             self._text.flush()
 
@@ -94,7 +98,8 @@ class RunLog:
         numbers = {f"{kind}/{n}": v for n, v in metrics.items() if isinstance(v, int | float)}
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
+        # what was sent before a crash, beyond the checkpoint that the run went on from, is the same
+        if self._wandb is not None and step >= getattr(self._wandb, "starting_step", 0):
             self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
@@ -103,6 +108,38 @@ class RunLog:
             self._text.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def _drop_stderr() -> None:
+    """Send what is printed nowhere: the terminal is closed, or `| tee` has died of the same Ctrl-C."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stderr.fileno())
+    os.close(nowhere)
+
+
+def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
+    """Return the run at W&B: one for a folder, whose id lies in it, however often it is resumed.
+
+    UserError where W&B does not take it: a key that is not valid, a server that is not reached.
+    """
+    import wandb
+
+    path = output_dir / WANDB_ID
+    if not (first_step and path.exists()):
+        path.write_text(f"{secrets.token_hex(4)}\n")
+    try:
+        return wandb.init(
+            project="framebank",
+            name=output_dir.name,
+            dir=str(output_dir),
+            config=settings,
+            id=path.read_text().strip(),
+            resume="allow",
+        )
+    except wandb.Error as error:
+        reason = str(error).strip().partition("\n")[0]
+        fix = "set WANDB_MODE=offline to send the run later, or wandb: false"
+        raise UserError(f"wandb does not take the run: {reason}", fix=fix) from None
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -150,15 +187,17 @@ def banner(
         + (", and the time before each frame" if config.frame_time == "text" else ""),
         f"steps     {plan.num_steps} of {plan.rows_per_step} {rows_line(plan)}: "
         f"{plan.rows_per_pack} x {plan.packs_per_step} micro-batches on {world} "
-        f"process{'es' if world > 1 else ''}",
+        f"process{'es' if world > 1 else ''}{plan.short_line}",
         f"plan      {plan.per_step(plan.tokens).mean():,.0f} tokens a step, "
         f"{plan.num_labels.mean():,.0f} of them supervised; {plan.efficiency:.1%} of the places hold "
         f"one; fingerprint {plan.fingerprint[:12]}",
         f"trained   {sum(parts.values()):,} parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
+        f"rates     {rates_line(model, config)}",
         f"losses    language + {config.loss_weight:g} x frame-causal ({config.predictor}, "
         f"{config.frame_attention} attention)",
     ]
+    lines.append(f"saves     {saves_line(config)}")
     if model.lape is not None:
         extra = parts.get("lape", 0) * 12 / 1e6
         lines.append(
@@ -175,6 +214,26 @@ def banner(
     return "\n".join(lines)
 
 
+def saves_line(config: TrainConfig) -> str:
+    """Return when a run saves, and how much of it a crash may cost."""
+    minutes, steps = config.save_minutes, config.save_steps
+    whens = [f"every {minutes:g} minutes"] if minutes else []
+    whens += [f"every {steps} steps"] if steps else []
+    if not whens:
+        return "at the end alone: a crash before it leaves nothing (save_minutes, save_steps)"
+    return f"{', '.join(whens)} and at the end; the newest {config.save_total_limit} are kept"
+
+
+def rates_line(model: "VLM", config: TrainConfig) -> str:
+    """Return the peak learning rate of each part that is trained, and which weights decay."""
+    from train.loop.optimizer import parameter_groups
+
+    peaks = {group["name"]: group["peak"] for group in parameter_groups(model, config)}
+    shown = ", ".join(f"{name} {peak:g}" for name, peak in peaks.items())
+    decay = f"; weight decay {config.weight_decay:g}, of matrices" if config.weight_decay else ""
+    return f"at their peak: {shown}{decay}"
+
+
 def rows_line(plan: "RunPlan") -> str:
     return f"rows of up to {plan.pack_tokens} tokens" if plan.pack_tokens else "records"
 
@@ -187,6 +246,8 @@ def closing(
     best: Json | None,
 ) -> str:
     """Return what a run did, and where it left its results."""
+    if not last:
+        return f"nothing was trained; model {output_dir} is as it was"
     lines = [f"done in {seconds:.0f} s; LAPE {'on' if model.lape else 'off'}"]
     shown = ("ce_loss", "autoregressive_loss", "ar_skill")
     lines.append("last step: " + "  ".join(f"{n} {last[n]:.4f}" for n in shown if n in last))

@@ -3,7 +3,6 @@
 `train()` is the story; what its steps share is a `Run` and a `Learner`.
 """
 
-import json
 import math
 import signal
 import time
@@ -16,12 +15,13 @@ import torch
 
 from model.batch import Batch, to_device
 from model.vlm import VLM
-from shards.errors import UserError
 from shards.signed import Json
 from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
-from train.batches.plan import RunPlan, plan_run, rows_per_step
+from train.batches.plan import all_drops, plan_run, rows_per_step
+from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
+from train.data.drops import LIST, write_drops
 from train.loop.checkpoint import (
     FullState,
     changed_settings,
@@ -33,7 +33,7 @@ from train.loop.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from train.loop.checks import PackMemory, UpdateCheck, out_of_memory_advice, rehearse
+from train.loop.checks import PackMemory, UpdateCheck, check_counts, out_of_memory_advice, rehearse
 from train.loop.gradients import Reduction, make_reduction
 from train.loop.held_out import held_out_loss
 from train.loop.log import RunLog, banner, closing, line_of
@@ -42,6 +42,8 @@ from train.loop.signals import StopSignals
 from train.loop.speed import StepTimer, make_timer
 from train.loop.step import Losses, Step, run_step
 from train.settings.config import TrainConfig
+from train.settings.output import RUN
+from train.settings.recorded import write_run
 from train.start.prepare_llm import admit_llm, choose_attention, llm_dtype, prepare_llm
 from train.start.stage import build, llm_base
 
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 COPY_EVERY = 10
 """Steps between readings of the copy baseline, which needs both streams of a clip."""
 CALIBRATED = 8
-"""Records of the first step that set the scale of LAPE's positions, however the step is cut."""
+"""Records that set the scale of LAPE's positions: the run's first ones with media."""
 CHECKED = 3
 """First steps whose counts are compared with those of the plan."""
 
@@ -99,10 +101,11 @@ def train(
         asked = taken.stopped_by is not None or taken.save
         if done == total or is_due(config.save_steps, done) or improved or asked:
             save(run, learner, done, best)
+            signals.saved()
             timer.pause_over()
         if taken.stopped_by is not None and done < total:
             log.say(
-                f"stopped by {taken.stopped_by.name} after step {done} of {total}; "
+                f"stopped by {signals.cause or taken.stopped_by.name} after step {done} of {total}; "
                 f"checkpoint-{done} is saved, the same command with resume: auto goes on from it"
             )
             log.close()
@@ -162,17 +165,12 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     """
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    resumed = choose_checkpoint(output_dir, config.resume, accelerator)
+    resumed, passed_over = choose_checkpoint(output_dir, config.resume, accelerator)
     state = read_state(resumed) if resumed else {}
     pin_threads(config.num_threads, config.reduce, state, accelerator.num_processes)
     share = Share(accelerator.process_index, accelerator.num_processes)
     with accelerator.local_main_process_first():  # the others then find the lengths cached
         plan = plan_run(config, dataset, rows_per_step(config, share.world, state))
-    if accelerator.is_fsdp2 and plan.packs_per_step % share.world:
-        raise UserError(
-            f"FSDP needs as many micro-batches on each process: {plan.packs_per_step} of a step do not "
-            f"divide among {share.world}; use a divisor of {plan.packs_per_step} processes"
-        )
     longest = int(plan.tokens.max())
     choose_attention(config, accelerator.device.type, longest)  # refused before weights are loaded
     facts = facts_of(config, dataset, plan)
@@ -183,8 +181,15 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     log = RunLog(
         output_dir, state.get("step", 0), is_main, wandb=settings if config.wandb else None
     )
+    for line in passed_over:
+        log.say(line)
+    has_weights = resumed is not None or (output_dir / "config.json").exists()
+    if is_main and not (has_weights and (output_dir / RUN).exists()):  # else it tells of those
+        write_run(output_dir, state.get("config", settings), 0)
+    if resumed and (changed := changed_settings(resumed, state, plan.num_steps, settings)):
+        log.say(changed)
     if is_main:
-        (output_dir / "run.json").write_text(json.dumps({"config": settings}, indent=2) + "\n")
+        write_drops(output_dir / LIST, all_drops(dataset, plan))
     return Run(
         config=config,
         dataset=dataset,
@@ -231,13 +236,9 @@ def make_learner(run: Run) -> Learner:
     loader = make_loader(run, model, compiled=attention == "flex_attention" or config.compile)
     ratio = math.nan
     if not model.calibrated:
-        records = run.plan.records(0)[:CALIBRATED]
-        batch = loader.batch([run.dataset.records[k] for k in records])
-        ratio = model.calibrate(to_device(batch, accelerator.device))
+        ratio = calibrate(run, model, loader)
 
     log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
-    if run.resumed and (changed := changed_settings(run.resumed, run.state, asdict(config))):
-        log.say(changed)
     log.say(f"attention {attention}: {reason}")
 
     full_state = FullState(model, accelerator)
@@ -247,6 +248,22 @@ def make_learner(run: Run) -> Learner:
     if run.resumed:
         load_optimizer(optimizer, model, run.resumed)
     return Learner(model, loader, full_state, reduction, optimizer)
+
+
+def calibrate(run: Run, model: VLM, loader: Loader) -> float:
+    """Set the scale of a fresh model's positions; return it as `VLM.calibrate` does."""
+    records = run.plan.first_with_media(CALIBRATED)
+    if records:
+        batch = loader.batch([run.dataset.records[k] for k in records])
+        # where the model is: FSDP moves it to the device only later
+        return model.calibrate(to_device(batch, model.visual.frame_end.device))
+    learns = model.lape is not None and model.lape.preset == "plus"
+    if learns and model.config.lape_positions:
+        run.log.say(
+            "LAPE      no record has a picture or a clip: the strength of positions (gamma) stays at 1; "
+            "the first run from this model whose records have some sets it"
+        )
+    return math.nan
 
 
 def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
@@ -284,6 +301,8 @@ def take_step(
     """Take one optimizer step on this process's batches."""
     config = run.config
     losses = Losses(config.seed, config.loss_weight, run.plan, step, run.accelerator)
+    if run.share.idles(run.plan, step):
+        batches = [*batches, learner.loader.idle(run.plan, step)]
     return run_step(
         learner.reduction,
         run.accelerator,
@@ -322,14 +341,6 @@ def check_step(run: Run, updates: UpdateCheck, step: int, metrics: Json) -> None
         check_counts(run.plan, step, metrics)
 
 
-def check_counts(plan: RunPlan, step: int, metrics: Json) -> None:
-    """Assert that what all ranks counted in a step is what the plan divided by."""
-    counted = metrics["supervised_tokens"], metrics["tokens"]
-    assert counted == (plan.num_labels[step], plan.per_step(plan.tokens)[step]), (step, metrics)
-    if metrics["transitions"]:  # none without a frame head
-        assert metrics["transitions"] == plan.num_transitions[step], (step, metrics)
-
-
 def log_step(run: Run, learner: Learner, timer: StepTimer, done: int, metrics: Json) -> Json:
     """Write a step's metrics down, print them every `logging_steps`, and return them."""
     metrics = metrics | {"learning_rate": learner.optimizer.param_groups[0]["lr"]}
@@ -364,6 +375,9 @@ def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
     """Write `checkpoint-done` and remove old ones; every rank waits until that is done."""
     full = learner.full_state.gather(learner.optimizer)
     if run.accelerator.is_main_process:
+        keep = f"checkpoint-{best['step']}" if best else None
+        # what an earlier, higher limit left makes room first; the newest, known whole, stays
+        prune(run.output_dir, run.config.save_total_limit, keep)
         state = {
             "best": best,
             "global_batch": run.plan.rows_per_step,
@@ -374,7 +388,7 @@ def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
             "processes": run.share.world,
         }
         save_checkpoint(run.output_dir, done, *full, state)
-        keep = f"checkpoint-{best['step']}" if best else None
+        write_run(run.output_dir, asdict(run.config), run.first)
         prune(run.output_dir, run.config.save_total_limit, keep)
     run.accelerator.wait_for_everyone()
 

@@ -22,13 +22,18 @@ FILE_BYTES = 4 * 2**30
 
 
 def parameter_groups(model: VLM, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: every trained parameter in exactly one, vectors never decayed."""
+    """Return the optimizer's groups: every trained parameter in exactly one, vectors never decayed.
+
+    Vectors are parameters of one dimension, and outside the LLM the rows of tables: LAPE's anchors, what
+    marks a frame's end and its stream. Each stands alone; decay would draw it to nothing.
+    """
+    vectors = {id(p) for p in model.vectors()}
     head_rate = settings.projector_lr or settings.learning_rate
     rates = {"llm": settings.learning_rate, "lape": settings.lape_lr or 10 * settings.learning_rate}
     groups = []
     for part, parameters in model.parts().items():
         for decay in (True, False):
-            chosen = [p for p in parameters if (p.ndim >= 2 and part != "lape") == decay]
+            chosen = [p for p in parameters if (id(p) not in vectors) == decay]
             if chosen:
                 groups.append(
                     {

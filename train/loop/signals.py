@@ -1,28 +1,51 @@
-"""SIGTERM and SIGINT end a run after a checkpoint, SIGUSR1 asks for a checkpoint alone."""
+"""What ends a run, or saves it, from outside: signals, the end of its launcher, the clock.
 
+SIGTERM, SIGINT and SIGHUP end it after a checkpoint, and so does the end of what started it; SIGUSR1
+and every so many minutes ask for a checkpoint alone.
+"""
+
+import os
 import signal
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+from train.settings.ancestors import Process
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ECHO_SECONDS = 5.0
+"""How long torchrun may take to pass on what a whole job was sent, its workers included."""
 
 
 class StopSignals:
-    """What this process was asked for by signals while the context was open.
+    """What this process was asked for from outside while the context was open.
 
-    The first SIGTERM or SIGINT is noted, and the run ends itself at its next step boundary; a second
-    one ends the process at once, as it would without this class. The checkpoints are then those that
-    were complete, since each is written beside its name and renamed.
+    The first SIGTERM, SIGINT or SIGHUP is noted, and the run ends itself at its next step boundary; a
+    second one ends the process at once, as it would without this class. The checkpoints are then those
+    that were complete, since each is written beside its name and renamed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, holding: Sequence[Process] = (), save_seconds: float = 0.0) -> None:
+        """holding: the run ends when one of them has; save_seconds: between saves, 0 for never.
+
+        One rank alone is given save_seconds, and so decides for all.
+        """
         self.stop: signal.Signals | None = None
         self.save = False
+        self.cause = ""
+        """What stops the run where it is no signal."""
+        self._holding, self._save_seconds = holding, save_seconds
+        self._saved_at = time.monotonic()
+        self._noted_at: float | None = None
+        # torchrun sends its workers what Slurm, say, has sent them already
+        self._echoes = "TORCHELASTIC_RUN_ID" in os.environ
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         for number in (*STOPS, signal.SIGUSR1):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -33,19 +56,36 @@ class StopSignals:
     def take(self) -> list[float]:
         """Return what was asked for as numbers to be added up over the ranks: each stop, and a save.
 
-        A save is asked for once, a stop until the run has ended.
+        A save is asked for once, a stop until the run has ended. Every rank calls this once a step.
         """
+        if self.stop is None:
+            ended = next((one for one in self._holding if not one.is_alive()), None)
+            if ended:
+                self.stop, self.cause = signal.SIGTERM, f"the end of {ended}"
+        if 0 < self._save_seconds <= time.monotonic() - self._saved_at:
+            self.save = True
         asked = [*(float(self.stop is number) for number in STOPS), float(self.save)]
         self.save = False
         return asked
+
+    def saved(self) -> None:
+        """Count the minutes to the next save from now on."""
+        self._saved_at = time.monotonic()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self.save = True
             return
-        self.stop = signal.Signals(number)
-        for stop in STOPS:  # by the system itself, so that a call into C that hangs ends too
+        first = self._noted_at is None
+        if self._noted_at is None:
+            self.stop, self._noted_at = signal.Signals(number), time.monotonic()
+        if self._echoes and time.monotonic() - self._noted_at < ECHO_SECONDS:
+            return
+        # by the system itself, so that a call into C that hangs ends too
+        for stop in self._before.keys() & set(STOPS):
             signal.signal(stop, signal.SIG_DFL)
+        if not first:
+            os.kill(os.getpid(), number)
 
 
 def asked_of_all(counts: Sequence[float]) -> tuple[signal.Signals | None, bool]:

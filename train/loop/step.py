@@ -13,7 +13,7 @@ from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.signed import Json
-from train.batches.plan import RunPlan
+from train.batches.run_plan import RunPlan
 from train.loop.checks import drop_llm_gradients, name_pack
 from train.loop.gradients import Reduction, pack_seed, sum_in_order
 from train.loop.metrics import NUM_SUMS, summarise, sums_of
@@ -51,23 +51,26 @@ class Losses:
         self.num_labels = max(1, int(plan.num_labels[step]))
         self.num_transitions = max(1, int(plan.num_transitions[step]))
         self.sums = torch.zeros(
-            plan.packs_per_step, NUM_SUMS, dtype=torch.float64, device=accelerator.device
+            int(plan.num_packs[step]), NUM_SUMS, dtype=torch.float64, device=accelerator.device
         )
         """fp64 `(packs, sums)`; zero for the packs of other ranks."""
 
     def __call__(self, model: Any, pack: int, batch: Batch) -> Tensor:
         """Return a pack's share of the step's loss: sums divided by the whole step's counts.
 
-        So the gradient does not depend on how the step was cut.
+        So the gradient does not depend on how the step was cut. A pack behind the step's last is an
+        idle one: its loss is zero, and nothing of it is counted.
         """
         torch.manual_seed(pack_seed(self.seed, self.step, pack))
         with self.accelerator.autocast():
             out = model(batch)
-        self.sums[pack] = sums_of(out, batch)
+        idle = pack >= len(self.sums)
+        if not idle:
+            self.sums[pack] = sums_of(out, batch)
         loss: Tensor = out["ce"] / self.num_labels
         if "ar" in out:
             loss = loss + self.loss_weight * out["ar"].sum() / self.num_transitions
-        return loss
+        return loss * 0 if idle else loss
 
 
 def run_step(
@@ -86,14 +89,15 @@ def run_step(
     llm_waits: the LLM is left as it is, and all else learns.
     """
     packs = len(losses.sums)
+    moved = [to_device(batch, accelerator.device) for batch in batches]
     own = dict(
         zip(
             range(accelerator.process_index, packs, accelerator.num_processes),
-            [to_device(batch, accelerator.device) for batch in batches],
-            strict=True,
+            moved,
+            strict=False,  # an idle one may follow
         )
     )
-    reduction.gradients(packs, list(own.values()), losses)
+    reduction.gradients(packs, moved, losses)
     if llm_waits:
         drop_llm_gradients(model)
     asked = torch.tensor(signals.take(), dtype=torch.float64)

@@ -4,7 +4,6 @@ Nothing here imports torch: a wrong key, value or path is answered within a mome
 together, each with where it stands and how to mend it, and exit code 2.
 """
 
-import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,10 @@ from shards.annotations.globs import is_glob
 from shards.hub import refusal
 from train.settings.exits import refuse
 from train.settings.foreign import ENVIRONMENT
-from train.settings.parse import BOOLEANS, Origin, merge
+from train.settings.launcher import wishes
+from train.settings.output import output_problem
+from train.settings.packages import missing_packages
+from train.settings.parse import BOOLEANS, Origin, merge, obey
 
 
 def checkpoint_every(word: str) -> int | None:
@@ -54,6 +56,25 @@ class DataSettings:
     unsupervised: str = setting(
         "error", "a record without an answer: stop, or drop it", choices=("error", "drop")
     )
+    on_bad_record: str = setting(
+        "refuse",
+        "a record that is damaged, misspelt or says two things: stop, or leave it out and list it",
+        choices=("refuse", "drop"),
+    )
+    bad_record_limit: str = setting(
+        "50%",
+        "bad records of a file that drop leaves out at most: a number, or a share like 1%",
+        valid=(
+            lambda word: re.fullmatch(r"\d{1,9}|(?:100|\d{1,2}(?:\.\d{1,6})?)%", word) is not None,
+            "a number like 100, or a share like 1%",
+        ),
+    )
+    times_past_end: str = setting(
+        "refuse",
+        "a time behind the end of its clip: a bad record, a span that ends with the clip, or drop",
+        choices=("refuse", "clip", "drop"),
+    )
+    ignore_fields: list[str] = setting([], "fields of records that are not looked at")
     allow_outside: bool = setting(False, "records may name videos by absolute paths, or by `..`")
     mm_spatial_pool_stride: int = setting(0, "slow stride; 0 takes the bank's finest", least=0)
     fast_stride: int = setting(0, "fast stride; 0 takes the bank's coarsest", least=0)
@@ -97,7 +118,7 @@ class OptimizerSettings:
     learning_rate: float = setting(2e-5, "of the LLM", more_than=0)
     projector_lr: float = setting(0.0, "of projector and new heads; 0 takes learning_rate", least=0)
     lape_lr: float = setting(0.0, "of LAPE's tables; 0 takes 10 x learning_rate", least=0)
-    weight_decay: float = setting(0.0, "of LLM and projector matrices", least=0)
+    weight_decay: float = setting(0.0, "of matrices: no vector, no row of LAPE's tables", least=0)
     adam_beta2: float = setting(
         0.999, "AdamW's memory of squared gradients", more_than=0, less_than=1
     )
@@ -144,6 +165,11 @@ class RunSettings:
     logging_steps: int = setting(10, "steps between printed lines", least=1)
     eval_steps: int = setting(0, "steps between held-out losses; 0: at the end", least=0)
     save_steps: int = setting(0, "steps between checkpoints; 0: at the end", least=0)
+    save_minutes: float = setting(
+        30.0,
+        "minutes between checkpoints, whatever the steps; 0: save_steps alone decides",
+        least=0,
+    )
     save_total_limit: int = setting(2, "checkpoints kept, the best one besides", least=1)
     resume: str = setting("auto", "auto, none, or a checkpoint folder")
     reduce: str = setting(
@@ -168,31 +194,51 @@ class TrainConfig(
     """
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> TrainConfig:
-    """Return the settings of a command line, or print every problem and exit with 2."""
+def parse(
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    launched: Sequence[str] | None = None,
+) -> TrainConfig:
+    """Return the settings of a command line, or print every problem and exit with 2.
+
+    launched: the words between `accelerate launch` and the script, None where it started nothing.
+    """
+    environ = os.environ if environ is None else environ
     if any(flag in ("-h", "--help") for flag in argv):
         print(help_text())  # noqa: T201
         raise SystemExit(0)
     problems: list[str] = []
-    values = merge(TrainConfig, argv, os.environ if environ is None else environ, problems)
+    values = merge(TrainConfig, argv, environ, problems)
+    asked = wishes(environ, launched)
+    obey(TrainConfig, values, asked.settings, problems)
+    problems += asked.problems
     if problems:
         refuse(problems)
     config = TrainConfig(**{name: value for name, (value, _) in values.items()})
-    problems = check(config, {name: origin for name, (_, origin) in values.items()})
+    problems = check(config, {name: origin for name, (_, origin) in values.items()}, environ)
     if problems:
         refuse(problems)
     return config
 
 
-def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
+def check(
+    config: TrainConfig, origins: Mapping[str, Origin], environ: Mapping[str, str]
+) -> list[str]:
     """Return what is wrong with a config whose values have the right types."""
     problems = []
     for name in ("stage_path", "output_dir"):
         if not getattr(config, name):
             problems.append(f"{name}: missing; give --{name} PATH or set it in the YAML")
-    if config.stage_path and (problem := stage_problem(config.stage_path)):
+    # what a folder holds is looked at later: see train.start.stage_files
+    stage = config.stage_path
+    if stage and not Path(stage).exists() and (problem := name_problem(stage)):
         where = origins.get("stage_path", "stage_path")
         problems.append(f"{where} stage_path: {problem}")
+    if config.output_dir:
+        reads = {name: [getattr(config, name)] for name in ("stage_path", "data_config")}
+        reads |= {name: getattr(config, name) for name in ("bank", "data_path", "eval_path")}
+        if problem := output_problem(Path(config.output_dir), reads):
+            problems.append(f"{origins.get('output_dir', 'output_dir')} output_dir: {problem}")
     if config.data_mixture and not config.data_config:
         problems.append("data_mixture: needs data_config, a YAML of named datasets")
     if not config.data_config and not config.data_path:
@@ -210,9 +256,8 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
             else "it would let packed records see each other; use attn: auto, or pack_tokens: 0"
         )
         problems.append(f"{origins.get('attn', 'attn')} attn {config.attn}: {why}")
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        where = origins.get("wandb", "wandb")
-        problems.append(f"{where} wandb: not installed; pip install wandb, or set wandb: false")
+    if not config.plan:
+        problems += missing_packages(vars(config), origins, environ)
     if (
         config.resume not in ("auto", "none")
         and not (Path(config.resume) / "checkpoint.json").exists()
@@ -224,15 +269,13 @@ def check(config: TrainConfig, origins: Mapping[str, Origin]) -> list[str]:
     return problems
 
 
-def stage_problem(name: str) -> str | None:
-    """Return why a name is no model folder, and none that the Hub gives; None where it is."""
-    if (Path(name) / "config.json").is_file():
-        return None
+def name_problem(name: str) -> str | None:
+    """Return why a name of nothing here is none that the Hub gives either; None where it is."""
     expected = (
         "expected a folder of a causal LLM, a Hub name like Qwen/Qwen2.5-0.5B, or a framebank run; "
         "also a VILA stage or a LLaVA checkpoint: a folder with config.json"
     )
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return f"no such folder: {name} ({expected})"
     why = refusal(name)
     return why and f"no such folder: {name}, and as a name of the Hub: {why} ({expected})"

@@ -56,6 +56,30 @@ def merge(
     return values
 
 
+def obey(
+    settings: type,
+    values: dict[str, tuple[Any, Origin]],
+    asked: Sequence[tuple[str, str, Origin]],
+    problems: list[str],
+) -> None:
+    """Give settings that are not set the values that the launcher was asked for.
+
+    asked: (setting, value, where it was written). One that is set to something else is a problem that
+    names both places.
+    """
+    for name, raw, origin in asked:
+        theirs: dict[str, tuple[Any, Origin]] = {}
+        _set(settings, theirs, name, raw, origin, problems)
+        if not theirs:
+            continue
+        ours = values.setdefault(name, theirs[name])
+        if ours[0] != theirs[name][0]:
+            problems.append(
+                f"{ours[1]} {name} is {_shown(ours[0])}, and {origin} asks for "
+                f"{_shown(theirs[name][0])}: take one of them out"
+            )
+
+
 def read_flags(
     settings: type, argv: Sequence[str], problems: list[str]
 ) -> list[tuple[str, Any, Origin]]:
@@ -186,6 +210,10 @@ def _convert(raw: Any, kind: Any) -> Any:
     if kind is float and value == 0 and NOT_ZERO.match(raw):  # 1e-400 is not to become 0
         raise ValueError(raw)
     return value
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _is_list(settings: type, name: str) -> bool:

@@ -38,7 +38,7 @@ from shards.format.quarantine import (
 )
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
-from shards.write.lock import bank_lock
+from shards.write.lock import folder_lock
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_several_writers_lose_no_line_of_each_other(tmp_path: Path) -> None:
 
 
 def test_a_bank_that_is_being_written_is_not_retried(bank: Path) -> None:
-    with bank_lock(bank, "preprocess encode"):
+    with folder_lock(bank, "preprocess encode"):
         result = command("retry", bank, "--device", "cpu")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()

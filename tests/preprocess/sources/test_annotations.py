@@ -7,7 +7,6 @@ import csv
 import json
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from preprocess.sources.find import find_clips
 from shards.annotations import forms
+from shards.annotations.fault import RowError
 from shards.annotations.forms import Json, canonical
 from shards.errors import UserError
 from train.data.records import read_records
@@ -64,7 +64,7 @@ READ: dict[str, Json] = {
 REFUSED: dict[str, object] = {
     "no object": ["video"],
     "two forms": {"question": "?", "answer": "!", "caption": "c"},
-    "no tag": QWEN | {"conversations": says("What?", "this")},
+    "tags of other media": QWEN | {"conversations": says("<video> <video>What?", "this")},
     "an unknown role": QWEN | {"conversations": [{"from": "alien", "value": "<video>"}]},
     "no list": QWEN | {"conversations": "x"},
     "out of its root": QWEN | {"video": "../a.mp4"},
@@ -215,10 +215,10 @@ def test_a_row_may_be_media_alone_and_an_answer_is_not_needed(root: Path, tmp_pa
     rows = [{"video": "a.mp4"}, {"image": "p.png", "video": "a.mp4", "start": 1}, asked]
     path = written(tmp_path / "r.json", rows)
     assert encoded(path, root)[0] == {"a.mp4", "a.mp4#1-", "p.png#1-", "sub/b.mp4"}
-    dropped: Counter[str] = Counter()
+    bad: list[RowError] = []
     problems: list[str] = []
-    read_records(written(tmp_path / "q.json", [asked]), problems, dropped)
-    assert (dropped.total(), problems) == (1, []), "training may leave it out"
+    read_records(written(tmp_path / "q.json", [asked]), problems, bad)
+    assert ([error.reason for error in bad], problems) == (["no supervised text"], [])
 
 
 def test_many_bad_rows_do_not_flood_the_terminal(root: Path, tmp_path: Path) -> None:

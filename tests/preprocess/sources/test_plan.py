@@ -348,9 +348,9 @@ def test_an_edited_plan_is_refused(tmp_path: Path, features: FeatureConfig) -> N
 
 
 def test_a_plan_of_a_newer_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_bytes(signed_json({"format_version": 3, "something": "else"}))
+    (tmp_path / "plan.json").write_bytes(signed_json({"format_version": 4, "something": "else"}))
     (line,) = refusal(lambda: read_plan(tmp_path))
-    assert "format 3, this framebank reads up to 2; update framebank" in line
+    assert "format 4, this framebank reads up to 3; update framebank" in line
 
 
 def test_other_features_are_refused_field_by_field(features: FeatureConfig, tmp_path: Path) -> None:

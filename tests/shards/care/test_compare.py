@@ -45,7 +45,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "strides": ((4,), "strides"),
     "pool": ("max", "pool"),
     "codec": ("int8", "codec"),
-    "format_version": (3, "format_version"),
+    "format_version": (4, "format_version"),
 }
 
 

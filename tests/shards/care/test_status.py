@@ -28,7 +28,7 @@ from shards.format.features import Sampling
 from shards.format.plan import read_plan, write_plan
 from shards.format.quarantine import QuarantineEntry, Reason, append_entry
 from shards.read.bank import Bank
-from shards.write.lock import bank_lock, lock_path
+from shards.write.lock import folder_lock, lock_path
 
 SHARD_BYTES = 12_000
 
@@ -235,7 +235,7 @@ def test_gc_names_and_removes_what_nothing_refers_to(bank: Path, finished: Path)
 
 def test_gc_takes_turns_with_other_writers(bank: Path) -> None:
     litter(bank)
-    with bank_lock(bank, "preprocess encode"):
+    with folder_lock(bank, "preprocess encode"):
         result = run(cli_check.gc, bank)
         assert isinstance(result.exception, UserError)
         assert "preprocess encode" in str(result.exception)

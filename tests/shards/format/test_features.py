@@ -41,7 +41,7 @@ OTHER: dict[str, Any] = {
     "strides": (4,),
     "pool": "max",
     "codec": "int8",
-    "format_version": 3,
+    "format_version": 4,
 }
 OTHER_SAMPLING = {
     "fps": Sampling(fps="1/2", max_frames=64),

@@ -1,5 +1,6 @@
 """The plan: today's order where nothing is packed, full rows where it is, and nothing lost between."""
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from shards.errors import UserError
 from train.batches.lengths import Clips, Lengths
 from train.batches.loader import Share
-from train.batches.plan import NEIGHBOURS, Cut, RunPlan, best_fit_decreasing, make_plan, plan_run
+from train.batches.plan import Cut, best_fit_decreasing, make_plan, plan_run
+from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset, open_dataset
 from train.settings.config import TrainConfig
+from train.settings.recorded import facts_changed
 
 
 def lengths_of(text: list[int], frames: list[int] | None = None) -> Lengths:
@@ -28,13 +31,9 @@ def lengths_of(text: list[int], frames: list[int] | None = None) -> Lengths:
     return Lengths(words, words // 3, clips, Fraction(1, 2))
 
 
-def stream(count: int, seed: int, epochs: int) -> list[int]:
-    """The shuffled records of some epochs, one after the other."""
-    return [
-        int(k)
-        for epoch in range(epochs)
-        for k in np.random.default_rng([seed, epoch]).permutation(count)
-    ]
+def stream(count: int, seed: int, epoch: int) -> list[int]:
+    """The shuffled records of an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
 
 @given(
@@ -42,21 +41,25 @@ def stream(count: int, seed: int, epochs: int) -> list[int]:
     size=st.integers(1, 4),
     packs=st.integers(1, 4),
     seed=st.integers(0, 5),
-    epochs=st.sampled_from([0.3, 1.0, 2.5]),
+    epochs=st.sampled_from(["0.3", "1.0", "2.5", "3.0", "0.1"]),
     max_steps=st.integers(0, 9),
 )
-def test_unpacked_batches_are_the_shuffled_stream_in_order(
-    count: int, size: int, packs: int, seed: int, epochs: float, max_steps: int
+def test_unpacked_batches_are_each_epochs_shuffle_in_order(
+    count: int, size: int, packs: int, seed: int, epochs: str, max_steps: int
 ) -> None:
-    cut = Cut(size * packs, size, seed=seed, epochs=epochs, max_steps=max_steps)
+    batch = size * packs
+    cut = Cut(batch, size, seed=seed, epochs=float(epochs), max_steps=max_steps)
     plan = make_plan(lengths_of(list(range(3, count + 3))), cut)
-    assert plan.num_steps == (max_steps or max(1, int(epochs * count / (size * packs))))
-    expected = stream(count, seed, plan.num_steps * size * packs // count + 1)
+    each = -(-count // batch)
+    assert plan.num_steps == (max_steps or math.ceil(Fraction(epochs) * each))
+    assert plan.packs_per_step == packs
     for step in range(plan.num_steps):
-        own = expected[step * size * packs : (step + 1) * size * packs]
+        first = step % each * batch
+        own = stream(count, seed, step // each)[first : first + batch]
         assert plan.records(step) == own
-        assert plan.packs_per_step == packs
-        for k in range(packs):
+        assert plan.num_rows[step] == len(own)
+        assert plan.num_packs[step] == -(-len(own) // size)
+        for k in range(plan.num_packs[step]):
             assert plan.pack(step, k) == [[r] for r in own[k * size : (k + 1) * size]]
         assert plan.num_labels[step] == sum((r + 3) // 3 for r in own)
 
@@ -84,7 +87,7 @@ def rows_of(plan: RunPlan) -> list[list[int]]:
     return [
         row
         for step in range(plan.num_steps)
-        for k in range(plan.packs_per_step)
+        for k in range(plan.num_packs[step])
         for row in plan.pack(step, k)
     ]
 
@@ -95,7 +98,9 @@ def test_a_packed_plan_keeps_its_limits_and_counts(given_: tuple[Lengths, Cut]) 
     lengths, cut = given_
     plan = make_plan(lengths, cut)
     rows = rows_of(plan)
-    assert len(rows) == plan.num_steps * cut.rows_per_step
+    assert len(rows) == plan.num_rows.sum() == len(plan.row_start) - 1
+    assert plan.num_rows.min() > 0
+    assert plan.num_rows.max() <= cut.rows_per_step
     assert all(row and plan.tokens[row].sum() <= cut.pack_tokens for row in rows)
     for step in range(plan.num_steps):
         own = plan.records(step)
@@ -118,14 +123,22 @@ def test_a_longer_run_begins_with_the_steps_of_a_shorter_one(
 
 @given(packed_plans())
 @settings(deadline=None)
-def test_an_epoch_packs_each_record_once(given_: tuple[Lengths, Cut]) -> None:
+def test_each_epoch_trains_each_record_once_and_only_its_last_step_is_short(
+    given_: tuple[Lengths, Cut],
+) -> None:
     lengths, cut = given_
     count = len(lengths.text)
-    # as many steps as make whole blocks of neighbours, so that no row is cut off by the dealing
-    plan = make_plan(lengths, replace(cut, max_steps=2 * NEIGHBOURS))
-    uses = np.bincount(plan.uses, minlength=count)
-    # the last epoch may be cut off, and any before it uses each record once
-    assert uses.max() - uses.min() <= 1
+    for pack_tokens in (cut.pack_tokens, 0):
+        plan = make_plan(lengths, replace(cut, pack_tokens=pack_tokens, epochs=3.0, max_steps=0))
+        epochs: list[list[int]] = [[]]
+        for step in range(plan.num_steps):
+            if len(epochs[-1]) == count:  # a step never holds records of two epochs
+                epochs.append([])
+            epochs[-1] += plan.records(step)
+            ends = len(epochs[-1]) == count
+            assert plan.num_rows[step] == cut.rows_per_step or ends
+        assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
+        assert len({tuple(epoch) for epoch in epochs}) > 1 or count < 4
 
 
 @given(packed_plans(), st.sampled_from([1, 2, 3, 8]))
@@ -136,8 +149,11 @@ def test_any_number_of_ranks_runs_the_same_records_at_each_step(
     lengths, cut = given_
     for plan in (make_plan(lengths, cut), make_plan(lengths, replace(cut, pack_tokens=0))):
         for step in range(plan.num_steps):
-            dealt = [list(Share(rank, world).packs(plan)) for rank in range(world)]
-            assert sorted(k for packs in dealt for k in packs) == list(range(plan.packs_per_step))
+            shares = [Share(rank, world) for rank in range(world)]
+            dealt = [list(share.packs(plan, step)) for share in shares]
+            assert sorted(k for packs in dealt for k in packs) == list(range(plan.num_packs[step]))
+            passes = [len(s.packs(plan, step)) + s.idles(plan, step) for s in shares]
+            assert len(set(passes)) == 1, "a rank would be waited for"
             seen = [r for packs in dealt for k in packs for row in plan.pack(step, k) for r in row]
             assert sorted(seen) == sorted(plan.records(step))
 
@@ -191,7 +207,8 @@ def test_rows_of_twice_the_longest_record_are_full_to_a_hundredth(budget: int) -
 def test_the_packs_of_a_step_cost_nearly_the_same() -> None:
     cut = Cut(64, pack_tokens=8192, most_frames=128, cost=(2 * 358e6, 2 * 24 * 896.0))
     plan = make_plan(mixed(20_000), cut)
-    ranks = plan.row_cost.reshape(plan.num_steps, 8, 8).sum(axis=1)  # of eight, every eighth pack
+    whole = plan.row_cost[: (plan.num_steps - 1) * 64]  # the last step is short
+    ranks = whole.reshape(-1, 8, 8).sum(axis=1)  # of eight, every eighth pack
     assert (ranks.max(axis=1) / ranks.mean(axis=1)).mean() < 1.005
 
 
@@ -262,7 +279,7 @@ def config(toy: Path, toy_bank: Path) -> TrainConfig:
 def changed(config: TrainConfig, dataset: Dataset, rows: int = 4, **settings_: object) -> list[str]:
     plan = plan_run(config, dataset, 4)
     other = plan_run(replace(config, **settings_), dataset, rows)  # type: ignore[arg-type]
-    lines = other.differences(plan.facts)
+    lines = facts_changed({"plan": plan.facts}, {"plan": other.facts})
     assert (other.fingerprint != plan.fingerprint) == bool(lines)
     return lines
 
@@ -270,10 +287,10 @@ def changed(config: TrainConfig, dataset: Dataset, rows: int = 4, **settings_: o
 def test_what_changes_a_plan_is_named(config: TrainConfig) -> None:
     dataset = open_dataset(config)
     assert changed(config, dataset) == []
-    assert changed(config, dataset, seed=1) == ["plan seed: 1 here, 0 there"]
-    assert changed(config, dataset, rows=8) == ["plan rows_per_step: 8 here, 4 there"]
-    assert changed(config, dataset, max_frames_num=4) == ["plan max_frames_num: 4 here, 16 there"]
-    assert changed(config, dataset, pack_tokens=900) == ["plan pack_tokens: 900 here, 0 there"]
+    assert changed(config, dataset, seed=1) == ["seed was 0, is now 1"]
+    assert changed(config, dataset, rows=8) == ["rows_per_step was 4, is now 8"]
+    assert changed(config, dataset, max_frames_num=4) == ["max_frames_num was 16, is now 4"]
+    assert changed(config, dataset, pack_tokens=900) == ["pack_tokens was 0, is now 900"]
     # neither the cut into packs nor the length of the run is part of what was learned so far
     assert changed(config, dataset, per_device_train_batch_size=4) == []
     assert changed(config, dataset, max_steps=70, prefetch=9) == []
@@ -282,10 +299,16 @@ def test_what_changes_a_plan_is_named(config: TrainConfig) -> None:
 def test_other_records_and_clips_are_named(config: TrainConfig, tmp_path: Path) -> None:
     plan = plan_run(config, open_dataset(config), 4)
     (path,) = config.data_path
-    moved = tmp_path / "train.jsonl"
+    moved = tmp_path / "renamed.jsonl"
     moved.write_bytes(Path(path).read_bytes())
     again = replace(config, data_path=[str(moved)])
-    assert plan_run(again, open_dataset(again), 4).differences(plan.facts) == []
-    moved.write_text("".join(Path(path).read_text().splitlines(keepends=True)[1:]))
-    lines = plan_run(again, open_dataset(again), 4).differences(plan.facts)
-    assert [line.split(":")[0] for line in lines] == ["plan clips", "plan records.0 train.jsonl"]
+    facts = plan_run(again, open_dataset(again), 4).facts
+    assert facts_changed({"plan": plan.facts}, {"plan": facts}) == []
+    moved = moved.rename(tmp_path / "train.jsonl")
+    lines = Path(path).read_text().splitlines(keepends=True)
+    moved.write_text("".join(lines[1:]))
+    again = replace(config, data_path=[str(moved)])
+    facts = plan_run(again, open_dataset(again), 4).facts
+    assert facts_changed({"plan": plan.facts}, {"plan": facts}) == [
+        f"record file train.jsonl has changed (it gave {len(lines)} records, now {len(lines) - 1})"
+    ]

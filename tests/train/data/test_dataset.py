@@ -115,8 +115,12 @@ def test_a_record_without_an_answer_is_refused_unless_it_may_be_dropped(world: W
     mixed = {"data_config": str(mixtures), "data_mixture": "one+two*3"}
     lines = refused(world.config(**mixed))
     assert lines[0] == (
-        f"{mute}:1 (id mute.jsonl-0): no supervised text: no gpt turn with an answer; mend it, or "
-        "set unsupervised: drop"
+        f"{mute}:1 (id mute.jsonl-0): no supervised text: no gpt turn with an answer"
+    )
+    assert lines[-1] == (
+        "2 bad records are refused: mend them, or set on_bad_record: drop, which leaves such records "
+        "out, counts them and lists them in dropped.jsonl, or unsupervised: drop for those without an "
+        "answer"
     )
     dataset = open_dataset(world.config(**mixed, unsupervised="drop"))
     assert [r.id for r in dataset.records] == ["r.jsonl-0"]
@@ -172,7 +176,9 @@ def test_banks_of_different_towers_are_refused_by_field(
 def test_all_problems_are_listed_together(world: World) -> None:
     path = world.records("r.jsonl", "z.mp4", "a.mp4", text="at <t:7.5>")
     lines = refused(world.config(data_path=[path], fast_stride=3))
-    assert len(lines) == 3 + 1  # the stride, an unfit order of strides, the clip, the time
+    # the stride, an unfit order of strides, the clip, the time; what can be done about bad records
+    assert len(lines) == 3 + 1 + 1
+    assert lines[-1].startswith("1 bad record is refused: mend it, or set on_bad_record: drop")
     text = "\n".join(lines)
     for part in (
         "fast_stride 3",

@@ -216,7 +216,7 @@ BAD: list[tuple[object, str]] = [
     (QWEN | {"conversations": says("<video>\ud800", "x")}, "half of a UTF-16 pair"),
     (QWEN | {"video": {"bytes": "AAAA", "path": "a.mp4"}}, "bytes are in the row"),
     (QWEN | {"video": 3}, "a medium must be a path, got 3"),
-    (QWEN | {"video": ""}, "a medium must be a path, got ''"),
+    (QWEN | {"video": ""}, "1 <video>/<image> tags for 0 media"),
     ({"messages": chat([URL, "?"], "x")}, "must be a path, got 'https://x.org/a.mp4'; download"),
     ({"messages": chat([{"type": "image_url", "image_url": "data:image/png;base64,AA"}], "x")},
      "a medium must be a path, got 'data:"),
@@ -443,7 +443,10 @@ def test_a_csv_row_with_more_cells_than_the_header_is_named(tmp_path: Path) -> N
 def test_json_that_is_no_list_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(json.dumps({"a": QWEN}))
-    assert read(path)[1] == [f"{path}: expected a list of records, got dict"]
+    assert read(path)[1] == [
+        f"{path}: expected a list of records, got an object with 'a': entries by name; write them as "
+        "a list, the name as `id`"
+    ]
 
 
 def test_a_folder_is_read_whole_and_in_order(tmp_path: Path) -> None:
@@ -561,7 +564,9 @@ def test_the_command_writes_records_of_ours(
     with pytest.raises(SystemExit) as stop:
         main(["records", str(bad), "--out", str(tmp_path / "none.jsonl")])
     assert stop.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[-1].startswith("error: 2 bad records are refused: mend them, or set on_bad_record")
     assert not (tmp_path / "none.jsonl").exists()
 
 

@@ -8,12 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.annotations.fault import RowError
+from shards.annotations.forms import Json
 from train import convert
 from train.convert import main
 from train.data import importers
+from train.data.coordinates import check_coordinates
 from train.data.importers import box, imported
 from train.data.markup import kind_of
-from train.data.records import Record, check_coordinates, parse_record, read_records
+from train.data.records import Record, parse_record, read_records
 
 ROOT = Path(__file__).resolve().parents[3]
 CHARADES = (
@@ -80,9 +83,15 @@ def fixture(folder: Path, name: str, content: object) -> Path:
     return path
 
 
-def records_of(form: str, path: Path, **options: Any) -> list[Record]:
+def rows_and_problems(form: str, path: Path, **options: Any) -> tuple[list[Json], list[str]]:
     problems: list[str] = []
-    rows = imported(form, path, problems, **options)
+    bad: list[RowError] = []
+    rows = imported(form, path, problems, bad, **options)
+    return rows, [*map(str, bad), *problems]
+
+
+def records_of(form: str, path: Path, **options: Any) -> list[Record]:
+    rows, problems = rows_and_problems(form, path, **options)
     assert problems == []
     return [parse_record(row, "f") for row in rows]
 
@@ -125,9 +134,8 @@ def test_refcoco(tmp_path: Path) -> None:
 def test_a_coco_file_joins_boxes_to_images_and_needs_no_word_on_them(tmp_path: Path) -> None:
     image = {"id": 4, "file_name": "p.jpg", "width": 640, "height": 480, "caption": "she"}
     notes = [{"id": 9, "image_id": 4, "bbox": REFCOCO["bbox"]}, {"id": 1, "image_id": 5}]
-    problems: list[str] = []
     path = fixture(tmp_path, "r.json", {"images": [image], "annotations": notes})
-    (row,) = imported("refcoco", path, problems)
+    (row,), problems = rows_and_problems("refcoco", path)
     assert parse_record(row, "f").turns[1].text.startswith("<x:0.1624><y:0.6250>")
     assert problems == [f"{path}[annotations][1]: no image has the id 5"]
 
@@ -184,9 +192,8 @@ def test_what_is_wrong_with_an_annotation_is_named(
     tmp_path: Path, form: str, content: object, expected: str
 ) -> None:
     path = fixture(tmp_path, "bad.jsonl" if isinstance(content, list) else "bad.json", content)
-    problems: list[str] = []
-    assert imported(form, path, problems) == []
-    (line,) = problems
+    rows, (line,) = rows_and_problems(form, path)
+    assert rows == []
     assert line.startswith(str(path))
     assert expected in line
     assert line.isprintable()
@@ -201,7 +208,8 @@ def test_all_problems_come_together_and_nothing_is_written(
         main(["charades-sta", str(path), "--out", str(out)])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[1] for line in lines] == [f"{path}:3", f"{path}:4"]
+    assert [line.split(": ")[1] for line in lines[:2]] == [f"{path}:3", f"{path}:4"]
+    assert lines[2].startswith("error: 2 bad records are refused: mend them, or set on_bad_record")
     assert not out.exists()
 
 
@@ -223,8 +231,7 @@ def test_the_command_writes_what_a_run_reads(
     assert problems == []
     assert [r.turns for r in read] == [r.turns for r in records_of(form, path)]
     for record in read:
-        check_coordinates(record, [200.0], problems)
-    assert problems == []
+        assert check_coordinates(record, [200.0]) == []
 
 
 @given(
@@ -246,11 +253,9 @@ def test_a_box_in_any_writing_is_the_same_markup(
         box(sides, "xywh", width, height),
     ]
     for text in written:
-        problems: list[str] = []
         turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": text}]
         row = {"image": "p.jpg", "conversations": turns}
-        check_coordinates(parse_record(row, "f"), [0.0], problems)
-        assert problems == []
+        assert check_coordinates(parse_record(row, "f"), [0.0]) == []
         numbers = [float(part.strip("<xy:")) for part in text.rstrip(">").split(">")]
         assert numbers == pytest.approx([x1, y1, x2, y2], abs=6e-5)
 
@@ -267,7 +272,7 @@ def test_the_readmes_own_benchmark_is_one_function(
     item = {"id": "v_1", "duration": 30.5, "sentences": ["he runs", "he sits"]}
     item["timestamps"] = [[0.5, 12.25], [13, 30.5]]
     path = fixture(tmp_path, "a.jsonl", [item])
-    main(["activitynet", str(path), "--out", str(tmp_path / "out.jsonl")])
+    main(["moments", str(path), "--out", str(tmp_path / "out.jsonl")])
     problems: list[str] = []
     one, two = read_records(tmp_path / "out.jsonl", problems)
     assert problems == []

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from shards.errors import UserError
 from shards.read.banks import Banks
 from train.batches.plan import order
+from train.data.coordinates import check_coordinates, settled
 from train.data.markup import Coordinate, split_markup
-from train.data.records import Record, check_coordinates, join, parse_record, read_records
+from train.data.records import Record, join, parse_record, read_records
 
 
 def record(**changes: object) -> dict[str, object]:
@@ -35,7 +36,7 @@ def test_a_record_names_its_clip_and_turns() -> None:
 
 
 BAD = [
-    ({"conversations": None}, "expected an object with one of conversations, messages"),
+    ({"conversations": None}, "`conversations` is empty"),
     ({"conversations": [{"from": "human", "value": "<video>?"}]}, "no supervised text"),
     (
         {"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": " "}]},
@@ -80,8 +81,7 @@ def test_a_coordinate_outside_its_clip_or_frame_is_a_problem() -> None:
         {"from": "gpt", "value": "<t:9.5> <x:1.2> <y:0.5>"},
     ]
     parsed: Record = parse_record(record(conversations=turns), "f:1")
-    problems: list[str] = []
-    check_coordinates(parsed, [4.0], problems)
+    problems = list(map(str, check_coordinates(parsed, [4.0])))
     assert len(problems) == 2
     assert "time 9.5 is outside [0, 4]" in problems[0]
     assert "coordinate 1.2 is outside [0, 1]" in problems[1]
@@ -97,17 +97,17 @@ def test_shares_of_a_clip_are_written_in_seconds_of_it(
         {"from": "human", "value": "<t:50%> <video> <t:41.3%> <video> <t:25%> <t:1.5>"},
         {"from": "gpt", "value": "at <t:100%>"},
     ]
-    problems: list[str] = []
     row = record(video=["a.mp4", "b.mp4"], conversations=turns)
-    (joined,) = join([parse_record(row, "f:1")], banks, "error", problems)
-    assert problems == []
+    seconds = [banks.clip(id_).info.duration for id_ in ("a.mp4", "b.mp4")]
+    joined, clipped, faults = settled(parse_record(row, "f:1"), seconds, clip=True)
+    assert (clipped, faults) == (False, [])
     assert joined.turns[0].text == (
         "<t:0.500000> <video> <t:0.413000> <video> <t:0.500000> <t:1.5>"
     )
     assert joined.turns[1].text == "at <t:2.000000>"
     text_only = parse_record(record(video=None, conversations=[turns[1]]), "f:2")
-    join([text_only], banks, "error", problems)
-    assert problems == ["f:2 (id r1): a time in %, and a medium without a duration"]
+    _, _, faults = settled(text_only, [], clip=True)
+    assert list(map(str, faults)) == ["f:2 (id r1): a time in %, and a medium without a duration"]
 
 
 def test_a_clip_that_is_banked_under_another_root_is_named(

@@ -265,19 +265,18 @@ def test_another_run_is_refused_by_every_fact_that_differs() -> None:
         Path("checkpoint-3"), state, FACTS | {"model": {**FACTS["model"], "slow": (1, 2)}}
     )
     other = {"model": {"enable_lape": False, "slow": [1, 2]}, "plan": {"seed": 1}}
-    with pytest.raises(UserError, match="checkpoint-3 does not fit this run") as refused:
+    with pytest.raises(UserError, match="checkpoint-3: this run is another") as refused:
         refuse_other_run(Path("checkpoint-3"), state, other)
-    assert "model enable_lape: False here, True there; plan seed: 1 here, 0 there" in str(
-        refused.value
-    )
+    assert "enable_lape was true, is now false; seed was 0, is now 1; use " in str(refused.value)
 
 
 def test_settings_that_changed_are_told() -> None:
     config = {"learning_rate": 1e-4, "resume": "auto", "bank": ("a",)}
-    state = {"config": {"learning_rate": 1e-4, "resume": "none", "bank": ["a"]}}
-    assert changed_settings(Path("checkpoint-3"), state, config) == ""
-    told = changed_settings(Path("checkpoint-3"), state, config | {"learning_rate": 0.5})
-    assert told == "changed   since checkpoint-3: learning_rate: 0.5 here, 0.0001 there"
+    state: dict[str, Any] = {"config": {"learning_rate": 1e-4, "resume": "none", "bank": ["a"]}}
+    state["step"] = 3
+    assert changed_settings(Path("checkpoint-3"), state, 4, config) == ""
+    told = changed_settings(Path("checkpoint-3"), state, 4, config | {"learning_rate": 0.5})
+    assert told == "changed   since checkpoint-3: learning_rate was 0.0001, is now 0.5"
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from model.vlm import VLM
-from train.run import unsupported
+from train.settings.launcher import wishes
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted((ROOT / "train" / "presets").glob("fsdp2_*.yaml"))
@@ -72,7 +72,7 @@ def test_the_settings_reach_the_plugin(
     environ = prepare_multi_gpu_env(args)
     for name in [name for name in environ if name.startswith(("FSDP", "ACCELERATE"))]:
         monkeypatch.setenv(name, environ[name])
-    assert unsupported("fast", environ) is None
+    assert wishes(environ).problems == []
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
@@ -81,40 +81,28 @@ def test_the_settings_reach_the_plugin(
     assert plugin.transformer_cls_names_to_wrap == ["Qwen2DecoderLayer"]
 
 
-@pytest.mark.parametrize(
-    ("environ", "reduce", "words"),
-    [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "fast", "DeepSpeed is not supported"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "fast", "fsdp_version: 2"),
-        (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-            "exact",
-            "use reduce: fast",
-        ),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fast", None),
-        ({}, "exact", None),
-    ],
-)
-def test_what_cannot_work_is_refused_in_a_line(
-    environ: dict[str, str], reduce: str, words: str | None
-) -> None:
-    problem = unsupported(reduce, environ)
-    assert (problem is None) == (words is None)
-    if problem and words:
-        assert words in problem
-        assert "\n" not in problem
-
-
 @pytest.mark.slow
 def test_two_sharded_processes_train_save_and_resume_like_one(
     run_settings: dict[str, Any],
     as_flags: Callable[..., list[str]],
     train_here: Callable[..., Path],
+    toy: Path,
     tmp_path: Path,
 ) -> None:
+    # five records in steps of two: in the third step one process has no pack
+    records = tmp_path / "five.jsonl"
+    records.write_text("".join((toy / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
+    run_settings = run_settings | {"data_path": records}
     one = train_here(
-        tmp_path / "one", save_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2
+        tmp_path / "one",
+        data_path=records,
+        save_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
     )
+    lines = (one / "metrics.jsonl").read_text().splitlines()
+    tokens = [json.loads(line)["supervised_tokens"] for line in lines]
+    assert tokens[2] < min(tokens[:2])
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     two = tmp_path / "two"

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from train.batches.plan import RunPlan, plan_run
+from train.batches.plan import plan_run
+from train.batches.run_plan import RunPlan
 from train.data.dataset import open_dataset
 from train.settings.config import TrainConfig
 
@@ -44,7 +45,7 @@ def test_a_packed_run_takes_the_steps_of_its_plan(
     packed: Path, run_settings: dict[str, Any]
 ) -> None:
     plan = planned(run_settings, 4, **PACKED, max_steps=6)
-    assert max(len(row) for k in range(4) for row in plan.pack(0, k)) > 1
+    assert max(len(row) for k in range(plan.num_packs[0]) for row in plan.pack(0, k)) > 1
     lines = lines_of(packed)
     assert [line["supervised_tokens"] for line in lines] == plan.num_labels.tolist()
     assert [line["transitions"] for line in lines] == plan.num_transitions.tolist()

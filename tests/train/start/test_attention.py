@@ -1,5 +1,7 @@
 """Which attention a run takes: the choice says its reason, and what cannot work is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from shards.errors import UserError
@@ -62,8 +64,10 @@ def test_flash_attention_is_refused_where_it_would_be_wrong(
 
 
 def test_flash_attention_may_serve_single_causal_records(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "flash_attn.py").write_text("")  # as if it were installed
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit):
         parse(["--attn", "flash_attention_2", "--frame_attention", "token"], {})
     assert "flash" not in capsys.readouterr().err  # only paths are missing

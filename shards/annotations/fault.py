@@ -1,0 +1,53 @@
+"""What is wrong with one row of an annotation file: refused with all others, or left out and counted.
+
+raise RowError("empty answer", "turn 2 (gpt)", got="''", expected="a text")
+"""
+
+import re
+
+from shards.errors import UserError
+
+PLACE = re.compile(r"(.+?)(?::(\d+)|((?:\[[^\]]*\])+))")
+"""`file:line`, or `file[index]`."""
+
+
+class RowError(UserError):
+    """A fault of one row: `reason` is what it is counted under, the text says what, got and expected."""
+
+    def __init__(
+        self,
+        reason: str,
+        what: str,
+        got: object = None,
+        expected: str | None = None,
+        where: object = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(what, got, expected, where, fix)
+        self.args = (reason, *self.args)
+        self.reason = reason
+        self.place, self.id = "", ""
+        """Of the row: `file:line` or `file[index]`, and its own id where it has one."""
+
+    def at(self, place: str, id_: str = "") -> "RowError":
+        """Return the same fault with the row that has it."""
+        where = f"{place} (id {id_})" if id_ else place
+        error = type(self)(self.reason, self.what, self.got, self.expected, where, self.fix)
+        error.place, error.id = place, id_
+        return error
+
+
+class UnsupervisedError(RowError):
+    """A row without an answer, from which nothing can be learned."""
+
+
+def split_place(place: str) -> tuple[str, str]:
+    """Return the file and the line or index of a row's place."""
+    match = PLACE.fullmatch(place)
+    return (match[1], match[2] or match[3]) if match else (place, "")
+
+
+def short(value: object) -> str:
+    """Return a value as a message shows it: printable, and at most 80 letters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

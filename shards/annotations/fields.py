@@ -1,0 +1,139 @@
+"""The fields of a row: which are empty, which were read, and which may not be passed over in silence.
+
+Datasets have fields that say nothing about what is learned (`data_source`, `fps`, `qid`): those are let
+be. A field that could - an answer, options, times, boxes - and that no form has read is a RowError.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from shards.annotations.fault import RowError, short
+
+SAYS_MORE = re.compile(
+    r"answers?|answer_(?:id|idx|index|key)|correct_\w+|labels?|gt|ground_truth|targets?"
+    r"|option[ _]?\d?|options|candidates|choices|choice_list|a\d"
+    r"|questions?|query|queries|prompts?|instructions?|input|output|responses?|chosen|rejected"
+    r"|captions?|sentences?|descriptions?|system|system_prompt|system_message"
+    r"|subtitles?|audios?|tools|variables|(?:sample_|loss_)?weight",
+    re.IGNORECASE,
+)
+"""Fields that say what is asked, answered or how it is learned."""
+SAYS_WHEN = re.compile(
+    r"(?:start|end|begin|st|ed)_?(?:times?|secs?|seconds?|frames?)?|clip_(?:start|end)"
+    r"|video_(?:start|end)|times?|time_?spans?|timestamps?|spans?|segments?|windows?|moments?"
+    r"|relevant_windows|gt_spans?|bbox(?:es)?|box(?:es)?|crop",
+    re.IGNORECASE,
+)
+"""Fields that say which part is meant, where they hold numbers."""
+NAMES_MEDIA = re.compile(
+    r"(?:video|image|img|clip|frames?)_?(?:path|file|name|id|dir|folder|url)s?|vid|visuals?|medias?"
+    r"|file_?name|frames|audio_path|youtube_id",
+    re.IGNORECASE,
+)
+"""Fields that name media under another name than ours; fine where media are named by ours too."""
+
+
+class Fields(dict[str, Any]):
+    """A row without its empty fields, which knows what was read of it."""
+
+    def __init__(self, row: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
+        super().__init__(
+            {n: value for n, value in row.items() if n not in ignored and not is_empty(value)}
+        )
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def items(self) -> Any:
+        self.read |= set(self)
+        return super().items()
+
+    def refuse_unread(self, texts: Sequence[str], *, has_media: bool) -> None:
+        """Raise RowError for a field that says more than what was read of the row.
+
+        texts: of the row's turns; what they say already, another field may say again.
+        """
+        said = "\n".join(texts).casefold()
+        for name in (name for name in self if name not in self.read):
+            value = super().__getitem__(name)
+            more = SAYS_MORE.fullmatch(name) and not all(
+                re.search(rf"(?<!\w){re.escape(leaf.strip().casefold())}(?!\w)", said)
+                for leaf in leaves(value)
+            )
+            when = SAYS_WHEN.fullmatch(name) and any_number(value)
+            where = NAMES_MEDIA.fullmatch(name) and not has_media
+            if more or when or where:
+                raise RowError(
+                    "a field that nothing reads",
+                    f"`{short(name)[1:-1]}`: this form of row does not read it",
+                    got=short(value),
+                    fix=fix_of(name, medium=bool(where)),
+                )
+
+
+def fix_of(name: str, *, medium: bool) -> str:
+    """Return what to do about a field that nothing reads."""
+    hint = "name the medium `video` or `image`, " if medium else ""
+    if SAYS_WHEN.fullmatch(name):
+        hint = "name a part of a video by `start` and `end`, in seconds, "
+    return f"{hint}write it into the text, or set ignore_fields: [{short(name)[1:-1]}]"
+
+
+def is_empty(value: Any) -> bool:
+    """Tell whether a field says nothing: null, no text, or a list or object of nothing else.
+
+    Arrow and parquet give every row the columns, and every object the fields, that another row has.
+    """
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    if isinstance(value, list):
+        return all(map(is_empty, value))
+    return value is None
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """Yield the texts and numbers in a value, at any depth."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from leaves(inner)
+    elif value is not None:
+        yield str(value)
+
+
+def any_number(value: Any) -> bool:
+    """Tell whether a value is a number, or a list that holds one at any depth."""
+    if isinstance(value, list):
+        return any(map(any_number, value))
+    if isinstance(value, str):
+        return re.fullmatch(r"\s*-?\d+(?:\.\d+)?\s*", value) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def listed(row: Mapping[str, Any], name: str) -> list[Any]:
+    """Return a field that must be a list; json in a text is read, as csv and some parquet have it."""
+    value = row[name]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            hint = (
+                "this looks like a list as Python prints it; write JSON, with double quotes"
+                if value.lstrip()[:1] in "[("
+                else None
+            )
+            raise RowError(
+                "not a list", f"`{name}` must be a list", got=short(value), fix=hint
+            ) from None
+    if not isinstance(value, list):
+        raise RowError("not a list", f"`{name}` must be a list", got=short(value))
+    return value

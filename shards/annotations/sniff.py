@@ -1,0 +1,118 @@
+"""What a file is that holds no records, by its first bytes: failed downloads, archives, metadata."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from shards.annotations.forms import FORMS
+
+HEAD = 1 << 16
+"""Bytes that are looked at."""
+GZIP = b"\x1f\x8b"
+MAGIC: tuple[tuple[bytes, str, str], ...] = (
+    (b"PK\x03\x04", "a ZIP archive", "unpack it and name what is in it"),
+    (b"BZh", "compressed with bzip2", "unpack it: bunzip2 FILE"),
+    (b"\xfd7zXZ", "compressed with xz", "unpack it: unxz FILE"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstandard", "unpack it: unzstd FILE"),
+    (b"PAR1", "a parquet file", "let its name end in .parquet"),
+    (b"ARROW1", "an Arrow file", "write it as parquet: pyarrow.parquet.write_table"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", "write it as parquet: pyarrow.parquet.write_table"),
+    (b"\x89HDF", "an HDF5 file", "write its records as JSON lines"),
+    (b"SQLite format 3", "an SQLite database", "write its records as JSON lines"),
+    (b"\x80", "a Python pickle", "write its records as JSON lines"),
+    (b"%PDF", "a PDF", "name the file with the records"),
+    (b"\xff\xfe", "UTF-16 text", "save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
+)
+"""How a file begins, what it is, what to do."""
+METADATA = {
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
+    *("config.json", "metadata.json", "croissant.json", "package.json", "statistics.json"),
+}
+"""Files that lie beside records and hold none."""
+
+
+def foreign(data: bytes) -> str | None:
+    """Return what a file is that begins so and holds no records, and what to do; None for others."""
+    if not data.strip():
+        return "the file is empty"
+    for magic, what, fix in MAGIC:
+        if data.startswith(magic):
+            return f"this is {what}; {fix}"
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        size = re.search(rb"size (\d+)", data)
+        held = f" for a file of {int(size[1]):,} bytes" if size else ""
+        return (
+            f"this is a Git LFS pointer{held}, not the file; run `git lfs pull` in its repository, or "
+            "download it with `hf download`"
+        )
+    start = data.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head")):
+        title = re.search(rb"<title[^>]*>\s*(.*?)\s*</title", data, re.IGNORECASE | re.DOTALL)
+        said = f" ({title[1][:60].decode('utf-8', 'replace')!a})" if title else ""
+        return f"this is a web page{said}, not records; the download failed, get the file again"
+    if start.startswith(b"<"):
+        return "this is XML, not records; if it is a server's error, get the file again"
+    if re.match(rb"\S+ \d+(\.\d+)? \d+(\.\d+)? ?##", data):
+        return "this is Charades-STA; python -m train.convert charades-sta makes records of it"
+    return None
+
+
+def object_kind(data: dict[str, Any]) -> str:
+    """Return what a JSON object is that stands where a list of records is due, and what to do."""
+    keys = ", ".join(ascii(key) for key in list(data)[:4]) + (", ..." if len(data) > 4 else "")
+    got = f"expected a list of records, got an object with {keys or 'nothing'}"
+    if {"images", "annotations"} <= data.keys():
+        return f"{got}: a COCO file; python -m train.convert refcoco makes records of its boxes"
+    if {"features", "splits"} & data.keys() or {"citation", "license"} <= data.keys():
+        return f"{got}: the description of a dataset; name the files with its records"
+    if set(data) <= {"error", "message", "detail", "status", "code"}:
+        return f"{got}: a server's answer ({ascii(data)[:120]}); get the file again"
+    lists = [k for k, v in data.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    if len(lists) == 1 and all(not isinstance(v, dict) for v in data.values()):
+        return f"{got}: the records may be the list {lists[0]!a}; write it to a file of its own"
+    values = list(data.values())
+    if values and all(isinstance(value, dict) for value in values):
+        inner = set(values[0])
+        if {"timestamps", "sentences"} <= inner:
+            return (
+                f"{got}: ActivityNet Captions; python -m train.convert activitynet-captions makes "
+                "records of it"
+            )
+        if "st_time" in inner:
+            return f"{got}: HC-STVG; python -m train.convert hc-stvg makes records of it"
+        return f"{got}: entries by name; write them as a list, the name as `id`"
+    if values and all(isinstance(value, list | dict) for value in values):
+        return f"{got}: a table by columns; write a list of its rows, or parquet"
+    return got
+
+
+def is_stray(file: Path) -> bool:
+    """Tell whether a .json file of a folder holds metadata: known by name, or one object, no record."""
+    if file.suffix.lower() != ".json":
+        return False
+    if file.name.lower() in METADATA:
+        return True
+    with file.open("rb") as opened:
+        head = opened.read(HEAD)
+    if head.startswith(GZIP) or not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        return False
+    first, _, rest = head.decode("utf-8-sig", "replace").strip().partition("\n")
+    try:
+        row = json.loads(first)
+    except json.JSONDecodeError:
+        return not rest_is_lines(head)
+    return not rest.strip() and not is_record(row)
+
+
+def rest_is_lines(head: bytes) -> bool:
+    """Tell whether a first line that is cut off or bad is one of several JSON lines."""
+    lines = head.decode("utf-8-sig", "replace").strip().split("\n")
+    return len(lines) == 1 or all(line.lstrip().startswith("{") for line in lines[:20])
+
+
+def is_record(row: Any) -> bool:
+    """Tell whether an object has a field that tells the form of a record, or names a medium."""
+    known = {*FORMS, "video", "videos", "image", "images"}
+    return isinstance(row, dict) and bool(row.keys() & known) and "annotations" not in row

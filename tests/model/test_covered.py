@@ -1,0 +1,229 @@
+"""What part of a frame the patches cover: held against which pixels change any feature at all.
+
+pytest tests/model/test_covered.py
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    Qwen2VLImageProcessorPil,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+from model.tower.pixels import Pixels
+from model.tower.tower import Tower
+from model.tower_kinds import KINDS, find_kind
+
+SMALL = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+QWEN = {"depth": 1, "num_heads": 1}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of a tower and its processor."""
+
+    patch: int
+    side: int
+    """Of the square that the tower is given, where all frames are given one size."""
+    edge: int
+    """That the shorter side is resized to, where a square is cut out."""
+
+
+def squeezed(shape: Shape) -> Any:
+    return SiglipImageProcessorPil(size={"height": shape.side, "width": shape.side})
+
+
+def cropped(kind: Any) -> Callable[[Shape], Any]:
+    def processor(shape: Shape) -> Any:
+        square = {"height": shape.side, "width": shape.side}
+        return kind(size={"shortest_edge": shape.edge}, crop_size=square)
+
+    return processor
+
+
+def of_own_size(shape: Shape) -> Any:
+    blocks = 4 * shape.patch**2
+    return Qwen2VLImageProcessorPil(
+        patch_size=shape.patch, min_pixels=blocks, max_pixels=9 * blocks
+    )
+
+
+def plain(config: Any, model: Any, **more: Any) -> Callable[[Shape], Any]:
+    return lambda shape: model(
+        config(**SMALL, image_size=shape.side, patch_size=shape.patch, **more)
+    )
+
+
+def qwen2(shape: Shape) -> Any:
+    sizes = QWEN | {"embed_dim": 8, "hidden_size": 8, "mlp_ratio": 1}
+    return Qwen2VisionTransformerPretrainedModel(
+        Qwen2VLVisionConfig(**sizes, patch_size=shape.patch)
+    )
+
+
+def qwen2_5(shape: Shape) -> Any:
+    sizes = QWEN | {"hidden_size": 8, "out_hidden_size": 8, "intermediate_size": 8}
+    sizes |= {"window_size": 4 * shape.patch, "fullatt_block_indexes": [0]}
+    return Qwen2_5_VisionTransformerPretrainedModel(
+        Qwen2_5_VLVisionConfig(**sizes, patch_size=shape.patch)
+    )
+
+
+MADE: dict[str, list[tuple[Callable[[Shape], Any], Callable[[Shape], Any]]]] = {
+    "siglip": [
+        (plain(SiglipVisionConfig, SiglipVisionModel), squeezed),
+        (plain(SiglipVisionConfig, SiglipVisionModel), cropped(CLIPImageProcessorPil)),
+    ],
+    "clip": [(plain(CLIPVisionConfig, CLIPVisionModel), cropped(CLIPImageProcessorPil))],
+    "dinov2": [
+        (plain(Dinov2Config, Dinov2Model), cropped(BitImageProcessorPil)),
+        (plain(Dinov2Config, Dinov2Model), squeezed),
+    ],
+    "dinov2_with_registers": [
+        (
+            plain(Dinov2WithRegistersConfig, Dinov2WithRegistersModel, num_register_tokens=2),
+            cropped(BitImageProcessorPil),
+        )
+    ],
+    "qwen2_vl": [(qwen2, of_own_size)],
+    "qwen2_5_vl": [(qwen2_5, of_own_size)],
+}
+"""By model type, towers of it and what makes their pixels."""
+ROWS = [(name, *pair) for name, pairs in MADE.items() for pair in pairs]
+
+
+def tower_of(kind: str, model: Any, processor: Any) -> Tower:
+    row, config = find_kind(kind), model.config
+    model = model.requires_grad_(False).eval()
+    for weight in model.parameters():
+        weight.data.normal_(std=0.3)
+    return Tower(
+        name="made here",
+        model_type=kind,
+        digest="",
+        layer=-1,
+        dtype="float32",
+        attention="sdpa",
+        pixels=Pixels.from_processor(processor),
+        patch=config.patch_size,
+        width=getattr(config, row.width),
+        model=model,
+        device=torch.device("cpu"),
+        kind=row,
+        frames_per_unit=row.frames_of(config),
+    )
+
+
+def seen_by_trying(tower: Tower, height: int, width: int, seed: int) -> list[tuple[int, int]]:
+    """Return (first, last + 1) of the rows, and of the columns, of which any changes any feature."""
+    frame = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    spans = []
+    for axis, length in enumerate((height, width)):
+        tried = np.stack([frame] * (length + 1))
+        for place in range(length):
+            line = tried[place].swapaxes(0, axis)[place]
+            line[:] = np.where(line < 128, 255, 0)  # far from what it was
+        frames = tower.pixels.resize(tried).repeat(tower.frames_per_unit, axis=0)
+        found = tower.encode(frames, batch_frames=len(frames))
+        change = (found - found[-1]).abs().amax(dim=(1, 2, 3))[:-1]
+        places = torch.nonzero(change > 1e-4).flatten().tolist()
+        assert places == list(range(places[0], places[-1] + 1))
+        spans.append((places[0], places[-1] + 1))
+    return spans
+
+
+def test_every_kind_of_tower_is_tried() -> None:
+    assert set(MADE) == {kind.model_types[0] for kind in KINDS}
+
+
+@pytest.mark.parametrize(("kind", "make", "processor"), ROWS)
+@given(
+    shape=st.builds(
+        Shape, patch=st.integers(2, 9), side=st.integers(9, 24), edge=st.integers(9, 30)
+    ),
+    longer=st.integers(0, 15),
+    tall=st.booleans(),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=12, deadline=None)
+def test_the_covered_part_is_that_of_the_pixels_that_change_a_feature(
+    kind: str, make: Any, processor: Any, shape: Shape, longer: int, tall: bool, seed: int
+) -> None:
+    assume(shape.edge >= shape.side >= shape.patch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tower = tower_of(kind, make(shape), processor(shape))
+    # frames that resizing leaves as they are, so that every pixel is one of the tower's
+    short = shape.edge if tower.pixels.shortest_edge else shape.side
+    size = (short, short + longer) if tower.pixels.shortest_edge else (short, short)
+    if tower.pixels.own_size:
+        multiple = tower.pixels.own_size.multiple
+        size = multiple, multiple * (1 + longer % 4)
+    height, width = size[::-1] if tall else size
+    assert tower.pixels.resized(height, width) == (height, width)
+    y0, x0, y1, x1 = tower.covered(height, width)
+    rows, cols = seen_by_trying(tower, height, width, seed)
+    assert (y0 * height, y1 * height) == pytest.approx(rows, abs=1e-9)
+    assert (x0 * width, x1 * width) == pytest.approx(cols, abs=1e-9)
+    if shape.side % shape.patch == 0 and not tower.pixels.shortest_edge:
+        assert (y0, x0, y1, x1) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(("kind", "make", "processor"), ROWS)
+@pytest.mark.parametrize(("height", "width"), [(31, 57), (57, 31), (90, 45), (21, 21)])
+def test_it_is_so_of_frames_of_any_size(
+    kind: str, make: Any, processor: Any, height: int, width: int
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tower = tower_of(kind, make(Shape(7, 20, 23)), processor(Shape(7, 20, 23)))
+    y0, x0, y1, x1 = tower.covered(height, width)
+    resized = tower.pixels.resized(height, width)
+    spans = zip(
+        seen_by_trying(tower, height, width, 0),
+        ((y0 * height, y1 * height), (x0 * width, x1 * width)),
+        (height, width),
+        resized,
+        strict=True,
+    )
+    for (first, last), (begin, end), length, pixels in spans:
+        reach = 2 * max(1.0, length / pixels) + 1  # of a bicubic filter, in pixels of the frame
+        assert begin - reach <= first <= begin + 1
+        assert end - 1 <= last <= end + reach
+
+
+def test_so400m_leaves_six_of_384_pixels() -> None:
+    tower = tower_of(
+        "siglip", plain(SiglipVisionConfig, SiglipVisionModel)(Shape(14, 384, 384)),
+        squeezed(Shape(14, 384, 384)),
+    )  # fmt: skip
+    assert tower.grid_of(720, 1280) == (27, 27)
+    assert tower.covered(720, 1280) == (0.0, 0.0, 378 / 384, 378 / 384)

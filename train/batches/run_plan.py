@@ -1,0 +1,165 @@
+"""A run as data: which records each step learns from, in which rows and packs; with its counts.
+
+Made by `train.batches.plan`. Rows, packs and steps are numbered through the run; `uses` are the records
+of the rows, one row after the other.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from shards.signed import Json, canonical_json, digest
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Which records each step learns from, how many frames of them, and how they lie in rows."""
+
+    rows_per_step: int
+    """At most: the last step of an epoch has what is left."""
+    rows_per_pack: int
+    pack_tokens: int
+    step_start: np.ndarray
+    """int64 `(steps + 1,)`: the row that each step begins with, then the number of rows."""
+    frames: np.ndarray
+    """int64 `(records,)`: frames of each clip of a record that are used, at most."""
+    tokens: np.ndarray
+    """int64 `(records,)`, with that many frames."""
+    visual: np.ndarray
+    """Tokens of frames among them, each frame's closing one included."""
+    supervised: np.ndarray
+    transitions: np.ndarray
+    frame_pairs: np.ndarray
+    """Pairs that `block` attention adds to the causal ones of each record."""
+    clips: np.ndarray
+    """int64 `(records,)`, clips of each record."""
+    uses: np.ndarray
+    """int64 `(uses,)`: the records of the run's rows, one row after the other."""
+    row_start: np.ndarray
+    """int64 `(rows + 1,)` into `uses`."""
+    cost: tuple[float, float]
+    dropped: dict[str, int]
+    """Records left out, by reason, before this plan and by it."""
+    left_out: dict[str, np.ndarray] = field(default_factory=dict)
+    """int64, the records that this plan leaves out, by reason."""
+    facts: Json = field(default_factory=dict)
+    """All that the plan depends on, by name."""
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.step_start) - 1
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of a whole step."""
+        return self.rows_per_step // self.rows_per_pack
+
+    @cached_property
+    def num_rows(self) -> np.ndarray:
+        """Rows of each step: int64 `(steps,)`."""
+        return np.diff(self.step_start)
+
+    @cached_property
+    def num_packs(self) -> np.ndarray:
+        """Packs of each step: int64 `(steps,)`."""
+        return -(-self.num_rows // self.rows_per_pack)
+
+    @cached_property
+    def pack_start(self) -> np.ndarray:
+        """The row that each pack of the run begins with: int64 `(packs,)`."""
+        packs = zip(self.step_start.tolist(), self.num_packs.tolist(), strict=False)
+        starts = [first + self.rows_per_pack * np.arange(count) for first, count in packs]
+        return np.concatenate(starts)
+
+    def pack(self, step: int, pack: int) -> list[list[int]]:
+        """Return the rows of a pack, each as its records in order."""
+        assert 0 <= pack < self.num_packs[step]
+        first = int(self.step_start[step]) + pack * self.rows_per_pack
+        last = min(first + self.rows_per_pack, int(self.step_start[step + 1]))
+        edges = self.row_start[first : last + 1].tolist()
+        return [self.uses[a:b].tolist() for a, b in itertools.pairwise(edges)]
+
+    def records(self, step: int) -> list[int]:
+        """Return the records of a step, in the order of its packs."""
+        first, last = self._first_use[step : step + 2]
+        return [int(record) for record in self.uses[first:last]]
+
+    def first_with_media(self, most: int) -> list[int]:
+        """Return the first records of the run that have clips; fewer where there are not more.
+
+        Of a run that comes to none of them, the data's first ones.
+        """
+        used = list(dict.fromkeys(self.uses[self.clips[self.uses] > 0].tolist()))
+        return (used or np.flatnonzero(self.clips).tolist())[:most]
+
+    @property
+    def _first_use(self) -> np.ndarray:
+        return self.row_start[self.step_start]
+
+    @cached_property
+    def row_tokens(self) -> np.ndarray:
+        """Tokens of each row without padding: int64 `(rows,)`."""
+        return np.add.reduceat(self.tokens[self.uses], self.row_start[:-1])
+
+    @cached_property
+    def num_labels(self) -> np.ndarray:
+        """Supervised tokens of each step: the denominator of the language loss, int64 `(steps,)`."""
+        return self.per_step(self.supervised)
+
+    @cached_property
+    def num_transitions(self) -> np.ndarray:
+        """Steps from frame to frame of each step: the denominator of the frame loss."""
+        return self.per_step(self.transitions)
+
+    def per_step(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of a per-record quantity over the records of each step."""
+        return np.add.reduceat(values[self.uses], self._first_use[:-1])
+
+    @cached_property
+    def row_cost(self) -> np.ndarray:
+        linear, quadratic = self.cost
+        squares = np.add.reduceat(self.tokens[self.uses].astype(float) ** 2, self.row_start[:-1])
+        return linear * self.row_tokens + quadratic * squares
+
+    @cached_property
+    def pack_slots(self) -> np.ndarray:
+        """Places of each pack with its padding to the longest row: int64 `(packs,)`."""
+        longest = np.maximum.reduceat(self.row_tokens, self.pack_start)
+        return longest * np.diff(self.pack_start, append=len(self.row_tokens))
+
+    @property
+    def heaviest(self) -> tuple[int, int]:
+        """Return (step, pack) of the pack with most places, among those the costliest."""
+        cost = np.add.reduceat(self.row_cost, self.pack_start)
+        place = int(np.lexsort((cost, self.pack_slots))[-1])
+        first = np.concatenate([[0], np.cumsum(self.num_packs)])
+        step = int(np.searchsorted(first, place, side="right")) - 1
+        return step, place - int(first[step])
+
+    @property
+    def efficiency(self) -> float:
+        """Return the share of places that hold a token: of full rows, or of rows padded as they are."""
+        places = len(self.row_tokens) * self.pack_tokens or int(self.pack_slots.sum())
+        return float(self.row_tokens.sum()) / places
+
+    @property
+    def dropped_line(self) -> str:
+        """How many records were left out, and why."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        return f"{sum(self.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
+
+    @property
+    def short_line(self) -> str:
+        """Which steps have fewer rows than a whole one, as the end of a line; empty where none has."""
+        short = self.num_rows[self.num_rows < self.rows_per_step].tolist()
+        if not short:
+            return ""
+        rows = f"{short[0]} row{'s' if short[0] > 1 else ''}"
+        shown = rows if len(set(short)) == 1 else f"{min(short)} to {max(short)} rows"
+        return f"; {len(short)} short at the end of an epoch ({shown})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(canonical_json(self.facts))

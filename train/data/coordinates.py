@@ -1,0 +1,98 @@
+"""The coordinates of a record's text, against its clips: shares to seconds, and what lies outside.
+
+A span that ends behind its clip may be clipped to it; nothing else is changed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from shards.annotations.fault import RowError
+from train.data.markup import MARKUP, MEDIA_TAGS, SHARE, Coordinate, split_markup
+from train.data.records import Record, Turn
+from train.data.spans import spans, unit_of, value_of
+
+SLACK = 0.1
+"""Seconds by which a time may lie behind its clip: annotations are often rounded to one decimal."""
+BEHIND = "time past the end of its clip"
+OUTSIDE = "coordinate outside its clip or frame"
+
+
+def settled(
+    record: Record, durations: Sequence[float], *, clip: bool
+) -> tuple[Record, bool, list[RowError]]:
+    """Return a record with its times in seconds, whether a span was clipped, and what is wrong.
+
+    durations: seconds of each of its clips. clip: a span that begins in its clip and ends behind it
+    ends with the clip.
+    """
+    text = "".join(turn.text for turn in record.turns)
+    if not MARKUP.search(text) and not SHARE.search(text):
+        return record, False, []
+    if SHARE.search(text):
+        if not durations or min(durations) <= 0:
+            error = RowError(OUTSIDE, "a time in %, and a medium without a duration")
+            return record, False, [error.at(record.where, record.id)]
+        record = rewritten(record, durations, _share_in_seconds)
+    clipped = rewritten(record, durations, _clipped) if clip else record
+    return clipped, clipped != record, check_coordinates(clipped, durations)
+
+
+def rewritten(
+    record: Record, durations: Sequence[float], change: Callable[[Turn, float], str]
+) -> Record:
+    """Return a record whose text is changed: each stretch between media, with its clip's seconds."""
+    media = iter(durations)
+    duration = durations[0] if durations else 0.0
+    turns = []
+    for turn in record.turns:
+        text = ""
+        for place, part in enumerate(MEDIA_TAGS.split(turn.text)):
+            if place % 2:
+                duration = next(media)
+                text += part
+            else:
+                text += change(Turn(turn.role, part), duration)
+        turns.append(Turn(turn.role, text))
+    return replace(record, turns=tuple(turns))
+
+
+def _share_in_seconds(turn: Turn, duration: float) -> str:
+    seconds = duration / 100
+    return SHARE.sub(lambda share: f"<t:{float(share[1]) * seconds:.6f}>", turn.text)
+
+
+def _clipped(turn: Turn, duration: float) -> str:
+    text = turn.text
+    for first, second in reversed(list(spans(turn.text, answer=turn.role == "assistant"))):
+        if unit_of(second) == "s" and value_of(first) < duration < value_of(second) - SLACK:
+            text = f"{text[: second.start()]}<t:{duration:.6f}>{text[second.end() :]}"
+    return text
+
+
+def check_coordinates(record: Record, durations: Sequence[float]) -> list[RowError]:
+    """Return a fault for each coordinate of a record that lies outside its clip or frame."""
+    faults: list[RowError] = []
+
+    def check(turn: Turn, duration: float) -> str:
+        for piece in split_markup(turn.text):
+            if isinstance(piece, Coordinate) and (fault := _outside(piece, duration)):
+                faults.append(fault.at(record.where, record.id))
+        return turn.text
+
+    rewritten(record, durations, check)
+    return faults
+
+
+def _outside(piece: Coordinate, duration: float) -> RowError | None:
+    """Return what is wrong with a coordinate of a clip of so many seconds, 0 for no clip."""
+    limit = duration if piece.axis == 0 else 1.0
+    slack = SLACK if piece.axis == 0 else 1e-3
+    if piece.anchor is not None or (limit > 0 and -1e-3 <= piece.value <= limit + slack):
+        return None
+    kind = "time" if piece.axis == 0 else "coordinate"
+    behind = piece.axis == 0 and 0 < limit < piece.value
+    return RowError(
+        BEHIND if behind else OUTSIDE,
+        f"{kind} {piece.value:g} is outside [0, {limit:g}]",
+        fix="times_past_end: clip ends such spans with their clip" if behind else None,
+    )

@@ -1,0 +1,162 @@
+"""Bad records: refused all together, or left out, counted and listed; one must not stop a million.
+
+`dropped.jsonl` has a line for each record that was left out: `{file, row, id, reason, text, held_out}`.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from model.settings import problem_of
+from shards.annotations.fault import RowError, UnsupervisedError, split_place
+from train.data.coordinates import BEHIND
+from train.data.records import Record
+from train.settings.config import DataSettings
+
+LIST = "dropped.jsonl"
+"""The file in a run's folder."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A record that is left out, and why."""
+
+    file: str
+    row: str
+    """Its line or index in the file."""
+    id: str
+    reason: str
+    """What it is counted under."""
+    text: str
+    """What is wrong, in full."""
+    held_out: bool = False
+    """Of records that are not trained on."""
+
+    @classmethod
+    def of(cls, error: RowError) -> "Drop":
+        return cls(*split_place(error.place), error.id, error.reason, str(error))
+
+    @classmethod
+    def of_record(cls, record: Record, reason: str) -> "Drop":
+        return cls(*split_place(record.where), record.id, reason, reason)
+
+
+class BadRecords:
+    """What becomes of the bad records of all files of a run."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        self.settings = settings
+        self.refused: set[str] = set()
+        """Places of records that were."""
+        self.mute = False
+        """Whether a refused one had no answer, and nothing else wrong."""
+
+    def judge(
+        self, path: str, errors: Sequence[RowError], rows: int, problems: list[str]
+    ) -> list[Drop]:
+        """Return what is left out of a file; what may not be goes to `problems`.
+
+        errors: of its records, one or more each. rows: that were read of the file, bad ones too.
+        """
+        dropped: dict[str, RowError] = {}
+        for error in errors:
+            if self._may_drop(error):
+                dropped.setdefault(error.place, error)
+                continue
+            problems.append(str(error))
+            self.refused.add(error.place)
+            self.mute |= isinstance(error, UnsupervisedError)
+        bad = [error for error in dropped.values() if not self._asked_for(error)]
+        limit = self.settings.bad_record_limit
+        if len(bad) > most_of(limit, rows):
+            reasons = counted([error.reason for error in bad])
+            problems.append(
+                f"{path}: {len(bad)} of {rows} records are bad ({reasons}), more than "
+                f"bad_record_limit {limit} allows; the first: {bad[0]}"
+            )
+        return [Drop.of(error) for error in dropped.values()]
+
+    def advised(self, problems: Sequence[str]) -> list[str]:
+        """Return what is to be said of problems: with what can be done about bad records, if any are."""
+        if not self.refused:
+            return list(problems)
+        one = len(self.refused) == 1
+        mute = ", or unsupervised: drop for those without an answer" if self.mute else ""
+        advice = (
+            f"mend {'it' if one else 'them'}, or set on_bad_record: drop, which leaves such records "
+            f"out, counts them and lists them in {LIST}{mute}"
+        )
+        if len(problems) == 1:
+            return [f"{problems[0]}; {advice}"]
+        are = "is" if one else "s are"
+        return [*problems, f"{len(self.refused)} bad record{' ' * one}{are} refused: {advice}"]
+
+    def _may_drop(self, error: RowError) -> bool:
+        return self.settings.on_bad_record == "drop" or self._asked_for(error)
+
+    def _asked_for(self, error: RowError) -> bool:
+        """Tell whether a setting of its own lets this kind be left out."""
+        if isinstance(error, UnsupervisedError):
+            return self.settings.unsupervised == "drop"
+        return error.reason == BEHIND and self.settings.times_past_end == "drop"
+
+
+def most_of(limit: str, rows: int) -> Fraction:
+    """Return how many of so many rows a limit allows: `100`, or `1%` of them."""
+    if limit.endswith("%"):
+        return Fraction(limit[:-1]) / 100 * rows
+    return Fraction(limit)
+
+
+def counted(reasons: Sequence[str]) -> str:
+    """Return how often each reason is given, the most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
+
+
+def write_drops(file: Path, drops: Sequence[Drop]) -> None:
+    """Write the list of what was left out; without any, there is no such file."""
+    if not drops:
+        file.unlink(missing_ok=True)
+        return
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    lines = [json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in drops]
+    temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, file)
+
+
+def add_record_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of how records are read to a command that has few flags."""
+    known = {item.name: item for item in fields(DataSettings)}
+
+    def add(name: str, **options: Any) -> None:
+        parser.add_argument(f"--{name}", help=known[name].metadata["help"], **options)
+
+    for name in ("on_bad_record", "times_past_end"):
+        add(name, choices=known[name].metadata["choices"], default="refuse")
+    add("bad_record_limit", type=_limit, default=known["bad_record_limit"].default)
+    add("ignore_fields", nargs="+", default=[], metavar="FIELD")
+    add("allow_outside", action="store_true")
+
+
+def _limit(text: str) -> str:
+    item = next(item for item in fields(DataSettings) if item.name == "bad_record_limit")
+    if problem := problem_of(item, text):
+        raise argparse.ArgumentTypeError(problem)
+    return text
+
+
+def record_settings(args: argparse.Namespace) -> DataSettings:
+    """Return the settings that `add_record_flags` asks for."""
+    return DataSettings(
+        on_bad_record=args.on_bad_record,
+        times_past_end=args.times_past_end,
+        bad_record_limit=args.bad_record_limit,
+        ignore_fields=args.ignore_fields,
+        allow_outside=args.allow_outside,
+    )

@@ -1,0 +1,117 @@
+"""Files of records, read one after the other by the same rules: joined to their clips, and sound."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from shards.annotations.fault import RowError
+from shards.annotations.files import stray_files
+from shards.errors import UserError
+from shards.read.banks import Banks
+from shards.text import some
+from train.data.coordinates import settled
+from train.data.drops import BadRecords, Drop, counted
+from train.data.mixtures import MixturePart
+from train.data.records import Record, join, read_records
+from train.settings.config import DataSettings
+
+SHOWN = 30
+"""Problems that are printed; a file of the wrong form has one for each of its rows."""
+
+
+class Reading:
+    """Reads datasets one after the other, by the same rules, and keeps what becomes of their records."""
+
+    def __init__(self, settings: DataSettings, problems: list[str]) -> None:
+        self.settings, self.problems = settings, problems
+        self.bad = BadRecords(settings)
+        self.drops: list[Drop] = []
+        self.left_out: list[Drop] = []
+        """Of the last dataset."""
+        self.clipped: set[str] = set()
+        """Places of records."""
+        self.passed_over: dict[str, None] = {}
+        """Files that hold no records."""
+
+    def records(
+        self, part: MixturePart, banks: Banks | None, *, held_out: bool = False
+    ) -> list[Record]:
+        """Return the records of a dataset's files that are joined to their clips, and sound.
+
+        banks: what their clips are looked for in; None where that cannot be.
+        """
+        kept = []
+        self.left_out = []
+        for path in part.records:
+            self.passed_over |= dict.fromkeys(map(str, stray_files(Path(path))))
+            sound, drops = self._file(path, part, banks)
+            kept += sound
+            self.left_out += [replace(drop, held_out=held_out) for drop in drops]
+        self.drops += self.left_out
+        return kept
+
+    def _file(
+        self, path: str, part: MixturePart, banks: Banks | None
+    ) -> tuple[list[Record], list[Drop]]:
+        settings, errors, unbanked = self.settings, list[RowError](), list[tuple[Record, str]]()
+        read = read_records(
+            path,
+            self.problems,
+            errors,
+            allow_outside=settings.allow_outside,
+            ignored=settings.ignore_fields,
+            chosen=part.chosen,
+            folders=part.folders,
+        )
+        rows = len(read) + len({error.place for error in errors})
+        kept = []
+        if banks is not None:
+            missing = settings.missing
+            joined = join(read, banks, missing, self.problems, unbanked, part.folders)
+            kept = self._settled(joined, errors)
+        drops = self.bad.judge(path, errors, rows, self.problems)
+        return kept, drops + [Drop.of_record(record, reason) for record, reason in unbanked]
+
+    def _settled(self, records: Sequence[Record], errors: list[RowError]) -> list[Record]:
+        kept = []
+        for record in records:
+            seconds = [place.clip().info.duration for place in record.places]
+            clip = self.settings.times_past_end == "clip"
+            settled_record, clipped, faults = settled(record, seconds, clip=clip)
+            errors += faults
+            if not faults:
+                kept.append(settled_record)
+                self.clipped |= {record.where} if clipped else set()
+        return kept
+
+    def refuse(self) -> None:
+        """Raise UserError with every problem, if there is any."""
+        if self.problems:
+            # a file that is taken in two parts is read twice, and its problems are said once
+            problems = shorten(list(dict.fromkeys(self.problems)))
+            raise UserError.of(self.bad.advised(problems))
+
+    @property
+    def unique_drops(self) -> tuple[Drop, ...]:
+        """Each record that was left out, once."""
+        return tuple(dict.fromkeys(self.drops))
+
+    def notes(self, listed: str) -> tuple[str, ...]:
+        """Return what was done to the records, a line each; listed: where drops are, if they are."""
+        lines = []
+        if held_out := counted([drop.reason for drop in self.unique_drops if drop.held_out]):
+            lines.append(f"held-out records left out: {held_out}")
+        if self.drops and listed:
+            lines.append(f"what is left out is listed in {listed}")
+        if self.clipped:
+            lines.append(f"{len(self.clipped)} records have spans that now end with their clip")
+        if self.passed_over:
+            lines.append(f"without records, and not read: {some(list(self.passed_over))}")
+        return tuple(lines)
+
+
+def shorten(problems: Sequence[str]) -> list[str]:
+    """Return the first problems, and how many more there are."""
+    if len(problems) <= SHOWN:
+        return list(problems)
+    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN} more like these"]

@@ -1,0 +1,78 @@
+"""Spans and boxes in a record's text, and what is misspelt there or backwards.
+
+A span is two times that are said to be one: `from <t:1> to <t:2>`, `<t:1> - <t:2>`, `{<t:1><t:2>}`, an
+answer of little else.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from shards.annotations.fault import RowError
+from shards.annotations.forms import COORDINATE_SLOT, SLOTS
+from train.data.markup import MARKUP, misspelt
+
+TIME = re.compile(r"(?<!\\)<(?:t:(-?\d+(?:\.\d+)?)(%?)|TEMP-(\d{3}))>")
+BETWEEN = re.compile(r"\s*(?:to|until|till|through|-|\u2013|\u2014|~|\u2192|->)\s*", re.IGNORECASE)
+"""What stands between the two times of a span."""
+FEW = 24
+"""Letters beside the two times of an answer that is a span and little else."""
+BOX = re.compile(
+    r"(?<!\\)(?:<x:{0}><y:{0}><x:{0}><y:{0}>|<WIDTH-{1}><HEIGHT-{1}><WIDTH-{1}><HEIGHT-{1}>)".format(
+        r"(-?\d+(?:\.\d+)?)", r"(\d{3})"
+    )
+)
+
+
+def refuse_misspelt(turns: Sequence[tuple[str, str]]) -> None:
+    """Raise RowError for what is almost markup, a slot without a number, a span or box backwards."""
+    for number, (role, text) in enumerate(turns, start=1):
+        if "<" not in text:
+            continue
+        where = f"turn {number} ({role})"
+        for written, meant in misspelt(text):
+            raise RowError(
+                "misspelt coordinate",
+                f"{where}: {written!a} is no coordinate, and would be read as text",
+                expected=meant or "<t:12.5>, <t:41.3%>, <x:0.31>, <y:0.52> or <TEMP-037>",
+                fix=f"where the text itself is meant, write \\{ascii(written)[1:-1]}",
+            )
+        if slot := COORDINATE_SLOT.search(text):
+            raise RowError(SLOTS, f"{where}: {slot[0]} without a number in `variables`")
+        for first, second in spans(text, answer=role == "assistant"):
+            if value_of(first) > value_of(second):
+                what = f"{where}: a span from {first[0]} to {second[0]}"
+                raise RowError("span backwards", what, expected="its start before its end")
+        for match in BOX.finditer(text):
+            left, top, right, bottom = (float(number) for number in match.groups() if number)
+            if left > right or top > bottom:
+                what = f"{where}: a box {match[0]}"
+                raise RowError("box backwards", what, expected="left, top, right, bottom")
+
+
+def spans(text: str, *, answer: bool) -> Iterator[tuple[re.Match[str], re.Match[str]]]:
+    """Yield the two times of each span in a turn: both seconds, both shares, or both anchors."""
+    times = list(TIME.finditer(text))
+    rest = TIME.sub("", text)
+    alone = answer and len(times) == 2 and len(rest) <= FEW and not MARKUP.search(rest)
+    for first, second in pairwise(times):
+        between = text[first.end() : second.start()]
+        before, after = text[: first.start()].rstrip(), text[second.end() :].lstrip()
+        bracketed = before[-1:] in tuple("[({") and after[:1] in tuple("])}")
+        is_span = (
+            alone
+            or BETWEEN.fullmatch(between)
+            or (between.strip().lower() == "and" and before.lower().endswith("between"))
+            or (between.strip() in ("", ",") and bracketed)
+        )
+        if is_span and unit_of(first) == unit_of(second):
+            yield first, second
+
+
+def unit_of(time: re.Match[str]) -> str:
+    """Return `s`, `%` or `anchor`."""
+    return "anchor" if time[3] else time[2] or "s"
+
+
+def value_of(time: re.Match[str]) -> float:
+    return float(time[1] or time[3])

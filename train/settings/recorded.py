@@ -1,0 +1,117 @@
+"""What a run was trained with, as written down, and in words what is otherwise now.
+
+`run.json` holds the settings of the weights beside it. A run that goes on with other ones keeps
+those before: `{"config": ..., "since_step": 700, "before": [{"config": ..., "since_step": 0}]}`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shards.signed import write_atomic
+from train.settings.output import RUN
+
+Json = dict[str, Any]
+
+OTHER = {
+    "tower_digest": "the bank is of another tower: other weights, or another config.json",
+    "tokenizer": "the LLM that stage_path names has another tokenizer",
+    "clips": "the bank holds other times or features of the records' clips: it was encoded again",
+}
+"""What is known by a digest alone, in words."""
+FREE = ("resume", "plan")
+"""Settings that say nothing about weights."""
+
+
+def write_run(folder: Path, config: Mapping[str, Any], since: int) -> None:
+    """Write down that the weights in a folder are trained with these settings from a step on."""
+    path = folder / RUN
+    ours: Json = {"config": dict(config), "since_step": since}
+    if since and path.exists():
+        last: Json = json.loads(path.read_text())
+        last.setdefault("since_step", 0)
+        before = [*last.pop("before", []), last]
+        if not was_now(last["config"], ours["config"]):
+            return
+        ours["before"] = [old for old in before if old["since_step"] < since]
+    write_atomic(path, json.dumps(ours, indent=2).encode() + b"\n")
+
+
+def was_now(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return `setting was X, is now Y` of each that differs, nested ones by dotted name."""
+    lines = []
+    for name in sorted({*before, *now} - {*FREE}):
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += was_now(a, b, f"{prefix}{name}.")
+        elif _plain(a) != _plain(b):
+            words = f"{prefix}{name} was {_shown(a)}, is now {_shown(b)}"
+            lines.append(OTHER.get(name, words))
+    return lines
+
+
+def facts_changed(before: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
+    """Return in words what of the facts of a run differs: its model, bank and plan.
+
+    The plan's `records` are `{"0 train.jsonl": "<digest> <records> x <times>"}`: their names are for
+    these words, a file is known by its bytes.
+    """
+    plans = [dict(facts.get("plan", {})) for facts in (before, now)]
+    records = [plan.pop("records", {}) for plan in plans]
+    lines = files_changed(*records)
+    if lines:  # other records, other clips
+        for plan in plans:
+            plan.pop("clips", None)
+    for subject in ("model", "bank"):
+        prefix = "bank " if subject == "bank" else ""
+        lines += was_now(before.get(subject, {}), now.get(subject, {}), prefix)
+    return lines + was_now(plans[0], plans[1])
+
+
+def files_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return in words what differs between the record files of two runs; a name is no difference."""
+    old, new = _files(before), _files(now)
+    if [file[1:] for file in old] == [file[1:] for file in new]:
+        return []
+    if sorted(file[1:] for file in old) == sorted(file[1:] for file in new):
+        orders = [", ".join(name for name, *_ in files) for files in (old, new)]
+        return [f"the order of the record files was {orders[0]}, is now {orders[1]}"]
+    lines = []
+    by_bytes, by_name = ({file[key]: file for file in new} for key in (1, 0))
+    for name, digest, count, times in old:
+        now_called, _, now_count, now_times = by_bytes.get(digest, (None, "", "", ""))
+        if now_called is None and name in by_name:
+            lines.append(
+                f"record file {name} has changed (it gave {count} records, now {by_name[name][2]})"
+            )
+        elif now_called is None:
+            lines.append(f"record file {name} ({count} records) is gone")
+        elif now_count != count:
+            lines.append(f"of record file {now_called} {count} records were taken, now {now_count}")
+        elif now_times != times:
+            lines.append(f"record file {now_called} was taken x {times}, is now x {now_times}")
+    known_bytes, known_names = ({file[key] for file in old} for key in (1, 0))
+    return lines + [
+        f"record file {name} ({count} records) is new"
+        for name, digest, count, _ in new
+        if digest not in known_bytes and name not in known_names
+    ]
+
+
+def _files(written: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
+    """Return (name, digest, records, times) in the order of the run."""
+    found = []
+    for key, value in written.items():
+        place, _, name = key.partition(" ")
+        digest, count, _, times = value.split(" ")
+        found.append((int(place), (name, digest, count, times)))
+    return [file for _, file in sorted(found)]
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))  # a checkpoint's tuples have become lists
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None or value == "" else json.dumps(value)
