@@ -73,7 +73,7 @@ Event = Begin | np.ndarray | ClipFacts
 
 
 def collect(events: Iterator[Event]) -> Clip:
-    """Return the clip that events make, all of its frames held together."""
+    """Return the clip that events make, all of its frames held together; NoFacts where none do."""
     frames, taken, count = None, 0, 0
     for event in events:
         if isinstance(event, Begin):
@@ -88,7 +88,11 @@ def collect(events: Iterator[Event]) -> Clip:
                 frames = np.empty((count, *several.shape[1:]), np.uint8)
             frames[taken : taken + len(several)] = several
             taken += len(several)
-    raise AssertionError("events end with facts")
+    raise NoFacts
+
+
+class NoFacts(Exception):
+    """The events ended before the clip was whole."""
 
 
 class Distrust(Exception):

@@ -20,7 +20,8 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from model.tower.tower import FeatureRangeError, Tower
+from model.tower.pooling import FeatureRangeError
+from model.tower.tower import Tower
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.covered import corrected

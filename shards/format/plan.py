@@ -16,6 +16,7 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.format.features import FORMAT_VERSION, FeatureConfig, differences
 from shards.format.fields import parse
+from shards.format.samples import sample_key
 from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
 
@@ -61,11 +62,12 @@ class ClipSource:
         return Path(self.path).name
 
     @property
-    def place(self) -> tuple[str, str, int, str]:
-        """What units are sorted by."""
+    def place(self) -> tuple[str, str, int, str, float, str]:
+        """What units are sorted by: the parts of a file lie together, in the order of their starts."""
+        start = self.start or 0.0
         if self.offset is None:
-            return "", "", 0, self.key
-        return self.archive, self.path, self.offset, self.key
+            return "", "", 0, sample_key(self.relative), start, self.key
+        return self.archive, self.path, self.offset, "", start, self.key
 
     def to_json(self) -> Json:
         return {name: value for name, value in self.__dict__.items() if value is not None}
