@@ -21,7 +21,6 @@ from model.tower.pooling import FeatureRangeError, Pooling
 from model.tower.tower import Tower
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.frames import Begin, ClipFacts
-from preprocess.decode.read_decord import decord_trouble
 from preprocess.decode.source import Outcome, SourceReader
 from preprocess.encode.ahead import ahead
 from preprocess.encode.features import EncodeOptions, describe, pooling_of, provenance
@@ -90,9 +89,6 @@ class Encoder(ExitStack):
         self._began = time.monotonic()
         self.bar = progress_bar() if bar is None else bar
         self.callback(self._stop)
-        trouble = decord_trouble()
-        if trouble:
-            self.bar.write(f"note: {trouble}; PyAV reads every video", file=sys.stderr)
         _drop_stale_journals(out / "shards")
 
     def _stop(self) -> None:

@@ -97,6 +97,9 @@ class Plan:
     """Per stride, as text, what the codec loses; None until it is measured."""
     pruned: frozenset[str] = frozenset()
     """Keys of clips that are not to be served any more."""
+    decoder: str | None = None
+    """Which reads every video, by the rule of when the bank was begun: `pyav`. None in plans of before
+    there was a rule, where decord read some."""
 
     def to_json(self) -> Json:
         """Return what plan.json holds."""
@@ -106,6 +109,7 @@ class Plan:
             "calibration": self.calibration,
             "quality": self.quality,
             "tower": asdict(self.tower),
+            "decoder": self.decoder,
             "pruned": sorted(self.pruned),
             "units": [[clip.to_json() for clip in unit] for unit in self.units],
         }
