@@ -73,7 +73,7 @@ def test_the_table_tells_what_the_bank_holds(
     assert told["stride 4"] == "2x2 cells, 1.0 kB"  # 25 frames x 4 cells x 5 values x 2 bytes
     assert told["stride 8"] == "1x1 cells, 250 B"
     assert told["durations"] == "0.12 s shortest, 0.50 s median, 2.50 s longest"
-    assert (told["readers"], told["flags"], told["quarantine"]) == ("pyav-seek 3", "none", "2")
+    assert (told["readers"], told["flags"], told["quarantine"]) == ("decord 3", "none", "2")
     assert "  damaged 2: x.mp4, y.mp4" in table(out).splitlines()
 
 
