@@ -25,8 +25,9 @@ from preprocess.encode.features import (
 from preprocess.encode.unit import Summary, disk_errors
 from preprocess.encode.workers import Work, encode_in_processes, encode_work
 from preprocess.sources.changes import Changes, compare
-from preprocess.sources.find import find_clips
+from preprocess.sources.find import Found, find_clips
 from preprocess.sources.probe import probe
+from preprocess.sources.skips import write_skips
 from shards.errors import UserError
 from shards.format.commits import committed, read_commits, refuse_missing_shards
 from shards.format.plan import (
@@ -56,17 +57,12 @@ def encode(
     procs: processes, each with a tower and a decoder of its own. prune: serve no longer the
     clips whose sources are gone.
     """
-    clips = find_clips(
-        inputs,
-        options.video_roots,
-        options.picture_fps,
-        allow_outside=options.allow_outside,
-    )
-    return encode_clips(clips, out, options, procs=procs, prune=prune)[0]
+    found = find_clips(inputs, options.find)
+    return encode_clips(found, out, options, procs=procs, prune=prune)[0]
 
 
 def encode_clips(
-    clips: Sequence[ClipSource],
+    found: Found,
     out: Path,
     options: EncodeOptions,
     *,
@@ -77,12 +73,13 @@ def encode_clips(
     tower = load_tower(options)
     predicted_bytes(tower, options)  # refuses what the tower cannot do before there is a folder
     with disk_errors(out), folder_lock(out, "preprocess encode"):
-        changes = make_plan(out, clips, tower, options, prune=prune)
-        return execute(out, changes.plan, clips, tower, options, procs), changes
+        changes = make_plan(out, found.clips, tower, options, prune=prune)
+        write_skips(out, found.skips)
+        return execute(out, changes.plan, found.clips, tower, options, procs), changes
 
 
 def plan_clips(
-    clips: Sequence[ClipSource],
+    found: Found,
     out: Path,
     options: EncodeOptions,
     *,
@@ -92,7 +89,9 @@ def plan_clips(
     tower = load_tower(options)
     predicted_bytes(tower, options)
     with disk_errors(out), folder_lock(out, "preprocess plan"):
-        return tower, make_plan(out, clips, tower, options, prune=prune)
+        changes = make_plan(out, found.clips, tower, options, prune=prune)
+        write_skips(out, found.skips)
+        return tower, changes
 
 
 def make_plan(

@@ -13,8 +13,8 @@ commit record lacks is read off its shard, which the record's sha256 proves. Cat
 are made from the rest, as at the end of every run.
 
 Formats 1 and 2 also say of every sample that the tower saw its whole crop (`covered`), though patches
-that do not divide it leave a rest. Where that is so the shard is written again, with the features of
-the old one.
+that do not divide it leave a rest; their `flags` are a list. The shards are written again, with the
+features of the old ones. A unit of which no clip could be banked had an empty shard, and has none now.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,7 @@ from shards.format.plan import READER, Plan, TowerSettings, write_plan
 from shards.format.version import is_older
 from shards.signed import Json, file_sha256, read_signed_json
 from shards.write.finish import finish
+from shards.write.shard import commit_nothing
 
 
 def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
@@ -65,6 +66,8 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
         commit = _commit(shard, unit, fingerprint, sha256)
         if not commit:
             continue
+        if not commit.samples:
+            commit = commit_nothing(shard, commit)
         revised = revise(shard, commit, correct) if shard.exists() else commit
         if revised != commit:
             written += [f"shards/{path.name}" for path in (shard, index_path(shard))]

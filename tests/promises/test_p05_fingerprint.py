@@ -57,8 +57,8 @@ def test_how_a_bank_is_made_is_no_part_of_its_identity(
 
 def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
     hashed = {"tower", "strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"}
-    free = {"device", "batch_frames", "tower_threads", "video_roots", "shard_bytes"}
-    free |= {"allow_truncated", "picture_fps", "allow_outside"}  # which clips there are
+    free = {"device", "batch_frames", "tower_threads", "shard_bytes"}
+    free |= {"allow_truncated", "find"}  # which clips there are
     assert {field.name for field in fields(EncodeOptions)} == hashed | free
 
 
