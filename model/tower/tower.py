@@ -96,13 +96,16 @@ class Tower:
         """Return the part of such a frame that the patches cover: y0, x0, y1, x1 as fractions of it."""
         return self.pixels.covered(height, width, self.patch)
 
-    def encode(self, frames: np.ndarray, batch_frames: int = 16) -> Tensor:
+    def encode(
+        self, frames: np.ndarray, batch_frames: int = 16, shape: int | None = None
+    ) -> Tensor:
         """Return the patch grid of each unit: fp32 `(units, patch_rows, patch_cols, width)`.
 
         frames: uint8 `(frames, height, width, 3)` at the tower's size. They pass in batches of the
         shape that their number alone chooses, so that a unit's features do not depend on others.
+        shape: of batches, where these frames are some of a longer clip.
         """
-        shape = self.batch_shape(len(frames), batch_frames)
+        shape = shape or self.batch_shape(len(frames), batch_frames)
         cuts = range(0, len(frames), shape)
         return torch.cat([self.encode_batch(frames[cut : cut + shape], shape) for cut in cuts])
 
@@ -128,7 +131,7 @@ class Tower:
         filled = np.zeros((shape, *frames.shape[1:]), np.uint8)
         filled[: len(frames)] = frames
         filled[len(frames) : units * each] = frames[-1]
-        return self._patches(self.normalise(filled))[:units]
+        return self.patches(self.normalise(filled))[:units]
 
     def features(
         self,
@@ -175,7 +178,8 @@ class Tower:
         return values.to(DTYPES[self.dtype])
 
     @torch.inference_mode()
-    def _patches(self, pixels: Tensor) -> Tensor:
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Return the patch grids of pixels that are normalised: fp32 `(units, rows, cols, width)`."""
         if self.kind.encode:
             encode = _import_named(self.kind.encode)
             return encode(self.model, pixels, self.layer).float()

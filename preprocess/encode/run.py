@@ -31,6 +31,7 @@ from preprocess.sources.skips import write_skips
 from shards.errors import UserError
 from shards.format.commits import committed, read_commits, refuse_missing_shards
 from shards.format.plan import (
+    READER,
     ClipSource,
     Plan,
     TowerSettings,
@@ -41,9 +42,6 @@ from shards.format.plan import (
 from shards.format.quarantine import read_entries, settle
 from shards.write.finish import finish
 from shards.write.lock import folder_lock
-
-DECODER = "pyav"
-"""Reads every video, on every machine."""
 
 
 def encode(
@@ -111,8 +109,8 @@ def make_plan(
         refuse_other_features(out, features, known.features)
         refuse_missing_shards(out, known)
     settings = TowerSettings(options.batch_frames, options.tower_threads, tower.name)
-    plan = known or Plan(features, [], settings, decoder=DECODER)
-    if plan.decoder not in (None, DECODER):
+    plan = known or Plan(features, [], settings, decoder=READER)
+    if plan.decoder not in (None, READER):
         raise UserError(
             f"{out}: its videos are read by {plan.decoder}, which this version cannot; encode with the "
             "version that began the bank, or into another folder"

@@ -33,7 +33,7 @@ from shards.format.commits import (
 )
 from shards.format.features import FORMAT_VERSION
 from shards.format.manifest import TowerFacts
-from shards.format.plan import Plan, TowerSettings, write_plan
+from shards.format.plan import READER, Plan, TowerSettings, write_plan
 from shards.format.version import is_older
 from shards.signed import Json, file_sha256, read_signed_json
 from shards.write.finish import finish
@@ -97,7 +97,11 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
     """Return the plan of an older plan.json."""
     if not is_older(old):
         return Plan.from_json(old, bank)
-    features, how = old.get("features"), old.get("how", {})
+    features, tower = old.get("features"), old.get("tower", {})
+    how = {"batch_frames": tower.get("batch_frames"), "tower_threads": tower.get("threads")}
+    how = {name: value for name, value in how.items() if value is not None}
+    how |= {"tower": tower["name"]} if "name" in tower else {}
+    how |= old.get("how", {})
     today = TowerSettings()
     filled = {
         "format_version": FORMAT_VERSION,
@@ -106,6 +110,7 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
         "calibration": old.get("calibration"),
         "quality": old.get("quality"),
         "pruned": old.get("pruned", []),
+        "decoder": old.get("decoder", READER),
         "tower": {
             "name": how.get("tower", manifest.get("provenance", {}).get("tower", today.name)),
             "batch_frames": how.get("batch_frames", today.batch_frames),
