@@ -261,6 +261,6 @@ def test_a_bug_stops_training_with_its_traceback(
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a bug for a test")
 
-    monkeypatch.setattr("model.vlm.VLM.embed", broken)
+    monkeypatch.setattr("train.loop.loop.take_step", broken)
     with pytest.raises(ValueError, match="a bug for a test"):
         train_here(tmp_path / "out")
