@@ -74,6 +74,7 @@ MAY_IMPORT: dict[str, str] = {
     "preprocess": "preprocess shards model",
     "train": "train shards model",
     "train.ask": "train shards model preprocess.decode",
+    "train.lmms_adapter": "train shards model preprocess.decode",
 }
 """What of ours a module may import; the longest name that leads the module's counts."""
 
