@@ -50,7 +50,7 @@ FLOORS: dict[str, list[str]] = {
     "preprocess": [
         "preprocess.decode",
         "preprocess.sources",
-        "preprocess.toy_models",
+        "preprocess.toy_models preprocess.real_models",
         "preprocess.encode preprocess.show preprocess.toyworld",
         "preprocess.cli",
         "preprocess",

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, logging
@@ -64,7 +65,7 @@ class Tower:
         kind, config = _read_config(name)
         processor, model = _load_vision(name, kind, config, attention)
         vision = model.config
-        _check_layer(name, layer, vision.num_hidden_layers)
+        _check_layer(name, layer, getattr(vision, kind.depth))
         pixels = _pixels_of(name, processor, kind.side_of(vision))
         digest = tower_digest(vision, model)
         _to_device(model, dtype, device)
@@ -214,7 +215,7 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
     if kind.inside and getattr(config, "vision_config", None) is not None:
         part = {"config": config.vision_config, "key_mapping": dict.fromkeys(kind.inside, "")}
     try:
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        processor = _load_processor(name)
         with _without_report():
             model, found = _import_named(kind.model).from_pretrained(
                 name,
@@ -231,6 +232,18 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
             f"{min(found['missing_keys'])}; download it again"
         )
     return processor, model.requires_grad_(False).eval()
+
+
+def _load_processor(name: str) -> Any:
+    """Return a tower's image processor, for its values: what they mean is Pillow's arithmetic."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+    except ImportError:  # transformers before 5.9
+        raise UserError(
+            f"transformers {transformers.__version__} reads no image processor without torchvision",
+            where=f"tower {name}",
+            fix="pip install torchvision, or 'transformers>=5.9'",
+        ) from None
 
 
 def _check_layer(name: str, layer: int, layers: int) -> None:

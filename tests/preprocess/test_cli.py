@@ -40,6 +40,7 @@ OPTIONS = {
     "diff": "--help",
     "export": "--help",
     "gc": "--dry-run --help",
+    "realmodels": "--help",
     "toyworld": "--train-clips --test-clips --seed --help",
 }
 
@@ -193,6 +194,7 @@ def test_a_value_that_cannot_be_is_refused(
         ["encode", "videos", "--out", "b"],
         ["encode", "--out", "b", "--tower", "t"],
         ["toyworld"],
+        ["realmodels"],
     ],
 )
 def test_what_is_missing_is_named(words: list[str]) -> None:

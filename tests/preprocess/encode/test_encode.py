@@ -102,7 +102,7 @@ def by_hand(
     with av.open(str(video)) as container:
         decoded = list(container.decode(video=0))
     chosen = [k * (len(decoded) - 1) // (count - 1) for k in range(count)]
-    processor = AutoImageProcessor.from_pretrained(tower)
+    processor = AutoImageProcessor.from_pretrained(tower, backend="pil")
     model = model_class.from_pretrained(tower).eval()
     side = model.config.image_size // model.config.patch_size
     cells: dict[int, list[np.ndarray]] = {4: [], 8: []}
