@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, logging
 
 from model.tower.pixels import Pixels
 from model.tower.pooling import Pooling
-from model.tower.trial import check_processor, check_size
+from model.tower.trial import check_processor
 from model.tower_kinds import TowerKind, find_kind
 from shards.errors import UserError
 
@@ -85,7 +85,6 @@ class Tower:
             frames_per_unit=kind.frames_of(vision),
         )
         check_processor(tower, processor)
-        check_size(tower)
         return tower
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:

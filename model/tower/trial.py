@@ -1,4 +1,4 @@
-"""What a tower is tried with when it is loaded: its own image processor against ours, and one picture.
+"""What a tower is tried with before it is used: its own image processor against ours, and one picture.
 
 A processor may do what its values do not say: exchange channels, shift the levels, crop in its own way.
 So a picture of each shape goes through transformers' processor and through ours.

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from model.tower.tower import Tower
+from model.tower.trial import check_size
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.calibrate import calibrate
@@ -108,6 +109,8 @@ def make_plan(
     if known is not None:
         refuse_other_features(out, features, known.features)
         refuse_missing_shards(out, known)
+    else:
+        check_size(tower)
     settings = TowerSettings(options.batch_frames, options.tower_threads, tower.name)
     plan = known or Plan(features, [], settings, decoder=READER)
     if plan.decoder not in (None, READER):
