@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.family.conformance import admit
 from model.llm import check_adapter
@@ -106,7 +107,10 @@ def checkpoint_activations(llm: Any, every: int) -> None:
     new_name = getattr(base, "activation_checkpointing_enable", None)
     enable = new_name or base.gradient_checkpointing_enable
     # a reentrant one would cut off the gradient of what lies before a frozen LLM
-    enable({"use_reentrant": False}, every_n_layers=every)
+    enable({"use_reentrant": False})
+    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for number, layer in enumerate(layers):  # what `every_n_layers` does, which came late
+        layer.gradient_checkpointing = number % every == 0
 
 
 def compile_layers(llm: Any, device: torch.device) -> None:
