@@ -50,8 +50,8 @@ FLOORS: dict[str, list[str]] = {
     "preprocess": [
         "preprocess.decode",
         "preprocess.sources",
-        "preprocess.toy_models",
-        "preprocess.encode preprocess.show preprocess.toyworld",
+        "preprocess.toy_models preprocess.world",
+        "preprocess.encode preprocess.show preprocess.toyworld preprocess.footage",
         "preprocess.cli",
         "preprocess",
     ],

@@ -41,6 +41,7 @@ OPTIONS = {
     "export": "--help",
     "gc": "--dry-run --help",
     "toyworld": "--train-clips --test-clips --seed --help",
+    "footage": "--train-clips --test-clips --phrases --seconds --size --seed --help",
 }
 
 
@@ -141,6 +142,7 @@ def test_a_value_that_cannot_be_is_refused(
         ["encode", "videos", "--out", "b"],
         ["encode", "--out", "b", "--tower", "t"],
         ["toyworld"],
+        ["footage", "a.mp4"],
     ],
 )
 def test_what_is_missing_is_named(words: list[str]) -> None:
