@@ -1,8 +1,10 @@
 """Ask a trained model about a raw video; times come back as seconds, places as pixels.
 
     python train/ask.py clip.mp4 "When is the red circle visible?" --model runs/a
+    python train/ask.py clip.mp4 "When is ...?" --model runs/a --show asked.png --truth test.jsonl
 
-The clip goes through the same sampling, tower and pooling as `preprocess encode`.
+The clip goes through the same sampling, tower and pooling as `preprocess encode`. The picture shows
+its frames, with the spans and boxes of the answer over the true ones.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,17 +23,23 @@ from preprocess.decode.child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from shards.annotations.forms import MEDIA_TAG
 from shards.errors import UserError
-from shards.format.features import FeatureConfig
+from shards.format.features import FeatureConfig, Sampling
 from shards.format.plan import TOWER_THREADS
 from shards.hub import absent
 from shards.read.bank import ClipInfo, of_units
 from shards.signed import Json
 from train.data.coordinates import settled
-from train.data.markup import MARKUP
-from train.data.records import Record, Turn
+from train.data.markup import MARKUP, SHARE
+from train.data.records import Record, Turn, read_records
+from train.pointed import pointed
+from train.scores.kinds import asked as asked_of_text
+from train.scores.scoring import score
 from train.settings.exits import command
+from train.settings.output import file_problem
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from model.tower.tower import Tower
 
 
@@ -61,12 +70,45 @@ def main(argv: list[str]) -> None:
         "--tower", help="where the vision tower lies now [as when the bank was made]"
     )
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--show", type=Path, metavar="PNG", help="draw the answer over the frames")
+    parser.add_argument(
+        "--truth",
+        metavar="ANSWER",
+        help="drawn too: the right answer, such as 'from <t:1.5> to <t:2.875>', or a file of records "
+        "in which this video is asked this question",
+    )
     args = parser.parse_args(argv)
-    print(ask(args.video, args.question, args.model, args.tower, args.max_new_tokens))  # noqa: T201
+    if args.truth and not args.show:
+        raise UserError("--truth is drawn, and nothing is", fix="name a picture with --show")
+    if args.show:
+        check_picture(args.show)
+    truth = find_truth(args.truth, args.video, args.question) if args.truth else ""
+    answer = ask(args.video, args.question, args.model, args.tower, args.max_new_tokens, truth)
+    print(in_pixels(answer.said, answer.clip.display_size))  # noqa: T201
+    if args.show:
+        draw_answer(answer, args.question, args.video).save(args.show)
+        print(args.show)  # noqa: T201
 
 
-def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tokens: int) -> str:
-    """Return a model's answer about a video, in seconds and pixels."""
+@dataclass(frozen=True)
+class Answer:
+    """Texts with markup: times in seconds of the clip, places as fractions of the frame."""
+
+    said: str
+    truth: str
+    clip: ClipInfo
+    sampling: Sampling
+
+
+def ask(
+    video: Path,
+    question: str,
+    folder: Path,
+    tower: str | None,
+    max_new_tokens: int,
+    truth: str = "",
+) -> Answer:
+    """Return a model's answer about a video; truth: the right one, where it is known."""
     from model.family.conformance import admit
     from model.generate import generate, write_answer
     from model.vlm import VLM, read_model_config
@@ -82,16 +124,19 @@ def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tok
         clip = fresh_clip(video, features, load_tower(features, name), child)
     chat = Chat.of(model)
     turns = asked(question, clip.info)
+    truth = asked(question, clip.info, truth)[1].text
     encoded = chat.encode(turns, [clip.info.duration], answer=1)
     row = lay_out(encoded, [clip.info], model.config, features.pool, stamp=chat.stamp)
     batch = collate([row], [[clip]], model.config, [str(video)])
     pieces = generate(model, batch, stop=chat.stop, max_new_tokens=max_new_tokens)[0]
-    return in_pixels(write_answer(model, pieces, clip.info.duration), clip.info.display_size)
+    said = write_answer(model, pieces, clip.info.duration)
+    truth = chat.in_numbers(truth, clip.info.duration)
+    return Answer(said, truth, clip.info, features.sampling)
 
 
-def asked(question: str, clip: ClipInfo) -> list[Turn]:
+def asked(question: str, clip: ClipInfo, answer: str = "") -> list[Turn]:
     """Return the turns of a question; UserError for a time or place that its clip does not have."""
-    turns = (Turn("user", f"<video>\n{question}"), Turn("assistant", ""))
+    turns = (Turn("user", f"<video>\n{question}"), Turn("assistant", answer))
     if MEDIA_TAG.search(question):  # the chat says that it has no medium for it
         return list(turns)
     asked_record = Record(clip.id, (clip.id,), turns, "", "the question")
@@ -174,6 +219,68 @@ def fresh_clip(
         covered=tower.covered(height, width),
     )
     return FreshClip(info, stored)
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a picture that cannot be written, before a model is asked."""
+    from PIL import Image
+
+    if problem := file_problem(path):
+        raise UserError(problem, where="--show")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UserError("no format of pictures", got=path.name, expected="a .png", where="--show")
+
+
+def find_truth(truth: str, video: Path, question: str) -> str:
+    """Return the right answer: the text itself, or the answer in a file of records."""
+    if not Path(truth).exists():
+        if MARKUP.search(truth) or SHARE.search(truth):
+            return truth
+        raise UserError(
+            "no such file, and no answer with times or places",
+            got=repr(truth),
+            expected="a file of records, or an answer such as 'from <t:1.5> to <t:2.875>'",
+            where="--truth",
+        )
+    problems: list[str] = []
+    found = set()
+    for record in read_records(truth, problems):
+        if any(f"/{video.absolute().as_posix()}".endswith(f"/{clip}") for clip in record.clips):
+            for one, other in pairwise(record.turns):
+                if one.role == "user" and MEDIA_TAG.sub("", one.text).strip() == question.strip():
+                    found.add(other.text)
+    if problems:
+        raise UserError.of(problems)
+    if len(found) != 1:
+        raise UserError(
+            f"{len(found) or 'no'} answers to this question about this video",
+            where=truth,
+            fix="write the answer itself: --truth 'from <t:1.5> to <t:2.875>'",
+        )
+    return found.pop()
+
+
+def draw_answer(answer: Answer, question: str, video: Path) -> "Image":
+    """Return the picture of an answer: the clip's frames as displayed, read once more."""
+    from preprocess.show.answer import Pointed, answer_page
+
+    size, duration = answer.clip.display_size, answer.clip.duration
+    with DecodeChild() as child:
+        clip = child.read_clip(ReadRequest(video, answer.sampling))
+    about = asked_of_text(answer.truth, duration, question=question) if answer.truth else None
+    scores = score(about, answer.said) if about else {}
+    told = in_pixels(answer.said, size) + shown_scores(scores)
+    said = Pointed(told, *pointed(answer.said, question))
+    true = Pointed(in_pixels(answer.truth, size), *pointed(answer.truth, question))
+    times = (clip.timestamps - clip.start).tolist()
+    title = in_pixels(question, size)
+    return answer_page(title, clip.frames, times, duration, said, true if about else None)
+
+
+def shown_scores(scores: Json) -> str:
+    """Return the score of an answer that is drawn, where it has one."""
+    names = [name for name in ("iou", "viou", "error", "exact") if name in scores][:1]
+    return "".join(f"    ({name} {scores[name]:.2f})" for name in names)
 
 
 def in_pixels(answer: str, display_size: tuple[int, int]) -> str:

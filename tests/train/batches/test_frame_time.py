@@ -143,7 +143,7 @@ def test_packed_rows_and_answers_agree_with_the_plan(
     # every batch is compared with the plan as it is made, and each step's counts after it
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     video = next((toy / "videos" / "test").glob("*.mp4"))
-    assert isinstance(ask(video, "When is the red circle visible?", out, None, 4), str)
+    assert isinstance(ask(video, "When is the red circle visible?", out, None, 4).said, str)
 
 
 def test_an_axis_without_tokens_is_text_and_never_answered(
