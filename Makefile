@@ -31,7 +31,7 @@ demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate,
 	$(LAUNCH) train/evaluate.py --model demo/run-b --bank demo/bank --data_path demo/toy/test.jsonl
 	@cat demo/encode.txt
 	@$(BIN)/python -m train.report demo/run-a demo/run-b
-	@echo "--- what the second one answers, drawn over the frames it saw"
+	@echo "--- what the second one answers, drawn over the clip's frames"
 	$(BIN)/python train/ask.py $(ASKED) $(QUESTION) --model demo/run-b --show demo/asked.png --truth demo/toy/test.jsonl
 
 # A thread each: two processes of two threads on two cores spend more than half their time spinning

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -39,6 +40,9 @@ from train.batches.collate import collate, lay_out
 from train.data.records import Turn
 
 logging.disable_progress_bar()
+# how long an example takes is this machine's and its load's affair
+settings.register_profile("framebank", deadline=None)
+settings.load_profile("framebank")
 
 
 @pytest.fixture(scope="session")

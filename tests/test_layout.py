@@ -73,11 +73,13 @@ MAY_IMPORT: dict[str, str] = {
     "model": "model shards.errors",
     "preprocess": "preprocess shards model",
     "train": "train shards model",
-    "train.ask": "train shards model preprocess.decode preprocess.show",
+    "train.ask": "train shards model preprocess.decode",
+    "train.lmms_adapter": "train shards model preprocess.decode",
+    "train.shown": "train shards model preprocess.decode preprocess.show",
 }
 """What of ours a module may import; the longest name that leads the module's counts.
 
-`ask` answers about a raw video: it reads it, and draws the answer over its frames as `show` does."""
+`shown` draws an answer about a raw video over its frames, as `preprocess show` draws them."""
 
 ONLY_FOR: dict[str, str] = {"model.tower": "model.tower preprocess train.ask"}
 """Modules that others than these may not import: training needs no tower."""

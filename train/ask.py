@@ -1,19 +1,19 @@
-"""Ask a trained model about a raw video; times come back as seconds, places as pixels.
+"""Ask a trained model about a raw video or a banked clip; times come back as seconds, places as pixels.
 
     python train/ask.py clip.mp4 "When is the red circle visible?" --model runs/a
-    python train/ask.py clip.mp4 "When is ...?" --model runs/a --show asked.png --truth test.jsonl
+    python train/ask.py a/clip.mp4 "When is it?" --model runs/a --bank bank     # by its id
+    python train/ask.py clip.mp4 "When is it?" --model runs/a --show asked.png --truth test.jsonl
 
-The clip goes through the same sampling, tower and pooling as `preprocess encode`. The picture shows
-its frames, with the spans and boxes of the answer over the true ones.
+A raw clip goes through the same sampling, tower and pooling as `preprocess encode`; frames are left out
+as in the model's training. The picture shows the clip's frames, with the spans, boxes and points of the
+answer over the true ones.
 """
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,24 +23,29 @@ from preprocess.decode.child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from shards.annotations.forms import MEDIA_TAG
 from shards.errors import UserError
-from shards.format.features import FeatureConfig, Sampling
+from shards.format.features import FeatureConfig
 from shards.format.plan import TOWER_THREADS
 from shards.hub import absent
 from shards.read.bank import ClipInfo, of_units
+from shards.read.banks import Banks
 from shards.signed import Json
 from train.data.coordinates import settled
-from train.data.markup import MARKUP, SHARE
-from train.data.records import Record, Turn, read_records
-from train.pointed import pointed
-from train.scores.kinds import asked as asked_of_text
-from train.scores.scoring import score
+from train.data.folders import advice
+from train.data.records import Record, Turn
+from train.evaluate import check_features
+from train.pointed import in_pixels
 from train.settings.exits import command
-from train.settings.output import file_problem
+from train.settings.recorded import token_limit, trained_with
+from train.shown import Picture
+from train.start.stage_files import model_problem
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    import torch
 
     from model.tower.tower import Tower
+    from model.vlm import VLM
+    from train.batches.chat import Chat
+    from train.batches.collate import ClipFeatures, Row
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,12 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("video", type=Path)
+    parser.add_argument("video", help="a file; with --bank a clip's id")
     parser.add_argument("question")
     parser.add_argument(
         "--model", required=True, type=Path, help="a run's folder or a checkpoint-N"
     )
+    parser.add_argument("--bank", nargs="+", help="bank folders, one of which has the clip")
     parser.add_argument(
         "--tower", help="where the vision tower lies now [as when the bank was made]"
     )
@@ -78,26 +84,26 @@ def main(argv: list[str]) -> None:
         "in which this video is asked this question",
     )
     args = parser.parse_args(argv)
+    if args.max_new_tokens < 1:
+        raise UserError("must be at least 1", got=args.max_new_tokens, where="--max_new_tokens")
+    if args.bank and args.tower:
+        raise UserError(
+            "a banked clip needs no tower", where="--tower", fix="leave out --tower or --bank"
+        )
+    if args.bank and args.show:
+        raise UserError("frames are drawn of a file", where="--show", fix="leave out --bank")
     if args.truth and not args.show:
         raise UserError("--truth is drawn, and nothing is", fix="name a picture with --show")
+    told = (args.question, args.model)
+    if args.bank:
+        said = ask_banked(args.video, *told, args.bank, args.max_new_tokens)
+    else:
+        video = Path(args.video)
+        picture = Picture.of(args.show, args.truth, video, args.question) if args.show else None
+        said = ask(video, *told, args.tower, args.max_new_tokens, picture)
+    print(said)  # noqa: T201
     if args.show:
-        check_picture(args.show)
-    truth = find_truth(args.truth, args.video, args.question) if args.truth else ""
-    answer = ask(args.video, args.question, args.model, args.tower, args.max_new_tokens, truth)
-    print(in_pixels(answer.said, answer.clip.display_size))  # noqa: T201
-    if args.show:
-        draw_answer(answer, args.question, args.video).save(args.show)
         print(args.show)  # noqa: T201
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Texts with markup: times in seconds of the clip, places as fractions of the frame."""
-
-    said: str
-    truth: str
-    clip: ClipInfo
-    sampling: Sampling
 
 
 def ask(
@@ -106,32 +112,96 @@ def ask(
     folder: Path,
     tower: str | None,
     max_new_tokens: int,
-    truth: str = "",
-) -> Answer:
-    """Return a model's answer about a video; truth: the right one, where it is known."""
-    from model.family.conformance import admit
-    from model.generate import generate, write_answer
-    from model.vlm import VLM, read_model_config
-    from train.batches.chat import Chat
-    from train.batches.collate import collate, lay_out
-
-    read_model_config(folder)
-    model = VLM.load(folder).eval()
-    admit(model)
-    features = FeatureConfig.from_json(model.features)
-    name = tower or find_tower(model.tower, folder)
+    picture: Picture | None = None,
+) -> str:
+    """Return a model's answer about a video, in seconds and pixels, and draw the picture of it."""
+    answerer = Answerer.load(folder)
     with DecodeChild() as child:
-        clip = fresh_clip(video, features, load_tower(features, name), child)
-    chat = Chat.of(model)
-    turns = asked(question, clip.info)
-    truth = asked(question, clip.info, truth)[1].text
-    encoded = chat.encode(turns, [clip.info.duration], answer=1)
-    row = lay_out(encoded, [clip.info], model.config, features.pool, stamp=chat.stamp)
-    batch = collate([row], [[clip]], model.config, [str(video)])
-    pieces = generate(model, batch, stop=chat.stop, max_new_tokens=max_new_tokens)[0]
-    said = write_answer(model, pieces, clip.info.duration)
-    truth = chat.in_numbers(truth, clip.info.duration)
-    return Answer(said, truth, clip.info, features.sampling)
+        clip = fresh_clip(video, answerer.features, answerer.load_tower(tower), child)
+    truth = asked(question, clip.info, picture.truth)[1].text if picture else ""
+    said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
+    if picture:
+        truth = answerer.chat.in_numbers(truth, clip.info.duration)
+        picture.draw(video, clip.info, answerer.features.sampling, question, said, truth)
+    return in_pixels(said, clip.info.display_size)
+
+
+def ask_banked(
+    clip_id: str, question: str, folder: Path, banks: Sequence[str], max_new_tokens: int
+) -> str:
+    """Return a model's answer about a clip of a bank, in seconds and pixels."""
+    opened = Banks.open(banks)
+    if clip_id not in opened:
+        why = "in quarantine" if clip_id in opened.quarantined() else "in no bank"
+        raise UserError(f"the clip {clip_id!r} is {why}", fix=advice(clip_id, opened))
+    answerer = Answerer.load(folder)
+    check_features(answerer.model, opened, folder)
+    clip = opened.clip(clip_id)
+    said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
+    return in_pixels(said, clip.info.display_size)
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A trained model that is asked about clips, with the frames that its training would give them."""
+
+    model: "VLM"
+    chat: "Chat"
+    features: FeatureConfig
+    folder: Path
+    limit: int
+    """Tokens of a conversation at most; 0 for no limit, and where the folder does not say it."""
+
+    @classmethod
+    def load(cls, folder: Path, device: "torch.device | str" = "cpu") -> "Answerer":
+        """Load a model; UserError where there is none, or its LLM is not one that can be asked."""
+        from model.family.conformance import admit
+        from model.vlm import VLM, read_model_config
+        from train.batches.chat import Chat
+
+        read_model_config(folder)
+        if problem := model_problem(folder):
+            raise UserError(problem)
+        model = VLM.load(folder).to(device).eval()
+        admit(model)
+        features = FeatureConfig.from_json(model.features)
+        limit = token_limit(trained_with(folder) or {})
+        return cls(model, Chat.of(model), features, folder, limit)
+
+    def load_tower(self, name: str | None = None) -> "Tower":
+        """Return the tower of the model's features, where it lies now or by its name."""
+        return load_tower(self.features, name or find_tower(self.model.tower, self.folder))
+
+    def answer(
+        self, clips: "Sequence[ClipFeatures]", turns: Sequence[Turn], max_new_tokens: int
+    ) -> str:
+        """Return the answer that the last turn, an empty one, stands for: text with markup.
+
+        Its times are seconds of the last clip. Of a limit the question alone takes room: how long the
+        answer will be is not known, as it was in training.
+        """
+        from model.batch import to_device
+        from model.generate import generate, write_answer
+        from train.batches.collate import collate
+
+        infos = [clip.info for clip in clips]
+        ids = [info.id for info in infos[:1]] or ["question"]
+        batch = collate([self.row(infos, turns)], [clips], self.model.config, ids)
+        batch = to_device(batch, self.model.visual.frame_end.device)
+        stop = self.chat.stop
+        pieces = generate(self.model, batch, stop=stop, max_new_tokens=max_new_tokens)[0]
+        return write_answer(self.model, pieces, infos[-1].duration if infos else 0.0)
+
+    def row(self, infos: Sequence[ClipInfo], turns: Sequence[Turn]) -> "Row":
+        """Return the question as tokens, with the frames that its limit leaves room for, one at least."""
+        from train.batches.collate import frames_within, lay_out
+
+        config, pool, stamp = self.model.config, self.features.pool, self.chat.stamp
+        encoded = self.chat.encode(turns, [i.duration for i in infos], answer=len(turns) - 1)
+        most = config.max_frames_num
+        if self.limit:
+            most = max(frames_within(encoded, infos, config, pool, self.limit, stamp), 1)
+        return lay_out(encoded, infos, config, pool, most, stamp)
 
 
 def asked(question: str, clip: ClipInfo, answer: str = "") -> list[Turn]:
@@ -219,81 +289,6 @@ def fresh_clip(
         covered=tower.covered(height, width),
     )
     return FreshClip(info, stored)
-
-
-def check_picture(path: Path) -> None:
-    """Refuse a picture that cannot be written, before a model is asked."""
-    from PIL import Image
-
-    if problem := file_problem(path):
-        raise UserError(problem, where="--show")
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise UserError("no format of pictures", got=path.name, expected="a .png", where="--show")
-
-
-def find_truth(truth: str, video: Path, question: str) -> str:
-    """Return the right answer: the text itself, or the answer in a file of records."""
-    if not Path(truth).exists():
-        if MARKUP.search(truth) or SHARE.search(truth):
-            return truth
-        raise UserError(
-            "no such file, and no answer with times or places",
-            got=repr(truth),
-            expected="a file of records, or an answer such as 'from <t:1.5> to <t:2.875>'",
-            where="--truth",
-        )
-    problems: list[str] = []
-    found = set()
-    for record in read_records(truth, problems):
-        if any(f"/{video.absolute().as_posix()}".endswith(f"/{clip}") for clip in record.clips):
-            for one, other in pairwise(record.turns):
-                if one.role == "user" and MEDIA_TAG.sub("", one.text).strip() == question.strip():
-                    found.add(other.text)
-    if problems:
-        raise UserError.of(problems)
-    if len(found) != 1:
-        raise UserError(
-            f"{len(found) or 'no'} answers to this question about this video",
-            where=truth,
-            fix="write the answer itself: --truth 'from <t:1.5> to <t:2.875>'",
-        )
-    return found.pop()
-
-
-def draw_answer(answer: Answer, question: str, video: Path) -> "Image":
-    """Return the picture of an answer: the clip's frames as displayed, read once more."""
-    from preprocess.show.answer import Pointed, answer_page
-
-    size, duration = answer.clip.display_size, answer.clip.duration
-    with DecodeChild() as child:
-        clip = child.read_clip(ReadRequest(video, answer.sampling))
-    about = asked_of_text(answer.truth, duration, question=question) if answer.truth else None
-    scores = score(about, answer.said) if about else {}
-    told = in_pixels(answer.said, size) + shown_scores(scores)
-    said = Pointed(told, *pointed(answer.said, question))
-    true = Pointed(in_pixels(answer.truth, size), *pointed(answer.truth, question))
-    times = (clip.timestamps - clip.start).tolist()
-    title = in_pixels(question, size)
-    return answer_page(title, clip.frames, times, duration, said, true if about else None)
-
-
-def shown_scores(scores: Json) -> str:
-    """Return the score of an answer that is drawn, where it has one."""
-    names = [name for name in ("iou", "viou", "error", "exact") if name in scores][:1]
-    return "".join(f"    ({name} {scores[name]:.2f})" for name in names)
-
-
-def in_pixels(answer: str, display_size: tuple[int, int]) -> str:
-    """Return an answer with its markup written out: times in seconds, places in pixels."""
-    height, width = display_size
-
-    def written(match: re.Match[str]) -> str:
-        letter, number = match.group(1), float(match.group(2))
-        if letter == "t":
-            return f"{number:.2f} s"
-        return f"{letter} {number * (width if letter == 'x' else height):.0f} px "
-
-    return MARKUP.sub(written, answer).strip()
 
 
 if __name__ == "__main__":

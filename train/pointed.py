@@ -1,9 +1,9 @@
-"""What a text points at in a clip: spans of time, boxes and points, each at its time."""
+"""What a text with coordinates says: what it points at in a clip, and how people read it."""
 
 import re
 from typing import NamedTuple
 
-from train.data.markup import split_markup
+from train.data.markup import MARKUP, split_markup
 from train.scores.reading import read_coordinates
 
 GROUPS = re.compile("(t?)(xyxy|xy)|tt|t")
@@ -53,3 +53,16 @@ def written_plainly(text: str) -> tuple[str, list[float]]:
         if reading.parsed:
             return {"span": "tt", "box": "xyxy", "point": "xy"}[kind], list(reading.numbers)
     return "", []
+
+
+def in_pixels(answer: str, display_size: tuple[int, int]) -> str:
+    """Return an answer with its markup written out: times in seconds, places in pixels."""
+    height, width = display_size
+
+    def written(match: re.Match[str]) -> str:
+        letter, number = match.group(1), float(match.group(2))
+        if letter == "t":
+            return f"{number:.2f} s"
+        return f"{letter} {number * (width if letter == 'x' else height):.0f} px "
+
+    return MARKUP.sub(written, answer).strip()

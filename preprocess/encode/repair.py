@@ -20,8 +20,10 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from model.tower.tower import FeatureRangeError, Tower
+from model.tower.pooling import FeatureRangeError
+from model.tower.tower import Tower
 from preprocess.decode.child import DecodeChild
+from preprocess.decode.read_decord import decord_trouble
 from preprocess.decode.source import SourceReader
 from preprocess.encode.covered import corrected
 from preprocess.encode.features import (
@@ -172,8 +174,8 @@ class ClipEncoder:
             self._reader = self._open.enter_context(SourceReader(DecodeChild(), self.bank))
         (clip,) = clips_under([clip], self.video_roots)
         request = options.request(clip, tower.pixels)
-        if old and old["decoder"].startswith("pyav"):
-            request = replace(request, decoder="pyav")
+        if old and old["decoder"] == "decord" and not decord_trouble():
+            request = replace(request, decoder="decord")  # to the same last bits
         outcome = self._reader.read(clip, request)
         if outcome.clip is None:
             return str(outcome.error)

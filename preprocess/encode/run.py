@@ -27,6 +27,7 @@ from preprocess.encode.workers import Work, encode_in_processes, encode_work
 from preprocess.sources.changes import Changes, compare
 from preprocess.sources.find import find_clips
 from preprocess.sources.probe import probe
+from shards.errors import UserError
 from shards.format.commits import committed, read_commits, refuse_missing_shards
 from shards.format.plan import (
     ClipSource,
@@ -39,6 +40,9 @@ from shards.format.plan import (
 from shards.format.quarantine import read_entries, settle
 from shards.write.finish import finish
 from shards.write.lock import folder_lock
+
+DECODER = "pyav"
+"""Reads every video, on every machine."""
 
 
 def encode(
@@ -108,7 +112,12 @@ def make_plan(
         refuse_other_features(out, features, known.features)
         refuse_missing_shards(out, known)
     settings = TowerSettings(options.batch_frames, options.tower_threads, tower.name)
-    plan = known or Plan(features, [], settings)
+    plan = known or Plan(features, [], settings, decoder=DECODER)
+    if plan.decoder not in (None, DECODER):
+        raise UserError(
+            f"{out}: its videos are read by {plan.decoder}, which this version cannot; encode with the "
+            "version that began the bank, or into another folder"
+        )
     planned = {clip.key: clip for clip in plan.clips}
     probed = probe(clips, planned, features.sampling)
     changes = compare(out, plan, probed, lost_keys(out, plan))

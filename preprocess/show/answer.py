@@ -45,7 +45,7 @@ def answer_page(
     times: Sequence[float],
     end: float,
     said: Pointed,
-    true: Pointed | None,
+    true: Pointed | None = None,
 ) -> Image.Image:
     """Return the picture of an answer.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.format.features import FORMAT_VERSION, FeatureConfig, differences
 from shards.format.fields import parse
+from shards.format.samples import sample_key
 from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
 
@@ -61,11 +62,12 @@ class ClipSource:
         return Path(self.path).name
 
     @property
-    def place(self) -> tuple[str, str, int, str]:
-        """What units are sorted by."""
+    def place(self) -> tuple[str, str, int, str, float, str]:
+        """What units are sorted by: the parts of a file lie together, in the order of their starts."""
+        start = self.start or 0.0
         if self.offset is None:
-            return "", "", 0, self.key
-        return self.archive, self.path, self.offset, self.key
+            return "", "", 0, sample_key(self.relative), start, self.key
+        return self.archive, self.path, self.offset, "", start, self.key
 
     def to_json(self) -> Json:
         return {name: value for name, value in self.__dict__.items() if value is not None}
@@ -95,6 +97,9 @@ class Plan:
     """Per stride, as text, what the codec loses; None until it is measured."""
     pruned: frozenset[str] = frozenset()
     """Keys of clips that are not to be served any more."""
+    decoder: str | None = None
+    """Which reads every video, by the rule of when the bank was begun: `pyav`. None in plans of before
+    there was a rule, where decord read some."""
 
     def to_json(self) -> Json:
         """Return what plan.json holds."""
@@ -104,6 +109,7 @@ class Plan:
             "calibration": self.calibration,
             "quality": self.quality,
             "tower": asdict(self.tower),
+            "decoder": self.decoder,
             "pruned": sorted(self.pruned),
             "units": [[clip.to_json() for clip in unit] for unit in self.units],
         }

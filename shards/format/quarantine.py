@@ -80,6 +80,11 @@ class Reason(StrEnum):
         "No frame starts between the part's start and end.",
         "Correct the part in the annotation file.",
     )
+    ODD_MATRIX = (
+        "odd-matrix",
+        "The file asks to be shown sheared or turned by an odd angle.",
+        "Encode it again, turned as it is to be seen.",
+    )
     CANNOT_RESIZE = (
         "cannot-resize",
         "The frames have a shape that the tower's image processor refuses.",

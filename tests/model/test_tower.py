@@ -359,3 +359,21 @@ def test_unknown_models_layers_and_folders_are_refused(
         Tower.load(str(folder))
     with pytest.raises(UserError, match="nowhere: cannot be loaded"):
         Tower.load(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(("frames", "shape"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (40, 16)])
+def test_a_batch_has_the_shape_that_the_length_of_its_clip_chooses(
+    towers: dict[str, Path], frames: int, shape: int
+) -> None:
+    tower = Tower.load(str(towers["siglip"]))
+    assert tower.batch_shape(frames, 16) == shape
+    assert tower.batch_shape(frames, 4) == min(shape, 4)
+    clip = frames_of(3, SIDE, SIDE, count=frames)
+    stored, _ = tower.features(clip, (4, 8), threads=1)
+    batches = [
+        tower.encode_batch(clip[cut : cut + shape], shape) for cut in range(0, frames, shape)
+    ]
+    for stride, features in stored.items():
+        pooled = torch.cat([pool(batch, stride) for batch in batches])
+        assert np.array_equal(features, pooled.half().numpy())
+        assert np.array_equal(features, pool(torch.cat(batches), stride).half().numpy())

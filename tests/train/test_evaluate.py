@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,9 +82,9 @@ def test_the_command_scores_a_model_alone_and_in_two_processes(
 ) -> None:
     evaluate_here(batch_size=2)
     printed = capsys.readouterr().out
-    report = json.loads((trained / "eval.json").read_text())
+    report = json.loads((trained / "eval-test.json").read_text())
     assert "5 records, 5 answers" in printed
-    assert f"written: {trained / 'eval.json'}" in printed
+    assert f"written: {trained / 'eval-test.json'}" in printed
     for kind in ("span", "point", "box", "number", "text"):
         assert f"\n{kind} " in printed
     assert {kind: entry["count"] for kind, entry in report["tasks"].items()} == {
@@ -134,7 +135,8 @@ def test_the_untrained_model_is_scored_beside_it(
     evaluate_here("--untrained", max_records=2)
     evaluate_here(max_records=2, output=trained / "some.json")
     before, after = (
-        json.loads((trained / name).read_text()) for name in ("eval-untrained.json", "some.json")
+        json.loads((trained / name).read_text())
+        for name in ("eval-test-untrained.json", "some.json")
     )
     assert before["records"] == 2
     assert before["losses"]["ce_loss"] > after["losses"]["ce_loss"] + 0.5
@@ -214,3 +216,27 @@ def test_an_llm_is_no_model_to_score(
     words = ["--bank", str(toy_bank), "--data_path", str(toy / "test.jsonl")]
     line = refused(main, ["--model", str(toy / "llm"), *words])
     assert line.startswith(f"error: {toy / 'llm' / 'config.json'}: not a framebank model of format")
+
+
+def test_what_accelerate_is_asked_for_holds_for_answers_too(
+    evaluate_here: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import model.generate
+
+    under_bf16 = []
+    whole = model.generate.generate
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        under_bf16.append(torch.is_autocast_enabled("cpu"))
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(model.generate, "generate", watched)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    evaluate_here(output=tmp_path / "bf16.json")
+    assert set(under_bf16) == {True}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SystemExit):
+        evaluate_here(output=tmp_path / "fp16.json")
+    assert not (tmp_path / "fp16.json").exists()

@@ -149,6 +149,29 @@ def lay_out(
     )
 
 
+def frames_within(
+    encoded: Encoded,
+    infos: Sequence[ClipInfo],
+    config: VLMConfig,
+    pool: str,
+    limit: int,
+    stamp: Callable[[float], Sequence[int]] | None = None,
+) -> int:
+    """Return the most frames of a clip with which a conversation has at most `limit` tokens.
+
+    0 where one frame of each clip is too much. What `train.batches.fitting.fit_frames` finds from
+    counts, of one conversation.
+    """
+    low, high = 0, config.max_frames_num
+    while low < high:
+        middle = (low + high + 1) // 2 if low else 1
+        if len(lay_out(encoded, infos, config, pool, middle, stamp)) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def pack(rows: Sequence[Row]) -> Row:
     """Return conversations one after the other in one row; clips are numbered through as well."""
     frames: list[PlacedFrame] = []
@@ -253,6 +276,8 @@ def label_tasks(
 
 
 GroupKey = tuple[int, Grid, tuple[float, float, float, float]]
+FrameStep = tuple[int, int, ClipFeatures, int, float]
+"""Places of two frames in their groups, their clip, the first one's banked frame, seconds between."""
 
 
 def group_frames(
@@ -264,7 +289,7 @@ def group_frames(
 ) -> tuple[tuple[FrameGroup, ...], tuple[Transitions, ...]]:
     """Return all frames of a batch grouped by stream and grid, and the steps from frame to frame."""
     members: dict[GroupKey, list[tuple[int, PlacedFrame]]] = {}
-    steps: dict[tuple[GroupKey, GroupKey], list[tuple[int, int, ClipFeatures, int]]] = {}
+    steps: dict[tuple[GroupKey, GroupKey], list[FrameStep]] = {}
     for number, row in enumerate(rows):
         previous: tuple[GroupKey, int, PlacedFrame] | None = None
         for frame in row.frames:
@@ -272,7 +297,9 @@ def group_frames(
             key = (frame.stream, frame.grid, source.info.covered)
             group = members.setdefault(key, [])
             if previous is not None and previous[2].clip == frame.clip:
-                step = (previous[1], len(group), source, previous[2].frame)
+                last, times = previous[2].frame, source.info.timestamps
+                gap = float(times[frame.frame] - times[last])
+                step = (previous[1], len(group), source, last, gap)
                 steps.setdefault((previous[0], key), []).append(step)
             previous = (key, len(group), frame)
             group.append((number, frame))
@@ -285,6 +312,7 @@ def group_frames(
             target=order[target],
             source_frame=torch.tensor([pair[0] for pair in pairs]),
             target_frame=torch.tensor([pair[1] for pair in pairs]),
+            gap=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
             copy=_copy(target[1].stride, pairs) if with_copy else None,
         )
         for (source, target), pairs in steps.items()
@@ -328,13 +356,13 @@ def _group(
     )
 
 
-def _copy(stride: int, pairs: Sequence[tuple[int, int, ClipFeatures, int]]) -> Tensor:
+def _copy(stride: int, pairs: Sequence[FrameStep]) -> Tensor:
     # the pairs of one clip are consecutive, so that one read serves them
     runs = groupby(pairs, key=lambda pair: id(pair[2]))
     reads = []
     for _, run in runs:
         members = list(run)
-        reads.append(members[0][2].read(stride, [frame for _, _, _, frame in members]))
+        reads.append(members[0][2].read(stride, [step[3] for step in members]))
     return as_tensor(np.concatenate(reads))
 
 

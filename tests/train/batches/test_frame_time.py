@@ -14,7 +14,8 @@ from model.generate import choose
 from model.vlm import VLM
 from train.ask import ask
 from train.batches.chat import Chat
-from train.batches.lengths import Lengths, fit_frames, measure
+from train.batches.fitting import fit_frames
+from train.batches.lengths import Lengths, measure
 from train.batches.loader import Loader
 from train.batches.plan import plan_run
 from train.data.dataset import open_dataset
@@ -143,7 +144,7 @@ def test_packed_rows_and_answers_agree_with_the_plan(
     # every batch is compared with the plan as it is made, and each step's counts after it
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     video = next((toy / "videos" / "test").glob("*.mp4"))
-    assert isinstance(ask(video, "When is the red circle visible?", out, None, 4).said, str)
+    assert isinstance(ask(video, "When is the red circle visible?", out, None, 4), str)
 
 
 def test_an_axis_without_tokens_is_text_and_never_answered(
