@@ -34,10 +34,12 @@ from train.data.dataset import Dataset, open_records
 from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.folders import Folders
 from train.data.records import Record
+from train.data.shuffled import ShuffledDataset
 from train.scores.captions import check_captions
 from train.scores.kinds import asked_of
 from train.scores.predictions import Prediction, read_predictions, report_of, write_predictions
 from train.scores.results import (
+    CONTROLS,
     Results,
     predictions_beside,
     read_report,
@@ -73,10 +75,12 @@ def main(argv: list[str]) -> None:
     if problem := model_problem(args.model):
         raise UserError(problem)
     limit = limit_of_run(args.model) if args.max_tokens is None else args.max_tokens
-    results = results_of(args.model, args.data_path, args.output, untrained=args.untrained)
+    results = results_of(args.model, args.data_path, args.output, control=args.control)
     media = Folders(args.media_dir, tuple(args.strip_prefix))
     settings = record_settings(args)
     sets = [open_records(args.bank, [path], *strides, settings, media) for path in args.data_path]
+    if args.control == "shuffled":
+        sets = [ShuffledDataset.of(dataset) for dataset in sets]
     records = [dataset.held_out[: args.max_records or None] for dataset in sets]
     for own in records:
         check_questions(own)
@@ -108,7 +112,7 @@ def main(argv: list[str]) -> None:
         report, said = evaluate(model, loader, own, args.batch_size, most, accelerator, floor)
         if accelerator.is_main_process:
             about: Json = {"test_set": place.name, "data_path": place.data_path}
-            about["untrained"] = args.untrained
+            about |= {name: args.control == name for name in CONTROLS}
             write(place, loader.dataset, about | report, said, keep=args.output is None)
     accelerator.end_training()
 
@@ -141,10 +145,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--untrained", action="store_true", help="score the same model before any training step"
     )
+    parser.add_argument(
+        "--shuffle_features",
+        action="store_true",
+        help="score the model with the features of another clip of the test set for each",
+    )
     parser.add_argument("--media_dir", default="", help="as that of a run")
     parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
     add_record_flags(parser)
     args = parser.parse_args(argv)
+    if args.untrained and args.shuffle_features:
+        parser.error("--untrained and --shuffle_features are a control each: take one of them")
+    args.control = "untrained" if args.untrained else "shuffled" * args.shuffle_features
     needed = [name for name in ("model", "bank", "data_path") if not getattr(args, name)]
     if needed and not args.rescore:
         parser.error(f"the following arguments are required: --{', --'.join(needed)}")

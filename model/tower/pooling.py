@@ -31,7 +31,7 @@ class BatchEncoder(Protocol):
 
     def batch_shape(self, frames: int, batch_frames: int) -> int: ...
 
-    def encode_batch(self, frames: np.ndarray, shape: int) -> Tensor: ...
+    def encode(self, frames: np.ndarray, *, shape: int) -> Tensor: ...
 
 
 class Pooling:
@@ -66,7 +66,7 @@ class Pooling:
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            patches = self.tower.encode_batch(frames, self.shape)
+            patches = self.tower.encode(frames, shape=self.shape)
         finally:
             torch.set_num_threads(others)
         most = math.inf if self.dtype == "bfloat16" else LARGEST_FLOAT16

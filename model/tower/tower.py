@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, logging
 
 from model.tower.pixels import Pixels
 from model.tower.pooling import Pooling
-from model.tower.trial import check_processor, check_size
+from model.tower.trial import check_processor
 from model.tower_kinds import TowerKind, find_kind
 from shards.errors import UserError
 
@@ -64,7 +65,7 @@ class Tower:
         kind, config = _read_config(name)
         processor, model = _load_vision(name, kind, config, attention)
         vision = model.config
-        _check_layer(name, layer, vision.num_hidden_layers)
+        _check_layer(name, layer, getattr(vision, kind.depth))
         pixels = _pixels_of(name, processor, kind.side_of(vision))
         digest = tower_digest(vision, model)
         _to_device(model, dtype, device)
@@ -84,7 +85,6 @@ class Tower:
             frames_per_unit=kind.frames_of(vision),
         )
         check_processor(tower, processor)
-        check_size(tower)
         return tower
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
@@ -96,13 +96,16 @@ class Tower:
         """Return the part of such a frame that the patches cover: y0, x0, y1, x1 as fractions of it."""
         return self.pixels.covered(height, width, self.patch)
 
-    def encode(self, frames: np.ndarray, batch_frames: int = 16) -> Tensor:
+    def encode(
+        self, frames: np.ndarray, batch_frames: int = 16, shape: int | None = None
+    ) -> Tensor:
         """Return the patch grid of each unit: fp32 `(units, patch_rows, patch_cols, width)`.
 
         frames: uint8 `(frames, height, width, 3)` at the tower's size. They pass in batches of the
         shape that their number alone chooses, so that a unit's features do not depend on others.
+        shape: of batches, where these frames are some of a longer clip.
         """
-        shape = self.batch_shape(len(frames), batch_frames)
+        shape = shape or self.batch_shape(len(frames), batch_frames)
         cuts = range(0, len(frames), shape)
         return torch.cat([self.encode_batch(frames[cut : cut + shape], shape) for cut in cuts])
 
@@ -128,7 +131,7 @@ class Tower:
         filled = np.zeros((shape, *frames.shape[1:]), np.uint8)
         filled[: len(frames)] = frames
         filled[len(frames) : units * each] = frames[-1]
-        return self._patches(self.normalise(filled))[:units]
+        return self.patches(self.normalise(filled))[:units]
 
     def features(
         self,
@@ -175,7 +178,8 @@ class Tower:
         return values.to(DTYPES[self.dtype])
 
     @torch.inference_mode()
-    def _patches(self, pixels: Tensor) -> Tensor:
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Return the patch grids of pixels that are normalised: fp32 `(units, rows, cols, width)`."""
         if self.kind.encode:
             encode = _import_named(self.kind.encode)
             return encode(self.model, pixels, self.layer).float()
@@ -210,7 +214,7 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
     if kind.inside and getattr(config, "vision_config", None) is not None:
         part = {"config": config.vision_config, "key_mapping": dict.fromkeys(kind.inside, "")}
     try:
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        processor = _load_processor(name)
         with _without_report():
             model, found = _import_named(kind.model).from_pretrained(
                 name,
@@ -227,6 +231,18 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
             f"{min(found['missing_keys'])}; download it again"
         )
     return processor, model.requires_grad_(False).eval()
+
+
+def _load_processor(name: str) -> Any:
+    """Return a tower's image processor, for its values: what they mean is Pillow's arithmetic."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+    except ImportError:  # transformers before 5.9
+        raise UserError(
+            f"transformers {transformers.__version__} reads no image processor without torchvision",
+            where=f"tower {name}",
+            fix="pip install torchvision, or 'transformers>=5.9'",
+        ) from None
 
 
 def _check_layer(name: str, layer: int, layers: int) -> None:

@@ -1,4 +1,4 @@
-"""What a tower is tried with when it is loaded: its own image processor against ours, and one picture.
+"""What a tower is tried with before it is used: its own image processor against ours, and one picture.
 
 A processor may do what its values do not say: exchange channels, shift the levels, crop in its own way.
 So a picture of each shape goes through transformers' processor and through ours.
@@ -33,7 +33,7 @@ class Tried(Protocol):
 
     def normalise(self, frames: np.ndarray) -> Tensor: ...
 
-    def encode_batch(self, frames: np.ndarray, shape: int) -> Tensor: ...
+    def patches(self, pixels: Tensor) -> Tensor: ...
 
 
 def check_processor(tower: Tried, processor: Any) -> None:
@@ -73,9 +73,9 @@ def check_processor(tower: Tried, processor: Any) -> None:
 def check_size(tower: Tried) -> None:
     """Raise UserError where the tower cannot take what its image processor makes."""
     rows, cols = tower.pixels.output_size(*SHAPES[0])
-    frame = np.zeros((1, rows, cols, 3), np.uint8)
+    pixels = tower.normalise(np.zeros((tower.frames_per_unit, rows, cols, 3), np.uint8))
     try:
-        tower.encode_batch(frame, tower.frames_per_unit)
+        tower.patches(pixels)
     except torch.OutOfMemoryError:
         raise UserError(
             f"tower {tower.name}: the device has no memory for one frame; try --device cpu"

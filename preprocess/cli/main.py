@@ -13,7 +13,7 @@ import click
 from preprocess.cli.care import gc, repair, status, verify
 from preprocess.cli.encode import encode, plan, retry
 from preprocess.cli.export import export
-from preprocess.cli.look import diff, footage, show, toyworld
+from preprocess.cli.look import diff, footage, realmodels, show, toyworld
 from shards.errors import UserError
 
 
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 for command in (
-    *(toyworld, footage, plan, encode, retry),
+    *(toyworld, footage, realmodels, plan, encode, retry),
     *(status, show, verify, repair),
     *(diff, export, gc),
 ):

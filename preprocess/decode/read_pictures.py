@@ -10,9 +10,10 @@ datasets are read everywhere, over white where they are transparent; a picture i
 turned as its EXIF orientation says.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,7 +27,12 @@ from shards.format.quarantine import Reason
 
 PICTURE_FPS = "2"
 """Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
-PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".avif"))
+PICTURE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"),
+        *(".avif", ".heic", ".heif"),
+    )
+)
 PICTURES = "pictures"
 """Stands for the codec in the scan of pictures."""
 NO_DURATION = 100  # ms that browsers show a frame which gives none
@@ -39,9 +45,11 @@ def holds_pictures(path: Path) -> bool:
 
 def picture_files(folder: Path) -> list[Path]:
     """Return the picture files of a folder in natural order of name, hidden ones left out."""
+    with os.scandir(folder) as entries:  # of a pipe no picture is read
+        files = [Path(entry.path) for entry in entries if entry.is_file()]
     files = [
         file
-        for file in folder.iterdir()
+        for file in files
         if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
     ]
     return sorted(files, key=_natural)
@@ -113,7 +121,7 @@ def _natural(file: Path) -> tuple[list[tuple[int, int | str]], str]:
 def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
     """Yield frames of a picture file: uint8 `(height, width, 3)`."""
     with _pillow(path):
-        image = Image.open(path)
+        image = _opened(path)
     with image:
         if image.mode.startswith(("I", "F")):
             raise _unreadable(path, f"its pixels are of mode {image.mode}, not 8 bits a colour")
@@ -129,7 +137,7 @@ def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
 
 def _animation_ends(path: Path) -> list[int]:
     """Return the ms at which each frame stops being shown; [0] for a still picture."""
-    with _pillow(path), Image.open(path) as image:
+    with _pillow(path), _opened(path) as image:
         count = getattr(image, "n_frames", 1)
         if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
             return [0]
@@ -140,6 +148,15 @@ def _animation_ends(path: Path) -> list[int]:
             end += Fraction(image.info.get("duration") or NO_DURATION)
             ends.append(round(end))
         return ends
+
+
+def _opened(path: Path) -> Image.Image:
+    if path.suffix.lower() in (".heic", ".heif"):
+        with suppress(ImportError):
+            import pillow_heif  # a plugin that must be asked for
+
+            pillow_heif.register_heif_opener()
+    return Image.open(path)
 
 
 @contextmanager

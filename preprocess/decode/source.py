@@ -23,6 +23,7 @@ from preprocess.decode.frames import Begin, Clip, ClipFacts, Event, NoFacts, col
 from preprocess.decode.read_pictures import picture_files
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
+from preprocess.decode.verdict import explained, refuse_encrypted
 from shards.format.plan import ClipSource
 from shards.format.quarantine import Reason
 from shards.signed import digest
@@ -108,13 +109,15 @@ class SourceReader(ExitStack):
         yield Outcome(facts, size, hash_, None if facts else error, attempts, seconds)
 
     def _named(self, source: ClipSource, request: ReadRequest, together: int) -> Iterator[Event]:
-        """Yield what the child does; its errors name the file that an archive's member lies in."""
+        """Yield what the child does; errors say what the file is, and name an archive's member."""
         try:
+            refuse_encrypted(request.path)
             yield from self.child.events(request, together)
         except VideoError as error:
+            told = explained(error, request.path)
             if source.offset is None:
-                raise
-            reason, what, got, expected, _, fix = error.args
+                raise told from None
+            reason, what, got, expected, _, fix = told.args
             raise VideoError(reason, what, got, expected, source.where, fix) from None
 
     def _path(self, source: ClipSource, request: ReadRequest) -> Path:

@@ -16,6 +16,7 @@ from preprocess.decode.frames import ClipFacts
 from preprocess.decode.read_pictures import PICTURE_FPS
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import Outcome
+from preprocess.sources.find import FindOptions
 from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig, Sampling
@@ -47,11 +48,8 @@ class EncodeOptions:
     """While the tower runs: sums in another number of threads may round otherwise."""
     allow_truncated: bool = False
     """Take what comes of a truncated or damaged video; its flags say so."""
-    video_roots: tuple[str, ...] = ()
-    allow_outside: bool = False
-    """Annotation files may name videos by absolute paths, or by `..`."""
-    picture_fps: str = PICTURE_FPS
-    """Of folders of pictures."""
+    find: FindOptions = FindOptions()
+    """How inputs are looked through."""
     shard_bytes: int = 512 * 1024**2
 
     @classmethod

@@ -239,6 +239,8 @@ class ShardRepair:
         if record != self.commit:
             write_commit(self.path, record)
             self.done.files.append(f"shards/{done_path(self.path).name}")
+        if not record.samples:
+            return
         index, content = index_path(self.path), index_bytes(record.samples)
         if not index.exists() or index.read_bytes() != content:
             write_atomic(index, content)
@@ -327,7 +329,10 @@ class ShardRepair:
                     f"{', '.join(self.encoded)}"
                 )
         for at in (lambda p: p, index_path, *([] if same else [done_path])):
-            os.replace(at(folder / self.name), at(self.path))
+            if at(folder / self.name).exists():
+                os.replace(at(folder / self.name), at(self.path))
+            else:  # no sample is left
+                at(self.path).unlink(missing_ok=True)
             self.done.files.append(f"shards/{at(self.path).name}")
         shutil.rmtree(folder)
 

@@ -4,6 +4,7 @@ Training takes the first half of a source, tests its last 40 %; of a long one on
 either end. Times are counted in frames of `FPS`: frame k of a source is what it shows at k / FPS.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from preprocess.decode.source import Outcome, SourceReader
 from preprocess.sources.find import find_clips
+from preprocess.sources.skips import report
 from preprocess.world import Json
 from shards.errors import UserError
 from shards.format.features import Sampling
@@ -91,8 +93,11 @@ def find_sources(inputs: Sequence[str], phrases: Path | None, longest: int) -> l
     problems: list[str] = []
     known = read_phrases(phrases) if phrases else {}
     sources = []
+    found = find_clips(inputs)
+    for line in [*found.notes, *report(found.skips)]:
+        tqdm.write(line, file=sys.stderr)
     with SourceReader(DecodeChild(), Path()) as reader:
-        for file in tqdm(find_clips(inputs, []), desc="looking", unit="video", leave=False):
+        for file in tqdm(found.clips, desc="looking", unit="video", leave=False):
             if (file.start, file.end, file.offset) != (None, None, None):
                 problems.append(f"{file.where}: footage is cut from whole video files alone")
                 continue

@@ -20,6 +20,8 @@ from shards.format.samples import sample_key
 from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
 
+READER = "pyav"
+"""Reads every video, on every machine."""
 TOWER_THREADS = 2
 """Of the CPU: the same on every machine, since sums may round otherwise; more work takes more
 processes. Four on two cores took a third longer."""
@@ -98,8 +100,7 @@ class Plan:
     pruned: frozenset[str] = frozenset()
     """Keys of clips that are not to be served any more."""
     decoder: str | None = None
-    """Which reads every video, by the rule of when the bank was begun: `pyav`. None in plans of before
-    there was a rule, where decord read some."""
+    """Which reads every video, by the rule of when the bank was begun."""
 
     def to_json(self) -> Json:
         """Return what plan.json holds."""

@@ -40,6 +40,11 @@ class Reason(StrEnum):
         "The archive is cut off, damaged, or another one than when it was planned.",
         "Fetch the archive again.",
     )
+    ENCRYPTED = (
+        "encrypted",
+        "The samples of the file are encrypted.",
+        "Decrypt it, or leave it out.",
+    )
     NO_VIDEO_STREAM = (
         "no-video-stream",
         "The file holds sound, subtitles or a cover picture only.",

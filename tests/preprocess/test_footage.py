@@ -491,7 +491,7 @@ def test_a_source_that_will_not_do_is_refused_by_name_and_nothing_is_written(
 ) -> None:
     clips = shutil.copytree(inputs, tmp_path / "clips")
     out = tmp_path / "out"
-    (clips / "broken.mp4").write_bytes(b"no video")
+    (clips / "broken.mp4").write_bytes((clips / "red.mp4").read_bytes()[:5000])  # its index is gone
     shutil.copy(clips / "red.mp4", clips / "twin.mp4")
     code, lines = footage(clips, out, "--seconds", 13)
     assert code == 2

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from preprocess.encode.run import EncodeOptions, encode
+from preprocess.sources.find import FindOptions
 from shards.errors import UserError
 from shards.format.features import Sampling
 from shards.format.plan import read_plan
@@ -101,7 +102,7 @@ def by_hand(
     with av.open(str(video)) as container:
         decoded = list(container.decode(video=0))
     chosen = [k * (len(decoded) - 1) // (count - 1) for k in range(count)]
-    processor = AutoImageProcessor.from_pretrained(tower)
+    processor = AutoImageProcessor.from_pretrained(tower, backend="pil")
     model = model_class.from_pretrained(tower).eval()
     side = model.config.image_size // model.config.patch_size
     cells: dict[int, list[np.ndarray]] = {4: [], 8: []}
@@ -261,7 +262,7 @@ def test_parts_of_a_video_are_clips_of_their_own(
     items = [{"video": video}, {"video": video, "start": 1, "end": 2.5}]
     annotations = tmp_path / "train.json"
     annotations.write_text(json.dumps(items))
-    options = replace(toy_options, video_roots=(str(toy / "videos"),))
+    options = replace(toy_options, find=FindOptions(video_roots=(str(toy / "videos"),)))
     encode([str(annotations)], tmp_path / "bank", options)
     found = metas(tmp_path / "bank")
     assert set(found) == {video, f"{video}#1-2.5"}
@@ -551,8 +552,8 @@ def test_real_clips_of_many_kinds_tell_their_true_facts(
         assert 0 == meta["start"] <= meta["timestamps"][0]
         assert meta["timestamps"][-1] < meta["end"]
         assert meta["end"] == pytest.approx(frames / meta["fps"])
-    assert found["mpeg1_ps.mpg"]["flags"] == ["no_index"]
-    assert {"avi_b", "nopts"} & set(found["mpeg4_bframes.avi"]["flags"])
+    assert found["mpeg1_ps.mpg"]["flags"] == "no_index"
+    assert {"avi_b", "nopts"} & set(found["mpeg4_bframes.avi"]["flags"].split())
 
 
 @needs_clips
