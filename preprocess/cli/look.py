@@ -134,6 +134,7 @@ def footage(
     OUT/videos/{train,test}      the clips: for `preprocess encode OUT/videos`
     OUT/train.jsonl              when is it, which comes first, in which order, what is seen at t,
                                  how many scenes, the box of the small picture at t
+    OUT/train-scenes.jsonl       what each of their scenes shows, and when
     OUT/test.jsonl               the same of the test clips, one question per record
     OUT/test-new-phrases.jsonl   the times of the test clips, asked by the kept phrases
     OUT/footage.json             every video, cut and box

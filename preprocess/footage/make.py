@@ -7,6 +7,7 @@ yet another video moves over them. Written under the given folder:
 
     videos/{train,test}/clip-00000.mp4   h264, square, 8 frames per second
     train.jsonl                          one conversation of several turns per clip
+    train-scenes.jsonl                   what each of their scenes shows, and when: to splice from
     test.jsonl                           one question per record, in phrases that training knows
     test-new-phrases.jsonl               the same clips, asked by the phrases kept for the tests
     footage.json                         every source, cut and box; written last
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.footage.cuts import Clip, Cut, cut_clip, describe, lengths
-from preprocess.footage.questions import new_phrase_records, test_records, train_records
+from preprocess.footage.questions import new_phrase_records, scene_rows, test_records, train_records
 from preprocess.footage.sources import FPS, SPLITS, Source, find_sources, read_parts
 from preprocess.world import Json, check_empty, write_video
 from shards.errors import UserError
@@ -143,10 +144,12 @@ def paint_edge(pictures: np.ndarray, grey: int) -> None:
 def write_records(
     out: Path, clips: Sequence[Numbered], sources: Sequence[Source], size: int
 ) -> None:
-    records: dict[str, list[Json]] = {"train": [], "test": [], "test-new-phrases": []}
+    names = ("train", "train-scenes", "test", "test-new-phrases")
+    records: dict[str, list[Json]] = {name: [] for name in names}
     for video, clip, rng in clips:
         if video.startswith("train/"):
             records["train"] += train_records(rng, video, clip, sources, size)
+            records["train-scenes"] += scene_rows(video, clip, sources)
         else:
             records["test"] += test_records(rng, video, clip, sources, size)
             records["test-new-phrases"] += new_phrase_records(rng, video, clip, sources)

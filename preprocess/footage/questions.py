@@ -52,6 +52,20 @@ def new_phrase_records(
     return [record | {"id": f"{record['id']}-new"} for record in records]
 
 
+def scene_rows(video: str, clip: Clip, sources: Sequence[Source]) -> list[Json]:
+    """Return what each scene shows, and when: what records are spliced from.
+
+    By the source's first phrase alone: two phrases of one source in one medium would each deny the
+    other's scene.
+    """
+    rows = []
+    for number, scene in enumerate(clip.scenes):
+        start, end = scene.span
+        row: Json = {"id": f"{video.removesuffix('.mp4')}-scene{number}", "video": video}
+        rows.append(row | {"start": start, "end": end, "phrase": sources[scene.source].phrases[0]})
+    return rows
+
+
 def namer(rng: np.random.Generator, sources: Sequence[Source]) -> Callable[[Cut], str]:
     """Return what calls a scene by any of the phrases that training knows."""
     return lambda scene: str(rng.choice(sources[scene.source].phrases))

@@ -311,6 +311,20 @@ def test_scores_read_each_answer_as_what_it_is(world: Path) -> None:
         assert asked(answer, SECONDS, question=question, task=task).kind == kinds[task]
 
 
+def test_scenes_of_training_clips_are_told_by_one_phrase_of_each_source(
+    world: Path, truth: dict[str, Json]
+) -> None:
+    rows = read(world, "train-scenes")
+    assert len({row["id"] for row in rows}) == len(rows)
+    told = [(row["video"], [row["start"], row["end"]], row["phrase"]) for row in rows]
+    assert told == [
+        (video, scene["span"], PHRASES[scene["source"]][0])
+        for video, clip in truth.items()
+        if video.startswith("train/")
+        for scene in clip["scenes"]
+    ]
+
+
 def test_kept_phrases_are_asked_in_their_own_file_alone(world: Path) -> None:
     kept = {words[-1] for words in PHRASES.values()}
     for name in ("train", "test"):
@@ -343,6 +357,7 @@ def test_videos_and_sources_are_recorded(world: Path, inputs: Path) -> None:
         "footage.json",
         "test-new-phrases.jsonl",
         "test.jsonl",
+        "train-scenes.jsonl",
         "train.jsonl",
         "videos",
     ]
