@@ -203,7 +203,7 @@ def _readers(scan: Scan, decoder: str) -> tuple[str, ...]:
     time than PyAV by seek, on no clip less than 0.98 of it.
     """
     # Which stream was taken, and how long a frame is held, are no reasons to mistrust.
-    flags = {flag for flag in scan.flags if flag not in ("short", "gap", "appended")}
+    flags = {flag for flag in scan.flags if flag not in ("short", "gap", Reason.APPENDED)}
     flags = {flag for flag in flags if not flag.startswith("stream")}
     if scan.codec == PICTURES:
         return ("pillow",)

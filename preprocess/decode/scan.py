@@ -158,7 +158,7 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
             "discontinuity": jumps,
             "gap": odd_gaps,
             "alpha": has_alpha_beside(stream),
-            "appended": is_appended(path, container.format.name),
+            Reason.APPENDED.value: is_appended(path, container.format.name),
         }
         flags |= {name for name, is_set in also.items() if is_set}
         scanned = Scan(
