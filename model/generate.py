@@ -36,11 +36,7 @@ def generate(
     The prompt is read once under the batch's own mask; each new token then sees its row's prompt
     and the tokens generated so far, never the padding between them.
     """
-    most = getattr(model.tokenizer, "model_max_length", None)
-    limit = context_length(model.llm.config.to_dict(), most)
-    longest = int(batch.lengths.max()) + max_new_tokens
-    fix = f"use fewer than {max_new_tokens} new tokens, or fewer frames (max_frames_num)"
-    check_context(longest, limit, f"a prompt with {max_new_tokens} new tokens", fix)
+    check_room(model, int(batch.lengths.max()), max_new_tokens)
     reader = (Cached if model.masked else Reread)(model, batch)
     hidden = reader.prompt()
     answers: list[list[Piece]] = [[] for _ in batch.lengths]
@@ -56,6 +52,14 @@ def generate(
             break
         hidden = reader.read(_embed_pieces(model, pieces, hidden.device))
     return answers
+
+
+def check_room(model: VLM, prompt: int, new: int) -> None:
+    """Raise UserError where a prompt and an answer of so many tokens are longer than the LLM reads."""
+    most = getattr(model.tokenizer, "model_max_length", None)
+    limit = context_length(model.llm.config.to_dict(), most)
+    fix = f"use fewer than {new} new tokens, or fewer frames (max_frames_num)"
+    check_context(prompt + new, limit, f"a prompt with {new} new tokens", fix)
 
 
 class Cached:

@@ -47,7 +47,7 @@ def test_train_go_on_evaluate_and_ask(
     assert "resumed" in command(["train/run.py", *as_flags(settings)])
     tested = ["--model", str(out), "--bank", str(bank)]
     command(["train/evaluate.py", *tested, "--data_path", str(toy / "test.jsonl")])
-    assert json.loads((out / "eval.json").read_text())
+    assert json.loads((out / "eval-test.json").read_text())
     clip = toy / "videos" / "test" / "clip-00000.mp4"
     command(["train/ask.py", str(clip), "When is it visible?", "--model", str(out)])
 

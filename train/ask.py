@@ -1,8 +1,10 @@
-"""Ask a trained model about a raw video; times come back as seconds, places as pixels.
+"""Ask a trained model about a raw video or a banked clip; times come back as seconds, places as pixels.
 
     python train/ask.py clip.mp4 "When is the red circle visible?" --model runs/a
+    python train/ask.py a/clip.mp4 "When is it?" --model runs/a --bank bank     # by its id
 
-The clip goes through the same sampling, tower and pooling as `preprocess encode`.
+A raw clip goes through the same sampling, tower and pooling as `preprocess encode`; frames are left out
+as in the model's training.
 """
 
 import argparse
@@ -24,14 +26,24 @@ from shards.format.features import FeatureConfig
 from shards.format.plan import TOWER_THREADS
 from shards.hub import absent
 from shards.read.bank import ClipInfo, of_units
+from shards.read.banks import Banks
 from shards.signed import Json
 from train.data.coordinates import settled
+from train.data.folders import advice
 from train.data.markup import MARKUP
 from train.data.records import Record, Turn
+from train.evaluate import check_features
 from train.settings.exits import command
+from train.settings.recorded import token_limit, trained_with
+from train.start.stage_files import model_problem
 
 if TYPE_CHECKING:
+    import torch
+
     from model.tower.tower import Tower
+    from model.vlm import VLM
+    from train.batches.chat import Chat
+    from train.batches.collate import ClipFeatures
 
 
 @dataclass(frozen=True)
@@ -52,41 +64,112 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("video", type=Path)
+    parser.add_argument("video", help="a file; with --bank a clip's id")
     parser.add_argument("question")
     parser.add_argument(
         "--model", required=True, type=Path, help="a run's folder or a checkpoint-N"
     )
+    parser.add_argument("--bank", nargs="+", help="bank folders, one of which has the clip")
     parser.add_argument(
         "--tower", help="where the vision tower lies now [as when the bank was made]"
     )
     parser.add_argument("--max_new_tokens", type=int, default=128)
     args = parser.parse_args(argv)
-    print(ask(args.video, args.question, args.model, args.tower, args.max_new_tokens))  # noqa: T201
+    if args.max_new_tokens < 1:
+        raise UserError("must be at least 1", got=args.max_new_tokens, where="--max_new_tokens")
+    if args.bank and args.tower:
+        raise UserError(
+            "a banked clip needs no tower", where="--tower", fix="leave out --tower or --bank"
+        )
+    told = (args.question, args.model)
+    if args.bank:
+        said = ask_banked(args.video, *told, args.bank, args.max_new_tokens)
+    else:
+        said = ask(Path(args.video), *told, args.tower, args.max_new_tokens)
+    print(said)  # noqa: T201
 
 
 def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tokens: int) -> str:
     """Return a model's answer about a video, in seconds and pixels."""
-    from model.family.conformance import admit
-    from model.generate import generate, write_answer
-    from model.vlm import VLM, read_model_config
-    from train.batches.chat import Chat
-    from train.batches.collate import collate, lay_out
-
-    read_model_config(folder)
-    model = VLM.load(folder).eval()
-    admit(model)
-    features = FeatureConfig.from_json(model.features)
-    name = tower or find_tower(model.tower, folder)
+    answerer = Answerer.load(folder)
     with DecodeChild() as child:
-        clip = fresh_clip(video, features, load_tower(features, name), child)
-    chat = Chat.of(model)
-    turns = asked(question, clip.info)
-    encoded = chat.encode(turns, [clip.info.duration], answer=1)
-    row = lay_out(encoded, [clip.info], model.config, features.pool, stamp=chat.stamp)
-    batch = collate([row], [[clip]], model.config, [str(video)])
-    pieces = generate(model, batch, stop=chat.stop, max_new_tokens=max_new_tokens)[0]
-    return in_pixels(write_answer(model, pieces, clip.info.duration), clip.info.display_size)
+        clip = fresh_clip(video, answerer.features, answerer.load_tower(tower), child)
+    return _ask(answerer, clip, question, max_new_tokens)
+
+
+def ask_banked(
+    clip_id: str, question: str, folder: Path, banks: Sequence[str], max_new_tokens: int
+) -> str:
+    """Return a model's answer about a clip of a bank, in seconds and pixels."""
+    opened = Banks.open(banks)
+    if clip_id not in opened:
+        why = "in quarantine" if clip_id in opened.quarantined() else "in no bank"
+        raise UserError(f"the clip {clip_id!r} is {why}", fix=advice(clip_id, opened))
+    answerer = Answerer.load(folder)
+    check_features(answerer.model, opened, folder)
+    return _ask(answerer, opened.clip(clip_id), question, max_new_tokens)
+
+
+def _ask(answerer: "Answerer", clip: "ClipFeatures", question: str, max_new_tokens: int) -> str:
+    said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
+    return in_pixels(said, clip.info.display_size)
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A trained model that is asked about clips, with the frames that its training would give them."""
+
+    model: "VLM"
+    chat: "Chat"
+    features: FeatureConfig
+    folder: Path
+    limit: int
+    """Tokens of a conversation at most; 0 for no limit, and where the folder does not say it."""
+
+    @classmethod
+    def load(cls, folder: Path, device: "torch.device | str" = "cpu") -> "Answerer":
+        """Load a model; UserError where there is none, or its LLM is not one that can be asked."""
+        from model.family.conformance import admit
+        from model.vlm import VLM, read_model_config
+        from train.batches.chat import Chat
+
+        read_model_config(folder)
+        if problem := model_problem(folder):
+            raise UserError(problem)
+        model = VLM.load(folder).to(device).eval()
+        admit(model)
+        features = FeatureConfig.from_json(model.features)
+        limit = token_limit(trained_with(folder) or {})
+        return cls(model, Chat.of(model), features, folder, limit)
+
+    def load_tower(self, name: str | None = None) -> "Tower":
+        """Return the tower of the model's features, where it lies now or by its name."""
+        return load_tower(self.features, name or find_tower(self.model.tower, self.folder))
+
+    def answer(
+        self, clips: "Sequence[ClipFeatures]", turns: Sequence[Turn], max_new_tokens: int
+    ) -> str:
+        """Return the answer that the last turn, an empty one, stands for: text with markup.
+
+        Its times are seconds of the last clip.
+        """
+        from model.batch import to_device
+        from model.generate import generate, write_answer
+        from train.batches.collate import collate, frames_within, lay_out
+
+        config, pool, stamp = self.model.config, self.features.pool, self.chat.stamp
+        infos = [clip.info for clip in clips]
+        lasting = [info.duration for info in infos]
+        encoded = self.chat.encode(turns, lasting, answer=len(turns) - 1)
+        most = config.max_frames_num
+        if self.limit:
+            most = max(frames_within(encoded, infos, config, pool, self.limit, stamp), 1)
+        row = lay_out(encoded, infos, config, pool, most, stamp=stamp)
+        batch = collate([row], [clips], config, [info.id for info in infos[:1]] or ["question"])
+        batch = to_device(batch, self.model.visual.frame_end.device)
+        stop = self.chat.stop
+        pieces = generate(self.model, batch, stop=stop, max_new_tokens=max_new_tokens)[0]
+        return write_answer(self.model, pieces, lasting[-1] if lasting else 0.0)
 
 
 def asked(question: str, clip: ClipInfo) -> list[Turn]:

@@ -60,6 +60,8 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
             f"step {step + 1}, pack {number}: {len(pack)} x {widest} places, {shown}",
         ),
     ]
+    if plan.frames_line:
+        lines.insert(1, ("frames", plan.frames_line))
     lines += [("note", note) for note in dataset.notes]
     shape = LlmShape.of(read_config(llm_name(config.stage_path)) or {})
     if shape is None:

@@ -1,9 +1,12 @@
-"""Score a model on a record file: answers on banked clips, and the held-out losses.
+"""Score a model on record files: answers on banked clips, and the held-out losses.
 
     accelerate launch train/evaluate.py --model runs/a --bank bank --data_path test.jsonl
+    python train/evaluate.py --rescore runs/a/predictions-test.jsonl     # no model is needed
 
 What is asked is read from the reference: two times are a span, x y a point, x y x y a box, and so on
-(`train/scores/kinds.py`). An answer that does not say it counts as 0.
+(`train/scores/kinds.py`). An answer that does not say it counts as 0. Each file of --data_path is a
+test set: its scores go to MODEL/eval-NAME.json, every answer to MODEL/predictions-NAME.jsonl. Records
+are cut as the model's training cut its own.
 """
 
 import argparse
@@ -12,47 +15,119 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from model.config import read_model_config
 from shards.errors import UserError
+from shards.read.banks import Banks
 from shards.signed import Json, write_atomic
+from train.answers import (
+    FEWEST_NEW_TOKENS,
+    check_lengths,
+    evaluate,
+    loader_of,
+    new_tokens,
+    questions_of,
+)
 from train.data.dataset import Dataset, open_records
 from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.folders import Folders
-from train.data.records import Record, duration_before
-from train.loop.held_out import held_out_loss
+from train.data.records import Record
 from train.scores.captions import check_captions
-from train.scores.kinds import Asked, asked_of
-from train.scores.scoring import score
-from train.scores.summary import constant_span, summarise_scores, table
+from train.scores.kinds import asked_of
+from train.scores.predictions import Prediction, read_predictions, report_of, write_predictions
+from train.scores.results import (
+    Results,
+    predictions_beside,
+    read_report,
+    report_beside,
+    report_problem,
+    results_of,
+)
+from train.scores.summary import table
 from train.settings.config import TrainConfig
 from train.settings.exits import command
-from train.settings.output import file_problem
+from train.settings.recorded import limit_of_run, trained_with
 from train.start.stage_files import model_problem
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from model.vlm import VLM
-    from train.batches.loader import Loader
+
+SCORED = ("answers", "tasks", "cut", "constant_span_miou", "examples")
+"""What a report says of its answers, and scoring them again replaces."""
 
 
 @command
 def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    if args.rescore:
+        rescore(args.rescore, args.output)
+        return
+    # -- everything that can be refused, before an answer is generated
+    strides = strides_of(args.model)
+    if problem := model_problem(args.model):
+        raise UserError(problem)
+    limit = limit_of_run(args.model) if args.max_tokens is None else args.max_tokens
+    results = results_of(args.model, args.data_path, args.output, untrained=args.untrained)
+    media = Folders(args.media_dir, tuple(args.strip_prefix))
+    settings = record_settings(args)
+    sets = [open_records(args.bank, [path], *strides, settings, media) for path in args.data_path]
+    records = [dataset.held_out[: args.max_records or None] for dataset in sets]
+    for own in records:
+        check_questions(own)
+    if args.untrained:
+        untrained_config(args.model)
+
+    import torch
+    from accelerate import Accelerator
+
+    # -- the model, and the banks it is scored on
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    model = untrained(args.model) if args.untrained else load(args.model, sets)
+    model.to(accelerator.device).eval()
+    loaders = [loader_of(model, dataset, limit) for dataset in sets]
+    caps = [
+        new_tokens(loader, questions_of(own), args.max_new_tokens)
+        for loader, own in zip(loaders, records, strict=True)
+    ]
+    for loader, own, most in zip(loaders, records, caps, strict=True):
+        check_lengths(model, loader, questions_of(own), most)
+
+    # -- answers and losses, a test set after the other
+    for place, loader, own, most in zip(results, loaders, records, caps, strict=True):
+        report, said = evaluate(model, loader, own, args.batch_size, most, accelerator)
+        if accelerator.is_main_process:
+            about: Json = {"test_set": place.name, "data_path": place.data_path}
+            about["untrained"] = args.untrained
+            write(place, loader.dataset, about | report, said, keep=args.output is None)
+    accelerator.end_training()
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Return what is asked for; UserError for numbers that make no sense."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--model", type=Path, help="a run's folder or a checkpoint-N")
+    parser.add_argument("--bank", nargs="+", help="bank folders")
+    parser.add_argument("--data_path", nargs="+", help="records, as those of a run: the test sets")
     parser.add_argument(
-        "--model", required=True, type=Path, help="a run's folder or a checkpoint-N"
+        "--rescore", type=Path, help="score the answers of a predictions-NAME.jsonl"
     )
-    parser.add_argument("--bank", required=True, nargs="+", help="bank folders")
-    parser.add_argument("--data_path", required=True, nargs="+", help="records, as those of a run")
-    parser.add_argument("--output", type=Path, help="where to write [MODEL/eval.json]")
+    parser.add_argument("--output", type=Path, help="where to write [MODEL/eval-NAME.json]")
     parser.add_argument("--batch_size", type=int, default=16, help="records answered together [16]")
     parser.add_argument("--max_records", type=int, default=0, help="score only the first N records")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        help=f"tokens of an answer at most [{FEWEST_NEW_TOKENS}, or twice the longest reference of "
+        "its kind]",
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, help="tokens of a record at most, 0: no limit [as in training]"
+    )
     parser.add_argument(
         "--untrained", action="store_true", help="score the same model before any training step"
     )
@@ -60,36 +135,30 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
     add_record_flags(parser)
     args = parser.parse_args(argv)
-    strides = strides_of(args.model)
-    name = "eval-untrained.json" if args.untrained else "eval.json"
-    output = args.output or args.model / name
-    if problem := model_problem(args.model) or report_problem(output):
+    needed = [name for name in ("model", "bank", "data_path") if not getattr(args, name)]
+    if needed and not args.rescore:
+        parser.error(f"the following arguments are required: --{', --'.join(needed)}")
+    least = {"batch_size": 1, "max_records": 0, "max_new_tokens": 1, "max_tokens": 0}
+    if problems := [
+        f"--{name}: must be at least {number}, got {getattr(args, name)}"
+        for name, number in least.items()
+        if getattr(args, name) is not None and getattr(args, name) < number
+    ]:
+        raise UserError.of(problems)
+    return args
+
+
+def rescore(path: Path, output: Path | None) -> None:
+    """Score answers again that are written down, and write both files anew."""
+    predictions = read_predictions(path)
+    report_path = output or report_beside(path)
+    if problem := report_problem(report_path):
         raise UserError(problem)
-    media = Folders(args.media_dir, tuple(args.strip_prefix))
-    dataset = open_records(args.bank, args.data_path, *strides, record_settings(args), media)
-    records = dataset.held_out[: args.max_records or None]
-    if any(
-        asked_of(r, k, r.turns[k].text, 0.0).kind == "caption" for r, k in questions_of(records)
-    ):
-        check_captions()
-
-    import torch
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    model = untrained(args.model) if args.untrained else load(args.model, dataset)
-    model.to(accelerator.device).eval()
-    report = evaluate(model, dataset, records, args.batch_size, accelerator)
-    if accelerator.is_main_process:
-        report["dropped"] = dict(Counter(drop.reason for drop in dataset.drops))
-        write_atomic(output, json.dumps(report, indent=2).encode() + b"\n")
-        print(table(report))  # noqa: T201
-        listed = output.with_suffix(".dropped.jsonl")
-        write_drops(listed, dataset.drops)
-        for line in [*dataset.notes, *([f"listed in {listed}"] if dataset.drops else [])]:
-            print(line)  # noqa: T201
-        print(f"written: {output}")  # noqa: T201
-    accelerator.end_training()
+    known = {k: v for k, v in read_report(report_beside(path)).items() if k not in SCORED}
+    report = {"records": len({p.record for p in predictions})} | known | report_of(predictions)
+    write_predictions(predictions_beside(report_path), predictions)
+    write_atomic(report_path, json.dumps(report, indent=2).encode() + b"\n")
+    print(f"{table(report)}\nwritten: {report_path}")  # noqa: T201
 
 
 def strides_of(folder: Path) -> tuple[int, int]:
@@ -98,37 +167,53 @@ def strides_of(folder: Path) -> tuple[int, int]:
     return model.slow_stride, model.fast_stride
 
 
-def report_problem(path: Path) -> str | None:
-    """Return why a report may not be written to a file: said before the scoring, not after."""
-    if (problem := file_problem(path)) or not path.exists():
-        return problem
-    try:
-        is_report = "tasks" in json.loads(path.read_bytes())
-    except (ValueError, TypeError):
-        is_report = False
-    return None if is_report else f"{path}: holds something else than a report; name another file"
+def check_questions(records: Sequence[Record]) -> None:
+    """Raise UserError where nothing is asked, or captions are and the library for them is missing."""
+    questions = questions_of(records)
+    if not questions:
+        raise UserError("no record has an answer to be scored against")
+    if any(asked_of(r, k, r.turns[k].text, 0.0).kind == "caption" for r, k in questions):
+        check_captions()
 
 
-def load(folder: Path, dataset: Dataset) -> "VLM":
+def load(folder: Path, sets: Sequence[Dataset]) -> "VLM":
     """Load a model and refuse banks that it was not made for."""
     from model.vlm import VLM
+
+    model = VLM.load(folder)
+    for dataset in sets:
+        check_features(model, dataset.banks, folder)
+    return model
+
+
+def check_features(model: "VLM", banks: Banks, folder: Path) -> None:
+    """Raise UserError where banks hold other features than a model was trained on."""
     from shards.format.features import FeatureConfig, differences
     from shards.read.banks import joint
 
-    model = VLM.load(folder)
     theirs = FeatureConfig.from_json(model.features)
-    lines = differences(joint(dataset.banks.config), joint(theirs))
+    lines = differences(joint(banks.config), joint(theirs))
     if lines:
         raise UserError(f"the bank's features are not those of {folder}: {'; '.join(lines)}")
-    return model
+
+
+def untrained_config(folder: Path) -> TrainConfig:
+    """Return the settings of a model's run; UserError where its folder does not say them."""
+    config = trained_with(folder)
+    if config is None:
+        raise UserError(
+            "no run.json here, which says how the model was before its first step",
+            where=folder,
+            fix="name the run's own folder, or leave out --untrained",
+        )
+    return TrainConfig(**config)
 
 
 def untrained(folder: Path) -> "VLM":
     """Return a run's model as it was before its first step."""
     from train.start.stage import assemble
 
-    facts = json.loads((folder / "run.json").read_text())
-    config = TrainConfig(**facts["config"])
+    config = untrained_config(folder)
     saved = json.loads((folder / "config.json").read_text())
     return assemble(
         config,
@@ -141,79 +226,20 @@ def untrained(folder: Path) -> "VLM":
     )
 
 
-def evaluate(
-    model: "VLM",
-    dataset: Dataset,
-    records: Sequence[Record],
-    batch_size: int,
-    accelerator: "Accelerator",
-) -> Json:
-    """Return losses and scores of a model over records, the same on every rank."""
-    from accelerate.utils import gather_object
-
-    from model.family.conformance import admit
-    from train.batches.chat import Chat
-    from train.batches.loader import Loader
-
-    admit(model)
-    chat = Chat.of(model)
-    loader = Loader(dataset, chat, model.config)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    losses = held_out_loss(model, loader, records, batch_size, accelerator)
-    questions = questions_of(records)
-    mine = questions[rank::world]
-    own = []
-    for begin in range(0, len(mine), batch_size):
-        own += answer(model, loader, mine[begin : begin + batch_size])
-    # dealt out in turn over the ranks, and put back into the order of the records
-    gathered = gather_object([(rank + k * world, pair) for k, pair in enumerate(own)])
-    pairs = [pair for _, pair in sorted(gathered, key=lambda numbered: numbered[0])]
-    asked, said = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    scores = [score(*pair) for pair in pairs]
-    report: Json = {"records": len(records), "answers": len(pairs), "losses": losses}
-    report["tasks"] = summarise_scores(asked, said, scores)
-    constant = constant_span(asked)
-    if constant is not None:
-        report["constant_span_miou"] = constant
-    report["examples"] = [
-        {"record": record.id, "reference": about.reference, "answer": text}
-        for (record, _), (about, text) in zip(questions[:20], pairs, strict=False)
-    ]
-    return report
-
-
-def questions_of(records: Sequence[Record]) -> list[tuple[Record, int]]:
-    """Return (record, number of the turn) for each answer of some records."""
-    return [
-        (record, k)
-        for record in records
-        for k, turn in enumerate(record.turns)
-        if turn.role == "assistant"
-    ]
-
-
-def answer(
-    model: "VLM", loader: "Loader", questions: Sequence[tuple[Record, int]]
-) -> list[tuple[Asked, str]]:
-    """Return what each question asks for, and the model's answer."""
-    from model.batch import to_device
-    from model.generate import generate, write_answer
-
-    batch = to_device(loader.prompts(questions), device_of(model))
-    out = []
-    for (record, turn), said in zip(
-        questions, generate(model, batch, stop=loader.chat.stop), strict=True
-    ):
-        durations = [clip.info.duration for clip in loader.dataset.clips(record)]
-        duration = duration_before(record, durations, turn)
-        reference = loader.chat.in_numbers(record.turns[turn].text, duration)
-        about = asked_of(record, turn, reference, duration)
-        out.append((about, write_answer(model, said, duration)))
-    return out
-
-
-def device_of(model: "VLM") -> Any:
-    return model.visual.frame_end.device
+def write(
+    place: Results, dataset: Dataset, report: Json, said: Sequence[Prediction], *, keep: bool
+) -> None:
+    """Write a test set's results and print them; keep: what other records scored under this name."""
+    report["dropped"] = dict(Counter(drop.reason for drop in dataset.drops))
+    lines = [f"{place.name}: {table(report)}", *dataset.notes]
+    if keep and (moved := place.set_aside()):
+        lines.append(f"results of other records are now {', '.join(map(str, moved))}")
+    write_predictions(place.predictions, said)
+    write_atomic(place.report, json.dumps(report, indent=2).encode() + b"\n")
+    listed = place.report.with_suffix(".dropped.jsonl")
+    write_drops(listed, dataset.drops)
+    lines += [f"listed in {listed}"] if dataset.drops else []
+    print("\n".join([*lines, f"written: {place.report}, {place.predictions.name}"]))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A table over finished runs: what differed, what they cost, what they reached.
+"""A table over finished runs and their test sets: what differed, what they cost, what they reached.
 
 python -m train.report runs/a runs/b     # runs on one bank
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.signed import Json
+from train.scores.results import PREFIX, read_report
 from train.settings.exits import command
 
 
@@ -26,6 +27,7 @@ def compare(runs: list[Path]) -> str:
         "LAPE",
         "steps",
         "train s",
+        "test set",
         "ce_loss",
         "ar_loss",
         "ar_skill",
@@ -41,15 +43,35 @@ def compare(runs: list[Path]) -> str:
         config = json.loads((run / "run.json").read_text())["config"]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if line["kind"] == "train"]
-        scored, before = _read(run / "eval.json"), _read(run / "eval-untrained.json")
+        trained = [
+            str(run),
+            f"{config['frame_sampling_strategy']} {config['slow_frame_ratio']}",
+            "on" if config["enable_lape"] else "off",
+            str(steps[-1]["step"]),
+            f"{sum(line['seconds'] for line in steps):.0f}",
+        ]
+        rows += [[*trained, *own] for own in _scores(run)]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _scores(run: Path) -> list[list[str]]:
+    """Return the columns of each test set that a run's folder has scores of; of none, one without."""
+    reports: dict[str, dict[bool, Json]] = {}
+    for path in sorted(run.glob(f"{PREFIX}*.json")):
+        report = read_report(path)
+        if "test_set" in report:
+            reports.setdefault(report["data_path"], {})[report["untrained"]] = report
+    out = []
+    for own in reports.values() or [{}]:
+        scored, before = own.get(False, {}), own.get(True, {})
         losses = scored.get("losses", {})
-        rows.append(
+        out.append(
             [
-                str(run),
-                f"{config['frame_sampling_strategy']} {config['slow_frame_ratio']}",
-                "on" if config["enable_lape"] else "off",
-                str(steps[-1]["step"]),
-                f"{sum(line['seconds'] for line in steps):.0f}",
+                (scored or before).get("test_set", "-"),
                 _number(losses.get("ce_loss")),
                 _number(losses.get("autoregressive_loss")),
                 _number(losses.get("ar_skill")),
@@ -58,15 +80,7 @@ def compare(runs: list[Path]) -> str:
                 _number(scored.get("constant_span_miou")),
             ]
         )
-    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def _read(path: Path) -> Json:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return out
 
 
 def _number(value: float | None) -> str:

@@ -329,5 +329,5 @@ def test_what_was_learned_by_heart_is_answered_exactly(
     from train.evaluate import main
 
     main(["--model", str(run), "--bank", str(toy_bank), "--data_path", str(records)])
-    scores = json.loads((run / "eval.json").read_text())["tasks"]
+    scores = json.loads((run / "eval-records.json").read_text())["tasks"]
     assert scores["text"]["exact"] == 1.0

@@ -277,6 +277,6 @@ def test_what_a_model_has_by_heart_it_scores(
     from train.evaluate import main
 
     main(["--model", str(run), "--bank", str(toy_bank), "--data_path", str(records)])
-    scores = json.loads((run / "eval.json").read_text())["tasks"]["span"]
+    scores = json.loads((run / "eval-records.json").read_text())["tasks"]["span"]
     assert scores["parsed"] == 1
     assert scores["iou"] > 0.95

@@ -81,9 +81,9 @@ def test_the_command_scores_a_model_alone_and_in_two_processes(
 ) -> None:
     evaluate_here(batch_size=2)
     printed = capsys.readouterr().out
-    report = json.loads((trained / "eval.json").read_text())
+    report = json.loads((trained / "eval-test.json").read_text())
     assert "5 records, 5 answers" in printed
-    assert f"written: {trained / 'eval.json'}" in printed
+    assert f"written: {trained / 'eval-test.json'}" in printed
     for kind in ("span", "point", "box", "number", "text"):
         assert f"\n{kind} " in printed
     assert {kind: entry["count"] for kind, entry in report["tasks"].items()} == {
@@ -134,7 +134,8 @@ def test_the_untrained_model_is_scored_beside_it(
     evaluate_here("--untrained", max_records=2)
     evaluate_here(max_records=2, output=trained / "some.json")
     before, after = (
-        json.loads((trained / name).read_text()) for name in ("eval-untrained.json", "some.json")
+        json.loads((trained / name).read_text())
+        for name in ("eval-test-untrained.json", "some.json")
     )
     assert before["records"] == 2
     assert before["losses"]["ce_loss"] > after["losses"]["ce_loss"] + 0.5

@@ -149,6 +149,29 @@ def lay_out(
     )
 
 
+def frames_within(
+    encoded: Encoded,
+    infos: Sequence[ClipInfo],
+    config: VLMConfig,
+    pool: str,
+    limit: int,
+    stamp: Callable[[float], Sequence[int]] | None = None,
+) -> int:
+    """Return the most frames of a clip with which a conversation has at most `limit` tokens.
+
+    0 where one frame of each clip is too much. What `train.batches.fitting.fit_frames` finds from
+    counts, of one conversation.
+    """
+    low, high = 0, config.max_frames_num
+    while low < high:
+        middle = (low + high + 1) // 2 if low else 1
+        if len(lay_out(encoded, infos, config, pool, middle, stamp)) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def pack(rows: Sequence[Row]) -> Row:
     """Return conversations one after the other in one row; clips are numbered through as well."""
     frames: list[PlacedFrame] = []

@@ -149,7 +149,7 @@ class Lengths:
         if self.written is None:
             return np.zeros_like(self.text)
         taken = np.minimum(self.clips.frames, frames[self.clips.record])
-        return self._per_record(self.written.taken(self.clips.frames, taken))
+        return self.per_record(self.written.taken(self.clips.frames, taken))
 
     def taken(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (slow, fast) frames of each clip use; frames: int64 `(records,)`, the most of a clip.
@@ -163,23 +163,24 @@ class Lengths:
     def visual(self, frames: np.ndarray) -> np.ndarray:
         """Return the tokens of all frames of each record, closing tokens included."""
         slow, fast = self.taken(frames)
-        return self._per_record(
+        return self.per_record(
             slow * (self.clips.slow_cells + 1) + fast * (self.clips.fast_cells + 1)
         )
 
     def transitions(self, frames: np.ndarray) -> np.ndarray:
         """Return the steps from frame to frame within a clip, of each record."""
         slow, fast = self.taken(frames)
-        return self._per_record(slow + fast - 1)
+        return self.per_record(slow + fast - 1)
 
     def frame_pairs(self, frames: np.ndarray) -> np.ndarray:
         """Return the (query, key) pairs that frames see beyond causal ones, seeing themselves wholly."""
         slow, fast = self.taken(frames)
         sizes = self.clips.slow_cells + 1, self.clips.fast_cells + 1
         own = [size * (size - 1) // 2 for size in sizes]
-        return self._per_record(slow * own[0] + fast * own[1])
+        return self.per_record(slow * own[0] + fast * own[1])
 
-    def _per_record(self, values: np.ndarray) -> np.ndarray:
+    def per_record(self, values: np.ndarray) -> np.ndarray:
+        """Return the sums over each record's clips."""
         sums = np.bincount(self.clips.record, weights=values, minlength=len(self.text))
         return sums.astype(np.int64)
 
@@ -217,39 +218,6 @@ def measure(
     ratio = exact_ratio(settings.slow_frame_ratio)
     written = Stamps.of(dataset.records, chat()) if settings.frame_time == "text" else None
     return Lengths(np.concatenate(text), np.concatenate(supervised), clips, ratio, written)
-
-
-def fit_frames(lengths: Lengths, frames: np.ndarray, limit: int) -> np.ndarray:
-    """Return the most frames of a clip with which each record has at most `limit` tokens.
-
-    frames: int64 `(records,)`, the most there may be. 0 where a single frame of each clip is too much.
-    Whole frames are left out, evenly; none is cut.
-    """
-    low, high = np.zeros_like(frames), frames.copy()
-    high[lengths.total(np.ones_like(frames)) > limit] = 0
-    while (low < high).any():
-        middle = (low + high + 1) // 2
-        fits = lengths.total(middle) <= limit
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
-    return low
-
-
-def fit_records(
-    lengths: Lengths, frames: np.ndarray, max_tokens: int, pack_tokens: int
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return the frames of a clip that each record's tokens leave room for, and who is left out.
-
-    frames: int64 `(records,)`, the most there may be. Limits of 0 are none. Left out, by reason, are
-    the records that do not fit with one frame, and those that cannot be encoded; their frames are 1.
-    """
-    left_out = {REFUSED: np.flatnonzero(lengths.text < 0)}
-    if limits := [limit for limit in (max_tokens, pack_tokens) if limit]:
-        frames = fit_frames(lengths, frames, min(limits))
-        name = "max_tokens" if min(limits) == max_tokens else "pack_tokens"
-        too_long = (frames == 0) & (lengths.text >= 0)
-        left_out[f"longer than {name} {min(limits)} with one frame"] = np.flatnonzero(too_long)
-        frames = np.maximum(frames, 1)
-    return frames, {reason: records for reason, records in left_out.items() if len(records)}
 
 
 def text_lengths(

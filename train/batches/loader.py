@@ -8,8 +8,9 @@ from functools import lru_cache
 
 from model.batch import Batch, pinned
 from model.vlm import VLMConfig
+from shards.read.banks import BankedClip
 from train.batches.chat import MEDIA, Chat, Encoded
-from train.batches.collate import collate, lay_out, pack
+from train.batches.collate import Row, collate, frames_within, lay_out, pack
 from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
 from train.data.records import Record, task_of
@@ -47,19 +48,48 @@ class Loader:
         *,
         row_length: int = 0,
         pin: bool = False,
+        limit: int = 0,
     ) -> None:
-        """row_length: places that every row has at least; pin: for copies to a CUDA device."""
+        """row_length: places that every row has at least; pin: for copies to a CUDA device.
+
+        limit: tokens of a record at most, kept by leaving out whole frames where no plan says which;
+        0 sets none.
+        """
         self.dataset = dataset
         self.config = config
         self.pool = dataset.banks.config.pool
         self.chat = chat
         self.row_length = row_length
         self.pin = pin
+        self.limit = limit
         self._encoded = lru_cache(maxsize=100_000)(self._encode)
+        self.fitting = lru_cache(maxsize=100_000)(self._fitting)
 
     def _encode(self, record: Record, answer: int | None) -> Encoded:
         durations = [clip.info.duration for clip in self.dataset.clips(record)]
         return self.chat.encode(record.turns, durations, answer=answer)
+
+    def _fitting(self, record: Record) -> int:
+        """Return the most frames of a clip that a whole record's limit leaves; 0 if one is too much."""
+        if not self.limit:
+            return self.config.max_frames_num
+        infos = [clip.info for clip in self.dataset.clips(record)]
+        encoded = self._encoded(record, None)
+        return frames_within(encoded, infos, self.config, self.pool, self.limit, self.chat.stamp)
+
+    def prompt_length(self, record: Record, answer: int) -> int:
+        """Return the tokens of a record up to where an answer begins."""
+        return len(self._row(record, None, answer)[0])
+
+    def _row(
+        self, record: Record, most: int | None, answer: int | None
+    ) -> tuple[Row, list[BankedClip]]:
+        """Return a record, up to where an answer begins if one is given, and the clips in it."""
+        encoded = self._encoded(record, answer)
+        media = self.dataset.clips(record)[: encoded.ids.count(MEDIA)]
+        most = max(self.fitting(record), 1) if most is None else most
+        infos = [clip.info for clip in media]
+        return lay_out(encoded, infos, self.config, self.pool, most, self.chat.stamp), media
 
     def batch(self, records: Sequence[Record], *, with_copy: bool = False) -> Batch:
         """Return the batch of some records, one a row, features read from the banks."""
@@ -93,10 +123,8 @@ class Loader:
             answer = answers[number] if answers else None
             talks, own = [], []
             for record, most in row:
-                encoded = self._encoded(record, answer)
-                media = self.dataset.clips(record)[: encoded.ids.count(MEDIA)]
-                infos = [clip.info for clip in media]
-                talks.append(lay_out(encoded, infos, self.config, self.pool, most, self.chat.stamp))
+                talk, media = self._row(record, most, answer)
+                talks.append(talk)
                 own.append(media)
             laid.append(pack(talks) if len(talks) > 1 else talks[0])
             clips.append(own)

@@ -21,7 +21,8 @@ from model.family.limits import check_context
 from shards.errors import UserError
 from shards.read.banks import joint
 from shards.signed import Json
-from train.batches.lengths import REFUSED, Lengths, fit_records, measure, tokenizer_digest
+from train.batches.fitting import fit_records
+from train.batches.lengths import REFUSED, Lengths, measure, tokenizer_digest
 from train.batches.run_plan import RunPlan
 from train.cost import LlmShape
 from train.data.dataset import Dataset
@@ -157,10 +158,10 @@ def make_plan(
     dropped here.
     """
     assert cut.rows_per_step % cut.rows_per_pack == 0, cut
-    most = np.full(len(lengths.text), cut.most_frames, np.int64)
-    frames, left_out = fit_records(lengths, most, cut.max_tokens, cut.pack_tokens)
+    frames, kept, left_out, frames_line = fit_records(
+        lengths, cut.most_frames, cut.max_tokens, cut.pack_tokens
+    )
     reasons = dict(dropped or {}) | {reason: len(own) for reason, own in left_out.items()}
-    kept = np.setdiff1d(np.arange(len(frames)), np.concatenate([[], *left_out.values()]))
     if not len(kept):
         limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
         if REFUSED in left_out or not limits:
@@ -168,7 +169,6 @@ def make_plan(
         raise UserError(
             f"no record fits {min(limits)} tokens", fix="raise max_tokens and pack_tokens"
         )
-    kept = kept.astype(np.int64)
     visual = lengths.visual(frames)
     tokens = lengths.text + visual + lengths.stamps(frames)
     epochs = packed_epochs(kept, tokens, cut) if cut.pack_tokens else plain_epochs(kept, cut)
@@ -190,6 +190,7 @@ def make_plan(
         cost=cut.cost,
         dropped=reasons,
         left_out=left_out,
+        frames_line=frames_line,
         facts=dict(facts or {}),
     )
 

@@ -44,6 +44,8 @@ class RunPlan:
     """Records left out, by reason, before this plan and by it."""
     left_out: dict[str, np.ndarray] = field(default_factory=dict)
     """int64, the records that this plan leaves out, by reason."""
+    frames_line: str = ""
+    """How many frames of the others `max_tokens` and `pack_tokens` leave out; empty where none."""
     facts: Json = field(default_factory=dict)
     """All that the plan depends on, by name."""
 

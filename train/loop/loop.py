@@ -43,7 +43,7 @@ from train.loop.speed import StepTimer, make_timer
 from train.loop.step import Losses, Step, run_step
 from train.settings.config import TrainConfig
 from train.settings.output import RUN
-from train.settings.recorded import write_run
+from train.settings.recorded import token_limit, write_run
 from train.start.prepare_llm import admit_llm, choose_attention, llm_dtype, prepare_llm
 from train.start.stage import build, llm_base
 
@@ -254,7 +254,8 @@ def calibrate(run: Run, model: VLM, loader: Loader) -> float:
     """Set the scale of a fresh model's positions; return it as `VLM.calibrate` does."""
     records = run.plan.first_with_media(CALIBRATED)
     if records:
-        batch = loader.batch([run.dataset.records[k] for k in records])
+        whole = run.config.max_frames_num  # whatever the limit of a record
+        batch = loader.rows([[(run.dataset.records[k], whole)] for k in records], False)
         # where the model is: FSDP moves it to the device only later
         return model.calibrate(to_device(batch, model.visual.frame_end.device))
     learns = model.lape is not None and model.lape.preset == "plus"
@@ -272,7 +273,8 @@ def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
     # flex_attention cuts a row into blocks of 128
     row_length = -(-run.config.pack_tokens // 128) * 128 if compiled else 0
     on_cuda = run.accelerator.device.type == "cuda"
-    return Loader(run.dataset, chat, model.config, row_length=row_length, pin=on_cuda)
+    limit = token_limit(asdict(run.config))  # of held-out records as of the others
+    return Loader(run.dataset, chat, model.config, row_length=row_length, pin=on_cuda, limit=limit)
 
 
 # -- rehearsal

@@ -7,6 +7,7 @@ from 0 to 1, and errs by the whole range.
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 from shards.signed import Json
 from train.scores.kinds import Asked, groups_of
@@ -21,7 +22,7 @@ from train.scores.overlap import (
     windows_iou,
 )
 from train.scores.reading import Reading, read_coordinates, read_tube, read_windows, words_of
-from train.scores.words import decimals, folded, items_of, letter_of, number_of, one_number
+from train.scores.words import decimals, folded, items_of, letter_of, number_of, one_number, spoken
 
 RECALLS = (0.3, 0.5, 0.7)
 
@@ -42,6 +43,17 @@ def score(asked: Asked, said: str) -> Json:
             out["same_words"] = float(reading.parsed and same)
         return out
     return {"kind": asked.kind} | WORDS[asked.kind](asked, said)
+
+
+def value_of(asked: Asked, said: str) -> Any:
+    """Return what an answer was read as: numbers, a number, a letter, items, or its words; or None."""
+    if asked.kind in COORDINATES:
+        return list(COORDINATES[asked.kind][0](asked, said).numbers) or None
+    if asked.kind == "number":
+        return one_number(said)
+    if asked.kind == "choice":
+        return letter_of(said, asked.options)
+    return items_of(said) if asked.kind == "order" else spoken(said).strip()
 
 
 # -- coordinates: of each, the numbers that were read, or none

@@ -47,14 +47,43 @@ def constant_span(asked: Sequence[Asked]) -> float | None:
 
 def table(report: Json) -> str:
     """Return a report as people read it."""
-    losses = report["losses"]
+    losses = report.get("losses", {})
     lines = [f"{report['records']} records, {report['answers']} answers"]
+    if "limits" in report:
+        lines.append(limits_line(report["limits"]))
     shown = ("ce_loss", "autoregressive_loss", "ar_copy_baseline", "ar_skill")
-    lines.append("  ".join(f"{name} {losses[name]:.4f}" for name in shown if name in losses))
+    if losses:
+        lines.append("  ".join(f"{name} {losses[name]:.4f}" for name in shown if name in losses))
     for kind, entry in report["tasks"].items():
         parts = [f"{kind:7} n={entry['count']:<5}"]
         parts += [f"{name} {value:.3f}" for name, value in entry.items() if name != "count"]
         lines.append("  ".join(parts))
     if "constant_span_miou" in report:
         lines.append(f"best constant span: mIoU {report['constant_span_miou']:.3f}")
+    for kind, count in report.get("cut", {}).items():
+        lines.append(
+            f"{count} of {report['tasks'][kind]['count']} {kind} answers had not ended when they were "
+            "cut; raise --max_new_tokens"
+        )
     return "\n".join(lines)
+
+
+def limits_line(limits: Json) -> str:
+    """Return what frames a test set's records had, as in training."""
+    line = (
+        f"frames as in training: {limits['max_frames_num']} of a clip at most, "
+        f"{limits['frame_sampling_strategy']} {limits['slow_frame_ratio']}"
+    )
+    if limits["frame_time"] == "text":
+        line += ", with their times"
+    if limits["max_tokens"]:
+        line += f"; of records of {limits['max_tokens']} tokens at most"
+    if limits["frames_left_out"]:
+        wanted = limits["frames"] + limits["frames_left_out"]
+        line += (
+            f", which leaves out {limits['frames_left_out']:,} of {wanted:,} frames, in "
+            f"{limits['records_shortened']:,} records"
+        )
+    if limits["records_too_long"]:
+        line += f"; {limits['records_too_long']:,} are longer with one frame, and have that one"
+    return line

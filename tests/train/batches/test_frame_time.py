@@ -14,7 +14,8 @@ from model.generate import choose
 from model.vlm import VLM
 from train.ask import ask
 from train.batches.chat import Chat
-from train.batches.lengths import Lengths, fit_frames, measure
+from train.batches.fitting import fit_frames
+from train.batches.lengths import Lengths, measure
 from train.batches.loader import Loader
 from train.batches.plan import plan_run
 from train.data.dataset import open_dataset

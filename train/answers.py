@@ -1,0 +1,172 @@
+"""The questions of records, what limits them and their answers, and a model's answers to them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from shards.annotations.forms import MEDIA_TAG
+from shards.signed import Json
+from train.data.dataset import Dataset
+from train.data.records import Record, Turn, duration_before
+from train.loop.held_out import held_out_loss
+from train.scores.predictions import Prediction, report_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from model.vlm import VLM
+    from train.batches.chat import Chat
+    from train.batches.loader import Loader
+
+FEWEST_NEW_TOKENS = 96
+"""Tokens that an answer of any kind may have; those of longer references more."""
+
+
+def loader_of(model: "VLM", dataset: Dataset, limit: int) -> "Loader":
+    """Return what makes a test set's batches: its records cut to `limit` tokens, as in training."""
+    from train.batches.chat import Chat
+    from train.batches.loader import Loader
+
+    return Loader(dataset, Chat.of(model), model.config, limit=limit)
+
+
+def new_tokens(
+    loader: "Loader", questions: Sequence[tuple[Record, int]], asked: int | None
+) -> dict[str, int]:
+    """Return the tokens that an answer may have, by kind: so many, or twice its longest reference."""
+    most: dict[str, int] = {}
+    for record, turn in questions:
+        blank = question_of(loader, record, turn)
+        if asked is None:
+            needed = 2 * reference_tokens(loader.chat, blank.reference, blank.duration)
+            most[blank.asked.kind] = max(most.get(blank.asked.kind, FEWEST_NEW_TOKENS), needed)
+        else:
+            most[blank.asked.kind] = asked
+    return most
+
+
+def reference_tokens(chat: "Chat", reference: str, duration: float) -> int:
+    """Return the tokens of an answer as the model would write it, with what ends it."""
+    media = [duration] if duration > 0 else []
+    said = Turn("assistant", MEDIA_TAG.sub("", reference))
+    turns = [Turn("user", "<video>" * len(media)), said]
+    return sum(chat.encode(turns, media).supervised)
+
+
+def check_lengths(
+    model: "VLM",
+    loader: "Loader",
+    questions: Sequence[tuple[Record, int]],
+    most: dict[str, int],
+) -> None:
+    """Raise UserError where a question and its answer are longer than the LLM reads."""
+    from model.generate import check_room
+
+    for record, turn in questions:
+        new = most[question_of(loader, record, turn).asked.kind]
+        check_room(model, loader.prompt_length(record, turn), new)
+
+
+def evaluate(
+    model: "VLM",
+    loader: "Loader",
+    records: Sequence[Record],
+    batch_size: int,
+    most: dict[str, int],
+    accelerator: "Accelerator",
+) -> tuple[Json, list[Prediction]]:
+    """Return losses and scores of a model over records, and its answers, the same on every rank.
+
+    most: tokens of an answer at most, by kind.
+    """
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    from model.family.conformance import admit
+
+    admit(model)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    losses = held_out_loss(model, loader, records, batch_size, accelerator)
+    questions = questions_of(records)
+    mine = questions[rank::world]
+    own = []
+    shown = None if rank == 0 else True  # on a terminal alone
+    for begin in tqdm(range(0, len(mine), batch_size), "answers", disable=shown):
+        own += answer(model, loader, mine[begin : begin + batch_size], most)
+    # dealt out in turn over the ranks, and put back into the order of the records
+    gathered = gather_object([(rank + k * world, said) for k, said in enumerate(own)])
+    predictions = [said for _, said in sorted(gathered, key=lambda numbered: numbered[0])]
+    report: Json = {"records": len(records), "losses": losses}
+    report["limits"] = limits_of(loader, records) | {"max_new_tokens": most}
+    return report | report_of(predictions), predictions
+
+
+def limits_of(loader: "Loader", records: Sequence[Record]) -> Json:
+    """Return what a test set's records are limited to, and what that leaves out."""
+    config = loader.config
+    names = ("max_frames_num", "frame_sampling_strategy", "slow_frame_ratio", "frame_time")
+    frames = used = shortened = too_long = 0
+    for record in records:
+        fitting = loader.fitting(record)
+        banked = [len(clip.info.timestamps) for clip in loader.dataset.clips(record)]
+        wanted = sum(min(count, config.max_frames_num) for count in banked)
+        left = sum(min(count, max(fitting, 1)) for count in banked)
+        frames, used = frames + wanted, used + min(left, wanted)
+        shortened += left < wanted
+        too_long += not fitting
+    out: Json = {name: getattr(config, name) for name in names} | {"max_tokens": loader.limit}
+    out |= {"frames": used, "frames_left_out": frames - used, "records_shortened": shortened}
+    return out | {"records_too_long": too_long}
+
+
+def questions_of(records: Sequence[Record]) -> list[tuple[Record, int]]:
+    """Return (record, number of the turn) for each answer of some records."""
+    return [
+        (record, k)
+        for record in records
+        for k, turn in enumerate(record.turns)
+        if turn.role == "assistant"
+    ]
+
+
+def question_of(loader: "Loader", record: Record, turn: int) -> Prediction:
+    """Return a question with what its answer is scored against, and no answer yet."""
+    durations = [clip.info.duration for clip in loader.dataset.clips(record)]
+    duration = duration_before(record, durations, turn)
+    asked = [t.text for t in record.turns[:turn] if t.role == "user"]
+    return Prediction(
+        record=record.id,
+        media=record.clips,
+        turn=turn,
+        task=record.task,
+        question=asked[-1] if asked else "",
+        reference=loader.chat.in_numbers(record.turns[turn].text, duration),
+        duration=duration,
+        answer="",
+        cut=False,
+    )
+
+
+def answer(
+    model: "VLM",
+    loader: "Loader",
+    questions: Sequence[tuple[Record, int]],
+    most: dict[str, int],
+) -> list[Prediction]:
+    """Return the model's answers; most: tokens of one at most, by kind."""
+    from model.batch import to_device
+    from model.generate import generate, write_answer
+
+    batch = to_device(loader.prompts(questions), device_of(model))
+    blanks = [question_of(loader, *question) for question in questions]
+    caps = [most[blank.asked.kind] for blank in blanks]
+    said = generate(model, batch, stop=loader.chat.stop, max_new_tokens=max(caps))
+    out = []
+    for blank, cap, pieces in zip(blanks, caps, said, strict=True):
+        text = write_answer(model, pieces[:cap], blank.duration)
+        out.append(replace(blank, answer=text, cut=len(pieces) >= cap))
+    return out
+
+
+def device_of(model: "VLM") -> Any:
+    return model.visual.frame_end.device

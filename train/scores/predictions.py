@@ -1,0 +1,105 @@
+"""Answers as they were given, a line of JSON each: what is scored, and can be scored again without
+the model.
+
+    {"record": "r1", "media": ["a/clip.mp4"], "turn": 1, "task": "", "question": "When is it?",
+     "reference": "from <t:1> to <t:4>", "duration": 8.0, "answer": "from 1.0 to 4.0", "cut": false,
+     "kind": "span", "value": [1.0, 4.0], "scores": {"parsed": 1.0, "run_on": 0.0, "iou": 1.0}}
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+from shards.errors import UserError
+from shards.signed import Json, write_atomic
+from train.scores.captions import check_captions
+from train.scores.kinds import Asked, asked
+from train.scores.scoring import score, value_of
+from train.scores.summary import constant_span, summarise_scores
+
+EXAMPLES = 20
+"""Answers that a report shows."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer, and all that it is scored against."""
+
+    record: str
+    """The record's id."""
+    media: tuple[str, ...]
+    """Ids of the record's clips."""
+    turn: int
+    """Place of the answer among the record's turns, from 0."""
+    task: str
+    """The record's own task name, or empty."""
+    question: str
+    reference: str
+    """In markup: seconds, and fractions of the frame."""
+    duration: float
+    """Seconds of the medium that its times belong to."""
+    answer: str
+    cut: bool
+    """It had not ended when it had as many tokens as it may have."""
+
+    @cached_property
+    def asked(self) -> Asked:
+        return asked(self.reference, self.duration, question=self.question, task=self.task)
+
+    def to_json(self) -> Json:
+        """Return the line of an answer: with its kind, what it was read as, and its scores."""
+        scores = score(self.asked, self.answer)
+        kind = scores.pop("kind")
+        value = value_of(self.asked, self.answer)
+        return asdict(self) | {"kind": kind, "value": value, "scores": scores}
+
+
+def report_of(predictions: Sequence[Prediction]) -> Json:
+    """Return the scores of answers: by kind, beside the best constant span, with a few examples."""
+    about, said = [p.asked for p in predictions], [p.answer for p in predictions]
+    scores = [score(*pair) for pair in zip(about, said, strict=True)]
+    report: Json = {"answers": len(predictions), "tasks": summarise_scores(about, said, scores)}
+    if cut := Counter(p.asked.kind for p in predictions if p.cut):
+        report["cut"] = dict(cut)
+    constant = constant_span(about)
+    if constant is not None:
+        report["constant_span_miou"] = constant
+    report["examples"] = [
+        {"record": p.record, "reference": p.reference, "answer": p.answer}
+        for p in predictions[:EXAMPLES]
+    ]
+    return report
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Write answers with their scores, a line each; the file exists whole or not at all."""
+    lines = [json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions]
+    write_atomic(path, "".join(lines).encode())
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Return the answers of a file that `write_predictions` wrote; UserError by line."""
+    if not path.is_file():
+        raise UserError("no such file", where=path)
+    names = {field.name for field in fields(Prediction)}
+    found = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            values = {name: row[name] for name in names} | {"media": tuple(row["media"])}
+            found.append(Prediction(**values | {"duration": float(row["duration"])}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                "not an answer that evaluate wrote",
+                got=f"{type(error).__name__}: {error}",
+                where=f"{path}:{number}",
+                fix="--rescore takes a predictions-NAME.jsonl",
+            ) from None
+    if not found:
+        raise UserError("holds no answer", where=path)
+    if any(p.asked.kind == "caption" for p in found):
+        check_captions()
+    return found

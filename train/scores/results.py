@@ -1,0 +1,147 @@
+"""Where the scores of a test set are written: a report, and beside it every answer.
+
+`eval-NAME.json` and `predictions-NAME.jsonl`; NAME is that of the file of records.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.errors import UserError
+from shards.signed import Json
+from train.settings.output import file_problem
+
+PREFIX, UNTRAINED = "eval-", "-untrained"
+ENDINGS = re.compile(r"\.(jsonl?|csv|tsv|parquet|ya?ml)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of a test set."""
+
+    name: str
+    """Of the test set."""
+    data_path: str
+    report: Path
+
+    @property
+    def predictions(self) -> Path:
+        return predictions_beside(self.report)
+
+    def set_aside(self) -> list[Path]:
+        """Rename files of this name that hold the scores of other records; return their new names."""
+        other = read_report(self.report).get("data_path", self.data_path)
+        if other == self.data_path:
+            return []
+        ending = UNTRAINED if self.report.stem.endswith(UNTRAINED) else ""
+        places = [self.report.with_name(f"{PREFIX}{n}{ending}.json") for n in longer_names(other)]
+        free = [p for p in places[1:] if read_report(p).get("data_path", other) == other]
+        report = [*free, places[-1]][0]
+        moved = {self.report: report, self.predictions: predictions_beside(report)}
+        for old, new in moved.items():
+            if old.exists():
+                os.replace(old, new)
+        return [new for new in moved.values() if new.exists()]
+
+
+def results_of(
+    model: Path, paths: Sequence[str], output: Path | None, *, untrained: bool
+) -> list[Results]:
+    """Return where the scores of each test set go; UserError where that cannot be written."""
+    if output is not None and len(paths) > 1:
+        raise UserError(
+            f"--output names one file, and there are {len(paths)} test sets",
+            where=output,
+            fix="leave it out: each gets an eval-NAME.json in the model's folder",
+        )
+    ending = UNTRAINED if untrained else ""
+    found = [
+        Results(name, absolute(path), output or model / f"{PREFIX}{name}{ending}.json")
+        for name, path in zip(distinct_names(paths), paths, strict=True)
+    ]
+    problems = [
+        problem
+        for own in found
+        if (problem := report_problem(own.report) or predictions_problem(own.predictions))
+    ]
+    if problems:
+        raise UserError.of(problems)
+    return found
+
+
+def predictions_beside(report: Path) -> Path:
+    """Return where the answers of a report lie: eval-NAME.json has predictions-NAME.jsonl."""
+    return report.with_name(f"predictions-{report.stem.removeprefix(PREFIX)}.jsonl")
+
+
+def report_beside(predictions: Path) -> Path:
+    """Return where the report of some answers lies."""
+    name = predictions.stem.removeprefix("predictions-")
+    return predictions.with_name(f"{PREFIX}{name}.json")
+
+
+def absolute(path: str) -> str:
+    """Return what a test set is known by: an absolute path, a name of the Hub as it is."""
+    return path if "://" in path else os.path.abspath(path)
+
+
+def longer_names(path: str) -> list[str]:
+    """Return names for a test set, from that of its file to one with all folders above it."""
+    parts = ENDINGS.sub("", path).replace("\\", "/").split("/")
+    words = [word for part in parts if (word := re.sub(r"[^\w.=-]+", "-", part).strip("-."))]
+    return ["-".join(words[k:]) for k in range(len(words) - 1, -1, -1)] or ["records"]
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Return a name for each test set: that of its file, with folders above it where two are alike."""
+    absolutes = [absolute(path) for path in paths]
+    if twice := [path for path, count in Counter(absolutes).items() if count > 1]:
+        raise UserError("is there twice", where=f"--data_path {twice[0]}", fix="leave one out")
+    choices = [longer_names(path) for path in absolutes]
+    names = [own[0] for own in choices]
+    for length in range(1, max(map(len, choices))):
+        counts = Counter(name.casefold() for name in names)
+        names = [
+            own[min(length, len(own) - 1)] if counts[name.casefold()] > 1 else name
+            for name, own in zip(names, choices, strict=True)
+        ]
+    counts = Counter(name.casefold() for name in names)
+    return [
+        name if counts[name.casefold()] == 1 else f"{name}-{k}"
+        for k, name in enumerate(names, start=1)
+    ]
+
+
+def report_problem(path: Path) -> str | None:
+    """Return why a report may not be written to a file: said before the scoring, not after."""
+    if (problem := file_problem(path)) or not path.exists():
+        return problem
+    is_report = "tasks" in read_report(path)
+    return None if is_report else f"{path}: holds something else than a report; name another file"
+
+
+def predictions_problem(path: Path) -> str | None:
+    """Return why answers may not be written to a file: said before they are generated."""
+    if (problem := file_problem(path)) or not path.exists():
+        return problem
+    with open(path, "rb") as file:
+        try:
+            is_answer = {"reference", "answer"} <= set(json.loads(file.readline()))
+        except (ValueError, TypeError):
+            is_answer = False
+    return (
+        None if is_answer else f"{path}: holds something else than answers; name another --output"
+    )
+
+
+def read_report(path: Path) -> Json:
+    """Return what a report says; nothing where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
