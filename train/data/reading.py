@@ -6,13 +6,19 @@ from pathlib import Path
 
 from shards.annotations.fault import RowError
 from shards.annotations.files import stray_files
+from shards.annotations.records import rows_of
+from shards.annotations.timeline import Cut
 from shards.errors import UserError
-from shards.read.banks import Banks
+from shards.format.samples import clip_id
+from shards.read.banks import Banks, Place
 from shards.text import some
 from train.data.coordinates import settled
 from train.data.drops import BadRecords, Drop, counted
+from train.data.folders import Folders
 from train.data.mixtures import MixturePart
-from train.data.records import Record, join, read_records
+from train.data.records import Record, join, known_id, read_records
+from train.data.splice import parse_source
+from train.data.timeline import timeline_of
 from train.settings.config import DataSettings
 
 SHOWN = 30
@@ -72,9 +78,35 @@ class Reading:
         drops = self.bad.judge(path, errors, rows, self.problems)
         return kept, drops + [Drop.of_record(record, reason) for record, reason in unbanked]
 
+    def sources(self, part: MixturePart, banks: Banks) -> list[Record]:
+        """Return the rows of a dataset's files that say what a clip shows, joined to their clips."""
+        kept: list[Record] = []
+        self.left_out = []
+        for path in part.records:
+            errors, unbanked, read = list[RowError](), list[tuple[Record, str]](), list[Record]()
+            rows = list(rows_of(path, self.problems, part.chosen))
+            for where, row in rows:
+                try:
+                    source = parse_source(row, where, self.settings, part.folders)
+                    read.append(as_banked(source, banks, part.folders))
+                except RowError as error:
+                    errors.append(error)
+            missing = self.settings.missing
+            joined = join(read, banks, missing, self.problems, unbanked, part.folders)
+            kept += self._settled(joined, errors)
+            self.left_out += self.bad.judge(path, errors, len(rows), self.problems)
+            self.left_out += [Drop.of_record(record, reason) for record, reason in unbanked]
+        self.drops += self.left_out
+        return kept
+
     def _settled(self, records: Sequence[Record], errors: list[RowError]) -> list[Record]:
         kept = []
         for record in records:
+            try:
+                record = laid_together(record)
+            except RowError as error:
+                errors.append(error.at(record.where, record.id))
+                continue
             seconds = [place.clip().info.duration for place in record.places]
             clip = self.settings.times_past_end == "clip"
             settled_record, clipped, faults = settled(record, seconds, clip=clip)
@@ -108,6 +140,23 @@ class Reading:
         if self.passed_over:
             lines.append(f"without records, and not read: {some(list(self.passed_over))}")
         return tuple(lines)
+
+
+def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
+    """Return a source whose part of a video is banked as a clip of its own, as that clip."""
+    (cut,) = source.cuts
+    id_ = clip_id(cut.video, cut.start, cut.end)
+    if cut[1:] == (None, None) or known_id(id_, source.source, banks, (), folders) is None:
+        return source
+    return replace(source, clips=(id_,), cuts=(Cut(id_),))
+
+
+def laid_together(record: Record) -> Record:
+    """Return a record whose places are its media: of a timeline the one that its clips are parts of."""
+    if not record.cuts:
+        return record
+    places = [place for place in record.places if isinstance(place, Place)]
+    return replace(record, places=(timeline_of(places, record.cuts),))
 
 
 def shorten(problems: Sequence[str]) -> list[str]:
