@@ -4,8 +4,8 @@
 
 Ours: `{id, video, start?, end?, task?, conversations: [{from: human|gpt|system, value}]}` with one
 `<video>` or `<image>` tag for each medium; a `timeline` in place of `video` is one. Every form is one
-function in `FORMS`: a row and its media -> turns. What is wrong with a row is a RowError that does not yet say where; a row that could be
-read in two ways is refused.
+function in `FORMS`: a row and its media -> turns. What is wrong with a row is a RowError that does
+not yet say where; a row that could be read in two ways is refused.
 """
 
 import re

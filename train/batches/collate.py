@@ -7,6 +7,7 @@ alone, as the row's sample and frame numbers say.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def lay_out(
     """Return the row of a conversation: every medium becomes its frames' cells and closing tokens.
 
     stamp: seconds of a clip -> the tokens that are written before a frame, of `frame_time: text`.
-    looks: how each medium is seen, where that is drawn.
+    looks: how each medium is seen, where it is drawn.
     """
     ids: list[int] = []
     axis: list[int] = []
@@ -110,10 +111,9 @@ def lay_out(
 
     def unlearned(tokens: Sequence[int], frame: int) -> None:
         ids.extend(tokens)
-        axis.extend([-1] * len(tokens))
-        coord.extend([0.0] * len(tokens))
-        supervised.extend([False] * len(tokens))
-        block.extend([frame] * len(tokens))
+        same: list[tuple[list[Any], Any]] = [(axis, -1), (coord, 0.0), (supervised, False)]
+        for column, value in [*same, (block, frame)]:
+            column.extend([value] * len(tokens))
 
     for id_, a, c, on in zip(
         encoded.ids, encoded.axis, encoded.coord, encoded.supervised, strict=True
@@ -125,7 +125,8 @@ def lay_out(
             supervised.append(on)
             block.append(-1)
             continue
-        info, look = infos[medium], looks[medium] if looks else None
+        info = infos[medium]
+        look = looks[medium] if looks else None
         for frame, stream, grid in choose_frames(info, config, pool, most, look):
             if config.frame_time == "text":
                 assert stamp is not None

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-import numpy as np
-
 from shards.annotations.fault import RowError, short
 from shards.annotations.fields import is_empty
 from shards.annotations.forms import MEDIA_TAG
@@ -48,8 +46,8 @@ class Source:
     clip: str
     """Its id."""
     stretch: Stretch
-    times: np.ndarray
-    """float64 seconds of the clip, of all its banked frames."""
+    times: tuple[float, ...]
+    """Seconds of the clip, of all its banked frames."""
 
     @classmethod
     def of(cls, record: Record) -> "Source":
@@ -58,7 +56,8 @@ class Source:
         assert isinstance(timeline, Timeline)
         (stretch,) = timeline.stretches
         info = stretch.place.clip().info
-        return cls(turn.text, clip, stretch, info.timestamps - info.start)
+        times = tuple((info.timestamps - info.start).tolist())
+        return cls(turn.text, clip, stretch, times)
 
 
 def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders = PLAIN) -> Record:
@@ -175,17 +174,19 @@ class Splice:
         """Return the sources of a record: of different phrases, but for those that are to be counted."""
         fewest, most = (int(n) for n in self.settings.parts)
         count = min(rng.randint(fewest, most), len(self.sources))
-        drawn = [rng.choice(self.sources[k]) for k in rng.sample(range(len(self.sources)), count)]
-        # another phrase of a clip may be true of the same frames
-        chosen = [*{source.clip: source for source in drawn[::-1]}.values()][::-1]
-        count = len(chosen)
-        if "count" in self.settings.questions and count > 2 and rng.random() < 0.5:
-            again, place = rng.randrange(count), rng.randrange(count - 1)
-            # in place of another one that is no neighbour, so that it is seen twice and not longer
-            place += place >= again
+        drawn: dict[str, tuple[int, Source]] = {}
+        for k in rng.sample(range(len(self.sources)), count):
+            source = rng.choice(self.sources[k])
+            # another phrase of a clip may be true of the same frames
+            drawn.setdefault(source.clip, (k, source))
+        chosen = [source for _, source in drawn.values()]
+        if "count" in self.settings.questions and len(chosen) > 2 and rng.random() < 0.5:
+            again, place = rng.sample(range(len(chosen)), 2)
+            # in place of one that is no neighbour, so that it is seen twice and not longer
             if abs(place - again) > 1:
-                alike = next(a for a in self.sources if a[0].phrase == chosen[again].phrase)
-                chosen[place] = rng.choice(alike)
+                k, own = [*drawn.values()][again]
+                free = [s for s in self.sources[k] if s is own or s.clip not in drawn]
+                chosen[place] = rng.choice(free)
         return chosen
 
     def _stretch(self, source: Source, rng: random.Random) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ Of each clip the banked frames of [start, end) are taken, in seconds of the clip
 own. What banks of one run share (tower, layer, pooling, strides) their parts share too.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -164,7 +165,7 @@ def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, f
         raise RowError(REASON, what, expected=f"at most {info.duration:.3f}")
     end = min(end, info.duration)
     times = info.timestamps - info.start
-    first, last = frames_between(times, start, end)
+    first, last = frames_between(times.tolist(), start, end)
     if first >= last:
         near = times[np.argsort(np.abs(times - (start + end) / 2))[:2]]
         shown = " and ".join(f"{time:.3f}" for time in sorted(near.tolist()))
@@ -177,10 +178,9 @@ def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, f
     return first, last, start, end
 
 
-def frames_between(times: np.ndarray, start: float, end: float) -> tuple[int, int]:
+def frames_between(times: Sequence[float], start: float, end: float) -> tuple[int, int]:
     """Return (first, one after the last) of the frames at [start, end); times: rising seconds."""
-    first, last = np.searchsorted(times + ROUNDING, (start, end)).tolist()
-    return first, last
+    return bisect_left(times, start - ROUNDING), bisect_left(times, end - ROUNDING)
 
 
 def parts_of(clips: Sequence[Medium]) -> list[ClipFeatures]:
