@@ -6,7 +6,7 @@ alone, as the row's sample and frame numbers say.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ def lay_out(
     supervised: list[bool] = []
     block: list[int] = []
     frames: list[PlacedFrame] = []
-    medium = clips = 0
+    media, clips = zip(infos, looks or repeat(None), strict=False), 0
 
     def unlearned(tokens: Sequence[int], frame: int) -> None:
         ids.extend(tokens)
@@ -125,8 +125,7 @@ def lay_out(
             supervised.append(on)
             block.append(-1)
             continue
-        info = infos[medium]
-        look = looks[medium] if looks else None
+        info, look = next(media)
         for frame, stream, grid in choose_frames(info, config, pool, most, look):
             if config.frame_time == "text":
                 assert stamp is not None
@@ -135,8 +134,8 @@ def lay_out(
             part, own, _ = place_of(info, frame)
             frames.append(PlacedFrame(clips + part, own, stream, grid, len(ids)))
             unlearned([0] * (grid.cells + 1), len(frames) - 1)
-        medium, clips = medium + 1, clips + part_count(info)
-    assert medium == len(infos), (medium, len(infos))
+        clips += part_count(info)
+    assert next(media, None) is None, f"{len(infos)} media for fewer tags"
     return Row(
         ids=np.asarray(ids, np.int64),
         axis=np.asarray(axis, np.int64),

@@ -30,6 +30,7 @@ from train.cost import LlmShape
 from train.data.dataset import Dataset
 from train.data.drops import Drop
 from train.settings.config import BatchSettings, TrainConfig
+from train.settings.drawn import AugmentSettings, SpliceSettings
 from train.start.stage import context_of, llm_name, read_config
 
 
@@ -152,13 +153,17 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
 
 def drawn_facts(dataset: Dataset) -> Json:
     """Return what a plan depends on where records are spliced, or frames drawn: nothing elsewhere."""
-    facts: Json = {"augment": asdict(dataset.augment)} if dataset.augment.is_on else {}
+    facts: Json = {"augment": _told(dataset.augment)} if dataset.augment.is_on else {}
     strides = dataset.slow_stride, dataset.fast_stride
     if splices := [part.splice for part in dataset.parts if part.splice]:
         sources = [record for splice in splices for record in splice.records]
-        facts["splice"] = [asdict(splice.settings) for splice in splices]
+        facts["splice"] = [_told(splice.settings) for splice in splices]
         facts["spliced clips"] = Clips.of(sources, dataset.banks, *strides).digest
     return facts
+
+
+def _told(settings: AugmentSettings | SpliceSettings) -> Json:
+    return {name: str(value) for name, value in asdict(settings).items()}
 
 
 def make_plan(

@@ -38,7 +38,7 @@ class AugmentSettings:
     jitter: bool = False
     """Each frame is any one of its stretch of the banked frames, not the evenly placed one."""
     pattern: tuple[str, ...] = ()
-    """Strategies, of which a record has one; none: the run's."""
+    """Strategies, of which a record has one (all, where no value is given); none: the run's."""
     ratio: tuple[Fraction, ...] = ()
     """Shares of slow frames, of which a record has one; none: the run's."""
     drop: float = 0.0
@@ -111,6 +111,10 @@ def _some(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return read
 
 
+def _patterns(text: str) -> tuple[str, ...]:
+    return _some(STRATEGIES)(text) if text else STRATEGIES
+
+
 def _ratios(text: str) -> tuple[Fraction, ...]:
     return tuple(Fraction(word) if is_ratio(word) else _no() for word in text.split("+"))
 
@@ -133,7 +137,7 @@ _SPLICE: dict[str, tuple[Reader, str]] = {
 }
 _AUGMENT: dict[str, tuple[Reader, str]] = {
     "jitter": (_yes, "no value"),
-    "pattern": (_some(STRATEGIES), f"some of {'+'.join(STRATEGIES)}"),
+    "pattern": (_patterns, f"some of {'+'.join(STRATEGIES)}"),
     "ratio": (_ratios, "shares of slow frames, such as 0.25+0.5"),
     "drop": (_share, "a share up to 0.9, such as 0.3"),
 }
