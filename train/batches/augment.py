@@ -134,5 +134,7 @@ def _pattern(
     banked: int, count: int, strategy: str, ratio: Fraction
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (even frames, which of them are slow) of so many of those banked."""
+    if not count:  # of a record that does not fit at all
+        return np.zeros(0, np.int64), np.zeros(0, bool)
     slow: Sequence[bool] = slow_frames(strategy, ratio, count)
     return np.asarray(uniform_indices(banked, count), np.int64), np.asarray(slow, bool)
