@@ -15,24 +15,10 @@ import numpy as np
 from model.config import ModelSettings
 from model.slow_fast import exact_ratio, slow_frames, uniform_indices
 from train.data.dataset import Dataset
-from train.settings.drawn import AugmentSettings
+from train.settings.drawn import AugmentSettings, draw
 
 PATTERN, RATIO, DROPPED, DROPPED_AT, JITTER = range(5)
 """What a number is drawn for; JITTER + k is for the k-th frame."""
-
-
-def draw(*key: int | np.ndarray) -> np.ndarray:
-    """Return float64 numbers in [0, 1), one of each key: a hash of it (splitmix64's), no state.
-
-    key: integers from 0, or arrays of them that fit each other.
-    """
-    mixed = np.zeros(np.broadcast_shapes((1,), *(np.shape(part) for part in key)), np.uint64)
-    for part in key:
-        mixed = mixed + np.uint64(0x9E3779B97F4A7C15) + np.asarray(part).astype(np.uint64)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed = mixed ^ (mixed >> np.uint64(31))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from shards.read.banks import Banks, Place
 from shards.signed import canonical_json
 from train.batches.chat import Chat
 from train.data.records import Record
+from train.data.splice import Layout
 from train.data.timeline import Timeline
 
 
@@ -86,6 +87,39 @@ class Clips:
         told = frames, slow, fast, duration, digest.hexdigest()
         return cls(record, *told, uses if spliced else None)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Clips"], records: Sequence[int], digest: str) -> "Clips":
+        """Return the clips of several lots of records, one after the other.
+
+        records: how many each lot has.
+        """
+        before = np.cumsum([0, *records]).tolist()
+        record = np.concatenate([own.record + k for own, k in zip(parts, before, strict=False)])
+        frames, slow, fast, duration = (
+            np.concatenate([getattr(own, name) for own in parts])
+            for name in ("frames", "slow_cells", "fast_cells", "duration")
+        )
+        uses = np.concatenate(
+            [np.ones(len(own.frames), np.int64) if own.uses is None else own.uses for own in parts]
+        )
+        several = uses if (uses != 1).any() else None
+        return cls(record, frames, slow, fast, duration, digest, several)
+
+    def spliced(self, laid: Layout) -> "Clips":
+        """Return the clips of spliced records; these are those of their sources, one each."""
+        on = np.arange(laid.source.shape[1]) < laid.parts[:, None]
+        source = laid.source[on]
+        return Clips(
+            np.repeat(np.arange(len(laid.parts)), laid.parts),
+            (laid.last - laid.first)[on],
+            self.slow_cells[source],
+            self.fast_cells[source],
+            # added up in order, as a timeline does
+            np.cumsum(np.where(on, laid.end / 1000 - laid.start / 1000, 0.0), axis=1)[:, -1],
+            "",
+            laid.parts,
+        )
+
     @cached_property
     def first(self) -> np.ndarray:
         """The first use of each medium: int64 `(media,)`."""
@@ -120,19 +154,10 @@ class Stamps:
     """int64 `(media,)`, where a medium's frames begin."""
 
     @classmethod
-    def of(cls, records: Sequence[Record], chat: Chat) -> "Stamps":
-        """Count what is written before the frames of the records' clips."""
-        seconds: dict[Place | Timeline, np.ndarray] = {}
-        for place in {place: None for record in records for place in record.places}:
-            info = place.clip().info
-            seconds[place] = info.timestamps - info.start
-        counts = {
-            place: np.asarray([len(chat.stamp(t)) for t in times.tolist()], np.int64)
-            for place, times in seconds.items()
-        }
-        media = [counts[place] for record in records for place in record.places]
-        first = np.cumsum([0, *map(len, media)])[:-1]
-        return cls(np.concatenate([*media, np.zeros(0, np.int64)]), first)
+    def joined(cls, seconds: np.ndarray, frames: np.ndarray, chat: Chat) -> "Stamps":
+        """Count what is written before frames; seconds: of all; frames: how many each medium has."""
+        tokens = [len(chat.stamp(time)) for time in seconds.tolist()]
+        return cls(np.asarray(tokens, np.int64), np.cumsum(frames) - frames)
 
     def taken(self, banked: np.ndarray, taken: np.ndarray) -> np.ndarray:
         """Return the stamps' tokens of each medium, of so many frames taken of those banked, evenly."""
@@ -142,3 +167,13 @@ class Stamps:
             places = self.first[these, None] + np.asarray(uniform_indices(most, count), np.int64)
             out[these] = self.tokens[places].sum(axis=1)
         return out
+
+
+def frame_times(records: Sequence[Record]) -> np.ndarray:
+    """Return the seconds of all banked frames of the records' media, one after the other."""
+    seconds: dict[Place | Timeline, np.ndarray] = {}
+    for place in {place: None for record in records for place in record.places}:
+        info = place.clip().info
+        seconds[place] = info.timestamps - info.start
+    media = [seconds[place] for record in records for place in record.places]
+    return np.concatenate([np.zeros(0), *media])

@@ -9,22 +9,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from model.config import ModelSettings
-from model.lape.tokens import LAPE_AXES, LapeTokens
-from model.slow_fast import exact_ratio
+from model.lape.tokens import LapeTokens
 from shards.errors import UserError
 from shards.signed import canonical_json
 from train.batches.augment import Looks
 from train.batches.chat import VERSION, Chat, Piece
 from train.batches.clips import Clips, Stamps
-from train.data.dataset import Dataset, Part
+from train.data.dataset import Part
 from train.data.records import Record
 from train.start.templates import load_with_template
 
@@ -154,74 +151,6 @@ class Lengths:
         return sums.astype(np.int64)
 
 
-def measure(
-    settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str, *, lenient: bool = False
-) -> Lengths:
-    """Return the lengths of a dataset's records, as `Measure` counts them in the first epoch."""
-    return Measure(settings, dataset, llm, tokenizer, lenient=lenient).epoch(0)
-
-
-class Measure:
-    """Counts the lengths of a dataset's records, epoch by epoch where they are drawn anew."""
-
-    def __init__(
-        self,
-        settings: ModelSettings,
-        dataset: Dataset,
-        llm: str,
-        tokenizer: str,
-        *,
-        lenient: bool = False,
-    ) -> None:
-        """llm: name or folder of the model whose tokenizer is used; tokenizer: its digest.
-
-        lenient: a record that its chat template refuses has UNWRITABLE tokens of text, and is no
-        UserError.
-        """
-        self.settings, self.dataset, self.lenient = settings, dataset, lenient
-        axes, spatial = LAPE_AXES[settings.lape_axes], settings.num_spatial_tokens
-        counts = settings.num_temporal_tokens, spatial, spatial
-        self.anchors = LapeTokens(counts, axes) if settings.enable_lape else None
-        template, date = settings.chat_template, settings.template_date
-        self.template = f"{tokenizer} {template} {date}"
-        self.chat = lru_cache(lambda: Chat(load_with_template(llm, template), self.anchors, date))
-        self._counted: dict[int, np.ndarray] = {}
-        """Of the parts that are the same in every epoch, by number."""
-
-    def epoch(self, number: int) -> Lengths:
-        """Return the lengths of an epoch's records."""
-        dataset, settings = self.dataset, self.settings
-        records = dataset.epoch(number)
-        clips = Clips.of(records, dataset.banks, dataset.slow_stride, dataset.fast_stride)
-        counts = []
-        begin = first = 0
-        for place, part in enumerate(dataset.parts):
-            own = records[begin : begin + part.distinct]
-            media = sum(record.media for record in own)
-            durations = clips.duration[first : first + media]
-            times = part.count // part.distinct if part.distinct else 1
-            begin, first = begin + part.count, first + media * times
-            counts.append(np.tile(self._text(place, part, own, durations), (times, 1)))
-        text, supervised = np.concatenate(counts).T
-        ratio = exact_ratio(settings.slow_frame_ratio)
-        written = Stamps.of(records, self.chat()) if settings.frame_time == "text" else None
-        looks = Looks.of_epoch(dataset, settings, number)
-        if clips.uses is None and not looks.settings.is_on:
-            return Lengths(text, supervised, clips, ratio, written)
-        return Lengths(text, supervised, clips, ratio, written, looks)
-
-    def _text(
-        self, place: int, part: Part, records: Sequence[Record], durations: np.ndarray
-    ) -> np.ndarray:
-        if part.splice is not None:
-            seconds = durations.tolist()
-            return count_tokens(self.chat(), records, seconds, lenient=self.lenient)
-        if place not in self._counted:
-            told = durations, self.template, self.anchors, self.chat
-            self._counted[place] = text_lengths(part, *told, lenient=self.lenient)
-        return self._counted[place]
-
-
 def text_lengths(
     part: Part,
     durations: np.ndarray,
@@ -243,10 +172,21 @@ def text_lengths(
     facts["records"] = [record.where.removeprefix(path) for record in part.records]
     facts["texts"] = texts_digest(part.records)
     key = blake2b(canonical_json(facts) + durations.tobytes(), digest_size=16)
-    file = cache_folder() / f"lengths-{key.hexdigest()}.bin"
-    counts = read_counts(file, len(part.records))
+
+    def count() -> np.ndarray:
+        return count_tokens(make_chat(), part.records, durations.tolist(), lenient=lenient)
+
+    return kept_counts(key.hexdigest(), len(part.records), count, lenient=lenient)
+
+
+def kept_counts(
+    key: str, records: int, count: Callable[[], np.ndarray], *, lenient: bool = False
+) -> np.ndarray:
+    """Return what the cache knows of some records, or count them, and keep that."""
+    file = cache_folder() / f"lengths-{key}.bin"
+    counts = read_counts(file, records)
     if counts is None or not (lenient or (counts >= 0).all()):
-        counts = count_tokens(make_chat(), part.records, durations.tolist(), lenient=lenient)
+        counts = count()
         write_counts(file, counts)
     return counts
 

@@ -64,9 +64,10 @@ class Loader:
         self.pin = pin
         self.limit = limit
         # a record that is spliced comes once and never again
-        kept = 1_000 if any(part.splice for part in dataset.parts) else 100_000
+        kept = 1_000 if dataset.splices else 100_000
         self._encoded = lru_cache(maxsize=kept)(self._encode)
         self.fitting = lru_cache(maxsize=kept)(self._fitting)
+        self._record = lru_cache(maxsize=1_000)(dataset.record)
 
     def _encode(self, record: Record, answer: int | None) -> Encoded:
         durations = [clip.info.duration for clip in self.dataset.clips(record)]
@@ -111,7 +112,7 @@ class Loader:
     def pack(self, plan: RunPlan, step: int, number: int, *, with_copy: bool = False) -> Batch:
         """Return the batch of a pack of the plan."""
         chosen = plan.pack(step, number)
-        rows = [[(self.dataset.record(k), int(plan.frames[k])) for k in row] for row in chosen]
+        rows = [[(self._record(k), int(plan.frames[k])) for k in row] for row in chosen]
         looks = None
         if self.dataset.augment.is_on:
             looks = [[self._looks(k) for k in row] for row in chosen]
@@ -123,7 +124,7 @@ class Loader:
         """Return how the media of a plan's record are seen."""
         epoch, place = divmod(number, self.dataset.count)
         looks = Looks.of_epoch(self.dataset, self.config, epoch)
-        return [looks.of(place, medium) for medium in range(self.dataset.record(number).media)]
+        return [looks.of(place, medium) for medium in range(self._record(number).media)]
 
     def rows(
         self,
@@ -167,7 +168,7 @@ class Loader:
 
     def idle(self, plan: RunPlan, step: int) -> Batch:
         """Return a small batch to run without learning from it: one record, a frame of each clip."""
-        return self.rows([[(self.dataset.record(plan.records(step)[0]), 1)]], False)
+        return self.rows([[(self._record(plan.records(step)[0]), 1)]], False)
 
     def steps(
         self, plan: RunPlan, share: Share, first: int, *, copy_every: int, prefetch: int = 2

@@ -24,7 +24,8 @@ from shards.read.banks import joint
 from shards.signed import Json
 from train.batches.clips import Clips
 from train.batches.fitting import Fit, fit_records
-from train.batches.lengths import REFUSED, Lengths, Measure, tokenizer_digest
+from train.batches.lengths import REFUSED, Lengths, tokenizer_digest
+from train.batches.measure import Measure
 from train.batches.run_plan import RunPlan
 from train.cost import LlmShape
 from train.data.dataset import Dataset
@@ -136,7 +137,7 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
         "fast_stride": dataset.fast_stride,
         "tokenizer": tokenizer,
         "records": {
-            f"{k} {Path(part.path).name}": f"{part.digest} {part.distinct} x {part.repeats}"
+            f"{k} {Path(part.path).name}": f"{part.digest} {part.count // part.repeats} x {part.repeats}"
             for k, part in enumerate(dataset.parts)
         },
         "bank": joint(dataset.banks.config),
@@ -155,9 +156,9 @@ def drawn_facts(dataset: Dataset) -> Json:
     """Return what a plan depends on where records are spliced, or frames drawn: nothing elsewhere."""
     facts: Json = {"augment": _told(dataset.augment)} if dataset.augment.is_on else {}
     strides = dataset.slow_stride, dataset.fast_stride
-    if splices := [part.splice for part in dataset.parts if part.splice]:
+    if splices := dataset.splices:
         sources = [record for splice in splices for record in splice.records]
-        facts["splice"] = [_told(splice.settings) for splice in splices]
+        facts["splice"] = {str(k): _told(own.settings) for k, own in enumerate(splices)}
         facts["spliced clips"] = Clips.of(sources, dataset.banks, *strides).digest
     return facts
 

@@ -39,11 +39,6 @@ class Part:
     """Where records are not read but spliced: what draws them."""
 
     @property
-    def distinct(self) -> int:
-        """Records of an epoch, each counted once."""
-        return self.count if self.splice else len(self.records)
-
-    @property
     def count(self) -> int:
         """Records of an epoch."""
         return (self.splice.count if self.splice else len(self.records)) * self.repeats
@@ -60,6 +55,7 @@ class Dataset:
 
     banks: Banks
     parts: tuple[Part, ...]
+    """Those that are spliced come last."""
     held_out: list[Record]
     dropped: Counter[str]
     """Records left out, by reason, as often as the mixture repeats them."""
@@ -83,14 +79,17 @@ class Dataset:
         return sum(part.count for part in self.parts)
 
     @property
+    def splices(self) -> list[Splice]:
+        return [part.splice for part in self.parts if part.splice]
+
+    @property
     def is_drawn(self) -> bool:
         """Whether no epoch is like another: records are spliced, or their frames drawn."""
-        return self.augment.is_on or any(part.splice for part in self.parts)
+        return self.augment.is_on or bool(self.splices)
 
     def epoch(self, number: int) -> list[Record]:
         """Return all records of an epoch."""
-        same = number == 0 or not any(part.splice for part in self.parts)
-        return self.records if same else self._epoch(number)
+        return self._epoch(number) if number and self.splices else self.records
 
     def _epoch(self, number: int) -> list[Record]:
         return [part.record(number, k) for part in self.parts for k in range(part.count)]
@@ -251,6 +250,7 @@ def _join(
     augment = read_augment(config.augment)
     if augment.ratio and slow == fast:
         raise UserError("augment: ratio needs two strides, and slow and fast are one")
+    parts.sort(key=lambda part: part.splice is not None)
     own = tuple(parts), held_out, dropped, slow, fast, notes, drops
     return Dataset(banks, *own, seed=config.seed, augment=augment)
 
@@ -259,7 +259,7 @@ def _spliced(
     part: MixturePart, how: SpliceSettings, reading: Reading, banks: Banks, seed: int
 ) -> Part:
     """Return what splices records from the clips and phrases of a dataset."""
-    path = part.records[0] if len(part.records) == 1 else f"{len(part.records)} files"
+    path = " + ".join(part.records)
     digest = blake2b(digest_size=16)
     for file in part.records:
         digest.update(file_digest(file, part.chosen).encode())
@@ -267,7 +267,9 @@ def _spliced(
     splice = None
     if not reading.problems:
         try:
-            splice = Splice.of(how, sources, Path(path).name, digest.hexdigest(), seed)
+            splice = Splice.of(
+                how, sources, Path(path).name, int(digest.hexdigest()[:12], 16), seed
+            )
         except UserError as error:
             reading.problems += error.problems
     return Part(path, digest.hexdigest(), [], part.repeats, splice)

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from shards.annotations.fault import RowError
+from shards.annotations.fault import RowError, short
+from shards.annotations.fields import is_empty
 from shards.annotations.files import stray_files
-from shards.annotations.records import rows_of
+from shards.annotations.forms import MEDIA_TAG
+from shards.annotations.records import check_inside, parse_row, rows_of
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.format.samples import clip_id
@@ -15,12 +18,16 @@ from shards.text import some
 from train.data.coordinates import settled
 from train.data.drops import BadRecords, Drop, counted
 from train.data.folders import Folders
+from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
-from train.data.records import Record, join, known_id, read_records
-from train.data.splice import parse_source
+from train.data.records import PLAIN, Record, Turn, join, known_id, read_records
+from train.data.spans import refuse_misspelt
 from train.data.timeline import timeline_of
 from train.settings.config import DataSettings
 
+PHRASE = ("phrase", "caption")
+SOURCE = "no source of splice"
+EXPECTED = "one `video`, and its `phrase` or `caption`"
 SHOWN = 30
 """Problems that are printed; a file of the wrong form has one for each of its rows."""
 
@@ -140,6 +147,36 @@ class Reading:
         if self.passed_over:
             lines.append(f"without records, and not read: {some(list(self.passed_over))}")
         return tuple(lines)
+
+
+def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders = PLAIN) -> Record:
+    """Return a row as a record whose medium is a stretch of one clip, and whose text is its phrase.
+
+    RowError names its place, its id and what is wrong.
+    """
+    lenient = settings.allow_outside or bool(folders.strip_prefix)
+    ignored = settings.ignore_fields
+    row = parse_row(data, where, allow_outside=lenient, media_only=True, ignored=ignored)
+    try:
+        told = {name: data[name] for name in PHRASE if not is_empty(data.get(name))}
+        if len(told) != 1 or len(row.media) != 1:
+            got = f"{len(row.media)} media, {len(told)} phrases"
+            raise RowError(SOURCE, "a source of splice", got=got, expected=EXPECTED)
+        ((name, phrase),) = told.items()
+        if not isinstance(phrase, str) or MARKUP.search(phrase) or MEDIA_TAG.search(phrase):
+            expected = "a text without tags and coordinates"
+            raise RowError(SOURCE, f"`{name}`", got=short(phrase), expected=expected)
+        refuse_misspelt([("assistant", phrase)])
+        (medium,) = row.media
+        if not settings.allow_outside:
+            check_inside(folders.stripped(medium))
+    except RowError as error:
+        raise error.at(where, row.id) from None
+    text = Turn("assistant", " ".join(phrase.split()).removesuffix("."))
+    cut = Cut(medium, row.start, row.end)
+    source = data.get("data_source")
+    named = source if isinstance(source, str) else ""
+    return Record(row.id, (medium,), (text,), "", where, named, (cut,))
 
 
 def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:

@@ -5,37 +5,36 @@
 Such rows say what a clip shows: all of it, or from `start` to `end`. A record is drawn by nothing but the
 run's seed, the epoch and its number: any rank, a plan and a resumed run draw the same one, and every
 epoch others. Its phrases are different texts; that two texts do not mean the same is up to their author.
-Questions come in random order, as an order of time would answer them, and none is about a phrase
-that an earlier answer of the record has placed in time.
+Questions come in random order, as the order of time would answer them, and each phrase is asked about
+once; beside them, at most one question is about the order of all. Records are laid out as arrays, many
+at once, because a plan counts a hundred thousand, and written as text one by one.
 """
 
 import math
-import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from shards.annotations.fault import RowError, short
-from shards.annotations.fields import is_empty
-from shards.annotations.forms import MEDIA_TAG
-from shards.annotations.records import check_inside, parse_row
+import numpy as np
+
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
-from train.data.folders import Folders
-from train.data.markup import MARKUP
-from train.data.records import PLAIN, Record, Turn
-from train.data.spans import refuse_misspelt
-from train.data.timeline import Stretch, Timeline, frames_between
-from train.settings.config import DataSettings
-from train.settings.drawn import SpliceSettings
+from train.data.records import Record, Turn
+from train.data.timeline import Stretch, Timeline
+from train.settings.drawn import SpliceSettings, draw
 
-PHRASE = ("phrase", "caption")
-SOURCE = "no source of splice"
-EXPECTED = "one `video`, and its `phrase` or `caption`"
 Asked = tuple[str, str]
 """A question, and its answer."""
+SPAN, COUNT, SEEN, ORDER = range(4)
+KINDS = {"span": SPAN, "seen": SEEN}
+"""Questions about one phrase, as many as there are rounds; the others come once."""
+(PARTS, PHRASE_OF, SOURCE_OF, LENGTH, FRAME, BEFORE, TWICE, AGAIN, INSTEAD, SOURCE_AGAIN) = range(
+    10
+)
+(ASKED, KIND, COUNTED, IN_ORDER, IN_ORDER_AT, MOMENT, LETTER) = range(10, 17)
+"""What a number is drawn for."""
 
 
 @dataclass(frozen=True)
@@ -46,62 +45,45 @@ class Source:
     clip: str
     """Its id."""
     stretch: Stretch
-    times: tuple[float, ...]
-    """Seconds of the clip, of all its banked frames."""
+    times: np.ndarray
+    """float64 seconds of the clip, of all its banked frames."""
 
     @classmethod
     def of(cls, record: Record) -> "Source":
-        """Return what a row of `parse_source` is, once its medium is found."""
+        """Return what a row of `reading.parse_source` is, once its medium is found."""
         (timeline,), (clip,), (turn,) = record.places, record.clips, record.turns
         assert isinstance(timeline, Timeline)
         (stretch,) = timeline.stretches
         info = stretch.place.clip().info
-        times = tuple((info.timestamps - info.start).tolist())
+        times = info.timestamps - info.start
         return cls(turn.text, clip, stretch, times)
 
 
-def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders = PLAIN) -> Record:
-    """Return a row as a record whose medium is a stretch of one clip, and whose text is its phrase.
+class Layout(NamedTuple):
+    """Spliced records as arrays, one a row; what lies behind a row's parts and rounds means nothing."""
 
-    RowError names its place, its id and what is wrong.
-    """
-    lenient = settings.allow_outside or bool(folders.strip_prefix)
-    ignored = settings.ignore_fields
-    row = parse_row(data, where, allow_outside=lenient, media_only=True, ignored=ignored)
-    try:
-        told = {name: data[name] for name in PHRASE if not is_empty(data.get(name))}
-        if len(told) != 1 or len(row.media) != 1:
-            got = f"{len(row.media)} media, {len(told)} phrases"
-            raise RowError(SOURCE, "a source of splice", got=got, expected=EXPECTED)
-        ((name, phrase),) = told.items()
-        if not isinstance(phrase, str) or MARKUP.search(phrase) or MEDIA_TAG.search(phrase):
-            expected = "a text without tags and coordinates"
-            raise RowError(SOURCE, f"`{name}`", got=short(phrase), expected=expected)
-        refuse_misspelt([("assistant", phrase)])
-        (medium,) = row.media
-        if not settings.allow_outside:
-            check_inside(folders.stripped(medium))
-    except RowError as error:
-        raise error.at(where, row.id) from None
-    text = Turn("assistant", " ".join(phrase.split()).removesuffix("."))
-    cut = Cut(medium, row.start, row.end)
-    source = data.get("data_source")
-    named = source if isinstance(source, str) else ""
-    return Record(row.id, (medium,), (text,), "", where, named, (cut,))
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A stretch of a spliced medium and what it shows."""
-
-    source: Source
-    begins: float
-    ends: float
-    """Seconds of the medium."""
-
-    @property
-    def phrase(self) -> str:
-        return self.source.phrase
+    parts: np.ndarray
+    """int64 `(records,)`, how many there are."""
+    source: np.ndarray
+    """int64 `(records, parts)`, the number of a part's source."""
+    first: np.ndarray
+    last: np.ndarray
+    """Banked frames [first, last) of its clip."""
+    start: np.ndarray
+    end: np.ndarray
+    """Milliseconds of its clip."""
+    once: np.ndarray
+    """bool, whether no other part of the record has its phrase."""
+    letter: np.ndarray
+    """float64, by which parts are lettered."""
+    rounds: np.ndarray
+    """int64 `(records,)`, how many questions there are."""
+    kind: np.ndarray
+    """int64 `(records, rounds)`: SPAN, COUNT, SEEN or ORDER."""
+    about: np.ndarray
+    """The part that is asked about."""
+    moment: np.ndarray
+    """float64, where in the part SEEN asks, in [0.1, 0.9)."""
 
 
 @dataclass(frozen=True)
@@ -109,57 +91,155 @@ class Splice:
     """What draws the spliced records of one dataset."""
 
     settings: SpliceSettings
-    sources: tuple[tuple[Source, ...], ...]
-    """Those of each phrase."""
+    sources: tuple[Source, ...]
+    """Those of one phrase side by side."""
     records: tuple[Record, ...]
-    """Of all sources."""
+    """Of the sources."""
     name: str
     """Of the files, for messages."""
-    key: str
+    key: int
     """Of their bytes, so that two datasets of a run draw differently."""
     seed: int
 
     @classmethod
     def of(
-        cls, settings: SpliceSettings, records: Sequence[Record], name: str, key: str, seed: int
+        cls, settings: SpliceSettings, records: Sequence[Record], name: str, key: int, seed: int
     ) -> "Splice":
-        """Return what splices the stretches of records of `parse_source`; UserError for too few."""
-        phrases: dict[str, list[Source]] = {}
+        """Return what splices records of `reading.parse_source`; UserError for too few."""
+        phrases: dict[str, list[tuple[Source, Record]]] = {}
         for record in records:
             source = Source.of(record)
-            phrases.setdefault(source.phrase, []).append(source)
+            phrases.setdefault(source.phrase, []).append((source, record))
         if len(phrases) < settings.parts[0]:
             raise UserError(
                 f"{len(phrases)} different phrases",
-                expected=f"{settings.parts[0]} or more, one for each part of a medium",
+                expected=f"{settings.parts[0]:.0f} or more, one for each part of a medium",
                 where=f"{name}: splice",
                 fix="name more clips, or lower its parts",
             )
-        return cls(settings, tuple(map(tuple, phrases.values())), tuple(records), name, key, seed)
+        sources, own = zip(*(pair for alike in phrases.values() for pair in alike), strict=True)
+        return cls(settings, sources, own, name, key, seed)
 
     @property
     def count(self) -> int:
         """Records of an epoch, without repeats."""
         return self.settings.records
 
+    @cached_property
+    def _tables(self) -> "_Tables":
+        return _Tables.of(self.sources)
+
+    def layout(self, epoch: int, numbers: np.ndarray) -> Layout:
+        """Return records of an epoch; numbers: int64 `(records,)`."""
+        tables = self._tables
+
+        def drawn(what: int, *columns: int) -> np.ndarray:
+            """Return numbers in [0, 1) for each record, and each column of so many."""
+            key = (self.key, self.seed, epoch)
+            wide = numbers.reshape(-1, *(1 for _ in columns))
+            return draw(*key, wide, what, *map(np.arange, columns))
+
+        source, parts = self._sources(tables, drawn)
+        first, last, start, end = self._stretches(tables, source, drawn)
+        on = np.arange(source.shape[1]) < parts[:, None]
+        phrase = np.where(on, tables.phrase[source], -1)
+        alike = (phrase[:, :, None] == phrase[:, None, :]) & on[:, :, None]
+        once = on & (alike.sum(axis=1) == 1)
+        earlier = np.tril(alike.transpose(0, 2, 1), -1).any(axis=2)
+        asked = self._asked(on & ~earlier, once, drawn)
+        letter = drawn(LETTER, source.shape[1])
+        return Layout(parts, source, first, last, start, end, once, letter, *asked)
+
+    def _sources(self, tables: "_Tables", drawn: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return (sources, parts): of different phrases and clips, but for a phrase to be counted."""
+        phrases = len(tables.begin)
+        fewest, most = (min(int(n), phrases) for n in self.settings.parts)
+        parts = fewest + (drawn(PARTS) * (most - fewest + 1)).astype(np.int64)
+        chosen = np.zeros((len(parts), 0), np.int64)
+        lots = drawn(PHRASE_OF, most)
+        for column in range(most):  # the r-th of those that are not chosen yet
+            other = (lots[:, column] * (phrases - column)).astype(np.int64)
+            for before in np.sort(chosen, axis=1).T:
+                other += other >= before
+            chosen = np.column_stack([chosen, other])
+        source = tables.pick(chosen, drawn(SOURCE_OF, most))
+        on = np.arange(most) < parts[:, None]
+        clip = np.where(on, tables.clip[source], -1 - np.arange(most))
+        # another phrase of a clip may be true of the same frames
+        on &= ~np.tril(clip[:, :, None] == clip[:, None, :], -1).any(axis=2)
+        kept = np.argsort(~on, axis=1, kind="stable")
+        source, parts = np.take_along_axis(source, kept, axis=1), on.sum(axis=1)
+        if "count" in self.settings.questions:
+            self._repeat(tables, source, parts, drawn)
+        return source, parts
+
+    def _repeat(self, tables: "_Tables", source: np.ndarray, parts: np.ndarray, drawn: Any) -> None:
+        """Show one phrase of every other record twice, in place of another that is no neighbour."""
+        again, instead = ((drawn(what) * parts).astype(np.int64) for what in (AGAIN, INSTEAD))
+        rows = np.flatnonzero((drawn(TWICE) < 0.5) & (np.abs(again - instead) > 1))
+        own = source[rows, again[rows]]
+        other = tables.pick(tables.phrase[own], drawn(SOURCE_AGAIN)[rows])
+        taken = (tables.clip[source[rows]] == tables.clip[other][:, None]).any(axis=1)
+        source[rows, instead[rows]] = np.where(taken, own, other)
+
+    def _stretches(
+        self, tables: "_Tables", source: np.ndarray, drawn: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return (first, last, start, end) of each part: a frame is drawn, and a stretch around it."""
+        columns = source.shape[1]
+        low, high = tables.low[source], tables.high[source]
+        shortest, longest = (round(1000 * t) for t in self.settings.seconds)
+        length = shortest + (drawn(LENGTH, columns) * (longest - shortest + 1)).astype(np.int64)
+        length = np.minimum(length, high - low)
+        frames = tables.last[source] - tables.first[source]
+        frame = tables.first[source] + (drawn(FRAME, columns) * frames).astype(np.int64)
+        line = tables.line[source]
+        moment = (tables.times[line + frame] - tables.base[source]) // 1000
+        start = moment - (drawn(BEFORE, columns) * 0.9 * length).astype(np.int64)
+        start = np.clip(start, low, high - length)
+        first, last = (
+            np.searchsorted(tables.times, tables.base[source] + 1000 * time - 1) - line
+            for time in (start, start + length)
+        )
+        return first, last, start, start + length
+
+    def _asked(
+        self, free: np.ndarray, once: np.ndarray, drawn: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return (rounds, kind, about, moment). free: `(records, parts)`, one part of each phrase."""
+        asked = self.settings.questions
+        plain = np.asarray([k for name, k in KINDS.items() if name in asked] or [COUNT])
+        rounds = np.minimum(self.settings.rounds, free.sum(axis=1))
+        most = min(self.settings.rounds, free.shape[1])
+        lots = np.where(free, drawn(ASKED, free.shape[1]), 2.0)
+        about = np.argsort(lots, axis=1, kind="stable")[:, :most]
+        kind = plain[(drawn(KIND, most) * len(plain)).astype(np.int64)]
+        # of what is seen twice there is no one span, but a number that is not 1
+        twice = ~np.take_along_axis(once, about, axis=1) & (np.arange(most) < rounds[:, None])
+        if "count" in asked:
+            any_ = (drawn(COUNTED) * rounds).astype(np.int64)
+            at = np.where(twice.any(axis=1), np.argmax(twice, axis=1), any_)
+            kind[np.arange(len(at)), at] = COUNT
+        if "order" in asked:
+            only = len(asked) == 1
+            ordered = (once.sum(axis=1) > 1) & (only | (drawn(IN_ORDER) < 0.5))
+            rounds = np.where(only, 1, rounds)
+            rows = np.flatnonzero(ordered)
+            kind[rows, (drawn(IN_ORDER_AT) * rounds).astype(np.int64)[rows]] = ORDER
+        return rounds, kind, about, 0.1 + 0.8 * drawn(MOMENT, most)
+
     def draw(self, epoch: int, number: int) -> Record:
         """Return a record of an epoch."""
-        drawn_by = blake2b(f"{self.key} {self.seed} {epoch} {number}".encode(), digest_size=16)
-        rng = random.Random(drawn_by.digest())
-        stretches, shown, begins = [], [], 0
-        for source in self._chosen(rng):
-            first, last, start, end = self._stretch(source, rng)
-            place = source.stretch.place
-            stretches.append(Stretch(place, first, last, start / 1000, end / 1000))
-            ends = begins + end - start
-            shown.append(Shown(source, begins / 1000, ends / 1000))
-            begins = ends
-        cuts = [
-            Cut(part.source.clip, s.start, s.end) for part, s in zip(shown, stretches, strict=True)
-        ]
-        asked = questions(shown, self.settings, rng)
+        laid = self._row(epoch, number)
+        stretches, cuts = [], []
+        for k in range(laid.parts[0]):
+            source = self.sources[laid.source[0, k]]
+            start, end = float(laid.start[0, k]) / 1000, float(laid.end[0, k]) / 1000
+            first, last = int(laid.first[0, k]), int(laid.last[0, k])
+            stretches.append(Stretch(source.stretch.place, first, last, start, end))
+            cuts.append(Cut(source.clip, start, end))
+        (asked,) = self.questions(laid)
         turns = [Turn(role, text) for pair in asked for role, text in zip(ROLES, pair, strict=True)]
-        turns[0] = Turn(turns[0].role, f"<video>\n{turns[0].text}")
         return Record(
             id=f"splice-{epoch}-{number}",
             clips=tuple(cut.video for cut in cuts),
@@ -170,121 +250,141 @@ class Splice:
             places=(Timeline(tuple(stretches)),),
         )
 
-    def _chosen(self, rng: random.Random) -> list[Source]:
-        """Return the sources of a record: of different phrases, but for those that are to be counted."""
-        fewest, most = (int(n) for n in self.settings.parts)
-        count = min(rng.randint(fewest, most), len(self.sources))
-        drawn: dict[str, tuple[int, Source]] = {}
-        for k in rng.sample(range(len(self.sources)), count):
-            source = rng.choice(self.sources[k])
-            # another phrase of a clip may be true of the same frames
-            drawn.setdefault(source.clip, (k, source))
-        chosen = [source for _, source in drawn.values()]
-        if "count" in self.settings.questions and len(chosen) > 2 and rng.random() < 0.5:
-            again, place = rng.sample(range(len(chosen)), 2)
-            # in place of one that is no neighbour, so that it is seen twice and not longer
-            if abs(place - again) > 1:
-                k, own = [*drawn.values()][again]
-                free = [s for s in self.sources[k] if s is own or s.clip not in drawn]
-                chosen[place] = rng.choice(free)
-        return chosen
+    def frame_times(self, laid: Layout) -> np.ndarray:
+        """Return the seconds on each record's clock of all frames of its parts, one after the other.
 
-    def _stretch(self, source: Source, rng: random.Random) -> tuple[int, int, int, int]:
-        """Return (first frame, one after the last, start, end) of what is taken, in milliseconds.
-
-        It holds a frame: one is drawn, and the stretch is laid around it.
+        The same sums as of a medium that is opened, to the bit.
         """
-        own = source.stretch
-        low, high = math.floor(1000 * own.start), math.ceil(1000 * own.end)
-        shortest, longest = (round(1000 * t) for t in self.settings.seconds)
-        length = min(rng.randint(shortest, longest), high - low)
-        moment = int(1000 * source.times[rng.randrange(own.first, own.last)])
-        start = min(max(moment - rng.randint(0, length * 9 // 10), low), high - length)
-        frames = frames_between(source.times, start / 1000, (start + length) / 1000)
-        return *frames, start, start + length
+        on = np.arange(laid.source.shape[1]) < laid.parts[:, None]
+        start, end = laid.start / 1000, laid.end / 1000
+        begins = np.cumsum(np.column_stack([0 * laid.parts, end - start]), axis=1)[:, :-1][on]
+        counts = (laid.last - laid.first)[on]
+        part = np.repeat(np.arange(len(counts)), counts)
+        frame = np.arange(len(part)) - np.repeat(np.cumsum(counts) - counts, counts)
+        line = (self._tables.line[laid.source] + laid.first)[on]
+        seconds: np.ndarray = self._tables.seconds[line[part] + frame]
+        return begins[part] + (seconds - start[on][part])
+
+    @cached_property
+    def _kept(self) -> dict[int, Layout]:
+        """Whole epochs that were laid out, the last two."""
+        return {}
+
+    def _row(self, epoch: int, number: int) -> Layout:
+        """Return one record as a layout of one row: a row of its epoch, where that is not too long."""
+        if number >= MOST_KEPT:
+            return self.layout(epoch, np.asarray([number]))
+        laid = self._kept.get(epoch)
+        if laid is None:
+            laid = self.layout(epoch, np.arange(min(self.count, MOST_KEPT)))
+            while len(self._kept) > 1:
+                self._kept.pop(next(iter(self._kept)), None)
+            self._kept[epoch] = laid
+        if number >= len(laid.parts):
+            return self.layout(epoch, np.asarray([number]))
+        return Layout(*(column[number : number + 1] for column in laid))
+
+    def questions(self, laid: Layout, *, timed: bool = True) -> list[list[Asked]]:
+        """Return the questions of each record; without `timed`, every time in them is 0."""
+        ends = np.cumsum(laid.end - laid.start, axis=1) / 1000 * timed
+        begins = ends - (laid.end - laid.start) / 1000 * timed
+        phrases = [[self.sources[k].phrase for k in row] for row in laid.source.tolist()]
+        columns = (laid.parts, laid.rounds, laid.kind, laid.about, laid.moment, begins, ends)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        out = []
+        for record, (parts, rounds, kinds, about, moments, begin, end) in enumerate(rows):
+            shown, asked = phrases[record][:parts], []
+            for kind, part, moment in zip(kinds[:rounds], about, moments, strict=False):
+                if kind == ORDER:
+                    once = np.flatnonzero(laid.once[record]).tolist()
+                    asked.append(_order(shown, once, laid.letter[record].tolist()))
+                elif kind == COUNT:
+                    asked.append(_count(shown, part))
+                elif kind == SEEN:
+                    time = begin[part] + moment * (end[part] - begin[part])
+                    asked.append((f"What is seen at <t:{time:.3f}>?", shown[part]))
+                else:
+                    span = f"from <t:{begin[part]:.3f}> to <t:{end[part]:.3f}>"
+                    asked.append((f"When is this seen: {shown[part]}?", span))
+            question, answer = asked[0]
+            asked[0] = f"<video>\n{question}", answer
+            out.append(asked)
+        return out
 
 
 ROLES = ("user", "assistant")
+MOST_KEPT = 2**18
+"""Records of an epoch that are laid out once and kept (500 bytes each): one by one takes far longer."""
 
 
-def questions(shown: Sequence[Shown], settings: SpliceSettings, rng: random.Random) -> list[Asked]:
-    """Return questions about a medium with their answers, in random order.
-
-    A phrase is asked about once, and at most one question is about the order of all.
-    """
-    free = [part.phrase for part in shown]
-    rng.shuffle(free)
-    phrases = list(dict.fromkeys(free))
-    once = [part for part in shown if free.count(part.phrase) == 1]
-    kinds = [*settings.questions]
-    asked: list[Asked] = []
-    while len(asked) < settings.rounds and kinds:
-        kind = rng.choice(kinds)
-        pair = ASK[kind](shown, once, phrases, rng)
-        if pair is None or kind == "order":
-            kinds.remove(kind)
-        asked += [pair] if pair else []
-    return asked or [_count(shown, shown[0].phrase)]
+def _count(shown: Sequence[str], part: int) -> Asked:
+    return f"How many times is this seen: {shown[part]}?", str(shown.count(shown[part]))
 
 
-def _next(phrases: list[str], shown: Sequence[Shown]) -> Shown | None:
-    """Return a part whose phrase is not yet asked about, which then is; None where there is none."""
-    found = next((part for phrase in phrases for part in shown if part.phrase == phrase), None)
-    if found:
-        phrases.remove(found.phrase)
-    return found
+def _order(shown: Sequence[str], once: Sequence[int], letter: Sequence[float]) -> Asked:
+    """Ask for the letters of phrases in the order of time."""
+    by_letter = sorted(once, key=lambda part: letter[part])[: len(string.ascii_uppercase)]
+    named = dict(zip(by_letter, string.ascii_uppercase, strict=False))
+    lines = "\n".join(f"{named[part]}. {shown[part]}" for part in by_letter)
+    answer = ", ".join(named[part] for part in sorted(named))
+    return f"In which order are these seen?\n{lines}", answer
 
 
-def ask_span(
-    shown: Sequence[Shown], once: Sequence[Shown], phrases: list[str], rng: random.Random
-) -> Asked | None:
-    part = _next(phrases, once)
-    if part is None:
-        return None
-    span = f"from <t:{part.begins:.3f}> to <t:{part.ends:.3f}>"
-    return f"When is this seen: {part.phrase}?", span
+class _Tables(NamedTuple):
+    """The sources as arrays: int64."""
 
+    phrase: np.ndarray
+    """`(sources,)`, the number of its phrase."""
+    clip: np.ndarray
+    """The number of its clip."""
+    first: np.ndarray
+    last: np.ndarray
+    """Banked frames [first, last) of its clip."""
+    low: np.ndarray
+    high: np.ndarray
+    """Milliseconds of its clip."""
+    line: np.ndarray
+    """Where its clip's frames begin among `times`."""
+    base: np.ndarray
+    """What is added to its clip's times there."""
+    times: np.ndarray
+    """Microseconds of all clips' frames, one clip after the other, rising."""
+    seconds: np.ndarray
+    """float64, the same frames, each in its clip."""
+    begin: np.ndarray
+    """`(phrases,)`, its first source."""
+    size: np.ndarray
+    """How many it has."""
 
-def ask_seen(
-    shown: Sequence[Shown], once: Sequence[Shown], phrases: list[str], rng: random.Random
-) -> Asked | None:
-    part = _next(phrases, shown)
-    if part is None:
-        return None
-    inside = part.begins + (part.ends - part.begins) * rng.uniform(0.1, 0.9)
-    return f"What is seen at <t:{inside:.3f}>?", part.phrase
+    @classmethod
+    def of(cls, sources: Sequence[Source]) -> "_Tables":
+        numbers: dict[str, int] = {}
+        clips: dict[str, int] = {}
+        lines, bases, times, seconds = [], [], [], []
+        frames = base = 0
+        for source in sources:
+            numbers.setdefault(source.phrase, len(numbers))
+            if source.clip not in clips:
+                clips[source.clip] = len(clips)
+                lines.append(frames)
+                bases.append(base)
+                seconds.append(source.times)
+                times.append(base + np.rint(1e6 * source.times).astype(np.int64))
+                frames += len(source.times)
+                base = int(times[-1][-1]) + math.ceil(1e6 * source.stretch.end) + 10**9
+        phrase = np.asarray([numbers[source.phrase] for source in sources])
+        clip = np.asarray([clips[source.clip] for source in sources])
+        spans = [source.stretch for source in sources]
+        first, last = (np.asarray([s[k] for s in spans], np.int64) for k in (1, 2))
+        low = np.asarray([math.floor(1000 * s.start) for s in spans])
+        high = np.asarray([math.ceil(1000 * s.end) for s in spans])
+        size = np.bincount(phrase)
+        own = np.asarray(lines)[clip], np.asarray(bases)[clip]
+        frames_of_all = np.concatenate(times), np.concatenate(seconds)
+        return cls(
+            phrase, clip, first, last, low, high, *own, *frames_of_all, np.cumsum(size) - size, size
+        )
 
-
-def ask_count(
-    shown: Sequence[Shown], once: Sequence[Shown], phrases: list[str], rng: random.Random
-) -> Asked | None:
-    part = _next(phrases, shown)
-    return None if part is None else _count(shown, part.phrase)
-
-
-def _count(shown: Sequence[Shown], phrase: str) -> Asked:
-    times = sum(part.phrase == phrase for part in shown)
-    return f"How many times is this seen: {phrase}?", str(times)
-
-
-def ask_order(
-    shown: Sequence[Shown], once: Sequence[Shown], phrases: list[str], rng: random.Random
-) -> Asked | None:
-    """Ask for the letters of phrases in the order of time; of two or more that are seen once."""
-    if len(once) < 2:
-        return None
-    letters = rng.sample(string.ascii_uppercase[: len(once)], len(once)) if len(once) <= 26 else []
-    if not letters:
-        return None
-    named = sorted(zip(letters, (part.phrase for part in once), strict=True))
-    lines = "\n".join(f"{letter}. {phrase}" for letter, phrase in named)
-    return f"In which order are these seen?\n{lines}", ", ".join(letters)
-
-
-ASK: dict[str, Callable[..., Any]] = {
-    "span": ask_span,
-    "order": ask_order,
-    "count": ask_count,
-    "seen": ask_seen,
-}
-"""The kinds of `QUESTIONS`."""
+    def pick(self, phrase: np.ndarray, lot: np.ndarray) -> np.ndarray:
+        """Return a source of each phrase; lot: numbers in [0, 1)."""
+        return self.begin[phrase] + (lot * self.size[phrase]).astype(np.int64)

@@ -1,6 +1,8 @@
 """Spliced media against the same frames written into a bank by hand; lengths and steps as planned."""
 
 import json
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -12,14 +14,14 @@ import pytest
 import torch
 
 from model.batch import Batch
-from model.config import LAPE_AXES
-from model.lape.tokens import LapeTokens
+from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.vlm import VLM, VLMConfig
 from shards.errors import UserError
 from train.batches.chat import Chat
 from train.batches.collate import choose_frames, collate, lay_out
 from train.batches.loader import Loader, Share
 from train.batches.plan import plan_run
+from train.batches.turns import as_turns, count_rounds
 from train.data.dataset import Dataset, open_dataset, open_records
 from train.data.records import Turn
 from train.data.timeline import Stretch, splice
@@ -351,6 +353,87 @@ def test_a_record_that_no_longer_fits_is_left_out_by_its_number(config: TrainCon
     assert plan.dropped == {next(iter(plan.left_out)): len(out)}
 
 
+@pytest.mark.parametrize("template", ["chatml", "plain", "vicuna", "llama2", ""])
+@pytest.mark.parametrize("lape", [True, False])
+def test_turns_counted_apart_are_those_counted_whole(
+    toy: Path, template: str, lape: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where control tokens stand between turns; elsewhere nothing is said."""
+    monkeypatch.setattr("train.batches.turns.CHECKED", 1)
+    anchors = LapeTokens((20, 20, 20), LAPE_AXES["all"]) if lape else None
+    chat = Chat(load_with_template(str(toy / "llm"), template), anchors)
+    rng = np.random.default_rng(0)
+    texts = [
+        "When?",
+        "a red <|im_end|> dog",
+        "from <t:1.25> to <t:2.05>",
+        " 7",
+        "é\nA. x\n",
+        "</s>",
+    ]
+    talks, durations = [], []
+    for _ in range(60):
+        pairs = [tuple(rng.choice(texts, 2).tolist()) for _ in range(rng.integers(1, 5))]
+        pairs[0] = "<video>\n" + pairs[0][0], pairs[0][1]
+        talks.append(pairs)
+        durations.append(float(rng.uniform(2.1, 9)))
+    found = count_rounds(chat, talks, durations)
+    kept_apart = template in ("", "chatml")
+    if found is None:
+        assert not kept_apart
+        return
+    whole = chat.count(
+        [chat.pieces(as_turns(talk), [d]) for talk, d in zip(talks, durations, strict=True)]
+    )
+    assert found.tolist() == [list(pair) for pair in whole]
+
+
+def test_a_resumed_run_of_spliced_records_ends_with_the_same_bits(
+    train_here: Callable[..., Path], sources: Path, tmp_path: Path
+) -> None:
+    """Resumed in the second epoch, and begun again with another number of epochs asked for."""
+    settings = {
+        "splice_path": sources,
+        "splice": ["records=6", "parts=2-3", "seconds=0.5-3"],
+        "augment": ["jitter", "pattern", "drop=0.4"],
+        "per_device_train_batch_size": 4,
+        "reduce": "exact",
+    }
+    whole = train_here(tmp_path / "whole", max_steps=8, save_steps=5, **settings)
+    shutil.copytree(whole / "checkpoint-5", tmp_path / "again" / "checkpoint-5")
+    again = train_here(tmp_path / "again", max_steps=8, **settings)
+    lines = [
+        [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][-3:]
+        for out in (whole, again)
+    ]
+    assert [line["ce_loss"] for line in lines[0]] == [line["ce_loss"] for line in lines[1]]
+    for name in ("projector.safetensors", "visual.safetensors"):
+        assert (whole / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_another_splice_is_another_run(
+    train_here: Callable[..., Path], refused: Callable[..., str], sources: Path, tmp_path: Path
+) -> None:
+    settings = {"splice_path": sources, "max_steps": 1}
+    out = train_here(tmp_path / "out", splice="records=6", **settings)
+    line = refused(train_here, out, splice="records=7", **settings)
+    assert "splice.0.records was 6, is now 7" in line
+    assert "augment" in refused(train_here, out, splice="records=6", augment="jitter", **settings)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_spliced_records_are_planned_in_ten_seconds(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = replace(config, splice=["records=100000"], num_train_epochs=1.0, pack_tokens=4096)
+    load_with_template(config.stage_path, "")  # importing transformers is not of the plan
+    began = time.process_time()
+    plan = plan_run(config, open_dataset(config), 64)
+    assert len(plan.frames) > 100_000
+    assert time.process_time() - began < 10
+
+
 def test_banks_of_two_types_are_read_as_what_they_hold(
     make_bank: Callable[..., Path], features: Any, tmp_path: Path, make_tokenizer: Any
 ) -> None:
@@ -399,8 +482,8 @@ def test_parts_of_other_grids_and_crops_keep_their_own(
         clip = wide if group.covered == wide.info.covered else tall
         assert group.covered == clip.info.covered
         assert (group.grid.patch_rows, group.grid.patch_cols) == clip.info.patch_grid
-        for time, features in zip(group.time.tolist(), group.features, strict=True):
-            second = round(6 * time)
+        for share, features in zip(group.time.tolist(), group.features, strict=True):
+            second = round(6 * share)
             frame = second + 1 if clip is wide else second - 3
             own = clip.read(group.grid.stride, [frame])[0]
             assert torch.equal(features, torch.from_numpy(own))
