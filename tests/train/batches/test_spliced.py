@@ -417,7 +417,7 @@ def test_another_splice_is_another_run(
     settings = {"splice_path": sources, "max_steps": 1}
     out = train_here(tmp_path / "out", splice="records=6", **settings)
     line = refused(train_here, out, splice="records=7", **settings)
-    assert "splice.0.records was 6, is now 7" in line
+    assert "records was \"6\", is now \"7\"" in line
     assert "augment" in refused(train_here, out, splice="records=6", augment="jitter", **settings)
 
 
