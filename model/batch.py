@@ -60,6 +60,8 @@ class Transitions:
     source_frame: Tensor
     """int64 `(pairs,)` into the source group."""
     target_frame: Tensor
+    gap: Tensor
+    """fp32 `(pairs,)`, seconds from the source frame to the target frame."""
     copy: Tensor | None = None
     """The source frames' features on the target's grid, for the copy baseline."""
 

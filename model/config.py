@@ -35,7 +35,9 @@ def joined_cells(kind: str) -> int:
 
 
 Json = dict[str, Any]
-FORMAT = 1
+FORMAT = 2
+OLDER = {1: "its frame predictor is not told the seconds until the next frame"}
+"""What models of older formats lack."""
 FRAME_ATTENTION = ("block", "token")
 PREDICTORS = ("resample", "xattn")
 FRAME_TIME = ("none", "text")
@@ -130,6 +132,13 @@ def read_model_config(folder: Path) -> Json:
         facts = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"not valid JSON: {error}", where=path) from None
+    if facts.get("format") in OLDER:
+        raise UserError(
+            f"a model of format {facts['format']}, before framebank's {FORMAT}: "
+            f"{OLDER[facts['format']]}",
+            where=path,
+            fix=f"train it again, or start a run from its LLM: stage_path: {folder / 'llm'}",
+        )
     if facts.get("format") != FORMAT:
         raise UserError(
             f"not a framebank model of format {FORMAT} (got {facts.get('format')!r})",

@@ -2,7 +2,8 @@
 
 The target is the frozen tower's banked feature, layer-normalised per token (V-JEPA 2-AC and
 JARVIS use the same kind of target), so the loss starts near 1 and cannot collapse: nothing that
-learns enters it. A low loss means nothing by itself; `skill` compares it with repeating frame i.
+learns enters it. A low loss means nothing by itself; `skill` compares it with the strongest of some
+predictions that need no such model (`train/loop/floor.py`).
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from model.config import PREDICTORS
 from model.grid import resample_map
 
 NUM_FREQUENCIES = 8
+NUM_CODES = 3 * 2 * NUM_FREQUENCIES + 1
+"""Of a cell's query: sines and cosines of y, x and time, and the gap."""
+SHORTEST_GAP, LONGEST_GAP = 2.0**-10, 2.0**14
+"""Seconds between frames that the predictor tells apart: a millisecond to four and a half hours."""
 PREDICTOR_WIDTH = 2048
 PAIRS = ("SS", "SF", "FS", "FF")
 
@@ -40,7 +45,7 @@ class FrameCausal(nn.Module):
         super().__init__()
         assert predictor in PREDICTORS, predictor
         self.norm = nn.LayerNorm(llm_width)
-        self.query = nn.Linear(3 * 2 * NUM_FREQUENCIES, llm_width)
+        self.query = nn.Linear(NUM_CODES, llm_width)
         self.stream = nn.Embedding(2, llm_width)
         self.attention = None
         if predictor == "xattn":
@@ -54,15 +59,21 @@ class FrameCausal(nn.Module):
         nn.init.normal_(self.stream.weight, std=0.02)
 
     def predict(
-        self, hidden: Tensor, source: FrameGroup, target: FrameGroup, time: Tensor
+        self,
+        hidden: Tensor,
+        source: FrameGroup,
+        target: FrameGroup,
+        time: Tensor,
+        gap: Tensor,
     ) -> Tensor:
         """Return predicted features: `(pairs, target cells, dim)`.
 
-        hidden: `(pairs, source cells, llm_width)`; time: fp32 `(pairs,)` of the target frames.
+        hidden: `(pairs, source cells, llm_width)`; time: fp32 `(pairs,)` of the target frames, as a
+        share of the clip; gap: fp32 `(pairs,)`, seconds from source to target frame.
         """
         states = self.norm(hidden)
         moved = resample_map(source.grid, target.grid).to(hidden.device, hidden.dtype) @ hidden
-        guess = self.norm(moved) + self.query(_query_codes(target, time)).to(moved.dtype)
+        guess = self.norm(moved) + self.query(_query_codes(target, time, gap)).to(moved.dtype)
         guess = guess + self.stream.weight[target.stream]
         if self.attention is not None:
             guess = guess + self.attention(guess, states, states, need_weights=False)[0]
@@ -77,14 +88,15 @@ class FrameCausal(nn.Module):
         loss, copy, count, copied = (hidden.new_zeros(4, dtype=torch.float32) for _ in range(4))
         for pairs in batch.transitions:
             source, target = batch.groups[pairs.source], batch.groups[pairs.target]
-            slot = PAIRS.index(STREAMS[source.stream] + STREAMS[target.stream])
+            slot = PAIRS.index(pair_of(batch, pairs))
             states = hidden[source.token_index[pairs.source_frame]]
-            guess = self.predict(states, source, target, target.time[pairs.target_frame])
+            time = target.time[pairs.target_frame]
+            guess = self.predict(states, source, target, time, pairs.gap)
             truth = frame_target(target.features[pairs.target_frame])
-            loss = loss.index_add(0, _slot(slot, hidden), _frame_mse(guess, truth)[None])
+            loss = loss.index_add(0, _slot(slot, hidden), frame_mse(guess, truth)[None])
             count[slot] += len(pairs.source_frame)
             if pairs.copy is not None:
-                copy[slot] += _frame_mse(frame_target(pairs.copy), truth)
+                copy[slot] += frame_mse(frame_target(pairs.copy), truth)
                 copied[slot] += len(pairs.source_frame)
         return FrameLoss(loss, copy, count, copied)
 
@@ -95,12 +107,19 @@ def frame_target(features: Tensor) -> Tensor:
     return F.layer_norm(flat, flat.shape[-1:], eps=1e-6)
 
 
-def skill(loss: float, copy: float) -> float:
-    """Return 1 - loss / copy: above 0 the prediction beats repeating the last frame."""
-    return 1.0 - loss / copy if copy > 0 else float("nan")
+def pair_of(batch: Batch, pairs: Transitions) -> str:
+    """Return the streams of some transitions, source and target: one of `PAIRS`."""
+    source, target = batch.groups[pairs.source], batch.groups[pairs.target]
+    return STREAMS[source.stream] + STREAMS[target.stream]
 
 
-def _frame_mse(guess: Tensor, truth: Tensor) -> Tensor:
+def skill(loss: float, floor: float) -> float:
+    """Return 1 - loss / floor: above 0 the prediction beats the floor, another one's loss."""
+    return 1.0 - loss / floor if floor > 0 else float("nan")
+
+
+def frame_mse(guess: Tensor, truth: Tensor) -> Tensor:
+    """Return the sum over frames of the mean square over a frame: `(n, cells, dim)` -> fp32 scalar."""
     return (guess.float() - truth).square().mean(dim=(1, 2)).sum()
 
 
@@ -108,10 +127,19 @@ def _slot(slot: int, like: Tensor) -> Tensor:
     return torch.tensor([slot], device=like.device)
 
 
-def _query_codes(target: FrameGroup, time: Tensor) -> Tensor:
-    """Return fixed sinusoids of (y, x, time) of the target's cells: fp32 `(pairs, cells, codes)`.
+def gap_code(gap: Tensor) -> Tensor:
+    """Return seconds as their logarithm, about -1 to 1 for gaps of 1/16 s to 16 s: fp32 `(pairs,)`.
 
-    Never LAPE's tables: with LAPE off the predictor is the same.
+    A share of the clip says nothing of how far things move until the next frame; seconds do.
+    """
+    return gap.float().clamp(SHORTEST_GAP, LONGEST_GAP).log2() / 4
+
+
+def _query_codes(target: FrameGroup, time: Tensor, gap: Tensor) -> Tensor:
+    """Return what the target's cells are asked for: fp32 `(pairs, cells, codes)`.
+
+    Fixed sinusoids of (y, x, time) and the gap's code. Never LAPE's tables: with LAPE off the
+    predictor is the same.
     """
     grid, (y0, x0, y1, x1) = target.grid, target.covered
     rows = y0 + (y1 - y0) * grid.row_spans.mean(dim=1).to(time)
@@ -123,7 +151,8 @@ def _query_codes(target: FrameGroup, time: Tensor) -> Tensor:
     )
     frequency = torch.pi * 2.0 ** torch.arange(NUM_FREQUENCIES, device=time.device)
     phase = (coords[..., None] * frequency).flatten(2)  # pairs, cells, 3 * frequencies
-    return torch.cat([phase.sin(), phase.cos()], dim=2)
+    gaps = gap_code(gap)[:, None, None].expand(pairs, cells, 1)
+    return torch.cat([phase.sin(), phase.cos(), gaps], dim=2)
 
 
 __all__ = [
@@ -132,6 +161,9 @@ __all__ = [
     "FrameCausal",
     "FrameLoss",
     "Transitions",
+    "frame_mse",
     "frame_target",
+    "gap_code",
+    "pair_of",
     "skill",
 ]

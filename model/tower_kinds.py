@@ -43,6 +43,8 @@ class TowerKind:
     """Tokens before the patches, such as CLS; the config's `num_register_tokens` come on top."""
     width: str = "hidden_size"
     """The field with the channels of a patch."""
+    depth: str = "num_hidden_layers"
+    """The field with the number of layers."""
     frames_per_unit: str = ""
     """The field with the frames that a patch is deep; without one, each frame stands for itself."""
     merge: str = ""
@@ -78,6 +80,7 @@ KINDS = [
         ("qwen2_vl", "qwen2_vl_vision"),
         "transformers.models.qwen2_vl.modeling_qwen2_vl:Qwen2VisionTransformerPretrainedModel",
         width="embed_dim",  # its hidden_size is the LLM's
+        depth="depth",
         frames_per_unit="temporal_patch_size",
         merge="spatial_merge_size",
         inside=QWEN_INSIDE,
@@ -87,6 +90,7 @@ KINDS = [
     TowerKind(
         ("qwen2_5_vl", "qwen2_5_vl_vision"),
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
+        depth="depth",
         frames_per_unit="temporal_patch_size",
         merge="spatial_merge_size",
         inside=QWEN_INSIDE,

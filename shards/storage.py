@@ -8,6 +8,7 @@ nobody moves.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +41,28 @@ class Files(Protocol):
 def open_files(place: str | Path) -> Files:
     """Return the files at a local path or at a URL such as `s3://bucket/bank`."""
     return RemoteFiles(place) if isinstance(place, str) and "://" in place else LocalFiles(place)
+
+
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+"""What begins so is none of ours; `pathlib` makes one slash of two."""
+DOWNLOADS = {
+    "s3": "aws s3 cp --recursive",
+    "gs": "gcloud storage cp --recursive",
+    "gcs": "gcloud storage cp --recursive",
+    "hf": "hf download",
+    "http": "curl -LO",
+    "https": "curl -LO",
+}
+
+
+def refuse_url(path: object, what: str) -> None:
+    """Raise UserError for a URL where a path of this machine is due."""
+    match = URL.match(str(path))
+    if match is None:
+        return
+    tool = DOWNLOADS.get(match[1].lower())
+    how = f"copy it with `{tool}`, and name the copy" if tool else "name a path"
+    raise UserError(f"{what} is a path of this machine, got a URL", where=path, fix=how)
 
 
 class _Opened:

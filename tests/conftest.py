@@ -3,11 +3,14 @@
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -15,6 +18,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     logging,
+)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
 )
 
 from model.batch import Batch
@@ -39,6 +45,9 @@ from train.batches.collate import collate, lay_out
 from train.data.records import Turn
 
 logging.disable_progress_bar()
+# how long an example takes is this machine's and its load's affair
+settings.register_profile("framebank", deadline=None)
+settings.load_profile("framebank")
 
 
 @pytest.fixture(scope="session")
@@ -271,6 +280,25 @@ def make_batch() -> Callable[..., Batch]:
         return collate(rows, clips_of_rows, model.config, names, with_copy=True)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def window_index() -> Callable[..., Tensor]:
+    """A function: transformers' own order of Qwen2.5-VL's blocks of patches, window by window."""
+    try:
+        from transformers.vision_utils import get_vision_window_index
+    except ImportError:  # before 5.9 it was a method of the tower
+
+        def by_method(sizes: Tensor, merge: int, window: int, patch: int) -> Tensor:
+            values = {"window_size": window, "spatial_merge_size": merge, "patch_size": patch}
+            tower = SimpleNamespace(**values, spatial_merge_unit=merge**2)
+            order: Tensor = Qwen2_5_VisionTransformerPretrainedModel.get_window_index(tower, sizes)[
+                0
+            ]
+            return order
+
+        return by_method
+    return lambda *args: get_vision_window_index(*args)[0]
 
 
 # Training runs, for tests/test_train_*.py.

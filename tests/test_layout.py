@@ -27,7 +27,7 @@ PACKAGES = ("shards", "model", "preprocess", "train")
 FLOORS: dict[str, list[str]] = {
     "shards": [
         "shards.errors shards.siblings",
-        "shards.text shards.hub",
+        "shards.text shards.hub shards.kinds",
         "shards.signed shards.storage shards.annotations",
         "shards.format",
         "shards.write",
@@ -50,7 +50,7 @@ FLOORS: dict[str, list[str]] = {
     "preprocess": [
         "preprocess.decode",
         "preprocess.sources",
-        "preprocess.toy_models",
+        "preprocess.toy_models preprocess.real_models",
         "preprocess.encode preprocess.show preprocess.toyworld",
         "preprocess.cli",
         "preprocess",
@@ -74,6 +74,7 @@ MAY_IMPORT: dict[str, str] = {
     "preprocess": "preprocess shards model",
     "train": "train shards model",
     "train.ask": "train shards model preprocess.decode",
+    "train.lmms_adapter": "train shards model preprocess.decode",
 }
 """What of ours a module may import; the longest name that leads the module's counts."""
 
@@ -643,7 +644,7 @@ def test_no_script_folder_hides_a_module_of_python_or_of_a_dependency() -> None:
         assert not names & taken
 
 
-PROMISES = {*range(1, 15), 16, 17, 20, 21}
+PROMISES = {*range(1, 15), 16, 17, 18, 20, 21}
 """The promises that are met and proven, by number."""
 
 

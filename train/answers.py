@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from model.vlm import VLM
     from train.batches.chat import Chat
     from train.batches.loader import Loader
+    from train.loop.floor import Floor
 
 FEWEST_NEW_TOKENS = 96
 """Tokens that an answer of any kind may have; those of longer references more."""
@@ -74,25 +75,24 @@ def evaluate(
     batch_size: int,
     most: dict[str, int],
     accelerator: "Accelerator",
+    floor: "Floor | None" = None,
 ) -> tuple[Json, list[Prediction]]:
     """Return losses and scores of a model over records, and its answers, the same on every rank.
 
-    most: tokens of an answer at most, by kind.
+    most: tokens of an answer at most, by kind. floor: what the frame-causal loss is read against.
     """
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from model.family.conformance import admit
-
-    admit(model)
     rank, world = accelerator.process_index, accelerator.num_processes
-    losses = held_out_loss(model, loader, records, batch_size, accelerator)
+    losses = held_out_loss(model, loader, records, batch_size, accelerator, floor)
     questions = questions_of(records)
     mine = questions[rank::world]
     own = []
     shown = None if rank == 0 else True  # on a terminal alone
     for begin in tqdm(range(0, len(mine), batch_size), "answers", disable=shown):
-        own += answer(model, loader, mine[begin : begin + batch_size], most)
+        with accelerator.autocast():  # as its losses: what Accelerate is asked for
+            own += answer(model, loader, mine[begin : begin + batch_size], most)
     # dealt out in turn over the ranks, and put back into the order of the records
     gathered = gather_object([(rank + k * world, said) for k, said in enumerate(own)])
     predictions = [said for _, said in sorted(gathered, key=lambda numbered: numbered[0])]

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from model.tower.tower import Tower
     from model.vlm import VLM
     from train.batches.chat import Chat
-    from train.batches.collate import ClipFeatures
+    from train.batches.collate import ClipFeatures, Row
 
 
 @dataclass(frozen=True)
@@ -151,25 +151,31 @@ class Answerer:
     ) -> str:
         """Return the answer that the last turn, an empty one, stands for: text with markup.
 
-        Its times are seconds of the last clip.
+        Its times are seconds of the last clip. Of a limit the question alone takes room: how long the
+        answer will be is not known, as it was in training.
         """
         from model.batch import to_device
         from model.generate import generate, write_answer
-        from train.batches.collate import collate, frames_within, lay_out
+        from train.batches.collate import collate
 
-        config, pool, stamp = self.model.config, self.features.pool, self.chat.stamp
         infos = [clip.info for clip in clips]
-        lasting = [info.duration for info in infos]
-        encoded = self.chat.encode(turns, lasting, answer=len(turns) - 1)
-        most = config.max_frames_num
-        if self.limit:
-            most = max(frames_within(encoded, infos, config, pool, self.limit, stamp), 1)
-        row = lay_out(encoded, infos, config, pool, most, stamp=stamp)
-        batch = collate([row], [clips], config, [info.id for info in infos[:1]] or ["question"])
+        ids = [info.id for info in infos[:1]] or ["question"]
+        batch = collate([self.row(infos, turns)], [clips], self.model.config, ids)
         batch = to_device(batch, self.model.visual.frame_end.device)
         stop = self.chat.stop
         pieces = generate(self.model, batch, stop=stop, max_new_tokens=max_new_tokens)[0]
-        return write_answer(self.model, pieces, lasting[-1] if lasting else 0.0)
+        return write_answer(self.model, pieces, infos[-1].duration if infos else 0.0)
+
+    def row(self, infos: Sequence[ClipInfo], turns: Sequence[Turn]) -> "Row":
+        """Return the question as tokens, with the frames that its limit leaves room for, one at least."""
+        from train.batches.collate import frames_within, lay_out
+
+        config, pool, stamp = self.model.config, self.features.pool, self.chat.stamp
+        encoded = self.chat.encode(turns, [i.duration for i in infos], answer=len(turns) - 1)
+        most = config.max_frames_num
+        if self.limit:
+            most = max(frames_within(encoded, infos, config, pool, self.limit, stamp), 1)
+        return lay_out(encoded, infos, config, pool, most, stamp)
 
 
 def asked(question: str, clip: ClipInfo) -> list[Turn]:

@@ -11,6 +11,7 @@ are cut as the model's training cut its own.
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -33,10 +34,12 @@ from train.data.dataset import Dataset, open_records
 from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.folders import Folders
 from train.data.records import Record
+from train.data.shuffled import ShuffledDataset
 from train.scores.captions import check_captions
 from train.scores.kinds import asked_of
 from train.scores.predictions import Prediction, read_predictions, report_of, write_predictions
 from train.scores.results import (
+    CONTROLS,
     Results,
     predictions_beside,
     read_report,
@@ -45,8 +48,10 @@ from train.scores.results import (
     results_of,
 )
 from train.scores.summary import table
+from train.settings.ancestors import accelerate_words
 from train.settings.config import TrainConfig
 from train.settings.exits import command
+from train.settings.launcher import wishes
 from train.settings.recorded import limit_of_run, trained_with
 from train.start.stage_files import model_problem
 
@@ -64,14 +69,18 @@ def main(argv: list[str]) -> None:
         rescore(args.rescore, args.output)
         return
     # -- everything that can be refused, before an answer is generated
+    if problems := wishes(os.environ, accelerate_words(argv)).problems:
+        raise UserError.of(problems)
     strides = strides_of(args.model)
     if problem := model_problem(args.model):
         raise UserError(problem)
     limit = limit_of_run(args.model) if args.max_tokens is None else args.max_tokens
-    results = results_of(args.model, args.data_path, args.output, untrained=args.untrained)
+    results = results_of(args.model, args.data_path, args.output, control=args.control)
     media = Folders(args.media_dir, tuple(args.strip_prefix))
     settings = record_settings(args)
     sets = [open_records(args.bank, [path], *strides, settings, media) for path in args.data_path]
+    if args.control == "shuffled":
+        sets = [ShuffledDataset.of(dataset) for dataset in sets]
     records = [dataset.held_out[: args.max_records or None] for dataset in sets]
     for own in records:
         check_questions(own)
@@ -81,10 +90,15 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import Accelerator
 
+    from model.family.conformance import admit
+    from train.loop.floor import floor_of_model
+
     # -- the model, and the banks it is scored on
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = untrained(args.model) if args.untrained else load(args.model, sets)
     model.to(accelerator.device).eval()
+    admit(model)
+    floor = floor_of_model(args.model, model.config)
     loaders = [loader_of(model, dataset, limit) for dataset in sets]
     caps = [
         new_tokens(loader, questions_of(own), args.max_new_tokens)
@@ -95,10 +109,10 @@ def main(argv: list[str]) -> None:
 
     # -- answers and losses, a test set after the other
     for place, loader, own, most in zip(results, loaders, records, caps, strict=True):
-        report, said = evaluate(model, loader, own, args.batch_size, most, accelerator)
+        report, said = evaluate(model, loader, own, args.batch_size, most, accelerator, floor)
         if accelerator.is_main_process:
             about: Json = {"test_set": place.name, "data_path": place.data_path}
-            about["untrained"] = args.untrained
+            about |= {name: args.control == name for name in CONTROLS}
             write(place, loader.dataset, about | report, said, keep=args.output is None)
     accelerator.end_training()
 
@@ -131,10 +145,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--untrained", action="store_true", help="score the same model before any training step"
     )
+    parser.add_argument(
+        "--shuffle_features",
+        action="store_true",
+        help="score the model with the features of another clip of the test set for each",
+    )
     parser.add_argument("--media_dir", default="", help="as that of a run")
     parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
     add_record_flags(parser)
     args = parser.parse_args(argv)
+    if args.untrained and args.shuffle_features:
+        parser.error("--untrained and --shuffle_features are a control each: take one of them")
+    args.control = "untrained" if args.untrained else "shuffled" * args.shuffle_features
     needed = [name for name in ("model", "bank", "data_path") if not getattr(args, name)]
     if needed and not args.rescore:
         parser.error(f"the following arguments are required: --{', --'.join(needed)}")

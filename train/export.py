@@ -18,6 +18,7 @@ from model.config import read_model_config
 from shards.errors import UserError
 from train.settings.exits import command
 from train.settings.output import folder_problem
+from train.settings.recorded import token_limit, trained_with
 from train.start.stage_files import model_problem
 
 if TYPE_CHECKING:
@@ -67,15 +68,16 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
         model.llm = model.llm.merge_and_unload()
     for weight in model.llm.parameters():
         weight.data = weight.data.to(getattr(torch, dtype))
+    limit = token_limit(trained_with(run) or {})
     aside = out.resolve().with_name(f"{out.resolve().name}.tmp")  # until it is whole
     shutil.rmtree(aside, ignore_errors=True)
     model.save(aside)
-    (aside / "README.md").write_text(readme(model, adapter=adapted and not merge_lora))
+    (aside / "README.md").write_text(readme(model, adapter=adapted and not merge_lora, limit=limit))
     os.replace(aside, out.resolve())
 
 
-def readme(model: "VLM", *, adapter: bool) -> str:  # long: it is the page itself
-    """Return what an exported folder says of itself."""
+def readme(model: "VLM", *, adapter: bool, limit: int) -> str:  # long: it is the page itself
+    """Return what an exported folder says of itself; limit: tokens of a record in training."""
     config, features = model.config, model.features
     rows = model.llm.get_input_embeddings().num_embeddings
     with_adapter = (
@@ -136,7 +138,7 @@ model = VLM.load(".")
 ```
 
 `python train/ask.py clip.mp4 "When does it begin?" --model .` asks it about a video,
-`train/evaluate.py` scores it on a bank. Frames go in as it was trained:
+`train/evaluate.py --model . --max_tokens {limit}` scores it on a bank. Frames go in as it was trained:
 
 {frames}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.signed import Json
-from train.scores.results import PREFIX, read_report
+from train.scores.results import CONTROLS, PREFIX, read_report
 from train.settings.exits import command
 
 
@@ -30,10 +30,11 @@ def compare(runs: list[Path]) -> str:
         "test set",
         "ce_loss",
         "ar_loss",
+        "strongest baseline",
         "ar_skill",
         "span mIoU",
     ]
-    header += ["untrained", "constant"]
+    header += ["untrained", "shuffled", "constant"]
     rows = [header]
     for run in runs:
         if not (run / "metrics.jsonl").exists():
@@ -60,27 +61,39 @@ def compare(runs: list[Path]) -> str:
 
 def _scores(run: Path) -> list[list[str]]:
     """Return the columns of each test set that a run's folder has scores of; of none, one without."""
-    reports: dict[str, dict[bool, Json]] = {}
+    reports: dict[str, dict[str, Json]] = {}
     for path in sorted(run.glob(f"{PREFIX}*.json")):
         report = read_report(path)
         if "test_set" in report:
-            reports.setdefault(report["data_path"], {})[report["untrained"]] = report
+            control = next((name for name in CONTROLS if report.get(name)), "")
+            reports.setdefault(report["data_path"], {})[control] = report
     out = []
     for own in reports.values() or [{}]:
-        scored, before = own.get(False, {}), own.get(True, {})
+        scored, controls = own.get("", {}), [own.get(name, {}) for name in CONTROLS]
         losses = scored.get("losses", {})
         out.append(
             [
-                (scored or before).get("test_set", "-"),
+                next((r["test_set"] for r in (scored, *controls) if r), "-"),
                 _number(losses.get("ce_loss")),
                 _number(losses.get("autoregressive_loss")),
+                _strongest(losses),
                 _number(losses.get("ar_skill")),
-                _number(scored.get("tasks", {}).get("span", {}).get("iou")),
-                _number(before.get("tasks", {}).get("span", {}).get("iou")),
+                *(
+                    _number(r.get("tasks", {}).get("span", {}).get("iou"))
+                    for r in (scored, *controls)
+                ),
                 _number(scored.get("constant_span_miou")),
             ]
         )
     return out
+
+
+def _strongest(losses: Json) -> str:
+    """Return the lowest loss of those that `ar_skill` is read against, and whose it is."""
+    if "ar_skill" not in losses:
+        return "-"
+    loss, name = min((losses[f"ar_{name}_baseline"], name) for name in ("copy", "affine", "ridge"))
+    return f"{loss:.3f} {name}"
 
 
 def _number(value: float | None) -> str:

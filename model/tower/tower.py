@@ -7,7 +7,6 @@ patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 
 import hashlib
 import importlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,22 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, logging
 
-from model.grid import pool
 from model.tower.pixels import Pixels
+from model.tower.pooling import Pooling
+from model.tower.trial import check_processor
 from model.tower_kinds import TowerKind, find_kind
 from shards.errors import UserError
 
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
-LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class FeatureRangeError(UserError):
-    """Features that the stored type cannot hold: of the clip, not of us."""
 
 
 @dataclass
@@ -69,11 +65,11 @@ class Tower:
         kind, config = _read_config(name)
         processor, model = _load_vision(name, kind, config, attention)
         vision = model.config
-        _check_layer(name, layer, vision.num_hidden_layers)
+        _check_layer(name, layer, getattr(vision, kind.depth))
         pixels = _pixels_of(name, processor, kind.side_of(vision))
         digest = tower_digest(vision, model)
         _to_device(model, dtype, device)
-        return cls(
+        tower = cls(
             name=name,
             model_type=type(vision).model_type,
             digest=digest,
@@ -88,6 +84,8 @@ class Tower:
             kind=kind,
             frames_per_unit=kind.frames_of(vision),
         )
+        check_processor(tower, processor)
+        return tower
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Return the patch (rows, columns) of a frame that is displayed at this size."""
@@ -98,23 +96,42 @@ class Tower:
         """Return the part of such a frame that the patches cover: y0, x0, y1, x1 as fractions of it."""
         return self.pixels.covered(height, width, self.patch)
 
-    def encode(self, frames: np.ndarray, batch_frames: int = 16) -> Tensor:
+    def encode(
+        self, frames: np.ndarray, batch_frames: int = 16, shape: int | None = None
+    ) -> Tensor:
         """Return the patch grid of each unit: fp32 `(units, patch_rows, patch_cols, width)`.
 
-        frames: uint8 `(frames, height, width, 3)` at the tower's size. They pass in batches of one
-        fixed shape, the last one filled up, so that a unit's features do not depend on others. A
-        unit is a frame, or `frames_per_unit` of them, the last frame repeated where one is missing.
+        frames: uint8 `(frames, height, width, 3)` at the tower's size. They pass in batches of the
+        shape that their number alone chooses, so that a unit's features do not depend on others.
+        shape: of batches, where these frames are some of a longer clip.
         """
-        each, out = self.frames_per_unit, []
-        together = max(1, batch_frames // each) * each
-        for begin in range(0, len(frames), together):
-            batch = frames[begin : begin + together]
-            filled = np.zeros((together, *batch.shape[1:]), np.uint8)
-            filled[: len(batch)] = batch
-            units = -(-len(batch) // each)
-            filled[len(batch) : units * each] = batch[-1]
-            out.append(self._patches(self.normalise(filled))[:units])
-        return torch.cat(out)
+        shape = shape or self.batch_shape(len(frames), batch_frames)
+        cuts = range(0, len(frames), shape)
+        return torch.cat([self.encode_batch(frames[cut : cut + shape], shape) for cut in cuts])
+
+    def batch_shape(self, frames: int, batch_frames: int) -> int:
+        """Return how many frames pass through the tower together for a clip of so many.
+
+        A power of two of units, the least that holds the clip, up to `batch_frames` for all longer
+        ones. A unit is a frame, or `frames_per_unit` of them.
+        """
+        units = -(-frames // self.frames_per_unit)
+        most = max(1, batch_frames // self.frames_per_unit)
+        return min(1 << (units - 1).bit_length(), most) * self.frames_per_unit
+
+    def encode_batch(self, frames: np.ndarray, shape: int) -> Tensor:
+        """Return the patch grids of up to `shape` frames, as `encode` does: fp32.
+
+        The batch is filled up with black to its shape; the last frame is repeated where a unit lacks
+        one.
+        """
+        assert 1 <= len(frames) <= shape
+        each = self.frames_per_unit
+        units = -(-len(frames) // each)
+        filled = np.zeros((shape, *frames.shape[1:]), np.uint8)
+        filled[: len(frames)] = frames
+        filled[len(frames) : units * each] = frames[-1]
+        return self.patches(self.normalise(filled))[:units]
 
     def features(
         self,
@@ -128,30 +145,25 @@ class Tower:
     ) -> tuple[dict[int, np.ndarray], int]:
         """Return what a bank stores of frames, and how many of its values underflowed to zero.
 
+        Each batch is pooled at once: beside the result, no more is held than for one batch.
         threads: of the CPU, while the tower runs: sums in another number of threads may round
         otherwise, and a live clip is to have the features of a banked one.
         frames: uint8 at the tower's size. Per stride: float16, or uint16 that holds bfloat16,
         `(units, cell_rows, cell_cols, width)`. UserError names the first frame and stride whose
         values the type cannot hold.
         """
-        others = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            patches = self.encode(frames, batch_frames)
-        finally:
-            torch.set_num_threads(others)
-        stored, underflowed = {}, 0
-        for stride in strides:
-            cells = pool(patches, stride, pool_mode)
-            most = math.inf if dtype == "bfloat16" else LARGEST_FLOAT16
-            _refuse_too_large(cells, stride, most, self.frames_per_unit)
-            if dtype == "bfloat16":
-                stored[stride] = cells.bfloat16().view(torch.uint16).cpu().numpy()
-                continue
-            half = cells.half()
-            underflowed += int(((half == 0) & (cells != 0)).sum())
-            stored[stride] = half.cpu().numpy()
-        return stored, underflowed
+        pooling = Pooling(
+            self,
+            len(frames),
+            strides,
+            pool_mode=pool_mode,
+            dtype=dtype,
+            batch_frames=batch_frames,
+            threads=threads,
+        )
+        for cut in range(0, len(frames), pooling.shape):
+            pooling.add(frames[cut : cut + pooling.shape])
+        return pooling.stored, pooling.underflowed
 
     def normalise(self, frames: np.ndarray) -> Tensor:
         """Rescale and normalise: uint8 `(frames, h, w, 3)` -> the tower's `(frames, 3, h, w)`."""
@@ -166,7 +178,8 @@ class Tower:
         return values.to(DTYPES[self.dtype])
 
     @torch.inference_mode()
-    def _patches(self, pixels: Tensor) -> Tensor:
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Return the patch grids of pixels that are normalised: fp32 `(units, rows, cols, width)`."""
         if self.kind.encode:
             encode = _import_named(self.kind.encode)
             return encode(self.model, pixels, self.layer).float()
@@ -201,7 +214,7 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
     if kind.inside and getattr(config, "vision_config", None) is not None:
         part = {"config": config.vision_config, "key_mapping": dict.fromkeys(kind.inside, "")}
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = _load_processor(name)
         with _without_report():
             model, found = _import_named(kind.model).from_pretrained(
                 name,
@@ -218,6 +231,18 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
             f"{min(found['missing_keys'])}; download it again"
         )
     return processor, model.requires_grad_(False).eval()
+
+
+def _load_processor(name: str) -> Any:
+    """Return a tower's image processor, for its values: what they mean is Pillow's arithmetic."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+    except ImportError:  # transformers before 5.9
+        raise UserError(
+            f"transformers {transformers.__version__} reads no image processor without torchvision",
+            where=f"tower {name}",
+            fix="pip install torchvision, or 'transformers>=5.9'",
+        ) from None
 
 
 def _check_layer(name: str, layer: int, layers: int) -> None:
@@ -247,19 +272,6 @@ def _to_device(model: nn.Module, dtype: str, device: str | torch.device) -> None
         raise UserError(
             f"device {device}: cannot hold the tower: {_first_line(error)}; try --device cpu"
         ) from None
-
-
-def _refuse_too_large(cells: Tensor, stride: int, most: float, frames_per_unit: int) -> None:
-    for unit, largest in enumerate(cells.abs().amax(dim=(1, 2, 3)).tolist()):
-        where = f"frame {unit * frames_per_unit}, stride {stride}"
-        if not math.isfinite(largest):
-            raise FeatureRangeError(
-                f"{where}: the tower's output holds NaN or infinity; try --tower-dtype float32"
-            )
-        if largest > most:
-            raise FeatureRangeError(
-                f"{where}: |feature| up to {largest:.0f} does not fit float16; use --dtype bfloat16"
-            )
 
 
 @contextmanager

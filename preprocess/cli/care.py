@@ -6,9 +6,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from preprocess.cli.options import start_torch
+from preprocess.cli.options import LOCAL, start_torch
 
-BANK = click.argument("bank", type=click.Path(path_type=Path))
+BANK = click.argument("bank", type=LOCAL)
 
 
 @click.command()

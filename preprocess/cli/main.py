@@ -13,7 +13,7 @@ import click
 from preprocess.cli.care import gc, repair, status, verify
 from preprocess.cli.encode import encode, plan, retry
 from preprocess.cli.export import export
-from preprocess.cli.look import diff, show, toyworld
+from preprocess.cli.look import diff, realmodels, show, toyworld
 from shards.errors import UserError
 
 
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 for command in (
-    *(toyworld, plan, encode, retry),
+    *(toyworld, realmodels, plan, encode, retry),
     *(status, show, verify, repair),
     *(diff, export, gc),
 ):

@@ -10,6 +10,7 @@ import click
 
 from shards.errors import UserError
 from shards.format.features import CODECS, DTYPES, POOL_MODES, Sampling, check_strides
+from shards.storage import refuse_url
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -64,6 +65,17 @@ HOW = _all(
     DEVICE,
     click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED),
 )
+
+
+class LocalPath(click.Path):
+    """A path of this machine; a URL is refused, of which a folder would be made."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        refuse_url(value, "this" if param is None else param.human_readable_name)
+        return super().convert(value, param, ctx)
+
+
+LOCAL = LocalPath(path_type=Path)
 VIDEO_ROOTS = click.option(
     "--video-root",
     "video_roots",
@@ -73,9 +85,7 @@ VIDEO_ROOTS = click.option(
 )
 PLANNED = _all(
     click.argument("inputs", nargs=-1, required=True, type=click.Path()),
-    click.option(
-        "--out", required=True, type=click.Path(path_type=Path), help="The bank's folder."
-    ),
+    click.option("--out", required=True, type=LOCAL, help="The bank's folder."),
     click.option(
         "--tower", required=True, help="Hub name or folder of a SigLIP, CLIP or DINOv2 tower."
     ),
@@ -99,6 +109,26 @@ PLANNED = _all(
         "--allow-outside",
         is_flag=True,
         help="Annotation files may name videos by absolute paths, or by `..`.",
+    ),
+    click.option(
+        "--missing",
+        type=click.Choice(("refuse", "drop")),
+        default="refuse",
+        show_default=True,
+        help="Rows of annotation files whose videos are not found: stop, or leave them out.",
+    ),
+    click.option(
+        "--on-bad-record",
+        type=click.Choice(("refuse", "drop")),
+        default="refuse",
+        show_default=True,
+        help="Rows that are damaged or cannot be read: stop, or leave them out.",
+    ),
+    click.option("--follow-links", is_flag=True, help="Enter links to folders, too."),
+    click.option(
+        "--archive-ids",
+        is_flag=True,
+        help="Ids of archived clips begin with their archive's name: shard.tar/key.mp4.",
     ),
     click.option("--layer", default=-2, show_default=True, help="Hidden layer of the tower."),
     click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True),

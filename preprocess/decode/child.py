@@ -2,12 +2,14 @@
 
     with DecodeChild() as child:
         clip = child.read_clip(ReadRequest(path, Sampling(fps="1", max_frames=64)))
+        for event in child.events(request, together=16): ...   # never more than 16 frames at a time
 
 The child is this module run as a script, without torch. It answers with the scan, from which the
-deadline follows, then with the clip or the error; the frames, resized there where the request says
-so, lie in an anonymous memory file, gone with the two processes, and are not copied: the file serves
-another clip when the last array over it is gone. The deadline counts the child's CPU seconds, so a
-busy machine changes no outcome. Linux only.
+deadline follows, then with some frames whenever it is told to go on, and last with the facts of the
+clip or the error. The frames, resized there where the request says so, lie in an anonymous memory
+file, gone with the two processes, and are not copied: the file serves other frames when the last
+array over it is gone. The deadline counts the child's CPU seconds, so a busy machine changes no
+outcome. Linux only.
 """
 
 import math
@@ -16,13 +18,13 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from preprocess.decode.canvas import Canvas
-from preprocess.decode.clip import Clip, read_scanned, scan_source
+from preprocess.decode.clip import FileReader
+from preprocess.decode.frames import Begin, Clip, ClipFacts, Event, collect
 from preprocess.decode.process import ChildDied, ChildProcess, serve
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
@@ -32,9 +34,11 @@ from shards.signed import Json
 STALL_FACTOR = 10
 """A child that used no CPU for this many deadlines waits for a disk or the like."""
 FRAME_FILES = 4
-"""Clips that a caller may hold at a time without a copy being made of each."""
+"""Arrays of frames that a caller may hold at a time without a copy being made of each."""
 KEPT_BYTES = 64 << 20
 """Of a memory file, kept between clips: faulting fresh pages in takes longer than filling them."""
+TOGETHER = 16
+"""Frames that travel together where the caller holds all of them anyway."""
 
 
 class DecodeChild(ChildProcess):
@@ -50,16 +54,28 @@ class DecodeChild(ChildProcess):
     """PyAV keeps some 50 kB of every file opened."""
 
     def read_clip(self, request: ReadRequest) -> Clip:
-        """Do what `clip.read_clip` does; a child that hangs or dies is a `VideoError` too.
+        """Do what `clip.read_clip` does; raises what `events` raises."""
+        return collect(self.events(request, TOGETHER))
 
-        Raises ChildBug for a bug of ours in the child.
+    def events(self, request: ReadRequest, together: int) -> Iterator[Event]:
+        """Yield a clip's frames, `together` at a time, the last ones fewer, and its facts.
+
+        A child that hangs or dies is a `VideoError` too. Raises ChildBug for a bug of ours in the
+        child. The child works only while this is asked for the next event.
         """
         self._path = request.path
         self.ready()
         try:
-            with self.exchange(request.to_json() | {"file": self._frames.next}):
-                answer = self._answer()
-                frames = self._frames.take(answer["bytes"]) if "clip" in answer else None
+            with self.exchange(request.to_json() | {"together": together}):
+                answer = self._first_answer()
+                while "error" not in answer and "clip" not in answer:
+                    if "begin" in answer:
+                        yield Begin(answer["begin"])
+                    else:
+                        yield self._frames.take(math.prod(answer["shape"])).reshape(answer["shape"])
+                    self._moved = time.monotonic()  # the caller has had its time
+                    self.send({"file": self._frames.next})
+                    answer = self.receive()
         except ChildDied as death:
             raise VideoError(
                 Reason.DECODER_CRASHED,
@@ -70,17 +86,9 @@ class DecodeChild(ChildProcess):
         self._served += 1
         if self._served >= self.clips_per_child:
             self.close()
-        if frames is None:
+        if "error" in answer:
             raise VideoError(*answer["error"])
-        clip = answer["clip"]
-        return Clip(
-            frames=frames.reshape(clip.pop("shape")),
-            display_size=tuple(clip.pop("display_size")),
-            timestamps=np.array(clip.pop("timestamps"), dtype=np.float64),
-            frame_index=np.array(clip.pop("frame_index"), dtype=np.int64),
-            flags=tuple(clip.pop("flags")),
-            **clip,
-        )
+        yield _facts(answer["clip"])
 
     def start(self) -> None:
         self._frames = FrameFiles()
@@ -88,8 +96,8 @@ class DecodeChild(ChildProcess):
         self._spawn([str(file) for file in self._frames.files], self._frames.files)
         self._served = 0
 
-    def _answer(self) -> Json:
-        """Return the last answer to a request: `clip` or `error`."""
+    def _first_answer(self) -> Json:
+        """Return the answer that follows the scan, which sets the deadline; or the error."""
         assert self.pid
         self._began = self._seen = _cpu_seconds(self.pid)
         self._moved = time.monotonic()
@@ -101,6 +109,7 @@ class DecodeChild(ChildProcess):
         pixels = scan["width"] * scan["height"] * scan["packets"]
         self._deadline = self.base_seconds + self.seconds_per_pixel * pixels
         self._seen, self._moved = self._began, time.monotonic()
+        self.send({"file": self._frames.next})
         return self.receive()
 
     def watch(self) -> None:
@@ -183,19 +192,48 @@ def _waits_for_itself(pid: int) -> bool:
     return len(elsewhere) <= 1 and all("pipe" in wait for wait in elsewhere)
 
 
-def _read(request: Json, files: "list[_FrameFile]") -> Iterator[Json]:
-    """Answer a request in the child: first with the scan, then with the clip."""
-    file = files[request.pop("file")]
+def _facts(values: Json) -> ClipFacts:
+    return ClipFacts(
+        display_size=tuple(values.pop("display_size")),
+        timestamps=np.array(values.pop("timestamps"), dtype=np.float64),
+        frame_index=np.array(values.pop("frame_index"), dtype=np.int64),
+        flags=tuple(values.pop("flags")),
+        **values,
+    )
+
+
+def _read(
+    request: Json, told: Callable[[], Json], reader: FileReader, files: "list[_FrameFile]"
+) -> Iterator[Json]:
+    """Answer a request in the child: with the scan, then with as much as it is told to."""
+    together = request.pop("together")
     asked = ReadRequest.from_json(request)
-    scanned = scan_source(asked.path, asked.picture_fps)
+    scanned = reader.scan(asked)
     yield {"scan": {name: getattr(scanned, name) for name in ("width", "height", "packets")}}
-    clip = read_scanned(scanned, asked, Canvas(allocate=file.array))
-    fields = {name: value for name, value in vars(clip).items() if name != "frames"} | {
-        "shape": clip.frames.shape,
-        "timestamps": clip.timestamps.tolist(),
-        "frame_index": clip.frame_index.tolist(),
-    }
-    yield {"clip": fields, "bytes": clip.frames.nbytes}
+    file = files[told()["file"]]
+    events = reader.events(asked)
+    left = taken = 0
+    for event in events:
+        if isinstance(event, Begin):
+            left, taken = event.frames, 0
+            yield {"begin": event.frames}
+            file = files[told()["file"]]
+        elif isinstance(event, ClipFacts):
+            yield {
+                "clip": vars(event)
+                | {
+                    "timestamps": event.timestamps.tolist(),
+                    "frame_index": event.frame_index.tolist(),
+                }
+            }
+        else:
+            many = min(together, left)
+            file.array((many, *event.shape))[taken] = event
+            taken += 1
+            if taken == many:
+                yield {"shape": [many, *event.shape]}
+                left, taken = left - many, 0
+                file = files[told()["file"]]
 
 
 class _FrameFile:
@@ -216,7 +254,8 @@ class _FrameFile:
 
 def main(frame_files: list[int]) -> None:
     files = [_FrameFile(number) for number in frame_files]
-    serve(lambda request: _read(request, files))
+    reader = FileReader()
+    serve(lambda request, told: _read(request, told, reader, files))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A child process that answers requests and can be killed, and that hands on the bugs it meets.
 
     class Echo(ChildProcess):
-        program = ("-m", "echo")            # runs serve(lambda request: [{"said": request["say"]}])
+        program = ("-m", "echo")        # runs serve(lambda request, _: [{"said": request["say"]}])
 
     with Echo() as child:
         child.ready()
@@ -84,19 +84,23 @@ class ChildProcess(ExitStack):
         Whatever is raised inside kills the child, Ctrl-C too: a half-read answer must not meet the
         next request.
         """
-        assert self._process
-        assert self._process.stdin
         try:
-            try:
-                self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            except BrokenPipeError:
-                raise self._death() from None
+            self.send(request)
             yield
         except BaseException:
             self.close()
             raise
         os.lseek(self._stderr, 0, os.SEEK_SET)  # the child's position too
         os.ftruncate(self._stderr, 0)
+
+    def send(self, request: Json) -> None:
+        """Send a line to the child, inside an exchange."""
+        assert self._process
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        except BrokenPipeError:
+            raise self._death() from None
 
     def receive(self) -> Json:
         """Return the child's next answer. Raises ChildBug, ChildDied, and what `watch` raises."""
@@ -161,10 +165,11 @@ class ChildProcess(ExitStack):
         return ChildDied(f"({how}); its last words: {last}")
 
 
-def serve(answers: Callable[[Json], Iterable[Json]]) -> NoReturn:
+def serve(answers: Callable[[Json, Callable[[], Json]], Iterable[Json]]) -> NoReturn:
     """Answer requests until stdin closes: the child's side.
 
-    answers: gives the answers to a request, one after the other. What it raises ends the request.
+    answers: gives the answers to a request, one after the other; it is also given what returns the
+    next line that the parent sends. What it raises ends the request.
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not pass for an answer
@@ -173,7 +178,7 @@ def serve(answers: Callable[[Json], Iterable[Json]]) -> NoReturn:
     while True:
         request = json.loads(requests.get())
         try:
-            for answer in answers(request):
+            for answer in answers(request, lambda: json.loads(requests.get())):
                 print(json.dumps(answer), file=replies)
             continue
         except VideoError as error:

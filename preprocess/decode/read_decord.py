@@ -5,16 +5,16 @@ import importlib.metadata
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from preprocess.decode.canvas import Canvas, Distrust
+from preprocess.decode.frames import Distrust, Shape
 from preprocess.decode.scan import Scan
 
 DECORD_BATCH_BYTES = 8 << 20
 """Frames that decord returns together: fewer pages to fault in than all at once."""
-DECORD_KEPT_BYTES = 128 << 20
+DECORD_KEPT_BYTES = 64 << 20
 """Frames kept at their native size until the reader is closed: while it is open and not asked,
 decord decodes ahead, for nobody (a fifth of all CPU seconds at 64 frames)."""
 # What FFmpeg writes at level "info" about a file that is well.
@@ -34,39 +34,55 @@ def decord_trouble() -> str | None:
         return "decord is not installed"
     if owners != ["decord"]:
         return f"the module decord comes from {', '.join(owners)}, which was not measured"
+    try:
+        import decord  # noqa: F401
+    except (
+        Exception
+    ) as error:  # a library that it links to is missing, or built for another machine
+        return f"decord is installed and cannot be imported ({str(error).splitlines()[0]})"
     return None
 
 
-def read_decord(scan: Scan, index: Sequence[int], canvas: Canvas, forced: bool) -> np.ndarray:
-    """Return uint8 `(frames, height, width, 3)` of the shown frames `index`, rising."""
+def read_decord(scan: Scan, index: Sequence[int], shape: Shape) -> Iterator[np.ndarray]:
+    """Yield the shown frames `index`, rising; what may be wrong ends in Distrust."""
+    said_before = _stderr_size()
+    frame_bytes = scan.height * scan.width * 3
+    together = max(1, DECORD_KEPT_BYTES // frame_bytes)
+    for first in range(0, len(index), together):
+        yield from map(shape, _native(scan, index[first : first + together]))
+    if said_before is not None and _complaint(said_before):
+        raise Distrust("FFmpeg complained while decord was reading")
+
+
+def _native(scan: Scan, index: Sequence[int]) -> list[np.ndarray]:
+    """Return frames at their native size, from a reader that is closed again.
+
+    Left open it decodes on while the caller takes them, for nobody.
+    """
+    if scan.orientation.is_mirrored:
+        raise Distrust("decord turns pictures, and mirrors none")
     import decord
     from decord._ffi.base import DECORDError, DECORDLimitReachedError
 
-    said_before = _stderr_size()
-    if said_before is not None:
+    if _stderr_size() is not None:
         decord.logging.set_level(decord.logging.INFO)  # its FFmpeg tells of concealed damage there
-    pictures: list[np.ndarray] = []
-    kept: list[np.ndarray] = []
+    frames: list[np.ndarray] = []
+    step = max(1, DECORD_BATCH_BYTES // (scan.height * scan.width * 3))
     try:
         reader = decord.VideoReader(str(scan.path.absolute()), num_threads=1, fault_tol=1)
-        if len(reader) != len(scan.pts) and not forced:
-            raise Distrust(f"decord counts {len(reader)} frames, the packets {len(scan.pts)}")
-        step = max(1, DECORD_BATCH_BYTES // (scan.height * scan.width * 3))
         for first in range(0, len(index), step):
-            frames = reader.get_batch(index[first : first + step]).asnumpy()
-            if frames.shape[1:3] != scan.display_size:
-                raise Distrust(f"decord gives {frames.shape[1:3]}, not {scan.display_size}")
-            kept += list(frames)
-            if len(kept) * frames[0].nbytes > DECORD_KEPT_BYTES:
-                pictures += map(canvas.shape, kept)
-                kept = []
+            batch = reader.get_batch(index[first : first + step]).asnumpy()
+            if batch.shape[1:3] != scan.display_size:
+                raise Distrust(f"decord gives {batch.shape[1:3]}, not {scan.display_size}")
+            frames += list(batch)
+        counted = len(reader)
     except (DECORDError, DECORDLimitReachedError, RuntimeError, IndexError) as error:
         raise Distrust(f"decord: {str(error).splitlines()[0]}") from None
     finally:
-        reader = None  # left open it goes on decoding, for nobody
-    if said_before is not None and not forced and _complaint(said_before):
-        raise Distrust("FFmpeg complained while decord was reading")
-    return canvas.gather([*pictures, *map(canvas.shape, kept)])
+        reader = None
+    if counted != len(scan.pts):
+        raise Distrust(f"decord counts {counted} frames, the packets {len(scan.pts)}")
+    return frames
 
 
 def _stderr_size() -> int | None:

@@ -6,25 +6,33 @@
 The frames of a folder are its picture files in natural order of name (frame2 before frame10),
 shown at a rate that the caller gives. An animation keeps the duration of each of its frames. A
 still picture is a clip of no duration. Colours are those of Pillow's `convert("RGB")`, as image
-datasets are read everywhere; a picture is turned as its EXIF orientation says.
+datasets are read everywhere, over white where they are transparent; a picture is
+turned as its EXIF orientation says.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from preprocess.decode.canvas import Canvas
+from preprocess.decode.frames import Shape, over_white
 from preprocess.decode.scan import Scan, VideoError
+from preprocess.decode.stream.orientation import Orientation
 from shards.format.quarantine import Reason
 
 PICTURE_FPS = "2"
 """Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
-PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"))
+PICTURE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"),
+        *(".avif", ".heic", ".heif"),
+    )
+)
 PICTURES = "pictures"
 """Stands for the codec in the scan of pictures."""
 NO_DURATION = 100  # ms that browsers show a frame which gives none
@@ -37,9 +45,11 @@ def holds_pictures(path: Path) -> bool:
 
 def picture_files(folder: Path) -> list[Path]:
     """Return the picture files of a folder in natural order of name, hidden ones left out."""
+    with os.scandir(folder) as entries:  # of a pipe no picture is read
+        files = [Path(entry.path) for entry in entries if entry.is_file()]
     files = [
         file
-        for file in folder.iterdir()
+        for file in files
         if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
     ]
     return sorted(files, key=_natural)
@@ -72,7 +82,7 @@ def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
         codec=PICTURES,
         width=width,
         height=height,
-        rotation=0,
+        orientation=Orientation(),
         time_base=tick,
         pts=tuple(starts),
         key_pts=tuple(starts),
@@ -83,12 +93,12 @@ def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
     )
 
 
-def read_pictures(scan: Scan, index: Sequence[int], canvas: Canvas) -> np.ndarray:
-    """Return uint8 `(frames, height, width, 3)` of the frames `index`, rising."""
+def read_pictures(scan: Scan, index: Sequence[int], shape: Shape) -> Iterator[np.ndarray]:
+    """Yield the frames `index`, rising."""
     if not scan.path.is_dir():
-        return canvas.gather([canvas.shape(frame) for frame in _frames(scan.path, index)])
+        yield from map(shape, _frames(scan.path, index))
+        return
     files = picture_files(scan.path)
-    pictures = []
     for path in [files[place] for place in index]:
         (picture,) = _frames(path, [0])
         if picture.shape[:2] != scan.display_size:
@@ -99,8 +109,7 @@ def read_pictures(scan: Scan, index: Sequence[int], canvas: Canvas) -> np.ndarra
                 where=path,
                 fix="bring them to one size or into two folders",
             )
-        pictures.append(canvas.shape(picture))
-    return canvas.gather(pictures)
+        yield shape(picture)
 
 
 def _natural(file: Path) -> tuple[list[tuple[int, int | str]], str]:
@@ -112,20 +121,23 @@ def _natural(file: Path) -> tuple[list[tuple[int, int | str]], str]:
 def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
     """Yield frames of a picture file: uint8 `(height, width, 3)`."""
     with _pillow(path):
-        image = Image.open(path)
+        image = _opened(path)
     with image:
         if image.mode.startswith(("I", "F")):
             raise _unreadable(path, f"its pixels are of mode {image.mode}, not 8 bits a colour")
         for frame in index:
             with _pillow(path):
                 image.seek(frame)
-                picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                upright = ImageOps.exif_transpose(image)
+                clear = upright.has_transparency_data
+                picture = np.asarray(upright.convert("RGBA" if clear else "RGB"))
+                picture = over_white(picture) if clear else picture
             yield picture
 
 
 def _animation_ends(path: Path) -> list[int]:
     """Return the ms at which each frame stops being shown; [0] for a still picture."""
-    with _pillow(path), Image.open(path) as image:
+    with _pillow(path), _opened(path) as image:
         count = getattr(image, "n_frames", 1)
         if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
             return [0]
@@ -136,6 +148,15 @@ def _animation_ends(path: Path) -> list[int]:
             end += Fraction(image.info.get("duration") or NO_DURATION)
             ends.append(round(end))
         return ends
+
+
+def _opened(path: Path) -> Image.Image:
+    if path.suffix.lower() in (".heic", ".heif"):
+        with suppress(ImportError):
+            import pillow_heif  # a plugin that must be asked for
+
+            pillow_heif.register_heif_opener()
+    return Image.open(path)
 
 
 @contextmanager

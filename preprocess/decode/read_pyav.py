@@ -1,28 +1,34 @@
 """The readers that are always right: frames of a scanned file by PyAV, with seek or from the start.
 
-Each hands every picture to the canvas as it comes (uint8 `(height, width, 3)`, RGB, as displayed) and
-keeps what that makes of it: frames resized there never lie side by side at their native size.
+Each hands every picture to `shape` as it comes (uint8 `(height, width, 3)`, RGB, as displayed) and
+yields what that makes of it: no two lie side by side at their native size.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from preprocess.decode.canvas import Canvas, Distrust
+from preprocess.decode.frames import Distrust, Shape, over_white
 from preprocess.decode.scan import Scan, VideoError, opened
+from preprocess.decode.stream.choice import decoder_of, has_alpha
+from preprocess.decode.stream.clock import shift_of
 from shards.format.quarantine import Reason
 
 # Containers that give each packet its pts.
 TRUE_PTS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
+KEPT_BYTES = 32 << 20
+"""Of pictures that a part of a file leaves to the next ones, which share them."""
 
 
 def picture(frame: Any, scan: Scan) -> np.ndarray:
     """Return uint8 `(height, width, 3)` as displayed; a stream that changes size keeps its first."""
-    rgb = frame.to_ndarray(format="rgb24", width=scan.width, height=scan.height)
-    return np.rot90(rgb, round(scan.rotation / 90))
+    clear = has_alpha(frame.format)
+    size = {"width": scan.width, "height": scan.height}
+    rgb = frame.to_ndarray(format="rgba" if clear else "rgb24", **size)
+    return scan.orientation.apply(over_white(rgb) if clear else rgb)
 
 
 def _av_errors() -> int:
@@ -33,15 +39,14 @@ def _av_errors() -> int:
     return int(logging.get_last_error()[0])
 
 
-def read_seek(scan: Scan, index: Sequence[int], canvas: Canvas) -> np.ndarray:
-    """Return what `read_decord` does: from the keyframe before a frame up to its exact pts."""
+def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> Iterator[np.ndarray]:
+    """Yield the shown frames `index`, rising: from the keyframe before a frame up to its exact pts."""
     import av
 
-    pictures = []
     position = entry = None
     with opened(scan.path, scan.stream) as (container, stream):
-        errors = _av_errors()
         for wanted in (scan.pts[i] for i in index):
+            errors = _av_errors()
             key = scan.key_pts[bisect_right(scan.key_pts, wanted) - 1]
             try:
                 if position is None or key > position:
@@ -58,65 +63,134 @@ def read_seek(scan: Scan, index: Sequence[int], canvas: Canvas) -> np.ndarray:
                 raise Distrust(f"FFmpeg reported an error on the way to pts {wanted}")
             if position != wanted:
                 raise Distrust(f"the seek for pts {wanted} gave pts {position}")
-            pictures.append(canvas.shape(picture(frame, scan)))
-    return canvas.gather(pictures)
+            yield shape(picture(frame, scan))
 
 
-def decode_all(
-    scan: Scan, keep: frozenset[int], canvas: Canvas
-) -> tuple[Scan, list[int], dict[int, np.ndarray]]:
-    """Decode the whole file, counting the frames as they come.
+class WholeDecode:
+    """One pass over a whole file from its start, which counts the frames as they come."""
 
-    Returns them as a scan, the count of each frame of the scan, and the pictures of the counts in
-    `keep`.
-    """
-    import av
+    def __init__(self, scan: Scan) -> None:
+        self.scan = scan
+        self.pts: list[int | None] = []
+        self._damaged = False
+        self._duration: int | None = None
 
-    pts: list[int | None] = []
-    pictures: dict[int, np.ndarray] = {}
-    damaged = False
-    duration = None
-    with opened(scan.path, scan.stream) as (container, stream):
-        packets = container.demux(stream)
-        errors = _av_errors()
-        ended = False
-        while not ended:
-            try:
-                packet = next(packets, None)
-                ended = packet is None or not packet.size
-                frames = stream.decode(packet)
-            except av.error.EOFError:
-                break
-            except av.error.FFmpegError:
-                damaged = True
-                continue
-            if frames and not pts and "first_not_key" in scan.flags:
-                errors = _av_errors()  # what precedes the first keyframe cannot be decoded
-            for frame in frames:
-                damaged |= frame.is_corrupt
-                if len(pts) in keep:
-                    pictures[len(pts)] = canvas.shape(picture(frame, scan))
-                pts.append(frame.pts)
-                duration = frame.duration
-        damaged |= _av_errors() != errors
-    if not pts:
-        raise VideoError(
-            Reason.DECODE_FAILED, "no frame can be decoded", where=scan.path, fix="encode it again"
+    def frames(self) -> Iterator[Any]:
+        """Yield PyAV's frames, each counted in `pts` before it comes."""
+        import av
+
+        with opened(self.scan.path, self.scan.stream) as (container, stream):
+            packets, decoder = container.demux(stream), decoder_of(stream)
+            errors = _av_errors()
+            ended, count = False, 0
+            while not ended:
+                try:
+                    packet = next(packets, None)
+                    ended = packet is None or not packet.size
+                    if packet is not None and packet.size:
+                        if packet.pts is not None:
+                            packet.pts += shift_of(count, self.scan.jumps)
+                        count += 1
+                    frames = decoder.decode(packet)
+                except av.error.EOFError:
+                    break
+                except av.error.FFmpegError:
+                    self._damaged = True
+                    continue
+                if frames and not self.pts and "first_not_key" in self.scan.flags:
+                    errors = _av_errors()  # what precedes the first keyframe cannot be decoded
+                self._damaged |= _av_errors() != errors
+                for frame in frames:
+                    self._damaged |= frame.is_corrupt
+                    self.pts.append(frame.pts)
+                    self._duration = frame.duration
+                    yield frame
+                errors = _av_errors()  # whoever took the frame may have read other files
+            self._damaged |= _av_errors() != errors
+
+    def came(self) -> tuple[Scan, list[int]]:
+        """Return what came as a scan, and the count of each of its frames; after the last one."""
+        scan, pts = self.scan, self.pts
+        if not pts:
+            raise VideoError(
+                Reason.DECODE_FAILED,
+                "no frame can be decoded",
+                where=scan.path,
+                fix="encode it again",
+            )
+        last_duration = self._duration or scan.last_duration
+        known = [value for value in pts if value is not None]
+        if len(known) < len(pts):
+            known = [i * last_duration for i in range(len(pts))]
+        order = list(range(len(known)))
+        if scan.container in TRUE_PTS and not scan.jumps:
+            order.sort(key=known.__getitem__)
+        # Elsewhere frames come in the order of display, with pts that FFmpeg guessed (AVI, ASF).
+        flags = set(scan.flags) | ({"damaged"} if self._damaged else set())
+        found = replace(
+            scan,
+            pts=tuple(sorted(known)),
+            last_duration=last_duration,
+            promised_frames=max(scan.promised_frames, len(scan.pts)),
+            flags=tuple(sorted(flags)),
         )
-    last_duration = duration or scan.last_duration
-    known = [value for value in pts if value is not None]
-    if len(known) < len(pts):
-        known = [i * last_duration for i in range(len(pts))]
-    order = list(range(len(known)))
-    if scan.container in TRUE_PTS:
-        order.sort(key=known.__getitem__)
-    # Elsewhere frames come in the order of display, with pts that FFmpeg guessed (AVI, ASF).
-    flags = set(scan.flags) | ({"damaged"} if damaged else set())
-    came = replace(
-        scan,
-        pts=tuple(sorted(known)),
-        last_duration=last_duration,
-        promised_frames=max(scan.promised_frames, len(scan.pts)),
-        flags=tuple(sorted(flags)),
-    )
-    return came, order, pictures
+        return found, order
+
+
+class WholeFile:
+    """A file that can only be read from its start, and one part of it after another.
+
+    Parts that follow one another are read in one pass; what a later one shares with an earlier one is
+    kept, as far as there is room.
+    """
+
+    def __init__(self, scan: Scan, shape: Shape) -> None:
+        self.scan = scan
+        self.came: tuple[Scan, list[int]] | None = None
+        """Known when the file has been decoded once to its end."""
+        self._shape = shape
+        self._kept: dict[int, np.ndarray] = {}
+        self._frames: Iterator[Any] = iter(())
+        self._position = 0
+        """Count of the next frame."""
+
+    def first(self, wanted: Collection[int], later: Collection[int]) -> Iterator[np.ndarray]:
+        """Decode the file to its end, yielding the pictures of these counts as they come."""
+        decode = WholeDecode(self.scan)
+        for count, frame in enumerate(decode.frames()):
+            if count in wanted or count in later:
+                shaped = self._shape(picture(frame, self.scan))
+                if count in later:
+                    self._keep(count, shaped)
+                if count in wanted:
+                    yield shaped
+        self.came = decode.came()
+
+    def pictures(self, wanted: Sequence[int], later: Collection[int]) -> Iterator[np.ndarray]:
+        """Yield the pictures of these counts, in their order. later: counts to keep on the way."""
+        self._kept = {k: kept for k, kept in self._kept.items() if k in later or k in set(wanted)}
+        waiting = set(wanted)
+        for count in wanted:
+            if count not in self._kept:
+                self._advance(count, waiting, later)
+            waiting.discard(count)
+            shaped = self._kept[count]
+            if count not in later:
+                del self._kept[count]
+            yield shaped
+
+    def _advance(self, count: int, waiting: Collection[int], later: Collection[int]) -> None:
+        """Decode up to a frame, and keep it."""
+        if count < self._position or not self._position:
+            self._frames, self._position = WholeDecode(self.scan).frames(), 0
+        while self._position <= count:
+            frame = next(self._frames)
+            if self._position in waiting:
+                self._kept[self._position] = self._shape(picture(frame, self.scan))
+            elif self._position in later:
+                self._keep(self._position, self._shape(picture(frame, self.scan)))
+            self._position += 1
+
+    def _keep(self, count: int, shaped: np.ndarray) -> None:
+        if (len(self._kept) + 1) * shaped.nbytes <= KEPT_BYTES:
+            self._kept[count] = shaped

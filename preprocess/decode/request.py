@@ -22,8 +22,11 @@ class ReadRequest:
     """A video, a folder of pictures, an animation or a picture."""
     sampling: Sampling
     start: float | None = None
-    """Only frames with start <= time < end, in seconds."""
+    """Only frames that are shown between start and end, in seconds."""
     end: float | None = None
+    next_parts: tuple[tuple[float | None, float | None], ...] = ()
+    """Start and end of the parts of the same file that will be asked for next: a file that is read
+    from its start can serve them on the way."""
     pixels: Pixels | None = None
     """Resize each frame as it comes, as a tower's image processor does."""
     allow_truncated: bool = False
@@ -51,6 +54,7 @@ class ReadRequest:
             | {
                 "path": Path(data["path"]),
                 "sampling": Sampling(**data["sampling"]),
+                "next_parts": tuple((start, end) for start, end in data["next_parts"]),
                 "pixels": Pixels.from_json(pixels) if pixels else None,
             }
         )

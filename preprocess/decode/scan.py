@@ -6,13 +6,18 @@ A scan demuxes the whole file and decodes its first frame only: milliseconds per
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from preprocess.decode.stream.choice import chosen, has_alpha_beside, moving
+from preprocess.decode.stream.clock import Jumps
+from preprocess.decode.stream.orientation import Orientation
+from preprocess.decode.stream.packets import Packets, matrix_of, read_packets
 from shards.errors import UserError
 from shards.format.quarantine import Reason
 
@@ -55,9 +60,8 @@ class Scan:
     codec: str
     width: int
     height: int
-    """Before rotation."""
-    rotation: int
-    """Degrees counter-clockwise by which a frame is turned for display."""
+    """As the frames are coded, before they are turned for display."""
+    orientation: Orientation
     time_base: Fraction
     pts: tuple[int, ...]
     """Of the frames that the file shows, sorted."""
@@ -69,6 +73,8 @@ class Scan:
     promised_frames: int
     """How many frames the container says there are; where it does not, the time it says, filled."""
     flags: tuple[str, ...]
+    jumps: Jumps = ()
+    """Of the file's own clock: `pts` are of the straightened one."""
 
     @property
     def duration(self) -> Fraction:
@@ -80,7 +86,7 @@ class Scan:
         """Mean frame rate; 0 for a still picture, which has no duration."""
         return float(len(self.pts) / self.duration) if self.duration else 0.0
 
-    @property
+    @cached_property
     def seconds(self) -> np.ndarray:
         """Return float64 `(shown frames,)`: seconds from the first, each rounded once."""
         ticks = np.array(self.pts, dtype=np.int64) - self.pts[0]
@@ -89,12 +95,12 @@ class Scan:
     @property
     def display_size(self) -> tuple[int, int]:
         """(height, width) of a frame as displayed."""
-        turned = round(self.rotation / 90) % 2
+        turned = self.orientation.transpose
         return (self.width, self.height) if turned else (self.height, self.width)
 
 
 def scan(path: Path) -> Scan:
-    """Read all packets of a file; decode none but those that its first frame needs (rotation).
+    """Read all packets of a file; decode none but those that its first frame needs.
 
     Of several video streams it takes the first that decodes, FFmpeg's best first, and says which.
     """
@@ -122,12 +128,8 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
     index: of the stream in the file, None for FFmpeg's best.
     """
     with opened(path, index) as (container, stream):
-        others = [
-            other.index
-            for other in container.streams.video
-            if other.index != stream.index and _is_moving(other)
-        ]
-        packets = _read_packets(container, stream)
+        others = [other.index for other in moving(container) if other.index != stream.index]
+        packets = read_packets(container, stream)
         if all(packets.hidden):
             empty = VideoError(
                 Reason.NO_PACKETS,
@@ -139,7 +141,7 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
         # For a file that gives no frame duration, and one that gives no times at all.
         rate = stream.average_rate or stream.guessed_rate or 25
         step = max(1, round(1 / (rate * stream.time_base)))
-        ticks = packets.ticks(step)
+        ticks, jumps, odd_gaps = packets.clock(container, stream, step)
         order = sorted(range(len(ticks)), key=ticks.__getitem__)
         shown = [place for place in order if not packets.hidden[place]]
         last_duration = packets.durations[shown[-1]] or step
@@ -149,9 +151,14 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
             delivered = (ticks[shown[-1]] + last_duration) * stream.time_base
             missing = _missing(container, stream, packets, delivered)
         cut_gif = container.format.name == "gif" and not _ends_with(path, b";")
-        if missing > SECONDS_SHORT or cut_gif:
-            flags.add("truncated")
         first = packets.first_frame
+        also = {
+            "truncated": missing > SECONDS_SHORT or cut_gif,
+            "discontinuity": jumps,
+            "gap": odd_gaps,
+            "alpha": has_alpha_beside(stream),
+        }
+        flags |= {name for name, is_set in also.items() if is_set}
         scanned = Scan(
             path=path,
             container=container.format.name,
@@ -159,7 +166,7 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
             codec=stream.codec_context.codec.canonical_name,
             width=first.width if first else stream.codec_context.width,
             height=first.height if first else stream.codec_context.height,
-            rotation=first.rotation if first else 0,
+            orientation=_orientation(path, first),
             time_base=stream.time_base,
             pts=tuple(ticks[place] for place in shown),
             key_pts=tuple(sorted(ticks[place] for place in packets.keys)),
@@ -167,70 +174,25 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
             packets=len(ticks),
             promised_frames=stream.frames or len(shown) + round(missing * rate),
             flags=tuple(sorted(flags)),
+            jumps=jumps,
         )
         return scanned, first is not None, others
 
 
-@dataclass
-class _Packets:
-    """What the packets of one stream say, in the order in which they lie in the file."""
-
-    pts: list[int | None] = field(default_factory=list)
-    hidden: list[bool] = field(default_factory=list)
-    """Whether the file does not show the frame: an edit list cuts it off, or it is corrupt."""
-    durations: list[int] = field(default_factory=list)
-    """0 where the file gives none."""
-    keys: list[int] = field(default_factory=list)
-    """Places of the keyframes."""
-    furthest: dict[int, int] = field(default_factory=dict)
-    """Of each stream of the file, the end of its last packet."""
-    corrupt: bool = False
-    discard: bool = False
-    first_frame: Any = None
-    """The first that could be decoded, None if none could."""
-
-    def ticks(self, step: int) -> list[int]:
-        """Return the times of the frames: counted by `step` where a packet does not say its own."""
-        known = [value for value in self.pts if value is not None]
-        return known if len(known) == len(self.pts) else [k * step for k in range(len(self.pts))]
-
-
-def _read_packets(container: Any, stream: Any) -> _Packets:
-    """Read all packets of a file; decode those of the stream up to its first frame."""
-    import av
-
-    found = _Packets()
-    packets = container.demux()
-    while True:
-        try:
-            packet = next(packets, None)
-        except (av.error.FFmpegError, IndexError):  # the latter: a stream found late
-            found.corrupt = True
-            break
-        if packet is None:
-            break
-        if packet.pts is not None:
-            reach = packet.pts + (packet.duration or 0)
-            before = found.furthest.get(packet.stream_index, reach)
-            found.furthest[packet.stream_index] = max(reach, before)
-        if packet.stream_index != stream.index or not packet.size:
-            continue
-        if packet.is_keyframe:
-            found.keys.append(len(found.pts))
-        found.pts.append(packet.pts)
-        found.hidden.append(packet.is_discard or packet.is_corrupt)
-        found.durations.append(packet.duration or 0)
-        found.discard |= packet.is_discard
-        found.corrupt |= packet.is_corrupt
-        if found.first_frame is None:
-            found.first_frame = _first_frame(stream, packet)
-    if found.first_frame is None and not all(found.hidden):
-        found.first_frame = _first_frame(stream, None)
+def _orientation(path: Path, frame: Any) -> Orientation:
+    found = Orientation.of_matrix(matrix_of(frame))
+    if found is None:
+        raise VideoError(
+            Reason.ODD_MATRIX,
+            "its display matrix is neither a quarter turn nor a mirror image",
+            where=path,
+            fix="encode it again, turned as it is to be seen",
+        )
     return found
 
 
 def _flags(
-    container: Any, stream: Any, packets: _Packets, ticks: list[int], order: list[int]
+    container: Any, stream: Any, packets: Packets, ticks: list[int], order: list[int]
 ) -> set[str]:
     """Return what is unusual about a stream. order: places of its packets, by time."""
     rank = {place: nth for nth, place in enumerate(order)}
@@ -248,7 +210,7 @@ def _flags(
     return {name for name, is_set in flags.items() if is_set}
 
 
-def _missing(container: Any, stream: Any, packets: _Packets, delivered: Fraction) -> Fraction:
+def _missing(container: Any, stream: Any, packets: Packets, delivered: Fraction) -> Fraction:
     """Return the seconds that the file promises beyond what came of it.
 
     delivered: when the stream's last frame stops being shown.
@@ -288,10 +250,7 @@ def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
             raise VideoError(
                 Reason.DECODE_FAILED, "its streams change", where=path, fix="encode it again"
             )
-        stream = _best(container) if index is None else container.streams[index]
-        if stream is None or not _is_moving(stream):
-            # FFmpeg holds a cover for best where the video is small or of an unknown codec
-            stream = next(filter(_is_moving, container.streams.video), None)
+        stream = chosen(container) if index is None else container.streams[index]
         if stream is None:
             raise VideoError(
                 Reason.NO_VIDEO_STREAM, "has no video stream", where=path, fix="remove it"
@@ -305,30 +264,7 @@ def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
             ) from None
 
 
-def _best(container: Any) -> Any:
-    try:
-        return container.streams.best("video")
-    except IndexError:  # a stream that PyAV had not seen when it opened the file
-        return None
-
-
-def _is_moving(stream: Any) -> bool:
-    """Whether a video stream is no cover picture, and there is a decoder for it."""
-    from av.stream import Disposition
-
-    return stream.codec_context and not stream.disposition & Disposition.attached_pic
-
-
 def _ends_with(path: Path, tail: bytes) -> bool:
     with open(path, "rb") as file:
         file.seek(-len(tail), os.SEEK_END)
         return file.read() == tail
-
-
-def _first_frame(stream: Any, packet: Any) -> Any:
-    import av
-
-    try:
-        return next(iter(stream.decode(packet)), None)
-    except av.error.FFmpegError:
-        return None

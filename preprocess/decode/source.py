@@ -9,17 +9,21 @@ be started. It raises `ChildBug` for a bug.
 """
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Generic, TypeVar
+
+import numpy as np
 
 from preprocess.decode.archive import Unpacker
-from preprocess.decode.child import DecodeChild
-from preprocess.decode.clip import Clip
+from preprocess.decode.child import TOGETHER, DecodeChild
+from preprocess.decode.frames import Begin, Clip, ClipFacts, Event, NoFacts, collect
 from preprocess.decode.read_pictures import picture_files
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
+from preprocess.decode.verdict import explained, refuse_encrypted
 from shards.format.plan import ClipSource
 from shards.format.quarantine import Reason
 from shards.signed import digest
@@ -28,11 +32,15 @@ HEAD_TAIL = 64 * 1024
 ATTEMPTS = 2  # where the machine may be at fault rather than the file
 
 
+Taken = TypeVar("Taken", bound=ClipFacts, covariant=True)
+
+
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[Taken]):
     """What came of reading a clip."""
 
-    clip: Clip | None
+    clip: Taken | None
+    """`Clip`, or of a clip that was read event by event `ClipFacts`."""
     size: int
     """Bytes of the source."""
     digest: str
@@ -50,38 +58,80 @@ class SourceReader(ExitStack):
         super().__init__()
         self.child = self.enter_context(child)
         self._unpacker = self.enter_context(Unpacker(folder))
+        self._member = self.enter_context(ExitStack())
+        self._unpacked: tuple[tuple[str, int | None], Path] | None = None
 
-    def read(self, source: ClipSource, request: ReadRequest) -> Outcome:
-        """Read a clip; once more, in a fresh child, if the first one stalled or crashed."""
-        began, attempts = time.monotonic(), 0
-        clip, size, hash_, error = None, 0, "", None
-        while attempts < ATTEMPTS and clip is None and (error is None or error.retryable):
+    def read(self, source: ClipSource, request: ReadRequest) -> Outcome[Clip]:
+        """Read a clip whole; once more, in a fresh child, if the first one stalled or crashed."""
+        seen: list[Outcome[ClipFacts]] = []
+
+        def events() -> Iterator[Event]:
+            for event in self.events(source, request, TOGETHER):
+                if isinstance(event, Outcome):
+                    seen.append(event)
+                    if event.clip is not None:
+                        yield event.clip
+                else:
+                    yield event
+
+        try:
+            clip = collect(events())
+        except NoFacts:
+            clip = None
+        (outcome,) = seen
+        return Outcome(**vars(outcome) | {"clip": clip})
+
+    def events(
+        self, source: ClipSource, request: ReadRequest, together: int
+    ) -> Iterator[Begin | np.ndarray | Outcome[ClipFacts]]:
+        """Yield a clip's frames, `together` at a time, and what came of it last.
+
+        They begin again in a fresh child if the first one stalled or crashed.
+        """
+        seconds, attempts = 0.0, 0
+        facts, size, hash_, error = None, 0, "", None
+        while attempts < ATTEMPTS and facts is None and (error is None or error.retryable):
             attempts += 1
+            began = time.monotonic()
             try:
-                clip, size, hash_ = self._read(source, request)
+                path = self._path(source, request)
+                for event in self._named(source, replace(request, path=path), together):
+                    if isinstance(event, ClipFacts):
+                        facts = event
+                        continue
+                    seconds += time.monotonic() - began
+                    yield event
+                    began = time.monotonic()  # the caller's own time is not reading's
+                size, hash_ = _identity(source, path)
             except VideoError as failure:
-                error = failure
-        return Outcome(
-            clip=clip,
-            size=size,
-            digest=hash_,
-            error=None if clip else error,
-            attempts=attempts,
-            seconds=time.monotonic() - began,
-        )
+                facts, error = None, failure
+            seconds += time.monotonic() - began
+        yield Outcome(facts, size, hash_, None if facts else error, attempts, seconds)
 
-    def _read(self, source: ClipSource, request: ReadRequest) -> tuple[Clip, int, str]:
+    def _named(self, source: ClipSource, request: ReadRequest, together: int) -> Iterator[Event]:
+        """Yield what the child does; errors say what the file is, and name an archive's member."""
+        try:
+            refuse_encrypted(request.path)
+            yield from self.child.events(request, together)
+        except VideoError as error:
+            told = explained(error, request.path)
+            if source.offset is None:
+                raise told from None
+            reason, what, got, expected, _, fix = told.args
+            raise VideoError(reason, what, got, expected, source.where, fix) from None
+
+    def _path(self, source: ClipSource, request: ReadRequest) -> Path:
+        """Return where a source's bytes lie; a member of an archive is kept for its next part."""
         if source.offset is None:
-            return self.child.read_clip(request), *_identity(source, request.path)
+            return request.path
         assert source.nbytes is not None
-        unpacked = self._unpacker.unpacked(request.path, source.offset, source.nbytes)
-        with unpacked as path:
-            try:
-                clip = self.child.read_clip(replace(request, path=path))
-            except VideoError as error:  # names the file that the member was read from
-                reason, what, got, expected, _, fix = error.args
-                raise VideoError(reason, what, got, expected, source.where, fix) from None
-            return clip, *_identity(source, path)
+        place = source.path, source.offset
+        if self._unpacked is None or self._unpacked[0] != place:
+            self._unpacked = None
+            self._member.close()
+            unpacked = self._unpacker.unpacked(request.path, source.offset, source.nbytes)
+            self._unpacked = place, self._member.enter_context(unpacked)
+        return self._unpacked[1]
 
 
 def _identity(source: ClipSource, path: Path) -> tuple[int, str]:

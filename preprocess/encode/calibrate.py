@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.slow_fast import uniform_indices
-from model.tower.tower import FeatureRangeError, Tower
+from model.tower.pooling import FeatureRangeError
+from model.tower.tower import Tower
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions, encode_frames
 from shards.errors import UserError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.tower.tower import FeatureRangeError, Tower
+from model.tower.pooling import FeatureRangeError
+from model.tower.tower import Tower
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions, encode_frames, frame_bytes

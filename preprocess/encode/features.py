@@ -10,11 +10,13 @@ import numpy as np
 
 from model.grid import Grid
 from model.tower.pixels import Pixels
+from model.tower.pooling import Pooling
 from model.tower.tower import Tower
-from preprocess.decode.clip import Clip
+from preprocess.decode.frames import ClipFacts
 from preprocess.decode.read_pictures import PICTURE_FPS
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import Outcome
+from preprocess.sources.find import FindOptions
 from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig, Sampling
@@ -46,11 +48,8 @@ class EncodeOptions:
     """While the tower runs: sums in another number of threads may round otherwise."""
     allow_truncated: bool = False
     """Take what comes of a truncated or damaged video; its flags say so."""
-    video_roots: tuple[str, ...] = ()
-    allow_outside: bool = False
-    """Annotation files may name videos by absolute paths, or by `..`."""
-    picture_fps: str = PICTURE_FPS
-    """Of folders of pictures."""
+    find: FindOptions = FindOptions()
+    """How inputs are looked through."""
     shard_bytes: int = 512 * 1024**2
 
     @classmethod
@@ -132,6 +131,19 @@ def predicted_bytes(tower: Tower, options: EncodeOptions) -> Callable[[ClipSourc
     return lambda clip: frame * (most if clip.frames is None else clip.frames)
 
 
+def pooling_of(tower: Tower, frames: int, options: EncodeOptions) -> Pooling:
+    """Return what takes the frames of a clip, of which there are so many, batch by batch."""
+    return Pooling(
+        tower,
+        frames,
+        options.strides,
+        pool_mode=options.pool,
+        dtype=options.dtype,
+        batch_frames=options.batch_frames,
+        threads=options.tower_threads,
+    )
+
+
 def encode_frames(
     tower: Tower, frames: np.ndarray, options: EncodeOptions
 ) -> tuple[dict[int, np.ndarray], int]:
@@ -162,7 +174,11 @@ def provenance(tower: Tower, options: EncodeOptions) -> Json:
 
 
 def describe(
-    source: ClipSource, outcome: Outcome, clip: Clip, tower: Tower, arrays: dict[int, np.ndarray]
+    source: ClipSource,
+    outcome: Outcome[ClipFacts],
+    clip: ClipFacts,
+    tower: Tower,
+    arrays: dict[int, np.ndarray],
 ) -> SampleMeta:
     """Return the json of a sample."""
     height, width = clip.display_size

@@ -20,8 +20,10 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from model.tower.tower import FeatureRangeError, Tower
+from model.tower.pooling import FeatureRangeError
+from model.tower.tower import Tower
 from preprocess.decode.child import DecodeChild
+from preprocess.decode.read_decord import decord_trouble
 from preprocess.decode.source import SourceReader
 from preprocess.encode.covered import corrected
 from preprocess.encode.features import (
@@ -172,8 +174,8 @@ class ClipEncoder:
             self._reader = self._open.enter_context(SourceReader(DecodeChild(), self.bank))
         (clip,) = clips_under([clip], self.video_roots)
         request = options.request(clip, tower.pixels)
-        if old and old["decoder"].startswith("pyav"):
-            request = replace(request, decoder="pyav")
+        if old and old["decoder"] == "decord" and not decord_trouble():
+            request = replace(request, decoder="decord")  # to the same last bits
         outcome = self._reader.read(clip, request)
         if outcome.clip is None:
             return str(outcome.error)
@@ -237,6 +239,8 @@ class ShardRepair:
         if record != self.commit:
             write_commit(self.path, record)
             self.done.files.append(f"shards/{done_path(self.path).name}")
+        if not record.samples:
+            return
         index, content = index_path(self.path), index_bytes(record.samples)
         if not index.exists() or index.read_bytes() != content:
             write_atomic(index, content)
@@ -325,7 +329,10 @@ class ShardRepair:
                     f"{', '.join(self.encoded)}"
                 )
         for at in (lambda p: p, index_path, *([] if same else [done_path])):
-            os.replace(at(folder / self.name), at(self.path))
+            if at(folder / self.name).exists():
+                os.replace(at(folder / self.name), at(self.path))
+            else:  # no sample is left
+                at(self.path).unlink(missing_ok=True)
             self.done.files.append(f"shards/{at(self.path).name}")
         shutil.rmtree(folder)
 

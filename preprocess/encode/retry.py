@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from preprocess.decode.archive import archive_members
 from preprocess.encode.features import (
     EncodeOptions,
     feature_config,
@@ -21,7 +20,8 @@ from preprocess.encode.features import (
 )
 from preprocess.encode.run import calibrated
 from preprocess.encode.unit import Encoder, Summary
-from preprocess.sources.find import CLIP_SUFFIXES, clips_under
+from preprocess.sources.find import clips_under
+from preprocess.sources.members import archive_members
 from preprocess.sources.probe import probe
 from shards.errors import UserError
 from shards.format.commits import committed, refuse_missing_shards
@@ -96,7 +96,7 @@ def relocated(sources: Sequence[ClipSource]) -> list[ClipSource]:
         (path, member.name): member
         for path in archives
         if Path(path).is_file()
-        for member in archive_members(Path(path), CLIP_SUFFIXES)
+        for member in archive_members(Path(path))[0]
     }
     found = []
     for source in sources:

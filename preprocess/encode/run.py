@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from model.tower.tower import Tower
+from model.tower.trial import check_size
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.calibrate import calibrate
@@ -25,10 +26,13 @@ from preprocess.encode.features import (
 from preprocess.encode.unit import Summary, disk_errors
 from preprocess.encode.workers import Work, encode_in_processes, encode_work
 from preprocess.sources.changes import Changes, compare
-from preprocess.sources.find import find_clips
+from preprocess.sources.find import Found, find_clips
 from preprocess.sources.probe import probe
+from preprocess.sources.skips import write_skips
+from shards.errors import UserError
 from shards.format.commits import committed, read_commits, refuse_missing_shards
 from shards.format.plan import (
+    READER,
     ClipSource,
     Plan,
     TowerSettings,
@@ -54,17 +58,12 @@ def encode(
     procs: processes, each with a tower and a decoder of its own. prune: serve no longer the
     clips whose sources are gone.
     """
-    clips = find_clips(
-        inputs,
-        options.video_roots,
-        options.picture_fps,
-        allow_outside=options.allow_outside,
-    )
-    return encode_clips(clips, out, options, procs=procs, prune=prune)[0]
+    found = find_clips(inputs, options.find)
+    return encode_clips(found, out, options, procs=procs, prune=prune)[0]
 
 
 def encode_clips(
-    clips: Sequence[ClipSource],
+    found: Found,
     out: Path,
     options: EncodeOptions,
     *,
@@ -75,12 +74,13 @@ def encode_clips(
     tower = load_tower(options)
     predicted_bytes(tower, options)  # refuses what the tower cannot do before there is a folder
     with disk_errors(out), folder_lock(out, "preprocess encode"):
-        changes = make_plan(out, clips, tower, options, prune=prune)
-        return execute(out, changes.plan, clips, tower, options, procs), changes
+        changes = make_plan(out, found.clips, tower, options, prune=prune)
+        write_skips(out, found.skips)
+        return execute(out, changes.plan, found.clips, tower, options, procs), changes
 
 
 def plan_clips(
-    clips: Sequence[ClipSource],
+    found: Found,
     out: Path,
     options: EncodeOptions,
     *,
@@ -90,7 +90,9 @@ def plan_clips(
     tower = load_tower(options)
     predicted_bytes(tower, options)
     with disk_errors(out), folder_lock(out, "preprocess plan"):
-        return tower, make_plan(out, clips, tower, options, prune=prune)
+        changes = make_plan(out, found.clips, tower, options, prune=prune)
+        write_skips(out, found.skips)
+        return tower, changes
 
 
 def make_plan(
@@ -107,8 +109,15 @@ def make_plan(
     if known is not None:
         refuse_other_features(out, features, known.features)
         refuse_missing_shards(out, known)
+    else:
+        check_size(tower)
     settings = TowerSettings(options.batch_frames, options.tower_threads, tower.name)
-    plan = known or Plan(features, [], settings)
+    plan = known or Plan(features, [], settings, decoder=READER)
+    if plan.decoder not in (None, READER):
+        raise UserError(
+            f"{out}: its videos are read by {plan.decoder}, which this version cannot; encode with the "
+            "version that began the bank, or into another folder"
+        )
     planned = {clip.key: clip for clip in plan.clips}
     probed = probe(clips, planned, features.sampling)
     changes = compare(out, plan, probed, lost_keys(out, plan))

@@ -7,21 +7,23 @@ with Encoder(out, features, tower, options, codec) as encoder:
 import errno
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from model.tower.tower import FeatureRangeError, Tower
+from model.tower.pooling import FeatureRangeError, Pooling
+from model.tower.tower import Tower
 from preprocess.decode.child import DecodeChild
-from preprocess.decode.read_decord import decord_trouble
+from preprocess.decode.frames import Begin, ClipFacts
 from preprocess.decode.source import Outcome, SourceReader
-from preprocess.encode.features import EncodeOptions, describe, encode_frames, provenance
+from preprocess.encode.ahead import ahead
+from preprocess.encode.features import EncodeOptions, describe, pooling_of, provenance
 from shards.format.codec import Codec
 from shards.format.commits import (
     journal_path,
@@ -34,6 +36,10 @@ from shards.format.quarantine import QuarantineEntry, Reason, append_entry
 from shards.write.shard import ShardWriter
 
 PLAIN = Codec()
+HELD_BYTES = 32 << 20
+"""Of frames that are decoded before the tower takes them."""
+PARTS_AHEAD = 64
+"""Of one file, which a decoder that has to begin at its start is told of."""
 
 
 def progress_bar(total: int | None = None) -> "tqdm[Any]":
@@ -83,9 +89,6 @@ class Encoder(ExitStack):
         self._began = time.monotonic()
         self.bar = progress_bar() if bar is None else bar
         self.callback(self._stop)
-        trouble = decord_trouble()
-        if trouble:
-            self.bar.write(f"note: {trouble}; PyAV reads every video", file=sys.stderr)
         _drop_stale_journals(out / "shards")
 
     def _stop(self) -> None:
@@ -97,18 +100,17 @@ class Encoder(ExitStack):
     ) -> int:
         """Make one shard, and return how many clips it holds; none at all may make no shard.
 
-        Decoding runs a clip ahead of the tower, in another process. Clips that an earlier run had
+        Decoding runs a little ahead of the tower, in another process. Clips that an earlier run had
         written are not encoded again. Raises OSError, of one line, where the disk fails.
         """
         with disk_errors(self.out), self._writer(unit, sources) as writer:
             todo = [source for source in sources if source.key not in writer.keys]
             self._see_folders(todo)
             self.bar.update(len(sources) - len(todo))
-            for source, future in ahead(todo, self._read):
-                outcome = future.result()
+            for source, outcome, taken in self._encoded(todo):
                 if outcome.error:
                     self._refuse_gone_folder(Path(source.path))
-                self._bank(source, outcome, writer)
+                self._bank(source, outcome, taken, writer)
                 self.bar.update(1)
                 rate = self.summary.frames / max(self.bar.format_dict["elapsed"], 1e-9)
                 self.bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
@@ -138,28 +140,61 @@ class Encoder(ExitStack):
             if _is_gone(folder):
                 raise FileNotFoundError(errno.ENOENT, "the videos here have vanished", str(folder))
 
-    def _read(self, source: ClipSource) -> Outcome:
-        return self._reader.read(source, self.options.request(source, self.tower.pixels))
+    def _encoded(
+        self, sources: Sequence[ClipSource]
+    ) -> Iterator[tuple[ClipSource, Outcome[ClipFacts], "Pooling | FeatureRangeError | None"]]:
+        """Yield what came of each clip, with its features or what the stored type cannot hold.
 
-    def _bank(self, source: ClipSource, outcome: Outcome, writer: ShardWriter) -> None:
+        A few frames are held at a time, whatever the clips' lengths.
+        """
+        taken: Pooling | FeatureRangeError | None = None
+        with closing(ahead(self._events(sources), HELD_BYTES)) as events:
+            for source, event in events:
+                if isinstance(event, Begin):
+                    taken = pooling_of(self.tower, event.frames, self.options)
+                elif isinstance(event, Outcome):
+                    yield source, event, taken
+                    taken = None
+                elif isinstance(taken, Pooling):
+                    try:
+                        taken.add(event)
+                    except FeatureRangeError as error:
+                        taken = error
+
+    def _events(
+        self, sources: Sequence[ClipSource]
+    ) -> Iterator[tuple[ClipSource, Begin | np.ndarray | Outcome[ClipFacts]]]:
+        together = self.tower.batch_shape(sys.maxsize, self.options.batch_frames)
+        for place, source in enumerate(sources):
+            request = self.options.request(source, self.tower.pixels)
+            request = replace(request, next_parts=_next_parts(source, sources[place + 1 :]))
+            for event in self._reader.events(source, request, together):
+                yield source, event
+
+    def _bank(
+        self,
+        source: ClipSource,
+        outcome: Outcome[ClipFacts],
+        taken: "Pooling | FeatureRangeError | None",
+        writer: ShardWriter,
+    ) -> None:
         """Write a clip's features, or put it into quarantine."""
         if outcome.clip is None:
             assert outcome.error
             self._quarantine(source, outcome, outcome.error.reason, str(outcome.error))
             return
-        try:
-            arrays, underflowed = encode_frames(self.tower, outcome.clip.frames, self.options)
-        except FeatureRangeError as error:
-            where = f"{source.where}: {error}"
+        if isinstance(taken, FeatureRangeError):
+            where = f"{source.where}: {taken}"
             self._quarantine(source, outcome, Reason.NOT_REPRESENTABLE, where)
             return
-        meta = describe(source, outcome, outcome.clip, self.tower, arrays)
-        writer.write(source.key, meta, arrays, underflowed)
+        assert taken is not None
+        meta = describe(source, outcome, outcome.clip, self.tower, taken.stored)
+        writer.write(source.key, meta, taken.stored, taken.underflowed)
         self.summary.clips += 1
-        self.summary.frames += len(outcome.clip.frames)
+        self.summary.frames += len(outcome.clip.frame_index)
 
     def _quarantine(
-        self, source: ClipSource, outcome: Outcome, reason: Reason, message: str
+        self, source: ClipSource, outcome: Outcome[ClipFacts], reason: Reason, message: str
     ) -> None:
         """Append a clip that failed to `quarantine.jsonl`, with the reason."""
         entry = QuarantineEntry(
@@ -203,19 +238,10 @@ def _drop_stale_journals(shards: Path) -> None:
             journal_path(shard).unlink(missing_ok=True)
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def ahead(
-    items: Sequence[Item], work: Callable[[Item], Result]
-) -> Iterator[tuple[Item, "Future[Result]"]]:
-    """Yield (item, its finished work), with the next two items being worked on meanwhile."""
-    with ThreadPoolExecutor(max_workers=1) as pool_:
-        waiting = iter(items)
-        running = [(item, pool_.submit(work, item)) for item in islice(waiting, 2)]
-        while running:
-            item, future = running.pop(0)
-            future.exception()  # waits; the caller asks for the result
-            running += [(nxt, pool_.submit(work, nxt)) for nxt in islice(waiting, 1)]
-            yield item, future
+def _next_parts(
+    source: ClipSource, following: Sequence[ClipSource]
+) -> tuple[tuple[float | None, float | None], ...]:
+    """Return the parts of the same file that come right after a part."""
+    file = source.path, source.offset
+    same = takewhile(lambda other: (other.path, other.offset) == file, following)
+    return tuple((other.start, other.end) for other in islice(same, PARTS_AHEAD))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -40,11 +41,20 @@ def table(path: Path) -> str:
 
 
 def find(bank: Bank, name: str) -> int:
-    """Return the row of the clip whose id or key is `name`."""
+    """Return the row of the clip whose id or key is `name`; UserError says why there is none."""
     keys = split_text(bank.columns, "key")
+    same = [normalize(form, name) for form in ("NFC", "NFD")]  # macOS writes names in another form
     for names in (bank.ids, keys):
-        if name in names:
-            return names.index(name)
+        for asked in (name, *same):
+            if asked in names:
+                return names.index(asked)
+    for entry in read_quarantine(bank.path):
+        if entry.id in (name, *same) or entry.key == name:
+            raise UserError(
+                printable(
+                    f"{bank.path}: {entry.id} is in quarantine: {entry.reason}: {entry.message}"
+                )
+            )
     within = [id_ for id_ in bank.ids if name in id_]
     close = within[:3] or get_close_matches(name, [*bank.ids, *keys], n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else f" among its {len(bank)}"

@@ -1,38 +1,48 @@
-"""Inputs -> clips: files, folders, archives and annotation files, each clip once."""
+"""Inputs -> clips: files, folders, archives and annotation files, each clip once.
+
+found = find_clips(["videos/", "train.json"], FindOptions(video_roots=("videos",)))
+found.clips, found.skips        # what is to be encoded; what else there was, and why it is not
+"""
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from preprocess.decode.archive import archive_members, is_archive
+from preprocess.decode.archive import is_archive
 from preprocess.decode.read_pictures import PICTURE_FPS, PICTURE_SUFFIXES
-from preprocess.sources.annotations import annotated_media, holds_annotations
-from shards.annotations.files import is_hub_name, local_copy
+from preprocess.sources.annotations import Lookup, annotated_media
+from preprocess.sources.folder import CLIP_SUFFIXES, head_of, in_folder, is_utf8
+from preprocess.sources.members import archive_members
+from preprocess.sources.skips import Skip, Why, report
+from shards.annotations.files import SUFFIXES, annotation_files, is_hub_name, local_copy, suffix_of
 from shards.errors import UserError
 from shards.format.plan import ClipSource
 from shards.format.samples import clip_id, sample_key
+from shards.kinds import kind_of
+from shards.storage import refuse_url
 
-VIDEO_SUFFIXES = frozenset(
-    [
-        ".mp4",
-        ".mkv",
-        ".webm",
-        ".avi",
-        ".mov",
-        ".m4v",
-        ".mpg",
-        ".mpeg",
-        ".ts",
-        ".m2ts",
-        ".flv",
-        ".wmv",
-        ".ogv",
-        ".3gp",
-    ]
-)
-# In a folder these are clips by themselves, as videos are.
-CLIP_SUFFIXES = VIDEO_SUFFIXES | {".gif", ".apng"}
+
+@dataclass(frozen=True)
+class FindOptions(Lookup):
+    """How inputs are looked through."""
+
+    picture_fps: str = PICTURE_FPS
+    """Of folders of pictures."""
+    follow_links: bool = False
+    """Enter links to folders, too."""
+    archive_ids: bool = False
+    """Ids of archived clips begin with their archive's name, `shard.tar/key.mp4`."""
+
+
+@dataclass
+class Found:
+    """What the inputs hold."""
+
+    clips: list[ClipSource] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Lines for a person."""
 
 
 def clips_under(clips: Sequence[ClipSource], roots: Sequence[str]) -> list[ClipSource]:
@@ -47,106 +57,153 @@ def _under(clip: ClipSource, roots: Sequence[str]) -> ClipSource:
     return replace(clip, path=str(found.absolute())) if found else clip
 
 
-def find_clips(
-    inputs: Sequence[str],
-    video_roots: Sequence[str],
-    picture_fps: str = PICTURE_FPS,
-    *,
-    allow_outside: bool = False,
-) -> list[ClipSource]:
-    """Return the clips of files, folders, archives and annotation files, each once.
+def find_clips(inputs: Sequence[str], options: FindOptions = FindOptions()) -> Found:
+    """Return the clips of files, folders, archives and annotation files, each once, and the rest.
 
-    A folder gives its videos and animations (.gif), at any depth, and one clip for each folder in
-    which there is nothing but pictures; one without any may hold annotation files, of one kind.
-    Archives are read where they are named themselves. `owner/name` that is no path is a dataset of
-    the Hub, of which the annotation files are read. Raises UserError that lists every input which
-    cannot be found and every pair of different files with one id. allow_outside: annotation files
-    may name videos outside of their roots.
+    A folder gives its videos and animations, at any depth, and one clip for each folder in which
+    there is nothing but pictures; one without any may hold annotation files, of one kind. Archives
+    are read where they are named themselves. `owner/name` that is no path is a dataset of the Hub,
+    of which the annotation files are read. Raises UserError that lists every input which cannot be
+    found and every pair of different files with one id.
     """
-    found: dict[str, ClipSource] = {}
+    found = Found()
     problems = [
-        f"--video-root {root}: no such folder" for root in video_roots if not Path(root).is_dir()
+        f"--video-root {root}: no such folder"
+        for root in options.video_roots
+        if not Path(root).is_dir()
     ]
+    problems += [
+        f"--video-root {ascii(root)[1:-1]}: its path is not UTF-8; name a link to it (ln -s)"
+        for root in options.video_roots
+        if not is_utf8(os.path.abspath(root))
+    ]
+    clips: dict[str, ClipSource] = {}
+    clashes: dict[tuple[str, str, bool], list[str]] = {}
     for text in inputs:
-        for source in _sources(text, video_roots, problems, allow_outside):
+        try:
+            sources = _sources(text, options, found, problems)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for source in sources:
             if Path(source.path).is_dir():
-                source = replace(source, picture_fps=picture_fps)
-            other = found.setdefault(source.id, source)
+                source = replace(source, picture_fps=options.picture_fps)
+            other = clips.setdefault(source.id, source)
             same_file = os.path.realpath(other.path) == os.path.realpath(source.path)
             if not same_file or other.offset != source.offset:
-                problems.append(
-                    f"{source.where}: has the id {source.id!r}, as {other.where} has; encode them "
-                    "from a common folder, or into two banks"
-                )
+                clashes.setdefault(_place(source, other), []).append(source.id)
+    problems += [_clash(*places, ids) for places, ids in clashes.items()]
+    if not clips and not problems:
+        problems = [f"no clips are left to encode; {line}" for line in report(found.skips)]
     if problems:
         raise UserError.of(problems)
-    return list(found.values())
+    found.clips = list(clips.values())
+    return found
+
+
+def _place(source: ClipSource, other: ClipSource) -> tuple[str, str, bool]:
+    """Return what two clips of one id are told by, and whether they are of two archives."""
+    if source.offset is None or other.offset is None:
+        return source.where, other.where, False
+    return source.path, other.path, True
+
+
+def _clash(here: str, there: str, archived: bool, ids: Sequence[str]) -> str:
+    """Return what to do about ids that two sources have: shards of WebDataset count anew in each."""
+    same = f"{here}: has the id {ids[0]!r}, as {there} has"
+    if not archived:
+        return f"{same}; encode them from a common folder, or into two banks"
+    more = f", and {len(ids) - 1:,} more" if len(ids) > 1 else ""
+    return (
+        f"{same}{more}; --archive-ids makes them {Path(here).name}/{ids[0]} and so on, else encode "
+        "them into two banks"
+    )
 
 
 def _sources(
-    text: str, roots: Sequence[str], problems: list[str], allow_outside: bool
+    text: str, options: FindOptions, found: Found, problems: list[str]
 ) -> list[ClipSource]:
     """Return the clips of one input."""
+    refuse_url(text, "an input")
     path = Path(text)
+    if not is_utf8(str(path.absolute())):  # decoders take no such path
+        fix = "rename it, or name a link to its folder (ln -s)"
+        raise UserError("its path is not UTF-8", where=ascii(text)[1:-1], fix=fix)
     if not path.exists():
         if not is_hub_name(text) or path.suffix.lower() in CLIP_SUFFIXES | PICTURE_SUFFIXES:
-            problems.append(f"{path}: no such file or folder")
-            return []
-        try:
-            path = Path(local_copy(text))
-        except UserError as error:
-            problems.append(str(error))
-            return []
+            broken = "a broken link" if path.is_symlink() else "no such file or folder"
+            raise UserError(broken, where=path)
+        path = Path(local_copy(text))
     if path.is_dir():
-        sources = _in_folder(path)
-        if sources:
-            return sources
-        if not holds_annotations(path):
-            problems.append(f"{path}: no video files in this folder")
-            return []
-    if holds_annotations(path):
-        return [_source(*media) for media in annotated_media(path, roots, problems, allow_outside)]
-    return _archived(path, problems) if is_archive(path) else [_source(path, path.name)]
+        return _of_folder(path, options, found, problems)
+    if not path.is_file():
+        raise UserError("a pipe, socket or device", where=path, fix="name a file or a folder")
+    if suffix_of(path) in SUFFIXES:
+        return _annotated(path, options, found, problems)
+    if is_archive(path):
+        return _archived(path, options, found)
+    _refuse_other_archive(path)
+    return [_source(path, path.name)]
 
 
-def _in_folder(root: Path) -> list[ClipSource]:
-    sources = []
-    for folder, names, files in os.walk(root):
-        names.sort()
-        here = Path(folder)
-        clips = [name for name in sorted(files) if Path(name).suffix.lower() in CLIP_SUFFIXES]
-        sources += [_source(here / n, (here / n).relative_to(root).as_posix()) for n in clips]
-        seen = [name for name in files if not name.startswith(".")]
-        if seen and not names and all(Path(n).suffix.lower() in PICTURE_SUFFIXES for n in seen):
-            # The folder given is named from its own folder, as a file is.
-            own = os.path.basename(os.path.abspath(root))
-            sources.append(
-                _source(here, own if here == root else here.relative_to(root).as_posix())
-            )
-    return sources
+def _of_folder(
+    root: Path, options: FindOptions, found: Found, problems: list[str]
+) -> list[ClipSource]:
+    clips, skips = in_folder(root, options.follow_links)
+    # The folder given is named from its own folder, as a file is.
+    own = os.path.basename(os.path.abspath(root))
+    sources = [_source(root / name, own if name == "." else name) for name in clips]
+    if sources:
+        found.skips += skips
+        return sources
+    if not any(skip.reason is Why.ANNOTATIONS for skip in skips):
+        holds = "".join(f"; {line}" for line in report(skips))
+        raise UserError(f"no video files in this folder{holds}", where=root)
+    read = {str(file) for file in annotation_files(root)}
+    found.skips += [skip for skip in skips if skip.where not in read]
+    return _annotated(root, options, found, problems)
 
 
-def _archived(path: Path, problems: list[str]) -> list[ClipSource]:
+def _annotated(
+    path: Path, options: FindOptions, found: Found, problems: list[str]
+) -> list[ClipSource]:
+    media = annotated_media(path, options, problems)
+    found.skips += media.skips
+    found.notes += media.notes
+    return [_source(*clip) for clip in media.clips]
+
+
+def _archived(path: Path, options: FindOptions, found: Found) -> list[ClipSource]:
     """Return the videos in an archive: their ids are their paths in it."""
-    try:
-        members = archive_members(path, CLIP_SUFFIXES)
-    except UserError as error:
-        problems.append(str(error))
-        return []
+    members, skips = archive_members(path)
     if not members:
-        problems.append(f"{path}: no video files in this archive")
+        holds = "".join(f"; {line}" for line in report(skips))
+        raise UserError(f"no video files in this archive{holds}", where=path)
+    found.skips += skips
+    lead = f"{path.name}/" if options.archive_ids else ""
     return [
-        replace(_source(path, member.name), offset=member.offset, nbytes=member.nbytes)
+        replace(
+            _source(path, f"{lead}{member.name}"),
+            relative=member.name,
+            offset=member.offset,
+            nbytes=member.nbytes,
+        )
         for member in members
     ]
+
+
+def _refuse_other_archive(path: Path) -> None:
+    """Raise UserError for a file that is an archive by its content and none by its name."""
+    try:
+        kind = kind_of(head_of(path))
+    except OSError:  # to be quarantined
+        return
+    if kind and kind.family == "archive":
+        raise UserError(f"this is {kind.what}, no video", where=path, fix=kind.fix)
 
 
 def _source(
     file: Path, relative: str, start: float | None = None, end: float | None = None
 ) -> ClipSource:
     id_ = clip_id(relative, start, end)
-    try:
-        key = sample_key(id_)
-    except UnicodeEncodeError:
-        raise UserError("its name is not UTF-8", where=ascii(str(file)), fix="rename it") from None
-    return ClipSource(id_, key, str(file.absolute()), relative, start, end)
+    return ClipSource(id_, sample_key(id_), str(file.absolute()), relative, start, end)

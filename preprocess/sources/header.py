@@ -85,7 +85,7 @@ def read_header(path: Path, picture_fps: str) -> Header:
         return Header(seconds, float(rate) if rate else None)
 
 
-def _read(request: Json) -> Iterator[Json]:
+def _read(request: Json, _: object) -> Iterator[Json]:
     """Answer a request in the child, which a file ends that takes too many CPU seconds."""
     limit = math.ceil(time.process_time()) + CPU_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from preprocess.decode.archive import BROKEN, open_tar
+from preprocess.decode.archive import BROKEN, Archive
 from preprocess.decode.read_pictures import PICTURE_FPS, picture_files
 from preprocess.decode.source import identity, identity_of
 from preprocess.sources.header import Header, HeaderChild, predicted_frames
@@ -145,10 +145,13 @@ def _in_archive(source: Source) -> tuple[str, int]:
 
 def _look_into(path: Path, members: Sequence[Source]) -> dict[Source, Probed]:
     """Look at members of an archive, in their order; how long they are is left open."""
-    places = [(source.offset or 0, source.nbytes or 0) for source in members]
+    digests = []
     try:
-        with open_tar(path) as file:  # a .gz is fast only forwards
-            digests = [identity_of(file, *place)[1] for place in places]
+        with Archive(path) as archive:  # a compressed tar is fast only forwards
+            for source in members:
+                nbytes = source.nbytes or 0
+                with archive.member(source.offset or 0, nbytes) as (file, begin):
+                    digests.append(identity_of(file, begin, nbytes)[1])
     except BROKEN:
         return dict.fromkeys(members, Probed(None, None))
     unknown = Header(None, None)

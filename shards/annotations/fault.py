@@ -48,6 +48,21 @@ def split_place(place: str) -> tuple[str, str]:
 
 
 def short(value: object) -> str:
-    """Return a value as a message shows it: printable, and at most 80 letters."""
-    text = ascii(value)
+    """Return a value as a message shows it: printable, in JSON's words, and at most 80 letters."""
+    text = _written(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _written(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_written(k)}: {_written(v)}' for k, v in value.items())}}}"
+    return ascii(value)
+
+
+def json_type(value: object) -> str:
+    """Return what a value of JSON is called in a message: null, bool, str, list ..."""
+    return "null" if value is None else type(value).__name__

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from shards.annotations.fault import json_type, short
 from shards.annotations.forms import FORMS
-from shards.annotations.sniff import GZIP, HEAD, foreign, is_record, is_stray, object_kind
+from shards.annotations.sniff import GZIP, foreign, is_record, is_stray, object_kind
 from shards.errors import UserError
 from shards.hub import refusal
+from shards.kinds import HEAD
 from shards.text import some
 
 Rows = Iterator[tuple[str, Any]]
@@ -118,7 +120,7 @@ def read_text(file: Path) -> str:
             raise UserError(f"not readable as gzip: {error}", where=file) from None
     if what := foreign(data[:HEAD]):
         raise UserError(what, where=file)
-    return data.decode("utf-8-sig")
+    return data.decode("utf-8").lstrip("\ufeff")
 
 
 def annotation_files(path: Path) -> list[Path]:
@@ -182,9 +184,9 @@ def _json(file: Path, text: str) -> Rows:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             if begins != "{" and suffix_of(file) != ".jsonl":
-                raise UserError(f"{file}: not readable as records: {error}") from None
+                raise unreadable(file, error) from None
             if begins == "{" and error.msg != "Extra data":
-                raise UserError(f"{file}: not readable as records: {error}") from None
+                raise unreadable(file, error) from None
         else:
             yield from _listed(file, rows)
             return
@@ -197,20 +199,31 @@ def _listed(file: Path, rows: Any) -> Rows:
     if isinstance(rows, dict):
         raise UserError(object_kind(rows), where=file)
     if not isinstance(rows, list):
-        raise UserError(f"{file}: expected a list of records, got {type(rows).__name__}")
+        raise UserError(f"{file}: expected a list of records, got {json_type(rows)}")
     for index, row in enumerate(rows):
         yield f"{file}[{index}]", row
 
 
 def _lines(file: Path, text: str) -> Rows:
     # not splitlines: JSON may hold U+2028 and its like as they are
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        line = line.strip("\ufeff \t\r")  # a byte order mark stays where files were joined
+        if line:
             try:
                 row: Any = json.loads(line)
             except json.JSONDecodeError as error:
-                row = UnreadableRow(f"not JSON: {error}")
+                last = "; it is the last line: is the file cut short?" * (number == len(lines))
+                row = UnreadableRow(f"not JSON: {error.msg} (column {error.colno}){last}")
             yield f"{file}:{number}", row
+
+
+def unreadable(file: Path, error: json.JSONDecodeError) -> UserError:
+    """Return the error of a file that is no JSON as a whole."""
+    at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+    last = "; is the file cut short?" * at_end
+    told = f"line {error.lineno}, column {error.colno}: {error.msg}{last}"
+    return UserError(f"not readable as records: {told}", where=file)
 
 
 def _csv(file: Path, text: str) -> Rows:
@@ -249,7 +262,10 @@ def csv_advice(header: Sequence[str]) -> str:
 def _cell(name: str, text: str) -> Any:
     """Return a cell: JSON where it is a list or an object, a number where one is due, else text."""
     if name in ("start", "end", "duration"):
-        return float(text)
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(f"{name} must be seconds, got {short(text)}") from None
     if name in STRUCTURED and text.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(text)

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from shards.annotations.answers import asked_and_answered
-from shards.annotations.fault import RowError, UnsupervisedError, short
+from shards.annotations.fault import RowError, UnsupervisedError, json_type, short
 from shards.annotations.fields import Fields, is_empty, listed
 from shards.annotations.timeline import Cut, cuts_of
 
@@ -56,7 +56,7 @@ def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = 
     media_only: a row may have none, but for its media. ignored: fields that are not looked at.
     """
     if not isinstance(row, dict):
-        raise RowError("no known form", f"expected an object, got {type(row).__name__}")
+        raise RowError("no known form", f"expected an object, got {json_type(row)}")
     fields = Fields(row, ignored)
     form = form_of(row, fields, media_only)
     out = {name: fields[name] for name in ("id", "start", "end", "task") if name in fields}
@@ -146,10 +146,11 @@ class Media:
             for name in fields:
                 value = row[name] if isinstance(row[name], list) else [row[name]]
                 media = [medium for medium in value if not is_empty(medium)]
-                self.listed += [(kind, self._path(medium)) for medium in media]
-        self.timeline: list[Cut] = cuts_of(row, self._path) if "timeline" in row else []
+                self.listed += [(kind, self._path(medium, name)) for medium in media]
+        self.timeline: list[Cut] = []
         """The parts of the medium that is laid together of them."""
-        if self.timeline:
+        if "timeline" in row:
+            self.timeline = cuts_of(row, lambda video: self._path(video, "timeline"))
             if self.listed:
                 named = f"both timeline and {self.listed[0][0]} name media; keep one"
                 raise RowError("two readings", named)
@@ -159,8 +160,8 @@ class Media:
         self.part: Json = {}
         """`start` and `end`, where a message says them."""
 
-    def _path(self, medium: Any) -> str:
-        path = path_of(medium)
+    def _path(self, medium: Any, field: str) -> str:
+        path = path_of(medium, field)
         return f"{self.folder.rstrip('/')}/{path}" if self.folder else path
 
     def _heed_is_video(self, said: object) -> None:
@@ -188,7 +189,7 @@ class Media:
         if isinstance(source, dict) and "url" in source:
             source = source["url"]
         if not is_empty(source):
-            self.brought.append(self._path(source))
+            self.brought.append(self._path(source, kind))
         times = {name.removeprefix("video_"): part[name] for name in PART_TIMES if name in part}
         self.part |= times
         return f"<{kind}>"
@@ -222,27 +223,28 @@ class Media:
 PART_TIMES = ("video_start", "video_end")
 
 
-def path_of(medium: Any) -> str:
-    """Return the path of a medium; RowError for what is none: a URL, frames, embedded bytes."""
+def path_of(medium: Any, field: str) -> str:
+    """Return the path of a field's medium; RowError for none: a URL, frames, embedded bytes."""
     if isinstance(medium, dict) and isinstance(medium.get("path"), str):
         if medium.get("bytes") is not None:
             raise RowError(
                 "bad medium",
-                "a medium's bytes are in the row; write them to a file and name that",
+                f"`{field}`: a medium's bytes are in the row; write them to a file and name that",
             )
         medium = medium["path"]
     if isinstance(medium, list):
         raise RowError(
             "bad medium",
-            f"a medium is a list of {len(medium)} frames; name the folder that they are in",
+            f"`{field}`: a medium is a list of {len(medium)} frames; name the folder that they are in",
         )
     if not isinstance(medium, str) or not medium:
-        raise RowError("bad medium", f"a medium must be a path, got {short(medium)}")
+        raise RowError("bad medium", f"`{field}`: a medium must be a path, got {short(medium)}")
     if medium.startswith("file://"):
         return medium.removeprefix("file://")
     if re.match(r"data:|[a-z0-9]+://", medium):
         raise RowError(
-            "bad medium", f"a medium must be a path, got {short(medium)}; download it first"
+            "bad medium",
+            f"`{field}`: a medium must be a path, got {short(medium)}; download it first",
         )
     return medium
 

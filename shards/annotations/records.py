@@ -181,7 +181,7 @@ def _part(data: Json) -> tuple[float | None, float | None]:
         a_number = isinstance(time, int | float) and not isinstance(time, bool)
         if time is not None and not (a_number and 0 <= time < math.inf):
             raise RowError(
-                "bad start or end", f"{side} must be seconds, not negative, got {time!a}"
+                "bad start or end", f"{side} must be seconds, not negative, got {short(time)}"
             )
     start, end = times
     if start is not None and end is not None and not start < end:

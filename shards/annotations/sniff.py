@@ -6,26 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from shards.annotations.forms import FORMS
+from shards.kinds import HEAD, is_text, kind_of
 
-HEAD = 1 << 16
-"""Bytes that are looked at."""
 GZIP = b"\x1f\x8b"
-MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"PK\x03\x04", "a ZIP archive", "unpack it and name what is in it"),
-    (b"BZh", "compressed with bzip2", "unpack it: bunzip2 FILE"),
-    (b"\xfd7zXZ", "compressed with xz", "unpack it: unxz FILE"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstandard", "unpack it: unzstd FILE"),
-    (b"PAR1", "a parquet file", "let its name end in .parquet"),
-    (b"ARROW1", "an Arrow file", "write it as parquet: pyarrow.parquet.write_table"),
-    (b"\xff\xff\xff\xff", "an Arrow stream", "write it as parquet: pyarrow.parquet.write_table"),
-    (b"\x89HDF", "an HDF5 file", "write its records as JSON lines"),
-    (b"SQLite format 3", "an SQLite database", "write its records as JSON lines"),
-    (b"\x80", "a Python pickle", "write its records as JSON lines"),
-    (b"%PDF", "a PDF", "name the file with the records"),
-    (b"\xff\xfe", "UTF-16 text", "save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
-)
-"""How a file begins, what it is, what to do."""
+AS_LINES = "write its records as JSON lines"
+AS_PARQUET = "write it as parquet: pyarrow.parquet.write_table"
+FIXES = {
+    "a parquet file": "let its name end in .parquet",
+    "an Arrow file": AS_PARQUET,
+    "an Arrow stream": AS_PARQUET,
+    "an HDF5 file": AS_LINES,
+    "an SQLite database": AS_LINES,
+    "a Python pickle": AS_LINES,
+}
+"""What to do with files that may hold records."""
 METADATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
     *("config.json", "metadata.json", "croissant.json", "package.json", "statistics.json"),
@@ -35,28 +29,16 @@ METADATA = {
 
 def foreign(data: bytes) -> str | None:
     """Return what a file is that begins so and holds no records, and what to do; None for others."""
-    if not data.strip():
-        return "the file is empty"
-    for magic, what, fix in MAGIC:
-        if data.startswith(magic):
-            return f"this is {what}; {fix}"
-    if data.startswith(b"version https://git-lfs.github.com/spec/"):
-        size = re.search(rb"size (\d+)", data)
-        held = f" for a file of {int(size[1]):,} bytes" if size else ""
-        return (
-            f"this is a Git LFS pointer{held}, not the file; run `git lfs pull` in its repository, or "
-            "download it with `hf download`"
-        )
-    start = data.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head")):
-        title = re.search(rb"<title[^>]*>\s*(.*?)\s*</title", data, re.IGNORECASE | re.DOTALL)
-        said = f" ({title[1][:60].decode('utf-8', 'replace')!a})" if title else ""
-        return f"this is a web page{said}, not records; the download failed, get the file again"
-    if start.startswith(b"<"):
-        return "this is XML, not records; if it is a server's error, get the file again"
     if re.match(rb"\S+ \d+(\.\d+)? \d+(\.\d+)? ?##", data):
         return "this is Charades-STA; python -m train.convert charades-sta makes records of it"
-    return None
+    kind = kind_of(data)
+    if kind is None or (kind.family not in ("none", "archive") and is_text(data)):
+        return None
+    if kind.what == "empty":
+        return "the file is empty"
+    fix = kind.fix or FIXES.get(kind.what, "name the file with the records")
+    wrong = ", not records" if kind.what.startswith(("a web page", "XML")) else ""
+    return f"this is {kind.what}{wrong}; {fix}"
 
 
 def object_kind(data: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ commit record lacks is read off its shard, which the record's sha256 proves. Cat
 are made from the rest, as at the end of every run.
 
 Formats 1 and 2 also say of every sample that the tower saw its whole crop (`covered`), though patches
-that do not divide it leave a rest. Where that is so the shard is written again, with the features of
-the old one.
+that do not divide it leave a rest; their `flags` are a list. The shards are written again, with the
+features of the old ones. A unit of which no clip could be banked had an empty shard, and has none now.
 """
 
 from collections.abc import Callable
@@ -33,10 +33,11 @@ from shards.format.commits import (
 )
 from shards.format.features import FORMAT_VERSION
 from shards.format.manifest import TowerFacts
-from shards.format.plan import Plan, TowerSettings, write_plan
+from shards.format.plan import READER, Plan, TowerSettings, write_plan
 from shards.format.version import is_older
 from shards.signed import Json, file_sha256, read_signed_json
 from shards.write.finish import finish
+from shards.write.shard import commit_nothing
 
 
 def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
@@ -65,6 +66,8 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
         commit = _commit(shard, unit, fingerprint, sha256)
         if not commit:
             continue
+        if not commit.samples:
+            commit = commit_nothing(shard, commit)
         revised = revise(shard, commit, correct) if shard.exists() else commit
         if revised != commit:
             written += [f"shards/{path.name}" for path in (shard, index_path(shard))]
@@ -94,7 +97,11 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
     """Return the plan of an older plan.json."""
     if not is_older(old):
         return Plan.from_json(old, bank)
-    features, how = old.get("features"), old.get("how", {})
+    features, tower = old.get("features"), old.get("tower", {})
+    how = {"batch_frames": tower.get("batch_frames"), "tower_threads": tower.get("threads")}
+    how = {name: value for name, value in how.items() if value is not None}
+    how |= {"tower": tower["name"]} if "name" in tower else {}
+    how |= old.get("how", {})
     today = TowerSettings()
     filled = {
         "format_version": FORMAT_VERSION,
@@ -103,6 +110,7 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
         "calibration": old.get("calibration"),
         "quality": old.get("quality"),
         "pruned": old.get("pruned", []),
+        "decoder": old.get("decoder", READER),
         "tower": {
             "name": how.get("tower", manifest.get("provenance", {}).get("tower", today.name)),
             "batch_frames": how.get("batch_frames", today.batch_frames),

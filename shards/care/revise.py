@@ -40,9 +40,10 @@ def revise(shard: Path, commit: CommitRecord, correct: Correct) -> CommitRecord:
     there. One whose description is damaged is copied as it is, and `verify` names it.
     """
     with Tar(shard) as tar:
-        metas = {sample.key: _meta(tar, sample) for sample in commit.samples}
         revised = {
-            key: new for key, meta in metas.items() if meta and (new := correct(meta)) != meta
+            sample.key: new
+            for sample in commit.samples
+            if (new := _corrected(tar, sample, correct)) is not None
         }
         if not revised:
             return commit
@@ -78,10 +79,13 @@ def resume_move(shard: Path, fingerprint: str) -> bool:
     return whole
 
 
-def _meta(tar: Tar, sample: SampleRecord) -> SampleMeta | None:
-    """Return a sample's description, None where it is damaged."""
+def _corrected(tar: Tar, sample: SampleRecord, correct: Correct) -> SampleMeta | None:
+    """Return a sample's description as it is to be; None where it is so already, or damaged."""
     data = tar.read(*sample.json)
-    return None if fault_of_json(sample.key, data) else SampleMeta.from_json(json.loads(data))
+    if fault_of_json(sample.key, data):
+        return None
+    meta = correct(SampleMeta.from_json(json.loads(data)))
+    return None if canonical_json(meta.to_json()) == data else meta
 
 
 def _rewritten(

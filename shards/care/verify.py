@@ -63,6 +63,8 @@ def check_shard(
     path, commit = inventory.bank / "shards" / name, inventory.commits[name]
     file = f"shards/{name}"
     damages = _check_commit(inventory, name, commit) if commit else []
+    if commit and not commit.samples:
+        return damages + [Damage(file, "is of a unit without samples")] * path.exists()
     if not path.exists():
         keys = [sample.key for sample in commit.samples] if commit else []
         lost = [Damage(file, "is lost with its shard", "encode", key) for key in keys]

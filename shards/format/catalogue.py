@@ -37,15 +37,15 @@ def build_columns(
 ) -> Columns:
     """Return the columns of the samples served, from commit records and json members of the tars.
 
-    commits: in the order of the plan; column `shard` counts them. serving: of each key, the one
-    unit whose sample of it is served; keys that are left out are not. None serves every sample.
+    commits: in the order of the plan; column `shard` counts those with samples. serving: of each key,
+    the one unit whose sample of it is served; keys that are left out are not. None serves all.
     """
     files = open_files(shards_dir)
     keys: list[str] = []
     metas: list[SampleMeta] = []
     places: list[tuple[int, int]] = []
     streams: dict[int, list[StreamRecord]] = {stride: [] for stride in strides}
-    for number, commit in enumerate(commits):
+    for number, commit in enumerate(one for one in commits if one.samples):
         for sample in commit.samples:
             if serving is not None and serving.get(sample.key) != commit.unit:
                 continue

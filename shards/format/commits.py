@@ -88,7 +88,7 @@ class SampleRecord:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What a finished shard is: its bytes, and what is where in them."""
+    """What a finished shard is: its bytes, and what is where in them; without samples there is no tar."""
 
     shard: str
     unit: int
@@ -143,7 +143,7 @@ def refuse_missing_shards(bank: Path, plan: Plan) -> None:
         f"{shard}: was finished and is gone; restore it, or remove {done_path(shard)} and run again "
         "to encode its clips again"
         for shard in shards
-        if not shard.is_file()
+        if not shard.is_file() and read_commit(shard).samples
     ]
     if problems:
         raise UserError.of(problems)

@@ -125,7 +125,9 @@ class Manifest:
             clips=len(columns["shard"]),
             frames=len(columns["timestamps"]),
             nbytes=sum(commit.nbytes for commit in commits),
-            shards=[ShardEntry(one.shard, one.nbytes, one.sha256) for one in commits],
+            shards=[
+                ShardEntry(one.shard, one.nbytes, one.sha256) for one in commits if one.samples
+            ],
             catalogue=checksums(columns),
             superseded=superseded,
             codec=CodecFacts(

@@ -16,9 +16,12 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.format.features import FORMAT_VERSION, FeatureConfig, differences
 from shards.format.fields import parse
+from shards.format.samples import sample_key
 from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
 
+READER = "pyav"
+"""Reads every video, on every machine."""
 TOWER_THREADS = 2
 """Of the CPU: the same on every machine, since sums may round otherwise; more work takes more
 processes. Four on two cores took a third longer."""
@@ -61,11 +64,12 @@ class ClipSource:
         return Path(self.path).name
 
     @property
-    def place(self) -> tuple[str, str, int, str]:
-        """What units are sorted by."""
+    def place(self) -> tuple[str, str, int, str, float, str]:
+        """What units are sorted by: the parts of a file lie together, in the order of their starts."""
+        start = self.start or 0.0
         if self.offset is None:
-            return "", "", 0, self.key
-        return self.archive, self.path, self.offset, self.key
+            return "", "", 0, sample_key(self.relative), start, self.key
+        return self.archive, self.path, self.offset, "", start, self.key
 
     def to_json(self) -> Json:
         return {name: value for name, value in self.__dict__.items() if value is not None}
@@ -95,6 +99,8 @@ class Plan:
     """Per stride, as text, what the codec loses; None until it is measured."""
     pruned: frozenset[str] = frozenset()
     """Keys of clips that are not to be served any more."""
+    decoder: str | None = None
+    """Which reads every video, by the rule of when the bank was begun."""
 
     def to_json(self) -> Json:
         """Return what plan.json holds."""
@@ -104,6 +110,7 @@ class Plan:
             "calibration": self.calibration,
             "quality": self.quality,
             "tower": asdict(self.tower),
+            "decoder": self.decoder,
             "pruned": sorted(self.pruned),
             "units": [[clip.to_json() for clip in unit] for unit in self.units],
         }

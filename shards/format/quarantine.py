@@ -40,6 +40,11 @@ class Reason(StrEnum):
         "The archive is cut off, damaged, or another one than when it was planned.",
         "Fetch the archive again.",
     )
+    ENCRYPTED = (
+        "encrypted",
+        "The samples of the file are encrypted.",
+        "Decrypt it, or leave it out.",
+    )
     NO_VIDEO_STREAM = (
         "no-video-stream",
         "The file holds sound, subtitles or a cover picture only.",
@@ -79,6 +84,11 @@ class Reason(StrEnum):
         "empty-part",
         "No frame starts between the part's start and end.",
         "Correct the part in the annotation file.",
+    )
+    ODD_MATRIX = (
+        "odd-matrix",
+        "The file asks to be shown sheared or turned by an odd angle.",
+        "Encode it again, turned as it is to be seen.",
     )
     CANNOT_RESIZE = (
         "cannot-resize",

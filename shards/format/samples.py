@@ -52,7 +52,10 @@ class SampleMeta:
     """Per stride, as text, the compressed bytes of each frame; not in the json where none are."""
 
     def to_json(self) -> Json:
-        data = asdict(self)
+        """Return what the json holds: `flags` as one text, since an empty list has no type to readers
+        that know each field by its first values, such as Arrow.
+        """
+        data = asdict(self) | {"flags": " ".join(self.flags)}
         if not self.frame_nbytes:
             del data["frame_nbytes"]
         return data
@@ -61,7 +64,9 @@ class SampleMeta:
     def from_json(cls, data: Json) -> "SampleMeta":
         pairs = {name: tuple(data[name]) for name in ("display_size", "covered", "patch_grid")}
         grids = {stride: tuple(grid) for stride, grid in data["cell_grids"].items()}
-        return cls(**{**data, **pairs, "cell_grids": grids})
+        flags = data["flags"]
+        words = flags.split() if isinstance(flags, str) else flags  # formats 1 and 2: a list
+        return cls(**{**data, **pairs, "cell_grids": grids, "flags": words})
 
 
 def clip_id(path: str, start: float | None = None, end: float | None = None) -> str:

@@ -53,8 +53,10 @@ def samples_in(bank: Path, shard: ShardEntry) -> int:
 
 
 def write_hf(bank: Path) -> Path:
-    """Write a dataset card, by which `datasets.load_dataset(BANK, streaming=True)` reads shards."""
+    """Write a dataset card, by which `datasets.load_dataset(BANK)` reads shards, streaming or not."""
     manifest = read_manifest(bank)
+    if not manifest.shards:
+        raise UserError("no clip is banked, so that nothing could be loaded", where=bank)
     path = bank / "README.md"
     if path.exists() and CARD not in path.read_text("utf-8"):
         raise UserError(
@@ -84,8 +86,11 @@ configs:
 `{manifest.fingerprint}`. Made by framebank.
 
 ```python
-clips = datasets.load_dataset(BANK, split="train", streaming=True)
+clips = datasets.load_dataset(BANK, split="train", streaming=True).with_format("numpy")
 for clip in clips:
     clip["json"]["id"], clip["stride{strides[0]}.npy"]  # frames x rows x columns x channels
 ```
+
+Without `streaming=True` the same, once all is copied into Arrow files. `datasets` gives arrays as
+lists unless asked for NumPy, with floats as float32 and whole numbers as int64: no value changes.
 """

@@ -4,13 +4,14 @@
     near.like("clips\\\\A.MP4")     # ['x/clips/a.mp4'], within microseconds once the index is made
 
 Ids are alike when their files have one name, whatever the folder, the ending, the case of letters,
-percent-encoding, the kind of slash, and the part of the video. The index is a number per id: a
-million take a few seconds once, and 16 MB.
+their Unicode form, percent-encoding, the kind of slash, and the part of the video. The index is a
+number per id: a million take a few seconds once, and 16 MB.
 """
 
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
+from unicodedata import is_normalized, normalize
 from urllib.parse import unquote
 
 import numpy as np
@@ -35,6 +36,8 @@ class Difference(NamedTuple):
     backslashes: bool
     percent: bool
     case: bool
+    form: bool
+    """Of Unicode: accents are letters of their own in one (NFD), and not in the other (NFC)."""
     ending: bool
 
 
@@ -50,7 +53,7 @@ def plain_name(id_: str) -> str:
     if "%" in path:
         path = unquote(path)
     name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return ENDING.sub("", name).casefold()
+    return normalize("NFC", ENDING.sub("", name).casefold())
 
 
 class NearIds:
@@ -85,6 +88,8 @@ def difference(wanted: str, banked: str) -> Difference:
     """Return how a banked id differs from one that was asked for, of the same plain name."""
     (ours, our_part), (theirs, their_part) = split_part(wanted), split_part(banked)
     slashes = ("\\" in ours) != ("\\" in theirs)
+    form = is_normalized("NFC", ours) != is_normalized("NFC", theirs)
+    ours, theirs = normalize("NFC", ours), normalize("NFC", theirs)
     ours, theirs = ours.replace("\\", "/"), theirs.replace("\\", "/")
     endings = [found.group() if (found := ENDING.search(path)) else "" for path in (ours, theirs)]
     ours, theirs = ours.removesuffix(endings[0]), theirs.removesuffix(endings[1])
@@ -101,6 +106,7 @@ def difference(wanted: str, banked: str) -> Difference:
         part=our_part != their_part,
         backslashes=slashes,
         percent=shared > written,
+        form=form,
         case=our_name != their_name or (endings[0] != endings[1] and _same_ending(endings)),
         ending=not _same_ending(endings),
     )

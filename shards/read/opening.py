@@ -75,7 +75,8 @@ def load_partial(files: Files) -> tuple[Manifest, Columns]:
         if record is not None:
             commits.append(CommitRecord.from_json(record, f"{files.where}/{name}"))
     finished = read_small(files, "bank.json")
-    if finished and len(Manifest.from_json(finished, files.where).shards) == len(commits):
+    shards = [commit for commit in commits if commit.samples]
+    if finished and len(Manifest.from_json(finished, files.where).shards) == len(shards):
         return load(files)
     shards_dir = f"{files.where}/shards"
     columns = build_columns(shards_dir, commits, plan.features.strides, plan.served())

@@ -12,6 +12,7 @@ first, `.idx` next, `.done` last. The same samples in the same order give the sa
 machine, however often the writer was killed.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -130,7 +131,7 @@ class ShardWriter:
         self.keys.add(sample.key)
 
     def commit(self, provenance: Json | None = None) -> CommitRecord:
-        """Sync, rename, write `.idx` and `.done`; return the commit record.
+        """Sync, rename, write `.idx` and `.done`; return the commit record. No sample makes no tar.
 
         provenance: what, beside the fingerprint, the last bits may depend on.
         """
@@ -146,6 +147,9 @@ class ShardWriter:
             underflowed=sum(entry.underflowed for entry in self.entries),
             provenance=provenance or {},
         )
+        if not samples:
+            self.abandon()
+            return commit_nothing(self.path, record)
         os.replace(self.part, self.path)
         write_atomic(index_path(self.path), index_bytes(samples))
         write_commit(self.path, record)
@@ -250,6 +254,15 @@ def journal_lines(path: Path) -> list[Json]:
 
 def _checked_line(body: bytes) -> bytes:
     return body + f" {google_crc32c.value(body):08x}\n".encode()
+
+
+def commit_nothing(shard: Path, record: CommitRecord) -> CommitRecord:
+    """Write the record of a unit without samples: no tar is left, at which stock readers would break."""
+    for path in (shard, index_path(shard)):
+        path.unlink(missing_ok=True)
+    record = replace(record, nbytes=0, sha256=hashlib.sha256().hexdigest(), crc32c=0)
+    write_commit(shard, record)
+    return record
 
 
 def end_of_archive(nbytes: int) -> bytes:

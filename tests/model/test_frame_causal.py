@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from model.batch import Batch
-from model.frame_causal import PAIRS, FrameCausal, frame_target, skill
+from model.frame_causal import PAIRS, FrameCausal, frame_target, gap_code, skill
+from model.slow_fast import STRATEGIES, uniform_indices
 from model.vlm import VLM
 
 QUESTION, ANSWER = "Look.<video>\nWhere at <t:1.5>?", "at <x:0.25><y:0.75>"
@@ -43,7 +46,8 @@ def run(model: VLM, batch: Batch) -> tuple[dict[Place, Tensor], Tensor]:
     for pairs in batch.transitions:
         source, target = batch.groups[pairs.source], batch.groups[pairs.target]
         states = hidden[source.token_index[pairs.source_frame]]
-        guess = model.frame_causal.predict(states, source, target, target.time[pairs.target_frame])
+        time = target.time[pairs.target_frame]
+        guess = model.frame_causal.predict(states, source, target, time, pairs.gap)
         for k, frame in enumerate(pairs.target_frame.tolist()):
             predictions[place_of[pairs.target, frame]] = guess[k]
     return predictions, hidden.view(*batch.input_ids.shape, -1)
@@ -242,7 +246,7 @@ def test_a_fresh_head_starts_near_the_loss_of_predicting_nothing() -> None:
     assert loss == pytest.approx(1.0, abs=0.1)
 
 
-def test_skill_is_above_zero_only_when_repeating_the_last_frame_is_beaten() -> None:
+def test_skill_is_above_zero_only_when_the_floor_is_beaten() -> None:
     assert skill(0.5, 1.0) == 0.5
     assert skill(1.0, 1.0) == 0.0
     assert skill(2.0, 1.0) == -1.0
@@ -288,3 +292,109 @@ def test_a_moving_picture_is_predicted_better_than_by_repeating_the_last_frame(
     reached, loss_per_frame = held_out()
     assert reached > 0.3
     assert loss_per_frame < 0.5  # 1 is what predicting the mean reaches
+
+
+def at_times(clip: Any, times: Any, frames: Any = None) -> Any:
+    """Return a clip whose frames (chosen ones, if given) were shown at these seconds."""
+    times = np.asarray(times, np.float64)
+    start, end = times[0], 2 * times[-1] - times[-2] if len(times) > 1 else times[0] + 1
+    info = replace(clip.info, timestamps=times, start=start, end=end)
+    features = {s: x if frames is None else x[frames] for s, x in clip.features.items()}
+    return replace(clip, info=info, features=features)
+
+
+def gaps_of(batch: Batch) -> dict[Place, float]:
+    """Return the gap before each frame that has one, by its place in the batch."""
+    place_of = {where: place for place, where in frames_of(batch).items()}
+    return {
+        place_of[pairs.target, frame]: gap
+        for pairs in batch.transitions
+        for frame, gap in zip(pairs.target_frame.tolist(), pairs.gap.tolist(), strict=True)
+    }
+
+
+@given(data=st.data(), most=st.integers(2, 9), strategy=st.sampled_from(STRATEGIES))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_gap_is_the_seconds_between_the_frames_that_are_taken(
+    make_model: Callable[..., VLM],
+    make_clip: Callable[..., Any],
+    make_batch: Callable[..., Batch],
+    data: st.DataObject,
+    most: int,
+    strategy: str,
+) -> None:
+    """Of uneven times, of parts that begin late, of frames left out, of several media in a row."""
+    model = make_model(max_frames_num=most, frame_sampling_strategy=strategy)
+    media = []
+    for seed in range(data.draw(st.integers(1, 3))):
+        apart = data.draw(st.lists(st.floats(0.01, 40), min_size=1, max_size=11))
+        start = data.draw(st.floats(0, 1000))
+        media.append(at_times(make_clip(seed, len(apart)), start + np.cumsum(apart)))
+    ask = " ".join(["<video>"] * len(media)) + "?"
+    batch = make_batch(model, (media, ask, "yes"), (media[-1:], "<video>?", "no"))
+    expected = {}
+    for row, clips in enumerate((media, media[-1:])):
+        frame = 0
+        for clip in clips:
+            taken = clip.info.timestamps[uniform_indices(len(clip.info.timestamps), most)]
+            for k, gap in enumerate(np.diff(taken), start=frame + 1):
+                expected[row, k] = gap
+            frame += len(taken)
+    assert gaps_of(batch) == pytest.approx(expected, rel=1e-6)
+
+
+@given(data=st.data(), rate=st.integers(2, 5), frames=st.integers(2, 6), start=st.integers(0, 99))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_same_moments_banked_at_another_rate_are_predicted_the_same(
+    make_model: Callable[..., VLM],
+    make_clip: Callable[..., Any],
+    make_batch: Callable[..., Batch],
+    data: st.DataObject,
+    rate: int,
+    frames: int,
+    start: int,
+) -> None:
+    """A clip of `rate` times as many frames a second, of which the same are taken; and one that lies
+    `start` seconds later in its file. What differs is no time between frames."""
+    second = data.draw(st.sampled_from([0.25, 0.5, 1.0, 4.0]))
+    many = (frames - 1) * rate + 1
+    model, dense = make_model(max_frames_num=frames), make_clip(frames=many)
+    slow = at_times(dense, np.arange(frames) * second, np.arange(frames) * rate)
+    fast = at_times(dense, np.arange(many) * second / rate)
+    fast = replace(fast, info=replace(fast.info, end=slow.info.end))
+    late = at_times(slow, start + slow.info.timestamps)
+    one, *others = (make_batch(model, ([clip], QUESTION, ANSWER)) for clip in (slow, fast, late))
+    with torch.no_grad():
+        for other in others:
+            assert gaps_of(one) == gaps_of(other)
+            assert torch.equal(model(one)["ar"], model(other)["ar"])
+
+
+def test_a_slower_video_is_told_from_a_faster_one_by_the_gap_alone(
+    make_model: Callable[..., VLM], make_clip: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    """Played at another speed its frames have the same shares of the clip, and another gap."""
+    model, clip = make_model(), make_clip()
+    one, other = (
+        make_batch(model, ([at_times(clip, np.arange(5.0) * speed)], "<video>?", "here"))
+        for speed in (1, 8)
+    )
+    for a, b in zip(one.groups, other.groups, strict=True):
+        assert torch.equal(a.time, b.time)
+    (before, hidden), (after, hidden_after) = run(model, one), run(model, other)
+    assert torch.equal(hidden, hidden_after)
+    assert all(not torch.equal(before[place], after[place]) for place in before)
+    codes = [gap_code(batch.transitions[0].gap) for batch in (one, other)]
+    torch.testing.assert_close(codes[1] - codes[0], torch.full_like(codes[0], 3 / 4))
+    with torch.no_grad():
+        model.frame_causal.query.weight[:, -1] = 0
+    (before, _), (after, _) = run(model, one), run(model, other)
+    assert all(torch.equal(before[place], after[place]) for place in before)
+
+
+def test_any_gap_is_a_small_finite_number() -> None:
+    codes = gap_code(torch.tensor([0.0, 1e-9, 1 / 60, 1.0, 3600.0, 1e9]))
+    assert codes.isfinite().all()
+    assert codes.abs().max() <= 3.5
+    assert codes[3] == 0
+    assert (codes.diff() >= 0).all()

@@ -108,13 +108,18 @@ def test_one_sample_has_the_mask_that_transformers_makes(
 ) -> None:
     row = lay("ab00112233cd")
     config = make_llm(attention=attention).config
+    frames = torch.from_numpy(row[1])
+
+    def same_frame(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (frames[query] == frames[key]) & (frames[key] >= 0)
+
     theirs = create_causal_mask(
         config=config,
         inputs_embeds=torch.zeros(1, 12, 32),
         attention_mask=None,
         past_key_values=None,
         position_ids=torch.arange(12)[None],
-        block_sequence_ids=torch.from_numpy(row[1])[None],
+        or_mask_function=same_frame,
     )
     ours = mask_of(row)
     if attention == "eager":

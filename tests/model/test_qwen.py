@@ -21,7 +21,6 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from transformers.vision_utils import get_vision_window_index
 
 from model.tower.qwen import patch_order, patchify
 from model.tower.tower import Tower
@@ -209,12 +208,11 @@ def test_an_odd_last_frame_is_a_unit_with_itself(folders: dict[str, Path], kind:
         )
 
 
-def test_the_order_is_that_of_transformers() -> None:
+def test_the_order_is_that_of_transformers(window_index: Callable[..., torch.Tensor]) -> None:
     for rows, cols, window in ((6, 10, 2), (12, 8, 2), (2, 14, 3), (8, 8, 4), (10, 10, 1)):
         merge = 2
-        blocks, _ = get_vision_window_index(
-            torch.tensor([[1, rows, cols]]), merge, window * merge * PATCH, PATCH
-        )
+        sizes = torch.tensor([[1, rows, cols]])
+        blocks = window_index(sizes, merge, window * merge * PATCH, PATCH)
         by_block = patch_order(rows, cols, merge, 0).reshape(-1, merge**2)
         expected = by_block[blocks.numpy()].ravel()
         assert patch_order(rows, cols, merge, window).tolist() == expected.tolist()

@@ -135,7 +135,7 @@ def test_pixels_are_those_of_transformers_to_the_bit(
 ) -> None:
     tower = Tower.load(str(towers[kind]))
     frames = frames_of(1, height, width)
-    processor = AutoImageProcessor.from_pretrained(towers[kind])
+    processor = AutoImageProcessor.from_pretrained(towers[kind], backend="pil")
     images = [Image.fromarray(frame) for frame in frames]
     theirs = processor(images=images, return_tensors="pt")["pixel_values"]
     ours = tower.normalise(tower.pixels.resize(frames))
@@ -359,3 +359,34 @@ def test_unknown_models_layers_and_folders_are_refused(
         Tower.load(str(folder))
     with pytest.raises(UserError, match="nowhere: cannot be loaded"):
         Tower.load(str(tmp_path / "nowhere"))
+
+
+def test_a_transformers_that_needs_torchvision_is_named(
+    towers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_before_5_9(*args: Any, **settings: Any) -> None:
+        raise ImportError("AutoImageProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", as_before_5_9)
+    with pytest.raises(
+        UserError, match=r"siglip: transformers .* without torchvision; pip install"
+    ):
+        Tower.load(str(towers["siglip"]))
+
+
+@pytest.mark.parametrize(("frames", "shape"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (40, 16)])
+def test_a_batch_has_the_shape_that_the_length_of_its_clip_chooses(
+    towers: dict[str, Path], frames: int, shape: int
+) -> None:
+    tower = Tower.load(str(towers["siglip"]))
+    assert tower.batch_shape(frames, 16) == shape
+    assert tower.batch_shape(frames, 4) == min(shape, 4)
+    clip = frames_of(3, SIDE, SIDE, count=frames)
+    stored, _ = tower.features(clip, (4, 8), threads=1)
+    batches = [
+        tower.encode_batch(clip[cut : cut + shape], shape) for cut in range(0, frames, shape)
+    ]
+    for stride, features in stored.items():
+        pooled = torch.cat([pool(batch, stride) for batch in batches])
+        assert np.array_equal(features, pooled.half().numpy())
+        assert np.array_equal(features, pool(torch.cat(batches), stride).half().numpy())

@@ -53,7 +53,7 @@ def test_the_row_that_is_shown_adds_a_tower(
     frames = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3), dtype=np.uint8)
 
     theirs: Any = ViTModel.from_pretrained(vit).eval()
-    processor = AutoImageProcessor.from_pretrained(vit)
+    processor = AutoImageProcessor.from_pretrained(vit, backend="pil")
     pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         hidden = theirs(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]

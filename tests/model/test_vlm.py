@@ -569,14 +569,22 @@ def test_a_tokenizer_without_the_anchors_is_refused(
         VLM.load(folder)
 
 
-def test_a_folder_that_is_no_model_is_refused_with_a_way_out(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_model_is_refused_with_a_way_out(
+    folder: Path, make_model: Model, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"no trained model here \(config.json is missing\)"):
         VLM.load(tmp_path)
     path = folder / "config.json"
     facts = json.loads(path.read_text())
-    path.write_text(json.dumps(facts | {"format": 2}))
-    with pytest.raises(UserError, match=r"format 1 \(got 2\).*--model takes"):
+    path.write_text(json.dumps(facts | {"format": 3}))
+    with pytest.raises(UserError, match=r"format 2 \(got 3\).*--model takes"):
         VLM.load(folder)
+    path.write_text(json.dumps(facts | {"format": 1}))
+    for read in (VLM.load, make_model().adopt):
+        with pytest.raises(
+            UserError, match=r"of format 1.*not told the seconds.*stage_path: .*llm"
+        ):
+            read(folder)
     path.write_text(json.dumps(facts | {"model": facts["model"] | {"newer": 1}}))
     with pytest.raises(UserError, match=r"unknown model settings \['newer'\]"):
         VLM.load(folder)

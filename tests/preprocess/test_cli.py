@@ -25,7 +25,7 @@ from shards.read.bank import Bank
 PLANNED = (
     "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype --codec "
     "--tower-dtype --batch-frames --tower-threads --device --allow-truncated --folder-fps "
-    "--allow-outside --shard-size --prune --help"
+    "--allow-outside --missing --on-bad-record --follow-links --archive-ids --shard-size --prune --help"
 )
 OPTIONS = {
     "plan": f"{PLANNED} --no-estimate",
@@ -40,6 +40,7 @@ OPTIONS = {
     "diff": "--help",
     "export": "--help",
     "gc": "--dry-run --help",
+    "realmodels": "--help",
     "toyworld": "--train-clips --test-clips --seed --help",
 }
 
@@ -92,6 +93,58 @@ def test_an_abbreviated_flag_is_not_guessed(toy: Path, tmp_path: Path) -> None:
     assert "--str" in refused(preprocess(*encode_words(toy, tmp_path / "b", "--str", "4")))
 
 
+@pytest.mark.parametrize("command", ["encode", "plan"])
+@pytest.mark.parametrize(
+    ("url", "way"),
+    [
+        ("s3://bucket/x", "aws s3 cp"),
+        ("https://host/a.mp4", "curl -LO"),
+        ("hf://datasets/o/n", "hf download"),
+        ("gs://b/x", "gcloud storage cp"),
+        ("az://b/x", "name a path"),
+    ],
+)
+def test_urls_are_refused_as_input_and_as_bank(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, url: str, way: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["--tower", toy / "tower"]
+    line = refused(preprocess(command, toy / "videos", "--out", url, *asked))
+    assert f"{url}: out is a path of this machine, got a URL" in line
+    line = refused(preprocess(command, url, "--out", tmp_path / "bank", *asked))
+    assert f"{url}: " in line
+    assert way in line
+    line = refused(preprocess("verify", url))
+    assert "is a path of this machine" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_skipped_is_told_by_plan_and_encode_and_listed(toy: Path, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(toy / "videos" / "test", videos)
+    for name in ("a.srt", "b.srt", "c.part", "Thumbs.db"):
+        (videos / name).write_bytes(b"x")
+    (videos / "more").symlink_to(toy / "videos" / "train")
+    words = [videos, "--out", tmp_path / "bank", "--tower", toy / "tower", "--frames", 2]
+    told = (
+        "skipped: 3 files of unknown type: .srt 2 .part 1, 1 link to a folder (--follow-links), "
+        f"1 hidden or system file; all in {tmp_path}/bank/skipped.jsonl"
+    )
+    for command in (["plan", "--no-estimate"], ["encode"]):
+        result = preprocess(command[0], *words, *command[1:])
+        assert result.exit_code == 0, result.output
+        assert told in result.stdout.splitlines()
+        listed = (tmp_path / "bank" / "skipped.jsonl").read_text().splitlines()
+        assert {json.loads(line)["where"] for line in listed} == {
+            str(videos / name) for name in ("a.srt", "b.srt", "c.part", "Thumbs.db", "more")
+        }
+    result = preprocess("encode", *words, "--follow-links")
+    assert "9 clips" in preprocess("plan", *words, "--no-estimate", "--follow-links").stdout
+    assert result.exit_code == 0
+    assert preprocess("verify", tmp_path / "bank").exit_code == 0
+    assert "skipped.jsonl" not in preprocess("gc", tmp_path / "bank", "--dry-run").output
+
+
 def test_a_mistyped_command_is_refused_with_a_suggestion() -> None:
     assert "'encode'" in refused(preprocess("encod"))
 
@@ -141,6 +194,7 @@ def test_a_value_that_cannot_be_is_refused(
         ["encode", "videos", "--out", "b"],
         ["encode", "--out", "b", "--tower", "t"],
         ["toyworld"],
+        ["realmodels"],
     ],
 )
 def test_what_is_missing_is_named(words: list[str]) -> None:

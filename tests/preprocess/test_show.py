@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from preprocess.show.picture import (
     title,
 )
 from preprocess.show.table import find, read_meta, table
+from shards.errors import UserError
 from shards.format.features import FeatureConfig, Sampling
 from shards.format.plan import read_plan, write_plan
 from shards.format.samples import SampleMeta, sample_key
@@ -73,6 +75,20 @@ def test_the_table_tells_what_the_bank_holds(
     assert told["durations"] == "0.12 s shortest, 0.50 s median, 2.50 s longest"
     assert (told["readers"], told["flags"], told["quarantine"]) == ("decord 3", "none", "2")
     assert "  damaged 2: x.mp4, y.mp4" in table(out).splitlines()
+
+
+def test_a_clip_in_quarantine_is_told_with_its_reason(
+    make_bank: Callable[..., Path], tmp_path: Path
+) -> None:
+    accents = normalize("NFD", "é.mp4")
+    out = make_bank(tmp_path / "bank", {"a.mp4": random_clip(1)}, quarantined=("x.mp4", accents))
+    for name in ("x.mp4", sample_key("x.mp4")):
+        with pytest.raises(UserError, match=r"x\.mp4 is in quarantine: damaged: damaged$"):
+            find(Bank.open(out), name)
+    with pytest.raises(UserError, match="is in quarantine: damaged"):
+        find(Bank.open(out), normalize("NFC", accents))
+    banked = make_bank(tmp_path / "other", {accents: random_clip(1)})
+    assert find(Bank.open(banked), normalize("NFC", accents)) == 0
 
 
 def test_the_histogram_counts_every_clip_once(

@@ -20,6 +20,7 @@ import pytest
 
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.run import encode
+from preprocess.sources.find import FindOptions
 from shards.errors import UserError
 from shards.read.bank import Bank
 from shards.write.lock import writer_of
@@ -95,7 +96,7 @@ def test_bad_videos_are_told_once_by_several_workers(
     names = sorted(path.name for path in videos.iterdir())
     parts = [{"video": n, "start": s, "end": s + 1} for n in names for s in (0, 1)]
     records.write_text(json.dumps(parts))
-    options = replace(options, video_roots=(str(videos),))
+    options = replace(options, find=FindOptions(video_roots=(str(videos),)))
     summary = encode([str(records)], tmp_path / "bank", options, procs=2)
     assert (summary.clips, len(summary.failures)) == (2, 16)
     lines = (tmp_path / "bank" / "quarantine.jsonl").read_text().splitlines()

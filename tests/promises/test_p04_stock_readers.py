@@ -6,6 +6,7 @@ pytest tests/promises/test_p04_stock_readers.py
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -22,13 +23,18 @@ import pytest
 import webdataset
 import zarr
 from click.testing import CliRunner
+from PIL import Image
 
 from preprocess.cli.export import export
 from preprocess.cli.main import one_line_errors
+from preprocess.encode.features import EncodeOptions
+from preprocess.encode.repair import repair
+from preprocess.encode.run import encode
+from shards.care.verify import verify
 from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.commits import index_path
-from shards.format.features import FeatureConfig
+from shards.format.features import FeatureConfig, Sampling
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
 from shards.read.export import write_hf, write_wids
@@ -259,6 +265,114 @@ def test_hugging_face_datasets_streams_a_bank(copy: Path, monkeypatch: pytest.Mo
             array = decoded(copy, plain | {"json": sample["json"]}, 4)
             np.testing.assert_array_equal(array, bank.read(row, 4))
         assert rows == len(bank)
+
+
+Shape = str | list["Shape"] | dict[str, "Shape"]
+
+
+def shape_of(value: Any) -> Shape:
+    """Return what Arrow makes of a json value: the types of its fields, one of a list's items."""
+    if isinstance(value, dict):
+        return {name: shape_of(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        kinds = [shape_of(inner) for inner in value]
+        assert kinds, "an empty list has no type"
+        assert all(kind == kinds[0] for kind in kinds), value
+        return kinds[:1]
+    assert value is not None
+    return type(value).__name__
+
+
+@pytest.fixture(scope="module")
+def mixed_bank(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight clips as they should be, one that cannot be read, then three with flags; a shard for each."""
+    root = tmp_path_factory.mktemp("mixed")
+    for k, video in enumerate(sorted((toy / "videos").rglob("*.mp4"))[:8]):
+        shutil.copy(video, root / f"a{k}.mp4")
+    (root / "m.mp4").write_bytes(b"no video")
+    (root / "z-frames").mkdir()
+    for k in range(3):
+        Image.new("RGB", (64, 48), (80 * k, 0, 0)).save(root / "z-frames" / f"{k}.png")
+    Image.new("RGB", (64, 48)).save(root / "z-still.png")
+    rows = [{"video": f"a{k}.mp4"} for k in range(8)]
+    rows += [{"video": "m.mp4"}, {"video": "z-frames"}, {"image": "z-still.png"}]
+    rows += [{"video": "a0.mp4", "start": 0, "end": 1}]  # whole numbers
+    (root / "list.json").write_text(json.dumps(rows))
+    options = EncodeOptions(str(toy / "tower"), (4, 8), Sampling(num_frames=3), shard_bytes=1)
+    summary = encode([str(root / "list.json")], root / "bank", options)
+    assert (summary.clips, len(summary.failures)) == (11, 1)
+    write_hf(root / "bank")
+    write_wids(root / "bank")
+    return root / "bank"
+
+
+def test_every_json_field_has_one_type_in_every_sample(mixed_bank: Path) -> None:
+    metas = [
+        sample["json"]
+        for sample in webdataset.WebDataset(
+            [*map(str, tars(mixed_bank))], shardshuffle=False
+        ).decode()
+    ]
+    assert {meta["flags"] for meta in metas} >= {"", "folder", "still"}
+    shapes = [shape_of(meta) for meta in metas]
+    assert [shape for shape in shapes if shape != shapes[0]] == []
+
+
+def test_a_unit_of_which_no_clip_could_be_read_leaves_no_shard(
+    mixed_bank: Path, tmp_path: Path
+) -> None:
+    assert len(list((mixed_bank / "shards").glob("*.done"))) == 12
+    listed = [shard.name for shard in Bank.open(mixed_bank).manifest.shards]
+    assert [path.name for path in tars(mixed_bank)] == listed
+    assert len(listed) == 11
+    for path in tars(mixed_bank):
+        with tarfile.open(path) as tar:
+            assert len(tar.getnames()) == 3
+    assert verify(mixed_bank, deep=True) == []
+    bank = Path(shutil.copytree(mixed_bank, tmp_path / "bank"))
+    (empty,) = set((bank / "shards").glob("*.done")) - {
+        path.with_suffix(".done") for path in tars(bank)
+    }
+    before = empty.read_bytes()
+    empty.with_suffix(".tar").write_bytes(bytes(10240))  # as banks of format 2 have it
+    assert [damage.file for damage in verify(bank)] == [f"shards/{empty.stem}.tar"]
+    assert repair(bank, tower="nowhere").remaining == []
+    assert (empty.with_suffix(".tar").exists(), empty.read_bytes()) == (False, before)
+    empty.write_bytes(before[:-9])
+    assert repair(bank, tower="nowhere").remaining == []
+    assert read_signed_json(empty)["samples"] == []
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hugging_face_datasets_loads_a_bank_of_many_kinds(
+    mixed_bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    bank = Bank.open(mixed_bank)
+    (block,) = re.findall(r"```python\n(clips = .*)\n", (mixed_bank / "README.md").read_text())
+    names = {"datasets": datasets, "BANK": str(mixed_bank)}
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    exec(block.replace("streaming=True", f"streaming={streaming}"), names)
+    clips = list(names["clips"])
+    assert [clip["json"]["id"] for clip in clips] == bank.ids
+    for row, clip in enumerate(clips):
+        array = clip["stride4.npy"]
+        assert isinstance(array, np.ndarray)
+        np.testing.assert_array_equal(array, bank.read(row, 4).astype(np.float32))
+        assert isinstance(clip["json"]["timestamps"], np.ndarray)
+
+
+def test_wids_and_webdataset_read_a_bank_of_many_kinds(mixed_bank: Path, tmp_path: Path) -> None:
+    wids = pytest.importorskip("wids")
+    ids = Bank.open(mixed_bank).ids
+    dataset = wids.ShardListDataset(
+        str(mixed_bank / "wids.json"), cache_dir=str(tmp_path), keep=True, transformations=[]
+    )
+    assert [json.load(dataset[k][".json"])["id"] for k in range(len(dataset))] == ids
+    files = [*map(str, tars(mixed_bank))]
+    samples = webdataset.WebDataset(files, shardshuffle=False).decode()
+    assert [sample["json"]["id"] for sample in samples] == ids
 
 
 def dtype_of(name: str, codec: str) -> type[np.generic]:

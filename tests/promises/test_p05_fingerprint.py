@@ -57,8 +57,8 @@ def test_how_a_bank_is_made_is_no_part_of_its_identity(
 
 def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
     hashed = {"tower", "strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"}
-    free = {"device", "batch_frames", "tower_threads", "video_roots", "shard_bytes"}
-    free |= {"allow_truncated", "picture_fps", "allow_outside"}  # which clips there are
+    free = {"device", "batch_frames", "tower_threads", "shard_bytes"}
+    free |= {"allow_truncated", "find"}  # which clips there are
     assert {field.name for field in fields(EncodeOptions)} == hashed | free
 
 
@@ -77,7 +77,7 @@ def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
         ({"sampling": Sampling(fps="2", max_frames=9)}, "sampling.max_frames: 9 here, None there"),
         ({"tower_dtype": "bfloat16"}, "tower_dtype: 'bfloat16' here, 'float32' there"),
         ({"tower": "other"}, "tower_digest: "),
-        ({"tower": "bigger"}, "processor.height: 96 here, 64 there"),
+        ({"tower": "darker"}, "processor.mean: [0.4, 0.4, 0.4] here, [0.5, 0.5, 0.5] there"),
     ],
 )
 def test_other_features_are_refused_by_name_and_nothing_changes(
@@ -95,7 +95,7 @@ def test_other_features_are_refused_by_name_and_nothing_changes(
             save_tower(tower, seed=1)
         else:
             config = json.loads((tower / "preprocessor_config.json").read_text())
-            config["size"] = {"height": 96, "width": 96}
+            config["image_mean"] = [0.4] * 3
             (tower / "preprocessor_config.json").write_text(json.dumps(config))
         changes = {"tower": str(tower)}
     bank = shutil.copytree(toy_bank, tmp_path / "bank")

@@ -27,6 +27,9 @@ CASES = [(frames, attn) for frames in ("block", "token") for attn in ("sdpa", "e
 def talks(make_clip: Callable[..., FreshClip]) -> list[tuple[list[FreshClip], list[str]]]:
     """Four conversations; the second is about no clip, the last about two, one of them once more."""
     first, second, third = make_clip(1, 4), make_clip(2, 3, (4, 4)), make_clip(3, 1)
+    # the second one's frames are far apart, and not evenly
+    uneven = replace(second.info, timestamps=np.array([2.0, 9.0, 31.0]), start=2.0, end=40.0)
+    second = replace(second, info=uneven)
     return [
         ([first], ["<video> When?", "from <t:0.5> to <t:1.5>", "Where?", "<x:0.25>"]),
         ([], ["Who is there?", "nobody at all"]),
@@ -171,7 +174,7 @@ def hidden_and_predictions(model: VLM, batch: Batch) -> tuple[Tensor, dict[int, 
             source, target = batch.groups[pairs.source], batch.groups[pairs.target]
             states = hidden[source.token_index[pairs.source_frame]]
             times = target.time[pairs.target_frame]
-            guess = model.frame_causal.predict(states, source, target, times)
+            guess = model.frame_causal.predict(states, source, target, times, pairs.gap)
             ends = target.end_index[pairs.target_frame].tolist()
             found |= dict(zip(ends, guess, strict=True))
     return hidden, found

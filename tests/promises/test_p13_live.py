@@ -35,7 +35,6 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
 )
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from model.vlm import VLM
 from preprocess.decode.child import DecodeChild
@@ -142,8 +141,15 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Family:
     """One kind of tower, its bank, and the same clips read live."""
 
-    def __init__(self, kind: str, root: Path, videos: Path, child: DecodeChild) -> None:
-        self.kind, self.videos, self.child = kind, videos, child
+    def __init__(
+        self,
+        kind: str,
+        root: Path,
+        videos: Path,
+        child: DecodeChild,
+        window_index: Callable[..., torch.Tensor],
+    ) -> None:
+        self.kind, self.videos, self.child, self.window_index = kind, videos, child, window_index
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.model, processor = KINDS[kind]()
@@ -151,7 +157,7 @@ class Family:
                 weight.data.normal_(std=0.3)  # else every patch is much like the next
         self.model.save_pretrained(root / "tower")
         processor.save_pretrained(root / "tower")
-        self.processor = AutoImageProcessor.from_pretrained(root / "tower")
+        self.processor = AutoImageProcessor.from_pretrained(root / "tower", backend="pil")
         self.options = EncodeOptions(
             tower=str(root / "tower"),
             strides=(2, 4),
@@ -197,9 +203,15 @@ class Family:
         sizes = torch.tensor([[len(once) // 2, rows, cols]])
         visual = self.model.model.visual
         hidden = visual(pairs, grid_thw=sizes, output_hidden_states=True).hidden_states[LAYER]
-        places = get_vision_position_ids(sizes, 2)
+        in_blocks = [
+            (row, col)
+            for top, left in np.ndindex(rows // 2, cols // 2)
+            for row in (2 * top, 2 * top + 1)
+            for col in (2 * left, 2 * left + 1)
+        ]
+        places = torch.tensor(in_blocks * (len(once) // 2))
         if self.kind == "qwen2_5_vl":
-            blocks, _ = get_vision_window_index(sizes, 2, visual.window_size, PATCH)
+            blocks = self.window_index(sizes, 2, visual.window_size, PATCH)
             places = places.unflatten(0, (-1, 4))[blocks].flatten(0, 1)
         # windows of one unit come before those of the next
         units = torch.arange(len(once) // 2).repeat_interleave(rows * cols)
@@ -210,10 +222,15 @@ class Family:
 
 @pytest.fixture(scope="module")
 def make_family(
-    tmp_path_factory: pytest.TempPathFactory, videos: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    videos: Path,
+    window_index: Callable[..., torch.Tensor],
 ) -> Iterator[Callable[[str], Family]]:
+    def make(kind: str) -> Family:
+        return Family(kind, tmp_path_factory.mktemp(kind), videos, child, window_index)
+
     with DecodeChild() as child:
-        yield cache(lambda kind: Family(kind, tmp_path_factory.mktemp(kind), videos, child))
+        yield cache(make)
 
 
 def marked(kinds: Iterable[str]) -> list[Any]:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from model.generate import Piece, write_answer
 from model.vlm import VLM
+from shards.annotations.fault import RowError
 from train.batches.chat import Chat
 from train.data.importers import IMPORTERS, imported
 from train.data.records import Record, duration_before, parse_record
@@ -53,6 +54,13 @@ ANNOTATIONS: dict[str, Any] = {
         WINDOW | {"relevant_windows": [[0, 16], [20, 36.54], [82, 150]]},
         WINDOW | {"relevant_windows": [[30, 44]]},
     ],
+    "activitynet-captions": {
+        "a": {
+            "duration": 82.73,
+            "timestamps": [[0.83, 19.86], [17.37, 60.81]],
+            "sentences": ["He runs.", "He sits."],
+        }
+    },
     "refcoco": [
         {
             "file_name": "p.jpg",
@@ -119,8 +127,9 @@ def records_of(name: str, folder: Path) -> list[Record]:
         path = folder / ("a.txt" if isinstance(content, str) else "a.json")
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         problems: list[str] = []
-        rows = imported(name, path, problems)
-        assert problems == []
+        bad: list[RowError] = []
+        rows = imported(name, path, problems, bad)
+        assert (problems, bad) == ([], [])
     return [parse_record(row, f"{name}:{k}") for k, row in enumerate(rows)]
 
 
@@ -179,6 +188,7 @@ def test_the_reference_as_the_answer_scores_one(
                 assert least <= value <= 1 + 1e-9, (metric, reference, said)
     expected = {
         "charades-sta": {"span"},
+        "activitynet-captions": {"span"},
         "qvhighlights": {"windows"},
         "refcoco": {"box"},
         "hc-stvg": {"tube"},

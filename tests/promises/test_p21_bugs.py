@@ -63,7 +63,7 @@ def kept(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-POOLING = "model.tower.tower.pool"
+POOLING = "model.tower.pooling.pool"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def broken(*_, **__):
     ("module", "name"),
     [
         ("shards.write.shard", "ShardWriter.write"),
-        pytest.param("preprocess.decode.clip", "read_scanned", marks=pytest.mark.slow),
+        pytest.param("preprocess.decode.clip", "FileReader.events", marks=pytest.mark.slow),
     ],
     ids=["in a worker", "in the decode child of a worker"],
 )
@@ -147,8 +147,8 @@ def with_bug(module: str, name: str) -> tuple[str, ...]:
 
 
 CHILDREN: list[tuple[type[ChildProcess], tuple[str, str]]] = [
-    (DecodeChild, ("preprocess.decode.child", "scan_source")),
-    (DecodeChild, ("preprocess.decode.child", "read_scanned")),
+    (DecodeChild, ("preprocess.decode.child", "FileReader.scan")),
+    (DecodeChild, ("preprocess.decode.child", "FileReader.events")),
     (HeaderChild, ("preprocess.sources.header", "read_header")),
 ]
 
@@ -195,7 +195,7 @@ def test_a_decoder_that_dies_is_the_clips_fault(
     code = (
         "import os, signal, sys, preprocess.decode.child as child\n"
         f"def dies(*_):\n    {death}\n"
-        "child.read_scanned = dies\n"
+        "child.FileReader.events = dies\n"
         "child.main([int(word) for word in sys.argv[1:]])\n"
     )
     monkeypatch.setattr(DecodeChild, "program", ("-c", code))
@@ -212,7 +212,7 @@ def test_a_disk_that_fails_in_the_child_is_no_bug(
     code = (
         "import sys, preprocess.decode.child as child\n"
         "def fails(*_):\n    raise OSError(5, 'Input/output error')\n"
-        "child.scan_source = fails\n"
+        "child.FileReader.scan = fails\n"
         "child.main([int(word) for word in sys.argv[1:]])\n"
     )
     monkeypatch.setattr(DecodeChild, "program", ("-c", code))
@@ -261,6 +261,6 @@ def test_a_bug_stops_training_with_its_traceback(
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a bug for a test")
 
-    monkeypatch.setattr("model.vlm.VLM.embed", broken)
+    monkeypatch.setattr("train.loop.loop.take_step", broken)
     with pytest.raises(ValueError, match="a bug for a test"):
         train_here(tmp_path / "out")

@@ -17,7 +17,16 @@ from preprocess.toy_models import save_tower
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.read.banks import Banks
-from train.ask import FreshClip, asked, find_tower, fresh_clip, in_pixels, load_tower, main
+from train.ask import (
+    Answerer,
+    FreshClip,
+    asked,
+    find_tower,
+    fresh_clip,
+    in_pixels,
+    load_tower,
+    main,
+)
 from train.batches.chat import Chat
 from train.batches.collate import collate, lay_out
 from train.data.markup import split_markup
@@ -102,6 +111,51 @@ def test_a_question_is_answered_in_seconds_and_pixels_as_from_the_bank(
             assert float(number) == pytest.approx(
                 mark.value * (1 if mark.axis == 0 else 64), abs=0.51 if mark.axis else 0.0051
             )
+
+
+def test_a_banked_clip_is_asked_by_its_id_and_answers_as_the_raw_video(
+    trained_run: Path,
+    toy: Path,
+    toy_bank: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
+) -> None:
+    model = ["--model", str(trained_run)]
+    for question in ("When is the red circle visible?", "How many objects are there?"):
+        main([str(toy / "videos" / CLIP), question, *model])
+        raw = capsys.readouterr().out
+        main([CLIP, question, *model, "--bank", str(toy_bank)])
+        assert capsys.readouterr().out == raw
+    banked = [*model, "--bank", str(toy_bank)]
+    line = refused(main, ["clip-00000.mp4", "?", *banked])
+    assert "the clip 'clip-00000.mp4' is in no bank; the bank has " in line
+    assert CLIP in line
+    line = refused(main, [CLIP, "?", *banked, "--tower", "x"])
+    assert "--tower: a banked clip needs no tower" in line
+    assert "--max_new_tokens: must be at least 1, got 0" in refused(
+        main, [CLIP, "?", *banked, "--max_new_tokens", "0"]
+    )
+
+
+def test_a_question_has_the_frames_that_training_had_room_for(
+    trained_run: Path, toy_bank: Path, tmp_path: Path
+) -> None:
+    clip = Banks.open([toy_bank]).clip(CLIP)
+    turns = asked("When is the red circle visible?", clip.info)
+    frames = {}
+    for limit in (0, 30, 5):
+        run = tmp_path / str(limit)
+        shutil.copytree(trained_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+        facts = json.loads((run / "run.json").read_text())
+        facts["config"]["max_tokens"] = limit
+        (run / "run.json").write_text(json.dumps(facts))
+        answerer = Answerer.load(run)
+        row = answerer.row([clip.info], turns)
+        frames[limit] = len(row.frames)
+        assert not limit or len(row) <= limit or len(row.frames) == 1
+    assert frames[0] == 6
+    assert 1 < frames[30] < 6
+    assert frames[5] == 1
 
 
 def test_answers_are_written_in_seconds_and_pixels() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.config import ModelSettings, VLMConfig, read_model_config
+from model.config import FORMAT, ModelSettings, VLMConfig, read_model_config
 from shards.errors import UserError
 from train.settings.config import TrainConfig, parse
 from train.settings.foreign import ENVIRONMENT
@@ -179,7 +179,7 @@ WRONG |= {"slow_frame_ratio": "1.5", "enable_lape": 1, "predictor": "mlp", "max_
 @pytest.mark.parametrize("name", WRONG)
 def test_a_saved_model_is_held_to_the_same_bounds(name: str, tmp_path: Path) -> None:
     settings = asdict(VLMConfig()) | {name: WRONG[name]}
-    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": settings}))
+    (tmp_path / "config.json").write_text(json.dumps({"format": FORMAT, "model": settings}))
     with pytest.raises(UserError, match=rf"config\.json: {name} must be .*, got ") as refusal:
         read_model_config(tmp_path)
     assert len(refusal.value.problems) == 1

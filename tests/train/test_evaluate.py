@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,6 +142,31 @@ def test_the_untrained_model_is_scored_beside_it(
     assert before["losses"]["ce_loss"] > after["losses"]["ce_loss"] + 0.5
 
 
+def test_the_model_is_scored_with_the_features_of_other_clips(
+    evaluate_here: Callable[..., None], trained: Path, toy: Path, refused: Callable[..., str]
+) -> None:
+    """Which changes its losses, and nothing that is asked."""
+    test_set = {"data_path": toy / "test.jsonl", "max_records": 4}
+    evaluate_here(output=trained / "own.json", **test_set)
+    evaluate_here("--shuffle_features", **test_set)
+    own, other = (
+        json.loads((trained / name).read_text()) for name in ("own.json", "eval-test-shuffled.json")
+    )
+    assert (own["shuffled"], other["shuffled"], other["untrained"]) == (False, True, False)
+    assert own["losses"]["ce_loss"] != other["losses"]["ce_loss"]
+    assert own["losses"]["autoregressive_loss"] != other["losses"]["autoregressive_loss"]
+    lines = [
+        (trained / f"predictions-{name}.jsonl").read_text() for name in ("own", "test-shuffled")
+    ]
+    asked = [[json.loads(line) for line in text.splitlines()] for text in lines]
+    for name in ("record", "media", "question", "reference", "duration"):
+        assert [row[name] for row in asked[0]] == [row[name] for row in asked[1]]
+    line = refused(evaluate_here, "--shuffle_features")
+    assert "no other clip has the grid of test/clip-" in line  # all five records are of one
+    with pytest.raises(SystemExit):
+        evaluate_here("--shuffle_features", "--untrained")
+
+
 def test_what_cannot_be_scored_is_refused_in_one_line(
     evaluate_here: Callable[..., None],
     toy: Path,
@@ -215,3 +241,27 @@ def test_an_llm_is_no_model_to_score(
     words = ["--bank", str(toy_bank), "--data_path", str(toy / "test.jsonl")]
     line = refused(main, ["--model", str(toy / "llm"), *words])
     assert line.startswith(f"error: {toy / 'llm' / 'config.json'}: not a framebank model of format")
+
+
+def test_what_accelerate_is_asked_for_holds_for_answers_too(
+    evaluate_here: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import model.generate
+
+    under_bf16 = []
+    whole = model.generate.generate
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        under_bf16.append(torch.is_autocast_enabled("cpu"))
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(model.generate, "generate", watched)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    evaluate_here(output=tmp_path / "bf16.json")
+    assert set(under_bf16) == {True}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SystemExit):
+        evaluate_here(output=tmp_path / "fp16.json")
+    assert not (tmp_path / "fp16.json").exists()

@@ -37,6 +37,10 @@ FOREIGN: dict[str, tuple[Files, str]] = {
         {"run.json": '{"config": {}}', "config.json": '{"model_type": "qwen2"}'},
         "a model that no run of ours wrote (config.json)",
     ),
+    "older run": (
+        {"run.json": '{"config": {}}', "config.json": '{"format": 1}'},
+        "a run of an older framebank, model format 1 (config.json)",
+    ),
     "other trainer": (
         {"checkpoint-500/trainer_state.json": "{}"},
         "another trainer's output (checkpoint-500/trainer_state.json)",

@@ -29,6 +29,7 @@ from train.batches.plan import order
 from train.data.dataset import open_dataset
 from train.evaluate import untrained
 from train.loop.checkpoint import read_state, save_checkpoint
+from train.loop.floor import floor_of_model
 from train.loop.held_out import held_out_loss
 from train.loop.optimizer import parameter_groups, rate
 from train.loop.speed import CLOCK
@@ -62,11 +63,11 @@ def losses(out: Path) -> list[list[float]]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of a model folder by file and name."""
+    """Return every tensor of a model by file and name."""
     return {
         f"{path.relative_to(out)}:{name}": tensor
         for path in sorted(out.rglob("*.safetensors"))
-        if not str(path.relative_to(out)).startswith(("checkpoint-", "optimizer-"))
+        if not str(path.relative_to(out)).startswith(("checkpoint-", "optimizer-", "floor."))
         for name, tensor in load_file(path).items()
     }
 
@@ -456,7 +457,8 @@ def in_memory_loss(folder: Path, settings: dict[str, Any], toy: Path) -> Json:
     model = VLM.load(folder)
     chat = Chat.of(model)
     loader = Loader(dataset, chat, model.config)
-    return held_out_loss(model, loader, dataset.held_out, 2, Accelerator())
+    floor = floor_of_model(folder, model.config)
+    return held_out_loss(model, loader, dataset.held_out, 2, Accelerator(), floor)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])

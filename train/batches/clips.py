@@ -9,11 +9,11 @@ import numpy as np
 
 from model.slow_fast import uniform_indices
 from shards.read.banks import Banks, Place
+from shards.read.timeline import Timeline
 from shards.signed import canonical_json
 from train.batches.chat import Chat
 from train.data.records import Record
 from train.data.splice import Layout
-from train.data.timeline import Timeline
 
 
 @dataclass(frozen=True)

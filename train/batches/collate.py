@@ -20,9 +20,9 @@ from model.mask import intervals
 from model.slow_fast import slow_frames, uniform_indices
 from model.vlm import VLMConfig
 from shards.read.bank import ClipInfo
+from shards.read.timeline import ClipFeatures, Medium, part_count, parts_of, place_of
 from train.batches.augment import Look
 from train.batches.chat import MEDIA, Encoded
-from train.data.timeline import ClipFeatures, Medium, part_count, parts_of, place_of
 
 
 @dataclass(frozen=True)
@@ -278,6 +278,8 @@ def label_tasks(
 
 
 GroupKey = tuple[int, Grid, tuple[float, float, float, float]]
+FrameStep = tuple[int, int, ClipFeatures, int, float]
+"""Places of two frames in their groups, their clip, the first one's banked frame, seconds between."""
 
 
 def group_frames(
@@ -289,7 +291,7 @@ def group_frames(
 ) -> tuple[tuple[FrameGroup, ...], tuple[Transitions, ...]]:
     """Return all frames of a batch grouped by stream and grid, and the steps from frame to frame."""
     members: dict[GroupKey, list[tuple[int, PlacedFrame]]] = {}
-    steps: dict[tuple[GroupKey, GroupKey], list[tuple[int, int, ClipFeatures, int]]] = {}
+    steps: dict[tuple[GroupKey, GroupKey], list[FrameStep]] = {}
     for number, row in enumerate(rows):
         previous: tuple[GroupKey, int, PlacedFrame] | None = None
         for frame in row.frames:
@@ -297,7 +299,9 @@ def group_frames(
             key = (frame.stream, frame.grid, source.info.covered)
             group = members.setdefault(key, [])
             if previous is not None and previous[2].clip == frame.clip:
-                step = (previous[1], len(group), source, previous[2].frame)
+                last, times = previous[2].frame, source.info.timestamps
+                gap = float(times[frame.frame] - times[last])
+                step = (previous[1], len(group), source, last, gap)
                 steps.setdefault((previous[0], key), []).append(step)
             previous = (key, len(group), frame)
             group.append((number, frame))
@@ -310,6 +314,7 @@ def group_frames(
             target=order[target],
             source_frame=torch.tensor([pair[0] for pair in pairs]),
             target_frame=torch.tensor([pair[1] for pair in pairs]),
+            gap=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
             copy=_copy(target[1].stride, pairs) if with_copy else None,
         )
         for (source, target), pairs in steps.items()
@@ -354,13 +359,13 @@ def _group(
     )
 
 
-def _copy(stride: int, pairs: Sequence[tuple[int, int, ClipFeatures, int]]) -> Tensor:
+def _copy(stride: int, pairs: Sequence[FrameStep]) -> Tensor:
     # the pairs of one clip are consecutive, so that one read serves them
     runs = groupby(pairs, key=lambda pair: id(pair[2]))
     reads = []
     for _, run in runs:
         members = list(run)
-        reads.append(members[0][2].read(stride, [frame for _, _, _, frame in members]))
+        reads.append(members[0][2].read(stride, [step[3] for step in members]))
     return joined(reads)
 
 

@@ -8,13 +8,13 @@ from functools import lru_cache
 
 from model.batch import Batch, pinned
 from model.vlm import VLMConfig
+from shards.read.timeline import Medium
 from train.batches.augment import Look, Looks
 from train.batches.chat import MEDIA, Chat, Encoded
 from train.batches.collate import Row, collate, frames_within, lay_out, pack
 from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
 from train.data.records import Record, task_of
-from train.data.timeline import Medium
 
 THREADS = 2
 """Threads that prepare batches; more would take the interpreter from the loop that trains."""

@@ -77,6 +77,7 @@ def advice(id_: str, banks: Banks) -> str:
         "with / instead of \\": found.backslashes,
         "with other letters in its percent-encoding": found.percent,
         "in capitals and small letters as they are there": found.case,
+        "in the Unicode form that it has there (NFC or NFD)": found.form,
         "with the ending of the file": found.ending,
     }
     if any(what.values()):

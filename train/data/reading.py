@@ -14,6 +14,7 @@ from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.format.samples import clip_id
 from shards.read.banks import Banks, Place
+from shards.read.timeline import timeline_of
 from shards.text import some
 from train.data.coordinates import settled
 from train.data.drops import BadRecords, Drop, counted
@@ -22,7 +23,6 @@ from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
 from train.data.records import PLAIN, Record, Turn, join, known_id, read_records
 from train.data.spans import refuse_misspelt
-from train.data.timeline import timeline_of
 from train.settings.config import DataSettings
 
 PHRASE = ("phrase", "caption")

@@ -1,10 +1,10 @@
 """Annotation files -> records, joined to banked clips; coordinate markup in their text.
 
 A record is `{id, video, start?, end?, conversations: [{from: human|gpt, value}]}` with one
-`<video>` or `<image>` tag per medium, or a `timeline` of parts that are one medium (`data.timeline`);
-`shards.annotations` brings other forms into this one. Text may
-carry `<t:12.5>` (seconds of the clip) or `<t:41.3%>` (a share of it), `<x:0.31>` and `<y:0.52>`
-(fractions of the frame), or an anchor by name such as `<TEMP-037>`.
+`<video>` or `<image>` tag per medium, or a `timeline` of parts that are one (`shards.read.timeline`);
+`shards.annotations` brings other forms into this one. Text may carry `<t:12.5>` (seconds of the clip)
+or `<t:41.3%>` (a share of it), `<x:0.31>` and `<y:0.52>` (fractions of the frame), or an anchor by name
+such as `<TEMP-037>`.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,10 +20,10 @@ from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.format.samples import clip_id
 from shards.read.banks import Banks, Place
+from shards.read.timeline import Timeline
 from train.data.folders import Folders, advice, several
 from train.data.markup import kind_of
 from train.data.spans import refuse_misspelt
-from train.data.timeline import Timeline
 from train.settings.config import DataSettings
 
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
+from shards.read.timeline import Stretch, Timeline
 from train.data.records import Record, Turn
-from train.data.timeline import Stretch, Timeline
 from train.settings.drawn import SpliceSettings, draw
 
 Asked = tuple[str, str]

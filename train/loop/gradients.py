@@ -18,6 +18,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.vlm import VLM
 from shards.errors import UserError
+from shards.signed import Json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
 
 LossOf = Callable[[Any, int, Batch], Tensor]
 """(wrapped model, pack of the step, its batch) -> its share of the step's loss."""
+
+
+def pin_threads(num_threads: int, reduce: str, state: Json, processes: int) -> None:
+    """Set torch's threads: as asked, or as the run began.
+
+    A sum is cut into as many parts as there are threads, so another number of them is another
+    rounding: a resumed run would no longer be the run it was, bit by bit.
+    """
+    as_before = reduce == "exact" or state.get("processes") == processes
+    threads = num_threads or (state.get("threads") if as_before else None)
+    if threads:
+        torch.set_num_threads(threads)
 
 
 class Reduction(Protocol):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from model.vlm import VLM
     from train.batches.loader import Loader
+    from train.loop.floor import Floor
 
 
 def held_out_loss(
@@ -19,13 +20,18 @@ def held_out_loss(
     records: Sequence[Record],
     size: int,
     accelerator: "Accelerator",
+    floor: "Floor | None" = None,
 ) -> Json:
-    """Return the metrics of records that are not trained on, `size` at a time; ranks share them."""
+    """Return the metrics of records that are not trained on, `size` at a time; ranks share them.
+
+    floor: what `ar_skill` is read against; without, there is none.
+    """
     import torch
 
     from model.batch import to_device
     from train.loop.metrics import NUM_SUMS, summarise, sums_of
 
+    floor = floor and floor.to(accelerator.device)
     was_training = model.training
     model.eval()
     # a row for each batch, so that they are added up in the same order on any number of ranks
@@ -36,7 +42,8 @@ def held_out_loss(
         batch = loader.batch(records[begin : begin + size], with_copy=True)
         batch = to_device(batch, accelerator.device)
         with torch.no_grad(), accelerator.autocast():
-            sums[begin // size] = sums_of(model(batch), batch)
+            beside = floor.losses(batch) if floor else {}
+            sums[begin // size] = sums_of(model(batch) | beside, batch)
     model.train(was_training)
     total = accelerator.reduce(sums, reduction="sum").sum(dim=0)
     return summarise(total, model.config.loss_weight)

@@ -34,7 +34,8 @@ from train.loop.checkpoint import (
     set_aside,
 )
 from train.loop.checks import PackMemory, UpdateCheck, check_counts, out_of_memory_advice, rehearse
-from train.loop.gradients import Reduction, make_reduction
+from train.loop.floor import Floor, floor_of_run
+from train.loop.gradients import Reduction, make_reduction, pin_threads
 from train.loop.held_out import held_out_loss
 from train.loop.log import RunLog, banner, closing, line_of
 from train.loop.optimizer import allocate, load_optimizer, make_optimizer, set_rates
@@ -153,6 +154,8 @@ class Learner:
     full_state: FullState
     reduction: Reduction
     optimizer: torch.optim.Optimizer
+    floor: Floor | None
+    """What the frame-causal loss is read against; None without that loss."""
 
 
 # -- plan
@@ -204,18 +207,6 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     )
 
 
-def pin_threads(num_threads: int, reduce: str, state: Json, processes: int) -> None:
-    """Set torch's threads: as asked, or as the run began.
-
-    A sum is cut into as many parts as there are threads, so another number of them is another
-    rounding: a resumed run would no longer be the run it was, bit by bit.
-    """
-    as_before = reduce == "exact" or state.get("processes") == processes
-    threads = num_threads or (state.get("threads") if as_before else None)
-    if threads:
-        torch.set_num_threads(threads)
-
-
 # -- model
 
 
@@ -240,6 +231,7 @@ def make_learner(run: Run) -> Learner:
 
     log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
     log.say(f"attention {attention}: {reason}")
+    floor = floor_of_run(run.output_dir, run.plan, loader, accelerator, log.say)
 
     full_state = FullState(model, accelerator)
     reduction = make_reduction(config.reduce, accelerator, model, make_optimizer(model, config))
@@ -247,7 +239,7 @@ def make_learner(run: Run) -> Learner:
     allocate(optimizer)
     if run.resumed:
         load_optimizer(optimizer, model, run.resumed)
-    return Learner(model, loader, full_state, reduction, optimizer)
+    return Learner(model, loader, full_state, reduction, optimizer, floor)
 
 
 def calibrate(run: Run, model: VLM, loader: Loader) -> float:
@@ -289,7 +281,7 @@ def rehearse_heaviest(run: Run, learner: Learner, memory: PackMemory) -> None:
             learner.reduction,
             learner.model,
             learner.loader.pack(plan, step, pack, with_copy=True),
-            Losses(config.seed, config.loss_weight, plan, step, run.accelerator),
+            Losses(config.seed, config.loss_weight, plan, step, run.accelerator, learner.floor),
             accumulated=plan.packs_per_step > run.share.world,
         )
 
@@ -302,7 +294,7 @@ def take_step(
 ) -> Step:
     """Take one optimizer step on this process's batches."""
     config = run.config
-    losses = Losses(config.seed, config.loss_weight, run.plan, step, run.accelerator)
+    losses = Losses(config.seed, config.loss_weight, run.plan, step, run.accelerator, learner.floor)
     if run.share.idles(run.plan, step):
         batches = [*batches, learner.loader.idle(run.plan, step)]
     return run_step(
@@ -362,6 +354,7 @@ def evaluate(run: Run, learner: Learner, done: int, best: Json | None) -> Json:
         run.dataset.held_out,
         run.config.per_device_train_batch_size,
         run.accelerator,
+        learner.floor,
     )
     run.log.record(done, held, kind="eval")
     run.log.say(f"held out: {line_of(done, run.plan.num_steps, held)}")

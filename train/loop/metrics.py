@@ -23,7 +23,9 @@ FIELDS = {
     "autoregressive_loss_weighted": "times loss_weight",
     **{f"ar_{pair}": f"the same over transitions {pair[0]} -> {pair[1]}" for pair in PAIRS},
     "ar_copy_baseline": "error of repeating the last frame, where it was measured",
-    "ar_skill": "1 - autoregressive_loss / ar_copy_baseline; above 0 beats repeating",
+    "ar_affine_baseline": "of the best mix of last frame and cell mean, fitted on training clips",
+    "ar_ridge_baseline": "of a ridge regression from the last frame, fitted on training clips",
+    "ar_skill": "1 - autoregressive_loss / the lowest of these three; above 0 beats them all",
     "tokens": "of the step, over all ranks, without padding",
     "supervised_tokens": "those of them that are predicted",
     "pairs": "(query, key) pairs that the mask allows, without padding",
@@ -39,7 +41,9 @@ FIELDS = {
     "eta_seconds": "at the mean pace since the start",
 }
 SCALARS = ("ce", "coordinate_ce", "supervised", "coordinates", "tokens", "pairs")
-VECTORS = ("ar", "ar_count", "ar_copy", "ar_copy_count")
+VECTORS = ("ar", "ar_count", "ar_copy", "ar_copy_count", "ar_affine", "ar_ridge")
+BASELINES = ("copy", "affine", "ridge")
+"""What the frame-causal loss is compared with, see `train/loop/floor.py`."""
 BY_TASK = ("task_ce", "task_count")
 NUM_SUMS = len(SCALARS) + len(PAIRS) * len(VECTORS) + len(TASKS) * len(BY_TASK)
 
@@ -73,14 +77,14 @@ def sums_of(out: "dict[str, Tensor]", batch: "Batch") -> "Tensor":
 def summarise(sums: "Tensor", loss_weight: float) -> Json:
     """Return the metrics that global sums mean; a mean over nothing is left out.
 
-    `autoregressive_loss` weighs every transition the same; `ar_skill` = 1 - loss / copy baseline,
-    above 0 where the prediction beats repeating the last frame.
+    `autoregressive_loss` weighs every transition the same; `ar_skill` = 1 - loss / the strongest
+    baseline's, above 0 where the prediction beats all of them. Without all there is none.
     """
     scalars, vectors, tasks = sums.tensor_split(
         [len(SCALARS), len(SCALARS) + len(VECTORS) * len(PAIRS)]
     )
     values = dict(zip(SCALARS, scalars.tolist(), strict=True))
-    ar, count, copy, copy_count = vectors.view(len(VECTORS), len(PAIRS)).tolist()
+    ar, count, copy, copy_count, *fits = vectors.view(len(VECTORS), len(PAIRS)).tolist()
     task_ce, task_count = tasks.view(len(BY_TASK), len(TASKS)).tolist()
     supervised, transitions = values["supervised"], sum(count)
     out: Json = {"tokens": int(values["tokens"]), "supervised_tokens": int(supervised)}
@@ -100,6 +104,8 @@ def summarise(sums: "Tensor", loss_weight: float) -> Json:
         loss += out["autoregressive_loss_weighted"]
         out |= {f"ar_{pair}": ar[k] / count[k] for k, pair in enumerate(PAIRS) if count[k]}
     if transitions and sum(copy_count) == transitions and sum(copy) > 0:
-        out["ar_copy_baseline"] = sum(copy) / transitions
-        out["ar_skill"] = skill(sum(ar), sum(copy))
+        found = {"copy": sum(copy), **dict(zip(BASELINES[1:], map(sum, fits), strict=True))}
+        out |= {f"ar_{name}_baseline": s / transitions for name, s in found.items() if s > 0}
+        if all(found.values()):
+            out["ar_skill"] = skill(sum(ar), min(found.values()))
     return {"loss": loss, **out}

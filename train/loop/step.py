@@ -15,6 +15,7 @@ from shards.errors import UserError
 from shards.signed import Json
 from train.batches.run_plan import RunPlan
 from train.loop.checks import drop_llm_gradients, name_pack
+from train.loop.floor import Floor
 from train.loop.gradients import Reduction, pack_seed, sum_in_order
 from train.loop.metrics import NUM_SUMS, summarise, sums_of
 from train.loop.signals import StopSignals, asked_of_all
@@ -44,9 +45,10 @@ class Losses:
         plan: RunPlan,
         step: int,
         accelerator: "Accelerator",
+        floor: Floor | None = None,
     ) -> None:
-        """seed: of the run; loss_weight: of the frame-causal loss."""
-        self.seed, self.loss_weight = seed, loss_weight
+        """seed: of the run; loss_weight: of the frame-causal loss; floor: what it is read against."""
+        self.seed, self.loss_weight, self.floor = seed, loss_weight, floor
         self.step, self.accelerator = step, accelerator
         self.num_labels = max(1, int(plan.num_labels[step]))
         self.num_transitions = max(1, int(plan.num_transitions[step]))
@@ -66,7 +68,8 @@ class Losses:
             out = model(batch)
         idle = pack >= len(self.sums)
         if not idle:
-            self.sums[pack] = sums_of(out, batch)
+            beside = self.floor.losses(batch) if self.floor else {}
+            self.sums[pack] = sums_of(out | beside, batch)
         loss: Tensor = out["ce"] / self.num_labels
         if "ar" in out:
             loss = loss + self.loss_weight * out["ar"].sum() / self.num_transitions

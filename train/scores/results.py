@@ -15,7 +15,10 @@ from shards.errors import UserError
 from shards.signed import Json
 from train.settings.output import file_problem
 
-PREFIX, UNTRAINED = "eval-", "-untrained"
+PREFIX = "eval-"
+CONTROLS = {"untrained": "-untrained", "shuffled": "-shuffled"}
+"""What the scores of a control are filed under: the model before its first step, or the trained one
+with other clips' features."""
 ENDINGS = re.compile(r"\.(jsonl?|csv|tsv|parquet|ya?ml)$", re.IGNORECASE)
 
 
@@ -37,7 +40,7 @@ class Results:
         other = read_report(self.report).get("data_path", self.data_path)
         if other == self.data_path:
             return []
-        ending = UNTRAINED if self.report.stem.endswith(UNTRAINED) else ""
+        ending = next((e for e in CONTROLS.values() if self.report.stem.endswith(e)), "")
         places = [self.report.with_name(f"{PREFIX}{n}{ending}.json") for n in longer_names(other)]
         free = [p for p in places[1:] if read_report(p).get("data_path", other) == other]
         report = [*free, places[-1]][0]
@@ -49,16 +52,19 @@ class Results:
 
 
 def results_of(
-    model: Path, paths: Sequence[str], output: Path | None, *, untrained: bool
+    model: Path, paths: Sequence[str], output: Path | None, *, control: str = ""
 ) -> list[Results]:
-    """Return where the scores of each test set go; UserError where that cannot be written."""
+    """Return where the scores of each test set go; UserError where that cannot be written.
+
+    control: one of `CONTROLS`, where that is what is scored.
+    """
     if output is not None and len(paths) > 1:
         raise UserError(
             f"--output names one file, and there are {len(paths)} test sets",
             where=output,
             fix="leave it out: each gets an eval-NAME.json in the model's folder",
         )
-    ending = UNTRAINED if untrained else ""
+    ending = CONTROLS.get(control, "")
     found = [
         Results(name, absolute(path), output or model / f"{PREFIX}{name}{ending}.json")
         for name, path in zip(distinct_names(paths), paths, strict=True)

@@ -51,9 +51,12 @@ def table(report: Json) -> str:
     lines = [f"{report['records']} records, {report['answers']} answers"]
     if "limits" in report:
         lines.append(limits_line(report["limits"]))
-    shown = ("ce_loss", "autoregressive_loss", "ar_copy_baseline", "ar_skill")
+    frames = "autoregressive_loss", *(f"ar_{name}_baseline" for name in ("copy", "affine", "ridge"))
+    shown = ("ce_loss", *frames, "ar_skill")
     if losses:
         lines.append("  ".join(f"{name} {losses[name]:.4f}" for name in shown if name in losses))
+    if "ar_copy_baseline" in losses and "ar_ridge_baseline" not in losses:
+        lines.append("no ar_skill: no floor.safetensors, which a run writes, lies beside the model")
     for kind, entry in report["tasks"].items():
         parts = [f"{kind:7} n={entry['count']:<5}"]
         parts += [f"{name} {value:.3f}" for name, value in entry.items() if name != "count"]

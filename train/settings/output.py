@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from model.config import FORMAT
+from model.config import FORMAT, OLDER
 
 RUN = "run.json"
 """In a run's folder: what its weights were trained with."""
 WRITTEN = re.compile(
     r"(llm|lape|logs|wandb|(run|config)\.json|(metrics|dropped)\.jsonl|train\.log|checkpoint-\d+.*|"
-    r"(projector|visual|frame_causal)\.safetensors)"
+    r"(projector|visual|frame_causal|floor)\.safetensors)"
 )
 """What a run writes in its folder, and may replace."""
 BANK = re.compile(r"bank\.json|plan\.json|index\.zarr")
@@ -90,8 +90,10 @@ def foreign(folder: Path) -> str | None:
         return f"another trainer's output ({name}/trainer_state.json)"
     if is_run(folder):
         config = folder / "config.json"
-        is_other = config.exists() and _json(config).get("format") != FORMAT
-        return "a model that no run of ours wrote (config.json)" if is_other else None
+        made = _json(config).get("format") if config.exists() else FORMAT
+        if made in OLDER:
+            return f"a run of an older framebank, model format {made} (config.json)"
+        return "a model that no run of ours wrote (config.json)" if made != FORMAT else None
     if name := _first(folder, MODEL.fullmatch):
         return f"a model ({name})"
     for part in STAGE_PARTS:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from model.config import read_model_config
+from shards.errors import UserError
 from train.settings.packages import installed
 from train.start.stage import kind_of, read_config
 
@@ -58,6 +60,11 @@ def stage_problem(stage_path: str) -> str | None:
     kind = kind_of(stage_path)
     if kind in ("run", "vila") and not (place / "llm" / "config.json").exists():
         return f"{place}: its LLM is missing (llm/config.json); {COPY}"
+    if kind == "run":
+        try:
+            read_model_config(place)
+        except UserError as error:
+            return str(error)
     if (place / "llm" / "lora").is_dir() and not installed("peft"):
         return (
             f"{place}: has a LoRA adapter (llm/lora), and peft is not installed; pip install peft"

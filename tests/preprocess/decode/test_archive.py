@@ -6,9 +6,11 @@ pytest tests/preprocess/decode/test_archive.py
 import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +18,38 @@ from random import Random
 
 import pytest
 
-from preprocess.decode.archive import Unpacker, archive_members
+from preprocess.decode.archive import Unpacker
 from preprocess.decode.scan import VideoError
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.run import encode
-from preprocess.sources.find import find_clips
+from preprocess.sources.find import FindOptions, find_clips
+from preprocess.sources.members import archive_members
+from preprocess.sources.skips import Why, report
 from shards.errors import UserError
 from shards.format.plan import ClipSource, cut_units
 from shards.read.bank import Bank
-
-MP4 = frozenset((".mp4",))
 
 
 def pack(archive: Path, folder: Path) -> Path:
     """Make an archive with GNU tar, in an order of its own."""
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     Random(1).shuffle(names)
-    option = "-cf" if archive.suffix == ".tar" else "-czf"
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as packed:
+            for number, name in enumerate(names):
+                packed.write(
+                    folder / name, name, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[number % 2]
+                )
+        return archive
+    options = {".tar": "", ".gz": "z", ".tgz": "z", ".xz": "J", ".tbz2": "j"}
+    option = f"-c{options[archive.suffix]}f"
+    if archive.name.endswith(".appended.tar"):
+        parts = []
+        for some in (names[:2], names[2:]):
+            subprocess.run(["tar", option, archive, "-C", folder, *some], check=True)
+            parts.append(archive.read_bytes())
+        archive.write_bytes(b"".join(parts))
+        return archive
     subprocess.run(["tar", option, archive, "-C", folder, *names], check=True)
     return archive
 
@@ -69,7 +86,9 @@ def samples(bank: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz"])
+@pytest.mark.parametrize(
+    "suffix", [".tar", ".tar.gz", ".tgz", ".tar.xz", ".tbz2", ".zip", ".appended.tar"]
+)
 def test_an_archive_gives_what_its_unpacked_folder_gives(
     toy: Path, toy_bank: Path, toy_options: EncodeOptions, tmp_path: Path, suffix: str
 ) -> None:
@@ -81,8 +100,16 @@ def test_an_archive_gives_what_its_unpacked_folder_gives(
     assert metas(tmp_path / "bank") == metas(toy_bank)
     names = {path.name.split("-")[0].split(".")[0] for path in (tmp_path / "bank").iterdir()}
     assert names == {"bank", "index", "plan", "shards"}, "an unpacked video was left"
-    with tarfile.open(archive) as tar:
-        order = [info.name for info in tar]
+    order = [member.name for member in archive_members(archive)[0]]
+    if suffix == ".appended.tar":
+        assert len(order) == 9
+        listed = subprocess.run(
+            ["tar", "-tif", archive], capture_output=True, text=True, check=True
+        )
+        assert listed.stdout.split() == order
+    elif suffix != ".zip":
+        with tarfile.open(archive) as tar:
+            assert [info.name for info in tar] == order
     assert Bank.open(tmp_path / "bank").ids == order
     assert encode([str(archive)], tmp_path / "bank", options).skipped == 9
 
@@ -91,7 +118,7 @@ def test_a_gz_is_read_once_from_its_start(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = pack(tmp_path / "videos.tar.gz", toy / "videos")
-    clips = find_clips([str(archive)], [])
+    clips = find_clips([str(archive)]).clips
     rewinds = []
     rewind = gzip.GzipFile.rewind
     monkeypatch.setattr(
@@ -116,29 +143,50 @@ def test_ordinary_clips_come_before_archived_ones_and_keep_their_order(tmp_path:
     assert unit == plain + archived[::-1]
 
 
-@pytest.mark.parametrize(
-    ("infos", "said"),
-    [
-        ([("../../out.mp4", b"x", {})], "'../../out.mp4' leads outside"),
-        ([("a/../../out.mp4", b"x", {})], "leads outside"),
-        ([("/tmp/out.mp4", b"x", {})], "'/tmp/out.mp4' leads outside"),
-        ([("a.mp4", None, {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})], "is a link"),
-        ([("a.mp4", None, {"type": tarfile.LNKTYPE, "linkname": "b.mp4"})], "is a link"),
-        ([("a.mp4", None, {"type": tarfile.FIFOTYPE})], "no plain file"),
-        ([("a.mp4", b"x", {}), ("./a.mp4", b"y", {})], "'a.mp4' more than once"),
-        ([("a.txt", b"x", {})], "no video files in this archive"),
-    ],
-)
-def test_a_hostile_archive_is_refused_by_name_before_anything_is_read(
-    tmp_path: Path, infos: list[tuple[str, bytes | None, dict[str, object]]], said: str
+ODD: dict[str, tuple[list[tuple[str, bytes | None, dict[str, object]]], Why]] = {
+    "above": ([("../../out.mp4", b"x", {})], Why.OUTSIDE),
+    "above, on a way": ([("a/../../out.mp4", b"x", {})], Why.OUTSIDE),
+    "absolute": ([("/tmp/out.mp4", b"x", {})], Why.OUTSIDE),
+    "link": (
+        [("a.mp4", None, {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})],
+        Why.MEMBER_LINK,
+    ),
+    "hard link": (
+        [("a.mp4", None, {"type": tarfile.LNKTYPE, "linkname": "b.mp4"})],
+        Why.MEMBER_LINK,
+    ),
+    "pipe": ([("a.mp4", None, {"type": tarfile.FIFOTYPE})], Why.SPECIAL),
+    "device": ([("a.mp4", None, {"type": tarfile.CHRTYPE})], Why.SPECIAL),
+    "twice": ([("good.mp4", b"x", {})], Why.REPLACED),
+    "text": ([("a.txt", b"x", {})], Why.UNKNOWN),
+    "records": ([("a.json", b"{}", {})], Why.UNKNOWN),
+    "picture": ([("a.jpg", b"x", {})], Why.ARCHIVED_PICTURE),
+    "junk": ([("__MACOSX/._a.mp4", b"x", {})], Why.SYSTEM),
+    "not UTF-8": ([("caf\udce9.mp4", b"x", {})], Why.NAME),
+    "no ending, no video": ([("LICENSE", b"x", {})], Why.UNKNOWN),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_no_clip_is_skipped_by_name_and_nothing_of_it_is_read(
+    tmp_path: Path, odd: str
 ) -> None:
-    archive = tar_of(tmp_path / "bad.tar", *infos)
-    with pytest.raises(UserError, match=r"bad\.tar") as error:
-        find_clips([str(archive), "/no/such.mp4"], [])
-    problem, other = str(error.value).splitlines()
-    assert said in problem
-    assert other.startswith("/no/such.mp4")
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.tar"]
+    infos, why = ODD[odd]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    archive = tar_of(folder / "bad.tar", *infos, ("./good.mp4", b"the last", {}))
+    found = find_clips([str(archive)])
+    assert [(clip.id, clip.nbytes) for clip in found.clips] == [("good.mp4", 8)]
+    (skip,) = found.skips
+    assert skip.reason is why
+    assert skip.where.startswith(f"{archive}: ")
+    (line,) = report(found.skips)
+    assert line.encode().isascii()
+    if odd != "twice":
+        alone = tar_of(folder / "bad.tar", *infos)
+        with pytest.raises(UserError, match=r"no video files in this archive; skipped: 1 "):
+            find_clips([str(alone)])
+    assert [path.name for path in tmp_path.rglob("*")] == ["in", "bad.tar"]
 
 
 def cut(raw: bytes) -> bytes:
@@ -157,6 +205,10 @@ def flip_header(raw: bytes) -> bytes:
         ("a.tar.gz", cut),
         ("a.tar.gz", lambda raw: raw[:3000] + bytes(100) + raw[3100:]),
         ("a.tar.gz", lambda raw: raw[:-6] + b"crc." + raw[-2:]),
+        ("a.tar", lambda raw: raw + b"x" * 512),
+        ("a.tar.xz", cut),
+        ("a.tbz2", cut),
+        ("a.zip", cut),
         ("a.tar", lambda raw: b"no archive"),
         ("a.tar", lambda raw: b""),
     ],
@@ -169,10 +221,10 @@ def test_a_cut_or_damaged_archive_is_refused_by_name(
     for k in range(3):
         (tmp_path / "v" / f"{k}.mp4").write_bytes(random.randbytes(1000))
     archive = pack(tmp_path / name, tmp_path / "v")
-    assert len(archive_members(archive, MP4)) == 3
+    assert len(archive_members(archive)[0]) == 3
     archive.write_bytes(spoil(archive.read_bytes()))
     with pytest.raises(UserError, match=r"cut off or damaged after [0123] videos") as error:
-        archive_members(archive, MP4)
+        archive_members(archive)[0]
     assert "fetch it again" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -181,7 +233,7 @@ def test_an_archive_changed_since_the_plan_is_noticed(
     toy: Path, toy_options: EncodeOptions, tmp_path: Path
 ) -> None:
     archive = pack(tmp_path / "v.tar", toy / "videos" / "test")
-    first, *_ = archive_members(archive, MP4)
+    first, *_ = archive_members(archive)[0]
     tar_of(archive, ("x.mp4", b"x" * 100, {}), ("y.mp4", b"y" * 99999, {}))
     with (
         Unpacker(tmp_path) as unpacker,
@@ -198,6 +250,85 @@ def test_an_archive_changed_since_the_plan_is_noticed(
     summary = encode([str(archive)], tmp_path / "bank", toy_options)
     assert (summary.clips, summary.failures) == (1, []), "one member is another, two are gone"
     assert set(Bank.open(tmp_path / "bank").ids) == {f"clip-0000{k}.mp4" for k in range(3)}
+
+
+def test_shards_that_count_anew_are_refused_in_one_line_or_told_apart_by_name(
+    toy: Path, toy_options: EncodeOptions, tmp_path: Path
+) -> None:
+    videos = sorted((toy / "videos").rglob("*.mp4"))[:4]
+    shards = []
+    for shard in range(2):
+        members: list[tuple[str, bytes | None, dict[str, object]]] = []
+        for k in range(2):
+            members.append((f"{k}.mp4", videos[2 * shard + k].read_bytes(), {}))
+            members.append((f"{k}.json", b"{}", {}))
+        shards.append(str(tar_of(tmp_path / f"00{shard}.tar", *members)))
+    with pytest.raises(UserError) as error:
+        find_clips(shards)
+    assert str(error.value) == (
+        f"{shards[1]}: has the id '0.mp4', as {shards[0]} has, and 1 more; --archive-ids makes them "
+        "001.tar/0.mp4 and so on, else encode them into two banks"
+    )
+    options = replace(toy_options, find=FindOptions(archive_ids=True))
+    assert encode(shards, tmp_path / "bank", options).clips == 4
+    ids = [f"00{shard}.tar/{k}.mp4" for shard in range(2) for k in range(2)]
+    assert Bank.open(tmp_path / "bank").ids == ids
+    found = find_clips(shards, options.find)
+    assert len(found.skips) == 4
+    assert encode(shards, tmp_path / "bank", options).skipped == 4
+    for id_, video in zip(ids, videos, strict=True):
+        assert metas(tmp_path / "bank")[id_]["size"] == video.stat().st_size
+
+
+def test_a_zip_tells_what_it_cannot_give_and_its_names_are_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("ü.mp4", b"x")
+        link = zipfile.ZipInfo("link.mp4")
+        link.external_attr = 0o120777 << 16
+        packed.writestr(link, "/etc/passwd")
+        packed.writestr("locked.mp4", b"x")
+        packed.writestr("folder/", b"")
+    raw = bytearray(path.read_bytes())
+    for magic, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        for head in re.finditer(re.escape(magic), bytes(raw)):
+            raw[head.start() + flags + 1] &= ~8  # no word on UTF-8
+    raw[raw.rindex(b"PK\x01\x02", 0, raw.rindex(b"locked.mp4")) + 8] |= 1
+    path.write_bytes(raw)
+    members, skips = archive_members(path)
+    assert [member.name for member in members] == ["ü.mp4"]
+    assert [(skip.reason, skip.where) for skip in skips] == [
+        (Why.MEMBER_LINK, f"{path}: link.mp4"),
+        (Why.LOCKED, f"{path}: locked.mp4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(99), "this is a 7-Zip archive, no video; unpack it"),
+        ("a.rar", b"Rar!\x1a\x07" + bytes(99), "this is a RAR archive, no video; unpack it"),
+        (
+            "a.tar.zst",
+            b"\x28\xb5\x2f\xfd" + bytes(99),
+            "with zstandard, no video; unpack it: unzstd",
+        ),
+        (
+            "a.mp4.gz",
+            gzip.compress(b"x"),
+            "this is compressed with gzip, no video; unpack it: gunzip",
+        ),
+        ("a.bin", b"PK\x03\x04" + bytes(99), "this is a ZIP archive, no video; unpack it"),
+    ],
+)
+def test_an_archive_that_is_not_read_says_which_and_the_way_out(
+    tmp_path: Path, name: str, data: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        find_clips([str(tmp_path / name)])
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+    assert said in str(error.value)
 
 
 def test_a_bad_video_in_an_archive_is_quarantined_by_its_name_there(

@@ -15,7 +15,7 @@ from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import read_clip
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
-from preprocess.sources.find import find_clips
+from preprocess.sources.find import FindOptions, find_clips
 from shards.errors import UserError
 from shards.format.features import Sampling
 
@@ -153,7 +153,7 @@ def test_a_recursive_folder_takes_folders_of_nothing_but_pictures(tmp_path: Path
     (root / "with-notes" / "readme.txt").write_text("no")
     Image.fromarray(grey(1)).save(root / "hound" / "cover.jpg")
     (root / "b.gif").write_bytes(b"gif")
-    clips = {clip.id: clip for clip in find_clips([str(root)], [], "3")}
+    clips = {clip.id: clip for clip in find_clips([str(root)], FindOptions(picture_fps="3")).clips}
     assert set(clips) == {"hound/clip-1", "hound/clip-2", "mixed/a.mp4", "b.gif"}
     assert clips["hound/clip-1"].picture_fps == "3"
     assert clips["mixed/a.mp4"].picture_fps is None
@@ -163,10 +163,10 @@ def test_a_folder_of_pictures_given_itself_is_named_from_its_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder_of(tmp_path / "clip-1", [1, 2])
-    (clip,) = find_clips([str(tmp_path / "clip-1")], [])
+    (clip,) = find_clips([str(tmp_path / "clip-1")]).clips
     assert (clip.id, clip.path) == ("clip-1", str(tmp_path / "clip-1"))
     monkeypatch.chdir(tmp_path / "clip-1")
-    assert find_clips(["."], []) == [clip]
+    assert find_clips(["."]).clips == [clip]
 
 
 def test_an_annotation_may_name_a_folder_an_animation_or_a_still(tmp_path: Path) -> None:
@@ -176,10 +176,11 @@ def test_an_annotation_may_name_a_folder_an_animation_or_a_still(tmp_path: Path)
     names = ["v1", "a.jpg"]
     file = tmp_path / "train.jsonl"
     file.write_text("".join(f'{{"video": "{name}"}}\n' for name in names))
-    assert [c.id for c in find_clips([str(file)], [str(tmp_path / "frames")])] == sorted(names)
+    lookup = FindOptions(video_roots=(str(tmp_path / "frames"),))
+    assert [c.id for c in find_clips([str(file)], lookup).clips] == sorted(names)
     file.write_text('{"video": "empty"}\n')
     with pytest.raises(UserError, match="1 of 1 videos not found, first 'empty'"):
-        find_clips([str(file)], [str(tmp_path / "frames")])
+        find_clips([str(file)], lookup)
 
 
 def test_a_gif_gives_the_pictures_that_pillow_sees(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SourceReader]:
 def test_scales_are_those_of_half_the_clips_and_measures_those_of_the_others(
     toy: Path, toy_bank: Path, toy_options: EncodeOptions, tower: Tower, reader: SourceReader
 ) -> None:
-    clips = find_clips([str(toy / "videos")], [])
+    clips = find_clips([str(toy / "videos")]).clips
     found = calibrate(clips, tower, replace(toy_options, codec="int8"), reader)
     bank = Bank.open(toy_bank)
     ids = sorted(bank.ids, key=lambda id_: sample_key(id_)[-16:])
@@ -85,7 +85,7 @@ def test_scales_are_those_of_half_the_clips_and_measures_those_of_the_others(
 def test_lossless_codecs_read_no_clip(
     toy: Path, toy_options: EncodeOptions, tower: Tower, reader: SourceReader, codec: str
 ) -> None:
-    clips = [replace(clip, path="gone") for clip in find_clips([str(toy / "videos")], [])]
+    clips = [replace(clip, path="gone") for clip in find_clips([str(toy / "videos")]).clips]
     found = calibrate(clips, tower, replace(toy_options, codec=codec), reader)
     assert found.channel_scale == {}
     assert found.quality == {4: LOSSLESS, 8: LOSSLESS}
@@ -95,12 +95,12 @@ def test_neither_the_order_of_clips_nor_bad_ones_change_anything(
     toy: Path, toy_options: EncodeOptions, tower: Tower, reader: SourceReader, tmp_path: Path
 ) -> None:
     options = replace(toy_options, codec="int8")
-    clips = find_clips([str(toy / "videos")], [])
+    clips = find_clips([str(toy / "videos")]).clips
     videos = tmp_path / "videos"
     shutil.copytree(toy / "videos", videos)
     for k in range(3):
         (videos / f"bad{k}.mp4").write_text("no video")
-    with_bad = find_clips([str(videos)], [])
+    with_bad = find_clips([str(videos)]).clips
     assert len(with_bad) == len(clips) + 3
     a = calibrate(clips, tower, options, reader)
     b = calibrate(with_bad[::-1], tower, options, reader)
@@ -112,7 +112,7 @@ def test_neither_the_order_of_clips_nor_bad_ones_change_anything(
 def test_one_clip_is_calibrated_and_measured_on(
     toy: Path, toy_options: EncodeOptions, tower: Tower, reader: SourceReader
 ) -> None:
-    clips = find_clips([str(toy / "videos" / "test" / "clip-00000.mp4")], [])
+    clips = find_clips([str(toy / "videos" / "test" / "clip-00000.mp4")]).clips
     found = calibrate(clips, tower, replace(toy_options, codec="int8"), reader)
     assert (found.channel_scale[4] > 0).all()
     assert 0.99 < found.quality[4]["cosine_min"] < 1
@@ -125,7 +125,7 @@ def test_no_more_clips_are_decoded_than_are_needed(
     reader: SourceReader,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clips = find_clips([str(toy / "videos")], [])
+    clips = find_clips([str(toy / "videos")]).clips
     few = sorted(clips, key=lambda clip: clip.key[-16:])[:4]
     monkeypatch.setattr(module, "CLIPS", 2)
     options = replace(toy_options, codec="int8")
@@ -137,7 +137,7 @@ def test_nothing_to_calibrate_on_is_one_clear_line(
     toy_options: EncodeOptions, tower: Tower, reader: SourceReader, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.mp4").write_text("no video")
-    clips = find_clips([str(tmp_path)], [])
+    clips = find_clips([str(tmp_path)]).clips
     with pytest.raises(UserError, match="none of 1 clips can be encoded") as caught:
         calibrate(clips, tower, replace(toy_options, codec="int8"), reader)
     assert "\n" not in str(caught.value)

@@ -40,7 +40,7 @@ def tower(toy_options: EncodeOptions) -> Tower:
 
 @pytest.fixture(scope="module")
 def clips(toy: Path) -> list[ClipSource]:
-    return find_clips([str(toy / "videos" / "test")], [])
+    return find_clips([str(toy / "videos" / "test")]).clips
 
 
 def encode_one(
@@ -191,7 +191,7 @@ def test_a_full_disk_while_an_archive_is_unpacked_is_no_clips_fault(
     archive = tmp_path / "videos.tar"
     with tarfile.open(archive, "w") as tar:
         tar.add(toy / "videos" / "test", "test")
-    inside = find_clips([str(archive)], [])
+    inside = find_clips([str(archive)]).clips
     assert inside
     least = min(clip.nbytes for clip in inside if clip.nbytes)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -9,12 +9,14 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.sources.find import find_clips
+from preprocess.sources.find import FindOptions, find_clips
+from preprocess.sources.skips import Why, report, write_skips
 from shards.annotations import forms
 from shards.annotations.fault import RowError
 from shards.annotations.forms import Json, canonical
@@ -121,8 +123,9 @@ def trained_on(path: Path) -> tuple[set[str], list[str]]:
 
 def encoded(path: Path, root: Path) -> tuple[set[str], list[str]]:
     """Return the ids that encode gives the clips of a file, and what it refuses."""
+    lookup = FindOptions(video_roots=(str(root),))
     try:
-        return {clip.id for clip in find_clips([str(path)], [str(root)])}, []
+        return {clip.id for clip in find_clips([str(path)], lookup).clips}, []
     except UserError as error:
         return set(), error.problems
 
@@ -170,6 +173,122 @@ def test_a_byte_order_mark_is_no_letter(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(QWEN).encode())
     assert encoded(path, root) == trained_on(path) == ({"a.mp4"}, [])
+
+
+def test_a_byte_order_mark_where_files_were_joined_is_no_letter(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    row = b"\xef\xbb\xbf" + json.dumps(QWEN).encode() + b"\n"
+    path.write_bytes(row + b"\xef\xbb\xbf" + row)
+    assert encoded(path, root) == ({"a.mp4"}, [])
+
+
+CHAT = '"conversations": [{"from": "human", "value": %s}, {"from": "gpt", "value": "x"}]'
+ODD_LINES: dict[str, tuple[str, str]] = {
+    "a bool as start": ('{"video": "a.mp4", "start": true}', "start must be seconds, not neg"),
+    "a bool as end": ('{"video": "a.mp4", "end": false}', "end must be seconds, not negative"),
+    "a list in a list": ('{"video": [["a.mp4"]]}', "`video`: a medium is a list of 1"),
+    "an object": (
+        '{"videos": {"a": 1, "b": null}}',
+        "`videos`: a medium must be a path, got {'a': 1, 'b': null}",
+    ),
+    "a number": ('{"image": 3}', "`image`: a medium must be a path, got 3"),
+    "null": ("null", "expected an object, got null"),
+    "a list": ('["a.mp4"]', "expected an object, got list"),
+    "an object as text": (
+        "{" + CHAT % '{"a": null}' + "}",
+        "a turn's value must be a text or a list",
+    ),
+    "null as an option": (
+        '{"video": "a.mp4", "question": "?", "options": [null, "b"], "answer": "b"}',
+        "`options`, expected a text, got null",
+    ),
+    "a list as a folder": (
+        '{"video": "a.mp4", "media_dir": ["x", null]}',
+        "media_dir must be a folder, got ['x', null]",
+    ),
+    "cut off": ('{"video": "a.m', "not JSON: Unterminated string starting at (column 11)"),
+    "cut off before a value": ('{"video":', "not JSON: Expecting value (column 10)"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_LINES)
+def test_an_odd_line_is_told_by_file_line_and_field_in_json_words(
+    root: Path, tmp_path: Path, odd: str
+) -> None:
+    line, said = ODD_LINES[odd]
+    path = tmp_path / "r.jsonl"
+    path.write_text(f"{json.dumps(QWEN)}\n{line}")
+    (told,) = encoded(path, root)[1]
+    assert told.startswith(f"{path}:2: {said}")
+    assert not re.search(r"\b(None|True|False|NoneType)\b", told)
+    assert told.endswith("is the file cut short?") == ("cut off" in odd)
+    dropped = find_clips([str(path)], FindOptions(video_roots=(str(root),), on_bad_record="drop"))
+    assert [clip.id for clip in dropped.clips] == ["a.mp4"]
+    assert [(skip.reason, skip.where) for skip in dropped.skips] == [(Why.BAD_ROW, f"{path}:2")]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": {"video": "a.mp4"}}', "an object with 'a': entries by name; write them as a list"),
+        ('{"data": [{"video": "a.mp4"}]}', "the records may be the list 'data'"),
+        ("null", "expected a list of records, got null"),
+        ('[{"video": "a.mp4"},\n {"vid', "not readable as records: line 2, column 3: Unterminated"),
+    ],
+    ids=["a dict", "a list in a dict", "null", "cut off"],
+)
+def test_a_json_file_that_is_no_list_says_what_it_is(
+    root: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    (told,) = encoded(path, root)[1]
+    assert told.startswith(f"{path}: ")
+    assert said in told
+    assert not re.search(r"\b(None|NoneType)\b", told)
+
+
+def test_rows_of_missing_videos_stop_the_run_or_are_dropped_and_listed(
+    root: Path, tmp_path: Path
+) -> None:
+    names = ["a.mp4", "gone1.mp4", "sub/b.mp4", "gone2.mp4", "gone1.mp4", "gone3.mp4", "gone4.mp4"]
+    path = written(tmp_path / "r.jsonl", [{"video": name} for name in names])
+    (told,) = encoded(path, root)[1]
+    assert "4 of 6 videos not found, first 'gone1.mp4', 'gone2.mp4', 'gone3.mp4' and 1 more" in told
+    assert told.endswith("or leave their rows out: --missing drop")
+    found = find_clips([str(path)], FindOptions(video_roots=(str(root),), missing="drop"))
+    assert [clip.id for clip in found.clips] == ["a.mp4", "sub/b.mp4"]
+    lost = [f"{path}:{line}" for line in (2, 4, 5, 6, 7)]
+    assert [(skip.reason, skip.where) for skip in found.skips] == [(Why.MISSING, at) for at in lost]
+    (line,) = report(found.skips, tmp_path)
+    assert line == (
+        "skipped: 5 rows whose videos are not found: gone1.mp4, gone2.mp4, gone1.mp4 and 2 more; all "
+        f"in {tmp_path}/skipped.jsonl"
+    )
+    write_skips(tmp_path, found.skips)
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["where"] for entry in listed] == lost
+    write_skips(tmp_path, [])
+    assert not (tmp_path / "skipped.jsonl").exists()
+    path = written(tmp_path / "r.jsonl", [{"video": "gone.mp4"}])
+    with pytest.raises(UserError, match="no clips are left to encode; skipped: 1 row whose video"):
+        find_clips([str(path)], FindOptions(missing="drop"))
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+def test_a_name_in_another_unicode_form_is_found_and_told(tmp_path: Path, on_disk: str) -> None:
+    folder = tmp_path / normalize(on_disk, "vidéos")
+    folder.mkdir()
+    (folder / normalize(on_disk, "é.mp4")).write_bytes(b"video")
+    said = normalize({"NFC": "NFD", "NFD": "NFC"}[on_disk], "vidéos/é.mp4")
+    path = written(tmp_path / "r.jsonl", [{"video": said}])
+    found = find_clips([str(path)])
+    (clip,) = found.clips
+    assert (clip.id, Path(clip.path).read_bytes()) == (said, b"video")
+    (note,) = found.notes
+    assert note.startswith(f"note: {path} writes 1 names in another Unicode form (NFC, NFD)")
+    path = written(tmp_path / "r.jsonl", [{"video": normalize(on_disk, "vidéos/é.mp4")}])
+    assert find_clips([str(path)]).notes == []
 
 
 def test_a_folder_without_videos_may_hold_annotation_files_of_one_kind(

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess.sources.changes import compare
-from preprocess.sources.find import find_clips
+from preprocess.sources.find import FindOptions, find_clips
+from preprocess.sources.skips import Why, report
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.format.plan import (
@@ -45,8 +46,12 @@ def videos(tmp_path: Path) -> Path:
     return root
 
 
+def under(*roots: Path, allow_outside: bool = False) -> FindOptions:
+    return FindOptions(video_roots=tuple(map(str, roots)), allow_outside=allow_outside)
+
+
 def ids(inputs: Sequence[Path], roots: Sequence[Path] = ()) -> list[str]:
-    return [clip.id for clip in find_clips([*map(str, inputs)], [*map(str, roots)])]
+    return [clip.id for clip in find_clips([*map(str, inputs)], under(*roots)).clips]
 
 
 def refusal(call: Callable[[], object]) -> list[str]:
@@ -64,7 +69,7 @@ def records(path: Path, *items: object) -> Path:
 
 
 def test_a_folder_gives_its_videos_at_any_depth(videos: Path) -> None:
-    clips = find_clips([str(videos)], [])
+    clips = find_clips([str(videos)]).clips
     assert {clip.id for clip in clips} == {
         "a.mp4",
         "sub/b.MKV",
@@ -101,7 +106,7 @@ def test_an_annotation_file_gives_each_video_and_part_once(videos: Path, suffix:
         {"video": ["a.mp4", "sub/b.MKV"]},
         {"question": "no video at all", "answer": "no"},
     )
-    clips = {clip.id: clip for clip in find_clips([str(file)], [str(videos)])}
+    clips = {clip.id: clip for clip in find_clips([str(file)], under(videos)).clips}
     assert set(clips) == {
         "a.mp4",
         "a.mp4#1.5-3",
@@ -131,7 +136,13 @@ def test_annotations_look_under_every_root_and_beside_themselves(
         {"video": "x.mp4"},
         {"video": "videos/sub/b.MKV"},
     )
-    clips = {clip.id: clip.path for clip in find_clips([str(file)], [str(videos), str(other)])}
+    clips = {
+        clip.id: clip.path
+        for clip in find_clips(
+            [str(file)],
+            under(videos, other),
+        ).clips
+    }
     assert clips == {
         "a.mp4": str(videos / "a.mp4"),
         "x.mp4": str(other / "x.mp4"),
@@ -147,10 +158,10 @@ def test_an_annotation_may_not_lead_out_of_its_roots_unless_it_is_trusted(
     secret.write_bytes(b"x")
     video = name.format(absolute=secret)
     file = records(tmp_path / "train.jsonl", {"video": video}, {"video": "a.mp4"})
-    (line,) = refusal(lambda: find_clips([str(file)], [str(videos)]))
+    (line,) = refusal(lambda: find_clips([str(file)], under(videos)).clips)
     assert line.startswith(f"{file}:1: video {video!a} leads out of its root")
     assert "--allow-outside" in line
-    trusted = find_clips([str(file)], [str(videos)], allow_outside=True)
+    trusted = find_clips([str(file)], under(videos, allow_outside=True)).clips
     assert len(trusted) == 2
     # a link under the root is of whoever made the root
     (videos / "linked.mp4").symlink_to(secret)
@@ -163,7 +174,14 @@ def test_a_video_under_several_roots_is_refused(videos: Path, tmp_path: Path) ->
     other.mkdir()
     (other / "a.mp4").write_bytes(b"another")
     file = records(tmp_path / "train.jsonl", {"video": "a.mp4"})
-    (line,) = refusal(lambda: find_clips([str(file)], [str(videos), str(other)]))
+    (line,) = refusal(
+        lambda: (
+            find_clips(
+                [str(file)],
+                under(videos, other),
+            ).clips
+        )
+    )
     assert "'a.mp4' is under several roots" in line
     assert str(other / "a.mp4") in line
     (other / "a.mp4").unlink()
@@ -181,7 +199,7 @@ def test_missing_videos_are_counted_with_the_first_and_the_way_out(videos: Path)
         videos.parent / "train.jsonl",
         *({"video": name} for name in ("a.mp4", "gone2.mp4", "gone1.mp4", "sub/b.MKV", "g3.mp4")),
     )
-    (line,) = refusal(lambda: find_clips([str(file)], [str(videos)]))
+    (line,) = refusal(lambda: find_clips([str(file)], under(videos)).clips)
     assert line.startswith(f"{file}: 3 of 5 videos not found, first 'g3.mp4'")
     assert str(videos) in line
     assert "--video-root" in line
@@ -195,7 +213,7 @@ def test_every_problem_is_told_at_once(videos: Path, tmp_path: Path) -> None:
     listed.write_text('"a.mp4"')
     file = records(tmp_path / "train.json", {"video": "gone.mp4"})
     inputs = [tmp_path / "nowhere", tmp_path / "empty", broken, listed, file, videos]
-    lines = refusal(lambda: find_clips([*map(str, inputs)], [str(tmp_path / "noroot")]))
+    lines = refusal(lambda: find_clips([*map(str, inputs)], under(tmp_path / "noroot")).clips)
     for line, start in zip(
         lines,
         [
@@ -225,7 +243,7 @@ def test_every_problem_is_told_at_once(videos: Path, tmp_path: Path) -> None:
 )
 def test_bounds_that_bound_no_part_are_refused(videos: Path, bounds: dict[str, object]) -> None:
     file = records(videos.parent / "train.json", {"video": "a.mp4", **bounds})
-    (line,) = refusal(lambda: find_clips([str(file)], [str(videos)]))
+    (line,) = refusal(lambda: find_clips([str(file)], under(videos)).clips)
     assert line.startswith((f"{file}[0]: start ", f"{file}[0]: end "))
 
 
@@ -233,7 +251,7 @@ def test_two_files_of_one_id_are_refused(videos: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "a.mp4").write_bytes(b"another video")
-    (line,) = refusal(lambda: find_clips([str(videos), str(other)], []))
+    (line,) = refusal(lambda: find_clips([str(videos), str(other)]).clips)
     assert str(videos / "a.mp4") in line
     assert str(other / "a.mp4") in line
     assert "'a.mp4'" in line
@@ -246,11 +264,29 @@ def test_a_link_to_a_video_is_that_video(videos: Path, tmp_path: Path) -> None:
     assert ids([videos, other]).count("a.mp4") == 1
 
 
-def test_a_name_that_is_not_utf8_is_refused_by_name(videos: Path) -> None:
-    Path(os.fsdecode(bytes(videos) + b"/caf\xe9.mp4")).write_bytes(b"x")
-    (line,) = refusal(lambda: find_clips([str(videos)], []))
+def test_a_name_that_is_not_utf8_is_one_skip_and_refused_where_it_is_all_there_is(
+    videos: Path,
+) -> None:
+    odd = Path(os.fsdecode(bytes(videos) + b"/caf\xe9.mp4"))
+    odd.write_bytes(b"x")
+    found = find_clips([str(videos)])
+    assert len(found.clips) == 4
+    (line,) = report([skip for skip in found.skips if skip.reason is Why.NAME])
+    assert re.search(r"1 name that is not UTF-8 \(rename them\): .*caf\\udce9\.mp4", line)
+    (line,) = refusal(lambda: find_clips([str(odd)]))
     assert re.search(r"caf\\udce9\.mp4.*rename", line)
     line.encode()  # it can be printed
+    folder = odd.with_name(odd.stem)
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"x")
+    for call in (
+        lambda: find_clips([str(folder)]),
+        lambda: find_clips([str(videos)], under(folder)),
+    ):
+        (line,) = refusal(call)
+        assert re.search(r"caf\\udce9: its path is not UTF-8; .*ln -s", line)
+    (videos / "link").symlink_to(folder)
+    assert ids([videos / "link"]) == ["a.mp4"]
 
 
 def source(id_: str) -> ClipSource:
@@ -289,8 +325,8 @@ def test_units_do_not_depend_on_the_order_of_inputs(
 
 def test_plans_do_not_depend_on_the_order_of_inputs_on_disk(videos: Path) -> None:
     inputs = [str(videos / "a.mp4"), str(videos), str(videos / "sub" / "b.MKV")]
-    forward = cut_units(find_clips(inputs, []), 10, each(5))
-    assert cut_units(find_clips(inputs[::-1], []), 10, each(5)) == forward
+    forward = cut_units(find_clips(inputs).clips, 10, each(5))
+    assert cut_units(find_clips(inputs[::-1]).clips, 10, each(5)) == forward
     assert len(forward) > 1
 
 

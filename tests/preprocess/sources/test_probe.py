@@ -66,7 +66,7 @@ def test_a_source_of_each_kind_is_known_by_its_bytes(toy: Path, tmp_path: Path) 
     subprocess.run(["tar", "-cf", tmp_path / "a.tar", "-C", toy / "videos", "test"], check=True)
     subprocess.run(["tar", "-czf", tmp_path / "b.tgz", "-C", toy / "videos", "train"], check=True)
     inputs = [str(root), str(tmp_path / "a.tar"), str(tmp_path / "b.tgz")]
-    clips = {clip.id: clip for clip in probe(find_clips(inputs, []), {}, EIGHT)}
+    clips = {clip.id: clip for clip in probe(find_clips(inputs).clips, {}, EIGHT)}
     assert len(clips) == 4 + 3 + 6
     for id_ in ("video.mp4", "bad.mp4", "empty.mp4"):
         assert (clips[id_].size, clips[id_].digest) == identity(root / id_)
@@ -88,11 +88,11 @@ def test_a_source_of_each_kind_is_known_by_its_bytes(toy: Path, tmp_path: Path) 
 def test_what_a_plan_knows_is_not_looked_at_again(toy: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.mp4"
     shutil.copy(toy / "videos/test/clip-00000.mp4", file)
-    (first,) = probe(find_clips([str(file)], []), {}, EIGHT)
+    (first,) = probe(find_clips([str(file)]).clips, {}, EIGHT)
     stat = file.stat()
     file.write_bytes(bytes(stat.st_size))
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    clips = find_clips([str(file)], [])
+    clips = find_clips([str(file)]).clips
     assert probe(clips, {first.key: first}, EIGHT) == [first]
     (seen,) = probe(clips, {}, EIGHT)
     assert (seen.digest != first.digest, seen.frames) == (True, 0)
@@ -101,7 +101,7 @@ def test_what_a_plan_knows_is_not_looked_at_again(toy: Path, tmp_path: Path) -> 
 
 
 def test_parts_of_one_video_are_predicted_each(toy: Path) -> None:
-    (clip,) = find_clips([str(toy / "videos/test/clip-00000.mp4")], [])
+    (clip,) = find_clips([str(toy / "videos/test/clip-00000.mp4")]).clips
     parts = [replace(clip, key=str(k), start=k / 2, end=k / 2 + 0.5) for k in range(3)]
     found = probe(parts, {}, Sampling(fps="100", max_frames=99))
     assert [part.frames for part in found] == [4, 4, 4]  # 8 frames a second
@@ -112,7 +112,7 @@ def test_files_of_noise_pipes_and_gone_ones_are_no_trouble(tmp_path: Path) -> No
     random = Random(0)
     for k in range(30):
         (tmp_path / f"noise{k}.mp4").write_bytes(random.randbytes(random.randrange(50_000)))
-    clips = find_clips([str(tmp_path)], [])
+    clips = find_clips([str(tmp_path)]).clips
     os.mkfifo(tmp_path / "pipe.mp4")
     pipe, gone = (replace(clips[0], path=str(tmp_path / n)) for n in ("pipe.mp4", "gone.mp4"))
     found = probe([*clips, replace(pipe, key="p"), replace(gone, key="g")], {}, EIGHT)
@@ -173,7 +173,7 @@ def test_predictions_for_real_clips_are_what_is_decoded() -> None:
     sampling = Sampling(fps="1", max_frames=16)
     wrong, total = [], 0
     with DecodeChild() as child:
-        for clip in probe(find_clips([CLIPS], []), {}, sampling):
+        for clip in probe(find_clips([CLIPS]).clips, {}, sampling):
             try:
                 frames = len(child.read_clip(ReadRequest(Path(clip.path), sampling)).frames)
             except VideoError:

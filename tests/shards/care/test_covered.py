@@ -79,8 +79,8 @@ def banks(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     return bank
 
 
-def covered_whole(shard: Path) -> bytes:
-    """Return a shard whose samples say that all of the frame is covered; else as it is."""
+def in_old_words(shard: Path) -> bytes:
+    """Return a shard whose samples say that all is covered, and flags as a list; else as it is."""
     out = io.BytesIO()
     ustar = tarfile.USTAR_FORMAT
     with (
@@ -90,7 +90,9 @@ def covered_whole(shard: Path) -> bytes:
         for member in old:
             data = old.extractfile(member).read()  # type: ignore[union-attr]
             if member.name.endswith(".json"):
-                data = canonical_json(json.loads(data) | {"covered": [0.0, 0.0, 1.0, 1.0]})
+                meta = json.loads(data)
+                meta |= {"covered": [0.0, 0.0, 1.0, 1.0], "flags": meta["flags"].split()}
+                data = canonical_json(meta)
             info = tarfile.TarInfo(member.name)
             info.size = len(data)
             new.addfile(info, io.BytesIO(data))
@@ -104,7 +106,7 @@ def make_old(bank: Path, version: int = 2) -> None:
     for unit in range(len(plan.units)):
         shard = shard_path(bank, unit)
         old = read_commit(shard)
-        shard.write_bytes(covered_whole(shard))
+        shard.write_bytes(in_old_words(shard))
         commit = commit_of(shard, unit, old.fingerprint, old.underflowed, old.provenance)
         write_commit(shard, commit)
         write_atomic(index_path(shard), index_bytes(commit.samples))

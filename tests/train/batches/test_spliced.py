@@ -17,6 +17,7 @@ from model.batch import Batch
 from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.vlm import VLM, VLMConfig
 from shards.errors import UserError
+from shards.read.timeline import Stretch, splice
 from train.batches.chat import Chat
 from train.batches.collate import choose_frames, collate, lay_out
 from train.batches.loader import Loader, Share
@@ -24,7 +25,6 @@ from train.batches.plan import plan_run
 from train.batches.turns import as_turns, count_rounds
 from train.data.dataset import Dataset, open_dataset, open_records
 from train.data.records import Turn
-from train.data.timeline import Stretch, splice
 from train.settings.config import TrainConfig
 from train.start.templates import load_with_template
 
@@ -417,7 +417,7 @@ def test_another_splice_is_another_run(
     settings = {"splice_path": sources, "max_steps": 1}
     out = train_here(tmp_path / "out", splice="records=6", **settings)
     line = refused(train_here, out, splice="records=7", **settings)
-    assert "records was \"6\", is now \"7\"" in line
+    assert 'records was "6", is now "7"' in line
     assert "augment" in refused(train_here, out, splice="records=6", augment="jitter", **settings)
 
 

@@ -213,6 +213,16 @@ SPELLINGS = [
     ("x/clip 1.mp4", "x\\clip 1.mp4", "write it with / instead of \\"),
     ("x/clip 1.mp4", "X/Clip 1.MP4", "in capitals and small letters as they are there"),
     ("x/clip 1.mp4", "x/clip%201.mp4", "with other letters in its percent-encoding"),
+    (
+        "x/caf\u00e9.mp4",
+        "x/cafe\u0301.mp4",
+        "write it in the Unicode form that it has there (NFC or",
+    ),
+    (
+        "x/cafe\u0301.mp4",
+        "x/caf\u00e9.mp4",
+        "write it in the Unicode form that it has there (NFC or",
+    ),
     ("x/clip 1.mp4", "clip 1.mp4", "Set media_dir: x, or encode with another --video-root"),
     ("clip 1.mp4", "x/y/clip 1.mp4", "Set strip_prefix: x/y, or encode"),
     ("x/y/a.mp4", "z/y/a.mp4", "Set strip_prefix: z and media_dir: x, or encode"),

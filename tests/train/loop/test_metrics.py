@@ -24,8 +24,10 @@ from train.loop.log import RunLog, keep_until, line_of
 from train.loop.metrics import FIELDS, NUM_SUMS, PAIRS, VECTORS, summarise, sums_of
 from train.loop.speed import CLOCK, StepTimer
 
+BASELINES = ("copy", "affine", "ridge")
 LOSSES = st.lists(
-    st.tuples(st.sampled_from(PAIRS), st.floats(0.01, 4), st.floats(0.01, 4)), max_size=8
+    st.tuples(st.sampled_from(PAIRS), st.floats(0.01, 4), st.tuples(*[st.floats(0.01, 4)] * 3)),
+    max_size=8,
 )
 TOKENS = st.lists(st.tuples(st.floats(0, 9), st.booleans(), st.sampled_from(TASKS)), max_size=8)
 
@@ -51,11 +53,18 @@ def batch_of(tokens: int, tasks: list[str], coordinates: list[bool], padding: in
     )
 
 
-@given(tokens=TOKENS, transitions=LOSSES, copied=st.booleans(), weight=st.floats(0, 2))
+@given(
+    tokens=TOKENS,
+    transitions=LOSSES,
+    copied=st.booleans(),
+    has_floor=st.booleans(),
+    weight=st.floats(0, 2),
+)
 def test_metrics_are_means_over_tokens_and_transitions(
     tokens: list[tuple[float, bool, str]],
-    transitions: list[tuple[str, float, float]],
+    transitions: list[tuple[str, float, tuple[float, float, float]]],
     copied: bool,
+    has_floor: bool,
     weight: float,
 ) -> None:
     """Of two forwards, which share the transitions and have half of the tokens each."""
@@ -67,13 +76,14 @@ def test_metrics_are_means_over_tokens_and_transitions(
         out["ce"] = out["token_ce"].sum()
         is_coordinate = [on for _, on, _ in own]
         out["coordinate_ce"] = out["token_ce"][torch.tensor(is_coordinate, dtype=torch.bool)].sum()
-        for pair, loss, copy in transitions[number::2]:
+        for pair, loss, others in transitions[number::2]:
             k = PAIRS.index(pair)
             out["ar"][k] += loss
             out["ar_count"][k] += 1
             if copied:
-                out["ar_copy"][k] += copy
                 out["ar_copy_count"][k] += 1
+                for name, other in zip(BASELINES, others, strict=True):
+                    out[f"ar_{name}"][k] += other if name == "copy" or has_floor else 0
         sums += sums_of(out, batch_of(10, [task for _, _, task in own], is_coordinate))
     found = summarise(sums, weight)
 
@@ -81,15 +91,20 @@ def test_metrics_are_means_over_tokens_and_transitions(
         return sum(values) / len(values) if values else None
 
     ce, ar = mean([loss for loss, _, _ in tokens]), mean([loss for _, loss, _ in transitions])
-    copy = mean([copy for _, _, copy in transitions]) if copied else None
+    baselines = {
+        f"ar_{name}_baseline": mean([others[k] for _, _, others in transitions])
+        for k, name in enumerate(BASELINES if has_floor else BASELINES[:1])
+        if copied
+    }
+    floor = min(baselines.values()) if copied and has_floor and transitions else None
     expected = {
         "loss": (ce or 0.0) + weight * (ar or 0.0),
         "ce_loss": ce,
         "coordinate_ce": mean([loss for loss, is_coordinate, _ in tokens if is_coordinate]),
         "autoregressive_loss": ar,
         "autoregressive_loss_weighted": None if ar is None else weight * ar,
-        "ar_copy_baseline": copy,
-        "ar_skill": None if copy is None or ar is None else 1 - ar / copy,
+        **baselines,
+        "ar_skill": None if floor is None or ar is None else 1 - ar / floor,
         "tokens": 20,
         "pairs": 2 * 55,
         "supervised_tokens": len(tokens),
@@ -125,7 +140,8 @@ def test_a_forwards_sums_are_its_losses_and_counts(
     assert found["ce_loss"] == pytest.approx(out["ce"].item() / len(batch.labels))
     assert found["coordinate_ce"] == pytest.approx(out["coordinate_ce"].item())
     assert found["ar_SF"] == pytest.approx(out["ar"][1].item() / 2)
-    assert "ar_skill" in found
+    assert found["ar_copy_baseline"] == pytest.approx(out["ar_copy"].sum().item() / 4)
+    assert "ar_skill" not in found  # without fits there is nothing to read it against
     # without tasks nothing is split, with them the split is the whole
     assert not found.keys() & {f"ce_{task}" for task in TASKS}
     task = torch.arange(len(batch.labels)) % 2

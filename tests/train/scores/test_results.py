@@ -7,6 +7,7 @@ import pytest
 
 from shards.errors import UserError
 from train.scores.results import (
+    CONTROLS,
     absolute,
     distinct_names,
     predictions_beside,
@@ -14,6 +15,7 @@ from train.scores.results import (
     results_of,
 )
 
+ENDINGS = {"": "", "untrained": "-untrained", "shuffled": "-shuffled"}
 NAMES = [
     (["test.jsonl"], ["test"]),
     (["a/test.jsonl", "b/val.json"], ["test", "val"]),
@@ -40,13 +42,14 @@ def test_a_test_set_that_is_there_twice_and_two_for_one_file_are_refused(tmp_pat
     with pytest.raises(UserError, match=r"a\.jsonl: is there twice; leave one out"):
         distinct_names(["a.jsonl", "./a.jsonl"])
     with pytest.raises(UserError, match="--output names one file, and there are 2 test sets"):
-        results_of(tmp_path, ["a.jsonl", "b.jsonl"], tmp_path / "x.json", untrained=False)
+        results_of(tmp_path, ["a.jsonl", "b.jsonl"], tmp_path / "x.json")
 
 
 def test_reports_and_answers_know_each_other() -> None:
     for report, answers in {
         "r/eval-test.json": "r/predictions-test.jsonl",
         "r/eval-test-untrained.json": "r/predictions-test-untrained.jsonl",
+        "r/eval-test-shuffled.json": "r/predictions-test-shuffled.jsonl",
     }.items():
         assert predictions_beside(Path(report)) == Path(answers)
         assert report_beside(Path(answers)) == Path(report)
@@ -54,8 +57,8 @@ def test_reports_and_answers_know_each_other() -> None:
 
 
 def test_results_of_other_records_are_renamed_by_their_own_path(tmp_path: Path) -> None:
-    for untrained, ending in ((False, ""), (True, "-untrained")):
-        (own,) = results_of(tmp_path, ["b/test.jsonl"], None, untrained=untrained)
+    for control, ending in ENDINGS.items():
+        (own,) = results_of(tmp_path, ["b/test.jsonl"], None, control=control)
         assert own.report.name == f"eval-test{ending}.json"
         assert own.set_aside() == []
         other = {"tasks": {}, "data_path": absolute("a/test.jsonl")}
@@ -76,10 +79,37 @@ def test_what_is_no_result_is_not_written_over(tmp_path: Path) -> None:
     data = tmp_path / "predictions-test.jsonl"
     data.write_text('{"conversations": []}\n')
     with pytest.raises(UserError, match="holds something else than answers"):
-        results_of(tmp_path, ["test.jsonl"], None, untrained=False)
+        results_of(tmp_path, ["test.jsonl"], None)
     (tmp_path / "eval-test.json").write_text("[]")
     with pytest.raises(UserError, match="holds something else than a report"):
-        results_of(tmp_path, ["test.jsonl"], None, untrained=False)
+        results_of(tmp_path, ["test.jsonl"], None)
     assert data.read_text() == '{"conversations": []}\n'
     with pytest.raises(UserError, match="its folder is not there"):
-        results_of(tmp_path, ["a.jsonl"], tmp_path / "gone" / "x.json", untrained=False)
+        results_of(tmp_path, ["a.jsonl"], tmp_path / "gone" / "x.json")
+
+
+def test_the_table_of_runs_has_a_row_for_each_test_set(tmp_path: Path) -> None:
+    from train.report import compare
+
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {"frame_sampling_strategy": "uniform", "slow_frame_ratio": "0.5", "enable_lape": True}
+    (run / "run.json").write_text(json.dumps({"config": config}))
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 7, "seconds": 2.0}\n')
+    assert compare([run]).splitlines()[1].split()[-9:] == ["-"] * 9
+    for name, iou in {"a": 0.25, "b": 0.5}.items():
+        for number, (control, ending) in enumerate(ENDINGS.items(), 1):
+            (own,) = results_of(run, [f"{name}.jsonl"], None, control=control)
+            assert own.report.name == f"eval-{name}{ending}.json"
+            about = {"test_set": own.name, "data_path": own.data_path}
+            about |= {name: name == control for name in CONTROLS}
+            scores = {"tasks": {"span": {"iou": iou / number}}}
+            own.report.write_text(json.dumps(about | scores))
+    header, *rows = (line.split("  ") for line in compare([run]).splitlines())
+    found = [[cell.strip() for cell in row if cell.strip()] for row in (header, *rows)]
+    columns = ("test set", "span mIoU", "untrained", "shuffled")
+    places = [found[0].index(name) for name in columns]
+    assert [[row[k] for k in places] for row in found[1:]] == [
+        ["a", "0.250", "0.125", "0.083"],
+        ["b", "0.500", "0.250", "0.167"],
+    ]

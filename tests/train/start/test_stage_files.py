@@ -311,6 +311,17 @@ def test_a_runs_folder_that_was_copied_in_part_is_one_line(
         VLM.load(tmp_path / "run")
 
 
+def test_a_run_of_an_older_framebank_is_one_line(trained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    facts = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(facts | {"format": 1}))
+    problem = stage_problem(str(run))
+    assert problem is not None
+    assert "of format 1, before framebank's 2: its frame predictor is not told the sec" in problem
+    assert stage_problem(str(run / "llm")) is None, "what the line advises"
+
+
 def test_headers_are_what_safetensors_reads(toy: Path) -> None:
     path = toy / "llm" / "model.safetensors"
     header = safetensors_header(path)

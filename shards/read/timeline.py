@@ -178,6 +178,11 @@ def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, f
     return first, last, start, end
 
 
+def places_of(medium: Place | Timeline) -> list[Place]:
+    """Return where a medium's clips are, in the order of its parts."""
+    return [s.place for s in medium.stretches] if isinstance(medium, Timeline) else [medium]
+
+
 def frames_between(times: Sequence[float], start: float, end: float) -> tuple[int, int]:
     """Return (first, one after the last) of the frames at [start, end); times: rising seconds."""
     return bisect_left(times, start - ROUNDING), bisect_left(times, end - ROUNDING)

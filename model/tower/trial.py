@@ -1,0 +1,116 @@
+"""What a tower is tried with before it is used: its own image processor against ours, and one picture.
+
+A processor may do what its values do not say: exchange channels, shift the levels, crop in its own way.
+So a picture of each shape goes through transformers' processor and through ours.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.tower.pixels import Pixels
+from model.tower.qwen import patchify
+from shards.errors import UserError
+
+SHAPES = ((90, 150), (211, 120))
+"""(height, width) of the test pictures: lying and standing."""
+ROUNDING = 1e-4
+"""Of a normalised value: float32 keeps 1e-6 of it, and one level of 255 is 4e-3 before normalising."""
+
+
+class Tried(Protocol):
+    """What `Tower` is here."""
+
+    name: str
+    pixels: Pixels
+    patch: int
+    frames_per_unit: int
+    dtype: str
+    model: Any
+
+    def normalise(self, frames: np.ndarray) -> Tensor: ...
+
+    def patches(self, pixels: Tensor) -> Tensor: ...
+
+
+def check_processor(tower: Tried, processor: Any) -> None:
+    """Raise UserError for an image processor that makes other pixels than ours.
+
+    processor: of transformers, its Pillow backend.
+    """
+    kind = type(processor).__name__
+    for shape in SHAPES:
+        try:
+            tower.pixels.check(*shape)
+        except UserError:  # a crop that fits no frame: each clip is refused for it, by name
+            continue
+        picture = test_picture(*shape)
+        try:
+            theirs = processor(images=[Image.fromarray(picture)], return_tensors="np")
+        except Exception as error:
+            raise UserError(
+                f"tower {tower.name}: its image processor {kind} cannot read a picture of "
+                f"{shape[0]}x{shape[1]}: {str(error).splitlines()[0]}"
+            ) from None
+        values = np.asarray(theirs["pixel_values"], np.float32)
+        ours = _ours(tower, picture)
+        if values.shape != ours.shape or np.abs(values - ours).max() > ROUNDING:
+            far = (
+                f"by up to {np.abs(values - ours).max():.3g}"
+                if values.shape == ours.shape
+                else (f"in shape: {values.shape}, ours {ours.shape}")
+            )
+            raise UserError(
+                f"tower {tower.name}: its image processor {kind} does more to a picture than is known "
+                f"here: on a test picture its pixels differ from ours {far}; take another tower, or "
+                "one of its processors that only resizes, crops, rescales and normalises"
+            )
+
+
+def check_size(tower: Tried) -> None:
+    """Raise UserError where the tower cannot take what its image processor makes."""
+    rows, cols = tower.pixels.output_size(*SHAPES[0])
+    pixels = tower.normalise(np.zeros((tower.frames_per_unit, rows, cols, 3), np.uint8))
+    try:
+        tower.patches(pixels)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"tower {tower.name}: the device has no memory for one frame; try --device cpu"
+        ) from None
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"tower {tower.name}: it cannot take the {rows}x{cols} pixels that its image processor "
+            f"makes: {str(error).strip().splitlines()[0]}; correct the sizes in "
+            "preprocessor_config.json"
+        ) from None
+
+
+def test_picture(height: int, width: int) -> np.ndarray:
+    """Return uint8 `(height, width, 3)`: edges, slopes and noise, each channel another."""
+    row, col = np.mgrid[:height, :width]
+    picture = np.stack(
+        [row * 255 // height, col * 255 // width, (row // 7 + col // 5) % 2 * 255], 2
+    )
+    picture[height // 4 : height // 2, width // 3 : width // 2] = (250, 20, 120)
+    noise = np.random.default_rng(0).integers(-20, 21, picture.shape)
+    return np.clip(picture + noise, 0, 255).astype(np.uint8)
+
+
+def _ours(tower: Tried, picture: np.ndarray) -> np.ndarray:
+    """Return what the tower gets of a picture, laid out as its processor lays it out."""
+    own = tower.dtype
+    try:
+        tower.dtype = "float32"  # processors know no other
+        values = tower.normalise(tower.pixels.resize(picture[None]))
+    finally:
+        tower.dtype = own
+    if tower.pixels.own_size:
+        config = tower.model.config
+        deep = config.temporal_patch_size
+        values = patchify(
+            values.expand(deep, -1, -1, -1), deep, config.patch_size, config.spatial_merge_size
+        )
+    return values.cpu().numpy()

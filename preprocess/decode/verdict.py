@@ -1,0 +1,169 @@
+"""Why a source gives no clip, in words of what it is: by its own bytes, where readers only say `invalid`.
+
+refuse_encrypted(path)          # before it is read: decoders make something of encrypted samples, too
+explained(error, path)          # the same error; or encrypted, a web page, cut short, a pipe ...
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from preprocess.decode.scan import VideoError
+from shards.format.quarantine import Reason
+from shards.kinds import HEAD, MP4, Kind, is_text, kind_of
+
+LARGEST_INDEX = 1 << 28
+"""Bytes of an index that are looked through."""
+MANY = 2 / 3
+"""Of a transport stream's packets, that are scrambled where the stream is."""
+
+
+class Box(NamedTuple):
+    """A part of an MP4 or QuickTime file (ISO/IEC 14496-12, 4.2)."""
+
+    name: bytes
+    begin: int
+    end: int
+    """By what it says: a file that is cut short ends before."""
+
+
+def refuse_encrypted(path: Path) -> None:
+    """Raise VideoError for an MP4 or QuickTime file whose video is encrypted."""
+    try:
+        if not path.is_file():  # a pipe could be read for ever
+            return
+        with open(path, "rb") as file:
+            if kind_of(file.read(16)) == MP4 and _is_encrypted_mp4(file):
+                raise _encrypted(path)
+    except OSError:  # the reader will say so
+        return
+
+
+def explained(error: VideoError, path: Path) -> VideoError:
+    """Return what is wrong with a source that could not be read, as far as its bytes tell."""
+    reason, _, _, _, where, _ = error.args
+    if path.is_dir():  # of pictures: the error names one of them
+        path = Path(where or path)
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            return error if stat.S_ISDIR(mode) else _special(where)
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+            if _is_scrambled(head) or _is_encrypted_matroska(head):
+                return _encrypted(where)
+            if reason is not Reason.CANNOT_OPEN:
+                return error
+            kind = kind_of(head)
+            if kind == MP4:
+                return _cut_short(file, where) or error
+    except OSError:
+        return error
+    return _foreign(kind, head, where) or error
+
+
+def _special(where: str) -> VideoError:
+    return VideoError(
+        Reason.CANNOT_OPEN, "a pipe, socket or device, no file", where=where, fix="remove it"
+    )
+
+
+def _encrypted(where: object) -> VideoError:
+    return VideoError(
+        Reason.ENCRYPTED, Reason.ENCRYPTED.value, where=where, fix="decrypt it or leave it out"
+    )
+
+
+def _foreign(kind: Kind | None, head: bytes, where: str) -> VideoError | None:
+    """Return the error for a file that is something else than a video or a picture."""
+    if kind is None and is_text(head):
+        kind = Kind("none", "text")
+    if kind is None or kind.family in ("video", "picture", "animation"):
+        if Path(where).suffix.lower() in (".heic", ".heif"):
+            what, fix = "a HEIC picture, for which Pillow needs a plugin", "pip install pillow-heif"
+            return VideoError(Reason.CANNOT_OPEN, what, where=where, fix=fix)
+        return None
+    whole = kind.what == "empty" or kind.what.endswith("not the file")
+    what = kind.what if whole else f"{kind.what}, no video or picture"
+    return VideoError(Reason.CANNOT_OPEN, what, where=where, fix=kind.fix or "remove it")
+
+
+def _cut_short(file: IO[bytes], where: str) -> VideoError | None:
+    """Return the error for an MP4 file without its index, which often stands at the end."""
+    size = file.seek(0, os.SEEK_END)
+    boxes = list(_boxes(file))
+    if any(box.name == b"moov" for box in boxes):
+        return None
+    more = f" of at least {boxes[-1].end:,}" if boxes and boxes[-1].end > size else ""
+    return VideoError(
+        Reason.CANNOT_OPEN,
+        f"cut short: {size:,} bytes{more} are there, and its index (moov) is not",
+        where=where,
+        fix="fetch it again",
+    )
+
+
+def _boxes(file: IO[bytes]) -> Iterator[Box]:
+    """Yield the boxes of a file, one after the other."""
+    size, begin = file.seek(0, os.SEEK_END), 0
+    while begin + 8 <= size:
+        file.seek(begin)
+        head = file.read(16)
+        length = int.from_bytes(head[:4])
+        if length == 1:
+            length = int.from_bytes(head[8:])
+        elif length == 0:  # to the file's end
+            length = size - begin
+        if length < 8:
+            return
+        yield Box(head[4:8], begin, begin + length)
+        begin += length
+
+
+def _is_encrypted_mp4(file: IO[bytes]) -> bool:
+    """Tell whether a sample description of the video is that of encrypted samples (ISO/IEC 23001-7)."""
+    for box in _boxes(file):
+        if box.name == b"moov" and box.end - box.begin < LARGEST_INDEX:
+            file.seek(box.begin)
+            return b"encv" in file.read(box.end - box.begin)
+    return False
+
+
+ENCRYPTION = (0x18538067, 0x1654AE6B, 0xAE, 0x6D80, 0x6240, 0x5035)
+"""Segment, Tracks, TrackEntry, ContentEncodings, ContentEncoding, ContentEncryption (RFC 9559)."""
+
+
+def _is_encrypted_matroska(head: bytes) -> bool:
+    """Tell whether a track of a Matroska or WebM file says that it is encrypted."""
+    return head.startswith(b"\x1a\x45\xdf\xa3") and _holds(head, 0, len(head), ENCRYPTION)
+
+
+def _holds(data: bytes, at: int, end: int, path: tuple[int, ...]) -> bool:
+    """Tell whether elements of EBML lie in one another as `path` says (RFC 8794, 4 to 6)."""
+    while at < end and data[at]:
+        head = 9 - data[at].bit_length()  # bytes of the id
+        size_at = at + head
+        if size_at >= end or not data[size_at]:
+            return False
+        wide = 9 - data[size_at].bit_length()
+        body = size_at + wide
+        bits = (1 << 7 * wide) - 1
+        size = int.from_bytes(data[size_at:body]) & bits
+        stop = end if size == bits else min(body + size, end)  # all ones: unknown, to the end
+        if int.from_bytes(data[at:size_at]) == path[0] and (
+            len(path) == 1 or _holds(data, body, stop, path[1:])
+        ):
+            return True
+        at = stop
+    return False
+
+
+def _is_scrambled(head: bytes) -> bool:
+    """Tell whether the packets of a transport stream are scrambled (ISO/IEC 13818-1, 2.4.3.3)."""
+    for size, skip in ((188, 0), (192, 4), (204, 0)):
+        packets = [head[at : at + 4] for at in range(skip, len(head) - 3, size)]
+        if len(packets) > 2 and all(packet[0] == 0x47 for packet in packets):
+            return sum(packet[3] >> 6 > 1 for packet in packets) > MANY * len(packets)
+    return False

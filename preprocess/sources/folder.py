@@ -1,0 +1,227 @@
+"""What lies in a folder: its clips, and all else with the reason why it is none.
+
+    in_folder(Path("videos"), follow_links=False)      # ([clips], [skips])
+
+A clip is a video or an animation by its ending, or by its content where it has none, and each folder in
+which there is nothing but pictures. Junk of systems (`Thumbs.db`, `._a.mp4`, `__MACOSX/`) counts for
+nothing. Links to files are those files; links to folders are followed where that is asked for.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from preprocess.decode.read_pictures import PICTURE_SUFFIXES
+from preprocess.sources.skips import Skip, Why
+from shards.annotations.files import SUFFIXES, suffix_of
+from shards.kinds import HEAD, is_text, kind_of
+
+VIDEO_SUFFIXES = frozenset(
+    (
+        *(".mp4", ".m4v", ".mov", ".qt", ".mj2", ".3gp", ".3g2", ".f4v", ".ismv", ".cmfv"),
+        *(".mkv", ".mk3d", ".webm", ".avi", ".divx", ".xvid"),
+        *(
+            ".mpg",
+            ".mpeg",
+            ".mpe",
+            ".mpv",
+            ".m1v",
+            ".m2v",
+            ".m2p",
+            ".mpeg2",
+            ".mp2v",
+            ".vob",
+            ".evo",
+            ".vro",
+        ),
+        *(".ts", ".mts", ".m2ts", ".m2t", ".trp", ".tp", ".dav"),
+        *(".flv", ".wmv", ".asf", ".dvr-ms", ".wtv", ".ogv", ".ogm", ".rm", ".rmvb"),
+        *(
+            ".mxf",
+            ".gxf",
+            ".dv",
+            ".dif",
+            ".y4m",
+            ".ivf",
+            ".nut",
+            ".nsv",
+            ".amv",
+            ".bik",
+            ".smk",
+            ".roq",
+        ),
+        *(".h264", ".264", ".avc", ".h265", ".265", ".hevc", ".h263", ".obu", ".av1"),
+        *(".mjpg", ".mjpeg", ".mve", ".fli", ".flc"),
+    )
+)
+"""Of files that FFmpeg reads as video."""
+MAYBE_ANIMATED = frozenset((".webp", ".png", ".avif", ".heic", ".heif"))
+PICTURE_HEAD = 1 << 14
+"""Bytes of a picture that are looked at: what says that it moves stands in front."""
+TEXT_TOO = frozenset((".ts", ".mts"))
+"""TypeScript's endings, too: what is text is none."""
+DATA_TOO = frozenset((".dat", ".mod", ".tod", ".ps", ".ogg"))
+"""Endings of data, music and print, too: what does not begin as a video is none."""
+UNSURE = TEXT_TOO | DATA_TOO
+CLIP_SUFFIXES = VIDEO_SUFFIXES | DATA_TOO | {".gif", ".apng"}
+"""In a folder these are clips by themselves."""
+BY_CONTENT = MAYBE_ANIMATED | UNSURE | {""}
+"""Endings that do not tell what a file is."""
+ARCHIVE_SUFFIXES = frozenset(
+    (
+        *(".tar", ".tgz", ".txz", ".tbz2", ".tbz", ".tzst"),
+        *(".gz", ".xz", ".bz2", ".zst", ".zip", ".7z", ".rar"),
+    )
+)
+JUNK = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", ".ds_store"))
+JUNK_FOLDERS = frozenset(("__macosx", "@eadir", "$recycle.bin", "system volume information"))
+
+
+class Contents(NamedTuple):
+    """What an input gives."""
+
+    clips: list[str]
+    """POSIX paths below the root; `.` is the root itself, of nothing but pictures."""
+    skips: list[Skip]
+
+
+def in_folder(root: Path, follow_links: bool) -> Contents:
+    """Return the clips below a folder, and everything else in it."""
+    found = Contents([], [])
+    for folder, entries in _walk(root, follow_links, found.skips):
+        in_junk = any(part.lower() in JUNK_FOLDERS for part in folder.relative_to(root).parts)
+        for name, parts in _clips_in(folder, entries, in_junk, found.skips):
+            relative = (folder / name).relative_to(root).as_posix()
+            if is_utf8(relative):
+                found.clips.append(relative)
+            else:
+                found.skips.extend(Skip(Why.NAME, str(part)) for part in parts)
+    return found
+
+
+class _Entries(NamedTuple):
+    """The names in one folder."""
+
+    files: list[str]
+    folders: list[str]
+
+
+def _walk(root: Path, follow_links: bool, skips: list[Skip]) -> Iterator[tuple[Path, _Entries]]:
+    """Yield each folder that can be entered, in order of path; what is no file goes to `skips`."""
+    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            with os.scandir(folder) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
+            facts = os.stat(folder)
+        except OSError as error:
+            skips.append(Skip(Why.FOLDER, str(folder), error.strerror or ""))
+            continue
+        here = above | {(facts.st_dev, facts.st_ino)}
+        found = _Entries([], [])
+        for entry in entries:
+            kind = _entry_kind(entry, here, follow_links)
+            if isinstance(kind, Why):
+                skips.append(Skip(kind, str(folder / entry.name)))
+            else:
+                (found.folders if kind == "folder" else found.files).append(entry.name)
+        yield folder, found
+        waiting += [(folder / name, here) for name in reversed(found.folders)]
+
+
+def _entry_kind(
+    entry: "os.DirEntry[str]", above: frozenset[tuple[int, int]], follow_links: bool
+) -> Why | str:
+    """Return `file` or `folder`, or why an entry is neither. Links alone are looked at on the disk."""
+    if not entry.is_symlink():
+        if entry.is_dir(follow_symlinks=False):
+            return "folder"
+        return "file" if entry.is_file(follow_symlinks=False) else Why.SPECIAL
+    try:
+        facts = entry.stat()
+    except OSError:  # it leads nowhere, in a circle, or where nothing may be looked at
+        return Why.DEAD_LINK
+    if stat.S_ISREG(facts.st_mode):
+        return "file"
+    if not stat.S_ISDIR(facts.st_mode):
+        return Why.SPECIAL
+    if (facts.st_dev, facts.st_ino) in above:
+        return Why.LOOP
+    return "folder" if follow_links else Why.LINK
+
+
+def _clips_in(
+    folder: Path, entries: _Entries, in_junk: bool, skips: list[Skip]
+) -> Iterator[tuple[str, Sequence[Path]]]:
+    """Yield the names of a folder's clips, `.` for itself, with their files; the rest goes to `skips`."""
+    pictures, alone = [], True
+    for name in entries.files:
+        path = folder / name
+        why = Why.SYSTEM if in_junk or is_junk(name) else why_no_clip(path)
+        if why is Why.PICTURE:
+            pictures.append(path)
+            continue
+        alone &= why is Why.SYSTEM
+        if why is None:
+            yield name, [path]
+        else:
+            skips.append(Skip(why, str(path)))
+    if pictures and alone and all(name.lower() in JUNK_FOLDERS for name in entries.folders):
+        yield ".", pictures
+    else:
+        skips += [Skip(Why.PICTURE, str(path)) for path in pictures]
+
+
+def is_junk(name: str) -> bool:
+    """Tell whether systems leave files of that name behind; `.a.mp4` may be meant."""
+    small = name.lower()
+    hidden = name.startswith(".") and PurePosixPath(small).suffix not in CLIP_SUFFIXES
+    return small in JUNK or small.startswith("._") or hidden
+
+
+def why_no_clip(path: Path) -> Why | None:
+    """Return why a file in a folder is no clip by itself, None for one that is."""
+    ending = path.suffix.lower()
+    if ending in BY_CONTENT:
+        try:
+            few = PICTURE_HEAD if ending in MAYBE_ANIMATED else HEAD
+            return why_by_content(ending, head_of(path, few))
+        except OSError:
+            if ending in CLIP_SUFFIXES:
+                return None  # to be quarantined: it should be one
+            return Why.FILE if not ending else Why.PICTURE
+    if ending in CLIP_SUFFIXES:
+        return None
+    if ending in PICTURE_SUFFIXES:
+        return Why.PICTURE
+    if suffix_of(path) in SUFFIXES:
+        return Why.ANNOTATIONS
+    return Why.ARCHIVE if ending in ARCHIVE_SUFFIXES else Why.UNKNOWN
+
+
+def why_by_content(ending: str, head: bytes) -> Why | None:
+    kind = kind_of(head)
+    family = kind.family if kind else "none"
+    if ending in MAYBE_ANIMATED:
+        return None if family == "animation" else Why.PICTURE
+    if ending in TEXT_TOO:
+        return Why.UNKNOWN if is_text(head) else None
+    if not ending and family == "archive":
+        return Why.ARCHIVE
+    return None if family in ("video", "animation") else Why.UNKNOWN
+
+
+def head_of(path: Path, nbytes: int = HEAD) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(nbytes)
+
+
+def is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
