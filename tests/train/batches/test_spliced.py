@@ -25,6 +25,7 @@ from train.batches.plan import plan_run
 from train.batches.turns import as_turns, count_rounds
 from train.data.dataset import Dataset, open_dataset, open_records
 from train.data.records import Turn
+from train.data.shuffled import ShuffledDataset
 from train.settings.config import TrainConfig
 from train.start.templates import load_with_template
 
@@ -213,6 +214,22 @@ def test_steps_between_frames_are_those_within_a_part(
                 expected.add((a, b))
     assert found == expected
     assert len(expected) < len(every) - len(world.kept), "some neighbours are kept apart"
+
+
+def test_shuffled_features_stand_on_the_clock_of_the_medium(
+    world: World, make_model: Callable[..., VLM]
+) -> None:
+    model = make_model()
+    loaders = [
+        Loader(dataset, Chat.of(model), model.config)
+        for dataset in (world.spliced, ShuffledDataset.of(world.spliced))
+    ]
+    true, shuffled = [loader.batch(loader.dataset.held_out) for loader in loaders]
+    assert torch.equal(true.input_ids, shuffled.input_ids)
+    assert true.num_transitions == shuffled.num_transitions
+    for a, b in zip(true.groups, shuffled.groups, strict=True):
+        assert torch.equal(a.time, b.time)
+        assert not (a.features == b.features).flatten(1).all(dim=1).any()
 
 
 # -- plans
