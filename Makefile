@@ -12,6 +12,7 @@ READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(shell nproc) \
     --num_machines 1 --mixed_precision no --dynamo_backend no
 ASKED := demo/toy/videos/test/clip-00000.mp4
+QUESTION := "When is the red square visible?"
 
 demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate, ask
 	rm -rf demo && mkdir demo
@@ -22,7 +23,7 @@ demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate,
 	    --bank demo/bank --data_path demo/toy/train.jsonl --output_dir demo/run-a
 	$(LAUNCH) train/evaluate.py --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl --untrained --max_records 128
 	$(LAUNCH) train/evaluate.py --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl
-	$(BIN)/python train/ask.py $(ASKED) "When is the red square visible?" --model demo/run-a
+	$(BIN)/python train/ask.py $(ASKED) $(QUESTION) --model demo/run-a
 	@echo "--- the next experiment: another slow/fast pattern on the same bank, no video is read"
 	$(LAUNCH) train/run.py --config train/presets/toy.yaml --stage_path demo/run-a --max_steps 100 \
 	    --frame_sampling_strategy uniform --slow_frame_ratio 0.25 \
@@ -30,6 +31,8 @@ demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate,
 	$(LAUNCH) train/evaluate.py --model demo/run-b --bank demo/bank --data_path demo/toy/test.jsonl
 	@cat demo/encode.txt
 	@$(BIN)/python -m train.report demo/run-a demo/run-b
+	@echo "--- what the second one answers, drawn over the clip's frames"
+	$(BIN)/python train/ask.py $(ASKED) $(QUESTION) --model demo/run-b --show demo/asked.png --truth demo/toy/test.jsonl
 
 # A thread each: two processes of two threads on two cores spend more than half their time spinning
 # (tests of the model: 83 s of CPU with two threads each, 34 s with one).

@@ -18,19 +18,29 @@ and y down, and shapes are drawn at exactly the (rounded) positions that the ans
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
 from preprocess.toy_models import SIZE, save_llm, save_tower
+from preprocess.world import (
+    Json,
+    Turn,
+    bouncing,
+    check_empty,
+    one_each,
+    places,
+    seconds,
+    shuffled,
+    span,
+    together,
+    write_video,
+)
 from shards.errors import UserError
 
 FPS = 8  # times k / 8 are exact in milliseconds
@@ -55,8 +65,6 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     # Apex up; the slanted sides run from (0, -r) to (±r, r).
     "triangle": lambda x, y, r: np.maximum((2 * abs(x) - y - r) / 5**0.5, y - r),
 }
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,13 +101,6 @@ class Thing:
         return [round(min(max(corner, 0.0), 1.0), 4) for corner in corners]
 
 
-@dataclass(frozen=True)
-class Turn:
-    task: str
-    question: str
-    answer: str
-
-
 def make_toyworld(
     out: Path, *, train_clips: int = 384, test_clips: int = 64, seed: int = 0
 ) -> None:
@@ -108,8 +109,7 @@ def make_toyworld(
         raise UserError(
             f"a toy world needs at least one clip per split, got {train_clips} and {test_clips}"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: remove it or name another")
+    check_empty(out)
     truth: list[Json] = []
     records: dict[str, list[Json]] = {"train": [], "test": []}
     with tqdm(total=train_clips + test_clips, desc="drawing", unit="clip") as bar:
@@ -121,7 +121,7 @@ def make_toyworld(
                 video = f"{split}/clip-{index:05d}.mp4"
                 frames = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
                 things = plan_things(rng, frames)
-                write_video(out / "videos" / video, draw(rng, things, frames))
+                write_video(out / "videos" / video, draw(rng, things, frames), FPS)
                 ask = train_records if split == "train" else test_records
                 records[split] += ask(rng, video, things, frames)
                 truth.append(describe(video, things, frames))
@@ -154,10 +154,7 @@ def plan_thing(rng: np.random.Generator, colour: str, frames: int) -> Thing:
     first = int(rng.integers(0, frames - length + 1))
     radius = round(float(rng.uniform(*RADIUS)), 4)
     room = 1 - 2 * radius
-    start = rng.uniform(0, room, size=2)
-    step = rng.uniform(-MAX_SPEED, MAX_SPEED, size=2) / FPS
-    path = start + step * np.arange(length)[:, None]  # (frames shown, 2)
-    path = room - abs(path % (2 * room) - room)  # folded at the walls: it bounces
+    path = bouncing(rng, room, MAX_SPEED / FPS, length)
     shape = str(rng.choice(list(SHAPES)))
     return Thing(colour, shape, radius, first, first + length - 1, np.round(path + radius, 4))
 
@@ -193,20 +190,6 @@ def draw(rng: np.random.Generator, things: Sequence[Thing], frames: int) -> np.n
     return np.clip(np.rint(clip), 0, 255).astype(np.uint8)
 
 
-def write_video(path: Path, clip: np.ndarray) -> None:
-    """Encode a clip with one thread, the condition for equal bytes on every run."""
-    options = {"preset": "veryfast", "crf": "12", "bf": "0", "g": "12"}
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
-        stream.codec_context.thread_count = 1
-        for index, image in enumerate(clip):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = index, Fraction(1, FPS)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 def describe(video: str, things: Sequence[Thing], frames: int) -> Json:
     """Return the whole truth about a clip, objects in drawing order."""
     objects = [
@@ -234,8 +217,7 @@ def train_records(
     others += [ask_seen(rng, things, frames) for _ in range(2)]
     others += [*ask_first(rng, things), ask_count(things)]
     turns = shuffled(rng, spans + shuffled(rng, others)[:TURNS_BEYOND_SPANS])
-    tasks = [turn.task for turn in turns]
-    return [record(video.removesuffix(".mp4"), video, turns) | {"tasks": tasks}]
+    return [together(video, turns)]
 
 
 def test_records(
@@ -245,27 +227,11 @@ def test_records(
     turns = [ask_span(thing) for thing in shuffled(rng, things)]
     turns += [ask_place(rng, shuffled(rng, things)[0], task) for task in ("point", "box")]
     turns += [ask_seen(rng, things, frames), *ask_first(rng, things), ask_count(things)]
-    stem = video.removesuffix(".mp4")
-    return [
-        record(f"{stem}/{index}-{turn.task}", video, [turn]) | {"task": turn.task}
-        for index, turn in enumerate(turns)
-    ]
-
-
-def record(id_: str, video: str, turns: Iterable[Turn]) -> Json:
-    conversation = [
-        {"from": speaker, "value": value}
-        for turn in turns
-        for speaker, value in (("human", turn.question), ("gpt", turn.answer))
-    ]
-    conversation[0]["value"] = "<video>\n" + conversation[0]["value"]
-    return {"id": id_, "video": video, "conversations": conversation}
+    return one_each(video, turns)
 
 
 def ask_span(thing: Thing) -> Turn:
-    start, end = thing.span
-    answer = f"from {seconds(start)} to {seconds(end)}"
-    return Turn("span", f"When is the {thing.name} visible?", answer)
+    return Turn("span", f"When is the {thing.name} visible?", span(*thing.span))
 
 
 def ask_place(rng: np.random.Generator, thing: Thing, task: str) -> Turn:
@@ -301,16 +267,3 @@ def ask_first(rng: np.random.Generator, things: Sequence[Thing]) -> list[Turn]:
 
 def ask_count(things: Sequence[Thing]) -> Turn:
     return Turn("count", "How many objects are there?", str(len(things)))
-
-
-def seconds(value: float) -> str:
-    return f"<t:{value:.3f}>"
-
-
-def places(values: Iterable[float]) -> str:
-    """Return markup for x, y (, x, y) as fractions of the frame."""
-    return "".join(f"<{'xy'[i % 2]}:{value:.4f}>" for i, value in enumerate(values))
-
-
-def shuffled(rng: np.random.Generator, items: Sequence[Any]) -> list[Any]:
-    return [items[i] for i in rng.permutation(len(items))]

@@ -3,14 +3,15 @@
     python train/ask.py clip.mp4 "When is the red circle visible?" --model runs/a
     python train/ask.py a/clip.mp4 "When is it?" --model runs/a --bank bank     # by its id
     python train/ask.py '[{"video": "a.mp4", "end": 4}, {"video": "b.mp4"}]' "..." --model ... --bank ...
+    python train/ask.py clip.mp4 "When is it?" --model runs/a --show asked.png --truth test.jsonl
 
 A raw clip goes through the same sampling, tower and pooling as `preprocess encode`; frames are left out
-as in the model's training.
+as in the model's training. The picture shows the clip's frames, with the spans, boxes and points of the
+answer over the true ones.
 """
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,11 +34,12 @@ from shards.read.timeline import Medium, timeline_of
 from shards.signed import Json
 from train.data.coordinates import settled
 from train.data.folders import advice
-from train.data.markup import MARKUP
 from train.data.records import Record, Turn
 from train.evaluate import check_features
+from train.pointed import in_pixels
 from train.settings.exits import command
 from train.settings.recorded import token_limit, trained_with
+from train.shown import Picture
 from train.start.stage_files import model_problem
 
 if TYPE_CHECKING:
@@ -77,6 +79,13 @@ def main(argv: list[str]) -> None:
         "--tower", help="where the vision tower lies now [as when the bank was made]"
     )
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--show", type=Path, metavar="PNG", help="draw the answer over the frames")
+    parser.add_argument(
+        "--truth",
+        metavar="ANSWER",
+        help="drawn too: the right answer, such as 'from <t:1.5> to <t:2.875>', or a file of records "
+        "in which this video is asked this question",
+    )
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         raise UserError("must be at least 1", got=args.max_new_tokens, where="--max_new_tokens")
@@ -84,31 +93,40 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "a banked clip needs no tower", where="--tower", fix="leave out --tower or --bank"
         )
+    if args.bank and args.show:
+        raise UserError("frames are drawn of a file", where="--show", fix="leave out --bank")
+    if args.truth and not args.show:
+        raise UserError("--truth is drawn, and nothing is", fix="name a picture with --show")
     told = (args.question, args.model)
     if args.bank:
         said = ask_banked(args.video, *told, args.bank, args.max_new_tokens)
     else:
-        said = ask(Path(args.video), *told, args.tower, args.max_new_tokens)
+        video = Path(args.video)
+        picture = Picture.of(args.show, args.truth, video, args.question) if args.show else None
+        said = ask(video, *told, args.tower, args.max_new_tokens, picture)
     print(said)  # noqa: T201
+    if args.show:
+        print(args.show)  # noqa: T201
 
 
-def ask(video: Path, question: str, folder: Path, tower: str | None, max_new_tokens: int) -> str:
-    """Return a model's answer about a video, in seconds and pixels."""
+def ask(
+    video: Path,
+    question: str,
+    folder: Path,
+    tower: str | None,
+    max_new_tokens: int,
+    picture: Picture | None = None,
+) -> str:
+    """Return a model's answer about a video, in seconds and pixels, and draw the picture of it."""
     answerer = Answerer.load(folder)
     with DecodeChild() as child:
         clip = fresh_clip(video, answerer.features, answerer.load_tower(tower), child)
-    return _ask(answerer, clip, question, max_new_tokens)
-
-
-def ask_banked(
-    clip_id: str, question: str, folder: Path, banks: Sequence[str], max_new_tokens: int
-) -> str:
-    """Return a model's answer about a clip of a bank, in seconds and pixels."""
-    opened = Banks.open(banks)
-    clip = banked(clip_id, opened)
-    answerer = Answerer.load(folder)
-    check_features(answerer.model, opened, folder)
-    return _ask(answerer, clip, question, max_new_tokens)
+    truth = asked(question, clip.info, picture.truth)[1].text if picture else ""
+    said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
+    if picture:
+        truth = answerer.chat.in_numbers(truth, clip.info.duration)
+        picture.draw(video, clip.info, answerer.features.sampling, question, said, truth)
+    return in_pixels(said, clip.info.display_size)
 
 
 def banked(clip_id: str, banks: Banks) -> Medium:
@@ -125,7 +143,14 @@ def banked(clip_id: str, banks: Banks) -> Medium:
     return found[0].clip() if clip_id == cuts[0].video else timeline_of(found, cuts).clip()
 
 
-def _ask(answerer: "Answerer", clip: Medium, question: str, max_new_tokens: int) -> str:
+def ask_banked(
+    clip_id: str, question: str, folder: Path, banks: Sequence[str], max_new_tokens: int
+) -> str:
+    """Return a model's answer about a clip of a bank, in seconds and pixels."""
+    opened = Banks.open(banks)
+    clip = banked(clip_id, opened)
+    answerer = Answerer.load(folder)
+    check_features(answerer.model, opened, folder)
     said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
     return in_pixels(said, clip.info.display_size)
 
@@ -191,9 +216,9 @@ class Answerer:
         return lay_out(encoded, infos, config, pool, most, stamp)
 
 
-def asked(question: str, clip: ClipInfo) -> list[Turn]:
+def asked(question: str, clip: ClipInfo, answer: str = "") -> list[Turn]:
     """Return the turns of a question; UserError for a time or place that its clip does not have."""
-    turns = (Turn("user", f"<video>\n{question}"), Turn("assistant", ""))
+    turns = (Turn("user", f"<video>\n{question}"), Turn("assistant", answer))
     if MEDIA_TAG.search(question):  # the chat says that it has no medium for it
         return list(turns)
     asked_record = Record(clip.id, (clip.id,), turns, "", "the question")
@@ -276,19 +301,6 @@ def fresh_clip(
         covered=tower.covered(height, width),
     )
     return FreshClip(info, stored)
-
-
-def in_pixels(answer: str, display_size: tuple[int, int]) -> str:
-    """Return an answer with its markup written out: times in seconds, places in pixels."""
-    height, width = display_size
-
-    def written(match: re.Match[str]) -> str:
-        letter, number = match.group(1), float(match.group(2))
-        if letter == "t":
-            return f"{number:.2f} s"
-        return f"{letter} {number * (width if letter == 'x' else height):.0f} px "
-
-    return MARKUP.sub(written, answer).strip()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that look at banks, and the one that draws a world to try all of them on."""
+"""The commands that look at banks, and those that make a world to try all of them on."""
 
 from pathlib import Path
 
@@ -85,3 +85,74 @@ def toyworld(out: Path, train_clips: int, test_clips: int, seed: int) -> None:
 
     make_toyworld(out, train_clips=train_clips, test_clips=test_clips, seed=seed)
     click.echo(f"{out}: {train_clips} training and {test_clips} test clips, tower/, llm/")
+
+
+@click.command()
+@click.argument("clips", nargs=-1, required=True, type=click.Path())
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--train-clips", type=click.IntRange(min=1), default=400, show_default=True)
+@click.option("--test-clips", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option(
+    "--phrases",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="YAML of what each video shows, see above.  [default: the names of the files]",
+)
+@click.option(
+    "--seconds",
+    type=int,
+    default=8,
+    show_default=True,
+    help="Of a clip; lower admits shorter CLIPS.",
+)
+@click.option(
+    "--size", type=int, default=224, show_default=True, help="Sides of a clip, in pixels."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def footage(
+    clips: tuple[str, ...],
+    out: Path,
+    train_clips: int,
+    test_clips: int,
+    phrases: Path | None,
+    seconds: int,
+    size: int,
+    seed: int,
+) -> None:
+    """Cut a benchmark with exact answers together from your own videos.
+
+    CLIPS are four or more videos, or folders of them, each of one scene or of one kind: what a video
+    shows is what its phrases say, from beginning to end. Three to five scenes of different videos
+    make a clip, and for a while a small picture of another one moves over them. Training clips are
+    cut from the first half of each video, test clips from its last 40 %.
+
+    \b
+    phrases.yaml, a line for each video; the last phrase is kept for the tests:
+        bikes.mp4: [cyclists in a city, people on bikes, a ride through the streets]
+        garden:    [a robin at a feeder, a small bird eating, a red-breasted bird]
+
+    \b
+    OUT/videos/{train,test}      the clips: for `preprocess encode OUT/videos`
+    OUT/train.jsonl              when is it, which comes first, in which order, what is seen at t,
+                                 how many scenes, the box of the small picture at t
+    OUT/test.jsonl               the same of the test clips, one question per record
+    OUT/test-new-phrases.jsonl   the times of the test clips, asked by the kept phrases
+    OUT/footage.json             every video, cut and box
+    """
+    from preprocess.footage.make import make_footage
+
+    sources = make_footage(
+        clips,
+        out,
+        train_clips=train_clips,
+        test_clips=test_clips,
+        seconds=seconds,
+        size=size,
+        seed=seed,
+        phrases=phrases,
+    )
+    made = f"{train_clips} training and {test_clips} test clips of {seconds} s"
+    click.echo(f"{out}: {made}, cut from {len(sources)} videos")
+    if phrases is None:
+        click.echo("the videos go by the names of their files; --phrases says what they show")
+    elif not all(source.kept for source in sources):
+        click.echo("no phrase is kept for the tests where a video has but one")

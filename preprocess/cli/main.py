@@ -13,7 +13,7 @@ import click
 from preprocess.cli.care import gc, repair, status, verify
 from preprocess.cli.encode import encode, plan, retry
 from preprocess.cli.export import export
-from preprocess.cli.look import diff, realmodels, show, toyworld
+from preprocess.cli.look import diff, footage, realmodels, show, toyworld
 from shards.errors import UserError
 
 
@@ -64,6 +64,7 @@ def main() -> None:
 
     \b
     preprocess toyworld demo/toy             draw a small world of videos to try everything on
+    preprocess footage CLIPS... OUT          cut a benchmark with exact answers from your own videos
     preprocess plan VIDEOS --out BANK ...    say what encoding will cost, and encode nothing
     preprocess encode VIDEOS --out BANK ...  run a frozen vision tower over videos, once
     preprocess retry BANK                    encode what failed again, and nothing else
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 for command in (
-    *(toyworld, realmodels, plan, encode, retry),
+    *(toyworld, footage, realmodels, plan, encode, retry),
     *(status, show, verify, repair),
     *(diff, export, gc),
 ):

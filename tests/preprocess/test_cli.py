@@ -42,6 +42,7 @@ OPTIONS = {
     "gc": "--dry-run --help",
     "realmodels": "--help",
     "toyworld": "--train-clips --test-clips --seed --help",
+    "footage": "--train-clips --test-clips --phrases --seconds --size --seed --help",
 }
 
 
@@ -194,6 +195,7 @@ def test_a_value_that_cannot_be_is_refused(
         ["encode", "videos", "--out", "b"],
         ["encode", "--out", "b", "--tower", "t"],
         ["toyworld"],
+        ["footage", "a.mp4"],
         ["realmodels"],
     ],
 )

@@ -28,6 +28,7 @@ from transformers import (
 from preprocess import toyworld
 from preprocess.toy_models import SIZE
 from preprocess.toyworld import COLOURS, FPS, make_toyworld
+from preprocess.world import places
 from shards.errors import UserError
 
 TASKS = {"span", "point", "box", "seen", "first", "count"}
@@ -208,8 +209,8 @@ def test_truth_agrees_with_the_pixels_in_every_frame(
                 range(first, last + 1), thing["centres"], thing["boxes"], strict=True
             ):
                 index = list(COLOURS).index(colour)
-                check_place(mask[frame], index, "point", toyworld.places(centre))
-                check_place(mask[frame], index, "box", toyworld.places(box))
+                check_place(mask[frame], index, "point", places(centre))
+                check_place(mask[frame], index, "box", places(box))
                 if mask[frame].any(0).sum() == mask[frame, index].sum():
                     area = (box[2] - box[0]) * (box[3] - box[1]) * SIZE**2
                     filled[shape].append(mask[frame, index].sum() / area)

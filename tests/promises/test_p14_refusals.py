@@ -51,6 +51,7 @@ def ended(script: str, words: list[str], folder: Path, **environ: str) -> tuple[
         (["verify", "--help"], 0),
         (["diff", "a", "b"], 2),
         (["toyworld", "--help"], 0),
+        (["footage", "--help"], 0),
         (["realmodels", "--help"], 0),
         (["encode", "v", "--out", "b", "--tower", "t", "--stride", "8,4"], 2),
         (["encode", "v", "--out", "b", "--tower", "t", "--frames", "8", "--fps", "1"], 2),

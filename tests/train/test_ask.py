@@ -4,18 +4,24 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageColor
 
 from model.generate import generate, write_answer
 from model.vlm import VLM
 from preprocess.decode.child import DecodeChild
+from preprocess.decode.request import ReadRequest
+from preprocess.show.answer import BAR, BELOW, TRUE
+from preprocess.show.picture import Layout
 from preprocess.toy_models import save_tower
 from shards.errors import UserError
-from shards.format.features import FeatureConfig
+from shards.format.features import FeatureConfig, Sampling
 from shards.read.banks import Banks
 from shards.read.timeline import parts_of
 from train.ask import (
@@ -26,7 +32,6 @@ from train.ask import (
     banked,
     find_tower,
     fresh_clip,
-    in_pixels,
     load_tower,
     main,
 )
@@ -34,6 +39,7 @@ from train.batches.chat import Chat
 from train.batches.collate import collate, lay_out
 from train.data.markup import split_markup
 from train.data.records import Turn
+from train.pointed import in_pixels
 
 CLIP = "train/clip-00000.mp4"
 
@@ -278,6 +284,65 @@ def test_a_moved_projects_model_answers_from_another_directory(
     monkeypatch.chdir(tmp_path)
     main([*argv, str(tmp_path / "p" / "runs" / "a")])
     assert capsys.readouterr().out == said
+
+
+def test_the_answer_is_drawn_over_the_frames_and_the_true_one_with_it(
+    trained_run: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((toy / "test.jsonl").read_text().splitlines()[0])
+    question = record["conversations"][0]["value"].removeprefix("<video>\n")
+    truth = record["conversations"][1]["value"]
+    video = str(toy / "videos" / record["video"])
+    argv = [video, question, "--model", str(trained_run)]
+    main(argv)
+    said = capsys.readouterr().out
+    drawn = {}
+    for name, given in (("file", str(toy / "test.jsonl")), ("text", truth), ("none", "")):
+        out = tmp_path / f"{name}.png"
+        main([*argv, "--show", str(out), *(["--truth", given] if given else [])])
+        assert capsys.readouterr().out == f"{said}{out}\n"
+        drawn[name] = np.asarray(Image.open(out))
+    assert (drawn["file"] == drawn["text"]).all()
+    start, end = (float(value) for value in re.findall(r"<t:([\d.]+)>", truth))
+    green = (drawn["file"] == ImageColor.getrgb(TRUE)).all(-1)
+    assert not (drawn["none"] == ImageColor.getrgb(TRUE)).all(-1).any()
+    # 8 frames of a clip side by side: the line under them is its time, each share to its own scale
+    layout = Layout.of(8, 1, 64, 64)
+    clip = json.loads((toy / "world.json").read_text())["clips"]
+    duration = next(c["duration"] for c in clip if c["video"] == record["video"])
+    with DecodeChild() as child:
+        read = child.read_clip(ReadRequest(Path(video), Sampling(num_frames=8)))
+    edges = [0.0, *read.timestamps.tolist()[1:], duration]
+    for k, (first, last) in enumerate(pairwise(edges)):
+        x, y = layout.place(k, 0)
+        row = y + layout.tile[1] + BELOW + BAR + BELOW + BAR // 2
+        share = green[row, x : x + layout.tile[0]].mean()
+        expected = max(0.0, min(end, last) - max(start, first)) / (last - first)
+        assert share == pytest.approx(expected, abs=0.02)
+
+
+def test_what_cannot_be_drawn_is_refused_before_the_model_is_asked(
+    toy: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    argv = [str(toy / "videos" / CLIP), "When is the sun visible?", "--model", str(tmp_path / "no")]
+    shown = ["--show", str(tmp_path / "a.png")]
+    for words, expected in (
+        (["--truth", "from <t:1> to <t:2>"], "--truth is drawn, and nothing is; name a picture"),
+        (["--show", str(tmp_path / "no" / "a.png")], f"make {tmp_path}/no"),
+        ([*shown, "--bank", str(tmp_path)], "--show: frames are drawn of a file; leave out --bank"),
+        (["--show", str(tmp_path / "a.txt")], "--show: no format of pictures, expected a .png"),
+        ([*shown, "--truth", "test.jsonl"], "--truth: no such file, and no answer with times"),
+        ([*shown, "--truth", str(toy / "test.jsonl")], "no answers to this question about this"),
+    ):
+        assert expected in refused(main, [*argv, *words])
+
+
+def test_a_true_answer_outside_the_clip_is_refused(
+    trained_run: Path, toy: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    argv = [str(toy / "videos" / CLIP), "When?", "--model", str(trained_run)]
+    line = refused(main, [*argv, "--show", str(tmp_path / "a.png"), "--truth", "<t:1> to <t:99>"])
+    assert "time 99 is outside" in line
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(

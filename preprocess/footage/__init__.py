@@ -1,0 +1,1 @@
+"""A benchmark with exact answers, cut together from anybody's own videos."""

@@ -1,0 +1,125 @@
+"""The cut of a clip: its scenes, and a small picture that moves over them. Pure: no pixel is read.
+
+Times are counted in frames of the clip, places in pixels, all of them exact.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from preprocess.footage.sources import FPS, Part
+from preprocess.world import Json, bouncing, shuffled
+
+SCENES = (3, 5)
+SCENE = (12, 40)  # percent of a clip that a scene lasts
+INSET_SIDE = (30, 40)  # percent of the frame
+INSET_SPEED = 0.25  # frame sides per second, along each axis, at most
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Frames of a source, shown in frames `first` up to, and without, `first + count` of a clip."""
+
+    source: int
+    part: Part
+    """The one that it is taken from."""
+    begins: int
+    """Frame of the source that is shown first."""
+    first: int
+    count: int
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Seconds of the clip."""
+        return self.first / FPS, (self.first + self.count) / FPS
+
+    @property
+    def taken(self) -> tuple[float, float]:
+        """Seconds of the source."""
+        return self.begins / FPS, (self.begins + self.count) / FPS
+
+
+@dataclass(frozen=True)
+class Inset:
+    """A small picture: a square cut out of a source's frames, which moves over a clip's."""
+
+    cut: Cut
+    corner: tuple[int, int]
+    """(x, y) of the square in the source's frames, in pixels."""
+    side: int
+    places: np.ndarray
+    """int64 `(frames shown, 2)`: x and y of its upper left corner in the clip's frames, in pixels."""
+
+    def box(self, frame: int, size: int) -> list[float]:
+        """Return x1, y1, x2, y2 in a frame of the clip, as fractions."""
+        x, y = self.places[frame - self.cut.first].tolist()
+        return [edge / size for edge in (x, y, x + self.side, y + self.side)]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip, cut together."""
+
+    scenes: tuple[Cut, ...]
+    """In order, without a gap; each of a source of its own."""
+    inset: Inset
+    """Of a source that is in no scene."""
+
+
+def lengths(frames: int) -> tuple[int, int]:
+    """Return how many frames the shortest and the longest scene of a clip may have."""
+    return -(-frames * SCENE[0] // 100), frames * SCENE[1] // 100
+
+
+def cut_clip(
+    rng: np.random.Generator,
+    parts: Sequence[Mapping[str, Part]],
+    split: str,
+    frames: int,
+    size: int,
+) -> Clip:
+    """Return the cut of a clip of so many frames: any sources in any order, of any lengths."""
+    shortest, longest = lengths(frames)
+    count = int(rng.integers(SCENES[0], min(SCENES[1], len(parts) - 1) + 1))
+    while True:
+        edges = [0, *sorted(rng.integers(1, frames, size=count - 1).tolist()), frames]
+        steps = np.diff(edges)
+        if shortest <= steps.min() and steps.max() <= longest:
+            break
+    chosen = shuffled(rng, range(len(parts)))[: count + 1]
+
+    def cut(source: int, first: int, length: int) -> Cut:
+        part = parts[source][split]
+        begins = part.first + int(rng.integers(0, part.count - length + 1))
+        return Cut(source, part, begins, first, length)
+
+    scenes = [cut(*each) for each in zip(chosen, edges, steps.tolist(), strict=False)]
+    return Clip(tuple(scenes), cut_inset(rng, cut, chosen[-1], frames, size))
+
+
+def cut_inset(rng: np.random.Generator, cut: Any, source: int, frames: int, size: int) -> Inset:
+    """Return a small picture that is there for as long as a long scene. All pixels are even.
+
+    Even, because colour has half the resolution in the video: its edges are those of the truth.
+    """
+    length = int(rng.integers(lengths(frames)[1] // 2, lengths(frames)[1] + 1))
+    shown = cut(source, int(rng.integers(0, frames - length + 1)), length)
+    side = 2 * int(rng.integers(size * INSET_SIDE[0] // 200, size * INSET_SIDE[1] // 200 + 1))
+    x, y = (2 * rng.integers(0, (size - side) // 2 + 1, size=2)).tolist()
+    path = bouncing(rng, size - side, INSET_SPEED * size / FPS, length)
+    return Inset(shown, (x, y), side, 2 * np.rint(path / 2).astype(np.int64))
+
+
+def describe(clip: Clip, names: Sequence[str], size: int) -> Json:
+    """Return the whole truth about a clip; names: of the sources."""
+
+    def told(cut: Cut) -> Json:
+        return {"source": names[cut.source], "span": cut.span, "from": cut.taken}
+
+    shown = clip.inset.cut
+    boxes = [clip.inset.box(k, size) for k in range(shown.first, shown.first + shown.count)]
+    square = (*clip.inset.corner, clip.inset.side)
+    inset = told(shown) | {"square": square, "first_frame": shown.first, "boxes": boxes}
+    return {"scenes": [told(scene) for scene in clip.scenes], "inset": inset}

@@ -1,0 +1,105 @@
+"""A clip's cut -> questions with exact answers.
+
+Questions come in random order, and so do the sources that one names: in the order of time, where a
+question stands would give its answer away.
+"""
+
+import string
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from preprocess.footage.cuts import SCENES, Clip, Cut
+from preprocess.footage.sources import FPS, Source
+from preprocess.world import Json, Turn, one_each, places, seconds, shuffled, span, together
+
+TURNS_BEYOND_SPANS = 3
+BOXES = 2
+
+Named = tuple[Cut, str]
+"""A scene and the phrase that it goes by."""
+
+
+def train_records(
+    rng: np.random.Generator, video: str, clip: Clip, sources: Sequence[Source], size: int
+) -> list[Json]:
+    """Return the clip's one record: the span of every scene and some other questions, mixed."""
+    name = namer(rng, sources)
+    spans = [ask_span((scene, name(scene))) for scene in clip.scenes]
+    others = ask_others(rng, clip, sources, size)
+    turns = spans + shuffled(rng, others)[:TURNS_BEYOND_SPANS]
+    return [together(video, shuffled(rng, turns))]
+
+
+def test_records(
+    rng: np.random.Generator, video: str, clip: Clip, sources: Sequence[Source], size: int
+) -> list[Json]:
+    """Return one record per question, asked by phrases that training knows."""
+    name = namer(rng, sources)
+    spans = [ask_span((scene, name(scene))) for scene in clip.scenes]
+    return one_each(video, shuffled(rng, spans + ask_others(rng, clip, sources, size)))
+
+
+def new_phrase_records(
+    rng: np.random.Generator, video: str, clip: Clip, sources: Sequence[Source]
+) -> list[Json]:
+    """Return one record per question about times, asked by the phrases that were kept."""
+    named = [(scene, kept) for scene in clip.scenes if (kept := sources[scene.source].kept)]
+    turns = [ask_span(each) for each in named]
+    if len(named) > 1:
+        turns.append(ask_first(rng, named))
+    records = one_each(video, shuffled(rng, turns))
+    return [record | {"id": f"{record['id']}-new"} for record in records]
+
+
+def namer(rng: np.random.Generator, sources: Sequence[Source]) -> Callable[[Cut], str]:
+    """Return what calls a scene by any of the phrases that training knows."""
+    return lambda scene: str(rng.choice(sources[scene.source].phrases))
+
+
+def ask_others(
+    rng: np.random.Generator, clip: Clip, sources: Sequence[Source], size: int
+) -> list[Turn]:
+    """Return one question of each other kind, of some two."""
+    name = namer(rng, sources)
+    named = [(scene, name(scene)) for scene in clip.scenes]
+    turns = [ask_first(rng, named), ask_order(rng, named)]
+    turns += [ask_seen(rng, scene, sources) for scene in shuffled(rng, clip.scenes)[:BOXES]]
+    turns += [ask_box(rng, clip, size) for _ in range(BOXES)]
+    if len(sources) > SCENES[0] + 1:  # else there is but one answer
+        turns.append(Turn("count", "How many scenes does the video have?", str(len(named))))
+    return turns
+
+
+def ask_span(named: Named) -> Turn:
+    scene, phrase = named
+    return Turn("span", f"When does the video show {phrase}?", span(*scene.span))
+
+
+def ask_first(rng: np.random.Generator, named: Sequence[Named]) -> Turn:
+    (a, one), (b, other) = shuffled(rng, named)[:2]
+    answer = one if a.first < b.first else other
+    return Turn("first", f"Which comes first, {one} or {other}?", answer)
+
+
+def ask_order(rng: np.random.Generator, named: Sequence[Named]) -> Turn:
+    """Ask for the letters of all scenes in their order, as of a choice."""
+    lettered = list(zip(string.ascii_uppercase, shuffled(rng, named), strict=False))
+    options = [f"{letter}. {phrase}" for letter, (_, phrase) in lettered]
+    question = "\n".join(["In which order does the video show these?", *options])
+    in_order = sorted(lettered, key=lambda item: item[1][0].first)
+    return Turn("order", question, ", ".join(letter for letter, _ in in_order))
+
+
+def ask_seen(rng: np.random.Generator, scene: Cut, sources: Sequence[Source]) -> Turn:
+    """Ask in the middle half of a scene, so that no sampled frame near it is beyond a cut."""
+    frame = scene.first + int(rng.integers(scene.count // 4, scene.count - scene.count // 4))
+    question = f"What does the video show at {seconds(frame / FPS)}?"
+    return Turn("seen", question, sources[scene.source].phrases[0])
+
+
+def ask_box(rng: np.random.Generator, clip: Clip, size: int) -> Turn:
+    shown = clip.inset.cut
+    frame = shown.first + int(rng.integers(0, shown.count))
+    question = f"Give the box of the small picture at {seconds(frame / FPS)}."
+    return Turn("box", question, places(clip.inset.box(frame, size)))

@@ -1,0 +1,128 @@
+"""A picture of an answer: a clip's frames with the spans, boxes and points that it says.
+
+Under each frame lies its share of the time line, from its own time to that of the next frame: what is
+said fills it in orange, what is true, where that is known, in green beneath.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from preprocess.show.picture import (
+    CAPTION,
+    GAP,
+    INK,
+    MARGIN,
+    PAPER,
+    Layout,
+    font,
+    shortened,
+)
+
+SAID, TRUE, EMPTY = "#e8590c", "#2b8a3e", "#e6e6e6"
+BAR, BELOW, RING = 9, 3, 5  # pixels: a time line's height, the gap to it, a point's radius
+LINES = (3, 7)  # pixels of a box said, and of a true one, which shows on both sides of it
+HALO = 2  # pixels of white around them, half on each side: they are seen on any ground
+
+
+@dataclass(frozen=True)
+class Pointed:
+    """What a text points at in a clip."""
+
+    text: str
+    spans: tuple[tuple[float, float], ...]
+    """Start and end, in seconds of the clip."""
+    places: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+    """(times, x y or x1 y1 x2 y2 as fractions of the frame); without times, of the spans or of all."""
+
+
+def answer_page(
+    question: str,
+    frames: np.ndarray,
+    times: Sequence[float],
+    end: float,
+    said: Pointed,
+    true: Pointed | None = None,
+) -> Image.Image:
+    """Return the picture of an answer.
+
+    frames: uint8 `(frames, height, width, rgb)`; times: of each, and `end` the clip's, in seconds.
+    """
+    layout = Layout.of(len(frames), 1, *frames.shape[1:3])
+    image = Image.new("RGB", layout.size, PAPER)
+    draw = ImageDraw.Draw(image)
+    layers = [("said", SAID, said)] + ([("true", TRUE, true)] if true else [])
+    lines = [(22, 20, INK, question)]
+    for number, (name, ink, pointed) in enumerate(layers):
+        lines.append((54 + 22 * number, 16, ink, f"{name}: {pointed.text}"))
+    for y, size, ink, text in lines:
+        # The font that comes with Pillow has little beyond ASCII.
+        plain = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
+        fits = shortened(plain, size, layout.size[0] - 2 * MARGIN)
+        draw.text((MARGIN, y), fits, ink, font(size))
+    tiles = [
+        Image.fromarray(frame).resize(layout.tile, Image.Resampling.LANCZOS) for frame in frames
+    ]
+    for width, (_, ink, pointed) in reversed(list(zip(LINES, layers, strict=False))):
+        for seen, place in pointed.places:
+            for k in frames_of(seen, pointed.spans, times):
+                draw_place(tiles[k], place, ink, width)
+    edges = [0.0, *times[1:], end]
+    timed = any(pointed.spans for _, _, pointed in layers)
+    for k, (tile, share) in enumerate(zip(tiles, pairwise(edges), strict=True)):
+        x, y = layout.place(k, 0)
+        draw.text((x, y - CAPTION), f"{times[k]:.3f} s", INK, font(14))
+        image.paste(tile, (x, y))
+        for number, (name, ink, pointed) in enumerate(layers if timed else []):
+            top = y + layout.tile[1] + BELOW + number * (BAR + BELOW)
+            draw_share(draw, (x, top), layout.column_width - GAP, share, pointed.spans, ink)
+            if k % layout.columns == 0:
+                draw.text((MARGIN, top + BAR / 2), name, ink, font(12), anchor="lm")
+    return image
+
+
+def frames_of(
+    seen: Sequence[float], spans: Sequence[tuple[float, float]], times: Sequence[float]
+) -> list[int]:
+    """Return which frames show a place: the nearest to its times, those within spans, or all."""
+    if seen:
+        return [int(np.abs(np.asarray(times) - time).argmin()) for time in seen]
+    inside = [k for k, t in enumerate(times) if any(a <= t < b for a, b in spans)]
+    return inside if spans else list(range(len(times)))
+
+
+def draw_place(tile: Image.Image, place: Sequence[float], ink: str, width: int) -> None:
+    """Draw a box, its line in the middle of the edge said, or a point as a ring."""
+    corners = [round(u * side) for u, side in zip(place, tile.size * 2, strict=False)]
+    draw = ImageDraw.Draw(tile)
+    for colour, thick in ((PAPER, width + HALO), (ink, width)):
+        reach = thick // 2
+        if len(corners) == 2:
+            (x, y), reach = corners, RING + reach
+            draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline=colour, width=thick)
+        elif corners[0] <= corners[2] and corners[1] <= corners[3]:  # else there is no such box
+            x1, y1, x2, y2 = corners
+            draw.rectangle((x1 - reach, y1 - reach, x2 + reach, y2 + reach), None, colour, thick)
+
+
+def draw_share(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    width: int,
+    share: tuple[float, float],
+    spans: Sequence[tuple[float, float]],
+    ink: str,
+) -> None:
+    """Draw a frame's share of the time line, filled where spans lie."""
+    x, y = corner
+    draw.rectangle((x, y, x + width - 1, y + BAR - 1), fill=EMPTY)
+    start, end = share
+    for a, b in spans:
+        first, last = max(a, start), min(b, end)
+        if first < last or (a == b and start <= a < end):
+            near, far = ((t - start) / (end - start) * width for t in (first, last))
+            left, right = round(x + near), max(round(x + far), round(x + near) + 2)
+            draw.rectangle((left, y, right - 1, y + BAR - 1), fill=ink)

@@ -1,0 +1,99 @@
+"""What worlds with exact answers are made of: questions as records, videos as files."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.errors import UserError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    task: str
+    question: str
+    answer: str
+
+
+def check_empty(out: Path) -> None:
+    """Refuse a folder in which there is something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: remove it or name another")
+
+
+def record(id_: str, video: str, turns: Iterable[Turn]) -> Json:
+    conversation = [
+        {"from": speaker, "value": value}
+        for turn in turns
+        for speaker, value in (("human", turn.question), ("gpt", turn.answer))
+    ]
+    conversation[0]["value"] = "<video>\n" + conversation[0]["value"]
+    return {"id": id_, "video": video, "conversations": conversation}
+
+
+def one_each(video: str, turns: Sequence[Turn]) -> list[Json]:
+    """Return one record per question, as tests have them."""
+    stem = video.removesuffix(".mp4")
+    return [
+        record(f"{stem}/{index}-{turn.task}", video, [turn]) | {"task": turn.task}
+        for index, turn in enumerate(turns)
+    ]
+
+
+def together(video: str, turns: Sequence[Turn]) -> Json:
+    """Return one record of all the questions, as training has them."""
+    tasks = [turn.task for turn in turns]
+    return record(video.removesuffix(".mp4"), video, turns) | {"tasks": tasks}
+
+
+def span(start: float, end: float) -> str:
+    return f"from {seconds(start)} to {seconds(end)}"
+
+
+def seconds(value: float) -> str:
+    return f"<t:{value:.3f}>"
+
+
+def places(values: Iterable[float]) -> str:
+    """Return markup for x, y (, x, y) as fractions of the frame."""
+    return "".join(f"<{'xy'[i % 2]}:{value:.4f}>" for i, value in enumerate(values))
+
+
+def shuffled(rng: np.random.Generator, items: Sequence[Any]) -> list[Any]:
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def bouncing(rng: np.random.Generator, room: float, most: float, steps: int) -> np.ndarray:
+    """Return float64 `(steps, 2)`: x and y along a straight line, folded at 0 and `room`.
+
+    most: of the distance per step, along each axis.
+    """
+    start = rng.uniform(0, room, size=2)
+    step = rng.uniform(-most, most, size=2)
+    path = start + step * np.arange(steps)[:, None]
+    return np.asarray(room - abs(path % (2 * room) - room))
+
+
+def write_video(path: Path, clip: np.ndarray, fps: int, crf: int = 12) -> None:
+    """Encode a clip with one thread, the condition for equal bytes on every run.
+
+    clip: uint8 `(frames, height, width, rgb)` of even sides; frame k is shown from k / fps.
+    """
+    import av
+
+    options = {"preset": "veryfast", "crf": str(crf), "bf": "0", "g": "12"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for index, image in enumerate(clip):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
