@@ -2,6 +2,7 @@
 
     python train/ask.py clip.mp4 "When is the red circle visible?" --model runs/a
     python train/ask.py a/clip.mp4 "When is it?" --model runs/a --bank bank     # by its id
+    python train/ask.py '[{"video": "a.mp4", "end": 4}, {"video": "b.mp4"}]' "..." --model ... --bank ...
     python train/ask.py clip.mp4 "When is it?" --model runs/a --show asked.png --truth test.jsonl
 
 A raw clip goes through the same sampling, tower and pooling as `preprocess encode`; frames are left out
@@ -21,13 +22,15 @@ import numpy as np
 
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.request import ReadRequest
-from shards.annotations.forms import MEDIA_TAG
+from shards.annotations.forms import MEDIA_TAG, path_of
+from shards.annotations.timeline import Cut, cuts_of
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.format.plan import TOWER_THREADS
 from shards.hub import absent
 from shards.read.bank import ClipInfo, of_units
 from shards.read.banks import Banks
+from shards.read.timeline import Medium, timeline_of
 from shards.signed import Json
 from train.data.coordinates import settled
 from train.data.folders import advice
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
     from model.tower.tower import Tower
     from model.vlm import VLM
     from train.batches.chat import Chat
-    from train.batches.collate import ClipFeatures, Row
+    from train.batches.collate import Row
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("video", help="a file; with --bank a clip's id")
+    parser.add_argument("video", help="a file; with --bank a clip's id, or a timeline")
     parser.add_argument("question")
     parser.add_argument(
         "--model", required=True, type=Path, help="a run's folder or a checkpoint-N"
@@ -126,17 +129,28 @@ def ask(
     return in_pixels(said, clip.info.display_size)
 
 
+def banked(clip_id: str, banks: Banks) -> Medium:
+    """Return a clip by its id, or a medium by its timeline, as JSON; UserError for one not banked."""
+    cuts = [Cut(clip_id)]
+    if clip_id.startswith("["):
+        cuts = cuts_of({"timeline": clip_id}, lambda video: path_of(video, "timeline"))
+    places = [banks.find(cut.video) for cut in cuts]
+    for cut, place in zip(cuts, places, strict=True):
+        if place is None:
+            why = "in quarantine" if cut.video in banks.quarantined() else "in no bank"
+            raise UserError(f"the clip {cut.video!r} is {why}", fix=advice(cut.video, banks))
+    found = [place for place in places if place is not None]
+    return found[0].clip() if clip_id == cuts[0].video else timeline_of(found, cuts).clip()
+
+
 def ask_banked(
     clip_id: str, question: str, folder: Path, banks: Sequence[str], max_new_tokens: int
 ) -> str:
     """Return a model's answer about a clip of a bank, in seconds and pixels."""
     opened = Banks.open(banks)
-    if clip_id not in opened:
-        why = "in quarantine" if clip_id in opened.quarantined() else "in no bank"
-        raise UserError(f"the clip {clip_id!r} is {why}", fix=advice(clip_id, opened))
+    clip = banked(clip_id, opened)
     answerer = Answerer.load(folder)
     check_features(answerer.model, opened, folder)
-    clip = opened.clip(clip_id)
     said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
     return in_pixels(said, clip.info.display_size)
 
@@ -172,9 +186,7 @@ class Answerer:
         """Return the tower of the model's features, where it lies now or by its name."""
         return load_tower(self.features, name or find_tower(self.model.tower, self.folder))
 
-    def answer(
-        self, clips: "Sequence[ClipFeatures]", turns: Sequence[Turn], max_new_tokens: int
-    ) -> str:
+    def answer(self, clips: Sequence[Medium], turns: Sequence[Turn], max_new_tokens: int) -> str:
         """Return the answer that the last turn, an empty one, stands for: text with markup.
 
         Its times are seconds of the last clip. Of a limit the question alone takes room: how long the

@@ -21,7 +21,7 @@ from train.cost import (
     memory_bytes,
     step_flops,
 )
-from train.data.dataset import Dataset
+from train.data.dataset import Dataset, drawn_line
 from train.settings.config import TrainConfig
 from train.start.stage import llm_name, read_config
 
@@ -30,16 +30,16 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
     """Return what a run would do and need, one line a fact."""
     rows_of = f"rows of {plan.pack_tokens} tokens" if plan.pack_tokens else "rows of one record"
     step_tokens = plan.per_step(plan.tokens)
-    records = len(dataset.records) - sum(
+    records = len(plan.frames) - sum(
         count for reason, count in plan.dropped.items() if reason not in dataset.dropped
     )
     step, number = plan.heaviest
     pack = plan.pack(step, number)
-    names = [dataset.records[k].id for row in pack for k in row]
+    names = [dataset.record(k).id for row in pack for k in row]
     shown = some(names)
     widest = max(int(plan.tokens[row].sum()) for row in pack)
     lines = [
-        ("records", f"{records} kept, {plan.dropped_line}"),
+        ("records", f"{records} kept{drawn_line(dataset)}, {plan.dropped_line}"),
         (
             "packs",
             f"{len(plan.pack_start)} of {plan.rows_per_pack} {rows_of}, "

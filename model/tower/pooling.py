@@ -24,6 +24,22 @@ class FeatureRangeError(UserError):
     """Features that the stored type cannot hold: of the clip, not of us."""
 
 
+class GpuMemoryError(UserError):
+    """A batch that the GPU cannot hold."""
+
+    def __init__(self, frames: int, fewer: int) -> None:
+        """frames: of the batch. fewer: half of them, 0 where there is no smaller batch."""
+        fix = f"--batch-frames {fewer}" if fewer else "a smaller tower"
+        super().__init__(
+            "the GPU has no memory left for the tower",
+            got=f"a batch of {frames} frames",
+            expected="a batch that fits",
+            fix=f"encode with {fix}, or on a GPU that nothing else uses",
+        )
+        self.args = (frames, fewer)  # what pickle makes it again of
+        self.fewer = fewer
+
+
 class BatchEncoder(Protocol):
     """What `Tower` is here: frames in batches of one shape -> patches."""
 
@@ -61,8 +77,17 @@ class Pooling:
     def add(self, frames: np.ndarray) -> None:
         """Encode and pool the next batch: `shape` frames, fewer only at the end.
 
-        Raises FeatureRangeError naming the first frame and stride whose values the type cannot hold.
+        Raises FeatureRangeError naming the first frame and stride whose values the type cannot hold,
+        GpuMemoryError where the batch is too large: no smaller one is tried, since the last bits of
+        features depend on its shape.
         """
+        try:
+            self._add(frames)
+        except torch.OutOfMemoryError:
+            each = self.tower.frames_per_unit
+            raise GpuMemoryError(self.shape, self.shape // each // 2 * each) from None
+
+    def _add(self, frames: np.ndarray) -> None:
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:

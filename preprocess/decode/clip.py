@@ -178,6 +178,13 @@ def _resizing(scan: Scan, pixels: Pixels | None) -> Shape:
 
 
 def _refuse_incomplete(scan: Scan) -> None:
+    if Reason.APPENDED in scan.flags:
+        raise VideoError(
+            Reason.APPENDED,
+            f"another file is appended to it, of which no frame comes: {len(scan.pts)} are the first's",
+            where=scan.path,
+            fix="cut or join them with FFmpeg, or take what comes with --allow-truncated",
+        )
     for reason in (Reason.TRUNCATED, Reason.DAMAGED):
         if reason in scan.flags:
             raise VideoError(
@@ -196,7 +203,7 @@ def _readers(scan: Scan, decoder: str) -> tuple[str, ...]:
     time than PyAV by seek, on no clip less than 0.98 of it.
     """
     # Which stream was taken, and how long a frame is held, are no reasons to mistrust.
-    flags = {flag for flag in scan.flags if flag not in ("short", "gap")}
+    flags = {flag for flag in scan.flags if flag not in ("short", "gap", Reason.APPENDED)}
     flags = {flag for flag in flags if not flag.startswith("stream")}
     if scan.codec == PICTURES:
         return ("pillow",)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from preprocess.decode.stream.appended import is_appended
 from preprocess.decode.stream.choice import chosen, has_alpha_beside, moving
 from preprocess.decode.stream.clock import Jumps
 from preprocess.decode.stream.orientation import Orientation
@@ -157,6 +158,7 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
             "discontinuity": jumps,
             "gap": odd_gaps,
             "alpha": has_alpha_beside(stream),
+            Reason.APPENDED.value: is_appended(path, container.format.name),
         }
         flags |= {name for name, is_set in also.items() if is_set}
         scanned = Scan(

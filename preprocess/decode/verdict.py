@@ -6,11 +6,11 @@ explained(error, path)          # the same error; or encrypted, a web page, cut 
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from preprocess.decode.scan import VideoError
+from preprocess.decode.stream.appended import boxes
 from shards.format.quarantine import Reason
 from shards.kinds import HEAD, MP4, Kind, is_text, kind_of
 
@@ -18,15 +18,6 @@ LARGEST_INDEX = 1 << 28
 """Bytes of an index that are looked through."""
 MANY = 2 / 3
 """Of a transport stream's packets, that are scrambled where the stream is."""
-
-
-class Box(NamedTuple):
-    """A part of an MP4 or QuickTime file (ISO/IEC 14496-12, 4.2)."""
-
-    name: bytes
-    begin: int
-    end: int
-    """By what it says: a file that is cut short ends before."""
 
 
 def refuse_encrypted(path: Path) -> None:
@@ -93,10 +84,10 @@ def _foreign(kind: Kind | None, head: bytes, where: str) -> VideoError | None:
 def _cut_short(file: IO[bytes], where: str) -> VideoError | None:
     """Return the error for an MP4 file without its index, which often stands at the end."""
     size = file.seek(0, os.SEEK_END)
-    boxes = list(_boxes(file))
-    if any(box.name == b"moov" for box in boxes):
+    found = list(boxes(file))
+    if any(box.name == b"moov" for box in found):
         return None
-    more = f" of at least {boxes[-1].end:,}" if boxes and boxes[-1].end > size else ""
+    more = f" of at least {found[-1].end:,}" if found and found[-1].end > size else ""
     return VideoError(
         Reason.CANNOT_OPEN,
         f"cut short: {size:,} bytes{more} are there, and its index (moov) is not",
@@ -105,26 +96,9 @@ def _cut_short(file: IO[bytes], where: str) -> VideoError | None:
     )
 
 
-def _boxes(file: IO[bytes]) -> Iterator[Box]:
-    """Yield the boxes of a file, one after the other."""
-    size, begin = file.seek(0, os.SEEK_END), 0
-    while begin + 8 <= size:
-        file.seek(begin)
-        head = file.read(16)
-        length = int.from_bytes(head[:4])
-        if length == 1:
-            length = int.from_bytes(head[8:])
-        elif length == 0:  # to the file's end
-            length = size - begin
-        if length < 8:
-            return
-        yield Box(head[4:8], begin, begin + length)
-        begin += length
-
-
 def _is_encrypted_mp4(file: IO[bytes]) -> bool:
     """Tell whether a sample description of the video is that of encrypted samples (ISO/IEC 23001-7)."""
-    for box in _boxes(file):
+    for box in boxes(file):
         if box.name == b"moov" and box.end - box.begin < LARGEST_INDEX:
             file.seek(box.begin)
             return b"encv" in file.read(box.end - box.begin)

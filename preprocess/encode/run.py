@@ -7,10 +7,15 @@ Finished shards are skipped on a rerun; other features in the same folder are re
 fails is named in `quarantine.jsonl` and never stops the run. `bank.json` is written last.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
+from model.tower.pooling import GpuMemoryError
 from model.tower.tower import Tower
 from model.tower.trial import check_size
 from preprocess.decode.child import DecodeChild
@@ -140,7 +145,37 @@ def execute(
     options: EncodeOptions,
     procs: int = 1,
 ) -> Summary:
-    """Encode what is left of a plan. clips: of this run, whose old failures are told again."""
+    """Encode what is left of a plan. clips: of this run, whose old failures are told again.
+
+    A tower that the GPU has no memory for is tried once more with half the frames together, while the
+    bank holds nothing: plan.json then says so, and all features are made alike. Else, and the second
+    time, GpuMemoryError is for the user.
+    """
+    try:
+        return _execute(out, plan, clips, tower, options, procs)
+    except GpuMemoryError as error:
+        fewer = error.fewer
+        if not fewer or any((out / "shards").glob("*")):
+            raise
+    torch.cuda.empty_cache()
+    plan = read_plan(out) or plan
+    plan = replace(plan, tower=replace(plan.tower, batch_frames=fewer))
+    write_plan(out, plan)
+    tqdm.write(
+        f"note: the GPU has no memory for so many frames; the bank is made with --batch-frames {fewer}",
+        file=sys.stderr,
+    )
+    return _execute(out, plan, clips, tower, replace(options, batch_frames=fewer), procs)
+
+
+def _execute(
+    out: Path,
+    plan: Plan,
+    clips: Sequence[ClipSource],
+    tower: Tower,
+    options: EncodeOptions,
+    procs: int,
+) -> Summary:
     plan = calibrated(out, plan, tower, options)
     quarantined = read_entries(out)
     left = [(n, work) for n, work in enumerate(plan.work()) if not committed(out, n)]

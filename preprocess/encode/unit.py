@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from model.tower.pooling import FeatureRangeError, Pooling
+from model.tower.pooling import FeatureRangeError, GpuMemoryError, Pooling
 from model.tower.tower import Tower
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.frames import Begin, ClipFacts
@@ -101,25 +101,33 @@ class Encoder(ExitStack):
         """Make one shard, and return how many clips it holds; none at all may make no shard.
 
         Decoding runs a little ahead of the tower, in another process. Clips that an earlier run had
-        written are not encoded again. Raises OSError, of one line, where the disk fails.
+        written are not encoded again. Raises OSError, of one line, where the disk fails, and
+        GpuMemoryError, which leaves nothing of the shard: its clips are all to be of one batch shape.
         """
         with disk_errors(self.out), self._writer(unit, sources) as writer:
-            todo = [source for source in sources if source.key not in writer.keys]
-            self._see_folders(todo)
-            self.bar.update(len(sources) - len(todo))
-            for source, outcome, taken in self._encoded(todo):
-                if outcome.error:
-                    self._refuse_gone_folder(Path(source.path))
-                self._bank(source, outcome, taken, writer)
-                self.bar.update(1)
-                rate = self.summary.frames / max(self.bar.format_dict["elapsed"], 1e-9)
-                self.bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
+            try:
+                self._fill(writer, sources)
+            except GpuMemoryError:
+                writer.abandon()
+                raise
             if not writer.entries and not keep_empty:
                 writer.abandon()
                 return 0
             self.summary.nbytes += writer.nbytes
             writer.commit(provenance(self.tower, self.options))
             return len(writer.entries)
+
+    def _fill(self, writer: ShardWriter, sources: Sequence[ClipSource]) -> None:
+        todo = [source for source in sources if source.key not in writer.keys]
+        self._see_folders(todo)
+        self.bar.update(len(sources) - len(todo))
+        for source, outcome, taken in self._encoded(todo):
+            if outcome.error:
+                self._refuse_gone_folder(Path(source.path))
+            self._bank(source, outcome, taken, writer)
+            self.bar.update(1)
+            rate = self.summary.frames / max(self.bar.format_dict["elapsed"], 1e-9)
+            self.bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
 
     def _writer(self, unit: int, sources: Sequence[ClipSource]) -> ShardWriter:
         path = shard_path(self.out, unit)

@@ -3,9 +3,9 @@
     canonical({"video": "a.mp4", "question": "Who is it?", "answer": "she"})
 
 Ours: `{id, video, start?, end?, task?, conversations: [{from: human|gpt|system, value}]}` with one
-`<video>` or `<image>` tag for each medium. Every form is one function in `FORMS`: a row and its media
--> turns. What is wrong with a row is a RowError that does not yet say where; a row that could be
-read in two ways is refused.
+`<video>` or `<image>` tag for each medium; a `timeline` in place of `video` is one. Every form is one
+function in `FORMS`: a row and its media -> turns. What is wrong with a row is a RowError that does
+not yet say where; a row that could be read in two ways is refused.
 """
 
 import re
@@ -16,6 +16,7 @@ from typing import Any
 from shards.annotations.answers import asked_and_answered
 from shards.annotations.fault import RowError, UnsupervisedError, json_type, short
 from shards.annotations.fields import Fields, is_empty, listed
+from shards.annotations.timeline import Cut, cuts_of
 
 Json = dict[str, Any]
 
@@ -69,7 +70,14 @@ def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = 
     if named.part.keys() & out.keys():
         raise RowError("two readings", "start and end both in a message and in the row; keep one")
     out |= named.part
-    if media:
+    if named.timeline:
+        if extra := out.keys() & {"start", "end"}:
+            name = min(extra)
+            raise RowError(
+                "two readings", f"`{name}` beside a timeline, whose parts have their own"
+            )
+        out["timeline"] = [cut.to_json() for cut in named.timeline]
+    elif media:
         out["video"] = media[0] if len(media) == 1 else media
     if not media_only:
         fields.refuse_unread([turn["value"] for turn in turns], has_media=bool(media))
@@ -139,6 +147,14 @@ class Media:
                 value = row[name] if isinstance(row[name], list) else [row[name]]
                 media = [medium for medium in value if not is_empty(medium)]
                 self.listed += [(kind, self._path(medium, name)) for medium in media]
+        self.timeline: list[Cut] = []
+        """The parts of the medium that is laid together of them."""
+        if "timeline" in row:
+            self.timeline = cuts_of(row, lambda video: self._path(video, "timeline"))
+            if self.listed:
+                named = f"both timeline and {self.listed[0][0]} name media; keep one"
+                raise RowError("two readings", named)
+            self.listed = [("video", "timeline")]
         self._heed_is_video(row.get("is_video"))
         self.brought: list[str] = []
         self.part: Json = {}

@@ -15,6 +15,7 @@ from typing import Any
 from shards.annotations.fault import RowError, UnsupervisedError, short
 from shards.annotations.files import ALL, Selection, UnreadableRow, read_rows
 from shards.annotations.forms import MEDIA_TAG, ROLES, TAGS, TURNS, Json, canonical
+from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.text import printable
 
@@ -37,6 +38,8 @@ class Row:
     """Two that follow one another are of different roles."""
     task: str
     """The row's own task name, or empty."""
+    timeline: tuple[Cut, ...] = ()
+    """Where the media are parts of one that is laid together: its parts, one of each."""
 
 
 def rows_of(
@@ -97,7 +100,8 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
             )
         turn["value"].encode()
         turns.append((role, turn["value"]))
-    video = data.get("video", [])
+    timeline = tuple(Cut(**part) for part in data.get("timeline", []))
+    video = data.get("video", [cut.video for cut in timeline])
     media = video if isinstance(video, list) else [video]
     for medium in media:
         medium.encode()
@@ -107,8 +111,8 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
     if not media_only:
         refuse_unanswered(turns)
     if any(role == "assistant" and text.strip() for role, text in turns):
-        turns = with_tags(joined(turns), len(media))
-    return Row(id_, tuple(media), start, end, tuple(turns), str(data.get("task", "")))
+        turns = with_tags(joined(turns), 1 if timeline else len(media))
+    return Row(id_, tuple(media), start, end, tuple(turns), str(data.get("task", "")), timeline)
 
 
 def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:

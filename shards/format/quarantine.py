@@ -75,6 +75,11 @@ class Reason(StrEnum):
         "Frames are decoded with errors.",
         "Fetch it again, or bank what comes: `preprocess retry --allow-truncated`.",
     )
+    APPENDED = (
+        "appended",
+        "Another file was appended to an MP4, QuickTime, ASF or FLV file: only the first is read.",
+        "Cut or join them with FFmpeg, or bank what comes: `preprocess retry --allow-truncated`.",
+    )
     DECODE_FAILED = (
         "decode-failed",
         "The file opens, and no reader can decode the frames that are asked for.",

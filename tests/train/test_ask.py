@@ -23,10 +23,13 @@ from preprocess.toy_models import save_tower
 from shards.errors import UserError
 from shards.format.features import FeatureConfig, Sampling
 from shards.read.banks import Banks
+from shards.read.timeline import parts_of
 from train.ask import (
     Answerer,
     FreshClip,
+    ask_banked,
     asked,
+    banked,
     find_tower,
     fresh_clip,
     load_tower,
@@ -354,3 +357,22 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     assert "2 <video>/<image> tags for 1 media" in line
     line = refused(main, [video, "?", *ours, "--tower", str(tmp_path / "none")])
     assert str(tmp_path / "none") in line
+
+
+def test_a_banked_timeline_is_asked_as_it_is_trained_on(trained_run: Path, toy_bank: Path) -> None:
+    banks = Banks.open([toy_bank])
+    first, second = banks.banks[0].ids[0], banks.banks[0].ids[1]
+    whole = banked(first, banks)
+    assert whole.info.id == first
+    parts = [{"video": first, "start": 1}, {"video": second, "end": 2}]
+    medium = banked(json.dumps(parts), banks)
+    assert medium.info.duration == pytest.approx(whole.info.duration - 1 + 2)
+    (one, two) = parts_of([medium])
+    assert (one.info.id, two.info.id) == (first, second)
+    end = medium.info.duration
+    question = f"What is seen at <t:{end - 0.1:.1f}>?"
+    assert ask_banked(json.dumps(parts), question, trained_run, [str(toy_bank)], 8)
+    with pytest.raises(UserError, match=f"which lasts {end:.2f}"):
+        ask_banked(json.dumps(parts), f"And at <t:{end + 2}>?", trained_run, [str(toy_bank)], 8)
+    with pytest.raises(UserError, match=r"the clip 'x\.mp4' is in no bank"):
+        banked('[{"video": "x.mp4"}]', banks)

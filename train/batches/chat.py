@@ -65,16 +65,17 @@ class Piece(NamedTuple):
     coord: float = 0.0
 
 
-class _Pieces:
+class Pieces:
     """Gathers a conversation's pieces, joining whatever need not be cut apart."""
 
-    def __init__(self, segments: Segments) -> None:
+    def __init__(self, segments: Segments, before: str | None = None) -> None:
+        """before: the control token that the first piece follows, None at a row's start."""
         self.segments = segments
         self.pieces: list[Piece] = []
         self.learned = NOT
         """Of what comes next."""
         self._parts: list[tuple[str, bool]] = []
-        self._before: str | None = None
+        self._before = before
 
     def template(self, text: str) -> None:
         if text:
@@ -131,7 +132,7 @@ class Chat:
         self.tokenizer, self.anchors = tokenizer, anchors
         self.template = dated(tokenizer.get_chat_template(), date.fromisoformat(today))
         self.segments = Segments(tokenizer)
-        self._rendered = lru_cache(maxsize=1024)(self._render)
+        self.rendered = lru_cache(maxsize=1024)(self._render)
         self._stamped = lru_cache(maxsize=65536)(self._stamp)
         # a template may close the last answer otherwise than those before it
         encoded = self.encode([Turn("user", "?"), Turn("assistant", "!")] * 2, [])
@@ -207,10 +208,10 @@ class Chat:
             raise UserError(
                 f"{tags} <video>/<image> tags for {len(durations)} media; write one tag per medium"
             )
-        out = _Pieces(self.segments)
+        out = Pieces(self.segments)
         media = iter(durations)
         duration = durations[0] if durations else 0.0
-        rendered = self._rendered(tuple(turn.role for turn in turns))
+        rendered = self.rendered(tuple(turn.role for turn in turns))
         head = rendered[0]
         for number, turn in enumerate(turns):
             lead, _, trail, following = rendered[1 + 4 * number : 5 + 4 * number]
@@ -235,7 +236,7 @@ class Chat:
                     duration = next(media)
                     out.add()
                 elif part:
-                    self._add_content(out, part, duration)
+                    self.add_content(out, part, duration)
             if answers:
                 out.close(following)
                 head = ""
@@ -315,7 +316,8 @@ class Chat:
             )
         return end + 1
 
-    def _add_content(self, out: _Pieces, text: str, duration: float) -> None:
+    def add_content(self, out: Pieces, text: str, duration: float) -> None:
+        """Add a turn's text between two media; duration: seconds of the medium that its times are of."""
         plain = ""
         for piece in split_markup(text):
             if isinstance(piece, str):

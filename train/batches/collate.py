@@ -6,8 +6,8 @@ alone, as the row's sample and frame numbers say.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Protocol
+from itertools import groupby, repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,9 @@ from model.mask import intervals
 from model.slow_fast import slow_frames, uniform_indices
 from model.vlm import VLMConfig
 from shards.read.bank import ClipInfo
+from shards.read.timeline import ClipFeatures, Medium, part_count, parts_of, place_of
+from train.batches.augment import Look
 from train.batches.chat import MEDIA, Encoded
-
-
-class ClipFeatures(Protocol):
-    """A clip's features, from a bank or fresh from a tower."""
-
-    @property
-    def info(self) -> ClipInfo: ...
-
-    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
-        """Return `(frames, cell_rows, cell_cols, dim)`: float16, or uint16 that holds bfloat16."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -39,9 +30,9 @@ class PlacedFrame:
     """A frame in a row: which one, as which stream, and where its tokens begin."""
 
     clip: int
-    """Place of the clip among those of the row."""
+    """Place of the clip among those of the row; a part of a medium counts as one."""
     frame: int
-    """Index into the banked frames."""
+    """Index into the banked frames of the clip, or of the part."""
     stream: int
     grid: Grid
     first: int
@@ -63,28 +54,37 @@ class Row:
     """Place within the conversation."""
     frames: list[PlacedFrame]
     clips: int
-    """Media of all conversations together."""
+    """Clips of all conversations together, each part of a medium one."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def choose_frames(
-    info: ClipInfo, config: VLMConfig, pool: str, most: int | None = None
+    info: ClipInfo,
+    config: VLMConfig,
+    pool: str,
+    most: int | None = None,
+    look: Look | None = None,
 ) -> list[tuple[int, int, Grid]]:
-    """Return (banked frame, stream, grid) of each frame of a clip that the model sees, in time.
+    """Return (frame, stream, grid) of each frame of a medium that the model sees, in time.
 
-    most: frames at most, where the record's length allows fewer than the config.
+    most: frames at most, where the record's length allows fewer than the config. look: which ones are
+    drawn, and which of them are slow, where the config alone does not say it.
     """
-    chosen = uniform_indices(len(info.timestamps), most or config.max_frames_num)
-    slow = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, len(chosen))
-    rows, cols = info.patch_grid
+    total, most = len(info.timestamps), most or config.max_frames_num
+    if look is None:
+        chosen = uniform_indices(total, most)
+        slow = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, len(chosen))
+    else:
+        chosen, slow = look.choose(total, most)
     strides = {SLOW: config.slow_stride, FAST: config.fast_stride}
-    streams = [SLOW if is_slow else FAST for is_slow in slow]
-    return [
-        (frame, stream, Grid(rows, cols, strides[stream], pool))
-        for frame, stream in zip(chosen, streams, strict=True)
-    ]
+    frames = []
+    for frame, is_slow in zip(chosen, slow, strict=True):
+        stream = SLOW if is_slow else FAST
+        rows, cols = place_of(info, frame)[2].patch_grid
+        frames.append((frame, stream, Grid(rows, cols, strides[stream], pool)))
+    return frames
 
 
 def lay_out(
@@ -94,10 +94,12 @@ def lay_out(
     pool: str,
     most: int | None = None,
     stamp: Callable[[float], Sequence[int]] | None = None,
+    looks: Sequence[Look] | None = None,
 ) -> Row:
     """Return the row of a conversation: every medium becomes its frames' cells and closing tokens.
 
     stamp: seconds of a clip -> the tokens that are written before a frame, of `frame_time: text`.
+    looks: how each medium is seen, where it is drawn.
     """
     ids: list[int] = []
     axis: list[int] = []
@@ -105,7 +107,14 @@ def lay_out(
     supervised: list[bool] = []
     block: list[int] = []
     frames: list[PlacedFrame] = []
-    clip = 0
+    media, clips = zip(infos, looks or repeat(None), strict=False), 0
+
+    def unlearned(tokens: Sequence[int], frame: int) -> None:
+        ids.extend(tokens)
+        same: list[tuple[list[Any], Any]] = [(axis, -1), (coord, 0.0), (supervised, False)]
+        for column, value in [*same, (block, frame)]:
+            column.extend([value] * len(tokens))
+
     for id_, a, c, on in zip(
         encoded.ids, encoded.axis, encoded.coord, encoded.supervised, strict=True
     ):
@@ -116,26 +125,17 @@ def lay_out(
             supervised.append(on)
             block.append(-1)
             continue
-        info = infos[clip]
-        for frame, stream, grid in choose_frames(info, config, pool, most):
+        info, look = next(media)
+        for frame, stream, grid in choose_frames(info, config, pool, most, look):
             if config.frame_time == "text":
                 assert stamp is not None
                 # plain text that is not learned; a frame sees its own time, as it sees all before it
-                written = stamp(float(info.timestamps[frame]) - info.start)
-                ids += written
-                axis += [-1] * len(written)
-                coord += [0.0] * len(written)
-                supervised += [False] * len(written)
-                block += [-1] * len(written)
-            tokens = grid.cells + 1
-            block += [len(frames)] * tokens
-            frames.append(PlacedFrame(clip, frame, stream, grid, len(ids)))
-            ids += [0] * tokens
-            axis += [-1] * tokens
-            coord += [0.0] * tokens
-            supervised += [False] * tokens
-        clip += 1
-    assert clip == len(infos), (clip, len(infos))
+                unlearned(stamp(float(info.timestamps[frame]) - info.start), -1)
+            part, own, _ = place_of(info, frame)
+            frames.append(PlacedFrame(clips + part, own, stream, grid, len(ids)))
+            unlearned([0] * (grid.cells + 1), len(frames) - 1)
+        clips += part_count(info)
+    assert next(media, None) is None, f"{len(infos)} media for fewer tags"
     return Row(
         ids=np.asarray(ids, np.int64),
         axis=np.asarray(axis, np.int64),
@@ -145,7 +145,7 @@ def lay_out(
         sample=np.zeros(len(ids), np.int64),
         position=np.arange(len(ids)),
         frames=frames,
-        clips=clip,
+        clips=clips,
     )
 
 
@@ -203,7 +203,7 @@ def pack(rows: Sequence[Row]) -> Row:
 
 def collate(
     rows: Sequence[Row],
-    clips: Sequence[Sequence[ClipFeatures]],
+    clips: Sequence[Sequence[Medium]],
     config: VLMConfig,
     record_ids: Sequence[str],
     *,
@@ -213,7 +213,7 @@ def collate(
 ) -> Batch:
     """Return the batch of some rows, right-padded to the longest, or to `length` where that is more.
 
-    clips: the clips of each row, those of its conversations one after the other. `with_copy` also
+    clips: the media of each row, those of its conversations one after the other. `with_copy` also
     reads, for each transition, the source frame on the target's grid, which the copy baseline needs.
     tasks: what each record's answer is, by which losses are reported.
     """
@@ -240,7 +240,9 @@ def collate(
     # the hidden state before a token predicts it; a conversation's first token has none before it
     predicted = np.flatnonzero(padded("supervised", False, np.bool_))
     assert position.reshape(-1)[predicted].all()
-    groups, transitions = group_frames(rows, clips, length, config, with_copy)
+    groups, transitions = group_frames(
+        rows, [parts_of(own) for own in clips], length, config, with_copy
+    )
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         axis=torch.from_numpy(axis),
@@ -339,8 +341,9 @@ def _group(
         times.append(since / info.duration if info.duration > 0 else 0.0)
 
     def read(stride: int) -> Tensor:
-        parts = [clips[number][clip].read(stride, ks) for (number, clip), ks in wanted.items()]
-        return as_tensor(np.concatenate(parts))
+        return joined(
+            [clips[number][clip].read(stride, ks) for (number, clip), ks in wanted.items()]
+        )
 
     first = torch.tensor([number * length + frame.first for number, frame in frames])
     return FrameGroup(
@@ -363,7 +366,14 @@ def _copy(stride: int, pairs: Sequence[FrameStep]) -> Tensor:
     for _, run in runs:
         members = list(run)
         reads.append(members[0][2].read(stride, [step[3] for step in members]))
-    return as_tensor(np.concatenate(reads))
+    return joined(reads)
+
+
+def joined(reads: Sequence[np.ndarray]) -> Tensor:
+    """Return stored features one after the other; those of banks of two types as floats of both."""
+    if len({read.dtype for read in reads}) == 1:
+        return as_tensor(np.concatenate(reads))
+    return torch.cat([as_tensor(read).float() for read in reads])
 
 
 def as_tensor(features: np.ndarray) -> Tensor:

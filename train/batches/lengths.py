@@ -7,22 +7,21 @@ kept under `$XDG_CACHE_HOME/framebank`; frames are counted from the banks' catal
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from model.config import ModelSettings
-from model.lape.tokens import LAPE_AXES, LapeTokens
-from model.slow_fast import exact_ratio, uniform_indices
+from model.lape.tokens import LapeTokens
 from shards.errors import UserError
-from shards.read.banks import Banks, Place
 from shards.signed import canonical_json
+from train.batches.augment import Looks
 from train.batches.chat import VERSION, Chat, Piece
-from train.data.dataset import Dataset, Part
+from train.batches.clips import Clips, Stamps
+from train.data.dataset import Part
 from train.data.records import Record
 from train.start.templates import load_with_template
 
@@ -46,86 +45,14 @@ VOCABULARIES = {"tokenizer.json", "vocab.json", "tokenizer.model"}
 """Those of them that hold the tokens."""
 
 
-@dataclass(frozen=True)
-class Clips:
-    """The clips of records, one entry per use of a clip, in the order of the records."""
+class Taken(NamedTuple):
+    """What is taken of each use of a clip: int64 `(uses,)`."""
 
-    record: np.ndarray
-    """int64, which record uses it."""
-    frames: np.ndarray
-    """int64, banked frames."""
-    slow_cells: np.ndarray
-    fast_cells: np.ndarray
-    """int64, cells of a frame on either grid."""
-    duration: np.ndarray
-    """float64 seconds."""
-    digest: str
-    """Of the ids, times and features of all of them, in order."""
-
-    @classmethod
-    def of(
-        cls, records: Sequence[Record], banks: Banks, slow_stride: int, fast_stride: int
-    ) -> "Clips":
-        """Read from the catalogues what the records' clips are; every clip is banked."""
-        record = [k for k, own in enumerate(records) for _ in own.clips]
-        ids = [id_ for own in records for id_ in own.clips]
-        values = np.zeros((4, len(ids)))
-        found = np.zeros(len(ids), bool)
-        digest = blake2b("\n".join(ids).encode(), digest_size=16)
-        places = [place for own in records for place in own.places]
-        for bank in banks.banks:
-            here = np.asarray([place.bank is bank for place in places], bool)
-            rows = np.asarray([place.row for place in places if place.bank is bank], np.int64)
-            columns = bank.columns
-            for name in (
-                "start",
-                "end",
-                *(f"stride{s}_crc32c" for s in (slow_stride, fast_stride)),
-            ):
-                digest.update(columns[name][rows].tobytes())
-            for grid, stride in ((1, slow_stride), (2, fast_stride)):
-                shape = columns[f"stride{stride}_shape"].reshape(-1, 4).astype(np.int64)[rows]
-                values[0, here] = shape[:, 0]
-                values[grid, here] = shape[:, 1] * shape[:, 2]
-            values[3, here] = (columns["end"] - columns["start"])[rows]
-            found |= here
-        assert found.all()
-        frames, slow, fast = values[:3].astype(np.int64)
-        return cls(np.asarray(record, np.int64), frames, slow, fast, values[3], digest.hexdigest())
-
-
-@dataclass(frozen=True)
-class Stamps:
-    """The tokens of the time written before each frame."""
-
-    tokens: np.ndarray
-    """int64, of every banked frame of every use of a clip, one use after the other."""
-    first: np.ndarray
-    """int64 `(uses,)`, where a use's frames begin."""
-
-    @classmethod
-    def of(cls, records: Sequence[Record], chat: Chat) -> "Stamps":
-        """Count what is written before the frames of the records' clips."""
-        seconds: dict[Place, np.ndarray] = {}
-        for place in {place: None for record in records for place in record.places}:
-            info = place.clip().info
-            seconds[place] = info.timestamps - info.start
-        counts = {
-            place: np.asarray([len(chat.stamp(t)) for t in times.tolist()], np.int64)
-            for place, times in seconds.items()
-        }
-        uses = [counts[place] for record in records for place in record.places]
-        first = np.cumsum([0, *map(len, uses)])[:-1]
-        return cls(np.concatenate([*uses, np.zeros(0, np.int64)]), first)
-
-    def taken(self, banked: np.ndarray, taken: np.ndarray) -> np.ndarray:
-        """Return the stamps' tokens of each use, of so many frames taken of those banked."""
-        out = np.zeros_like(taken)
-        for most, count in set(zip(banked.tolist(), taken.tolist(), strict=True)):
-            these = np.flatnonzero((banked == most) & (taken == count))
-            places = self.first[these, None] + np.asarray(uniform_indices(most, count), np.int64)
-            out[these] = self.tokens[places].sum(axis=1)
-        return out
+    slow: np.ndarray
+    fast: np.ndarray
+    """Frames."""
+    stamps: np.ndarray
+    """Tokens of the times before them."""
 
 
 @dataclass(frozen=True)
@@ -139,26 +66,27 @@ class Lengths:
     slow_ratio: Fraction
     written: Stamps | None = None
     """Where times are written before the frames."""
+    looks: Looks | None = None
+    """How frames are seen, where that is not even and by one pattern, or media are spliced."""
+    _known: dict[bytes, "Taken"] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
 
     def total(self, frames: np.ndarray) -> np.ndarray:
-        """Return all tokens of each record; frames: int64 `(records,)`, the most of a clip."""
+        """Return all tokens of each record; frames: int64 `(records,)`, the most of a medium."""
         return self.text + self.visual(frames) + self.stamps(frames)
 
     def stamps(self, frames: np.ndarray) -> np.ndarray:
         """Return the tokens of the times written before the frames of each record."""
-        if self.written is None:
-            return np.zeros_like(self.text)
-        taken = np.minimum(self.clips.frames, frames[self.clips.record])
-        return self.per_record(self.written.taken(self.clips.frames, taken))
+        return self.per_record(self._taken(frames).stamps)
 
     def taken(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (slow, fast) frames of each clip use; frames: int64 `(records,)`, the most of a clip.
+        """Return (slow, fast) frames of each clip use; frames: int64 `(records,)`, the most of a medium.
 
         ceil(ratio * n) of n frames are slow, whatever the strategy.
         """
-        taken = np.minimum(self.clips.frames, frames[self.clips.record])
-        slow = -(-taken * self.slow_ratio.numerator // self.slow_ratio.denominator)
-        return slow, taken - slow
+        taken = self._taken(frames)
+        return taken.slow, taken.fast
 
     def visual(self, frames: np.ndarray) -> np.ndarray:
         """Return the tokens of all frames of each record, closing tokens included."""
@@ -167,10 +95,15 @@ class Lengths:
             slow * (self.clips.slow_cells + 1) + fast * (self.clips.fast_cells + 1)
         )
 
+    def seen_uses(self, frames: np.ndarray) -> np.ndarray:
+        """Return how many uses of clips each record has frames of; no step leads from one to another."""
+        slow, fast = self.taken(frames)
+        return self.per_record(slow + fast > 0)
+
     def transitions(self, frames: np.ndarray) -> np.ndarray:
         """Return the steps from frame to frame within a clip, of each record."""
         slow, fast = self.taken(frames)
-        return self.per_record(slow + fast - 1)
+        return self.per_record(np.maximum(slow + fast - 1, 0))
 
     def frame_pairs(self, frames: np.ndarray) -> np.ndarray:
         """Return the (query, key) pairs that frames see beyond causal ones, seeing themselves wholly."""
@@ -179,45 +112,43 @@ class Lengths:
         own = [size * (size - 1) // 2 for size in sizes]
         return self.per_record(slow * own[0] + fast * own[1])
 
+    def _taken(self, frames: np.ndarray) -> "Taken":
+        """Return what is taken of each use; the last answers are kept, as each is asked for often."""
+        key = blake2b(np.ascontiguousarray(frames).tobytes(), digest_size=16).digest()
+        if key not in self._known:
+            if len(self._known) > 3:
+                del self._known[next(iter(self._known))]
+            most = frames[self.clips.record[self.clips.first]]
+            self._known[key] = self._evenly(most) if self.looks is None else self._drawn(most)
+        return self._known[key]
+
+    def _evenly(self, most: np.ndarray) -> "Taken":
+        """Return what is taken of media of one use each; most: int64 `(media,)`."""
+        assert self.clips.uses is None
+        taken = np.minimum(self.clips.frames, most)
+        slow = -(-taken * self.slow_ratio.numerator // self.slow_ratio.denominator)
+        stamps = self.written.taken(self.clips.frames, taken) if self.written else 0 * taken
+        return Taken(slow, taken - slow, stamps)
+
+    def _drawn(self, most: np.ndarray) -> "Taken":
+        """Return what is taken of each use, frame by frame."""
+        clips = self.clips
+        assert self.looks is not None
+        record = clips.record[clips.first]
+        seen = self.looks.choose(record, clips.place, clips.banked, most)
+        frame = clips.line[clips.first][seen.medium] + seen.frame
+        use = np.searchsorted(clips.line, frame, side="right") - 1
+        stamps = self.written.tokens[frame] if self.written else np.zeros(len(frame))
+        slow, fast, written = (
+            np.bincount(use, weights=weights, minlength=len(clips.frames)).astype(np.int64)
+            for weights in (seen.slow, ~seen.slow, stamps)
+        )
+        return Taken(slow, fast, written)
+
     def per_record(self, values: np.ndarray) -> np.ndarray:
         """Return the sums over each record's clips."""
         sums = np.bincount(self.clips.record, weights=values, minlength=len(self.text))
         return sums.astype(np.int64)
-
-
-def measure(
-    settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str, *, lenient: bool = False
-) -> Lengths:
-    """Return the lengths of a dataset's records.
-
-    llm: name or folder of the model whose tokenizer is used; tokenizer: its digest. lenient: a record
-    that its chat template refuses has UNWRITABLE tokens of text, and is no UserError.
-    """
-    spatial = settings.num_spatial_tokens
-    anchors = (
-        LapeTokens((settings.num_temporal_tokens, spatial, spatial), LAPE_AXES[settings.lape_axes])
-        if settings.enable_lape
-        else None
-    )
-    chat = lru_cache(
-        lambda: Chat(
-            load_with_template(llm, settings.chat_template), anchors, settings.template_date
-        )
-    )
-    template = f"{tokenizer} {settings.chat_template} {settings.template_date}"
-    clips = Clips.of(dataset.records, dataset.banks, dataset.slow_stride, dataset.fast_stride)
-    text, supervised = [], []
-    first = 0
-    for part in dataset.parts:
-        uses = sum(len(record.clips) for record in part.records)
-        durations = clips.duration[first : first + uses]
-        first += uses * part.repeats
-        own = text_lengths(part, durations, template, anchors, chat, lenient=lenient)
-        text.append(np.tile(own[:, 0], part.repeats))
-        supervised.append(np.tile(own[:, 1], part.repeats))
-    ratio = exact_ratio(settings.slow_frame_ratio)
-    written = Stamps.of(dataset.records, chat()) if settings.frame_time == "text" else None
-    return Lengths(np.concatenate(text), np.concatenate(supervised), clips, ratio, written)
 
 
 def text_lengths(
@@ -241,10 +172,21 @@ def text_lengths(
     facts["records"] = [record.where.removeprefix(path) for record in part.records]
     facts["texts"] = texts_digest(part.records)
     key = blake2b(canonical_json(facts) + durations.tobytes(), digest_size=16)
-    file = cache_folder() / f"lengths-{key.hexdigest()}.bin"
-    counts = read_counts(file, len(part.records))
+
+    def count() -> np.ndarray:
+        return count_tokens(make_chat(), part.records, durations.tolist(), lenient=lenient)
+
+    return kept_counts(key.hexdigest(), len(part.records), count, lenient=lenient)
+
+
+def kept_counts(
+    key: str, records: int, count: Callable[[], np.ndarray], *, lenient: bool = False
+) -> np.ndarray:
+    """Return what the cache knows of some records, or count them, and keep that."""
+    file = cache_folder() / f"lengths-{key}.bin"
+    counts = read_counts(file, records)
     if counts is None or not (lenient or (counts >= 0).all()):
-        counts = count_tokens(make_chat(), part.records, durations.tolist(), lenient=lenient)
+        counts = count()
         write_counts(file, counts)
     return counts
 
@@ -274,8 +216,8 @@ def count_tokens(
     for first in range(0, len(records), CHUNK):
         talks = []
         for record in records[first : first + CHUNK]:
-            own = durations[place : place + len(record.clips)]
-            place += len(record.clips)
+            own = durations[place : place + record.media]
+            place += record.media
             try:
                 talks.append(chat.pieces(record.turns, own))
             except UserError as error:

@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from model.batch import Batch, pinned
 from model.vlm import VLMConfig
-from shards.read.banks import BankedClip
+from shards.read.timeline import Medium
+from train.batches.augment import Look, Looks
 from train.batches.chat import MEDIA, Chat, Encoded
 from train.batches.collate import Row, collate, frames_within, lay_out, pack
 from train.batches.run_plan import RunPlan
@@ -62,8 +63,11 @@ class Loader:
         self.row_length = row_length
         self.pin = pin
         self.limit = limit
-        self._encoded = lru_cache(maxsize=100_000)(self._encode)
-        self.fitting = lru_cache(maxsize=100_000)(self._fitting)
+        # a record that is spliced comes once and never again
+        kept = 1_000 if dataset.splices else 100_000
+        self._encoded = lru_cache(maxsize=kept)(self._encode)
+        self.fitting = lru_cache(maxsize=kept)(self._fitting)
+        self._record = lru_cache(maxsize=1_000)(dataset.record)
 
     def _encode(self, record: Record, answer: int | None) -> Encoded:
         durations = [clip.info.duration for clip in self.dataset.clips(record)]
@@ -82,14 +86,19 @@ class Loader:
         return len(self._row(record, None, answer)[0])
 
     def _row(
-        self, record: Record, most: int | None, answer: int | None
-    ) -> tuple[Row, list[BankedClip]]:
-        """Return a record, up to where an answer begins if one is given, and the clips in it."""
+        self,
+        record: Record,
+        most: int | None,
+        answer: int | None,
+        looks: Sequence[Look] | None = None,
+    ) -> tuple[Row, list[Medium]]:
+        """Return a record, up to where an answer begins if one is given, and the media in it."""
         encoded = self._encoded(record, answer)
-        media = self.dataset.clips(record)[: encoded.ids.count(MEDIA)]
+        media: list[Medium] = [*self.dataset.clips(record)[: encoded.ids.count(MEDIA)]]
         most = max(self.fitting(record), 1) if most is None else most
         infos = [clip.info for clip in media]
-        return lay_out(encoded, infos, self.config, self.pool, most, self.chat.stamp), media
+        stamp = self.chat.stamp
+        return lay_out(encoded, infos, self.config, self.pool, most, stamp, looks), media
 
     def batch(self, records: Sequence[Record], *, with_copy: bool = False) -> Batch:
         """Return the batch of some records, one a row, features read from the banks."""
@@ -103,27 +112,39 @@ class Loader:
     def pack(self, plan: RunPlan, step: int, number: int, *, with_copy: bool = False) -> Batch:
         """Return the batch of a pack of the plan."""
         chosen = plan.pack(step, number)
-        rows = [[(self.dataset.records[k], int(plan.frames[k])) for k in row] for row in chosen]
-        batch = self.rows(rows, with_copy)
+        rows = [[(self._record(k), int(plan.frames[k])) for k in row] for row in chosen]
+        looks = None
+        if self.dataset.augment.is_on:
+            looks = [[self._looks(k) for k in row] for row in chosen]
+        batch = self.rows(rows, with_copy, looks=looks)
         assert batch.lengths.tolist() == [int(plan.tokens[row].sum()) for row in chosen]
         return batch
+
+    def _looks(self, number: int) -> list[Look]:
+        """Return how the media of a plan's record are seen."""
+        epoch, place = divmod(number, self.dataset.count)
+        looks = Looks.of_epoch(self.dataset, self.config, epoch)
+        return [looks.of(place, medium) for medium in range(self._record(number).media)]
 
     def rows(
         self,
         rows: Sequence[Sequence[tuple[Record, int | None]]],
         with_copy: bool,
         answers: Sequence[int] | None = None,
+        looks: Sequence[Sequence[Sequence[Look]]] | None = None,
     ) -> Batch:
         """Return the batch of rows of (record, most frames of a clip).
 
-        answers: of rows of one record each, the turn that each is cut at.
+        answers: of rows of one record each, the turn that each is cut at. looks: of each record in
+        each row, how its media are seen, where that is drawn.
         """
         laid, clips = [], []
         for number, row in enumerate(rows):
             answer = answers[number] if answers else None
             talks, own = [], []
-            for record, most in row:
-                talk, media = self._row(record, most, answer)
+            for place, (record, most) in enumerate(row):
+                seen = looks[number][place] if looks else None
+                talk, media = self._row(record, most, answer, seen)
                 talks.append(talk)
                 own.append(media)
             laid.append(pack(talks) if len(talks) > 1 else talks[0])
@@ -147,7 +168,7 @@ class Loader:
 
     def idle(self, plan: RunPlan, step: int) -> Batch:
         """Return a small batch to run without learning from it: one record, a frame of each clip."""
-        return self.rows([[(self.dataset.records[plan.records(step)[0]], 1)]], False)
+        return self.rows([[(self._record(plan.records(step)[0]), 1)]], False)
 
     def steps(
         self, plan: RunPlan, share: Share, first: int, *, copy_every: int, prefetch: int = 2

@@ -4,14 +4,15 @@ A row is what attention sees: one record, or - packed - several up to `pack_toke
 `rows_per_pack` rows, one forward of one rank. A step is `rows_per_step` rows, whose packs rank r of
 `world` takes in turn: k = r, r + world, ... An epoch is each record once, so that its last step has
 the rows that are left, and its last pack too. Nothing here depends on world size, workers or prefetch,
-and a longer run of the same records begins with the same steps.
+and a longer run of the same records begins with the same steps. Where records are drawn anew in every
+epoch (`splice`, `augment`), they are numbered through the epochs, and an epoch is counted when it begins.
 """
 
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,13 +22,16 @@ from model.family.limits import check_context
 from shards.errors import UserError
 from shards.read.banks import joint
 from shards.signed import Json
-from train.batches.fitting import fit_records
-from train.batches.lengths import REFUSED, Lengths, measure, tokenizer_digest
+from train.batches.clips import Clips
+from train.batches.fitting import Fit, fit_records
+from train.batches.lengths import REFUSED, Lengths, tokenizer_digest
+from train.batches.measure import Measure
 from train.batches.run_plan import RunPlan
 from train.cost import LlmShape
 from train.data.dataset import Dataset
 from train.data.drops import Drop
 from train.settings.config import BatchSettings, TrainConfig
+from train.settings.drawn import AugmentSettings, SpliceSettings
 from train.start.stage import context_of, llm_name, read_config
 
 
@@ -109,7 +113,8 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
     llm = llm_name(config.stage_path)
     tokenizer = tokenizer_digest(llm)
     lenient = config.on_bad_record == "drop"
-    lengths = measure(config, dataset, llm, tokenizer, lenient=lenient)
+    measure = Measure(config, dataset, llm, tokenizer, lenient=lenient)
+    lengths = measure.epoch(0)
     shape = LlmShape.of(read_config(llm) or {})
     heads = shape.layers * shape.heads * shape.head_dim if shape else 0
     cut = Cut(
@@ -132,17 +137,34 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
         "fast_stride": dataset.fast_stride,
         "tokenizer": tokenizer,
         "records": {
-            f"{k} {Path(part.path).name}": f"{part.digest} {len(part.records)} x {part.repeats}"
+            f"{k} {Path(part.path).name}": f"{part.digest} {part.count // part.repeats} x {part.repeats}"
             for k, part in enumerate(dataset.parts)
         },
         "bank": joint(dataset.banks.config),
         "clips": lengths.clips.digest,
     }
-    plan = make_plan(lengths, cut, dropped=dataset.dropped, facts=facts)
+    facts |= drawn_facts(dataset)
+    later = measure.epoch if dataset.is_drawn else None
+    plan = make_plan(lengths, cut, dropped=dataset.dropped, facts=facts, later=later)
     limit = context_of(llm)
     longest = int(plan.tokens[plan.uses].max())
     check_context(longest, limit, "the longest record", f"set max_tokens: {limit}, or less")
     return plan
+
+
+def drawn_facts(dataset: Dataset) -> Json:
+    """Return what a plan depends on where records are spliced, or frames drawn: nothing elsewhere."""
+    facts: Json = {"augment": _told(dataset.augment)} if dataset.augment.is_on else {}
+    strides = dataset.slow_stride, dataset.fast_stride
+    if splices := dataset.splices:
+        sources = [record for splice in splices for record in splice.records]
+        facts["splice"] = {str(k): _told(own.settings) for k, own in enumerate(splices)}
+        facts["spliced clips"] = Clips.of(sources, dataset.banks, *strides).digest
+    return facts
+
+
+def _told(settings: AugmentSettings | SpliceSettings) -> Json:
+    return {name: str(value) for name, value in asdict(settings).items()}
 
 
 def make_plan(
@@ -151,48 +173,97 @@ def make_plan(
     *,
     dropped: Mapping[str, int] | None = None,
     facts: Json | None = None,
+    later: Callable[[int], Lengths] | None = None,
 ) -> RunPlan:
     """Return the plan of a run; UserError where no record is left.
 
     dropped: what was left out before, by reason. A record whose text and one frame do not fit is
-    dropped here.
+    dropped here. later: the lengths of each later epoch, where no two epochs are alike; asked for as
+    the run comes to it. Records are then numbered through the epochs.
     """
     assert cut.rows_per_step % cut.rows_per_pack == 0, cut
-    frames, kept, left_out, frames_line = fit_records(
-        lengths, cut.most_frames, cut.max_tokens, cut.pack_tokens
-    )
-    reasons = dict(dropped or {}) | {reason: len(own) for reason, own in left_out.items()}
-    if not len(kept):
-        limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
-        if REFUSED in left_out or not limits:
-            raise UserError(f"no record is left: {reasons}", fix="take another chat_template")
-        raise UserError(
-            f"no record fits {min(limits)} tokens", fix="raise max_tokens and pack_tokens"
-        )
-    visual = lengths.visual(frames)
-    tokens = lengths.text + visual + lengths.stamps(frames)
-    epochs = packed_epochs(kept, tokens, cut) if cut.pack_tokens else plain_epochs(kept, cut)
-    uses, row_start, step_start = cut_steps(epochs, cut)
+    counted = [Counted.of(lengths, cut)]
+    uses, row_start, step_start = cut_steps(_epochs(counted, cut, later), cut)
+    left_out = left_out_of(counted)
+    reasons = {reason: len(records) for reason, records in left_out.items()}
+    columns = ("frames", "tokens", "visual", "supervised", "transitions", "frame_pairs", "clips")
     return RunPlan(
         rows_per_step=cut.rows_per_step,
         rows_per_pack=cut.rows_per_pack,
         pack_tokens=cut.pack_tokens,
         step_start=step_start,
-        frames=frames,
-        tokens=tokens,
-        visual=visual,
-        supervised=lengths.supervised,
-        transitions=lengths.transitions(frames),
-        frame_pairs=lengths.frame_pairs(frames),
-        clips=np.bincount(lengths.clips.record, minlength=len(frames)),
+        **{name: np.concatenate([getattr(own, name) for own in counted]) for name in columns},
         uses=uses,
         row_start=row_start,
         cost=cut.cost,
-        dropped=reasons,
+        dropped=dict(dropped or {}) | reasons,
         left_out=left_out,
-        frames_line=frames_line,
+        frames_line=counted[0].fit.line,
         facts=dict(facts or {}),
     )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The records of one epoch, or of all where they are alike: int64 `(records,)` each."""
+
+    fit: Fit
+    frames: np.ndarray
+    tokens: np.ndarray
+    visual: np.ndarray
+    supervised: np.ndarray
+    transitions: np.ndarray
+    frame_pairs: np.ndarray
+    clips: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: Lengths, cut: Cut) -> "Counted":
+        """Raises UserError where none of the records is left."""
+        fit = fit_records(lengths, cut.most_frames, cut.max_tokens, cut.pack_tokens)
+        if not len(fit.kept):
+            limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
+            if REFUSED in fit.left_out or not limits:
+                reasons = {reason: len(own) for reason, own in fit.left_out.items()}
+                raise UserError(f"no record is left: {reasons}", fix="take another chat_template")
+            raise UserError(
+                f"no record fits {min(limits)} tokens", fix="raise max_tokens and pack_tokens"
+            )
+        visual = lengths.visual(fit.frames)
+        return cls(
+            fit=fit,
+            frames=fit.frames,
+            tokens=lengths.text + visual + lengths.stamps(fit.frames),
+            visual=visual,
+            supervised=lengths.supervised,
+            transitions=lengths.transitions(fit.frames),
+            frame_pairs=lengths.frame_pairs(fit.frames),
+            clips=lengths.seen_uses(fit.frames),
+        )
+
+
+def _epochs(
+    counted: list[Counted], cut: Cut, later: Callable[[int], Lengths] | None
+) -> Iterator[Iterator[list[list[int]]]]:
+    """Yield the steps of each epoch, and count the records of later ones as they are reached."""
+    for epoch in itertools.count():
+        if later is not None and epoch:
+            counted.append(Counted.of(later(epoch), cut))
+        own = counted[-1]
+        first = 0 if later is None else epoch * len(own.frames)
+        if cut.pack_tokens:
+            steps = packed_epoch(own.fit.kept, own.tokens, cut, epoch)
+        else:
+            steps = plain_epoch(own.fit.kept, cut, epoch)
+        yield ([[first + k for k in row] for row in step] for step in steps)
+
+
+def left_out_of(counted: Sequence[Counted]) -> dict[str, np.ndarray]:
+    """Return the records that are left out, by reason, numbered through the epochs."""
+    found: dict[str, list[np.ndarray]] = {}
+    for epoch, own in enumerate(counted):
+        for reason, records in own.fit.left_out.items():
+            found.setdefault(reason, []).append(records + epoch * len(own.frames))
+    return {reason: np.concatenate(records) for reason, records in found.items()}
 
 
 def cut_steps(
@@ -220,11 +291,10 @@ def cut_steps(
     return np.concatenate([np.asarray(row) for row in rows]), starts[0], starts[1]
 
 
-def plain_epochs(kept: np.ndarray, cut: Cut) -> Iterator[Iterator[list[list[int]]]]:
-    """Yield the steps of each epoch, one record a row in the shuffled order."""
-    for epoch in itertools.count():
-        stream = kept[order(cut.seed, epoch, len(kept))].tolist()
-        yield steps_of([[record] for record in stream], cut)
+def plain_epoch(kept: np.ndarray, cut: Cut, epoch: int) -> Iterator[list[list[int]]]:
+    """Return the steps of an epoch, one record a row in the shuffled order."""
+    stream = kept[order(cut.seed, epoch, len(kept))].tolist()
+    return steps_of([[record] for record in stream], cut)
 
 
 def steps_of(rows: list[list[int]], cut: Cut) -> Iterator[list[list[int]]]:
@@ -233,22 +303,15 @@ def steps_of(rows: list[list[int]], cut: Cut) -> Iterator[list[list[int]]]:
         yield rows[first : first + cut.rows_per_step]
 
 
-def packed_epochs(
-    kept: np.ndarray, tokens: np.ndarray, cut: Cut
-) -> Iterator[Iterator[list[list[int]]]]:
-    """Yield the steps of each epoch, its records packed into rows.
-
-    An epoch is cut into windows, a window packed into rows, and the rows of a few neighbouring steps
-    shared out by cost. Each is done in order of the stream, so that the number of steps decides only
-    where it ends.
-    """
-    for epoch in itertools.count():
-        yield _packed_epoch(kept, tokens, cut, epoch)
-
-
-def _packed_epoch(
+def packed_epoch(
     kept: np.ndarray, tokens: np.ndarray, cut: Cut, epoch: int
 ) -> Iterator[list[list[int]]]:
+    """Yield the steps of an epoch, its records packed into rows.
+
+    It is cut into windows, a window packed into rows, and the rows of a few neighbouring steps shared
+    out by cost. Each is done in order of the stream, so that the number of steps decides only where
+    it ends.
+    """
     block, first = NEIGHBOURS * cut.rows_per_step, 0
     rows: list[list[int]] = []
     for packed, last in _packed_windows(kept, tokens, cut, epoch):
@@ -325,7 +388,7 @@ def balance_steps(
 def all_drops(dataset: Dataset, plan: RunPlan) -> list[Drop]:
     """Return each record that a run leaves out once, whether it is bad, not banked, or too long."""
     own = [
-        Drop.of_record(dataset.records[k], reason)
+        Drop.of_record(dataset.record(k), reason)
         for reason, records in plan.left_out.items()
         for k in records.tolist()
     ]

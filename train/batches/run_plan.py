@@ -34,7 +34,7 @@ class RunPlan:
     frame_pairs: np.ndarray
     """Pairs that `block` attention adds to the causal ones of each record."""
     clips: np.ndarray
-    """int64 `(records,)`, clips of each record."""
+    """int64 `(records,)`, clips of each record, and parts of spliced media, of which it has frames."""
     uses: np.ndarray
     """int64 `(uses,)`: the records of the run's rows, one row after the other."""
     row_start: np.ndarray

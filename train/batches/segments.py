@@ -49,7 +49,8 @@ class Segments:
         self._spelled = _any_of(special)
         plain = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
         controls = {name: id_ for name, id_ in special.items() if id_ not in plain}
-        self._controls_in = _any_of(controls)
+        self.controls_in = _any_of(controls)
+        """Finds the control tokens in a template."""
         self.controls = frozenset(controls.values())
         """Ids that only the template may put into a row."""
         self._one_at_a_time = Lock()
@@ -68,7 +69,7 @@ class Segments:
 
     def last_control(self, text: str) -> str:
         """Return the control token that a text ends with, empty where it ends otherwise."""
-        found = [match for match in self._controls_in.finditer(text) if match.end() == len(text)]
+        found = [match for match in self.controls_in.finditer(text) if match.end() == len(text)]
         return found[-1].group() if found else ""
 
     def ids(self, segments: Sequence[Segment]) -> list[list[int]]:
@@ -90,7 +91,7 @@ class Segments:
     def _is_true(self, segment: Segment, ids: Sequence[int]) -> bool:
         """Whether a segment's control tokens are those of the template."""
         template = "\n".join(text for text, of_template in segment.parts if of_template)
-        wanted = len(self._controls_in.findall(template))
+        wanted = len(self.controls_in.findall(template))
         return sum(id_ in self.controls for id_ in ids) == wanted
 
     def _piecewise(self, segment: Segment) -> list[int]:

@@ -9,14 +9,18 @@ from hashlib import blake2b
 from pathlib import Path
 
 from shards.annotations.files import ALL, Selection, annotation_files, local_copy
+from shards.annotations.globs import expanded
 from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks
+from shards.read.timeline import SplicedClip
 from train.data.drops import LIST, Drop
 from train.data.folders import Folders
 from train.data.mixtures import MixturePart, all_parts
 from train.data.reading import Reading, shorten
 from train.data.records import PLAIN, Record
+from train.data.splice import Splice
 from train.settings.config import DataSettings, TrainConfig
+from train.settings.drawn import AugmentSettings, SpliceSettings, read_augment, read_splice
 
 DEFAULTS = DataSettings()
 
@@ -31,6 +35,18 @@ class Part:
     records: list[Record]
     """Those that are kept."""
     repeats: int
+    splice: Splice | None = None
+    """Where records are not read but spliced: what draws them."""
+
+    @property
+    def count(self) -> int:
+        """Records of an epoch."""
+        return (self.splice.count if self.splice else len(self.records)) * self.repeats
+
+    def record(self, epoch: int, number: int) -> Record:
+        if self.splice:
+            return self.splice.draw(epoch, number)
+        return self.records[number % len(self.records)]
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class Dataset:
 
     banks: Banks
     parts: tuple[Part, ...]
+    """Those that are spliced come last."""
     held_out: list[Record]
     dropped: Counter[str]
     """Records left out, by reason, as often as the mixture repeats them."""
@@ -48,14 +65,55 @@ class Dataset:
     """What there is to say of how the records were found and read, a line each."""
     drops: tuple[Drop, ...] = ()
     """Each record that was left out, of the held-out ones too."""
+    seed: int = 0
+    augment: AugmentSettings = AugmentSettings()
 
     @cached_property
     def records(self) -> list[Record]:
-        """All records of the mixture, repeated as it asks."""
-        return [record for part in self.parts for record in part.records * part.repeats]
+        """All records of the mixture, repeated as it asks; those that are drawn as in epoch 0."""
+        return self._epoch(0)
 
-    def clips(self, record: Record) -> list[BankedClip]:
+    @property
+    def count(self) -> int:
+        """Records of an epoch."""
+        return sum(part.count for part in self.parts)
+
+    @property
+    def splices(self) -> list[Splice]:
+        return [part.splice for part in self.parts if part.splice]
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether no epoch is like another: records are spliced, or their frames drawn."""
+        return self.augment.is_on or bool(self.splices)
+
+    def epoch(self, number: int) -> list[Record]:
+        """Return all records of an epoch."""
+        return self._epoch(number) if number and self.splices else self.records
+
+    def _epoch(self, number: int) -> list[Record]:
+        return [part.record(number, k) for part in self.parts for k in range(part.count)]
+
+    def record(self, number: int) -> Record:
+        """Return a record of a plan: `number` counts through the epochs, `count` records each."""
+        epoch, place = divmod(number, self.count)
+        for part in self.parts:
+            if place < part.count:
+                return part.record(epoch, place)
+            place -= part.count
+        raise IndexError(number)
+
+    def clips(self, record: Record) -> list[BankedClip | SplicedClip]:
+        """Return the media of a record."""
         return [place.clip() for place in record.places]
+
+
+def drawn_line(dataset: Dataset) -> str:
+    """Return what of an epoch's records is drawn anew in each, as a part of a line."""
+    spliced = sum(part.count for part in dataset.parts if part.splice)
+    words = [f"{spliced} spliced" if spliced else "", "seen" if dataset.augment.is_on else ""]
+    shown = " and ".join(filter(None, words))
+    return f" ({dataset.count} an epoch, {shown} anew in each)" if shown else ""
 
 
 def open_dataset(config: TrainConfig) -> Dataset:
@@ -66,6 +124,10 @@ def open_dataset(config: TrainConfig) -> Dataset:
     wanted = all_parts(
         config.data_path, config.data_config, config.data_mixture, folders, problems, notes
     )
+    if config.splice_path:
+        files = expanded(config.splice_path, problems)
+        how = read_splice(config.splice)
+        wanted.append(MixturePart(files, [], 1, folders=folders, name="splice_path", splice=how))
     held_out = all_parts(config.eval_path, "", "", folders, problems, notes)
     wanted, held_out = (local_parts(parts, problems) for parts in (wanted, held_out))
     if not config.bank and not any(part.banks for part in wanted):
@@ -168,6 +230,9 @@ def _join(
     parts: list[Part] = []
     dropped: Counter[str] = Counter()
     for part in wanted:
+        if part.splice:
+            parts.append(_spliced(part, part.splice, reading, pools.of(part), config.seed))
+            continue
         for path in part.records:
             kept = reading.records(replace(part, records=[path]), pools.of(part))
             for drop in reading.left_out:
@@ -178,11 +243,36 @@ def _join(
         for part in evaluated
         for record in reading.records(part, pools.of(part), held_out=True)
     ]
-    if not any(part.records for part in parts) and not problems:
+    if not any(part.records or part.splice for part in parts) and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")
     reading.refuse()
     notes, drops = reading.notes(LIST), reading.unique_drops
-    return Dataset(banks, tuple(parts), held_out, dropped, slow, fast, notes, drops)
+    augment = read_augment(config.augment)
+    if augment.ratio and slow == fast:
+        raise UserError("augment: ratio needs two strides, and slow and fast are one")
+    parts.sort(key=lambda part: part.splice is not None)
+    own = tuple(parts), held_out, dropped, slow, fast, notes, drops
+    return Dataset(banks, *own, seed=config.seed, augment=augment)
+
+
+def _spliced(
+    part: MixturePart, how: SpliceSettings, reading: Reading, banks: Banks, seed: int
+) -> Part:
+    """Return what splices records from the clips and phrases of a dataset."""
+    path = " + ".join(part.records)
+    digest = blake2b(digest_size=16)
+    for file in part.records:
+        digest.update(file_digest(file, part.chosen).encode())
+    sources = reading.sources(part, banks)
+    splice = None
+    if not reading.problems:
+        try:
+            splice = Splice.of(
+                how, sources, Path(path).name, int(digest.hexdigest()[:12], 16), seed
+            )
+        except UserError as error:
+            reading.problems += error.problems
+    return Part(path, digest.hexdigest(), [], part.repeats, splice)
 
 
 def local_parts(parts: Sequence[MixturePart], problems: list[str]) -> list[MixturePart]:

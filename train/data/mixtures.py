@@ -5,6 +5,8 @@ Three forms of YAML, told by their shape:
   may stand for a list of such terms;
 - LLaVA-NeXT's: `datasets: [{json_path: FILE, sampling_strategy: first:1000}, ...]`;
 - lmms-engine's: `datasets: [{path: FILE, data_folder: FOLDER}, ...]`.
+
+An entry with `splice: {records: 4000, ...}` has clips and phrases, of which records are made.
 """
 
 import os
@@ -20,13 +22,14 @@ from shards.annotations.files import ALL, Selection, annotation_files, is_hub_na
 from shards.annotations.globs import expanded, is_glob
 from shards.errors import UserError
 from train.data.folders import Folders
+from train.settings.drawn import SpliceSettings, problem_of, read_splice, words_of
 
 FILES = ("records", "data_path", "json_path", "path")
 """What a dataset's annotation files are called: here, in VILA, in LLaVA-NeXT, in lmms-engine."""
 BANKS = ("banks", "bank")
 FOLDERS = ("media_dir", "data_folder")
 """What the folder of a dataset's media is called here and in VILA, and in lmms-engine."""
-KNOWN = (*FILES, *BANKS, *FOLDERS, "strip_prefix", "sampling_strategy", "seed")
+KNOWN = (*FILES, *BANKS, *FOLDERS, "strip_prefix", "sampling_strategy", "seed", "splice")
 LEFT_ALONE = ("_target_", "data_type", "is_video")
 """Of other trainers, and told by the rows themselves."""
 TERM = re.compile(r"([^@*]+?)(?:@([\d.]+))?(?:\*(\d+))?")
@@ -46,6 +49,8 @@ class MixturePart:
     """What leads from its names of media to ids."""
     name: str = field(default="", compare=False)
     """Where it stands, for messages."""
+    splice: SpliceSettings | None = None
+    """How records are spliced from its rows, where they are no records themselves."""
     repeatable: bool = field(default=False, compare=False)
     """Whether its files may be those of another dataset too: a mixture asked for both by name."""
 
@@ -260,7 +265,21 @@ def _part(
     problems += [f"{where}: {problem}" for problem in wrong]
     banks = _paths(_first(entry, BANKS) or [], config)
     folders = Folders(str(_first(entry, FOLDERS) or ""), _prefixes(entry.get("strip_prefix")))
-    return MixturePart(records, banks, 1, chosen, folders, name=where)
+    splice = _splice(entry["splice"], where, problems) if "splice" in entry else None
+    return MixturePart(records, banks, 1, chosen, folders, name=where, splice=splice)
+
+
+def _splice(value: Any, where: str, problems: list[str]) -> SpliceSettings:
+    """Return what an entry's `splice` asks for: a mapping, or words as on a command line."""
+    words = (
+        words_of(value) if isinstance(value, dict) else str(value or "").replace(",", " ").split()
+    )
+    if isinstance(value, list):
+        words = [str(word) for word in value]
+    if problem := problem_of(read_splice, words):
+        problems.append(f"{where}: splice: {problem}")
+        return SpliceSettings()
+    return read_splice(words)
 
 
 def _first(entry: dict[str, Any], names: Sequence[str]) -> Any:

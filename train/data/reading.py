@@ -3,18 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from shards.annotations.fault import RowError
+from shards.annotations.fault import RowError, short
+from shards.annotations.fields import is_empty
 from shards.annotations.files import stray_files
+from shards.annotations.forms import MEDIA_TAG
+from shards.annotations.records import check_inside, parse_row, rows_of
+from shards.annotations.timeline import Cut
 from shards.errors import UserError
-from shards.read.banks import Banks
+from shards.format.samples import clip_id
+from shards.read.banks import Banks, Place
+from shards.read.timeline import timeline_of
 from shards.text import some
 from train.data.coordinates import settled
 from train.data.drops import BadRecords, Drop, counted
+from train.data.folders import Folders
+from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
-from train.data.records import Record, join, read_records
+from train.data.records import PLAIN, Record, Turn, join, known_id, read_records
+from train.data.spans import refuse_misspelt
 from train.settings.config import DataSettings
 
+PHRASE = ("phrase", "caption")
+SOURCE = "no source of splice"
+EXPECTED = "one `video`, and its `phrase` or `caption`"
 SHOWN = 30
 """Problems that are printed; a file of the wrong form has one for each of its rows."""
 
@@ -72,9 +85,35 @@ class Reading:
         drops = self.bad.judge(path, errors, rows, self.problems)
         return kept, drops + [Drop.of_record(record, reason) for record, reason in unbanked]
 
+    def sources(self, part: MixturePart, banks: Banks) -> list[Record]:
+        """Return the rows of a dataset's files that say what a clip shows, joined to their clips."""
+        kept: list[Record] = []
+        self.left_out = []
+        for path in part.records:
+            errors, unbanked, read = list[RowError](), list[tuple[Record, str]](), list[Record]()
+            rows = list(rows_of(path, self.problems, part.chosen))
+            for where, row in rows:
+                try:
+                    source = parse_source(row, where, self.settings, part.folders)
+                    read.append(as_banked(source, banks, part.folders))
+                except RowError as error:
+                    errors.append(error)
+            missing = self.settings.missing
+            joined = join(read, banks, missing, self.problems, unbanked, part.folders)
+            kept += self._settled(joined, errors)
+            self.left_out += self.bad.judge(path, errors, len(rows), self.problems)
+            self.left_out += [Drop.of_record(record, reason) for record, reason in unbanked]
+        self.drops += self.left_out
+        return kept
+
     def _settled(self, records: Sequence[Record], errors: list[RowError]) -> list[Record]:
         kept = []
         for record in records:
+            try:
+                record = laid_together(record)
+            except RowError as error:
+                errors.append(error.at(record.where, record.id))
+                continue
             seconds = [place.clip().info.duration for place in record.places]
             clip = self.settings.times_past_end == "clip"
             settled_record, clipped, faults = settled(record, seconds, clip=clip)
@@ -108,6 +147,53 @@ class Reading:
         if self.passed_over:
             lines.append(f"without records, and not read: {some(list(self.passed_over))}")
         return tuple(lines)
+
+
+def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders = PLAIN) -> Record:
+    """Return a row as a record whose medium is a stretch of one clip, and whose text is its phrase.
+
+    RowError names its place, its id and what is wrong.
+    """
+    lenient = settings.allow_outside or bool(folders.strip_prefix)
+    ignored = settings.ignore_fields
+    row = parse_row(data, where, allow_outside=lenient, media_only=True, ignored=ignored)
+    try:
+        told = {name: data[name] for name in PHRASE if not is_empty(data.get(name))}
+        if len(told) != 1 or len(row.media) != 1:
+            got = f"{len(row.media)} media, {len(told)} phrases"
+            raise RowError(SOURCE, "a source of splice", got=got, expected=EXPECTED)
+        ((name, phrase),) = told.items()
+        if not isinstance(phrase, str) or MARKUP.search(phrase) or MEDIA_TAG.search(phrase):
+            expected = "a text without tags and coordinates"
+            raise RowError(SOURCE, f"`{name}`", got=short(phrase), expected=expected)
+        refuse_misspelt([("assistant", phrase)])
+        (medium,) = row.media
+        if not settings.allow_outside:
+            check_inside(folders.stripped(medium))
+    except RowError as error:
+        raise error.at(where, row.id) from None
+    text = Turn("assistant", " ".join(phrase.split()).removesuffix("."))
+    cut = Cut(medium, row.start, row.end)
+    source = data.get("data_source")
+    named = source if isinstance(source, str) else ""
+    return Record(row.id, (medium,), (text,), "", where, named, (cut,))
+
+
+def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
+    """Return a source whose part of a video is banked as a clip of its own, as that clip."""
+    (cut,) = source.cuts
+    id_ = clip_id(cut.video, cut.start, cut.end)
+    if cut[1:] == (None, None) or known_id(id_, source.source, banks, (), folders) is None:
+        return source
+    return replace(source, clips=(id_,), cuts=(Cut(id_),))
+
+
+def laid_together(record: Record) -> Record:
+    """Return a record whose places are its media: of a timeline the one that its clips are parts of."""
+    if not record.cuts:
+        return record
+    places = [place for place in record.places if isinstance(place, Place)]
+    return replace(record, places=(timeline_of(places, record.cuts),))
 
 
 def shorten(problems: Sequence[str]) -> list[str]:

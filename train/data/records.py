@@ -1,9 +1,10 @@
 """Annotation files -> records, joined to banked clips; coordinate markup in their text.
 
 A record is `{id, video, start?, end?, conversations: [{from: human|gpt, value}]}` with one
-`<video>` or `<image>` tag per medium; `shards.annotations` brings other forms into this one. Text may
-carry `<t:12.5>` (seconds of the clip) or `<t:41.3%>` (a share of it), `<x:0.31>` and `<y:0.52>`
-(fractions of the frame), or an anchor by name such as `<TEMP-037>`.
+`<video>` or `<image>` tag per medium, or a `timeline` of parts that are one (`shards.read.timeline`);
+`shards.annotations` brings other forms into this one. Text may carry `<t:12.5>` (seconds of the clip)
+or `<t:41.3%>` (a share of it), `<x:0.31>` and `<y:0.52>` (fractions of the frame), or an anchor by name
+such as `<TEMP-037>`.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,9 +16,11 @@ from shards.annotations.fault import RowError
 from shards.annotations.files import ALL, Selection
 from shards.annotations.forms import MEDIA_TAG, Json, canonical
 from shards.annotations.records import check_inside, parse_row, rows_of
+from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.format.samples import clip_id
 from shards.read.banks import Banks, Place
+from shards.read.timeline import Timeline
 from train.data.folders import Folders, advice, several
 from train.data.markup import kind_of
 from train.data.spans import refuse_misspelt
@@ -37,7 +40,7 @@ class Record:
 
     id: str
     clips: tuple[str, ...]
-    """Clip ids, in the order of the media tags."""
+    """Clip ids, in the order of the media tags; of a timeline, those of its parts."""
     turns: tuple[Turn, ...]
     task: str
     """The record's own task name, or empty."""
@@ -45,8 +48,15 @@ class Record:
     """`file:line` or `file[index]`, for messages."""
     source: str = ""
     """LLaVA-Video's `data_source`: a folder that its media may be banked under."""
-    places: tuple[Place, ...] = field(default=(), compare=False, repr=False)
-    """Of the clips, once the record is joined to banks."""
+    cuts: tuple[Cut, ...] = ()
+    """Of a timeline: what of each clip lies on it. They are one medium."""
+    places: tuple[Place | Timeline, ...] = field(default=(), compare=False, repr=False)
+    """Of the media, once the record is joined to banks."""
+
+    @property
+    def media(self) -> int:
+        """How many media it has, and tags for them."""
+        return 1 if self.cuts else len(self.clips)
 
 
 PLAIN = Folders()
@@ -128,6 +138,7 @@ def parse_record(
         task=row.task,
         where=where,
         source=source if isinstance(source, str) else "",
+        cuts=row.timeline,
     )
 
 

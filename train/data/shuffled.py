@@ -11,6 +11,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.read.banks import BankedClip, Place
+from shards.read.timeline import SplicedClip, Timeline, places_of, splice
 from train.data.dataset import Dataset
 from train.data.records import Record
 
@@ -38,7 +39,8 @@ class ShuffledDataset(Dataset):
     def of(cls, dataset: Dataset, seed: int = 0) -> "ShuffledDataset":
         """Give every clip of the held-out records another one of them; UserError where there is none."""
         groups: dict[tuple[int, int], list[Place]] = defaultdict(list)
-        for place in dict.fromkeys(p for r in dataset.held_out for p in r.places):
+        media = [medium for record in dataset.held_out for medium in record.places]
+        for place in dict.fromkeys(place for medium in media for place in places_of(medium)):
             groups[place.clip().info.patch_grid].append(place)
         others = {}
         for grid, places in groups.items():
@@ -54,8 +56,15 @@ class ShuffledDataset(Dataset):
         same = {f.name: getattr(dataset, f.name) for f in fields(dataset)}
         return cls(**same, others=others)
 
-    def clips(self, record: Record) -> list[BankedClip]:
-        return [foreign(place, self.others[place]) for place in record.places]
+    def clips(self, record: Record) -> list[BankedClip | SplicedClip]:
+        found: list[BankedClip | SplicedClip] = []
+        for medium in record.places:
+            clips = [foreign(place, self.others[place]) for place in places_of(medium)]
+            if isinstance(medium, Timeline):
+                found.append(splice(clips, medium.stretches))
+            else:
+                found += clips
+        return found
 
 
 def foreign(place: Place, other: Place) -> ForeignClip:

@@ -31,6 +31,7 @@ from model.slow_fast import uniform_indices
 from shards.errors import UserError
 from shards.format.features import differences
 from shards.read.banks import Place
+from shards.read.timeline import places_of
 from shards.signed import Json, canonical_json, digest
 from train.batches.loader import Loader
 from train.batches.run_plan import RunPlan
@@ -43,6 +44,8 @@ FILE = "floor.safetensors"
 VERSION = 1
 MOST_CLIPS, MOST_CELLS = 1024, 2**19
 """What the fits read of a run's training clips, at most: some gigabytes of features, once."""
+MOST_DRAWN = 4096
+"""Records that they are chosen from, where each is drawn to be looked at."""
 CLIPS_AT_ONCE, CELLS_AT_ONCE = 4, 2**14
 """What is held in memory of them, the cells in fp64."""
 HELD_IN = 5
@@ -249,8 +252,11 @@ def records_to_fit(dataset: Dataset, plan: RunPlan) -> list[int]:
     """
     taken: set[Place] = set()
     found = []
-    for k in np.flatnonzero(plan.transitions).tolist():
-        places = set(dataset.records[k].places)
+    able = np.flatnonzero(plan.transitions[: dataset.count])
+    if dataset.is_drawn:
+        able = able[uniform_indices(len(able), MOST_DRAWN)] if len(able) else able
+    for k in able.tolist():
+        places = {place for medium in dataset.record(k).places for place in places_of(medium)}
         if not places & taken:
             taken |= places
             found.append(k)
@@ -310,7 +316,7 @@ def _batches(
 ) -> Iterator[Batch]:
     for begin in range(0, len(records), CLIPS_AT_ONCE):
         rows = [
-            [(loader.dataset.records[k], int(plan.frames[k]))]
+            [(loader.dataset.record(k), int(plan.frames[k]))]
             for k in records[begin : begin + CLIPS_AT_ONCE]
         ]
         yield to_device(loader.rows(rows, with_copy=True), accelerator.device)

@@ -11,7 +11,7 @@ from model.slow_fast import draw_pattern, slow_frames
 from shards.errors import UserError
 from shards.signed import Json
 from shards.text import duration
-from train.data.dataset import Dataset
+from train.data.dataset import Dataset, drawn_line
 from train.settings.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -179,8 +179,8 @@ def banner(
     lines = [
         f"bank      {', '.join(b.where for b in dataset.banks.banks)}: {clips} clips, "
         f"fingerprint {bank.config.fingerprint[:12]}",
-        f"records   {len(dataset.records)} to train on, {len(dataset.held_out)} held out, "
-        f"{plan.dropped_line}",
+        f"records   {dataset.count} to train on{drawn_line(dataset)}, {len(dataset.held_out)} held "
+        f"out, {plan.dropped_line}",
         f"frames    {draw_pattern(pattern)} (S: stride {dataset.slow_stride}, "
         f"{'x'.join(map(str, cells[dataset.slow_stride]))} cells; F: stride {dataset.fast_stride}, "
         f"{'x'.join(map(str, cells[dataset.fast_stride]))}), {tokens} tokens of a clip"

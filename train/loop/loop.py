@@ -247,7 +247,7 @@ def calibrate(run: Run, model: VLM, loader: Loader) -> float:
     records = run.plan.first_with_media(CALIBRATED)
     if records:
         whole = run.config.max_frames_num  # whatever the limit of a record
-        batch = loader.rows([[(run.dataset.records[k], whole)] for k in records], False)
+        batch = loader.rows([[(run.dataset.record(k), whole)] for k in records], False)
         # where the model is: FSDP moves it to the device only later
         return model.calibrate(to_device(batch, model.visual.frame_end.device))
     learns = model.lape is not None and model.lape.preset == "plus"

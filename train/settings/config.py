@@ -15,6 +15,8 @@ from model.settings import setting
 from shards.annotations.files import is_hub_name
 from shards.annotations.globs import is_glob
 from shards.hub import refusal
+from train.settings.drawn import problem_of as drawn_problem
+from train.settings.drawn import read_augment, read_splice
 from train.settings.exits import refuse
 from train.settings.foreign import ENVIRONMENT
 from train.settings.launcher import wishes
@@ -43,6 +45,19 @@ class DataSettings:
     )
     data_config: str = setting("", "YAML of named datasets: name -> {records, banks}")
     data_mixture: str = setting("", "which of them, how often and how much: a+b*2+c@0.1")
+    splice_path: list[str] = setting(
+        [],
+        "clips with phrases, of which records are spliced: {video, phrase or caption, start?, end?}",
+    )
+    splice: list[str] = setting(
+        [],
+        "how: records=10000 (an epoch) parts=2-6 seconds=2-6 rounds=4 questions=span+order+count+seen",
+    )
+    augment: list[str] = setting(
+        [],
+        "how frames are seen, drawn for each record and epoch: jitter, pattern=interleave+uniform, "
+        "ratio=0.25+0.5, drop=0.3",
+    )
     eval_path: list[str] = setting([], "record files for the held-out loss")
     media_dir: str = setting(
         "", "folder that the records' media are relative to, where no id is as they say"
@@ -236,14 +251,25 @@ def check(
         problems.append(f"{where} stage_path: {problem}")
     if config.output_dir:
         reads = {name: [getattr(config, name)] for name in ("stage_path", "data_config")}
-        reads |= {name: getattr(config, name) for name in ("bank", "data_path", "eval_path")}
+        reads |= {
+            name: getattr(config, name)
+            for name in ("bank", "data_path", "splice_path", "eval_path")
+        }
         if problem := output_problem(Path(config.output_dir), reads):
             problems.append(f"{origins.get('output_dir', 'output_dir')} output_dir: {problem}")
     if config.data_mixture and not config.data_config:
         problems.append("data_mixture: needs data_config, a YAML of named datasets")
-    if not config.data_config and not config.data_path:
+    if config.splice and not config.splice_path:
+        problems.append(
+            "splice: needs splice_path, clips with phrases; an entry of data_config has a splice of "
+            "its own"
+        )
+    for name, read in (("splice", read_splice), ("augment", read_augment)):
+        if problem := drawn_problem(read, getattr(config, name)):
+            problems.append(f"{origins.get(name, name)} {name}: {problem}")
+    if not (config.data_config or config.data_path or config.splice_path):
         problems.append("data_path: missing; give --data_path RECORDS.jsonl, or data_config")
-    for name in ("data_path", "eval_path"):
+    for name in ("data_path", "splice_path", "eval_path"):
         for path in getattr(config, name):
             if not Path(path).exists() and not is_glob(path) and not is_hub_name(path):
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")

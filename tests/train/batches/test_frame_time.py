@@ -15,8 +15,9 @@ from model.vlm import VLM
 from train.ask import ask
 from train.batches.chat import Chat
 from train.batches.fitting import fit_frames
-from train.batches.lengths import Lengths, measure
+from train.batches.lengths import Lengths
 from train.batches.loader import Loader
+from train.batches.measure import measure
 from train.batches.plan import plan_run
 from train.data.dataset import open_dataset
 from train.data.records import Turn

@@ -18,7 +18,8 @@ from model.vlm import VLMConfig
 from shards.errors import UserError
 from train.batches.chat import MEDIA, Chat
 from train.batches.collate import lay_out
-from train.batches.lengths import cache_folder, count_tokens, measure, tokenizer_digest
+from train.batches.lengths import cache_folder, count_tokens, tokenizer_digest
+from train.batches.measure import measure
 from train.data.dataset import open_dataset
 from train.data.records import Record, Turn
 from train.settings.config import TrainConfig
@@ -124,7 +125,7 @@ def test_a_second_look_tokenises_nothing(
     def refuse(*_: object) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("train.batches.lengths.load_with_template", refuse)
+    monkeypatch.setattr("train.batches.measure.load_with_template", refuse)
     assert lengths(config) == first
     assert lengths(replace(config, slow_frame_ratio="1", seed=5)) == first
 

@@ -1,0 +1,207 @@
+"""A medium that is no video: parts of banked clips laid end to end, on one clock, nothing encoded.
+
+    {"timeline": [{"video": "a.mp4", "start": 3, "end": 7}, {"video": "b.mp4"}], ...}
+
+Of each clip the banked frames of [start, end) are taken, in seconds of the clip. The first part begins at
+0, each other one where that before it ends. Parts may have other grids and crops: each frame keeps its
+own. What banks of one run share (tower, layer, pooling, strides) their parts share too.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from shards.annotations.fault import RowError
+from shards.annotations.timeline import REASON, Cut
+from shards.read.bank import ClipInfo
+from shards.read.banks import Place
+
+SLACK = 0.1
+"""Seconds by which a part may end behind its clip: annotations are often rounded to one decimal."""
+
+ROUNDING = 1e-6
+"""Seconds by which a frame may lie before a part and be its first: sums of floats are not exact."""
+
+
+class ClipFeatures(Protocol):
+    """A clip's features, from a bank or fresh from a tower."""
+
+    @property
+    def info(self) -> ClipInfo: ...
+
+    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
+        """Return `(frames, cell_rows, cell_cols, dim)`: float16, or uint16 that holds bfloat16."""
+        ...
+
+
+@dataclass(frozen=True)
+class PartOfClip:
+    """Consecutive frames of a clip, on the clock of the medium that they are a part of."""
+
+    whole: ClipFeatures
+    first: int
+    """The banked frame that is this part's frame 0."""
+    info: ClipInfo
+    """Its bounds are those of the medium, its frames those of the part."""
+
+    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
+        return self.whole.read(stride, [self.first + frame for frame in frames])
+
+
+@dataclass(frozen=True)
+class SplicedInfo(ClipInfo):
+    """What is known of a medium of several parts: its clock and frames; sizes are its first part's."""
+
+    parts: tuple[ClipInfo, ...]
+
+    def place(self, frame: int) -> tuple[int, int]:
+        """Return (part, frame of the part) of a frame of the medium."""
+        for number, part in enumerate(self.parts):
+            if frame < len(part.timestamps):
+                return number, frame
+            frame -= len(part.timestamps)
+        raise IndexError(frame)
+
+
+@dataclass(frozen=True)
+class SplicedClip:
+    """A medium of several parts: what is known of it, and the parts, which are read one by one."""
+
+    parts: tuple[PartOfClip, ...]
+
+    @cached_property
+    def info(self) -> SplicedInfo:
+        infos = tuple(part.info for part in self.parts)
+        first = infos[0]
+        return SplicedInfo(
+            id=" + ".join(info.id for info in infos),
+            start=first.start,
+            end=first.end,
+            timestamps=np.concatenate([info.timestamps for info in infos]),
+            frame_index=np.concatenate([info.frame_index for info in infos]),
+            display_size=first.display_size,
+            patch_grid=first.patch_grid,
+            covered=first.covered,
+            parts=infos,
+        )
+
+
+Medium = ClipFeatures | SplicedClip
+
+
+class Stretch(NamedTuple):
+    """Banked frames of a clip that lie on a timeline."""
+
+    place: Place
+    first: int
+    last: int
+    """Frames [first, last) of the clip."""
+    start: float
+    end: float
+    """Seconds [start, end) of the clip."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Where a medium of several parts is: which stretch of which banked clip each part is."""
+
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def duration(self) -> float:
+        return float(sum(s.end - s.start for s in self.stretches))
+
+    def clip(self) -> SplicedClip:
+        clips = [stretch.place.clip() for stretch in self.stretches]
+        return splice(clips, self.stretches)
+
+
+def splice(clips: Sequence[ClipFeatures], stretches: Sequence[Stretch]) -> SplicedClip:
+    """Return clips' stretches as one medium, on a clock that begins at 0."""
+    total = float(sum(s.end - s.start for s in stretches))
+    parts, begins = [], 0.0
+    for clip, stretch in zip(clips, stretches, strict=True):
+        info, own = clip.info, slice(stretch.first, stretch.last)
+        on_clock = ClipInfo(
+            id=info.id,
+            start=0.0,
+            end=total,
+            timestamps=begins + (info.timestamps[own] - info.start - stretch.start),
+            frame_index=info.frame_index[own],
+            display_size=info.display_size,
+            patch_grid=info.patch_grid,
+            covered=info.covered,
+        )
+        parts.append(PartOfClip(clip, stretch.first, on_clock))
+        begins += stretch.end - stretch.start
+    return SplicedClip(tuple(parts))
+
+
+def timeline_of(places: Sequence[Place], cuts: Sequence[Cut]) -> Timeline:
+    """Return the timeline of cuts of banked clips; RowError where one does not lie in its clip."""
+    infos = [place.clip().info for place in places]
+    return Timeline(
+        tuple(
+            Stretch(place, *frames_of(info, cut, number))
+            for number, (place, info, cut) in enumerate(zip(places, infos, cuts, strict=True), 1)
+        )
+    )
+
+
+def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, float]:
+    """Return (first frame, the one after the last, start, end) of what a cut takes of a clip.
+
+    number: of the part, for messages.
+    """
+    where = f"part {number} of `timeline`, {cut.video}"
+    start = cut.start or 0.0
+    end = info.duration if cut.end is None else cut.end
+    if end > info.duration + SLACK:
+        what = f"{where}: ends at {end:g} s, behind its clip"
+        raise RowError(REASON, what, expected=f"at most {info.duration:.3f}")
+    end = min(end, info.duration)
+    times = info.timestamps - info.start
+    first, last = frames_between(times.tolist(), start, end)
+    if first >= last:
+        near = times[np.argsort(np.abs(times - (start + end) / 2))[:2]]
+        shown = " and ".join(f"{time:.3f}" for time in sorted(near.tolist()))
+        raise RowError(
+            REASON,
+            f"{where}: no banked frame from {start:g} to {end:g} s",
+            expected=f"frames, of which the nearest are at {shown}",
+            fix="take a longer part, or encode with a higher --fps",
+        )
+    return first, last, start, end
+
+
+def places_of(medium: Place | Timeline) -> list[Place]:
+    """Return where a medium's clips are, in the order of its parts."""
+    return [s.place for s in medium.stretches] if isinstance(medium, Timeline) else [medium]
+
+
+def frames_between(times: Sequence[float], start: float, end: float) -> tuple[int, int]:
+    """Return (first, one after the last) of the frames at [start, end); times: rising seconds."""
+    return bisect_left(times, start - ROUNDING), bisect_left(times, end - ROUNDING)
+
+
+def parts_of(clips: Sequence[Medium]) -> list[ClipFeatures]:
+    """Return clips, and the parts of those that have some in their place."""
+    return [
+        part for clip in clips for part in (clip.parts if isinstance(clip, SplicedClip) else [clip])
+    ]
+
+
+def place_of(info: ClipInfo, frame: int) -> tuple[int, int, ClipInfo]:
+    """Return (part, frame of the part, what is known of the part) of a medium's frame."""
+    if not isinstance(info, SplicedInfo):
+        return 0, frame, info
+    number, own = info.place(frame)
+    return number, own, info.parts[number]
+
+
+def part_count(info: ClipInfo) -> int:
+    return len(info.parts) if isinstance(info, SplicedInfo) else 1

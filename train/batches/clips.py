@@ -1,0 +1,179 @@
+"""The clips of records as arrays, read from the banks' catalogues: what lengths are counted from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+
+from model.slow_fast import uniform_indices
+from shards.read.banks import Banks, Place
+from shards.read.timeline import Timeline
+from shards.signed import canonical_json
+from train.batches.chat import Chat
+from train.data.records import Record
+from train.data.splice import Layout
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of records, one entry per use of a clip, in the order of the records.
+
+    A medium is one use, or several that a timeline lays together.
+    """
+
+    record: np.ndarray
+    """int64, which record uses it."""
+    frames: np.ndarray
+    """int64, banked frames."""
+    slow_cells: np.ndarray
+    fast_cells: np.ndarray
+    """int64, cells of a frame on either grid."""
+    duration: np.ndarray
+    """float64 seconds of each medium."""
+    digest: str
+    """Of the ids, times and features of all of them, in order."""
+    uses: np.ndarray | None = None
+    """int64 `(media,)`, the uses of each medium; None where each is one."""
+
+    @classmethod
+    def of(
+        cls, records: Sequence[Record], banks: Banks, slow_stride: int, fast_stride: int
+    ) -> "Clips":
+        """Read from the catalogues what the records' clips are; every clip is banked."""
+        media = [(k, place) for k, own in enumerate(records) for place in own.places]
+        spliced = [k for k, (_, place) in enumerate(media) if isinstance(place, Timeline)]
+        uses = np.ones(len(media), np.int64)
+        places: list[Place] = []
+        taken: dict[int, int] = {}
+        for number, (_, place) in enumerate(media):
+            if isinstance(place, Timeline):
+                uses[number] = len(place.stretches)
+                for stretch in place.stretches:
+                    taken[len(places)] = stretch.last - stretch.first
+                    places.append(stretch.place)
+            else:
+                places.append(place)
+        digest = blake2b(
+            "\n".join(c for own in records for c in own.clips).encode(), digest_size=16
+        )
+        if cuts := [cut.to_json() for own in records for cut in own.cuts]:
+            digest.update(canonical_json({"cuts": cuts}))
+        values = np.zeros((4, len(places)))
+        found = np.zeros(len(places), bool)
+        for bank in banks.banks:
+            here = np.asarray([place.bank is bank for place in places], bool)
+            rows = np.asarray([place.row for place in places if place.bank is bank], np.int64)
+            columns = bank.columns
+            for name in (
+                "start",
+                "end",
+                *(f"stride{s}_crc32c" for s in (slow_stride, fast_stride)),
+            ):
+                digest.update(columns[name][rows].tobytes())
+            for grid, stride in ((1, slow_stride), (2, fast_stride)):
+                shape = columns[f"stride{stride}_shape"].reshape(-1, 4).astype(np.int64)[rows]
+                values[0, here] = shape[:, 0]
+                values[grid, here] = shape[:, 1] * shape[:, 2]
+            values[3, here] = (columns["end"] - columns["start"])[rows]
+            found |= here
+        assert found.all()
+        record = np.repeat(np.asarray([k for k, _ in media], np.int64), uses)
+        frames, slow, fast = values[:3].astype(np.int64)
+        frames[list(taken)] = list(taken.values())
+        duration = values[3][np.cumsum(uses) - uses]
+        duration[spliced] = [media[k][1].duration for k in spliced]  # type: ignore[union-attr]
+        told = frames, slow, fast, duration, digest.hexdigest()
+        return cls(record, *told, uses if spliced else None)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Clips"], records: Sequence[int], digest: str) -> "Clips":
+        """Return the clips of several lots of records, one after the other.
+
+        records: how many each lot has.
+        """
+        before = np.cumsum([0, *records]).tolist()
+        record = np.concatenate([own.record + k for own, k in zip(parts, before, strict=False)])
+        frames, slow, fast, duration = (
+            np.concatenate([getattr(own, name) for own in parts])
+            for name in ("frames", "slow_cells", "fast_cells", "duration")
+        )
+        uses = np.concatenate(
+            [np.ones(len(own.frames), np.int64) if own.uses is None else own.uses for own in parts]
+        )
+        several = uses if (uses != 1).any() else None
+        return cls(record, frames, slow, fast, duration, digest, several)
+
+    def spliced(self, laid: Layout) -> "Clips":
+        """Return the clips of spliced records; these are those of their sources, one each."""
+        on = np.arange(laid.source.shape[1]) < laid.parts[:, None]
+        source = laid.source[on]
+        return Clips(
+            np.repeat(np.arange(len(laid.parts)), laid.parts),
+            (laid.last - laid.first)[on],
+            self.slow_cells[source],
+            self.fast_cells[source],
+            # added up in order, as a timeline does
+            np.cumsum(np.where(on, laid.end / 1000 - laid.start / 1000, 0.0), axis=1)[:, -1],
+            "",
+            laid.parts,
+        )
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """The first use of each medium: int64 `(media,)`."""
+        return (
+            np.arange(len(self.frames)) if self.uses is None else np.cumsum(self.uses) - self.uses
+        )
+
+    @cached_property
+    def banked(self) -> np.ndarray:
+        """The banked frames of each medium: int64 `(media,)`."""
+        return np.add.reduceat(self.frames, self.first) if len(self.first) else self.frames
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """The number of each medium in its record: int64 `(media,)`."""
+        record = self.record[self.first]
+        return np.arange(len(record)) - np.searchsorted(record, record)
+
+    @cached_property
+    def line(self) -> np.ndarray:
+        """Where each use's frames begin, all frames in a line: int64 `(uses,)`."""
+        return np.cumsum(self.frames) - self.frames
+
+
+@dataclass(frozen=True)
+class Stamps:
+    """The tokens of the time written before each frame."""
+
+    tokens: np.ndarray
+    """int64, of every banked frame of every use of a clip, one use after the other."""
+    first: np.ndarray
+    """int64 `(media,)`, where a medium's frames begin."""
+
+    @classmethod
+    def joined(cls, seconds: np.ndarray, frames: np.ndarray, chat: Chat) -> "Stamps":
+        """Count what is written before frames; seconds: of all; frames: how many each medium has."""
+        tokens = [len(chat.stamp(time)) for time in seconds.tolist()]
+        return cls(np.asarray(tokens, np.int64), np.cumsum(frames) - frames)
+
+    def taken(self, banked: np.ndarray, taken: np.ndarray) -> np.ndarray:
+        """Return the stamps' tokens of each medium, of so many frames taken of those banked, evenly."""
+        out = np.zeros_like(taken)
+        for most, count in set(zip(banked.tolist(), taken.tolist(), strict=True)):
+            these = np.flatnonzero((banked == most) & (taken == count))
+            places = self.first[these, None] + np.asarray(uniform_indices(most, count), np.int64)
+            out[these] = self.tokens[places].sum(axis=1)
+        return out
+
+
+def frame_times(records: Sequence[Record]) -> np.ndarray:
+    """Return the seconds of all banked frames of the records' media, one after the other."""
+    seconds: dict[Place | Timeline, np.ndarray] = {}
+    for place in {place: None for record in records for place in record.places}:
+        info = place.clip().info
+        seconds[place] = info.timestamps - info.start
+    media = [seconds[place] for record in records for place in record.places]
+    return np.concatenate([np.zeros(0), *media])

@@ -1,0 +1,147 @@
+"""Counts the lengths of a dataset's records: of those that are read once, of drawn ones each epoch."""
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+
+from model.config import ModelSettings
+from model.lape.tokens import LAPE_AXES, LapeTokens
+from model.slow_fast import exact_ratio
+from shards.signed import canonical_json
+from train.batches.augment import Looks
+from train.batches.chat import VERSION, Chat
+from train.batches.clips import Clips, Stamps, frame_times
+from train.batches.lengths import Lengths, count_tokens, kept_counts, text_lengths
+from train.batches.turns import Rounds, as_turns, count_rounds
+from train.data.dataset import Dataset, Part
+from train.data.records import Record
+from train.start.templates import load_with_template
+
+
+def measure(
+    settings: ModelSettings, dataset: Dataset, llm: str, tokenizer: str, *, lenient: bool = False
+) -> Lengths:
+    """Return the lengths of a dataset's records, as `Measure` counts them in the first epoch."""
+    return Measure(settings, dataset, llm, tokenizer, lenient=lenient).epoch(0)
+
+
+class Measure:
+    """Counts the lengths of a dataset's records, epoch by epoch where they are drawn anew."""
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        dataset: Dataset,
+        llm: str,
+        tokenizer: str,
+        *,
+        lenient: bool = False,
+    ) -> None:
+        """llm: name or folder of the model whose tokenizer is used; tokenizer: its digest.
+
+        lenient: a record that its chat template refuses has UNWRITABLE tokens of text, and is no
+        UserError.
+        """
+        self.settings, self.dataset, self.lenient = settings, dataset, lenient
+        axes, spatial = LAPE_AXES[settings.lape_axes], settings.num_spatial_tokens
+        counts = settings.num_temporal_tokens, spatial, spatial
+        self.anchors = LapeTokens(counts, axes) if settings.enable_lape else None
+        template, date = settings.chat_template, settings.template_date
+        self.template = f"{tokenizer} {template} {date}"
+        self.chat = lru_cache(lambda: Chat(load_with_template(llm, template), self.anchors, date))
+        self.in_words = self.anchors is None or 0 not in self.anchors.axes
+
+    def epoch(self, number: int) -> Lengths:
+        """Return the lengths of an epoch's records."""
+        dataset, settings = self.dataset, self.settings
+        lots = [self._read] if self._read.clips.record.size or not dataset.splices else []
+        lots += [self._spliced(part, number) for part in dataset.parts if part.splice]
+        counts = np.concatenate([lot.counts for lot in lots])
+        clips = lots[0].clips
+        if dataset.splices:
+            digest = self._read.clips.digest
+            clips = Clips.joined(
+                [lot.clips for lot in lots], [len(lot.counts) for lot in lots], digest
+            )
+        written = None
+        if settings.frame_time == "text":
+            seconds = np.concatenate([lot.seconds for lot in lots])
+            written = Stamps.joined(seconds, clips.banked, self.chat())
+        looks = Looks.of_epoch(dataset, settings, number)
+        drawn = clips.uses is not None or looks.settings.is_on
+        ratio = exact_ratio(settings.slow_frame_ratio)
+        text, supervised = counts.T
+        return Lengths(text, supervised, clips, ratio, written, looks if drawn else None)
+
+    @cached_property
+    def _read(self) -> "Lot":
+        """The records that are the same in every epoch."""
+        dataset = self.dataset
+        parts = [part for part in dataset.parts if not part.splice]
+        records = [record for part in parts for record in part.records * part.repeats]
+        clips = Clips.of(records, dataset.banks, *self._strides)
+        counts, first = [np.zeros((0, 2), np.int64)], 0
+        for part in parts:
+            media = sum(record.media for record in part.records)
+            told = clips.duration[first : first + media], self.template, self.anchors, self.chat
+            first += media * part.repeats
+            own = text_lengths(part, *told, lenient=self.lenient)
+            counts.append(np.tile(own, (part.repeats, 1)))
+        stamped = self.settings.frame_time == "text"
+        return Lot(clips, np.concatenate(counts), frame_times(records) if stamped else NO_TIMES)
+
+    def _spliced(self, part: Part, epoch: int) -> "Lot":
+        """The records that are spliced for an epoch."""
+        splice = part.splice
+        assert splice is not None
+        laid = splice.layout(epoch, np.arange(part.count))
+        clips = self._sources[part.path].spliced(laid)
+        facts = {"tokenizer": self.template, "anchors": repr(self.anchors), "version": VERSION}
+        talks = splice.questions(laid, timed=self.in_words)
+        key = blake2b(canonical_json(facts | {"first": repr(talks[:64])}), digest_size=16)
+        for column in laid:
+            key.update(np.ascontiguousarray(column).tobytes())
+        key.update("\0".join(source.phrase for source in splice.sources).encode())
+        counts = kept_counts(
+            key.hexdigest(), len(talks), lambda: self._count(talks, clips.duration.tolist())
+        )
+        stamped = self.settings.frame_time == "text"
+        return Lot(clips, counts, splice.frame_times(laid) if stamped else NO_TIMES)
+
+    def _count(self, talks: Sequence[Rounds], durations: Sequence[float]) -> np.ndarray:
+        counts = count_rounds(self.chat(), talks, durations)
+        if counts is None:  # a template that does not keep turns apart
+            turns = [as_turns(talk) for talk in talks]
+            records = [Record(str(k), ("",), tuple(t), "", "") for k, t in enumerate(turns)]
+            counts = count_tokens(self.chat(), records, durations)
+        return counts
+
+    @cached_property
+    def _sources(self) -> dict[str, Clips]:
+        """The clips of the sources that are spliced, by dataset."""
+        dataset = self.dataset
+        return {
+            part.path: Clips.of(part.splice.records, dataset.banks, *self._strides)
+            for part in dataset.parts
+            if part.splice
+        }
+
+    @property
+    def _strides(self) -> tuple[int, int]:
+        return self.dataset.slow_stride, self.dataset.fast_stride
+
+
+class Lot(NamedTuple):
+    """Records that are counted together."""
+
+    clips: Clips
+    counts: np.ndarray
+    """int64 `(records, 2)`: tokens of text, supervised ones."""
+    seconds: np.ndarray
+    """float64, of all frames of all media, where times are written before them."""
+
+
+NO_TIMES = np.zeros(0)

@@ -1,0 +1,390 @@
+"""Records that are spliced: stretches of banked clips on a timeline, with questions about them.
+
+    {"video": "a.mp4", "phrase": "a busy street", "start": 3, "end": 20}     # or "caption"
+
+Such rows say what a clip shows: all of it, or from `start` to `end`. A record is drawn by nothing but the
+run's seed, the epoch and its number: any rank, a plan and a resumed run draw the same one, and every
+epoch others. Its phrases are different texts; that two texts do not mean the same is up to their author.
+Questions come in random order, as the order of time would answer them, and each phrase is asked about
+once; beside them, at most one question is about the order of all. Records are laid out as arrays, many
+at once, because a plan counts a hundred thousand, and written as text one by one.
+"""
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shards.annotations.timeline import Cut
+from shards.errors import UserError
+from shards.read.timeline import Stretch, Timeline
+from train.data.records import Record, Turn
+from train.settings.drawn import SpliceSettings, draw
+
+Asked = tuple[str, str]
+"""A question, and its answer."""
+SPAN, COUNT, SEEN, ORDER = range(4)
+KINDS = {"span": SPAN, "seen": SEEN}
+"""Questions about one phrase, as many as there are rounds; the others come once."""
+(PARTS, PHRASE_OF, SOURCE_OF, LENGTH, FRAME, BEFORE, TWICE, AGAIN, INSTEAD, SOURCE_AGAIN) = range(
+    10
+)
+(ASKED, KIND, COUNTED, IN_ORDER, IN_ORDER_AT, MOMENT, LETTER) = range(10, 17)
+"""What a number is drawn for."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stretch of a banked clip, and a phrase that says what it shows."""
+
+    phrase: str
+    clip: str
+    """Its id."""
+    stretch: Stretch
+    times: np.ndarray
+    """float64 seconds of the clip, of all its banked frames."""
+
+    @classmethod
+    def of(cls, record: Record) -> "Source":
+        """Return what a row of `reading.parse_source` is, once its medium is found."""
+        (timeline,), (clip,), (turn,) = record.places, record.clips, record.turns
+        assert isinstance(timeline, Timeline)
+        (stretch,) = timeline.stretches
+        info = stretch.place.clip().info
+        times = info.timestamps - info.start
+        return cls(turn.text, clip, stretch, times)
+
+
+class Layout(NamedTuple):
+    """Spliced records as arrays, one a row; what lies behind a row's parts and rounds means nothing."""
+
+    parts: np.ndarray
+    """int64 `(records,)`, how many there are."""
+    source: np.ndarray
+    """int64 `(records, parts)`, the number of a part's source."""
+    first: np.ndarray
+    last: np.ndarray
+    """Banked frames [first, last) of its clip."""
+    start: np.ndarray
+    end: np.ndarray
+    """Milliseconds of its clip."""
+    once: np.ndarray
+    """bool, whether no other part of the record has its phrase."""
+    letter: np.ndarray
+    """float64, by which parts are lettered."""
+    rounds: np.ndarray
+    """int64 `(records,)`, how many questions there are."""
+    kind: np.ndarray
+    """int64 `(records, rounds)`: SPAN, COUNT, SEEN or ORDER."""
+    about: np.ndarray
+    """The part that is asked about."""
+    moment: np.ndarray
+    """float64, where in the part SEEN asks, in [0.1, 0.9)."""
+
+
+@dataclass(frozen=True)
+class Splice:
+    """What draws the spliced records of one dataset."""
+
+    settings: SpliceSettings
+    sources: tuple[Source, ...]
+    """Those of one phrase side by side."""
+    records: tuple[Record, ...]
+    """Of the sources."""
+    name: str
+    """Of the files, for messages."""
+    key: int
+    """Of their bytes, so that two datasets of a run draw differently."""
+    seed: int
+
+    @classmethod
+    def of(
+        cls, settings: SpliceSettings, records: Sequence[Record], name: str, key: int, seed: int
+    ) -> "Splice":
+        """Return what splices records of `reading.parse_source`; UserError for too few."""
+        phrases: dict[str, list[tuple[Source, Record]]] = {}
+        for record in records:
+            source = Source.of(record)
+            phrases.setdefault(source.phrase, []).append((source, record))
+        if len(phrases) < settings.parts[0]:
+            raise UserError(
+                f"{len(phrases)} different phrases",
+                expected=f"{settings.parts[0]:.0f} or more, one for each part of a medium",
+                where=f"{name}: splice",
+                fix="name more clips, or lower its parts",
+            )
+        sources, own = zip(*(pair for alike in phrases.values() for pair in alike), strict=True)
+        return cls(settings, sources, own, name, key, seed)
+
+    @property
+    def count(self) -> int:
+        """Records of an epoch, without repeats."""
+        return self.settings.records
+
+    @cached_property
+    def _tables(self) -> "_Tables":
+        return _Tables.of(self.sources)
+
+    def layout(self, epoch: int, numbers: np.ndarray) -> Layout:
+        """Return records of an epoch; numbers: int64 `(records,)`."""
+        tables = self._tables
+
+        def drawn(what: int, *columns: int) -> np.ndarray:
+            """Return numbers in [0, 1) for each record, and each column of so many."""
+            key = (self.key, self.seed, epoch)
+            wide = numbers.reshape(-1, *(1 for _ in columns))
+            return draw(*key, wide, what, *map(np.arange, columns))
+
+        source, parts = self._sources(tables, drawn)
+        first, last, start, end = self._stretches(tables, source, drawn)
+        on = np.arange(source.shape[1]) < parts[:, None]
+        phrase = np.where(on, tables.phrase[source], -1)
+        alike = (phrase[:, :, None] == phrase[:, None, :]) & on[:, :, None]
+        once = on & (alike.sum(axis=1) == 1)
+        earlier = np.tril(alike.transpose(0, 2, 1), -1).any(axis=2)
+        asked = self._asked(on & ~earlier, once, drawn)
+        letter = drawn(LETTER, source.shape[1])
+        return Layout(parts, source, first, last, start, end, once, letter, *asked)
+
+    def _sources(self, tables: "_Tables", drawn: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return (sources, parts): of different phrases and clips, but for a phrase to be counted."""
+        phrases = len(tables.begin)
+        fewest, most = (min(int(n), phrases) for n in self.settings.parts)
+        parts = fewest + (drawn(PARTS) * (most - fewest + 1)).astype(np.int64)
+        chosen = np.zeros((len(parts), 0), np.int64)
+        lots = drawn(PHRASE_OF, most)
+        for column in range(most):  # the r-th of those that are not chosen yet
+            other = (lots[:, column] * (phrases - column)).astype(np.int64)
+            for before in np.sort(chosen, axis=1).T:
+                other += other >= before
+            chosen = np.column_stack([chosen, other])
+        source = tables.pick(chosen, drawn(SOURCE_OF, most))
+        on = np.arange(most) < parts[:, None]
+        clip = np.where(on, tables.clip[source], -1 - np.arange(most))
+        # another phrase of a clip may be true of the same frames
+        on &= ~np.tril(clip[:, :, None] == clip[:, None, :], -1).any(axis=2)
+        kept = np.argsort(~on, axis=1, kind="stable")
+        source, parts = np.take_along_axis(source, kept, axis=1), on.sum(axis=1)
+        if "count" in self.settings.questions:
+            self._repeat(tables, source, parts, drawn)
+        return source, parts
+
+    def _repeat(self, tables: "_Tables", source: np.ndarray, parts: np.ndarray, drawn: Any) -> None:
+        """Show one phrase of every other record twice, in place of another that is no neighbour."""
+        again, instead = ((drawn(what) * parts).astype(np.int64) for what in (AGAIN, INSTEAD))
+        rows = np.flatnonzero((drawn(TWICE) < 0.5) & (np.abs(again - instead) > 1))
+        own = source[rows, again[rows]]
+        other = tables.pick(tables.phrase[own], drawn(SOURCE_AGAIN)[rows])
+        taken = (tables.clip[source[rows]] == tables.clip[other][:, None]).any(axis=1)
+        source[rows, instead[rows]] = np.where(taken, own, other)
+
+    def _stretches(
+        self, tables: "_Tables", source: np.ndarray, drawn: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return (first, last, start, end) of each part: a frame is drawn, and a stretch around it."""
+        columns = source.shape[1]
+        low, high = tables.low[source], tables.high[source]
+        shortest, longest = (round(1000 * t) for t in self.settings.seconds)
+        length = shortest + (drawn(LENGTH, columns) * (longest - shortest + 1)).astype(np.int64)
+        length = np.minimum(length, high - low)
+        frames = tables.last[source] - tables.first[source]
+        frame = tables.first[source] + (drawn(FRAME, columns) * frames).astype(np.int64)
+        line = tables.line[source]
+        moment = (tables.times[line + frame] - tables.base[source]) // 1000
+        start = moment - (drawn(BEFORE, columns) * 0.9 * length).astype(np.int64)
+        start = np.clip(start, low, high - length)
+        first, last = (
+            np.searchsorted(tables.times, tables.base[source] + 1000 * time - 1) - line
+            for time in (start, start + length)
+        )
+        return first, last, start, start + length
+
+    def _asked(
+        self, free: np.ndarray, once: np.ndarray, drawn: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return (rounds, kind, about, moment). free: `(records, parts)`, one part of each phrase."""
+        asked = self.settings.questions
+        plain = np.asarray([k for name, k in KINDS.items() if name in asked] or [COUNT])
+        rounds = np.minimum(self.settings.rounds, free.sum(axis=1))
+        most = min(self.settings.rounds, free.shape[1])
+        lots = np.where(free, drawn(ASKED, free.shape[1]), 2.0)
+        about = np.argsort(lots, axis=1, kind="stable")[:, :most]
+        kind = plain[(drawn(KIND, most) * len(plain)).astype(np.int64)]
+        # of what is seen twice there is no one span, but a number that is not 1
+        twice = ~np.take_along_axis(once, about, axis=1) & (np.arange(most) < rounds[:, None])
+        if "count" in asked:
+            any_ = (drawn(COUNTED) * rounds).astype(np.int64)
+            at = np.where(twice.any(axis=1), np.argmax(twice, axis=1), any_)
+            kind[np.arange(len(at)), at] = COUNT
+        if "order" in asked:
+            only = len(asked) == 1
+            ordered = (once.sum(axis=1) > 1) & (only | (drawn(IN_ORDER) < 0.5))
+            rounds = np.where(only, 1, rounds)
+            rows = np.flatnonzero(ordered)
+            kind[rows, (drawn(IN_ORDER_AT) * rounds).astype(np.int64)[rows]] = ORDER
+        return rounds, kind, about, 0.1 + 0.8 * drawn(MOMENT, most)
+
+    def draw(self, epoch: int, number: int) -> Record:
+        """Return a record of an epoch."""
+        laid = self._row(epoch, number)
+        stretches, cuts = [], []
+        for k in range(laid.parts[0]):
+            source = self.sources[laid.source[0, k]]
+            start, end = float(laid.start[0, k]) / 1000, float(laid.end[0, k]) / 1000
+            first, last = int(laid.first[0, k]), int(laid.last[0, k])
+            stretches.append(Stretch(source.stretch.place, first, last, start, end))
+            cuts.append(Cut(source.clip, start, end))
+        (asked,) = self.questions(laid)
+        turns = [Turn(role, text) for pair in asked for role, text in zip(ROLES, pair, strict=True)]
+        return Record(
+            id=f"splice-{epoch}-{number}",
+            clips=tuple(cut.video for cut in cuts),
+            turns=tuple(turns),
+            task="",
+            where=f"{self.name}[splice {epoch}][{number}]",
+            cuts=tuple(cuts),
+            places=(Timeline(tuple(stretches)),),
+        )
+
+    def frame_times(self, laid: Layout) -> np.ndarray:
+        """Return the seconds on each record's clock of all frames of its parts, one after the other.
+
+        The same sums as of a medium that is opened, to the bit.
+        """
+        on = np.arange(laid.source.shape[1]) < laid.parts[:, None]
+        start, end = laid.start / 1000, laid.end / 1000
+        begins = np.cumsum(np.column_stack([0 * laid.parts, end - start]), axis=1)[:, :-1][on]
+        counts = (laid.last - laid.first)[on]
+        part = np.repeat(np.arange(len(counts)), counts)
+        frame = np.arange(len(part)) - np.repeat(np.cumsum(counts) - counts, counts)
+        line = (self._tables.line[laid.source] + laid.first)[on]
+        seconds: np.ndarray = self._tables.seconds[line[part] + frame]
+        return begins[part] + (seconds - start[on][part])
+
+    @cached_property
+    def _kept(self) -> dict[int, Layout]:
+        """Whole epochs that were laid out, the last two."""
+        return {}
+
+    def _row(self, epoch: int, number: int) -> Layout:
+        """Return one record as a layout of one row: a row of its epoch, where that is not too long."""
+        if number >= MOST_KEPT:
+            return self.layout(epoch, np.asarray([number]))
+        laid = self._kept.get(epoch)
+        if laid is None:
+            laid = self.layout(epoch, np.arange(min(self.count, MOST_KEPT)))
+            while len(self._kept) > 1:
+                self._kept.pop(next(iter(self._kept)), None)
+            self._kept[epoch] = laid
+        if number >= len(laid.parts):
+            return self.layout(epoch, np.asarray([number]))
+        return Layout(*(column[number : number + 1] for column in laid))
+
+    def questions(self, laid: Layout, *, timed: bool = True) -> list[list[Asked]]:
+        """Return the questions of each record; without `timed`, every time in them is 0."""
+        ends = np.cumsum(laid.end - laid.start, axis=1) / 1000 * timed
+        begins = ends - (laid.end - laid.start) / 1000 * timed
+        phrases = [[self.sources[k].phrase for k in row] for row in laid.source.tolist()]
+        columns = (laid.parts, laid.rounds, laid.kind, laid.about, laid.moment, begins, ends)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        out = []
+        for record, (parts, rounds, kinds, about, moments, begin, end) in enumerate(rows):
+            shown, asked = phrases[record][:parts], []
+            for kind, part, moment in zip(kinds[:rounds], about, moments, strict=False):
+                if kind == ORDER:
+                    once = np.flatnonzero(laid.once[record]).tolist()
+                    asked.append(_order(shown, once, laid.letter[record].tolist()))
+                elif kind == COUNT:
+                    asked.append(_count(shown, part))
+                elif kind == SEEN:
+                    time = begin[part] + moment * (end[part] - begin[part])
+                    asked.append((f"What is seen at <t:{time:.3f}>?", shown[part]))
+                else:
+                    span = f"from <t:{begin[part]:.3f}> to <t:{end[part]:.3f}>"
+                    asked.append((f"When is this seen: {shown[part]}?", span))
+            question, answer = asked[0]
+            asked[0] = f"<video>\n{question}", answer
+            out.append(asked)
+        return out
+
+
+ROLES = ("user", "assistant")
+MOST_KEPT = 2**18
+"""Records of an epoch that are laid out once and kept (500 bytes each): one by one takes far longer."""
+
+
+def _count(shown: Sequence[str], part: int) -> Asked:
+    return f"How many times is this seen: {shown[part]}?", str(shown.count(shown[part]))
+
+
+def _order(shown: Sequence[str], once: Sequence[int], letter: Sequence[float]) -> Asked:
+    """Ask for the letters of phrases in the order of time."""
+    by_letter = sorted(once, key=lambda part: letter[part])[: len(string.ascii_uppercase)]
+    named = dict(zip(by_letter, string.ascii_uppercase, strict=False))
+    lines = "\n".join(f"{named[part]}. {shown[part]}" for part in by_letter)
+    answer = ", ".join(named[part] for part in sorted(named))
+    return f"In which order are these seen?\n{lines}", answer
+
+
+class _Tables(NamedTuple):
+    """The sources as arrays: int64."""
+
+    phrase: np.ndarray
+    """`(sources,)`, the number of its phrase."""
+    clip: np.ndarray
+    """The number of its clip."""
+    first: np.ndarray
+    last: np.ndarray
+    """Banked frames [first, last) of its clip."""
+    low: np.ndarray
+    high: np.ndarray
+    """Milliseconds of its clip."""
+    line: np.ndarray
+    """Where its clip's frames begin among `times`."""
+    base: np.ndarray
+    """What is added to its clip's times there."""
+    times: np.ndarray
+    """Microseconds of all clips' frames, one clip after the other, rising."""
+    seconds: np.ndarray
+    """float64, the same frames, each in its clip."""
+    begin: np.ndarray
+    """`(phrases,)`, its first source."""
+    size: np.ndarray
+    """How many it has."""
+
+    @classmethod
+    def of(cls, sources: Sequence[Source]) -> "_Tables":
+        numbers: dict[str, int] = {}
+        clips: dict[str, int] = {}
+        lines, bases, times, seconds = [], [], [], []
+        frames = base = 0
+        for source in sources:
+            numbers.setdefault(source.phrase, len(numbers))
+            if source.clip not in clips:
+                clips[source.clip] = len(clips)
+                lines.append(frames)
+                bases.append(base)
+                seconds.append(source.times)
+                times.append(base + np.rint(1e6 * source.times).astype(np.int64))
+                frames += len(source.times)
+                base = int(times[-1][-1]) + math.ceil(1e6 * source.stretch.end) + 10**9
+        phrase = np.asarray([numbers[source.phrase] for source in sources])
+        clip = np.asarray([clips[source.clip] for source in sources])
+        spans = [source.stretch for source in sources]
+        first, last = (np.asarray([s[k] for s in spans], np.int64) for k in (1, 2))
+        low = np.asarray([math.floor(1000 * s.start) for s in spans])
+        high = np.asarray([math.ceil(1000 * s.end) for s in spans])
+        size = np.bincount(phrase)
+        own = np.asarray(lines)[clip], np.asarray(bases)[clip]
+        frames_of_all = np.concatenate(times), np.concatenate(seconds)
+        return cls(
+            phrase, clip, first, last, low, high, *own, *frames_of_all, np.cumsum(size) - size, size
+        )
+
+    def pick(self, phrase: np.ndarray, lot: np.ndarray) -> np.ndarray:
+        """Return a source of each phrase; lot: numbers in [0, 1)."""
+        return self.begin[phrase] + (lot * self.size[phrase]).astype(np.int64)

@@ -1,0 +1,177 @@
+"""What a run draws anew every epoch: spliced records, and how frames are seen; as words, `name=value`.
+
+--splice records=4000 parts=2-6 questions=span+seen        splice: {records: 4000, parts: 2-6}
+--augment jitter ratio=0.25+0.5 drop=0.3                   augment: [jitter, ratio=0.25+0.5, drop=0.3]
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any, TypeVar
+
+import numpy as np
+
+from model.slow_fast import STRATEGIES, is_ratio
+from shards.errors import UserError
+
+
+def draw(*key: int | np.ndarray) -> np.ndarray:
+    """Return float64 numbers in [0, 1), one of each key: a hash of it (splitmix64's), no state.
+
+    key: integers from 0, or arrays of them that fit each other.
+    """
+    mixed = np.zeros(np.broadcast_shapes((1,), *(np.shape(part) for part in key)), np.uint64)
+    for part in key:
+        mixed = mixed + np.uint64(0x9E3779B97F4A7C15) + np.asarray(part).astype(np.uint64)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed = mixed ^ (mixed >> np.uint64(31))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+QUESTIONS = ("span", "order", "count", "seen")
+
+
+@dataclass(frozen=True)
+class SpliceSettings:
+    """How records are spliced from clips with phrases."""
+
+    records: int = 10_000
+    """Of an epoch."""
+    parts: tuple[float, float] = (2, 6)
+    """Clips of a medium, fewest and most."""
+    seconds: tuple[float, float] = (2.0, 6.0)
+    """Of a clip that is taken, at least (where it has them) and at most."""
+    rounds: int = 4
+    """Questions of a record at most."""
+    questions: tuple[str, ...] = QUESTIONS
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """How the frames of a medium are seen otherwise than evenly and always by one pattern."""
+
+    jitter: bool = False
+    """Each frame is any one of its stretch of the banked frames, not the evenly placed one."""
+    pattern: tuple[str, ...] = ()
+    """Strategies, of which a record has one (all, where no value is given); none: the run's."""
+    ratio: tuple[Fraction, ...] = ()
+    """Shares of slow frames, of which a record has one; none: the run's."""
+    drop: float = 0.0
+    """The largest share of a medium's banked frames, all in a row, that is not seen."""
+
+    @property
+    def is_on(self) -> bool:
+        return self != AugmentSettings()
+
+
+T = TypeVar("T", SpliceSettings, AugmentSettings)
+
+
+def read_splice(words: Sequence[str]) -> SpliceSettings:
+    """Return what `splice` asks for; UserError for a word that it does not know."""
+    found = _read(SpliceSettings, words, _SPLICE)
+    if found.parts[0] < 1 or found.seconds[0] < 0.1:
+        raise UserError("parts are at least 1, seconds at least 0.1", got=" ".join(words))
+    return found
+
+
+def read_augment(words: Sequence[str]) -> AugmentSettings:
+    """Return what `augment` asks for; UserError for a word that it does not know."""
+    return _read(AugmentSettings, words, _AUGMENT)
+
+
+def words_of(mapping: dict[str, Any]) -> list[str]:
+    """Return a YAML mapping as the words of a command line."""
+    return [
+        f"{name}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in mapping.items()
+    ]
+
+
+def problem_of(read: Callable[[Sequence[str]], object], words: Sequence[str]) -> str | None:
+    """Return what is wrong with some words, None if nothing."""
+    try:
+        read(words)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, _, high = text.partition("-")
+    found = float(low), float(high or low)
+    if not re.fullmatch(r"[\d.]+(-[\d.]+)?", text) or found[0] > found[1]:
+        raise ValueError
+    return found
+
+
+def _counts(text: str) -> tuple[float, float]:
+    low, high = _range(text)
+    return int(low), int(high) if low == int(low) and high == int(high) else _no()
+
+
+def _count(text: str) -> int:
+    return int(text) if re.fullmatch(r"[1-9]\d{0,8}", text) else _no()
+
+
+def _share(text: str) -> float:
+    return float(text) if re.fullmatch(r"0?\.\d+", text) and float(text) <= 0.9 else _no()
+
+
+def _some(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def read(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split("+"))
+        return chosen if set(chosen) <= set(choices) and len(set(chosen)) == len(chosen) else _no()
+
+    return read
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    return _some(STRATEGIES)(text) if text else STRATEGIES
+
+
+def _ratios(text: str) -> tuple[Fraction, ...]:
+    return tuple(Fraction(word) if is_ratio(word) else _no() for word in text.split("+"))
+
+
+def _yes(text: str) -> bool:
+    return text in ("", "true", "True") or _no()
+
+
+def _no() -> Any:
+    raise ValueError
+
+
+Reader = Callable[[str], Any]
+_SPLICE: dict[str, tuple[Reader, str]] = {
+    "records": (_count, "a positive integer, such as 4000"),
+    "parts": (_counts, "a number of clips, or a range such as 2-6"),
+    "seconds": (_range, "seconds, or a range such as 2-6"),
+    "rounds": (_count, "a positive integer, such as 4"),
+    "questions": (_some(QUESTIONS), f"some of {'+'.join(QUESTIONS)}"),
+}
+_AUGMENT: dict[str, tuple[Reader, str]] = {
+    "jitter": (_yes, "no value"),
+    "pattern": (_patterns, f"some of {'+'.join(STRATEGIES)}"),
+    "ratio": (_ratios, "shares of slow frames, such as 0.25+0.5"),
+    "drop": (_share, "a share up to 0.9, such as 0.3"),
+}
+
+
+def _read(kind: type[T], words: Sequence[str], readers: dict[str, tuple[Reader, str]]) -> T:
+    values: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in readers:
+            known = ", ".join(field.name for field in fields(kind))
+            raise UserError(f"knows no {name!a}", expected=f"some of {known}")
+        if name in values:
+            raise UserError(f"has {name} twice", fix="keep one")
+        read, expected = readers[name]
+        try:
+            values[name] = read(text)
+        except ValueError:
+            raise UserError(f"{name}", got=repr(text), expected=expected) from None
+    return kind(**values)
