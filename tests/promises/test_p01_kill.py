@@ -88,7 +88,7 @@ def _count(request: dict[str, Any]) -> None:
     clip, call: die at the n-th of these. full: the disk is, from the n-th call on. vanish: a folder,
     and where it is moved at the second clip.
     """
-    from model.tower.tower import Tower
+    from model.tower.pooling import Pooling
 
     notes = os.open(request["counts"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     clips, calls, unlink = 0, 0, os.unlink
@@ -106,7 +106,7 @@ def _count(request: dict[str, Any]) -> None:
 
         return call
 
-    def features(*args: Any, real: Any = Tower.features, **options: Any) -> Any:
+    def pooling(*args: Any, real: Any = Pooling.__init__, **options: Any) -> None:
         nonlocal clips
         clips += 1
         os.write(notes, b"c")
@@ -114,10 +114,10 @@ def _count(request: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if clips == 2 and "vanish" in request:
             os.rename(*request["vanish"])
-        return real(*args, **options)
+        real(*args, **options)
 
     os.fsync, os.replace, os.unlink = noted(os.fsync), noted(os.replace), noted(unlink)
-    Tower.features = features  # type: ignore[method-assign]
+    Pooling.__init__ = pooling  # type: ignore[method-assign]
 
 
 class Runs:

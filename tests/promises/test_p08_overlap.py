@@ -6,30 +6,43 @@ alone, tests/bench/decode.py). That the stages overlap, and in order, is tested 
 
 import threading
 import time
+from collections.abc import Iterator
 
-from preprocess.encode.unit import ahead
+import numpy as np
 
-CLIPS = 12
+from preprocess.encode.ahead import ahead
+
+BATCHES = 12
+BYTES = 1000
+"""Of a batch."""
 
 
-def test_the_next_clip_is_being_decoded_while_one_is_encoded() -> None:
-    begun = [threading.Event() for _ in range(CLIPS)]
+def test_the_next_batch_is_being_decoded_while_one_is_encoded() -> None:
+    begun = [threading.Event() for _ in range(BATCHES)]
 
-    def decode(clip: int) -> int:
-        begun[clip].set()
-        return clip
+    def decode() -> Iterator[tuple[int, np.ndarray]]:
+        for batch in range(BATCHES):
+            begun[batch].set()
+            yield batch, np.zeros(BYTES, np.uint8)
 
     found = []
-    for clip, decoded in ahead(range(CLIPS), decode):
-        if clip + 1 < CLIPS:
-            assert begun[clip + 1].wait(60), "it waits for this clip to be encoded"
-        found.append(decoded.result())
-    assert found == list(range(CLIPS)), "and they come in order"
+    for batch, _ in ahead(decode(), 2 * BYTES):
+        if batch + 1 < BATCHES:
+            assert begun[batch + 1].wait(60), "it waits for this batch to be encoded"
+        found.append(batch)
+    assert found == list(range(BATCHES)), "and they come in order"
 
 
-def test_no_more_than_two_decoded_clips_wait() -> None:
+def test_no_more_waits_than_it_may() -> None:
     decoded: list[int] = []
-    for clip, _ in ahead(range(CLIPS), decoded.append):
+
+    def decode() -> Iterator[tuple[int, np.ndarray]]:
+        for batch in range(BATCHES):
+            decoded.append(batch)
+            yield batch, np.zeros(BYTES, np.uint8)
+
+    for batch, _ in ahead(decode(), 2 * BYTES):
         time.sleep(0.01)
-        assert len(decoded) <= clip + 3
-    assert decoded == list(range(CLIPS))
+        # two that wait, and the one that is being decoded
+        assert len(decoded) <= batch + 1 + 3
+    assert decoded == list(range(BATCHES))

@@ -46,7 +46,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         rng = np.random.default_rng(0)
         frames = rng.integers(0, 255, (4, 48, 64, 3), np.uint8)
-        write_video(folder / "good.mp4", frames)
+        write_video(folder / "good.mp4", frames, 8)
         self.video = (folder / "good.mp4").read_bytes()
         images = [Image.fromarray(frame) for frame in frames[:2]]
         self.pictures = {}

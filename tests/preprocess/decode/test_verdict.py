@@ -107,7 +107,7 @@ def test_a_file_cut_before_its_index_says_how_much_is_there(
     reader: SourceReader, tmp_path: Path, frames: np.ndarray
 ) -> None:
     path = tmp_path / "a.mp4"
-    write_video(path, frames)
+    write_video(path, frames, 8)
     whole = path.read_bytes()
     assert whole.index(b"moov") > len(whole) // 2
     path.write_bytes(whole[: len(whole) // 2])
@@ -130,7 +130,7 @@ def remuxed(source: Path, to: Path, **options: str) -> Path:
 def test_an_encrypted_mp4_is_never_decoded(
     reader: SourceReader, tmp_path: Path, frames: np.ndarray
 ) -> None:
-    write_video(tmp_path / "a.mp4", frames)
+    write_video(tmp_path / "a.mp4", frames, 8)
     keys = {"encryption_key": "76a6c65c5ea762046bd749a2e632ccbb", "encryption_kid": "a7" * 16}
     path = remuxed(tmp_path / "a.mp4", tmp_path / "b.mp4", encryption_scheme="cenc-aes-ctr", **keys)
     assert read(reader, tmp_path / "a.mp4").clip
@@ -143,7 +143,7 @@ def test_an_encrypted_mp4_is_never_decoded(
 def test_a_scrambled_transport_stream_is_told(
     reader: SourceReader, tmp_path: Path, frames: np.ndarray
 ) -> None:
-    write_video(tmp_path / "a.mp4", frames)
+    write_video(tmp_path / "a.mp4", frames, 8)
     path = remuxed(tmp_path / "a.mp4", tmp_path / "a.ts")
     assert read(reader, path).clip
     data, random = bytearray(path.read_bytes()), Random(0)
