@@ -421,5 +421,5 @@ def test_a_run_learns_through_a_joining_projector(
 
 
 def test_a_folder_that_is_gone_has_no_config_and_is_no_hub_name() -> None:
-    assert read_config("demo/toy/tower") is None
+    assert read_config("gone/toy/tower") is None
     assert read_config("/nowhere/at/all") is None
