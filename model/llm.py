@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 ORIGINAL_LLAVA = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
 """The `model_type` of LLaVA's own checkpoints -> the family of the LLM that lies flat in them."""
@@ -84,7 +84,7 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
                     where=path,
                     fix="take a form of it that transformers itself has, or another LLM",
                 ) from None
-            reason = str(error).splitlines()[0].partition(" for this kind of")[0]
+            reason = first_line(error).partition(" for this kind of")[0]
             raise UserError(
                 f"{path}: not a causal LLM, nor a LLaVA checkpoint that holds one: {reason}"
             ) from None

@@ -7,6 +7,11 @@ the machine's. `assert` and all else are ours: a traceback, and exit 70 of `prep
 from collections.abc import Iterable
 
 
+def first_line(error: BaseException) -> str:
+    """Return an exception's first line, as part of a line of ours; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(Exception):
     """What is wrong with an input, a setting, a bank or a model, and what to do about it.
 

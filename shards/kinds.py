@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 HEAD = 1 << 16
 """Bytes that are looked at."""
+LFS = b"version https://git-lfs"
+"""Begins what Git LFS leaves in place of a file."""
 
 
 class Kind(NamedTuple):
@@ -151,7 +153,7 @@ def _transport(head: bytes) -> Kind | None:
 
 
 def _text(head: bytes) -> Kind | None:
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+    if head.startswith(LFS):
         size = re.search(rb"size (\d+)", head)
         held = f" for a file of {int(size[1]):,} bytes" if size else ""
         return Kind(

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from model.family.conformance import Verdict, verdict_of
+from model.family.conformance import Verdict, said_by, verdict_of
 
 GRANITE = {
     "logits_scaling": 8.0,
@@ -71,7 +71,7 @@ def verdicts(names: list[str]) -> Iterator[tuple[str, Verdict | str]]:
         try:
             llm_class, config = class_and_config(family)
         except Exception as error:  # whatever a config's own defaults meet
-            yield family, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            yield family, said_by(error)
             continue
         found = verdict_of(llm_class, config)
         yield family, found.unbuilt or found

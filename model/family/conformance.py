@@ -26,7 +26,7 @@ from model.family.windows import KINDS, reaches, text_config
 from model.generate import Cached, Reread
 from model.mask import intervals
 from model.vlm import VLM
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest difference of two logits of one token, over the RMS of all; of the twin, that of fp32."""
@@ -122,9 +122,9 @@ def try_twin(llm_class: type, config: Any) -> Verdict:
     try:
         twin = make_twin(llm_class, config)
     except Exception as error:  # whatever a config that shrinks badly meets
-        reason = f"no tiny twin of it can be built to check it with: {_line(error)}"
+        reason = f"no tiny twin of it can be built to check it with: {said_by(error)}"
         failed = {name: {"plain": reason, "alone": reason} for name in IMPLEMENTATIONS}
-        return Verdict(family, failed, unbuilt=_line(error))
+        return Verdict(family, failed, unbuilt=said_by(error))
     kinds = set(getattr(text_config(twin), "layer_types", None) or ())
     stateful = bool(getattr(twin, "_is_stateful", False) or kinds & STATES)
     kernels = [name for name, flag in KERNELS.items() if getattr(twin, flag, False)]
@@ -151,7 +151,7 @@ def _try(twin: Any, implementation: str) -> dict[str, str]:
         truth = [twin(input_ids=row[None]).logits[0].float() for row in ids]
         model = around(twin)
     except Exception as error:
-        reason = f"its own forward of a text row fails: {_line(error)}"
+        reason = f"its own forward of a text row fails: {said_by(error)}"
         return {"plain": reason, "alone": reason}
     twin.set_attn_implementation(implementation)
     checks: dict[str, Callable[[VLM, list[Tensor], list[Tensor]], str]] = {
@@ -170,7 +170,7 @@ def _try(twin: Any, implementation: str) -> dict[str, str]:
         try:
             reason = check(model, ids, truth)
         except Exception as error:  # of a family's own code, given what it does not know
-            reason = f"{WHAT[name]} fail: {_line(error)}"
+            reason = f"{WHAT[name]} fail: {said_by(error)}"
         if reason:
             failed[name] = reason
     return failed
@@ -395,6 +395,6 @@ def _kinds(llm: Any) -> str:
     return ", ".join(sorted(set(text_config(llm).layer_types) - set(KINDS)))
 
 
-def _line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:160]
+def said_by(error: Exception) -> str:
+    """Return the kind of an exception and its first line."""
+    return f"{type(error).__name__}: {first_line(error)}"[:160]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 SAMPLE = "When does it begin? From 12.5 s to 14, on the left."
 FIX = "put the tokenizer's files beside the weights: tokenizer.json, tokenizer_config.json"
@@ -60,8 +60,8 @@ def load_tokenizer(where: Any, rows: int | None = None) -> Any:
                 where=where,
                 fix="put a tokenizer.json of the same words there, or take another LLM",
             ) from None
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"its tokenizer does not load: {reason}", where=where, fix=FIX) from None
+        said = f"its tokenizer does not load: {first_line(error)}"
+        raise UserError(said, where=where, fix=FIX) from None
     check_tokenizer(tokenizer, rows, where)
     return tokenizer
 

@@ -87,6 +87,12 @@ class Pooling:
             each = self.tower.frames_per_unit
             raise GpuMemoryError(self.shape, self.shape // each // 2 * each) from None
 
+    def add_all(self, frames: np.ndarray) -> tuple[dict[int, np.ndarray], int]:
+        """Take the whole clip; return what a bank stores of it, and how many values underflowed."""
+        for cut in range(0, len(frames), self.shape):
+            self.add(frames[cut : cut + self.shape])
+        return self.stored, self.underflowed
+
     def _add(self, frames: np.ndarray) -> None:
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)

@@ -23,7 +23,7 @@ from model.tower.pixels import Pixels
 from model.tower.pooling import Pooling
 from model.tower.trial import check_processor
 from model.tower_kinds import TowerKind, find_kind
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,9 +161,7 @@ class Tower:
             batch_frames=batch_frames,
             threads=threads,
         )
-        for cut in range(0, len(frames), pooling.shape):
-            pooling.add(frames[cut : cut + pooling.shape])
-        return pooling.stored, pooling.underflowed
+        return pooling.add_all(frames)
 
     def normalise(self, frames: np.ndarray) -> Tensor:
         """Rescale and normalise: uint8 `(frames, h, w, 3)` -> the tower's `(frames, 3, h, w)`."""
@@ -270,7 +268,7 @@ def _to_device(model: nn.Module, dtype: str, device: str | torch.device) -> None
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
         raise UserError(
-            f"device {device}: cannot hold the tower: {_first_line(error)}; try --device cpu"
+            f"device {device}: cannot hold the tower: {first_line(error)}; try --device cpu"
         ) from None
 
 
@@ -288,12 +286,8 @@ def _without_report() -> Iterator[None]:
 def _not_loaded(name: str, error: Exception) -> UserError:
     return UserError(
         f"tower {name}: cannot be loaded; name a folder with config.json, preprocessor_config.json "
-        f"and weights, or a model of the Hub: {_first_line(error)}"
+        f"and weights, or a model of the Hub: {first_line(error)}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def tower_digest(config: Any, model: nn.Module) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.tower.pixels import Pixels
 from model.tower.qwen import patchify
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 SHAPES = ((90, 150), (211, 120))
 """(height, width) of the test pictures: lying and standing."""
@@ -50,10 +50,10 @@ def check_processor(tower: Tried, processor: Any) -> None:
         picture = test_picture(*shape)
         try:
             theirs = processor(images=[Image.fromarray(picture)], return_tensors="np")
-        except Exception as error:
+        except Exception as error:  # whatever a processor of its own class meets
             raise UserError(
                 f"tower {tower.name}: its image processor {kind} cannot read a picture of "
-                f"{shape[0]}x{shape[1]}: {str(error).splitlines()[0]}"
+                f"{shape[0]}x{shape[1]}: {first_line(error)}"
             ) from None
         values = np.asarray(theirs["pixel_values"], np.float32)
         ours = _ours(tower, picture)
@@ -83,7 +83,7 @@ def check_size(tower: Tried) -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"tower {tower.name}: it cannot take the {rows}x{cols} pixels that its image processor "
-            f"makes: {str(error).strip().splitlines()[0]}; correct the sizes in "
+            f"makes: {first_line(error)}; correct the sizes in "
             "preprocessor_config.json"
         ) from None
 

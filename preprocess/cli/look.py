@@ -89,7 +89,7 @@ def toyworld(out: Path, train_clips: int, test_clips: int, seed: int) -> None:
 
 @click.command()
 @click.argument("clips", nargs=-1, required=True, type=click.Path())
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LOCAL)
 @click.option("--train-clips", type=click.IntRange(min=1), default=400, show_default=True)
 @click.option("--test-clips", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option(

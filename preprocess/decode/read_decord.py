@@ -11,6 +11,7 @@ import numpy as np
 
 from preprocess.decode.frames import Distrust, Shape
 from preprocess.decode.scan import Scan
+from shards.errors import first_line
 
 DECORD_BATCH_BYTES = 8 << 20
 """Frames that decord returns together: fewer pages to fault in than all at once."""
@@ -39,7 +40,7 @@ def decord_trouble() -> str | None:
     except (
         Exception
     ) as error:  # a library that it links to is missing, or built for another machine
-        return f"decord is installed and cannot be imported ({str(error).splitlines()[0]})"
+        return f"decord is installed and cannot be imported ({first_line(error)})"
     return None
 
 
@@ -77,7 +78,7 @@ def _native(scan: Scan, index: Sequence[int]) -> list[np.ndarray]:
             frames += list(batch)
         counted = len(reader)
     except (DECORDError, DECORDLimitReachedError, RuntimeError, IndexError) as error:
-        raise Distrust(f"decord: {str(error).splitlines()[0]}") from None
+        raise Distrust(f"decord: {first_line(error)}") from None
     finally:
         reader = None
     if counted != len(scan.pts):

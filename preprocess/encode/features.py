@@ -148,14 +148,7 @@ def encode_frames(
     tower: Tower, frames: np.ndarray, options: EncodeOptions
 ) -> tuple[dict[int, np.ndarray], int]:
     """Return `Tower.features` of frames at the tower's size, as the options ask."""
-    return tower.features(
-        frames,
-        options.strides,
-        pool_mode=options.pool,
-        dtype=options.dtype,
-        batch_frames=options.batch_frames,
-        threads=options.tower_threads,
-    )
+    return pooling_of(tower, len(frames), options).add_all(frames)
 
 
 def provenance(tower: Tower, options: EncodeOptions) -> Json:

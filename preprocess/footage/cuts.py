@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.footage.sources import FPS, Part
+from preprocess.footage.sources import FPS, Part, seconds_of
 from preprocess.world import Json, bouncing, shuffled
 
 SCENES = (3, 5)
@@ -33,12 +33,12 @@ class Cut:
     @property
     def span(self) -> tuple[float, float]:
         """Seconds of the clip."""
-        return self.first / FPS, (self.first + self.count) / FPS
+        return seconds_of(self.first, self.count)
 
     @property
     def taken(self) -> tuple[float, float]:
         """Seconds of the source."""
-        return self.begins / FPS, (self.begins + self.count) / FPS
+        return seconds_of(self.begins, self.count)
 
 
 @dataclass(frozen=True)

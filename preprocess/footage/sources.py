@@ -24,7 +24,7 @@ from preprocess.decode.source import Outcome, SourceReader
 from preprocess.sources.find import find_clips
 from preprocess.sources.skips import report
 from preprocess.world import Json
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from shards.format.features import Sampling
 from shards.format.plan import ClipSource
 
@@ -38,6 +38,11 @@ MOST_WORDS = 9
 """Of a phrase: a longer answer would be scored as a caption."""
 
 
+def seconds_of(first: int, count: int) -> tuple[float, float]:
+    """Return when frames `first` up to, and without, `first + count` begin and end."""
+    return first / FPS, (first + count) / FPS
+
+
 @dataclass(frozen=True)
 class Part:
     """Frames `first` up to, and without, `first + count` of a source."""
@@ -48,7 +53,7 @@ class Part:
     @property
     def span(self) -> tuple[float, float]:
         """Seconds of the source."""
-        return self.first / FPS, (self.first + self.count) / FPS
+        return seconds_of(self.first, self.count)
 
 
 @dataclass(frozen=True)
@@ -133,8 +138,7 @@ def read_phrases(path: Path) -> dict[str, tuple[str, ...]]:
     try:
         data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"no YAML ({first})", where=path, fix=fix) from None
+        raise UserError(f"no YAML ({first_line(error)})", where=path, fix=fix) from None
     if not isinstance(data, dict):
         raise UserError("no phrases", got=type(data).__name__, where=path, fix=fix)
     problems = []

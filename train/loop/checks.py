@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, to_device
 from model.vlm import VLM
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from shards.signed import Json
 from shards.text import some
 from train.batches.run_plan import RunPlan
@@ -172,7 +172,7 @@ def _out_of_memory(
     advice = "; ".join(ways) or "lower per_device_train_batch_size or max_frames_num"
     return (
         f"{where}: out of memory; the run's heaviest pack has {memory.places} tokens. {advice} "
-        f"({str(error).splitlines()[0]})"
+        f"({first_line(error)})"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.slow_fast import draw_pattern, slow_frames
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from shards.signed import Json
 from shards.text import duration
 from train.data.dataset import Dataset, drawn_line
@@ -137,9 +137,8 @@ def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
             resume="allow",
         )
     except wandb.Error as error:
-        reason = str(error).strip().partition("\n")[0]
         fix = "set WANDB_MODE=offline to send the run later, or wandb: false"
-        raise UserError(f"wandb does not take the run: {reason}", fix=fix) from None
+        raise UserError(f"wandb does not take the run: {first_line(error)}", fix=fix) from None
 
 
 def keep_until(path: Path, step: int) -> None:

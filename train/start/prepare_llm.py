@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from model.family.conformance import admit
 from model.llm import check_adapter
 from model.vlm import VLM
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from train.settings.config import LlmSettings, TrainConfig, checkpoint_every
 
 
@@ -121,9 +121,8 @@ def compile_layers(llm: Any, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a Python that is too new
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"compile: torch.compile does not work here: {reason}; set compile: false"
+            f"compile: torch.compile does not work here: {first_line(error)}; set compile: false"
         ) from None
     for layer in llm.get_decoder().layers:
         layer.compile()

@@ -14,6 +14,7 @@ from typing import Any
 
 from model.config import read_model_config
 from shards.errors import UserError
+from shards.kinds import LFS
 from train.settings.packages import installed
 from train.start.stage import kind_of, read_config
 
@@ -21,7 +22,6 @@ Json = dict[str, Any]
 
 COPY = "copy or download it again"
 LLM = "name a causal LLM, such as Qwen/Qwen2.5-0.5B"
-LFS = b"version https://git-lfs"
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 TOWERS = re.compile(
     r"(siglip2?|clip|dinov2.*|dinov3.*|vit|deit|beit|eva.*|internvit.*|radio|.*vision(_model)?)$"
