@@ -49,7 +49,7 @@ def split_part(id_: str) -> tuple[str, str]:
 
 def plain_name(id_: str) -> str:
     """Return the name of an id's file in small letters, without folder, ending, part and encoding."""
-    path = id_.rpartition("#")[0] if PART.search(id_) else id_
+    path, _ = split_part(id_)
     if "%" in path:
         path = unquote(path)
     name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
