@@ -38,7 +38,9 @@ demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate,
 CLIPS ?=
 PHRASES ?=
 FOOTAGE := --train-clips 160 --test-clips 60
-SPLICE := records=4000 parts=3-5 seconds=1-3
+SPLICE := records=4000 parts=3-5 seconds=1-3 questions=span+order+seen \
+    "span=When does the video show {}?" "order=In which order does the video show these?" \
+    "seen=What does the video show at {}?"
 STEPS := 900
 HELD_OUT := --model real/run --bank real/bank --data_path real/world/test.jsonl
 FILMED := real/world/videos/test/clip-00000.mp4

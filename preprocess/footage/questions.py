@@ -53,16 +53,12 @@ def new_phrase_records(
 
 
 def scene_rows(video: str, clip: Clip, sources: Sequence[Source]) -> list[Json]:
-    """Return what each scene shows, and when: what records are spliced from.
-
-    By the source's first phrase alone: two phrases of one source in one medium would each deny the
-    other's scene.
-    """
+    """Return what each scene shows, and when: what records are spliced from."""
     rows = []
     for number, scene in enumerate(clip.scenes):
         start, end = scene.span
         row: Json = {"id": f"{video.removesuffix('.mp4')}-scene{number}", "video": video}
-        rows.append(row | {"start": start, "end": end, "phrase": sources[scene.source].phrases[0]})
+        rows.append(row | {"start": start, "end": end, "phrase": sources[scene.source].phrases})
     return rows
 
 

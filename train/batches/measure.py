@@ -100,11 +100,12 @@ class Measure:
         laid = splice.layout(epoch, np.arange(part.count))
         clips = self._sources[part.path].spliced(laid)
         facts = {"tokenizer": self.template, "anchors": repr(self.anchors), "version": VERSION}
+        facts["settings"] = repr(splice.settings)
         talks = splice.questions(laid, timed=self.in_words)
         key = blake2b(canonical_json(facts | {"first": repr(talks[:64])}), digest_size=16)
         for column in laid:
             key.update(np.ascontiguousarray(column).tobytes())
-        key.update("\0".join(source.phrase for source in splice.sources).encode())
+        key.update("\0".join("\1".join(own.phrases) for own in splice.sources).encode())
         counts = kept_counts(
             key.hexdigest(), len(talks), lambda: self._count(talks, clips.duration.tolist())
         )

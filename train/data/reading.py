@@ -150,7 +150,7 @@ class Reading:
 
 
 def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders = PLAIN) -> Record:
-    """Return a row as a record whose medium is a stretch of one clip, and whose text is its phrase.
+    """Return a row as a record whose medium is a stretch of one clip, and whose turns are its phrases.
 
     RowError names its place, its id and what is wrong.
     """
@@ -158,25 +158,28 @@ def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders
     ignored = settings.ignore_fields
     row = parse_row(data, where, allow_outside=lenient, media_only=True, ignored=ignored)
     try:
-        told = {name: data[name] for name in PHRASE if not is_empty(data.get(name))}
-        if len(told) != 1 or len(row.media) != 1:
-            got = f"{len(row.media)} media, {len(told)} phrases"
+        given = {name: data[name] for name in PHRASE if not is_empty(data.get(name))}
+        if len(given) != 1 or len(row.media) != 1:
+            got = f"{len(row.media)} media, {len(given)} phrases"
             raise RowError(SOURCE, "a source of splice", got=got, expected=EXPECTED)
-        ((name, phrase),) = told.items()
-        if not isinstance(phrase, str) or MARKUP.search(phrase) or MEDIA_TAG.search(phrase):
-            expected = "a text without tags and coordinates"
-            raise RowError(SOURCE, f"`{name}`", got=short(phrase), expected=expected)
-        refuse_misspelt([("assistant", phrase)])
+        ((name, value),) = given.items()
+        phrases = value if isinstance(value, list) else [value]
+        for phrase in phrases:
+            if not isinstance(phrase, str) or MARKUP.search(phrase) or MEDIA_TAG.search(phrase):
+                expected = "a text without tags and coordinates, or a list of some of one meaning"
+                raise RowError(SOURCE, f"`{name}`", got=short(phrase), expected=expected)
+            refuse_misspelt([("assistant", phrase)])
         (medium,) = row.media
         if not settings.allow_outside:
             check_inside(folders.stripped(medium))
     except RowError as error:
         raise error.at(where, row.id) from None
-    text = Turn("assistant", " ".join(phrase.split()).removesuffix("."))
+    texts = dict.fromkeys(" ".join(phrase.split()).removesuffix(".") for phrase in phrases)
     cut = Cut(medium, row.start, row.end)
     source = data.get("data_source")
     named = source if isinstance(source, str) else ""
-    return Record(row.id, (medium,), (text,), "", where, named, (cut,))
+    turns = tuple(Turn("assistant", text) for text in texts)
+    return Record(row.id, (medium,), turns, "", where, named, (cut,))
 
 
 def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:

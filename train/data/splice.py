@@ -1,10 +1,12 @@
 """Records that are spliced: stretches of banked clips on a timeline, with questions about them.
 
     {"video": "a.mp4", "phrase": "a busy street", "start": 3, "end": 20}     # or "caption"
+    {"video": "b.mp4", "phrase": ["a cat", "a small animal"]}                # of one meaning
 
 Such rows say what a clip shows: all of it, or from `start` to `end`. A record is drawn by nothing but the
 run's seed, the epoch and its number: any rank, a plan and a resumed run draw the same one, and every
-epoch others. Its phrases are different texts; that two texts do not mean the same is up to their author.
+epoch others. Phrases of one list mean the same: a part goes by one of them, and is answered by the
+first. Others are taken to mean different things; that they do is up to their author.
 Questions come in random order, as the order of time would answer them, and each phrase is asked about
 once; beside them, at most one question is about the order of all. Records are laid out as arrays, many
 at once, because a plan counts a hundred thousand, and written as text one by one.
@@ -12,7 +14,7 @@ at once, because a plan counts a hundred thousand, and written as text one by on
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,25 +25,27 @@ from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.read.timeline import Stretch, Timeline
 from train.data.records import Record, Turn
-from train.settings.drawn import SpliceSettings, draw
+from train.settings.drawn import BLANK, SpliceSettings, draw
 
 Asked = tuple[str, str]
 """A question, and its answer."""
 SPAN, COUNT, SEEN, ORDER = range(4)
+KIND_NAMES = ("span", "count", "seen", "order")
 KINDS = {"span": SPAN, "seen": SEEN}
 """Questions about one phrase, as many as there are rounds; the others come once."""
 (PARTS, PHRASE_OF, SOURCE_OF, LENGTH, FRAME, BEFORE, TWICE, AGAIN, INSTEAD, SOURCE_AGAIN) = range(
     10
 )
-(ASKED, KIND, COUNTED, IN_ORDER, IN_ORDER_AT, MOMENT, LETTER) = range(10, 17)
+(ASKED, KIND, COUNTED, IN_ORDER, IN_ORDER_AT, MOMENT, LETTER, NAME, WORDING) = range(10, 19)
 """What a number is drawn for."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A stretch of a banked clip, and a phrase that says what it shows."""
+    """A stretch of a banked clip, and what says what it shows."""
 
-    phrase: str
+    phrases: tuple[str, ...]
+    """All of one meaning."""
     clip: str
     """Its id."""
     stretch: Stretch
@@ -51,12 +55,12 @@ class Source:
     @classmethod
     def of(cls, record: Record) -> "Source":
         """Return what a row of `reading.parse_source` is, once its medium is found."""
-        (timeline,), (clip,), (turn,) = record.places, record.clips, record.turns
+        (timeline,), (clip,) = record.places, record.clips
         assert isinstance(timeline, Timeline)
         (stretch,) = timeline.stretches
         info = stretch.place.clip().info
         times = info.timestamps - info.start
-        return cls(turn.text, clip, stretch, times)
+        return cls(tuple(turn.text for turn in record.turns), clip, stretch, times)
 
 
 class Layout(NamedTuple):
@@ -76,6 +80,8 @@ class Layout(NamedTuple):
     """bool, whether no other part of the record has its phrase."""
     letter: np.ndarray
     """float64, by which parts are lettered."""
+    name: np.ndarray
+    """float64 in [0, 1), which of its phrases a part goes by."""
     rounds: np.ndarray
     """int64 `(records,)`, how many questions there are."""
     kind: np.ndarray
@@ -84,6 +90,8 @@ class Layout(NamedTuple):
     """The part that is asked about."""
     moment: np.ndarray
     """float64, where in the part SEEN asks, in [0.1, 0.9)."""
+    wording: np.ndarray
+    """float64 in [0, 1), by which wording a question is asked."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Splice:
 
     settings: SpliceSettings
     sources: tuple[Source, ...]
-    """Those of one phrase side by side."""
+    """Those of the same phrases side by side."""
     records: tuple[Record, ...]
     """Of the sources."""
     name: str
@@ -106,10 +114,11 @@ class Splice:
         cls, settings: SpliceSettings, records: Sequence[Record], name: str, key: int, seed: int
     ) -> "Splice":
         """Return what splices records of `reading.parse_source`; UserError for too few."""
-        phrases: dict[str, list[tuple[Source, Record]]] = {}
+        phrases: dict[tuple[str, ...], list[tuple[Source, Record]]] = {}
         for record in records:
             source = Source.of(record)
-            phrases.setdefault(source.phrase, []).append((source, record))
+            phrases.setdefault(source.phrases, []).append((source, record))
+        refuse_shared(phrases, name)
         if len(phrases) < settings.parts[0]:
             raise UserError(
                 f"{len(phrases)} different phrases",
@@ -147,8 +156,9 @@ class Splice:
         once = on & (alike.sum(axis=1) == 1)
         earlier = np.tril(alike.transpose(0, 2, 1), -1).any(axis=2)
         asked = self._asked(on & ~earlier, once, drawn)
-        letter = drawn(LETTER, source.shape[1])
-        return Layout(parts, source, first, last, start, end, once, letter, *asked)
+        letter, name = drawn(LETTER, source.shape[1]), drawn(NAME, source.shape[1])
+        wording = drawn(WORDING, asked[1].shape[1])
+        return Layout(parts, source, first, last, start, end, once, letter, name, *asked, wording)
 
     def _sources(self, tables: "_Tables", drawn: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return (sources, parts): of different phrases and clips, but for a phrase to be counted."""
@@ -288,24 +298,30 @@ class Splice:
         """Return the questions of each record; without `timed`, every time in them is 0."""
         ends = np.cumsum(laid.end - laid.start, axis=1) / 1000 * timed
         begins = ends - (laid.end - laid.start) / 1000 * timed
-        phrases = [[self.sources[k].phrase for k in row] for row in laid.source.tolist()]
-        columns = (laid.parts, laid.rounds, laid.kind, laid.about, laid.moment, begins, ends)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
+        columns = (laid.parts, laid.source, laid.name, laid.rounds, laid.kind, laid.about)
+        drawn = (laid.moment, laid.wording, begins, ends)
+        rows = zip(*(column.tolist() for column in (*columns, *drawn)), strict=True)
+        texts = [self.settings.wordings[kind] for kind in KIND_NAMES]
         out = []
-        for record, (parts, rounds, kinds, about, moments, begin, end) in enumerate(rows):
-            shown, asked = phrases[record][:parts], []
-            for kind, part, moment in zip(kinds[:rounds], about, moments, strict=False):
+        for record, row in enumerate(rows):
+            parts, sources, names, rounds, kinds, about, moments, wordings, begin, end = row
+            known = [self.sources[k].phrases for k in sources[:parts]]
+            shown = [own[int(lot * len(own))] for own, lot in zip(known, names, strict=False)]
+            asked = []
+            rest = zip(kinds[:rounds], about, moments, wordings, strict=False)
+            for kind, part, moment, lot in rest:
+                text = texts[kind][int(lot * len(texts[kind]))]
                 if kind == ORDER:
                     once = np.flatnonzero(laid.once[record]).tolist()
-                    asked.append(_order(shown, once, laid.letter[record].tolist()))
+                    asked.append(_order(text, shown, once, laid.letter[record].tolist()))
                 elif kind == COUNT:
-                    asked.append(_count(shown, part))
+                    asked.append((text.replace(BLANK, shown[part]), str(known.count(known[part]))))
                 elif kind == SEEN:
                     time = begin[part] + moment * (end[part] - begin[part])
-                    asked.append((f"What is seen at <t:{time:.3f}>?", shown[part]))
+                    asked.append((text.replace(BLANK, f"<t:{time:.3f}>"), known[part][0]))
                 else:
                     span = f"from <t:{begin[part]:.3f}> to <t:{end[part]:.3f}>"
-                    asked.append((f"When is this seen: {shown[part]}?", span))
+                    asked.append((text.replace(BLANK, shown[part]), span))
             question, answer = asked[0]
             asked[0] = f"<video>\n{question}", answer
             out.append(asked)
@@ -317,17 +333,28 @@ MOST_KEPT = 2**18
 """Records of an epoch that are laid out once and kept (500 bytes each): one by one takes far longer."""
 
 
-def _count(shown: Sequence[str], part: int) -> Asked:
-    return f"How many times is this seen: {shown[part]}?", str(shown.count(shown[part]))
+def refuse_shared(lists: Iterable[tuple[str, ...]], name: str) -> None:
+    """Raise UserError where a phrase stands in two different lists: one of them denies the other."""
+    owner: dict[str, tuple[str, ...]] = {}
+    for phrases in lists:
+        for phrase in phrases:
+            other = owner.setdefault(phrase, phrases)
+            if other != phrases:
+                raise UserError(
+                    f"phrase {phrase!a} stands in two different lists of phrases",
+                    got=f"{list(other)} and {list(phrases)}",
+                    where=f"{name}: splice",
+                    fix="write the same list, in the same order, wherever the same is shown",
+                )
 
 
-def _order(shown: Sequence[str], once: Sequence[int], letter: Sequence[float]) -> Asked:
+def _order(text: str, shown: Sequence[str], once: Sequence[int], letter: Sequence[float]) -> Asked:
     """Ask for the letters of phrases in the order of time."""
     by_letter = sorted(once, key=lambda part: letter[part])[: len(string.ascii_uppercase)]
     named = dict(zip(by_letter, string.ascii_uppercase, strict=False))
     lines = "\n".join(f"{named[part]}. {shown[part]}" for part in by_letter)
     answer = ", ".join(named[part] for part in sorted(named))
-    return f"In which order are these seen?\n{lines}", answer
+    return f"{text}\n{lines}", answer
 
 
 class _Tables(NamedTuple):
@@ -358,12 +385,12 @@ class _Tables(NamedTuple):
 
     @classmethod
     def of(cls, sources: Sequence[Source]) -> "_Tables":
-        numbers: dict[str, int] = {}
+        numbers: dict[tuple[str, ...], int] = {}
         clips: dict[str, int] = {}
         lines, bases, times, seconds = [], [], [], []
         frames = base = 0
         for source in sources:
-            numbers.setdefault(source.phrase, len(numbers))
+            numbers.setdefault(source.phrases, len(numbers))
             if source.clip not in clips:
                 clips[source.clip] = len(clips)
                 lines.append(frames)
@@ -372,7 +399,7 @@ class _Tables(NamedTuple):
                 times.append(base + np.rint(1e6 * source.times).astype(np.int64))
                 frames += len(source.times)
                 base = int(times[-1][-1]) + math.ceil(1e6 * source.stretch.end) + 10**9
-        phrase = np.asarray([numbers[source.phrase] for source in sources])
+        phrase = np.asarray([numbers[source.phrases] for source in sources])
         clip = np.asarray([clips[source.clip] for source in sources])
         spans = [source.stretch for source in sources]
         first, last = (np.asarray([s[k] for s in spans], np.int64) for k in (1, 2))

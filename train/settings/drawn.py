@@ -1,6 +1,7 @@
 """What a run draws anew every epoch: spliced records, and how frames are seen; as words, `name=value`.
 
 --splice records=4000 parts=2-6 questions=span+seen        splice: {records: 4000, parts: 2-6}
+--splice records=4000 "span=When does {} happen?"          splice: {span: ["When does {} happen?", ...]}
 --augment jitter ratio=0.25+0.5 drop=0.3                   augment: [jitter, ratio=0.25+0.5, drop=0.3]
 """
 
@@ -30,7 +31,10 @@ def draw(*key: int | np.ndarray) -> np.ndarray:
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+TAG = re.compile(r"<[^>]*>")
 QUESTIONS = ("span", "order", "count", "seen")
+BLANK = "{}"
+"""In the text of a question: the phrase, or the time, that it asks about."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,17 @@ class SpliceSettings:
     rounds: int = 4
     """Questions of a record at most."""
     questions: tuple[str, ...] = QUESTIONS
+    span: tuple[str, ...] = ("When is this seen: {}?",)
+    """Wordings of a kind of question, of which each question draws one; {} is what it asks about."""
+    order: tuple[str, ...] = ("In which order are these seen?",)
+    """What stands above the lettered phrases."""
+    count: tuple[str, ...] = ("How many times is this seen: {}?",)
+    seen: tuple[str, ...] = ("What is seen at {}?",)
+
+    @property
+    def wordings(self) -> dict[str, tuple[str, ...]]:
+        """The wordings of each kind of question."""
+        return {"span": self.span, "order": self.order, "count": self.count, "seen": self.seen}
 
 
 @dataclass(frozen=True)
@@ -84,10 +99,12 @@ def read_augment(words: Sequence[str]) -> AugmentSettings:
 
 def words_of(mapping: dict[str, Any]) -> list[str]:
     """Return a YAML mapping as the words of a command line."""
-    return [
-        f"{name}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in mapping.items()
-    ]
+    words = []
+    for name, value in mapping.items():
+        between = "|" if name in QUESTIONS else "+"
+        text = between.join(map(str, value)) if isinstance(value, list) else value
+        words.append(f"{name}={text}")
+    return words
 
 
 def problem_of(read: Callable[[Sequence[str]], object], words: Sequence[str]) -> str | None:
@@ -136,6 +153,15 @@ def _ratios(text: str) -> tuple[Fraction, ...]:
     return tuple(Fraction(word) if is_ratio(word) else _no() for word in text.split("+"))
 
 
+def _wordings(blanks: int) -> Callable[[str], tuple[str, ...]]:
+    def read(text: str) -> tuple[str, ...]:
+        texts = tuple(" ".join(one.split()) for one in text.split("|"))
+        good = (one and one.count(BLANK) == blanks and not TAG.search(one) for one in texts)
+        return texts if all(good) else _no()
+
+    return read
+
+
 def _yes(text: str) -> bool:
     return text in ("", "true", "True") or _no()
 
@@ -151,6 +177,10 @@ _SPLICE: dict[str, tuple[Reader, str]] = {
     "seconds": (_range, "seconds, or a range such as 2-6"),
     "rounds": (_count, "a positive integer, such as 4"),
     "questions": (_some(QUESTIONS), f"some of {'+'.join(QUESTIONS)}"),
+    "span": (_wordings(1), 'such as "When does {} happen?", several of them with | between'),
+    "order": (_wordings(0), 'a text without {}, such as "In which order are these seen?"'),
+    "count": (_wordings(1), 'such as "How often is {} seen?"'),
+    "seen": (_wordings(1), 'such as "What happens at {}?"'),
 }
 _AUGMENT: dict[str, tuple[Reader, str]] = {
     "jitter": (_yes, "no value"),

@@ -241,9 +241,10 @@ def sources(toy: Path, tmp_path_factory: Any) -> Path:
     videos = sorted(
         {json.loads(x)["video"] for x in (toy / "train.jsonl").read_text().splitlines()}
     )
-    rows = [{"video": v, "phrase": f"scene {k} of many"} for k, v in enumerate(videos)]
+    rows = [{"video": v, "phrase": [f"scene {k} of many", f"the {k}th"]}
+            for k, v in enumerate(videos)]  # fmt: skip
     rows += [{"video": videos[0], "caption": "A part.", "start": 1.0, "end": 3.5}]
-    rows += [{"video": videos[1], "phrase": "scene 0 of many"}]
+    rows += [{"video": videos[1], "phrase": ["scene 0 of many", "the 0th"]}]
     path = tmp_path_factory.mktemp("sources") / "phrases.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -288,6 +289,7 @@ def loader_of(config: TrainConfig, dataset: Dataset) -> Loader:
         {"augment": ["drop=0.9"], "frame_time": "text", "pack_tokens": 700},
         {"frame_time": "text", "max_tokens": 260},
         {"enable_lape": False, "augment": ["jitter"], "pack_tokens": 900},
+        {"splice": ["records=30", "span=When?? {}|{}", "seen={}, in words of one's own, is what?"]},
         {"splice_path": [], "splice": [], "augment": ["ratio=0+1", "drop=0.5"]},
     ],
     ids=str,

@@ -18,7 +18,7 @@ from train.data.dataset import Dataset, open_dataset
 from train.data.records import Record
 from train.data.splice import Splice
 from train.settings.config import TrainConfig, parse
-from train.settings.drawn import draw, read_augment, read_splice
+from train.settings.drawn import draw, read_augment, read_splice, words_of
 
 FRAMES = {"a.mp4": 40, "b.mp4": 24, "c.mp4": 9, "d.mp4": 33, "e.mp4": 60}
 ROWS = [
@@ -130,6 +130,67 @@ def test_only_the_kinds_that_are_asked_for(bank: Path, tmp_path: Path, kind: str
         assert kind in asked or len({part[0] for part in shown}) < 2
 
 
+WORDINGS = {
+    "span": ["When does {} happen?", "Find {} + its end"],
+    "order": ["Sort these."],
+    "count": ["How often is {} there?"],
+    "seen": ["What happens at {}?", "{}: what is it?"],
+}
+MEANT = {"a dog": ["a dog", "a small animal", "man's friend"], "A cat sleeps": ["A cat sleeps"]}
+
+
+def test_phrases_of_one_meaning_and_the_users_own_wordings(bank: Path, tmp_path: Path) -> None:
+    """Spans and counts are those of the meaning; the first phrase answers what is seen."""
+    rows = [
+        {
+            name: MEANT.get(value, value) if name == "phrase" else value
+            for name, value in row.items()
+        }
+        for row in ROWS
+    ]
+    words = [f"{kind}={'|'.join(texts)}" for kind, texts in WORDINGS.items()]
+    dataset = open_with(bank, tmp_path, rows, "records=400", "parts=2-5", "seconds=0.4-2", *words)
+    assert dataset.splices[0].settings == read_splice(
+        words_of({"records": 400, "parts": "2-5", "seconds": "0.4-2"} | WORDINGS)
+    )
+    meaning = {other: first for first, others in MEANT.items() for other in others}
+    plain = {"span": "When is this seen: {}?", "order": "In which order are these seen?"}
+    plain |= {"count": "How many times is this seen: {}?", "seen": "What is seen at {}?"}
+    used: Counter[tuple[str, str]] = Counter()
+    dogs: Counter[str] = Counter()
+    for record in dataset.epoch(1):
+        shown = truth(record)
+        for q, a in zip(record.turns[::2], record.turns[1::2], strict=True):
+            question = q.text.removeprefix("<video>\n")
+            ((kind, text, inside),) = [
+                (kind, text, match.groups())
+                for kind, texts in WORDINGS.items()
+                for text in texts
+                if (
+                    match := re.match(re.escape(text).replace(r"\{\}", "(.*)") + "(\n|$)", question)
+                )
+            ]
+            used[kind, text] += 1
+            if kind == "order":
+                _, *lines = question.split("\n")
+                named = [line[:3] + meaning.get(line[3:], line[3:]) for line in lines]
+                asked, answer = "\n".join([plain[kind], *named]), a.text
+            else:
+                dogs[inside[0]] += inside[0] in MEANT["a dog"]
+                asked = plain[kind].replace("{}", meaning.get(inside[0], inside[0]))
+                answer = a.text
+            assert check(asked, answer, shown) == kind
+    assert {text for _, text in used} == {text for texts in WORDINGS.values() for text in texts}
+    assert min(used.values()) > 30
+    assert min(dogs[phrase] for phrase in MEANT["a dog"]) > 20
+
+
+def test_a_phrase_of_two_meanings_is_refused(bank: Path, tmp_path: Path) -> None:
+    rows = [*ROWS[:4], {"video": "d.mp4", "phrase": ["a dog", "a wolf"]}]
+    with pytest.raises(UserError, match="phrase 'a dog' stands in two different lists of phrases"):
+        open_with(bank, tmp_path, rows)
+
+
 def test_questions_do_not_come_in_the_order_of_time(bank: Path, tmp_path: Path) -> None:
     dataset = open_with(
         bank, tmp_path, ROWS, "records=300", "parts=4", "questions=span", "rounds=2"
@@ -175,6 +236,8 @@ def test_draws_are_even_and_do_not_depend_on_each_other() -> None:
         ({"phrase": "x"}, "got 0 media, 1 phrases"),
         ({"video": "a.mp4", "phrase": "x", "caption": "y"}, "got 1 media, 2 phrases"),
         ({"video": "a.mp4", "phrase": "x <t:1>"}, "expected a text without tags"),
+        ({"video": "a.mp4", "phrase": ["x", 3]}, "or a list of some of one meaning"),
+        ({"video": "a.mp4", "phrase": []}, "got 1 media, 0 phrases"),
         ({"video": "a.mp4", "phrase": "x", "start": 4, "end": 6}, "behind its clip"),
         ({"video": "zzz.mp4", "phrase": "x"}, "no bank knows the clip 'zzz.mp4'"),
     ],
@@ -247,6 +310,10 @@ WRONG = {
         "questions=what": "some of span+order+count+seen",
         "clips=3": "knows no 'clips'",
         "rounds": "a positive integer",
+        "span=When?": 'such as "When does {} happen?"',
+        "span=When does {}|?": 'such as "When does {} happen?"',
+        "order=Sort {}": "a text without {}",
+        "seen=<video> at {}": 'such as "What happens at {}?"',
     },
     "augment": {
         "jitter=3": "no value",
