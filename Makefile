@@ -68,6 +68,7 @@ real: $(READY)  ## a pretrained tower on your own videos: make real CLIPS="a.mp4
 	    $(LAUNCH) train/evaluate.py $(HELD_OUT) --untrained --max_records 128
 	test -e real/run/eval-test-shuffled.json || $(LAUNCH) train/evaluate.py $(HELD_OUT) --shuffle_features
 	test -e real/run/eval-test.json || $(LAUNCH) train/evaluate.py $(HELD_OUT)
+	$(BIN)/python -m train.probe $(HELD_OUT) --scenes real/world/train-scenes.jsonl
 	$(BIN)/python train/ask.py $(FILMED) "$$($(ASK) span)" --model real/run \
 	    --show real/span.png --truth real/world/test.jsonl
 	$(BIN)/python train/ask.py $(FILMED) "$$($(ASK) box)" --model real/run \

@@ -34,7 +34,7 @@ def compare(runs: list[Path]) -> str:
         "ar_skill",
         "span mIoU",
     ]
-    header += ["untrained", "shuffled", "constant"]
+    header += ["untrained", "shuffled", "probe", "constant"]
     rows = [header]
     for run in runs:
         if not (run / "metrics.jsonl").exists():

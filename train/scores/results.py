@@ -16,9 +16,9 @@ from shards.signed import Json
 from train.settings.output import file_problem
 
 PREFIX = "eval-"
-CONTROLS = {"untrained": "-untrained", "shuffled": "-shuffled"}
-"""What the scores of a control are filed under: the model before its first step, or the trained one
-with other clips' features."""
+CONTROLS = {"untrained": "-untrained", "shuffled": "-shuffled", "probe": "-probe"}
+"""What the scores of a control are filed under: the model before its first step, the trained one with
+other clips' features, or spans that are read off the frames without a model."""
 ENDINGS = re.compile(r"\.(jsonl?|csv|tsv|parquet|ya?ml)$", re.IGNORECASE)
 
 

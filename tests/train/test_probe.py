@@ -1,0 +1,104 @@
+"""Spans read off the frames: exact where features tell scenes apart, chance where they do not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from train.probe import longest_run, main
+from train.report import compare
+
+MEANINGS = [["a street", "a road"], ["a cat"], ["a cat on a roof", "an animal high up"]]
+FRAMES = 12
+"""Of each clip; one every eighth of a second."""
+
+
+@pytest.fixture(scope="module")
+def run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("probed") / "run"
+    kept = shutil.ignore_patterns("checkpoint-*", "eval-*", "predictions-*")
+    return Path(shutil.copytree(trained_run, out, ignore=kept))
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def world(folder: Path, make_bank: Callable[..., Path], features: Any, noise: float) -> list[str]:
+    """Write a bank of clips of three scenes each, in any order; return the probe's flags."""
+    rng = np.random.default_rng(1)
+    looks = rng.normal(size=(len(MEANINGS), 4))
+    clips, scenes, tests = {}, [], []
+    for number in range(40):
+        order = rng.permutation(len(MEANINGS)).tolist()
+        counts = [3, 4, 5]
+        shown = np.repeat(looks[order], counts, axis=0)
+        shown = shown + noise * rng.normal(size=shown.shape)
+        arrays = {s: np.broadcast_to(shown[:, None, None], (FRAMES, 8 // s, 8 // s, 4))
+                  .astype(np.float16) for s in (4, 8)}  # fmt: skip
+        clips[f"{number}.mp4"] = arrays
+        # between two frames, where nobody can do better than to cut half way
+        edges = [0.0, *((np.cumsum(counts) - 0.5) / 8)[:-1].tolist(), FRAMES / 8]
+        for k, (start, end) in zip(order, pairwise(edges), strict=True):
+            own = {"video": f"{number}.mp4"}
+            if number < 20:
+                scenes.append(own | {"start": start, "end": end, "phrase": MEANINGS[k]})
+            else:
+                question = f"When is there {MEANINGS[k][-1]}?"
+                answer = f"from <t:{start:.3f}> to <t:{end:.3f}>"
+                tests.append(own | {"question": question, "answer": answer})
+    tests.append({"video": "30.mp4", "question": "How many scenes?", "answer": "3"})
+    tests.append({"video": "30.mp4", "question": "When is rain?", "answer": "from <t:0> to <t:1>"})
+    bank = make_bank(folder / "bank", clips, config=replace(features, strides=(4, 8)))
+    flags = ["--bank", str(bank), "--scenes", write(folder / "scenes.jsonl", scenes)]
+    return [*flags, "--data_path", write(folder / "test.jsonl", tests)]
+
+
+@pytest.mark.parametrize(("noise", "low", "high"), [(0.01, 0.93, 1.0), (100.0, 0.1, 0.45)])
+def test_spans_are_as_good_as_the_features(
+    run: Path,
+    make_bank: Callable[..., Path],
+    features: Any,
+    tmp_path: Path,
+    noise: float,
+    low: float,
+    high: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main([*world(tmp_path, make_bank, features, noise), "--model", str(run)])
+    report = json.loads((run / "eval-test-probe.json").read_text())
+    assert low <= report["tasks"]["span"]["iou"] <= high
+    assert report["answers"] == 60, "one of each scene of the test clips, and no other question"
+    assert report["frames_named"] == pytest.approx(1.0 if noise < 1 else 1 / 3, abs=0.12)
+    assert report["probe"] is True
+    assert "of the frames in these spans are named right" in capsys.readouterr().out
+    assert f"{report['tasks']['span']['iou']:.3f}" in compare([run])
+
+
+def test_a_test_set_without_a_known_phrase_is_refused(
+    run: Path, make_bank: Callable[..., Path], features: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags = world(tmp_path, make_bank, features, 0.1)
+    write(tmp_path / "test.jsonl", [{"video": "9.mp4", "question": "When?", "answer": "soon"}])
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, "--model", str(run)])
+    assert stopped.value.code == 2
+    assert "no question about a span names one phrase of the scenes" in capsys.readouterr().err
+
+
+def test_the_longest_run_and_where_it_is_cut() -> None:
+    times = np.arange(6) + 0.5
+    far = np.ones(6)
+    named = np.asarray([1, 0, 1, 1, 0, 1], bool)
+    assert longest_run(named, far, times, 6.0) == (2.0, 4.0)
+    assert longest_run(np.ones(6, bool), far, times, 6.0) == (0.0, 6.0)
+    far[4] = 0.5
+    assert longest_run(np.zeros(6, bool), far, times, 6.0) == (4.0, 5.0)
