@@ -33,11 +33,11 @@ from shards.read.banks import Banks
 from shards.read.timeline import Medium, timeline_of
 from shards.signed import Json
 from train.data.coordinates import settled
-from train.data.folders import advice
 from train.data.records import Record, Turn
 from train.evaluate import check_features
-from train.pointed import in_pixels
+from train.scores.pointed import in_pixels
 from train.settings.exits import command
+from train.settings.folders import advice
 from train.settings.recorded import token_limit, trained_with
 from train.shown import Picture
 from train.start.stage_files import model_problem

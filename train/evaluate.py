@@ -32,7 +32,6 @@ from train.answers import (
 )
 from train.data.dataset import Dataset, open_records
 from train.data.drops import add_record_flags, record_settings, write_drops
-from train.data.folders import Folders
 from train.data.records import Record
 from train.data.shuffled import ShuffledDataset
 from train.scores.captions import check_captions
@@ -51,6 +50,7 @@ from train.scores.summary import table
 from train.settings.ancestors import accelerate_words
 from train.settings.config import TrainConfig
 from train.settings.exits import command
+from train.settings.folders import Folders
 from train.settings.launcher import wishes
 from train.settings.recorded import limit_of_run, trained_with
 from train.start.stage_files import model_problem

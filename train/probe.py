@@ -24,7 +24,7 @@ from shards.signed import Json, write_atomic
 from train.batches.collate import as_tensor
 from train.data.dataset import open_dataset, open_records
 from train.data.records import Record
-from train.data.splice import Source
+from train.data.sources import Source
 from train.evaluate import strides_of
 from train.scores.predictions import Prediction, report_of, write_predictions
 from train.scores.results import CONTROLS, Results, results_of

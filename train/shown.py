@@ -13,8 +13,8 @@ from shards.read.bank import ClipInfo
 from shards.signed import Json
 from train.data.markup import MARKUP, SHARE
 from train.data.records import read_records
-from train.pointed import in_pixels, pointed
 from train.scores.kinds import asked
+from train.scores.pointed import in_pixels, pointed
 from train.scores.scoring import score
 from train.settings.output import file_problem
 

@@ -39,7 +39,7 @@ from train.batches.chat import Chat
 from train.batches.collate import collate, lay_out
 from train.data.markup import split_markup
 from train.data.records import Turn
-from train.pointed import in_pixels
+from train.scores.pointed import in_pixels
 
 CLIP = "train/clip-00000.mp4"
 

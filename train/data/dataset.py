@@ -14,13 +14,13 @@ from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks
 from shards.read.timeline import SplicedClip
 from train.data.drops import LIST, Drop
-from train.data.folders import Folders
 from train.data.mixtures import MixturePart, all_parts
 from train.data.reading import Reading, shorten
 from train.data.records import PLAIN, Record
 from train.data.splice import Splice
 from train.settings.config import DataSettings, TrainConfig
 from train.settings.drawn import AugmentSettings, SpliceSettings, read_augment, read_splice
+from train.settings.folders import Folders
 
 DEFAULTS = DataSettings()
 

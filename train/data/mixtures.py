@@ -21,8 +21,8 @@ import yaml
 from shards.annotations.files import ALL, Selection, annotation_files, is_hub_name
 from shards.annotations.globs import expanded, is_glob
 from shards.errors import UserError
-from train.data.folders import Folders
 from train.settings.drawn import SpliceSettings, problem_of, read_splice, words_of
+from train.settings.folders import Folders
 
 FILES = ("records", "data_path", "json_path", "path")
 """What a dataset's annotation files are called: here, in VILA, in LLaVA-NeXT, in lmms-engine."""

@@ -18,12 +18,12 @@ from shards.read.timeline import timeline_of
 from shards.text import some
 from train.data.coordinates import settled
 from train.data.drops import BadRecords, Drop, counted
-from train.data.folders import Folders
 from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
 from train.data.records import PLAIN, Record, Turn, join, known_id, read_records
 from train.data.spans import refuse_misspelt
 from train.settings.config import DataSettings
+from train.settings.folders import Folders
 
 PHRASE = ("phrase", "caption")
 SOURCE = "no source of splice"

@@ -21,10 +21,10 @@ from shards.errors import UserError
 from shards.format.samples import clip_id
 from shards.read.banks import Banks, Place
 from shards.read.timeline import Timeline
-from train.data.folders import Folders, advice, several
 from train.data.markup import kind_of
 from train.data.spans import refuse_misspelt
 from train.settings.config import DataSettings
+from train.settings.folders import Folders, advice, several
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ once; beside them, at most one question is about the order of all. Records are l
 at once, because a plan counts a hundred thousand, and written as text one by one.
 """
 
-import math
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.read.timeline import Stretch, Timeline
 from train.data.records import Record, Turn
+from train.data.sources import Source, Tables, refuse_shared
 from train.settings.drawn import BLANK, SpliceSettings, draw
 
 Asked = tuple[str, str]
@@ -38,29 +38,6 @@ KINDS = {"span": SPAN, "seen": SEEN}
 )
 (ASKED, KIND, COUNTED, IN_ORDER, IN_ORDER_AT, MOMENT, LETTER, NAME, WORDING) = range(10, 19)
 """What a number is drawn for."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A stretch of a banked clip, and what says what it shows."""
-
-    phrases: tuple[str, ...]
-    """All of one meaning."""
-    clip: str
-    """Its id."""
-    stretch: Stretch
-    times: np.ndarray
-    """float64 seconds of the clip, of all its banked frames."""
-
-    @classmethod
-    def of(cls, record: Record) -> "Source":
-        """Return what a row of `reading.parse_source` is, once its medium is found."""
-        (timeline,), (clip,) = record.places, record.clips
-        assert isinstance(timeline, Timeline)
-        (stretch,) = timeline.stretches
-        info = stretch.place.clip().info
-        times = info.timestamps - info.start
-        return cls(tuple(turn.text for turn in record.turns), clip, stretch, times)
 
 
 class Layout(NamedTuple):
@@ -135,8 +112,8 @@ class Splice:
         return self.settings.records
 
     @cached_property
-    def _tables(self) -> "_Tables":
-        return _Tables.of(self.sources)
+    def _tables(self) -> Tables:
+        return Tables.of(self.sources)
 
     def layout(self, epoch: int, numbers: np.ndarray) -> Layout:
         """Return records of an epoch; numbers: int64 `(records,)`."""
@@ -160,7 +137,7 @@ class Splice:
         wording = drawn(WORDING, asked[1].shape[1])
         return Layout(parts, source, first, last, start, end, once, letter, name, *asked, wording)
 
-    def _sources(self, tables: "_Tables", drawn: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _sources(self, tables: Tables, drawn: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return (sources, parts): of different phrases and clips, but for a phrase to be counted."""
         phrases = len(tables.begin)
         fewest, most = (min(int(n), phrases) for n in self.settings.parts)
@@ -183,7 +160,7 @@ class Splice:
             self._repeat(tables, source, parts, drawn)
         return source, parts
 
-    def _repeat(self, tables: "_Tables", source: np.ndarray, parts: np.ndarray, drawn: Any) -> None:
+    def _repeat(self, tables: Tables, source: np.ndarray, parts: np.ndarray, drawn: Any) -> None:
         """Show one phrase of every other record twice, in place of another that is no neighbour."""
         again, instead = ((drawn(what) * parts).astype(np.int64) for what in (AGAIN, INSTEAD))
         rows = np.flatnonzero((drawn(TWICE) < 0.5) & (np.abs(again - instead) > 1))
@@ -193,7 +170,7 @@ class Splice:
         source[rows, instead[rows]] = np.where(taken, own, other)
 
     def _stretches(
-        self, tables: "_Tables", source: np.ndarray, drawn: Any
+        self, tables: Tables, source: np.ndarray, drawn: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return (first, last, start, end) of each part: a frame is drawn, and a stretch around it."""
         columns = source.shape[1]
@@ -296,36 +273,7 @@ class Splice:
 
     def questions(self, laid: Layout, *, timed: bool = True) -> list[list[Asked]]:
         """Return the questions of each record; without `timed`, every time in them is 0."""
-        ends = np.cumsum(laid.end - laid.start, axis=1) / 1000 * timed
-        begins = ends - (laid.end - laid.start) / 1000 * timed
-        columns = (laid.parts, laid.source, laid.name, laid.rounds, laid.kind, laid.about)
-        drawn = (laid.moment, laid.wording, begins, ends)
-        rows = zip(*(column.tolist() for column in (*columns, *drawn)), strict=True)
-        texts = [self.settings.wordings[kind] for kind in KIND_NAMES]
-        out = []
-        for record, row in enumerate(rows):
-            parts, sources, names, rounds, kinds, about, moments, wordings, begin, end = row
-            known = [self.sources[k].phrases for k in sources[:parts]]
-            shown = [own[int(lot * len(own))] for own, lot in zip(known, names, strict=False)]
-            asked = []
-            rest = zip(kinds[:rounds], about, moments, wordings, strict=False)
-            for kind, part, moment, lot in rest:
-                text = texts[kind][int(lot * len(texts[kind]))]
-                if kind == ORDER:
-                    once = np.flatnonzero(laid.once[record]).tolist()
-                    asked.append(_order(text, shown, once, laid.letter[record].tolist()))
-                elif kind == COUNT:
-                    asked.append((text.replace(BLANK, shown[part]), str(known.count(known[part]))))
-                elif kind == SEEN:
-                    time = begin[part] + moment * (end[part] - begin[part])
-                    asked.append((text.replace(BLANK, f"<t:{time:.3f}>"), known[part][0]))
-                else:
-                    span = f"from <t:{begin[part]:.3f}> to <t:{end[part]:.3f}>"
-                    asked.append((text.replace(BLANK, shown[part]), span))
-            question, answer = asked[0]
-            asked[0] = f"<video>\n{question}", answer
-            out.append(asked)
-        return out
+        return write_questions(laid, self.sources, self.settings, timed=timed)
 
 
 ROLES = ("user", "assistant")
@@ -333,19 +281,40 @@ MOST_KEPT = 2**18
 """Records of an epoch that are laid out once and kept (500 bytes each): one by one takes far longer."""
 
 
-def refuse_shared(lists: Iterable[tuple[str, ...]], name: str) -> None:
-    """Raise UserError where a phrase stands in two different lists: one of them denies the other."""
-    owner: dict[str, tuple[str, ...]] = {}
-    for phrases in lists:
-        for phrase in phrases:
-            other = owner.setdefault(phrase, phrases)
-            if other != phrases:
-                raise UserError(
-                    f"phrase {phrase!a} stands in two different lists of phrases",
-                    got=f"{list(other)} and {list(phrases)}",
-                    where=f"{name}: splice",
-                    fix="write the same list, in the same order, wherever the same is shown",
-                )
+def write_questions(
+    laid: Layout, sources: Sequence[Source], settings: SpliceSettings, *, timed: bool = True
+) -> list[list[Asked]]:
+    """Return the questions of each record; without `timed`, every time in them is 0."""
+    ends = np.cumsum(laid.end - laid.start, axis=1) / 1000 * timed
+    begins = ends - (laid.end - laid.start) / 1000 * timed
+    columns = (laid.parts, laid.source, laid.name, laid.rounds, laid.kind, laid.about)
+    drawn = (laid.moment, laid.wording, begins, ends)
+    rows = zip(*(column.tolist() for column in (*columns, *drawn)), strict=True)
+    texts = [settings.wordings[kind] for kind in KIND_NAMES]
+    out = []
+    for record, row in enumerate(rows):
+        parts, own_sources, names, rounds, kinds, about, moments, wordings, begin, end = row
+        known = [sources[k].phrases for k in own_sources[:parts]]
+        shown = [own[int(lot * len(own))] for own, lot in zip(known, names, strict=False)]
+        asked = []
+        rest = zip(kinds[:rounds], about, moments, wordings, strict=False)
+        for kind, part, moment, lot in rest:
+            text = texts[kind][int(lot * len(texts[kind]))]
+            if kind == ORDER:
+                once = np.flatnonzero(laid.once[record]).tolist()
+                asked.append(_order(text, shown, once, laid.letter[record].tolist()))
+            elif kind == COUNT:
+                asked.append((text.replace(BLANK, shown[part]), str(known.count(known[part]))))
+            elif kind == SEEN:
+                time = begin[part] + moment * (end[part] - begin[part])
+                asked.append((text.replace(BLANK, f"<t:{time:.3f}>"), known[part][0]))
+            else:
+                span = f"from <t:{begin[part]:.3f}> to <t:{end[part]:.3f}>"
+                asked.append((text.replace(BLANK, shown[part]), span))
+        question, answer = asked[0]
+        asked[0] = f"<video>\n{question}", answer
+        out.append(asked)
+    return out
 
 
 def _order(text: str, shown: Sequence[str], once: Sequence[int], letter: Sequence[float]) -> Asked:
@@ -355,63 +324,3 @@ def _order(text: str, shown: Sequence[str], once: Sequence[int], letter: Sequenc
     lines = "\n".join(f"{named[part]}. {shown[part]}" for part in by_letter)
     answer = ", ".join(named[part] for part in sorted(named))
     return f"{text}\n{lines}", answer
-
-
-class _Tables(NamedTuple):
-    """The sources as arrays: int64."""
-
-    phrase: np.ndarray
-    """`(sources,)`, the number of its phrase."""
-    clip: np.ndarray
-    """The number of its clip."""
-    first: np.ndarray
-    last: np.ndarray
-    """Banked frames [first, last) of its clip."""
-    low: np.ndarray
-    high: np.ndarray
-    """Milliseconds of its clip."""
-    line: np.ndarray
-    """Where its clip's frames begin among `times`."""
-    base: np.ndarray
-    """What is added to its clip's times there."""
-    times: np.ndarray
-    """Microseconds of all clips' frames, one clip after the other, rising."""
-    seconds: np.ndarray
-    """float64, the same frames, each in its clip."""
-    begin: np.ndarray
-    """`(phrases,)`, its first source."""
-    size: np.ndarray
-    """How many it has."""
-
-    @classmethod
-    def of(cls, sources: Sequence[Source]) -> "_Tables":
-        numbers: dict[tuple[str, ...], int] = {}
-        clips: dict[str, int] = {}
-        lines, bases, times, seconds = [], [], [], []
-        frames = base = 0
-        for source in sources:
-            numbers.setdefault(source.phrases, len(numbers))
-            if source.clip not in clips:
-                clips[source.clip] = len(clips)
-                lines.append(frames)
-                bases.append(base)
-                seconds.append(source.times)
-                times.append(base + np.rint(1e6 * source.times).astype(np.int64))
-                frames += len(source.times)
-                base = int(times[-1][-1]) + math.ceil(1e6 * source.stretch.end) + 10**9
-        phrase = np.asarray([numbers[source.phrases] for source in sources])
-        clip = np.asarray([clips[source.clip] for source in sources])
-        spans = [source.stretch for source in sources]
-        first, last = (np.asarray([s[k] for s in spans], np.int64) for k in (1, 2))
-        low = np.asarray([math.floor(1000 * s.start) for s in spans])
-        high = np.asarray([math.ceil(1000 * s.end) for s in spans])
-        size = np.bincount(phrase)
-        own = np.asarray(lines)[clip], np.asarray(bases)[clip]
-        frames_of_all = np.concatenate(times), np.concatenate(seconds)
-        return cls(
-            phrase, clip, first, last, low, high, *own, *frames_of_all, np.cumsum(size) - size, size
-        )
-
-    def pick(self, phrase: np.ndarray, lot: np.ndarray) -> np.ndarray:
-        """Return a source of each phrase; lot: numbers in [0, 1)."""
-        return self.begin[phrase] + (lot * self.size[phrase]).astype(np.int64)

@@ -19,8 +19,8 @@ from shards.format.catalogue import Columns
 from shards.read.banks import Banks
 from shards.read.near import NearIds, difference, plain_name
 from train.data.dataset import Dataset, open_dataset, open_records
-from train.data.folders import Folders, advice
 from train.settings.config import TrainConfig
+from train.settings.folders import Folders, advice
 
 MakeBank = Callable[..., Path]
 

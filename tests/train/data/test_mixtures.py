@@ -13,9 +13,9 @@ import yaml
 from shards.annotations.files import ALL, Selection
 from shards.errors import UserError
 from train.data.dataset import file_digest, open_dataset
-from train.data.folders import Folders
 from train.data.mixtures import MixturePart, read_mixture
 from train.settings.config import TrainConfig
+from train.settings.folders import Folders
 
 
 @pytest.fixture

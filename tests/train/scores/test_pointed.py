@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from train.pointed import pointed
+from train.scores.pointed import pointed
 
 WHEN, WHERE = "When is it?", "Give the box at <t:2.5>."
 BOX, TEXT = (0.1, 0.2, 0.5, 0.6), "<x:0.1><y:0.2><x:0.5><y:0.6>"
