@@ -1,5 +1,6 @@
 """Files that prove themselves: canonical json, its hash, and writes that are whole or not there."""
 
+import errno
 import hashlib
 import io
 import json
@@ -59,11 +60,46 @@ def write_atomic(path: Path, data: bytes) -> None:
     with open(temporary, "wb", buffering=0) as file:
         write_synced(file, data)
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """See the names in a folder on the disk."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What a file system without hard links says."""
+
+
+def give_name(source: Path, name: Path, *, never_empty: bool = False) -> bool:
+    """Give a file a name that no other file has, for all who try at once; False where one has it.
+
+    A server that was asked twice, its first answer being lost, finds the file itself there. Where there
+    are no hard links the name is taken by an empty file, in whose place the file is moved; or with
+    `never_empty` moved at once, so that only the last of two who try in the same moment has it.
+    """
+    try:
+        os.link(source, name)
+    except FileExistsError:
+        return source.samefile(name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:
+            if never_empty and name.exists():
+                return False
+            if not never_empty:
+                os.close(os.open(name, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        os.replace(source, name)
+    sync_folder(name.parent)
+    return True
 
 
 def file_sha256(path: Path) -> str:

@@ -34,7 +34,7 @@ from shards.format.commits import shard_path
 from shards.format.features import FeatureConfig, Sampling
 from shards.format.manifest import TowerFacts
 from shards.format.plan import ClipSource, Plan
-from shards.format.quarantine import QuarantineEntry, Reason, append_entry
+from shards.format.quarantine import QuarantineEntry, Reason, settle
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import ClipInfo
 from shards.write.finish import finish
@@ -146,12 +146,11 @@ def make_bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> 
         units = [[ClipSource(id_, sample_key(id_), id_, id_) for id_ in clips] for clips in shards]
         calibration = {str(s): scale.tolist() for s, scale in scales.items()} or None
         finish(out, Plan(config, units, calibration=calibration), TowerFacts("unnamed", 64))
-        if quarantined:
-            for id_ in quarantined:
-                key = sample_key(id_)
-                append_entry(
-                    out, QuarantineEntry(id_, key, id_, "decode", Reason.DAMAGED, "damaged", 1, 0.0)
-                )
+        failures = [
+            QuarantineEntry(id_, sample_key(id_), id_, "decode", Reason.DAMAGED, "damaged", 1, 0.0)
+            for id_ in quarantined
+        ]
+        settle(out, [], failures)
         return out
 
     return make

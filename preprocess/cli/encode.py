@@ -1,5 +1,6 @@
 """The commands that encode: plan, encode, retry."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from preprocess.encode.features import EncodeOptions
     from preprocess.encode.unit import Summary
     from preprocess.sources.find import Found
+    from shards.format.quarantine import QuarantineEntry
 
 
 @click.command()
@@ -23,7 +25,9 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
     """Write the plan that encode would execute, and say what it will cost.
 
     INPUTS and flags are those of encode. Inputs are opened, none is decoded but a few to estimate
-    the hours. Exit code 2: wrong usage.
+    the hours, and of int8 some to calibrate on. `preprocess work BANK` on any number of machines makes
+    what is planned, `preprocess finish BANK` ends it; encode is the three in one. Exit code 2: wrong
+    usage.
 
     \b
     preprocess plan videos/ --out bank --tower google/siglip-so400m-patch14-384
@@ -171,9 +175,14 @@ def report(bank: Path, summary: "Summary") -> None:
         f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "
         f"{counted(summary.skipped, 'clip')} there already"
     )
-    if summary.failures:
-        failed = counted(len(summary.failures), "clip")
-        click.echo(f"{failed} failed, listed in {bank / 'quarantine.jsonl'}:")
-        for entry in summary.failures[:20]:
+    failed(bank, summary.failures)
+
+
+def failed(bank: Path, failures: "Sequence[QuarantineEntry]") -> None:
+    """Say which clips failed, and exit with 1 if there are any."""
+    if failures:
+        clips = counted(len(failures), "clip")
+        click.echo(f"{clips} failed, listed in {bank / 'quarantine.jsonl'}:")
+        for entry in failures[:20]:
             click.echo(f"  {entry.id}: {entry.reason}: {entry.message}")
         raise SystemExit(1)

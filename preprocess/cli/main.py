@@ -14,6 +14,7 @@ from preprocess.cli.care import gc, repair, status, verify
 from preprocess.cli.encode import encode, plan, retry
 from preprocess.cli.export import export
 from preprocess.cli.look import diff, footage, realmodels, show, toyworld
+from preprocess.cli.work import finish, merge, work
 from shards.errors import UserError
 
 
@@ -67,6 +68,7 @@ def main() -> None:
     preprocess footage CLIPS... OUT          cut a benchmark with exact answers from your own videos
     preprocess plan VIDEOS --out BANK ...    say what encoding will cost, and encode nothing
     preprocess encode VIDEOS --out BANK ...  run a frozen vision tower over videos, once
+    preprocess work BANK                     encode what is planned, on many machines; then `finish`
     preprocess retry BANK                    encode what failed again, and nothing else
     preprocess verify BANK                   find what is damaged; `repair` encodes only that
 
@@ -80,6 +82,7 @@ def main() -> None:
 
 for command in (
     *(toyworld, footage, realmodels, plan, encode, retry),
+    *(work, finish, merge),
     *(status, show, verify, repair),
     *(diff, export, gc),
 ):

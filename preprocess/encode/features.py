@@ -60,6 +60,7 @@ class EncodeOptions:
             "tower": tower.name,
             "batch_frames": tower.batch_frames,
             "tower_threads": tower.threads,
+            "allow_truncated": bool(plan.allow_truncated),
         }
         for name in ("strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"):
             same[name] = getattr(features, name)

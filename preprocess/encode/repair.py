@@ -313,7 +313,8 @@ class ShardRepair:
             for one in record.samples
         ]
         if self.commit:
-            record = replace(record, underflowed=self.commit.underflowed)
+            old = self.commit
+            record = replace(record, underflowed=old.underflowed, failures=old.failures)
         record = replace(record, samples=samples)
         proven = self.commit is not None and samples == self.commit.samples
         # a shard that was damaged when its descriptions were revised is known by its samples alone

@@ -7,6 +7,7 @@ stays there with one attempt more.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from shards.format.plan import (
 )
 from shards.format.quarantine import read_entries
 from shards.write.finish import finish
+from shards.write.lease import Leases
 from shards.write.lock import folder_lock
 
 
@@ -68,16 +70,23 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
     refuse_other_features(bank, feature_config(loaded, options), features)
     sources = probe(relocated(clips_under(sources, roots)), {}, features.sampling)
     plan = calibrated(bank, plan, loaded, options)
-    with Encoder(bank, features, loaded, options, plan_codec(plan)) as encoder:
-        encoder.attempts = {id_: entry.attempts for id_, entry in failed.items()}
+    codec = plan_codec(plan)
+    with (
+        Encoder(bank, features, loaded, options, codec, failed=failed, retried=True) as encoder,
+        Leases(bank, "preprocess retry") as leases,
+    ):
         encoder.bar.total = len(sources)
         for clips in cut_units(sources, options.shard_bytes, predicted_bytes(loaded, options)):
-            longer = replace(plan, units=[*plan.units, clips])
+            unit, longer = len(plan.units), replace(plan, units=[*plan.units, clips])
             write_plan(bank, longer)
-            if encoder.encode_unit(len(plan.units), clips, keep_empty=False):
+            with closing(leases.left([unit])) as left:
+                for lease in left:
+                    if not encoder.encode_unit(lease, clips, keep_empty=False):
+                        break
+            if committed(bank, unit):
                 plan = longer
         write_plan(bank, plan)
-        finish(bank, plan, loaded)
+        finish(bank, plan, loaded, encoder.summary.failures)
     return encoder.summary
 
 

@@ -1,10 +1,12 @@
-"""The story of `preprocess encode`: plan -> decode -> tower -> pool -> write.
+"""The story of `preprocess encode`: plan -> work (decode -> tower -> pool -> write) -> finish.
 
     encode(["videos/"], Path("bank"), EncodeOptions(tower="google/siglip-so400m-patch14-384",
            strides=(4, 8), sampling=Sampling(fps="1", max_frames=64)))
 
 Finished shards are skipped on a rerun; other features in the same folder are refused; a clip that
 fails is named in `quarantine.jsonl` and never stops the run. `bank.json` is written last.
+
+The three are commands, too: one process plans, any number on any machines work, one finishes.
 """
 
 import sys
@@ -31,11 +33,12 @@ from preprocess.encode.features import (
 from preprocess.encode.unit import Summary, disk_errors
 from preprocess.encode.workers import Work, encode_in_processes, encode_work
 from preprocess.sources.changes import Changes, compare
-from preprocess.sources.find import Found, find_clips
+from preprocess.sources.find import Found, clips_under, find_clips
 from preprocess.sources.probe import probe
 from preprocess.sources.skips import write_skips
 from shards.errors import UserError
 from shards.format.commits import committed, read_commits, refuse_missing_shards
+from shards.format.manifest import TowerFacts
 from shards.format.plan import (
     READER,
     ClipSource,
@@ -46,7 +49,7 @@ from shards.format.plan import (
     write_plan,
 )
 from shards.format.quarantine import read_entries, settle
-from shards.write.finish import finish
+from shards.write.finish import finish, refuse_unfinished, untold_failures
 from shards.write.lock import folder_lock
 
 
@@ -130,10 +133,12 @@ def make_plan(
     plan = changes.plan.extended(changes.todo, options.shard_bytes, clip_bytes)
     if prune:
         plan = replace(plan, pruned=plan.pruned | {clip.key for clip in changes.removed})
+    plan = replace(plan, allow_truncated=options.allow_truncated or None)
     with disk_errors(out):
         settle(out, {clip.key for clip in changes.changed})  # they are to be tried again
         if plan != known:
             write_plan(out, plan)
+        plan = calibrated(out, plan, tower, options)
     return replace(changes, plan=plan)
 
 
@@ -176,26 +181,102 @@ def _execute(
     options: EncodeOptions,
     procs: int,
 ) -> Summary:
-    plan = calibrated(out, plan, tower, options)
-    quarantined = read_entries(out)
-    left = [(n, work) for n, work in enumerate(plan.work()) if not committed(out, n)]
-    undone = {clip.id for _, unit in left for clip in unit}
-    good = [(n, [clip for clip in unit if clip.id not in quarantined]) for n, unit in left]
-    work = Work(out, plan.features, plan_codec(plan), good)
-    if min(procs, len(good)) > 1:
-        tower.model.to("cpu")  # the workers need the room
-        summary = encode_in_processes(work, options, min(procs, len(good)))
-    else:
-        summary = encode_work(work, tower, options)
-    asked = {clip.id for clip in clips}
-    earlier = [entry for id_, entry in quarantined.items() if id_ in asked]
-    summary.failures = earlier + summary.failures
-    served = plan.served()
-    there = {clip.id for clip in plan.clips if clip.key in served}
-    summary.skipped = len(there - undone - set(quarantined))
+    undone = {clip.id for unit in _units_left(out, plan).values() for clip in unit}
+    summary = _encode_left(out, plan, tower, options, procs, "preprocess encode")
+    refuse_unfinished(out, plan, f"`preprocess finish {out}` when they are made")
     with disk_errors(out):
         finish(out, plan, tower)
+    entries, asked = read_entries(out), {clip.id for clip in clips}
+    summary.failures = [entry for id_, entry in entries.items() if id_ in asked]
+    served = plan.served()
+    there = {clip.id for clip in plan.clips if clip.key in served}
+    summary.skipped = len(there - undone - set(entries))
     return summary
+
+
+def _encode_left(
+    out: Path,
+    plan: Plan,
+    tower: Tower | None,
+    options: EncodeOptions,
+    procs: int,
+    command: str,
+    start: float = 0.0,
+) -> Summary:
+    """Encode what nobody else has or is at. tower: loaded, or not yet."""
+    left = _units_left(out, plan)
+    work = Work(
+        out, plan.features, plan_codec(plan), left, command, failed=read_entries(out), start=start
+    )
+    if min(procs, len(left)) > 1:
+        if tower:
+            tower.model.to("cpu")  # the workers need the room
+        return encode_in_processes(work, options, min(procs, len(left)))
+    return encode_work(work, tower or load_tower(options), options) if left else Summary()
+
+
+def _units_left(out: Path, plan: Plan) -> dict[int, list[ClipSource]]:
+    return {n: clips for n, clips in enumerate(plan.work()) if not committed(out, n)}
+
+
+def work(
+    bank: Path,
+    tower: str | None = None,
+    roots: Sequence[str] = (),
+    device: str = "cpu",
+    *,
+    procs: int = 1,
+    start: float = 0.0,
+) -> Summary:
+    """Encode units of a plan until none is left to take; any number of processes may do so at once.
+
+    tower: where it lies on this machine, if not where it lay when the bank was planned; another one is
+    refused. roots: where videos may lie here that are not where they lay. start: the part of the units
+    after which to begin, so that others begin elsewhere.
+    """
+    plan = planned(bank)
+    if not _units_left(bank, plan):
+        return Summary()
+    if plan.quality is None:
+        raise UserError(
+            "its plan was not measured to its end", where=bank, fix="run `preprocess plan` again"
+        )
+    how = {"tower": tower} if tower else {}
+    options = EncodeOptions.of_plan(plan, device=device, **how)
+    loaded = load_tower(options)
+    refuse_other_features(bank, feature_config(loaded, options), plan.features)
+    if roots:
+        plan = replace(plan, units=[clips_under(unit, roots) for unit in plan.units])
+    return _encode_left(bank, plan, loaded, options, procs, "preprocess work", start)
+
+
+def finish_bank(bank: Path) -> tuple[Summary, int]:
+    """Write the catalogue, the quarantine and the manifest of a bank whose units are all made.
+
+    Returns what the bank holds and which of its clips failed, and how many units it has.
+    """
+    planned(bank)
+    with disk_errors(bank), folder_lock(bank, "preprocess finish"):
+        plan = planned(bank)
+        refuse_unfinished(bank, plan, f"run `preprocess work {bank}`, and this when it is done")
+        refuse_missing_shards(bank, plan)
+        manifest = finish(bank, plan, TowerFacts.of(plan, read_commits(bank, plan)))
+    failures = list(read_entries(bank).values())
+    return Summary(manifest.clips, manifest.frames, manifest.nbytes, failures=failures), len(
+        plan.units
+    )
+
+
+def planned(bank: Path) -> Plan:
+    """Return a bank's plan; raises UserError where there is none."""
+    plan = read_plan(bank)
+    if plan is None:
+        raise UserError(
+            "no plan here (plan.json is missing)",
+            where=bank,
+            fix=f"make one with `preprocess plan INPUT --out {bank} --tower NAME`",
+        )
+    return plan
 
 
 def calibrated(out: Path, plan: Plan, tower: Tower, options: EncodeOptions) -> Plan:
@@ -216,8 +297,10 @@ def lost_keys(bank: Path, plan: Plan) -> set[str]:
 
     It had been pruned then, or its line was taken out of the quarantine since.
     """
-    banked = {commit.unit: commit.keys for commit in read_commits(bank, plan)}
+    commits = read_commits(bank, plan)
+    banked = {commit.unit: commit.keys for commit in commits}
     failed = {entry.key for entry in read_entries(bank).values()}
+    failed |= {entry.key for entry in untold_failures(bank, plan, commits)}
     return {
         key
         for key, unit in plan.counts.items()

@@ -1,13 +1,14 @@
-"""One unit of clips -> one shard: decode, tower, pool, write; what fails goes into the quarantine.
+"""One unit of clips -> one shard: decode, tower, pool, write; what fails stands in its commit record.
 
-with Encoder(out, features, tower, options, codec) as encoder:
-    encoder.encode_unit(0, plan.units[0])
+with Encoder(out, features, tower, options, codec) as encoder, Leases(out, "a command") as leases:
+    for lease in leases.left(range(len(plan.units))):
+        encoder.encode_unit(lease, plan.units[lease.unit])
 """
 
 import errno
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
@@ -25,15 +26,11 @@ from preprocess.decode.source import Outcome, SourceReader
 from preprocess.encode.ahead import ahead
 from preprocess.encode.features import EncodeOptions, describe, pooling_of, provenance
 from shards.format.codec import Codec
-from shards.format.commits import (
-    journal_path,
-    part_path,
-    shard_path,
-)
 from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource
-from shards.format.quarantine import QuarantineEntry, Reason, append_entry
-from shards.write.shard import ShardWriter
+from shards.format.quarantine import QuarantineEntry, Reason
+from shards.write.lease import Lease
+from shards.write.shard import OvertakenError, ShardWriter, resume_commit
 
 PLAIN = Codec()
 HELD_BYTES = 32 << 20
@@ -65,7 +62,7 @@ class Summary:
 
 
 class Encoder(ExitStack):
-    """What encodes the units of one bank: a decode child, the tower, the quarantine."""
+    """What encodes the units of one bank: a decode child, and the tower."""
 
     def __init__(
         self,
@@ -75,53 +72,76 @@ class Encoder(ExitStack):
         options: EncodeOptions,
         codec: Codec = PLAIN,
         bar: "tqdm[Any] | None" = None,
+        failed: Mapping[str, QuarantineEntry] | None = None,
+        retried: bool = False,
     ) -> None:
+        """failed: by id, clips that have failed in earlier runs. They are tried again only if `retried`,
+        and that also where an earlier holder of their unit has tried it."""
         super().__init__()
         assert (codec.name, codec.dtype) == (features.codec, features.dtype)
         self.out, self.features, self.tower, self.options = out, features, tower, options
         self.codec = codec
         self.summary = Summary()
-        self.attempts: dict[str, int] = {}
-        """Of earlier runs, by clip id."""
+        self.failed, self.retried = failed or {}, retried
         self._folders: set[Path] = set()
         """That held clips of this run, and those above them."""
         self._reader = self.enter_context(SourceReader(DecodeChild(), out))
         self._began = time.monotonic()
         self.bar = progress_bar() if bar is None else bar
         self.callback(self._stop)
-        _drop_stale_journals(out / "shards")
 
     def _stop(self) -> None:
         self.summary.seconds = time.monotonic() - self._began
         self.bar.close()
 
     def encode_unit(
-        self, unit: int, sources: Sequence[ClipSource], *, keep_empty: bool = True
-    ) -> int:
-        """Make one shard, and return how many clips it holds; none at all may make no shard.
+        self, lease: Lease, sources: Sequence[ClipSource], *, keep_empty: bool = True
+    ) -> bool:
+        """Make one shard, and return whether it is there; without a clip it is not, unless `keep_empty`.
 
-        Decoding runs a little ahead of the tower, in another process. Clips that an earlier run had
-        written are not encoded again. Raises OSError, of one line, where the disk fails, and
-        GpuMemoryError, which leaves nothing of the shard: its clips are all to be of one batch shape.
+        Decoding runs a little ahead of the tower, in another process. Clips that an earlier holder of
+        the unit had written are not encoded again; what is done here is dropped where another takes the
+        unit meanwhile. Raises OSError, of one line, where the disk fails, and GpuMemoryError, which
+        leaves nothing of the shard: its clips are all to be of one batch shape.
         """
-        with disk_errors(self.out), self._writer(unit, sources) as writer:
-            try:
-                self._fill(writer, sources)
-            except GpuMemoryError:
-                writer.abandon()
-                raise
-            if not writer.entries and not keep_empty:
-                writer.abandon()
-                return 0
-            self.summary.nbytes += writer.nbytes
-            writer.commit(provenance(self.tower, self.options))
-            return len(writer.entries)
+        with disk_errors(self.out):
+            tokens = [attempt.token for attempt in lease.earlier]
+            if resume_commit(lease.shard, tokens, lease.token):
+                self.bar.update(len(sources))
+                return True
+            before = replace(self.summary, failures=[*self.summary.failures])
+            with self._writer(lease, sources) as writer:
+                try:
+                    return self._made(writer, lease, sources, keep_empty)
+                except GpuMemoryError:
+                    writer.abandon()
+                    raise
+                except OvertakenError:
+                    writer.abandon()
+                    vars(self.summary).update(vars(before))
+                    return False
 
-    def _fill(self, writer: ShardWriter, sources: Sequence[ClipSource]) -> None:
+    def _made(
+        self, writer: ShardWriter, lease: Lease, sources: Sequence[ClipSource], keep_empty: bool
+    ) -> bool:
+        self._fill(writer, lease, sources)
+        if not writer.entries and not keep_empty:
+            writer.abandon()
+            return False
+        lease.check()
+        writer.commit(provenance(self.tower, self.options))
+        self.summary.nbytes += writer.nbytes
+        return True
+
+    def _fill(self, writer: ShardWriter, lease: Lease, sources: Sequence[ClipSource]) -> None:
+        self.summary.failures += writer.failures
+        for source in sources:
+            if source.id in self.failed and source.key not in writer.keys and not self.retried:
+                writer.fail(self.failed[source.id])
         todo = [source for source in sources if source.key not in writer.keys]
         self._see_folders(todo)
         self.bar.update(len(sources) - len(todo))
-        for source, outcome, taken in self._encoded(todo):
+        for source, outcome, taken in self._encoded(todo, lease):
             if outcome.error:
                 self._refuse_gone_folder(Path(source.path))
             self._bank(source, outcome, taken, writer)
@@ -129,13 +149,17 @@ class Encoder(ExitStack):
             rate = self.summary.frames / max(self.bar.format_dict["elapsed"], 1e-9)
             self.bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
 
-    def _writer(self, unit: int, sources: Sequence[ClipSource]) -> ShardWriter:
-        path = shard_path(self.out, unit)
-        writer = ShardWriter(path, unit, self.features.fingerprint, self.codec)
-        if writer.keys <= {source.key for source in sources}:
-            return writer
-        writer.abandon()  # left from when this unit was planned of other clips
-        return ShardWriter(path, unit, self.features.fingerprint, self.codec)
+    def _writer(self, lease: Lease, sources: Sequence[ClipSource]) -> ShardWriter:
+        return ShardWriter(
+            lease.shard,
+            lease.unit,
+            self.features.fingerprint,
+            self.codec,
+            lease.token,
+            lease.earlier,
+            {source.key for source in sources},
+            keep_failures=not self.retried,
+        )
 
     def _see_folders(self, sources: Sequence[ClipSource]) -> None:
         for folder in {Path(source.path).parent for source in sources} - self._folders:
@@ -149,7 +173,7 @@ class Encoder(ExitStack):
                 raise FileNotFoundError(errno.ENOENT, "the videos here have vanished", str(folder))
 
     def _encoded(
-        self, sources: Sequence[ClipSource]
+        self, sources: Sequence[ClipSource], lease: Lease
     ) -> Iterator[tuple[ClipSource, Outcome[ClipFacts], "Pooling | FeatureRangeError | None"]]:
         """Yield what came of each clip, with its features or what the stored type cannot hold.
 
@@ -159,6 +183,7 @@ class Encoder(ExitStack):
         with closing(ahead(self._events(sources), HELD_BYTES)) as events:
             for source, event in events:
                 if isinstance(event, Begin):
+                    lease.check()
                     taken = pooling_of(self.tower, event.frames, self.options)
                 elif isinstance(event, Outcome):
                     yield source, event, taken
@@ -186,14 +211,14 @@ class Encoder(ExitStack):
         taken: "Pooling | FeatureRangeError | None",
         writer: ShardWriter,
     ) -> None:
-        """Write a clip's features, or put it into quarantine."""
+        """Write a clip's features, or why there are none."""
         if outcome.clip is None:
             assert outcome.error
-            self._quarantine(source, outcome, outcome.error.reason, str(outcome.error))
+            writer.fail(self._failure(source, outcome, outcome.error.reason, str(outcome.error)))
             return
         if isinstance(taken, FeatureRangeError):
             where = f"{source.where}: {taken}"
-            self._quarantine(source, outcome, Reason.NOT_REPRESENTABLE, where)
+            writer.fail(self._failure(source, outcome, Reason.NOT_REPRESENTABLE, where))
             return
         assert taken is not None
         meta = describe(source, outcome, outcome.clip, self.tower, taken.stored)
@@ -201,10 +226,10 @@ class Encoder(ExitStack):
         self.summary.clips += 1
         self.summary.frames += len(outcome.clip.frame_index)
 
-    def _quarantine(
+    def _failure(
         self, source: ClipSource, outcome: Outcome[ClipFacts], reason: Reason, message: str
-    ) -> None:
-        """Append a clip that failed to `quarantine.jsonl`, with the reason."""
+    ) -> QuarantineEntry:
+        before = self.failed.get(source.id)
         entry = QuarantineEntry(
             id=source.id,
             key=source.key,
@@ -212,11 +237,11 @@ class Encoder(ExitStack):
             stage="tower" if reason is Reason.NOT_REPRESENTABLE else "decode",
             reason=reason,
             message=message,
-            attempts=self.attempts.get(source.id, 0) + outcome.attempts,
+            attempts=(before.attempts if before else 0) + outcome.attempts,
             seconds=round(outcome.seconds, 3),
         )
         self.summary.failures.append(entry)
-        append_entry(self.out, entry)
+        return entry
 
 
 @contextmanager
@@ -236,14 +261,6 @@ def disk_errors(bank: Path) -> Iterator[None]:
 def _is_gone(folder: Path) -> bool:
     """Tell whether there is no such folder, or nothing in it, as where a mount has vanished."""
     return not folder.is_dir() or not any(folder.iterdir())
-
-
-def _drop_stale_journals(shards: Path) -> None:
-    """Remove what a writer left that was killed between its commit and its last step."""
-    for done in shards.glob("*.done"):
-        shard = done.with_suffix(".tar")
-        if not part_path(shard).exists():
-            journal_path(shard).unlink(missing_ok=True)
 
 
 def _next_parts(

@@ -1,8 +1,9 @@
-"""Units over processes: every worker has its own tower and decode child, and takes every N-th unit.
+"""Units over processes: every worker has its own tower and decode child, and takes what is left.
 
 summary = encode_in_processes(work, options, procs=4)
 
-The parent shows one bar. A worker that fails or dies leaves the others at their work; one that meets
+Other commands, here and on other machines, may take units of the same bank at the same time. The
+parent shows one bar. A worker that fails or dies leaves the others at their work; one that meets
 a bug ends the run, with its traceback. Workers end with the parent, however it ends.
 """
 
@@ -12,9 +13,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,11 +26,13 @@ from tqdm import tqdm
 from model.tower.tower import Tower
 from preprocess.decode.process import ChildBug
 from preprocess.encode.features import EncodeOptions, load_tower
-from preprocess.encode.unit import Encoder, Summary, progress_bar
+from preprocess.encode.unit import Encoder, Summary, disk_errors, progress_bar
 from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource
+from shards.format.quarantine import QuarantineEntry
+from shards.write.lease import Leases
 
 
 @dataclass(frozen=True)
@@ -39,25 +42,43 @@ class Work:
     out: Path
     features: FeatureConfig
     codec: Codec
-    units: Sequence[tuple[int, list[ClipSource]]]
-    """Numbers in the plan, with the clips to bank."""
+    units: Mapping[int, list[ClipSource]]
+    """By number in the plan, the clips to bank."""
+    command: str
+    """What other processes call this one."""
+    failed: Mapping[str, QuarantineEntry] = field(default_factory=dict)
+    """By id, clips that have failed in earlier runs, and are not tried again."""
+    start: float = 0.0
+    """The part of the units after which to begin, in [0, 1): others begin elsewhere."""
 
     @property
     def clips(self) -> int:
-        return sum(len(clips) for _, clips in self.units)
+        return sum(map(len, self.units.values()))
 
 
 def encode_work(
     work: Work, tower: Tower, options: EncodeOptions, bar: "tqdm[Any] | None" = None
 ) -> Summary:
-    """Encode the units in this process, one after the other."""
-    with Encoder(work.out, work.features, tower, options, work.codec, bar) as encoder:
+    """Encode units in this process, one after the other, until none is left to take.
+
+    Those that are left then are made by others, who live.
+    """
+    with (
+        Encoder(work.out, work.features, tower, options, work.codec, bar, work.failed) as encoder,
+        disk_errors(work.out),
+        Leases(work.out, work.command) as leases,
+    ):
         if bar is None:
             encoder.bar.total = work.clips
         elif isinstance(bar, RemoteBar):
             bar.summary = encoder.summary
-        for number, clips in work.units:
-            encoder.encode_unit(number, clips)
+        units = list(work.units)
+        with closing(leases.left(units, int(work.start * len(units)))) as left:
+            for lease in left:
+                encoder.encode_unit(lease, work.units[lease.unit])
+                if bar is None:
+                    elsewhere = sum(len(work.units[unit]) for unit in leases.elsewhere)
+                    encoder.bar.total = work.clips - elsewhere
     return encoder.summary
 
 
@@ -122,7 +143,7 @@ def _start(
     receiver, sender = context.Pipe(duplex=False)
     if options.device == "cuda":
         options = replace(options, device=f"cuda:{rank % torch.cuda.device_count()}")
-    share = replace(work, units=work.units[rank::procs])
+    share = replace(work, start=(work.start + rank / procs) % 1)
     process = context.Process(target=_worker, args=(share, options, sender), daemon=True)
     process.start()
     sender.close()

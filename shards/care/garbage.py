@@ -16,11 +16,11 @@ from pathlib import Path
 
 from shards.care.inventory import Inventory, read_inventory
 from shards.errors import UserError
-from shards.format.commits import SampleRecord, journal_path, part_path
+from shards.format.commits import ATTEMPT_FILE, SampleRecord
 from shards.write.lock import folder_lock
 
 TEMPORARY = ("*.tmp", "index.zarr.old", "shards/*.tmp", "shards/.repair")
-SHARD = re.compile(r"(.+\.tar)(\.idx|\.part|\.journal)?|(.+)\.done")
+SHARD = re.compile(r"(.+\.tar)(?:\.idx)?|(.+)\.done")
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def _unreferenced(inventory: Inventory) -> Iterator[tuple[Path, str]]:
             yield path, "left by a write that was cut off"
     needed = {*inventory.planned, *inventory.listed}
     for path in bank.glob("shards/*"):
-        match = SHARD.fullmatch(path.name)
-        if not match or path.name.endswith(".tmp"):
+        attempt = ATTEMPT_FILE.fullmatch(path.name)
+        match = attempt or SHARD.fullmatch(path.name)
+        if path.name.endswith(".tmp") or not match:
             continue
-        shard = bank / "shards" / (match[1] or f"{match[3]}.tar")
-        finished = inventory.commits.get(shard.name) is not None and shard.exists()
+        shard = bank / "shards" / (match[1] or f"{match[2]}.tar")
         if shard.name not in needed:
             yield path, "of no unit of the plan"
-        elif path in (part_path(shard), journal_path(shard)) and finished:
+        elif attempt and inventory.commits.get(shard.name) is not None:
             yield path, "of a shard that is finished"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from shards.errors import UserError
-from shards.format.commits import CommitRecord, done_path, journal_path, shard_name
+from shards.format.commits import CommitRecord, attempt_files, done_path, shard_name
 from shards.format.features import FeatureConfig
 from shards.format.manifest import Manifest, ShardEntry
 from shards.format.plan import ClipSource, Plan
@@ -96,6 +96,7 @@ def refuse_no_bank(bank: Path) -> None:
 def _read_commits(found: Inventory) -> None:
     bank = found.bank
     names = {path.name for path in (bank / "shards").glob("*.tar")}
+    begun = {shard.name for _, shard, kind in attempt_files(bank / "shards") if kind == "journal"}
     done = {path.with_suffix(".tar").name for path in (bank / "shards").glob("*.done")}
     for name in sorted(names | done | set(found.listed)):
         path = bank / "shards" / name
@@ -104,7 +105,7 @@ def _read_commits(found: Inventory) -> None:
             continue  # a leftover
         if name in done:
             found.commits[name] = _read(found, file, partial(CommitRecord.from_json, where=file))
-        elif name in found.listed or not journal_path(path).exists():
+        elif name in found.listed or name not in begun:
             found.commits[name] = None
             found.damages.append(Damage(file, "is missing"))
 

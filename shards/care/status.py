@@ -13,13 +13,15 @@ from pathlib import Path
 
 from shards.care.garbage import dead_samples, dead_shards, disk_size, leftovers
 from shards.care.inventory import Inventory, read_inventory
-from shards.format.commits import SampleRecord, done_path, journal_path, shard_name
+from shards.format.commits import done_path, journal_path, shard_name
 from shards.format.features import FeatureConfig
 from shards.format.manifest import Manifest
-from shards.format.quarantine import read_quarantine
-from shards.text import duration, in_bytes, printable
+from shards.format.quarantine import QuarantineEntry, read_quarantine
+from shards.text import counted, duration, in_bytes, printable, some
+from shards.write.finish import untold_failures
+from shards.write.journal import Written, journal_lines, written_of
+from shards.write.lease import holders, tokens
 from shards.write.lock import Writer, lock_path, writer_of
-from shards.write.shard import JournalEntry, journal_lines
 
 
 @dataclass
@@ -51,7 +53,9 @@ class Status:
     progress: Progress
     nbytes: int
     writer: Writer | None
-    """Who writes, None where nobody does."""
+    """Who plans, encodes, finishes or repairs alone; None where nobody does."""
+    workers: list[Writer]
+    """Who holds units, of those that are not known to be over."""
     quarantine: dict[str, int]
     """How many clips, by reason."""
     dead: int = 0
@@ -67,9 +71,9 @@ class Status:
 def status(bank: Path) -> Status:
     """Look at a bank; raises UserError where there is none."""
     inventory = read_inventory(bank)
-    writer = writer_of(bank)
-    began = _began(writer)
-    entries = read_quarantine(bank)
+    writer, workers = writer_of(bank), list(holders(bank).values())
+    began = min(map(_began, filter(None, [writer, *workers])), default=None)
+    entries = _failures(inventory)
     failed = {entry.key for entry in entries}
     found = Status(
         bank=bank,
@@ -78,6 +82,7 @@ def status(bank: Path) -> Status:
         progress=_progress(inventory, failed, began),
         nbytes=sum(_size(path) for path in bank.glob("shards/*")),
         writer=writer,
+        workers=workers,
         quarantine=dict(Counter(entry.reason.value for entry in entries).most_common()),
         problems=[str(damage) for damage in inventory.damages],
         seconds=None if began is None else max(time.time() - began, 1e-9),
@@ -95,10 +100,32 @@ def status(bank: Path) -> Status:
     return found
 
 
-def _began(writer: Writer | None) -> float | None:
-    if writer is None:
-        return None
+def _began(writer: Writer) -> float:
     return calendar.timegm(time.strptime(writer.started, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def _failures(inventory: Inventory) -> list[QuarantineEntry]:
+    """Return the clips that have failed: of earlier runs, of units made since, of units begun."""
+    found = {entry.id: entry for entry in read_quarantine(inventory.bank)}
+    plan = inventory.plan
+    if plan:
+        since = untold_failures(inventory.bank, plan, inventory.sound_commits())
+        for unit in range(len(plan.units)):
+            if inventory.commits.get(shard_name(unit)) is None:
+                since += _written(inventory, unit).failures
+        found |= {entry.id: entry for entry in since}
+    return list(found.values())
+
+
+def _written(inventory: Inventory, unit: int) -> Written:
+    """Return what the journal of a unit that is not finished tells of: its longest, if of several."""
+    shard, found = inventory.bank / "shards" / shard_name(unit), [Written()]
+    for token in tokens(shard):
+        try:
+            found.append(written_of(journal_lines(shard, token)))
+        except FileNotFoundError:
+            continue
+    return max(found, key=lambda written: len(written.keys))
 
 
 def _progress(inventory: Inventory, failed: set[str], began: float | None) -> Progress:
@@ -117,23 +144,16 @@ def _progress(inventory: Inventory, failed: set[str], began: float | None) -> Pr
             if began is not None and _moment(done_path(path)) >= began:
                 found.clips_new += len(banked)
             continue
-        samples = _journalled(path)
+        samples = [entry.sample for entry in _written(inventory, unit).samples]
         found.units_begun += bool(samples)
         found.units_left += not samples
         found.clips_begun += len(samples)
         found.frames_begun += sum(sample.frames for sample in samples)
         found.clips_left += max(len(todo - failed) - len(samples), 0)
-        if began is not None and _moment(journal_path(path)) >= began:
+        moments = [_moment(journal_path(path, token)) for token in tokens(path)]
+        if began is not None and max(moments) >= began:
             found.clips_new += len(samples)
     return found
-
-
-def _journalled(shard: Path) -> list[SampleRecord]:
-    """Return the samples that the whole lines of a shard's journal tell of."""
-    try:
-        return [JournalEntry.from_json(line).sample for line in journal_lines(shard)[1:]]
-    except FileNotFoundError:
-        return []
 
 
 def _size(path: Path) -> int:
@@ -197,6 +217,9 @@ def _state(found: Status) -> str:
     if writer:
         there = "" if writer.is_here else "; whether it lives is not known here"
         return f"being written by {printable(str(writer))} since {writer.started}{there}"
+    if found.workers:
+        who = some([f"process {one.pid} on {one.host}" for one in found.workers])
+        return f"being written by {counted(len(found.workers), 'worker')}: {printable(who)}"
     killed = " (its writer was killed)" if lock_path(found.bank).exists() else ""
     if left:
         return (

@@ -1,17 +1,25 @@
 """A shard's files by name, and the commit records (`.done`) of those that are finished.
 
 `bank-000000.done` is the only word on what lies in `bank-000000.tar`: without it a shard does not
-exist. Offsets are from the start of the tar.
+exist. Offsets are from the start of the tar. While a shard is written, whoever holds its unit's lease
+writes files that carry the lease's token, `bank-000000.tar.5e1f0c3a.part`: nobody else's.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from shards.errors import UserError
 from shards.format.fields import parse
 from shards.format.plan import Plan
+from shards.format.quarantine import QuarantineEntry
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
+
+ATTEMPT_FILE = re.compile(
+    r"(.+\.tar)(?:\.[0-9a-f]+)?\.(part|journal|record|index|holder|lease)(?:\.tmp)?"
+)
+"""What holders of a unit write: the shard, then the token or the lease's number, then what it is."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +109,21 @@ class CommitRecord:
     """How many values the stored type rounded to zero; None where the first record was lost."""
     provenance: Json
     """What, beside the `FeatureConfig`, the last bits may depend on; empty where that was lost."""
+    failures: list[QuarantineEntry] | None = None
+    """The unit's clips that could not be encoded; None where all could."""
 
     @property
     def keys(self) -> set[str]:
+        """Of the samples."""
         return {sample.key for sample in self.samples}
 
     def to_json(self) -> Json:
-        return self.__dict__ | {"samples": [sample.to_json() for sample in self.samples]}
+        failures = [entry.to_json() for entry in self.failures or ()]
+        return (
+            {name: value for name, value in self.__dict__.items() if name != "failures"}
+            | {"samples": [sample.to_json() for sample in self.samples]}
+            | ({"failures": failures} if failures else {})
+        )
 
     @classmethod
     def from_json(cls, data: object, where: str) -> "CommitRecord":
@@ -157,12 +173,34 @@ def shard_path(out: Path, unit: int) -> Path:
     return out / "shards" / shard_name(unit)
 
 
-def part_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".part")
+def attempt_path(shard: Path, token: str, kind: str) -> Path:
+    """Return a file of the holder with this token; a writer without a lease has none."""
+    return shard.with_name(".".join(filter(None, (shard.name, token, kind))))
 
 
-def journal_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".journal")
+def part_path(shard: Path, token: str = "") -> Path:
+    return attempt_path(shard, token, "part")
+
+
+def journal_path(shard: Path, token: str = "") -> Path:
+    return attempt_path(shard, token, "journal")
+
+
+def record_path(shard: Path, token: str = "") -> Path:
+    """What becomes the commit record, if no other holder was faster."""
+    return attempt_path(shard, token, "record")
+
+
+def lease_path(shard: Path, number: int) -> Path:
+    """The lease of a unit's first, second ... holder."""
+    return shard.with_name(f"{shard.name}.{number}.lease")
+
+
+def attempt_files(shards: Path) -> Iterator[tuple[Path, Path, str]]:
+    """Yield the files of holders in a folder of shards, each with its shard and what it is."""
+    for path in shards.glob("*.tar.*"):
+        if match := ATTEMPT_FILE.fullmatch(path.name):
+            yield path, shards / match[1], match[2]
 
 
 def index_path(shard: Path) -> Path:

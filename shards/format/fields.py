@@ -9,6 +9,7 @@ never taken for what an older writer meant.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Set
+from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -50,6 +51,8 @@ def _reader(kind: Any) -> Reader:
 
 
 def _plain(kind: type) -> Reader:
+    if issubclass(kind, Enum):
+        return lambda value, where: _member(kind, value, where)
     word = {int: "an integer", str: "a text", bool: "true or false"}[kind]
     return lambda value, where: _of(value, (kind,), word, where)
 
@@ -61,6 +64,14 @@ def _of(value: object, kinds: tuple[type, ...], word: str, where: str) -> Any:
     shown = repr(value)
     shown = shown if len(shown) < 40 else f"{shown[:36]} ..."
     raise UserError(f"{where.lstrip('.') or 'it'} must be {word}", got=shown)
+
+
+def _member(kind: type[Enum], value: object, where: str) -> Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        words = ", ".join(str(member.value) for member in kind)
+        raise UserError(f"{where.lstrip('.')} must be one of {words}", got=repr(value)) from None
 
 
 def _items(origin: type, args: tuple[Any, ...]) -> Reader:

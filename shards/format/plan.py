@@ -101,6 +101,8 @@ class Plan:
     """Keys of clips that are not to be served any more."""
     decoder: str | None = None
     """Which reads every video, by the rule of when the bank was begun."""
+    allow_truncated: bool | None = None
+    """Whether what comes of truncated or damaged videos is banked, by every worker alike."""
 
     def to_json(self) -> Json:
         """Return what plan.json holds."""
@@ -113,7 +115,7 @@ class Plan:
             "decoder": self.decoder,
             "pruned": sorted(self.pruned),
             "units": [[clip.to_json() for clip in unit] for unit in self.units],
-        }
+        } | ({"allow_truncated": True} if self.allow_truncated else {})
 
     @classmethod
     def from_json(cls, data: Json, bank: object) -> "Plan":

@@ -1,19 +1,17 @@
 """`quarantine.jsonl`: the clips of a bank that could not be encoded, one json object a line.
 
-Lines are appended as clips fail, by several processes; the file is rewritten, whole or not at all,
-when clips leave it.
+While units are encoded their failures are kept with them, in journals and commit records; who plans
+or finishes a bank, one process at a time, brings them here. The file is replaced whole or not at all.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.format.fields import parse
 from shards.signed import Json, write_atomic
 from shards.storage import open_files
 
@@ -140,8 +138,15 @@ class QuarantineEntry:
     seconds: float
     """That the last run spent on reading it."""
 
+    def to_json(self) -> Json:
+        return asdict(self)
+
     def to_line(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode() + b"\n"
+        return json.dumps(self.to_json(), sort_keys=True).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> "QuarantineEntry":
+        return parse(cls, data, where)
 
     @classmethod
     def from_line(cls, line: bytes) -> "QuarantineEntry":
@@ -187,41 +192,19 @@ def read_entries(bank: Path) -> dict[str, QuarantineEntry]:
     return {entry.id: entry for entry in read_quarantine(bank)}
 
 
-def append_entry(bank: Path, entry: QuarantineEntry) -> None:
-    """Add a line and see it on the disk."""
+def settle(
+    bank: Path, gone: Collection[str], failed: Iterable[QuarantineEntry] = ()
+) -> list[QuarantineEntry]:
+    """Rewrite the file: the last entry of each clip, with those that failed since; return them.
+
+    gone: keys of clips that leave it. For the one process that plans or finishes the bank.
+    """
     path = quarantine_path(bank)
-    with _alone(bank):
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            _rewrite(bank, set())
-        with open(path, "ab") as file:
-            file.write(entry.to_line())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def settle(bank: Path, banked: Collection[str]) -> None:
-    """Keep the last entry of each clip, and none of the clips whose keys are banked."""
-    if quarantine_path(bank).exists():
-        with _alone(bank):
-            _rewrite(bank, set(banked))
-
-
-def _rewrite(bank: Path, gone: set[str]) -> None:
-    path = quarantine_path(bank)
-    kept = [entry for entry in read_quarantine(bank) if entry.key not in gone]
+    entries = read_entries(bank) | {entry.id: entry for entry in failed}
+    kept = [entry for entry in entries.values() if entry.key not in gone]
     data = b"".join(entry.to_line() for entry in kept)
     if not kept:
-        path.unlink()
-    elif data != path.read_bytes():
+        path.unlink(missing_ok=True)
+    elif not path.exists() or data != path.read_bytes():
         write_atomic(path, data)
-
-
-@contextmanager
-def _alone(bank: Path) -> Iterator[None]:
-    """Wait until no other process changes the file; the folder is locked, for the file is replaced."""
-    folder = os.open(bank, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
+    return kept

@@ -1,22 +1,82 @@
 """The end of every run: catalogue, quarantine, then the manifest, from plan and commit records."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from shards.errors import UserError
 from shards.format.catalogue import build_columns, write_columns
-from shards.format.commits import read_commits
-from shards.format.manifest import Manifest, NamedTower
+from shards.format.commits import CommitRecord, committed, done_path, read_commits, shard_path
+from shards.format.manifest import Manifest, NamedTower, read_manifest
 from shards.format.plan import Plan
-from shards.format.quarantine import settle
+from shards.format.quarantine import QuarantineEntry, settle
 from shards.signed import signed_json, write_atomic
+from shards.text import counted, some
+from shards.write.lease import holders, sweep
 
 
-def finish(out: Path, plan: Plan, tower: NamedTower) -> Manifest:
-    """Write the catalogue, let banked clips leave the quarantine, and write the manifest last."""
+def finish(
+    out: Path, plan: Plan, tower: NamedTower, failed: Iterable[QuarantineEntry] = ()
+) -> Manifest:
+    """Write the catalogue, bring the quarantine up to date, and write the manifest last.
+
+    failed: clips that no commit record tells of. Banked clips leave the quarantine.
+    """
     commits, served = read_commits(out, plan), plan.served()
     columns = build_columns(out / "shards", commits, plan.features.strides, served)
     write_columns(out / "index.zarr", columns)
     banked = {key for one in commits for key in one.keys if served.get(key) == one.unit}
-    settle(out, banked | plan.pruned)
+    settle(out, banked | plan.pruned, [*untold_failures(out, plan, commits), *failed])
     manifest = Manifest.of(plan, commits, columns, tower)
     write_atomic(out / "bank.json", signed_json(manifest.to_json()))
+    sweep(out)
     return manifest
+
+
+def untold_failures(
+    bank: Path, plan: Plan, commits: Sequence[CommitRecord]
+) -> list[QuarantineEntry]:
+    """Return the failures of units that have been made since the bank was last finished.
+
+    Of the others quarantine.jsonl tells: lines may have been added to it by a retry, or taken out.
+    """
+    served, told = plan.served(), _told(bank)
+    return [
+        entry
+        for commit in commits
+        if not told(commit)
+        for entry in commit.failures or ()
+        if served.get(entry.key) == commit.unit
+    ]
+
+
+def _told(bank: Path) -> Callable[[CommitRecord], bool]:
+    """Return what tells whether a bank was finished since a unit was made."""
+    try:
+        listed = {(entry.name, entry.sha256) for entry in read_manifest(bank).shards}
+        finished = (bank / "bank.json").stat().st_mtime_ns
+    except (UserError, FileNotFoundError):
+        return lambda commit: False
+
+    def told(commit: CommitRecord) -> bool:
+        if commit.samples:
+            return (commit.shard, commit.sha256) in listed
+        # a unit without samples is not listed
+        return done_path(bank / "shards" / commit.shard).stat().st_mtime_ns <= finished
+
+    return told
+
+
+def refuse_unfinished(bank: Path, plan: Plan, fix: str) -> None:
+    """Raise UserError if units of the plan are not made, saying who holds which."""
+    left = [unit for unit in range(len(plan.units)) if not committed(bank, unit)]
+    if not left:
+        return
+    held = {unit: writer for unit, writer in holders(bank).items() if unit in left}
+    who = [f"{shard_path(bank, unit).stem} by {writer}" for unit, writer in held.items()]
+    raise UserError(
+        f"{counted(len(left), 'unit')} of {len(plan.units)} "
+        + ("is not made yet" if len(left) == 1 else "are not made yet")
+        + (f", {len(held)} of them in work: {some(who)}" if held else ""),
+        where=bank,
+        fix=fix,
+    )

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
@@ -47,13 +48,22 @@ class Writer:
     command: str
     started: str
     """UTC, `2025-01-31T12:00:00Z`."""
+    boot: str | None = None
+    """Of the kernel that knows its number, as `kernel` gives it."""
+
+    @classmethod
+    def here(cls, command: str) -> "Writer":
+        """Return this process."""
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return cls(os.getpid(), socket.gethostname(), command, started, kernel())
 
     def __str__(self) -> str:
         return f"`{self.command}` (process {self.pid} on {self.host})"
 
     @property
     def is_here(self) -> bool:
-        return self.host == socket.gethostname()
+        """Whether this kernel knows of it; hosts may share a name, and containers a kernel."""
+        return self.boot == kernel() if self.boot else self.host == socket.gethostname()
 
     @property
     def is_over(self) -> bool:
@@ -67,6 +77,17 @@ class Writer:
         except PermissionError:  # of another user
             return False
         return False
+
+
+@cache
+def kernel() -> str:
+    """Return what tells this start of this machine from others, and the numbers of its processes from
+    those of other containers on it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
 
 
 def writer_of(place: str | Path | Files) -> Writer | None:
@@ -94,10 +115,8 @@ def folder_lock(
     folder.mkdir(parents=True, exist_ok=True)
     over = threading.Event()
     with _acquired(folder, fix) as file:
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        writer = Writer(os.getpid(), socket.gethostname(), command, started)
         file.truncate(0)
-        file.write(json.dumps(asdict(writer), sort_keys=True) + "\n")
+        file.write(json.dumps(asdict(Writer.here(command)), sort_keys=True) + "\n")
         file.flush()
         threading.Thread(target=_beat, args=(lock_path(folder), over), daemon=True).start()
         try:
@@ -164,18 +183,19 @@ def _beat(path: Path, over: threading.Event) -> None:
 
 def _is_touched(path: Path) -> bool:
     """Watch a lock file; tell whether its holder touches it, at the latest when it must have."""
-    seen = _touched(path)
+    seen = touched(path)
     deadline = time.monotonic() + WATCHED_SECONDS
     while seen is not None and time.monotonic() < deadline:
         time.sleep(BEAT_SECONDS / 10)
-        now = _touched(path)
+        now = touched(path)
         if now is not None and now != seen:
             return True
         seen = now
     return False
 
 
-def _touched(path: Path) -> int | None:
+def touched(path: Path) -> int | None:
+    """Return when a file was last touched, in ns by its server's clock; None where it is gone."""
     try:
         with open(path, "rb") as file:  # opening asks the server: a stat alone may be of a cache
             return os.fstat(file.fileno()).st_mtime_ns

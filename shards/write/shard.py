@@ -6,84 +6,141 @@
         writer.commit()
 
 While it is written, `<name>.part` holds the samples and `<name>.journal` a line for each that is on
-the disk; both are synced, so that a writer that was killed is followed by one that goes on after
-the last whole sample. A shard is committed when `<name>.done` exists: the tar is synced and renamed
-first, `.idx` next, `.done` last. The same samples in the same order give the same bytes on every
-machine, however often the writer was killed.
+the disk, and for each clip that failed; a writer that was killed is followed by one that goes on after
+the last whole sample. Of several that write the same shard, each under a lease with a token in the
+names of its files, the first to give its part the name of the shard has made it; the others drop
+theirs. A shard is committed when `<name>.done` exists: the tar gets its name first, `.idx` next,
+`.done` last. The same samples in the same order give the same bytes on every machine, however often
+the writer was killed.
 """
 
 import hashlib
 import io
-import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 
+from shards.errors import UserError
 from shards.format.codec import Codec, Stored
 from shards.format.commits import (
     ArrayRecord,
     CommitRecord,
     SampleRecord,
     StreamRecord,
+    attempt_path,
     done_path,
     end_of,
     index_path,
     journal_path,
     part_path,
+    read_commit,
+    record_path,
     write_commit,
 )
+from shards.format.quarantine import QuarantineEntry
 from shards.format.samples import KEY_PATTERN, SampleMeta, member_name, scale_name
-from shards.signed import Json, canonical_json, file_facts, write_atomic, write_synced
+from shards.signed import (
+    Json,
+    canonical_json,
+    file_facts,
+    file_sha256,
+    give_name,
+    read_signed_json,
+    signed_json,
+    sync_folder,
+    write_synced,
+)
+from shards.write.journal import (
+    JournalEntry,
+    Written,
+    line_of,
+    read_journal,
+    take_part,
+    write_journal,
+)
 
 BLOCK = tarfile.BLOCKSIZE
 PLAIN = Codec()
+NO_TAR: Json = {"nbytes": 0, "sha256": hashlib.sha256().hexdigest(), "crc32c": 0}
+"""What the commit record of a unit without samples says of its tar."""
+DROPPED = ("journal", "part", "record", "index", "holder", "journal.tmp")
+
+
+class OvertakenError(Exception):
+    """Another has made this shard, or is to: what was written here counts for nothing."""
 
 
 @dataclass(frozen=True)
-class JournalEntry:
-    """A sample that is whole on the disk, in a shard that is not finished."""
+class Attempt:
+    """What an earlier holder of a unit has left."""
 
-    sample: SampleRecord
-    underflowed: int
-    """How many of its values the stored type rounded to zero."""
-
-    def to_json(self) -> Json:
-        return {"sample": self.sample.to_json(), "underflowed": self.underflowed}
-
-    @classmethod
-    def from_json(cls, data: Json) -> "JournalEntry":
-        return cls(SampleRecord.from_json(data["sample"], "journal"), data["underflowed"])
+    token: str
+    """In the names of its files."""
+    over: bool
+    """Whether the holder is known to be at its end. Else it may wake, and go on writing to its files."""
 
 
 class ShardWriter:
-    """Appends samples to `<path>.part`; `commit` turns it into the shard at `path`."""
+    """Appends samples to a part; `commit` turns it into the shard at `path`."""
 
-    def __init__(self, path: Path, unit: int, fingerprint: str, codec: Codec = PLAIN) -> None:
-        """Go on after the samples of an earlier writer of the same unit and fingerprint."""
-        self.path, self.codec = path, codec
+    def __init__(
+        self,
+        path: Path,
+        unit: int,
+        fingerprint: str,
+        codec: Codec = PLAIN,
+        token: str = "",
+        earlier: Sequence[Attempt] = (),
+        wanted: Collection[str] | None = None,
+        *,
+        keep_failures: bool = True,
+    ) -> None:
+        """Go on after what an earlier writer of the same unit and fingerprint has done.
+
+        token: in the names of this writer's files, empty where there can be no other. earlier: those
+        before it. wanted: keys of the unit's clips; who wrote another clip made another unit.
+        keep_failures: of clips that failed before; else they are to be tried again.
+        """
+        self.path, self.codec, self.token = path, codec, token
         self.unit, self.fingerprint = unit, fingerprint
-        self.part, self._journal_path = part_path(path), journal_path(path)
+        self.part = part_path(path, token)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lost = not self.part.exists() and not done_path(path).exists()
-        if lost and self._journal_path.exists() and path.exists():
-            os.replace(path, self.part)  # a commit was cut off after its first rename
-        self.entries = read_journal(path, unit, fingerprint)
+        self._drop_uncommitted()
+        done = {one: self._left_by(one.token, wanted) for one in [Attempt(token, True), *earlier]}
+        best = max(done, key=lambda one: len(done[one].keys))
+        self.entries = done[best].samples
         """Of each sample written."""
-        self.keys = {entry.sample.key for entry in self.entries}
-        whole = len(self.entries)
+        self.failures = done[best].failures if keep_failures else []
+        """Of each clip that could not be encoded."""
+        self.keys = Written(self.entries, self.failures).keys
+        """Of the clips that are done with."""
+        write_journal(path, unit, fingerprint, token, [*self.entries, *self.failures])
+        if best.token != token and self.entries:
+            take_part(path, best.token, token, done[best].end, best.over)
         # Unbuffered: after a full disk nothing may be left to write.
-        self._file = io.FileIO(self.part, "r+" if whole else "w")  # closed by close
-        self.nbytes = self._file.truncate(self._good_end())
+        self._file = io.FileIO(self.part, "r+" if self.entries else "w")  # closed by close
+        self.nbytes = self._file.truncate(done[best].end)
         self._file.seek(self.nbytes)
-        head = canonical_json({"unit": unit, "fingerprint": fingerprint})
-        lines = [head, *(canonical_json(entry.to_json()) for entry in self.entries)]
-        write_atomic(self._journal_path, b"".join(map(_checked_line, lines)))
-        self._journal = io.FileIO(self._journal_path, "a")
+        self._journal = io.FileIO(journal_path(path, token), "a")
+
+    def _drop_uncommitted(self) -> None:
+        """Take the shard's name from a tar without a commit record, which does not exist."""
+        if done_path(self.path).exists() or not self.path.exists():
+            return
+        if self.part.exists() or not journal_path(self.path, self.token).exists():
+            self.path.unlink()
+        else:  # a commit was cut off, and this is the part
+            os.replace(self.path, self.part)
+
+    def _left_by(self, token: str, wanted: Collection[str] | None) -> Written:
+        written = read_journal(self.path, self.unit, self.fingerprint, token)
+        ours = wanted is None or written.keys <= set(wanted)
+        return written if ours else Written()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -122,38 +179,49 @@ class ShardWriter:
         assert google_crc32c.value(blob) == record.crc32c, record.key
         self._append(blob, record.moved(self.nbytes - record.offset), 0)
 
+    def fail(self, entry: QuarantineEntry) -> None:
+        """Note a clip that cannot be encoded; the next writer knows of it."""
+        assert entry.key not in self.keys, entry.key
+        write_synced(self._journal, line_of(entry))
+        self.failures.append(entry)
+        self.keys.add(entry.key)
+
     def _append(self, blob: bytes, sample: SampleRecord, underflowed: int) -> None:
         write_synced(self._file, blob)
         entry = JournalEntry(sample, underflowed)
-        write_synced(self._journal, _checked_line(canonical_json(entry.to_json())))
+        write_synced(self._journal, line_of(entry))
         self.nbytes += len(blob)
         self.entries.append(entry)
         self.keys.add(sample.key)
 
     def commit(self, provenance: Json | None = None) -> CommitRecord:
-        """Sync, rename, write `.idx` and `.done`; return the commit record. No sample makes no tar.
+        """Give tar, `.idx` and `.done` their names; return the commit record. No sample makes no tar.
 
-        provenance: what, beside the fingerprint, the last bits may depend on.
+        provenance: what, beside the fingerprint, the last bits may depend on. Raises OvertakenError
+        where another has made the shard.
         """
         write_synced(self._file, end_of_archive(self.nbytes))
         self.close()
         samples = [entry.sample for entry in self.entries]
-        record = CommitRecord(
-            shard=self.path.name,
-            unit=self.unit,
-            fingerprint=self.fingerprint,
-            **file_facts(self.part),
-            samples=samples,
-            underflowed=sum(entry.underflowed for entry in self.entries),
-            provenance=provenance or {},
-        )
-        if not samples:
-            self.abandon()
-            return commit_nothing(self.path, record)
-        os.replace(self.part, self.path)
-        write_atomic(index_path(self.path), index_bytes(samples))
-        write_commit(self.path, record)
-        self._journal_path.unlink(missing_ok=True)  # another writer of the bank may tidy up
+        try:
+            record = CommitRecord(
+                shard=self.path.name,
+                unit=self.unit,
+                fingerprint=self.fingerprint,
+                **(file_facts(self.part) if samples else NO_TAR),
+                samples=samples,
+                underflowed=sum(entry.underflowed for entry in self.entries),
+                provenance=provenance or {},
+                failures=self.failures or None,
+            )
+            with open(record_path(self.path, self.token), "wb", buffering=0) as file:
+                write_synced(file, signed_json(record.to_json()))
+            put_in_place(self.path, self.token, record, self.token)
+        except FileNotFoundError:
+            if done_path(self.path).exists():  # and who made it has tidied up
+                raise OvertakenError from None
+            raise
+        drop_attempt(self.path, self.token)
         return record
 
     def close(self) -> None:
@@ -164,11 +232,51 @@ class ShardWriter:
     def abandon(self) -> None:
         """Leave nothing."""
         self.close()
-        self._journal_path.unlink(missing_ok=True)  # first: without it the rest counts for nothing
-        self.part.unlink(missing_ok=True)
+        drop_attempt(self.path, self.token)
 
-    def _good_end(self) -> int:
-        return end_of([entry.sample for entry in self.entries])
+
+def resume_commit(path: Path, attempts: Sequence[str], token: str) -> CommitRecord | None:
+    """Bring to its end the commit that an earlier holder of the unit had begun; None of no such.
+
+    attempts: tokens of the earlier holders. token: one's own.
+    """
+    for attempt in attempts:
+        try:
+            record = CommitRecord.from_json(read_signed_json(record_path(path, attempt)), str(path))
+            put_in_place(path, attempt, record, token)
+        except (FileNotFoundError, UserError, OvertakenError):
+            continue
+        return record
+    return None
+
+
+def put_in_place(path: Path, attempt: str, record: CommitRecord, token: str) -> None:
+    """Make a part that is whole, and the record of it, the shard at `path`. Raises OvertakenError.
+
+    attempt: the token of the files. token: of who does this; several may, of the same files.
+    """
+    if done_path(path).exists():
+        raise OvertakenError
+    if record.samples:
+        part = part_path(path, attempt)
+        named = give_name(part, path) if part.exists() else path.exists()
+        if not named or (not part.exists() and file_sha256(path) != record.sha256):
+            raise OvertakenError
+        index = attempt_path(path, token, "index")
+        with open(index, "wb", buffering=0) as file:
+            write_synced(file, index_bytes(record.samples))
+        os.replace(index, index_path(path))
+        sync_folder(path.parent)
+    if not give_name(record_path(path, attempt), done_path(path), never_empty=True):
+        if record.samples and not read_commit(path).samples:
+            path.unlink()  # another has found just now that there are none
+        raise OvertakenError
+
+
+def drop_attempt(path: Path, token: str) -> None:
+    """Remove the files of a holder."""
+    for kind in DROPPED:  # without its journal the rest counts for nothing
+        attempt_path(path, token, kind).unlink(missing_ok=True)
 
 
 class _Sample:
@@ -219,48 +327,11 @@ def _add_array(sample: _Sample, name: str, array: np.ndarray) -> ArrayRecord:
     return ArrayRecord(begin + head.tell(), len(values), google_crc32c.value(values))
 
 
-def read_journal(path: Path, unit: int, fingerprint: str) -> list[JournalEntry]:
-    """Return the entries of the samples of an unfinished shard that are whole in its `.part`.
-
-    Samples after one whose checksum is wrong do not count: a machine that lost its power may have
-    kept the later bytes and not the earlier.
-    """
-    if not journal_path(path).exists() or not part_path(path).exists():
-        return []
-    lines = journal_lines(path)
-    if not lines or lines[0] != {"unit": unit, "fingerprint": fingerprint}:
-        return []
-    whole, end = [], 0
-    with open(part_path(path), "rb") as file:
-        for entry in map(JournalEntry.from_json, lines[1:]):
-            blob = file.read(entry.sample.nbytes)
-            if entry.sample.offset != end or google_crc32c.value(blob) != entry.sample.crc32c:
-                break
-            whole.append(entry)
-            end += len(blob)
-    return whole
-
-
-def journal_lines(path: Path) -> list[Json]:
-    """Return the lines of a shard's journal up to one that was cut off: a head, then the entries."""
-    lines: list[Json] = []
-    for line in journal_path(path).read_bytes().splitlines(keepends=True):
-        body, _, check = line.rpartition(b" ")
-        if not line.endswith(b"\n") or f"{google_crc32c.value(body):08x}\n".encode() != check:
-            break
-        lines.append(json.loads(body))
-    return lines
-
-
-def _checked_line(body: bytes) -> bytes:
-    return body + f" {google_crc32c.value(body):08x}\n".encode()
-
-
 def commit_nothing(shard: Path, record: CommitRecord) -> CommitRecord:
     """Write the record of a unit without samples: no tar is left, at which stock readers would break."""
     for path in (shard, index_path(shard)):
         path.unlink(missing_ok=True)
-    record = replace(record, nbytes=0, sha256=hashlib.sha256().hexdigest(), crc32c=0)
+    record = replace(record, **NO_TAR)
     write_commit(shard, record)
     return record
 

@@ -35,6 +35,7 @@ from transformers import (
 from preprocess.encode.run import EncodeOptions, encode
 from preprocess.sources.find import FindOptions
 from shards.errors import UserError
+from shards.format.commits import read_commit, shard_path
 from shards.format.features import Sampling
 from shards.format.plan import read_plan
 from shards.format.quarantine import read_quarantine
@@ -330,8 +331,11 @@ def test_bad_videos_are_quarantined_and_change_nothing_else(
         assert entry.path == str(videos / id_)
         assert str(videos / id_) in entry.message
         assert "\n" not in entry.message
-    for name in ("bank-000000.tar", "bank-000000.tar.idx", "bank-000000.done"):
+    for name in ("bank-000000.tar", "bank-000000.tar.idx"):
         assert (bank / "shards" / name).read_bytes() == (toy_bank / "shards" / name).read_bytes()
+    with_failures, without = (read_commit(shard_path(b, 0)) for b in (bank, toy_bank))
+    assert replace(with_failures, failures=None) == without
+    assert with_failures.failures == read_quarantine(bank)
     assert (bank / "bank.json").read_bytes() == (toy_bank / "bank.json").read_bytes()
 
     before = contents(bank)

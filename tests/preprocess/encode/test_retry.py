@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from shards.format.plan import ClipSource, read_plan, write_plan
 from shards.format.quarantine import (
     QuarantineEntry,
     Reason,
-    append_entry,
     quarantine_path,
     read_entries,
     read_quarantine,
@@ -227,27 +225,22 @@ def entry(id_: str, attempts: int = 1) -> QuarantineEntry:
     return QuarantineEntry(id_, key, path, "decode", Reason.DAMAGED, "damaged", attempts, 0.5)
 
 
+def fail(bank: Path, *entries: QuarantineEntry) -> None:
+    settle(bank, [], entries)
+
+
 def test_a_last_line_cut_by_a_power_loss_is_no_entry(tmp_path: Path) -> None:
-    append_entry(tmp_path, entry("a"))
-    append_entry(tmp_path, entry("b"))
+    fail(tmp_path, entry("a"), entry("b"))
     whole = quarantine_path(tmp_path).read_bytes()
     for length in range(len(whole) // 2 + 1, len(whole) - 1):
         quarantine_path(tmp_path).write_bytes(whole[:length])
         assert list(read_entries(tmp_path)) == ["a"]
-    settle(tmp_path, [])
-    append_entry(tmp_path, entry("c"))
+    fail(tmp_path, entry("c"))
     assert [line.id for line in read_quarantine(tmp_path)] == ["a", "c"]
 
 
-def test_an_entry_after_a_torn_line_does_not_join_it(tmp_path: Path) -> None:
-    quarantine_path(tmp_path).write_bytes(b'{"id": "a", "reas')
-    append_entry(tmp_path, entry("b"))
-    assert list(read_entries(tmp_path)) == ["b"]
-    assert [line.id for line in read_quarantine(tmp_path)] == ["b"]
-
-
 def test_a_spoilt_line_elsewhere_is_refused_with_its_number(tmp_path: Path) -> None:
-    append_entry(tmp_path, entry("a"))
+    fail(tmp_path, entry("a"))
     raw = quarantine_path(tmp_path).read_bytes()
     quarantine_path(tmp_path).write_bytes(raw + b"{spoilt\n" + raw)
     with pytest.raises(UserError, match=r"quarantine\.jsonl:2: not an entry"):
@@ -256,23 +249,11 @@ def test_a_spoilt_line_elsewhere_is_refused_with_its_number(tmp_path: Path) -> N
 
 def test_settling_keeps_the_last_entry_of_each_clip_that_is_not_banked(tmp_path: Path) -> None:
     for id_, attempts in (("a", 1), ("b", 1), ("a", 2), ("c", 1)):
-        append_entry(tmp_path, entry(id_, attempts))
+        fail(tmp_path, entry(id_, attempts))
     settle(tmp_path, [sample_key("b")])
     assert [(e.id, e.attempts) for e in read_quarantine(tmp_path)] == [("a", 2), ("c", 1)]
     settle(tmp_path, [sample_key("a"), sample_key("c")])
     assert not quarantine_path(tmp_path).exists()
-
-
-def test_several_writers_lose_no_line_of_each_other(tmp_path: Path) -> None:
-    def fail(name: str) -> None:
-        for k in range(40):
-            append_entry(tmp_path, entry(f"{name}{k}"))
-            if k % 5 == 0:
-                settle(tmp_path, [sample_key("x")])
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(fail, "abcd"))
-    assert len(read_quarantine(tmp_path)) == 160
 
 
 def test_a_bank_that_is_being_written_is_not_retried(bank: Path) -> None:

@@ -24,12 +24,12 @@ from preprocess.encode.run import encode
 from preprocess.encode.unit import Encoder, disk_errors
 from preprocess.sources.find import find_clips
 from shards.format.codec import Codec, channel_error
-from shards.format.commits import journal_path, part_path, shard_path
+from shards.format.commits import shard_path
 from shards.format.plan import ClipSource
-from shards.format.quarantine import read_quarantine
 from shards.format.samples import SampleMeta
 from shards.read.bank import Bank
 from shards.signed import read_signed_json
+from shards.write.lease import Leases
 from shards.write.shard import ShardWriter
 
 
@@ -53,8 +53,14 @@ def encode_one(
     """Encode a unit; return its commit record."""
     out.mkdir(parents=True, exist_ok=True)
     codec = codec or Codec(options.codec, options.dtype)
-    with Encoder(out, feature_config(tower, options), tower, options, codec) as encoder:
-        encoder.encode_unit(0, clips)
+    features = feature_config(tower, options)
+    with (
+        Encoder(out, features, tower, options, codec) as encoder,
+        Leases(out, "a test") as leases,
+    ):
+        lease = leases.take(0)
+        assert lease
+        encoder.encode_unit(lease, clips)
     return read_signed_json(shard_path(out, 0).with_suffix(".done"))
 
 
@@ -116,20 +122,6 @@ def test_what_is_left_of_a_unit_of_other_clips_is_not_used(
     assert encode_one(tmp_path / "bank", tower, toy_options, clips) == clean
 
 
-def test_a_journal_that_outlived_its_commit_is_removed_and_one_at_work_is_not(
-    tower: Tower, clips: list[ClipSource], toy_options: EncodeOptions, tmp_path: Path
-) -> None:
-    encode_one(tmp_path, tower, toy_options, clips)
-    path, other = shard_path(tmp_path, 0), shard_path(tmp_path, 1)
-    for file in (journal_path(path), journal_path(other), part_path(other)):
-        file.write_bytes(b"")
-    Encoder(tmp_path, feature_config(tower, toy_options), tower, toy_options).__exit__(
-        None, None, None
-    )
-    assert not journal_path(path).exists()
-    assert journal_path(other).exists()
-
-
 @pytest.mark.parametrize(
     ("value", "said"),
     [(1e7, "does not fit float16; use --dtype bfloat16"), (float("nan"), "NaN or infinity")],
@@ -154,11 +146,11 @@ def test_features_that_cannot_be_stored_name_clip_frame_and_stride(
     tower.model.register_forward_hook(spoil)
     record = encode_one(tmp_path, tower, toy_options, clips)
     assert [sample["key"] for sample in record["samples"]] == [clips[0].key, clips[2].key]
-    (entry,) = read_quarantine(tmp_path)
-    assert (entry.stage, entry.reason) == ("tower", "not-representable")
-    assert entry.message.startswith(f"{clips[1].path}: frame 5, stride 4: ")
-    assert said in entry.message
-    assert "\n" not in entry.message
+    (entry,) = record["failures"]
+    assert (entry["stage"], entry["reason"]) == ("tower", "not-representable")
+    assert entry["message"].startswith(f"{clips[1].path}: frame 5, stride 4: ")
+    assert said in entry["message"]
+    assert "\n" not in entry["message"]
 
 
 def test_clips_are_encoded_as_they_were_calibrated(
@@ -203,5 +195,6 @@ def test_a_full_disk_while_an_archive_is_unpacked_is_no_clips_fault(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert not (tmp_path / "bank" / "quarantine.jsonl").exists()
-    assert len(encode_one(tmp_path / "bank", tower, toy_options, inside)["samples"]) == 3
+    record = encode_one(tmp_path / "bank", tower, toy_options, inside)
+    assert len(record["samples"]) == 3
+    assert "failures" not in record

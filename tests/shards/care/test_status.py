@@ -26,7 +26,7 @@ from shards.errors import UserError
 from shards.format.commits import done_path, journal_path, part_path
 from shards.format.features import Sampling
 from shards.format.plan import read_plan, write_plan
-from shards.format.quarantine import QuarantineEntry, Reason, append_entry
+from shards.format.quarantine import QuarantineEntry, Reason, settle
 from shards.read.bank import Bank
 from shards.write.lock import folder_lock, lock_path
 
@@ -154,8 +154,11 @@ def test_a_finished_bank_on_one_screen(bank: Path) -> None:
 
 def test_what_failed_is_counted_by_reason(bank: Path) -> None:
     reasons = [Reason.TRUNCATED, Reason.DAMAGED, Reason.TRUNCATED, Reason.TRUNCATED]
-    for k, reason in enumerate(reasons):
-        append_entry(bank, QuarantineEntry(f"{k}", f"{k}", f"{k}", "decode", reason, "", 1, 0.1))
+    entries = [
+        QuarantineEntry(f"{k}", f"{k}", f"{k}", "decode", reason, "", 1, 0.1)
+        for k, reason in enumerate(reasons)
+    ]
+    settle(bank, [], entries)
     row = lines(status(bank))["quarantine"]
     assert row.startswith("4 clips: 3 truncated, 1 damaged; ")
 

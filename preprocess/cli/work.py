@@ -1,0 +1,160 @@
+"""The commands for many machines: work, finish, merge."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from preprocess.cli.encode import failed
+from preprocess.cli.options import DEVICE, LOCAL, start_torch
+from preprocess.cli.share import start_of
+from shards.text import counted, in_bytes, printable, some
+
+BANK = click.argument("bank", type=LOCAL)
+SLURM = """\
+#!/bin/bash
+# Make the bank {bank}: `bash THIS` submits the array, and after it the job that finishes.
+#SBATCH --job-name=framebank
+#SBATCH --array=0-3
+#   so many machines at once; any number will do, each takes what is left
+#SBATCH --cpus-per-task=4
+# #SBATCH --gpus-per-task=1
+# #SBATCH --time=24:00:00
+#   take the first # of what you need; a task that is cut off goes on where it was when requeued
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=framebank-%A_%a.log
+set -eu
+if [ -z "${{SLURM_ARRAY_TASK_ID:-}}" ]; then
+    job=$(sbatch --parsable "$0")
+    # it ends as failed (1) where clips are in quarantine: they are listed in its log
+    exec sbatch --job-name=framebank-finish --dependency="afterok:$job" \\
+        --output=framebank-finish-%j.log --wrap={finish}
+fi
+exec {work} --share auto
+"""
+
+
+@click.command()
+@BANK
+@click.option("--share", default="auto", show_default=True,
+              help="Where to begin among the units: K/N, or as a scheduler counts.")  # fmt: skip
+@click.option("--procs", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Processes, each with its tower and decoder, over all GPUs.")  # fmt: skip
+@click.option("--tower", help="Where the bank's tower lies here.  [default: where it was planned]")
+@click.option("--video-root", "roots", multiple=True, type=click.Path(),
+              help="Where videos may lie here that lay elsewhere when planned. Repeatable.")  # fmt: skip
+@DEVICE
+@click.option("--template", type=click.Choice(["slurm"]),
+              help="Print a job script for this bank instead.")  # fmt: skip
+def work(
+    bank: Path,
+    share: str,
+    procs: int,
+    tower: str | None,
+    roots: tuple[str, ...],
+    device: str,
+    template: str | None,
+) -> None:
+    """Encode what is left of the plan of BANK, beside any number of others that do so.
+
+    Run it on as many machines as see BANK, all at once or one after the other: each unit (a shard) is
+    made by whoever takes it first, and by another where that one dies or hangs (known at once on the
+    same machine, after 45 s on another). Make the plan with `preprocess plan`, end with
+    `preprocess finish`. The bytes are those of one process, among machines that compute alike.
+
+    Exit code 0: nothing is left to take, whatever was quarantined; 2: wrong usage, or the machine
+    failed; 70: a bug of ours. What is made stays.
+
+    \b
+    preprocess plan videos/ --out bank --tower google/siglip-so400m-patch14-384
+    preprocess work bank                      # here, there and elsewhere
+    preprocess finish bank
+    preprocess work bank --template slurm > bank.sh && bash bank.sh
+    """
+    if template:
+        click.echo(slurm_script(bank), nl=False)
+        return
+    from preprocess.encode.run import planned
+
+    start = start_of(share, os.environ)
+    planned(bank)  # before torch is imported
+    device = start_torch(device)
+    from preprocess.encode.run import work as encode_left
+    from shards.format.commits import committed
+    from shards.write.lease import holders
+
+    summary = encode_left(bank, tower, roots, device, procs=procs, start=start)
+    click.echo(
+        f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
+        f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "
+        f"{counted(len(summary.failures), 'clip')} failed"
+    )
+    units = range(len(planned(bank).units))
+    left = sum(not committed(bank, unit) for unit in units)
+    who = some([printable(str(writer)) for writer in holders(bank).values()])
+    click.echo(
+        f"{left} of {len(units)} units are in work elsewhere: {who}"
+        if left
+        else f"all {len(units)} units are made; `preprocess finish {bank}`"
+    )
+
+
+def slurm_script(bank: Path) -> str:
+    """Return a job script that makes a bank on a Slurm cluster, as it stands on this machine."""
+    path = shlex.quote(str(bank.absolute()))
+    command = f"{shlex.quote(sys.executable)} -m preprocess"
+    finish = shlex.quote(f"{command} finish {path}")
+    return SLURM.format(bank=path, work=f"{command} work {path}", finish=finish)
+
+
+@click.command()
+@BANK
+def finish(bank: Path) -> None:
+    """Write the catalogue, the quarantine and bank.json of BANK, when all units of its plan are made.
+
+    Exit code 0: all done; 1: some clips failed and are listed; 2: units are left, or in work: by whom
+    is said; wrong usage.
+
+    \b
+    preprocess finish bank
+    """
+    from preprocess.encode.run import finish_bank
+
+    summary, units = finish_bank(bank)
+    click.echo(
+        f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
+        f"{in_bytes(summary.nbytes)} in {counted(units, 'unit')}"
+    )
+    failed(bank, summary.failures)
+
+
+@click.command()
+@click.argument("banks", nargs=-1, required=True, type=LOCAL)
+@click.option("--out", required=True, type=LOCAL, help="The new bank's folder.")
+def merge(banks: tuple[Path, ...], out: Path) -> None:
+    """Join BANKS into a new one: of the same features, and with no clip in common. Nothing is encoded.
+
+    Shards are linked where they can be, so that they take no room twice, and copied elsewhere; BANKS
+    stay as they are. Of a bank whose plan is not done yet the units that are made are taken: so a plan
+    may be copied to machines without a common disk, and each made in part.
+
+    \b
+    preprocess merge bank-a bank-b --out bank
+    """
+    from shards.care.merge import merge as join
+    from shards.format.quarantine import read_quarantine
+
+    total = sum(path.stat().st_size for bank in banks for path in bank.glob("shards/*.tar"))
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="merge", leave=False, disable=None
+    ) as bar:
+        manifest = join(banks, out, bar.update)
+    click.echo(
+        f"{out}: {counted(manifest.clips, 'clip')}, {counted(manifest.frames, 'frame')}, "
+        f"{in_bytes(manifest.nbytes)} in {counted(len(manifest.shards), 'shard')}; "
+        f"{counted(len(read_quarantine(out)), 'clip')} in quarantine"
+    )

@@ -1,0 +1,185 @@
+"""`preprocess merge A B --out C`: banks of the same features, without a clip in common, become one.
+
+manifest = merge([Path("a"), Path("b")], Path("c"))
+
+The units of A that are made come first, then those of B, numbered anew: tars and indices are hard links
+to the old ones or copies, commit records say their new numbers. The new bank is made beside its place
+and moved there when it is whole.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shards.care.inventory import refuse_no_bank
+from shards.errors import UserError
+from shards.format.commits import (
+    CommitRecord,
+    committed,
+    index_path,
+    read_commit,
+    refuse_missing_shards,
+    shard_path,
+    write_commit,
+)
+from shards.format.features import differences
+from shards.format.manifest import Manifest, TowerFacts
+from shards.format.plan import ClipSource, Plan, read_plan, write_plan
+from shards.format.quarantine import read_entries
+from shards.signed import sync_folder
+from shards.text import counted, some
+from shards.write.finish import finish
+from shards.write.lock import folder_lock, writer_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """A bank, and what of it goes into another."""
+
+    bank: Path
+    plan: Plan
+    commits: list[CommitRecord]
+    """Of the units that are made."""
+
+    @property
+    def clips(self) -> dict[str, str]:
+        """By key, the id of each clip that was encoded or has failed."""
+        units = [self.plan.units[commit.unit] for commit in self.commits]
+        return {clip.key: clip.id for unit in units for clip in unit}
+
+
+def merge(
+    banks: Sequence[Path], out: Path, seen: Callable[[int], object] = lambda nbytes: None
+) -> Manifest:
+    """Make a bank of the units of several; returns its manifest.
+
+    seen: told of the bytes of each shard as they are done. Raises UserError naming what differs, each
+    clip that two of them hold, a bank that is being written, and an `out` that is there.
+    """
+    if out.exists() and not {path.name for path in out.iterdir()} <= {".lock"}:
+        raise UserError("is there already", where=out, fix="name a new folder for the merged bank")
+    parts = [_part(bank) for bank in banks]
+    _refuse_different(parts)
+    _refuse_common(parts)
+    beside = out.with_name(f"{out.name}.merging")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out, "preprocess merge"):
+        shutil.rmtree(beside, ignore_errors=True)
+        (beside / "shards").mkdir(parents=True)
+        units = _bring_shards(parts, beside, seen)
+        plan = replace(
+            parts[0].plan,
+            units=units,
+            pruned=frozenset().union(*(part.plan.pruned & part.clips.keys() for part in parts)),
+        )
+        write_plan(beside, plan)
+        _bring_skips(parts, beside)
+        commits = [read_commit(shard_path(beside, unit)) for unit in range(len(units))]
+        failed = [
+            entry
+            for part in parts
+            for entry in read_entries(part.bank).values()
+            if entry.key in part.clips
+        ]
+        manifest = finish(beside, plan, TowerFacts.of(plan, commits), failed)
+    os.rmdir(out)
+    os.replace(beside, out)
+    sync_folder(out.parent)
+    return manifest
+
+
+def _part(bank: Path) -> Part:
+    refuse_no_bank(bank)
+    writer = writer_of(bank)
+    if writer:
+        raise UserError(f"{writer} writes here", where=bank, fix="merge it when that is over")
+    plan = read_plan(bank)
+    if plan is None:
+        raise UserError("its plan.json is missing", where=bank, fix="restore it from a copy")
+    refuse_missing_shards(bank, plan)
+    units = [unit for unit in range(len(plan.units)) if committed(bank, unit)]
+    commits = [read_commit(shard_path(bank, unit)) for unit in units]
+    for commit in commits:
+        shard = bank / "shards" / commit.shard
+        if commit.samples and shard.stat().st_size != commit.nbytes:
+            raise UserError(
+                "is damaged",
+                got=f"{shard.stat().st_size} bytes",
+                expected=f"{commit.nbytes} bytes",
+                where=shard,
+                fix=f"`preprocess repair {bank}` first",
+            )
+    return Part(bank, plan, commits)
+
+
+def _refuse_different(parts: Sequence[Part]) -> None:
+    """Raise UserError naming each thing in which the first bank and another differ."""
+    first, problems = parts[0], []
+    for part in parts[1:]:
+        ours, theirs = first.plan.features.to_json(), part.plan.features.to_json()
+        lines = differences(ours, theirs)
+        if first.plan.calibration != part.plan.calibration:
+            lines.append(
+                "the scales of int8, which were calibrated apart: plan once, and copy plan.json"
+            )
+        if first.plan.decoder != part.plan.decoder:
+            lines.append(f"videos are read by {first.plan.decoder} here, {part.plan.decoder} there")
+        if lines:
+            problems.append(
+                f"{first.bank} and {part.bank} differ; only banks of the same features can be one: "
+                f"{'; '.join(lines)}"
+            )
+    if problems:
+        raise UserError.of(problems)
+
+
+def _refuse_common(parts: Sequence[Part]) -> None:
+    """Raise UserError naming the clips that two banks hold."""
+    problems, holder = [], dict[str, Part]()
+    for part in parts:
+        common: dict[Path, list[str]] = {}
+        for key, id_ in part.clips.items():
+            if key in holder:
+                common.setdefault(holder[key].bank, []).append(id_)
+            holder.setdefault(key, part)
+        problems += [
+            f"{bank} and {part.bank} have {counted(len(ids), 'clip')} in common: {some(sorted(ids))}; "
+            "encode each in one of them only"
+            for bank, ids in common.items()
+        ]
+    if problems:
+        raise UserError.of(problems)
+
+
+def _bring_shards(
+    parts: Sequence[Part], out: Path, seen: Callable[[int], object]
+) -> list[list[ClipSource]]:
+    """Link or copy the shards, write their commit records; return the units of the new plan."""
+    units: list[list[ClipSource]] = []
+    for part in parts:
+        for commit in part.commits:
+            old, new = part.bank / "shards" / commit.shard, shard_path(out, len(units))
+            if commit.samples:
+                _bring(old, new)
+                _bring(index_path(old), index_path(new))
+                seen(commit.nbytes)
+            write_commit(new, replace(commit, shard=new.name, unit=len(units)))
+            units.append(part.plan.units[commit.unit])
+    return units
+
+
+def _bring(old: Path, new: Path) -> None:
+    try:
+        os.link(old, new)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(old, new)
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _bring_skips(parts: Sequence[Part], out: Path) -> None:
+    lines = [path.read_bytes() for part in parts if (path := part.bank / "skipped.jsonl").exists()]
+    if lines:
+        (out / "skipped.jsonl").write_bytes(b"".join(lines))

@@ -1,0 +1,251 @@
+"""A lease per unit: of many processes on many machines one makes a unit, and another where that one ends.
+
+with Leases(bank, "preprocess work") as leases:
+    for lease in leases.left(units):
+        ...  # write the unit's shard with `lease.token` in the names of all files, and commit it
+
+The n-th holder of a unit creates `<shard>.<n>.lease`, which only one can, says there who it is, and
+touches it. It is over when its kernel no longer knows it, when it has given the lease up (the file is
+of long ago then), or when it was not touched while another watched it for `WATCHED_SECONDS`. The
+next one creates number n + 1. A holder that was only paused finds that when it wakes, and its files
+carry a token of its own, so that it is in nobody's way. Nothing here needs a lock of the file system.
+"""
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Collection, Generator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from shards.errors import UserError
+from shards.format.commits import (
+    attempt_files,
+    attempt_path,
+    done_path,
+    journal_path,
+    lease_path,
+    shard_path,
+)
+from shards.format.fields import parse
+from shards.signed import give_name, write_synced
+from shards.write import lock
+from shards.write.lock import Writer, touched
+from shards.write.shard import Attempt, OvertakenError, drop_attempt
+
+GIVEN_UP = 10**18
+"""The time, in ns, of a lease's file whose holder needs it no more: long ago, on any file system."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What a lease's file says."""
+
+    token: str
+    writer: Writer
+
+
+@dataclass
+class Lease:
+    """The right to make a unit's shard, until another holder takes it."""
+
+    unit: int
+    shard: Path
+    number: int
+    token: str
+    """In the names of the files that this holder writes."""
+    earlier: list[Attempt] = field(default_factory=list)
+    """Of the holders before."""
+
+    @property
+    def path(self) -> Path:
+        return lease_path(self.shard, self.number)
+
+    def check(self) -> None:
+        """Raise OvertakenError if another holds the unit now, or has made it."""
+        if done_path(self.shard).exists() or lease_path(self.shard, self.number + 1).exists():
+            raise OvertakenError
+
+
+@dataclass
+class Watched:
+    """A lease of another."""
+
+    time: int
+    """Of the file, when it was looked at last."""
+    since: float
+    """When it was first seen to be so."""
+    looked: float
+    lives: bool = False
+    """Whether it was touched between two looks, one soon after the other."""
+
+
+class Leases(ExitStack):
+    """The leases of one process, one at a time, and what it has seen of those of others."""
+
+    def __init__(self, bank: Path, command: str) -> None:
+        super().__init__()
+        self.bank = bank
+        self.writer = Writer.here(command)
+        self.held: dict[int, Writer | None] = {}
+        """By unit, who held it when it was last asked for; None where the file does not say."""
+        self.elsewhere: set[int] = set()
+        """Units that others have made meanwhile."""
+        self._watched: dict[Path, Watched] = {}
+        self._mine: Lease | None = None
+        self._guard = threading.Lock()
+        self._over = threading.Event()
+        (bank / "shards").mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._beat, daemon=True).start()
+        self.callback(self._over.set)
+        self.callback(self._let_go)
+
+    def take(self, unit: int) -> Lease | None:
+        """Return the lease of a unit that nobody holds and nobody has made, else None."""
+        assert self._mine is None, "one at a time"
+        shard, number, earlier = shard_path(self.bank, unit), 1, [Attempt("", over=True)]
+        self.held.pop(unit, None)
+        if done_path(shard).exists():
+            return None
+        while lease_path(shard, number).exists():
+            holder, over = _holder(lease_path(shard, number)), False
+            if not lease_path(shard, number + 1).exists():
+                over = self._is_over(lease_path(shard, number), holder)
+                if not over:
+                    self.held[unit] = holder.writer if holder else None
+                    return None
+            if holder:
+                earlier.append(Attempt(holder.token, _has_ended(lease_path(shard, number), holder)))
+            number += 1
+        lease = Lease(unit, shard, number, secrets.token_hex(4), earlier)
+        if not self._create(lease):
+            return None
+        with self._guard:
+            self._mine = lease
+        if done_path(shard).exists():  # since we looked
+            self._let_go()
+            return None
+        return lease
+
+    def left(self, units: Sequence[int], first: int = 0) -> Generator[Lease]:
+        """Yield the leases of what is left to take, until all is made, or held by somebody who lives.
+
+        first: where among the units to begin. A lease is let go when the next one is asked for.
+        """
+        todo = [*units[first:], *units[:first]]
+        while todo:
+            took = False
+            for unit in todo:
+                if lease := self.take(unit):
+                    took = True
+                    try:
+                        yield lease
+                    finally:
+                        self._let_go()
+                elif done_path(shard_path(self.bank, unit)).exists():
+                    self.elsewhere.add(unit)
+            todo = [unit for unit in todo if not done_path(shard_path(self.bank, unit)).exists()]
+            if not took and all(self._is_alive(unit) for unit in todo):
+                return
+            if not took:
+                time.sleep(lock.BEAT_SECONDS / 5)
+
+    def _create(self, lease: Lease) -> bool:
+        words = attempt_path(lease.shard, lease.token, "holder")
+        with open(words, "wb", buffering=0) as file:
+            write_synced(file, json.dumps(asdict(Holder(lease.token, self.writer))).encode())
+        created = give_name(words, lease.path)
+        words.unlink(missing_ok=True)
+        return created
+
+    def _let_go(self) -> None:
+        """Give the lease up; of a unit that is made, remove what its holders have left."""
+        with self._guard:
+            lease, self._mine = self._mine, None
+        if lease is None:
+            return
+        if done_path(lease.shard).exists():
+            for attempt in [Attempt(lease.token, True), *lease.earlier]:
+                drop_attempt(lease.shard, attempt.token)
+            for number in range(1, lease.number + 1):
+                lease_path(lease.shard, number).unlink(missing_ok=True)
+        elif not journal_path(lease.shard, lease.token).exists():  # nothing is left to tell of
+            lease.path.unlink(missing_ok=True)
+        else:
+            with suppress(FileNotFoundError):
+                os.utime(lease.path, ns=(GIVEN_UP, GIVEN_UP))
+
+    def _is_over(self, path: Path, holder: Holder | None) -> bool:
+        """Whether a lease's holder is at its end, or seems to be."""
+        now = touched(path)
+        if now is None or (holder is not None and _has_ended(path, holder)):
+            return True
+        clock, soon = time.monotonic(), 3 * lock.BEAT_SECONDS
+        seen = self._watched.get(path)
+        if seen is None or seen.time != now:
+            lives = seen is not None and clock - seen.looked < soon
+            seen = self._watched[path] = Watched(now, clock, clock, lives)
+        seen.looked, seen.lives = clock, seen.lives and clock - seen.since < soon
+        return clock - seen.since > lock.WATCHED_SECONDS
+
+    def _is_alive(self, unit: int) -> bool:
+        """Whether a unit's last holder was just seen to touch its lease."""
+        shard, number = shard_path(self.bank, unit), 1
+        while lease_path(shard, number + 1).exists():
+            number += 1
+        seen = self._watched.get(lease_path(shard, number))
+        return seen is not None and seen.lives
+
+    def _beat(self) -> None:
+        while not self._over.wait(lock.BEAT_SECONDS):
+            with self._guard, suppress(OSError):  # a server that is away for a while
+                if self._mine:
+                    os.utime(self._mine.path)
+
+
+def _holder(path: Path) -> Holder | None:
+    """Return what a lease's file says; None where it is gone, or not written yet."""
+    try:
+        return parse(Holder, json.loads(path.read_bytes()), str(path))
+    except (OSError, ValueError, UserError):
+        return None
+
+
+def _has_ended(path: Path, holder: Holder) -> bool:
+    """Whether a holder is known to write no more to its files."""
+    return holder.writer.is_over or touched(path) == GIVEN_UP
+
+
+def holders(bank: Path) -> dict[int, Writer]:
+    """Return who holds the units of a bank that are not made, as far as is known here."""
+    found: dict[int, tuple[int, Path]] = {}
+    for path, shard, kind in attempt_files(bank / "shards"):
+        if kind == "lease" and not done_path(shard).exists():
+            unit, number = int(shard.stem.rpartition("-")[2]), int(path.name.split(".")[-2])
+            found[unit] = max(found.get(unit, (0, path)), (number, path))
+    read = {unit: (path, _holder(path)) for unit, (_, path) in sorted(found.items())}
+    return {
+        unit: holder.writer
+        for unit, (path, holder) in read.items()
+        if holder and not _has_ended(path, holder)
+    }
+
+
+def sweep(bank: Path) -> None:
+    """Remove what holders have left of units that are made."""
+    for path, shard, _ in attempt_files(bank / "shards"):
+        if done_path(shard).exists():
+            path.unlink(missing_ok=True)
+
+
+def tokens(shard: Path) -> Collection[str]:
+    """Return the tokens of a unit's holders, first to last."""
+    number, found = 1, [""]
+    while lease_path(shard, number).exists():
+        holder = _holder(lease_path(shard, number))
+        found += [holder.token] if holder else []
+        number += 1
+    return found
