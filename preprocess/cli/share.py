@@ -24,8 +24,10 @@ class Numbered:
     number: str
     count: str
     first: str = ""
-    """A variable with the least number, or that number; 0 where it is empty."""
+    """With the least number."""
     step: str = ""
+    least: int = 0
+    """Where no variable says."""
 
 
 SCHEDULERS = (
@@ -37,7 +39,7 @@ SCHEDULERS = (
     ),
     Numbered("RANK", "WORLD_SIZE"),
     Numbered("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
-    Numbered("LSB_JOBINDEX", "LSB_JOBINDEX_END", "1"),
+    Numbered("LSB_JOBINDEX", "LSB_JOBINDEX_END", least=1),
     Numbered("JOB_COMPLETION_INDEX", ""),  # Kubernetes does not say of how many
 )
 
@@ -62,7 +64,7 @@ def _is_numbered(by: Numbered, environ: Mapping[str, str]) -> bool:
 
 
 def _told(by: Numbered, environ: Mapping[str, str]) -> float:
-    first = _whole(by.first, environ) if by.first in environ else int(by.first or 0)
+    first = _whole(by.first, environ) if by.first in environ else by.least
     step = _whole(by.step, environ) if by.step in environ else 1
     number = (_whole(by.number, environ) - first) // max(step, 1)
     if by.count not in environ:

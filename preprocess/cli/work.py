@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from tqdm import tqdm
@@ -12,6 +13,9 @@ from preprocess.cli.encode import failed
 from preprocess.cli.options import DEVICE, LOCAL, start_torch
 from preprocess.cli.share import start_of
 from shards.text import counted, in_bytes, printable, some
+
+if TYPE_CHECKING:
+    from shards.format.manifest import Manifest
 
 BANK = click.argument("bank", type=LOCAL)
 SLURM = """\
@@ -78,14 +82,14 @@ def work(
     if template:
         click.echo(slurm_script(bank), nl=False)
         return
-    from preprocess.encode.run import planned
+    from shards.format.commits import committed
+    from shards.format.plan import planned
+    from shards.write.lease import holders
 
     start = start_of(share, os.environ)
     planned(bank)  # before torch is imported
     device = start_torch(device)
     from preprocess.encode.run import work as encode_left
-    from shards.format.commits import committed
-    from shards.write.lease import holders
 
     summary = encode_left(bank, tower, roots, device, procs=procs, start=start)
     click.echo(
@@ -122,14 +126,19 @@ def finish(bank: Path) -> None:
     \b
     preprocess finish bank
     """
-    from preprocess.encode.run import finish_bank
+    from shards.format.quarantine import read_quarantine
+    from shards.write.finish import finish_alone
 
-    summary, units = finish_bank(bank)
-    click.echo(
-        f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
-        f"{in_bytes(summary.nbytes)} in {counted(units, 'unit')}"
+    click.echo(held(bank, finish_alone(bank)))
+    failed(bank, read_quarantine(bank))
+
+
+def held(bank: Path, manifest: "Manifest") -> str:
+    """Return what a bank holds, in a line."""
+    return (
+        f"{bank}: {counted(manifest.clips, 'clip')}, {counted(manifest.frames, 'frame')}, "
+        f"{in_bytes(manifest.nbytes)} in {counted(len(manifest.shards), 'shard')}"
     )
-    failed(bank, summary.failures)
 
 
 @click.command()
@@ -153,8 +162,4 @@ def merge(banks: tuple[Path, ...], out: Path) -> None:
         total=total, unit="B", unit_scale=True, desc="merge", leave=False, disable=None
     ) as bar:
         manifest = join(banks, out, bar.update)
-    click.echo(
-        f"{out}: {counted(manifest.clips, 'clip')}, {counted(manifest.frames, 'frame')}, "
-        f"{in_bytes(manifest.nbytes)} in {counted(len(manifest.shards), 'shard')}; "
-        f"{counted(len(read_quarantine(out)), 'clip')} in quarantine"
-    )
+    click.echo(f"{held(out, manifest)}; {counted(len(read_quarantine(out)), 'clip')} in quarantine")

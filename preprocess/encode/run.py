@@ -38,12 +38,12 @@ from preprocess.sources.probe import probe
 from preprocess.sources.skips import write_skips
 from shards.errors import UserError
 from shards.format.commits import committed, read_commits, refuse_missing_shards
-from shards.format.manifest import TowerFacts
 from shards.format.plan import (
     READER,
     ClipSource,
     Plan,
     TowerSettings,
+    planned,
     read_plan,
     refuse_other_features,
     write_plan,
@@ -248,35 +248,6 @@ def work(
     if roots:
         plan = replace(plan, units=[clips_under(unit, roots) for unit in plan.units])
     return _encode_left(bank, plan, loaded, options, procs, "preprocess work", start)
-
-
-def finish_bank(bank: Path) -> tuple[Summary, int]:
-    """Write the catalogue, the quarantine and the manifest of a bank whose units are all made.
-
-    Returns what the bank holds and which of its clips failed, and how many units it has.
-    """
-    planned(bank)
-    with disk_errors(bank), folder_lock(bank, "preprocess finish"):
-        plan = planned(bank)
-        refuse_unfinished(bank, plan, f"run `preprocess work {bank}`, and this when it is done")
-        refuse_missing_shards(bank, plan)
-        manifest = finish(bank, plan, TowerFacts.of(plan, read_commits(bank, plan)))
-    failures = list(read_entries(bank).values())
-    return Summary(manifest.clips, manifest.frames, manifest.nbytes, failures=failures), len(
-        plan.units
-    )
-
-
-def planned(bank: Path) -> Plan:
-    """Return a bank's plan; raises UserError where there is none."""
-    plan = read_plan(bank)
-    if plan is None:
-        raise UserError(
-            "no plan here (plan.json is missing)",
-            where=bank,
-            fix=f"make one with `preprocess plan INPUT --out {bank} --tower NAME`",
-        )
-    return plan
 
 
 def calibrated(out: Path, plan: Plan, tower: Tower, options: EncodeOptions) -> Plan:

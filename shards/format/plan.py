@@ -184,6 +184,18 @@ def read_plan(bank: Path) -> Plan | None:
     return Plan.from_json(read_signed_json(path), bank)
 
 
+def planned(bank: Path) -> Plan:
+    """Return a bank's plan; raises UserError where there is none."""
+    plan = read_plan(bank)
+    if plan is None:
+        raise UserError(
+            "no plan here (plan.json is missing)",
+            where=bank,
+            fix=f"make one with `preprocess plan INPUT --out {bank} --tower NAME`",
+        )
+    return plan
+
+
 def write_plan(bank: Path, plan: Plan) -> None:
     write_atomic(bank / "plan.json", signed_json(plan.to_json()))
 

@@ -5,13 +5,31 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.format.catalogue import build_columns, write_columns
-from shards.format.commits import CommitRecord, committed, done_path, read_commits, shard_path
-from shards.format.manifest import Manifest, NamedTower, read_manifest
-from shards.format.plan import Plan
+from shards.format.commits import (
+    CommitRecord,
+    committed,
+    done_path,
+    read_commits,
+    refuse_missing_shards,
+    shard_path,
+)
+from shards.format.manifest import Manifest, NamedTower, TowerFacts, read_manifest
+from shards.format.plan import Plan, planned
 from shards.format.quarantine import QuarantineEntry, settle
 from shards.signed import signed_json, write_atomic
 from shards.text import counted, some
 from shards.write.lease import holders, sweep
+from shards.write.lock import folder_lock
+
+
+def finish_alone(bank: Path) -> Manifest:
+    """Finish a bank that others have made the units of; raises UserError where some are not made."""
+    planned(bank)  # before there is a lock, and so a folder
+    with folder_lock(bank, "preprocess finish"):
+        plan = planned(bank)
+        refuse_unfinished(bank, plan, f"run `preprocess work {bank}`, and this when it is done")
+        refuse_missing_shards(bank, plan)
+        return finish(bank, plan, TowerFacts.of(plan, read_commits(bank, plan)))
 
 
 def finish(

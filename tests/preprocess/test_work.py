@@ -1,0 +1,251 @@
+"""plan, work and finish as commands: the three make what encode makes.
+
+pytest tests/preprocess/test_work.py
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from preprocess.cli.main import main
+from preprocess.toy_models import save_tower
+from shards.care.status import status, table
+from shards.errors import UserError
+from shards.format.plan import read_plan
+from shards.format.quarantine import read_entries
+from shards.read.bank import Bank
+from shards.write.lease import Leases
+from shards.write.lock import folder_lock
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], prog_name="preprocess")
+
+
+def flags(toy: Path, videos: Path, bank: Path, *more: object) -> list[object]:
+    given = ["--frames", 4, "--device", "cpu", "--shard-size", 1, "--tower", toy / "tower"]
+    return [videos, "--out", bank, *given, *more]
+
+
+def contents(bank: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(bank).as_posix(): path.read_bytes()
+        for path in sorted(bank.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_plan_work_and_finish_make_what_encode_makes(toy: Path, tmp_path: Path, codec: str) -> None:
+    videos = toy / "videos" / "test"
+    whole, bank = tmp_path / "whole", tmp_path / "bank"
+    assert command("encode", *flags(toy, videos, whole, "--codec", codec)).exit_code == 0
+    planned = command("plan", *flags(toy, videos, bank, "--codec", codec, "--no-estimate"))
+    assert planned.exit_code == 0, planned.output
+    assert read_plan(bank) == read_plan(whole), "what int8 is scaled by is planned"
+    early = command("finish", bank)
+    assert early.exit_code == 2
+    (line,) = early.stderr.splitlines()
+    assert f"1 unit of 1 is not made yet; run `preprocess work {bank}`" in line
+    worked = command("work", bank, "--device", "cpu", "--share", "2/3")
+    assert worked.exit_code == 0, worked.output
+    assert "3 clips, 12 frames" in worked.stdout
+    assert f"all 1 units are made; `preprocess finish {bank}`" in worked.stdout
+    with pytest.raises(UserError, match="its run is not over"):
+        Bank.open(bank)
+    assert len(Bank.open(bank, allow_partial=True)) == 3
+    again = command("work", bank)
+    assert "0 clips, 0 frames" in again.stdout
+    finished = command("finish", bank)
+    assert finished.exit_code == 0
+    assert "3 clips, 12 frames" in finished.stdout
+    assert contents(bank) == contents(whole)
+    assert command("finish", bank).exit_code == 0
+    assert contents(bank) == contents(whole)
+
+
+def test_what_fails_is_told_by_status_before_and_by_quarantine_after_the_end(
+    toy: Path, tmp_path: Path
+) -> None:
+    videos, bank = tmp_path / "videos", tmp_path / "bank"
+    videos.mkdir()
+    (videos / "bad.mp4").write_text("no video")
+    shutil.copy(toy / "videos" / "test" / "clip-00000.mp4", videos / "good.mp4")
+    words = flags(toy, videos, bank)
+    assert command("plan", *words, "--no-estimate").exit_code == 0
+    assert command("work", bank, "--device", "cpu").exit_code == 0, "whatever was quarantined"
+    assert not (bank / "quarantine.jsonl").exists()
+    assert status(bank).quarantine == {"cannot-open": 1}
+    assert command("plan", *words, "--no-estimate").exit_code == 0
+    plan = read_plan(bank)
+    assert plan
+    assert len(plan.units) == 1, "a clip that has failed is not planned again"
+    finished = command("finish", bank)
+    assert finished.exit_code == 1
+    assert "bad.mp4: cannot-open: " in finished.stdout
+    assert list(read_entries(bank)) == ["bad.mp4"]
+    assert command("encode", *words).exit_code == 1
+    assert read_plan(bank) == plan
+
+
+def test_truncated_videos_are_banked_by_workers_as_the_plan_says(toy: Path, tmp_path: Path) -> None:
+    raw = (toy / "videos" / "test" / "clip-00000.mp4").read_bytes()
+    (tmp_path / "v.mp4").write_bytes(raw)
+    words = flags(toy, tmp_path / "v.mp4", tmp_path / "bank", "--allow-truncated")
+    assert command("plan", *words, "--no-estimate").exit_code == 0
+    plan = read_plan(tmp_path / "bank")
+    assert plan
+    assert plan.allow_truncated
+    from preprocess.encode.features import EncodeOptions
+
+    assert EncodeOptions.of_plan(plan).allow_truncated
+    assert command("plan", *words[:-1], "--no-estimate").exit_code == 0
+    assert b"allow_truncated" not in (tmp_path / "bank" / "plan.json").read_bytes()
+
+
+def test_a_machine_on_which_all_lies_elsewhere_is_told_where(toy: Path, tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    shutil.copytree(toy / "videos" / "test", there / "videos")
+    shutil.copytree(toy / "tower", there / "tower")
+    words = flags(toy, there / "videos", tmp_path / "bank")
+    words[words.index(toy / "tower")] = there / "tower"
+    assert command("encode", *words).exit_code == 0
+    shutil.rmtree(tmp_path / "bank" / "shards")
+    there.rename(here)
+    lost = command("work", tmp_path / "bank", "--device", "cpu")
+    assert lost.exit_code == 2
+    assert str(there / "tower") in lost.stderr
+    other = shutil.copytree(toy / "tower", tmp_path / "other")
+    save_tower(other, seed=1)
+    where = ["--device", "cpu", "--video-root", here / "videos", "--tower"]
+    refused = command("work", tmp_path / "bank", *where, other)
+    assert refused.exit_code == 2
+    assert "tower_digest" in refused.stderr
+    assert command("work", tmp_path / "bank", *where, here / "tower").exit_code == 0
+    assert command("finish", tmp_path / "bank").exit_code == 0
+    assert len(Bank.open(tmp_path / "bank")) == 3
+
+
+def test_encode_beside_a_worker_that_lives_ends_by_naming_it(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.write.lock.BEAT_SECONDS", 0.1)
+    bank, words = tmp_path / "bank", flags(toy, toy / "videos" / "test", tmp_path / "bank")
+    assert command("plan", *words, "--no-estimate").exit_code == 0
+    with Leases(bank, "preprocess work") as leases:
+        assert leases.take(0)
+        ended = command("encode", *words)
+        assert ended.exit_code == 2
+        assert f"1 of them in work: bank-000000 by {leases.writer}" in ended.stderr
+        worked = command("work", bank, "--device", "cpu")
+        assert worked.exit_code == 0
+        assert f"1 of 1 units are in work elsewhere: {leases.writer}" in worked.stdout
+        assert f"being written by 1 worker: process {os.getpid()}" in table(status(bank))
+    assert command("encode", *words).exit_code == 0
+
+
+def test_work_and_finish_refuse_what_they_cannot_do_in_a_line(
+    toy_bank: Path, tmp_path: Path
+) -> None:
+    for words in (["work", tmp_path / "none"], ["finish", tmp_path / "none"]):
+        result = command(*words)
+        assert result.exit_code == 2
+        (line,) = result.stderr.splitlines()
+        assert "no plan here" in line
+        assert "preprocess plan" in line
+        assert not (tmp_path / "none").exists()
+    result = command("work", toy_bank, "--share", "3/3")
+    assert result.exit_code == 2
+    assert "K from 0 to N - 1" in result.stderr
+    bank = shutil.copytree(toy_bank, tmp_path / "bank")
+    with folder_lock(bank, "preprocess encode"):
+        result = command("finish", bank)
+    assert result.exit_code == 2
+    assert "`preprocess encode`" in result.stderr
+
+
+# --- the job script for Slurm ---
+
+SBATCH = """#!/bin/bash
+printf '%s\\n' "$@" >> {log}; echo --- >> {log}
+echo 4711
+"""
+
+
+@pytest.fixture
+def script(toy_bank: Path, tmp_path: Path) -> Path:
+    bank = shutil.copytree(toy_bank, tmp_path / "a bank's")
+    result = command("work", bank, "--template", "slurm")
+    assert result.exit_code == 0
+    path = tmp_path / "job.sh"
+    path.write_text(result.stdout)
+    return path
+
+
+def run(script: Path, log: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
+    (log.parent / "bin").mkdir(exist_ok=True)
+    sbatch = log.parent / "bin" / "sbatch"
+    sbatch.write_text(SBATCH.format(log=log))
+    sbatch.chmod(0o755)
+    path = {"PATH": f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    return subprocess.run(
+        ["bash", str(script)], env=clean | path | environ, capture_output=True, text=True
+    )
+
+
+def test_the_script_asks_for_an_array_that_may_be_requeued(script: Path) -> None:
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/bin/bash"
+    asked = [line for line in lines if line.startswith("#SBATCH")]
+    begun = next(k for k, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(lines.index(line) < begun for line in asked), "Slurm stops reading at a command"
+    words = [line.removeprefix("#SBATCH ") for line in asked]
+    assert "--array=0-3" in words
+    assert "--requeue" in words
+    assert "--open-mode=append" in words
+    assert all(line.count(" ") == 1 for line in asked), "Slurm takes a comment for an option"
+
+
+def test_run_by_hand_it_submits_itself_and_after_it_the_end(script: Path, tmp_path: Path) -> None:
+    done = run(script, tmp_path / "log")
+    assert done.returncode == 0, done.stderr
+    first, second, _ = (tmp_path / "log").read_text().split("---\n")
+    assert first.splitlines() == ["--parsable", str(script)]
+    words = second.splitlines()
+    assert "--dependency=afterok:4711" in words
+    wrapped = words[-1].removeprefix("--wrap=")
+    told = subprocess.run(
+        ["sh", "-c", wrapped],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert told.returncode == 0, told.stderr
+    assert "9 clips" in told.stdout
+
+
+@pytest.mark.slow
+def test_in_a_task_of_the_array_it_works(script: Path, tmp_path: Path) -> None:
+    done = run(script, tmp_path / "log", SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_COUNT="4")
+    assert done.returncode == 0, done.stderr
+    assert "all 1 units are made" in done.stdout
+    assert not (tmp_path / "log").exists(), "and submits nothing"
+
+
+def test_finish_needs_no_torch(toy_bank: Path, tmp_path: Path) -> None:
+    bank = shutil.copytree(toy_bank, tmp_path / "bank")
+    code = (
+        "import sys; from preprocess.cli.main import main\n"
+        f"try: main(['finish', {str(bank)!r}])\n"
+        "except SystemExit as left: assert left.code == 0, left.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,199 @@
+"""Banks that become one: nothing is encoded, nothing is lost, and what cannot be one is named.
+
+pytest tests/shards/care/test_merge.py
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from preprocess.cli.main import main
+from shards.care.merge import merge
+from shards.care.verify import verify
+from shards.errors import UserError
+from shards.format.commits import done_path, read_commit, shard_path
+from shards.format.features import FeatureConfig
+from shards.format.manifest import TowerFacts
+from shards.format.plan import ClipSource, Plan, TowerSettings, write_plan
+from shards.format.quarantine import QuarantineEntry, Reason, read_quarantine
+from shards.format.samples import SampleMeta, sample_key
+from shards.read.bank import Bank
+from shards.signed import read_signed_json
+from shards.write.finish import finish
+from shards.write.lock import folder_lock
+from shards.write.shard import ShardWriter
+
+Make = Callable[..., Path]
+
+
+def arrays(id_: str) -> dict[int, np.ndarray]:
+    rng = np.random.default_rng(len(id_) + ord(id_[-1]))
+    return {s: rng.normal(size=(3, n, n, 6)).astype(np.float16) for s, n in ((4, 2), (8, 1))}
+
+
+def failure(id_: str) -> QuarantineEntry:
+    return QuarantineEntry(id_, sample_key(id_), id_, "decode", Reason.DAMAGED, "damaged", 1, 0.5)
+
+
+@pytest.fixture
+def bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> Make:
+    """A function that writes a bank of units of clips; those called bad fail, a unit may be undone."""
+
+    def make(
+        out: Path,
+        *units: str,
+        config: FeatureConfig = features,
+        undone: tuple[int, ...] = (),
+        scale: list[float] | None = None,
+    ) -> Path:
+        plan = Plan(
+            config,
+            [
+                [ClipSource(id_, sample_key(id_), id_, id_) for id_ in unit.split()]
+                for unit in units
+            ],
+            TowerSettings(name="unnamed"),
+            calibration=scale and {"4": scale, "8": scale},
+        )
+        out.mkdir(parents=True)
+        write_plan(out, plan)
+        for number, unit in enumerate(plan.units):
+            if number in undone:
+                continue
+            with ShardWriter(shard_path(out, number), number, config.fingerprint) as writer:
+                for clip in unit:
+                    if clip.id.startswith("bad"):
+                        writer.fail(failure(clip.id))
+                    else:
+                        values = arrays(clip.id)
+                        writer.write(clip.key, make_meta(clip.id, values), values)
+                writer.commit({"machine": "x"})
+        if not undone:
+            finish(out, plan, TowerFacts("unnamed", 6))
+        return out
+
+    return make
+
+
+def promised(bank: Path) -> dict[str, object]:
+    """Return all files of a bank, by name below it; of bank.json without the provenance."""
+    found: dict[str, object] = {
+        path.relative_to(bank).as_posix(): path.read_bytes()
+        for path in bank.rglob("*")
+        if path.is_file() and path.name != "bank.json"
+    }
+    manifest = read_signed_json(bank / "bank.json")
+    del manifest["provenance"]
+    return found | {"bank.json": manifest}
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["links", "copies"])
+def test_two_banks_become_the_one_that_would_have_been_made_of_both(
+    bank: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    a = bank(tmp_path / "a", "a1 a2", "a3 bad-a")
+    b = bank(tmp_path / "b", "b1", "bad-b", "b2 b3")
+    before = promised(a), promised(b)
+    if not linked:
+
+        def no_links(source: Path, *names: object, real: Callable[..., None] = os.link) -> None:
+            if Path(source).suffix in (".tar", ".idx"):  # zarr links, too
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            real(source, *names)
+
+        monkeypatch.setattr(os, "link", no_links)
+    merge([a, b], tmp_path / "c")
+    monkeypatch.undo()
+    both = bank(tmp_path / "both", "a1 a2", "a3 bad-a", "b1", "bad-b", "b2 b3")
+    assert promised(tmp_path / "c") == promised(both)
+    assert (promised(a), promised(b)) == before
+    assert verify(tmp_path / "c", deep=True) == []
+    assert {entry.id for entry in read_quarantine(tmp_path / "c")} == {"bad-a", "bad-b"}
+    assert shard_path(tmp_path / "c", 2).samefile(shard_path(b, 0)) == linked
+    assert not (tmp_path / "c.merging").exists()
+
+
+def test_a_plan_that_was_made_in_part_on_each_of_two_machines_becomes_whole(
+    bank: Make, tmp_path: Path
+) -> None:
+    units = ("a1 a2", "a3 bad-a", "b1", "b2 b3")
+    whole = bank(tmp_path / "whole", *units)
+    first = bank(tmp_path / "a", *units, undone=(2, 3))
+    second = bank(tmp_path / "b", *units, undone=(0, 1))
+    merge([first, second], tmp_path / "c")
+    assert promised(tmp_path / "c") == promised(whole)
+
+
+def test_common_clips_are_named_and_nothing_is_made(bank: Make, tmp_path: Path) -> None:
+    a, b = bank(tmp_path / "a", "a1 x1", "x2 bad-x"), bank(tmp_path / "b", "x1 b1", "x2 bad-x")
+    with pytest.raises(UserError, match=r"have 3 clips in common: bad-x, x1, x2; encode") as error:
+        merge([a, b], tmp_path / "c")
+    assert str(a) in str(error.value)
+    assert str(b) in str(error.value)
+    assert not (tmp_path / "c").exists()
+
+
+def test_other_features_scales_and_readers_are_named(
+    bank: Make, tmp_path: Path, features: FeatureConfig
+) -> None:
+    a = bank(tmp_path / "a", "a1")
+    others = {
+        "layer": bank(tmp_path / "b", "b1", config=replace(features, layer=-1)),
+        "scales of int8": bank(tmp_path / "c", "c1", scale=[1.0] * 6),
+    }
+    for said, other in others.items():
+        with pytest.raises(UserError, match=said):
+            merge([a, other], tmp_path / "out")
+    with pytest.raises(UserError, match="layer") as error:
+        merge([a, *others.values()], tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 2, "all at once"
+
+
+def test_a_damaged_a_busy_and_a_missing_bank_are_refused(bank: Make, tmp_path: Path) -> None:
+    a, b = bank(tmp_path / "a", "a1"), bank(tmp_path / "b", "b1")
+    with folder_lock(b, "preprocess repair"), pytest.raises(UserError, match="writes here"):
+        merge([a, b], tmp_path / "c")
+    with pytest.raises(UserError, match="no bank here"):
+        merge([a, tmp_path / "none"], tmp_path / "c")
+    with pytest.raises(UserError, match="is there already"):
+        merge([a], b)
+    with open(shard_path(b, 0), "ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"is damaged.*repair"):
+        merge([a, b], tmp_path / "c")
+
+
+def test_a_merge_that_was_killed_is_made_again(bank: Make, tmp_path: Path) -> None:
+    a, b = bank(tmp_path / "a", "a1"), bank(tmp_path / "b", "b1")
+    shutil.copytree(a, tmp_path / "c.merging")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / ".lock").write_text("{}")
+    words = ["merge", str(a), str(b), "--out", str(tmp_path / "c")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert "2 clips, 6 frames" in result.stdout
+    assert Bank.open(tmp_path / "c").ids == ["a1", "b1"]
+
+
+def test_a_repair_of_the_merged_bank_leaves_the_old_ones_as_they_are(
+    bank: Make, tmp_path: Path
+) -> None:
+    from preprocess.encode.repair import repair
+
+    a, b = bank(tmp_path / "a", "a1"), bank(tmp_path / "b", "b1")
+    merge([a, b], tmp_path / "c")
+    before = promised(b)
+    done = done_path(shard_path(tmp_path / "c", 1))
+    record = json.loads(done.read_bytes())
+    done.write_text(json.dumps(record))  # not canonical: damaged
+    assert repair(tmp_path / "c", "nowhere").remaining == []
+    assert promised(b) == before
+    assert read_commit(shard_path(tmp_path / "c", 1)).unit == 1
