@@ -138,7 +138,12 @@ def make_plan(
         settle(out, {clip.key for clip in changes.changed})  # they are to be tried again
         if plan != known:
             write_plan(out, plan)
-        plan = calibrated(out, plan, tower, options)
+        try:
+            plan = calibrated(out, plan, tower, options)
+        except GpuMemoryError as error:
+            plan = _with_fewer_frames(out, plan, error)
+            options = replace(options, batch_frames=plan.tower.batch_frames)
+            plan = calibrated(out, plan, tower, options)
     return replace(changes, plan=plan)
 
 
@@ -159,18 +164,24 @@ def execute(
     try:
         return _execute(out, plan, clips, tower, options, procs)
     except GpuMemoryError as error:
-        fewer = error.fewer
-        if not fewer or any((out / "shards").glob("*")):
-            raise
+        plan = _with_fewer_frames(out, plan, error)
+    options = replace(options, batch_frames=plan.tower.batch_frames)
+    return _execute(out, plan, clips, tower, options, procs)
+
+
+def _with_fewer_frames(out: Path, plan: Plan, error: GpuMemoryError) -> Plan:
+    """Write and return the plan of a bank that holds nothing, with frames that there is memory for."""
+    if not error.fewer or any((out / "shards").glob("*")):
+        raise error
     torch.cuda.empty_cache()
-    plan = read_plan(out) or plan
-    plan = replace(plan, tower=replace(plan.tower, batch_frames=fewer))
+    plan = replace(plan, tower=replace(plan.tower, batch_frames=error.fewer))
     write_plan(out, plan)
     tqdm.write(
-        f"note: the GPU has no memory for so many frames; the bank is made with --batch-frames {fewer}",
+        "note: the GPU has no memory for so many frames; the bank is made with --batch-frames "
+        f"{error.fewer}",
         file=sys.stderr,
     )
-    return _execute(out, plan, clips, tower, replace(options, batch_frames=fewer), procs)
+    return plan
 
 
 def _execute(
@@ -197,22 +208,21 @@ def _execute(
 def _encode_left(
     out: Path,
     plan: Plan,
-    tower: Tower | None,
+    tower: Tower,
     options: EncodeOptions,
     procs: int,
     command: str,
     start: float = 0.0,
 ) -> Summary:
-    """Encode what nobody else has or is at. tower: loaded, or not yet."""
+    """Encode what nobody else has or is at."""
     left = _units_left(out, plan)
     work = Work(
         out, plan.features, plan_codec(plan), left, command, failed=read_entries(out), start=start
     )
     if min(procs, len(left)) > 1:
-        if tower:
-            tower.model.to("cpu")  # the workers need the room
+        tower.model.to("cpu")  # the workers need the room
         return encode_in_processes(work, options, min(procs, len(left)))
-    return encode_work(work, tower or load_tower(options), options) if left else Summary()
+    return encode_work(work, tower, options) if left else Summary()
 
 
 def _units_left(out: Path, plan: Plan) -> dict[int, list[ClipSource]]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from shards.care.inventory import Inventory, read_inventory
 from shards.errors import UserError
 from shards.format.commits import ATTEMPT_FILE, SampleRecord
+from shards.text import some
+from shards.write.lease import holders
 from shards.write.lock import folder_lock
 
 TEMPORARY = ("*.tmp", "index.zarr.old", "shards/*.tmp", "shards/.repair")
@@ -35,6 +37,12 @@ class Leftover:
 def collect(bank: Path) -> list[Leftover]:
     """Remove the leftovers of a bank that nobody writes to; return what they were."""
     with folder_lock(bank, "preprocess gc"):
+        if workers := holders(bank):
+            raise UserError(
+                f"{some(list(workers.values()))} may be at work here",
+                where=bank,
+                fix=f"wait for its end; if it has died elsewhere, `preprocess work {bank}` goes on",
+            )
         found = leftovers(read_inventory(bank))
         for piece in found:
             if piece.path.is_dir():

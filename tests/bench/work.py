@@ -23,7 +23,7 @@ from shards.write.lease import Leases, holders
 from shards.write.shard import OvertakenError, ShardWriter
 
 WORKERS, UNITS, CLIPS = 64, 2000, 2
-SECONDS = 0.5
+SECONDS = 2.0
 """That a clip sleeps, a tenth more or less."""
 LISTED = 100_000
 TAKEN = 5_000

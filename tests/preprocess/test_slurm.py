@@ -118,7 +118,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     folder.mkdir()
     cluster = Cluster(folder)
     try:
-        until(lambda: cluster.says("sinfo", "-h", "-o", "%t%n").count("idle") == 2, 60)
+        until(lambda: cluster.says("sinfo", "-h", "-N", "-o", "%t").count("idle") == 2, 300)
         yield cluster
     finally:
         cluster.close()

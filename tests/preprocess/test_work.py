@@ -148,6 +148,10 @@ def test_encode_beside_a_worker_that_lives_ends_by_naming_it(
         assert worked.exit_code == 0
         assert f"1 of 1 units are in work elsewhere: {leases.writer}" in worked.stdout
         assert f"being written by 1 worker: process {os.getpid()}" in table(status(bank))
+        swept = command("gc", bank)
+        assert swept.exit_code == 2
+        assert f"{leases.writer} may be at work here" in swept.stderr
+        assert f"note: {leases.writer} writes here" in command("verify", bank).stdout
     assert command("encode", *words).exit_code == 0
 
 
