@@ -61,9 +61,7 @@ def save_tower(folder: Path, seed: int) -> None:
     ).save_pretrained(folder)
 
 
-def save_llm(
-    folder: Path, texts: Iterable[str], seed: int, tokens: int = TOKENIZER_SIZE
-) -> None:
+def save_llm(folder: Path, texts: Iterable[str], seed: int, tokens: int = TOKENIZER_SIZE) -> None:
     """Save a random Qwen2 and, beside it, a byte-level tokenizer trained on the texts.
 
     tokens: of the tokenizer, at most. So small a model learns words as little as it is asked to: with

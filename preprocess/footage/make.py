@@ -24,14 +24,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.footage.cuts import Clip, Cut, cut_clip, describe, lengths
 from preprocess.footage.questions import new_phrase_records, scene_rows, test_records, train_records
 from preprocess.footage.sources import FPS, SPLITS, Source, find_sources, read_parts
-from preprocess.toy_models import save_llm
 from preprocess.world import Json, check_empty, write_video
 from shards.errors import UserError
 
@@ -148,6 +146,10 @@ def paint_edge(pictures: np.ndarray, grey: int) -> None:
 
 def save_small_llm(out: Path, seed: int) -> None:
     """Save an LLM of random weights that learns these worlds in minutes on a CPU."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from preprocess.toy_models import save_llm
+
     lines = (out / "train.jsonl").read_text("utf-8").splitlines()
     talks = [json.loads(line)["conversations"] for line in lines]
     disable_progress_bar()
