@@ -105,8 +105,9 @@ class Encoder(ExitStack):
         leaves nothing of the shard: its clips are all to be of one batch shape.
         """
         with disk_errors(self.out):
-            tokens = [attempt.token for attempt in lease.earlier]
-            if resume_commit(lease.shard, tokens, lease.token):
+            tokens, keys = [one.token for one in lease.earlier], {one.key for one in sources}
+            fingerprint = self.features.fingerprint
+            if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token):
                 self.bar.update(len(sources))
                 return True
             before = replace(self.summary, failures=[*self.summary.failures])

@@ -12,6 +12,7 @@ carry a token of its own, so that it is in nobody's way. Nothing here needs a lo
 """
 
 import json
+import logging
 import os
 import secrets
 import threading
@@ -32,9 +33,12 @@ from shards.format.commits import (
 )
 from shards.format.fields import parse
 from shards.signed import give_name, write_synced
+from shards.text import some
 from shards.write import lock
 from shards.write.lock import Writer, touched
 from shards.write.shard import Attempt, OvertakenError, drop_attempt
+
+log = logging.getLogger(__name__)
 
 GIVEN_UP = 10**18
 """The time, in ns, of a lease's file whose holder needs it no more: long ago, on any file system."""
@@ -135,7 +139,7 @@ class Leases(ExitStack):
 
         first: where among the units to begin. A lease is let go when the next one is asked for.
         """
-        todo = [*units[first:], *units[:first]]
+        todo, told = [*units[first:], *units[:first]], False
         while todo:
             took = False
             for unit in todo:
@@ -151,6 +155,10 @@ class Leases(ExitStack):
             if not took and all(self._is_alive(unit) for unit in todo):
                 return
             if not took:
+                if not told:
+                    who = some([writer or "another process" for writer in self.held.values()])
+                    log.warning(f"{self.bank}: watching whether {who} still works here")
+                told = True
                 time.sleep(lock.BEAT_SECONDS / 5)
 
     def _create(self, lease: Lease) -> bool:

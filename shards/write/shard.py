@@ -235,14 +235,20 @@ class ShardWriter:
         drop_attempt(self.path, self.token)
 
 
-def resume_commit(path: Path, attempts: Sequence[str], token: str) -> CommitRecord | None:
+def resume_commit(
+    path: Path, fingerprint: str, wanted: Collection[str], attempts: Sequence[str], token: str
+) -> CommitRecord | None:
     """Bring to its end the commit that an earlier holder of the unit had begun; None of no such.
 
-    attempts: tokens of the earlier holders. token: one's own.
+    wanted: keys of the unit's clips; a record of others is of another plan's unit. attempts: tokens of
+    the earlier holders. token: one's own.
     """
     for attempt in attempts:
         try:
             record = CommitRecord.from_json(read_signed_json(record_path(path, attempt)), str(path))
+            done = record.keys | {entry.key for entry in record.failures or ()}
+            if (record.fingerprint, done) != (fingerprint, set(wanted)):
+                continue
             put_in_place(path, attempt, record, token)
         except (FileNotFoundError, UserError, OvertakenError):
             continue

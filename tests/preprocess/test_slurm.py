@@ -140,6 +140,7 @@ def test_an_array_with_a_task_that_is_requeued_makes_the_bytes_of_one_process(
     toy: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
     shape = ["--stride", "1,2", "--frames", 40, "--shard-size", 1, "--device", "cpu"]
+    shape += ["--tower-threads", 1]
     flags = [toy / "videos", *shape, "--tower", toy / "tower", "--out"]
     assert command("encode", *flags, tmp_path / "whole").exit_code == 0
     assert command("plan", *flags, tmp_path / "bank", "--no-estimate").exit_code == 0
@@ -154,6 +155,6 @@ def test_an_array_with_a_task_that_is_requeued_makes_the_bytes_of_one_process(
     until(lambda: not cluster.says(*queue))
     logs = "".join(path.read_text() for path in cluster.folder.glob("*.log"))
     assert (tmp_path / "bank" / "bank.json").exists(), logs
-    assert "9 clips, 360 frames" in logs
+    assert f"{tmp_path / 'bank'}: 9 clips, " in logs
     assert files(tmp_path / "bank") == files(tmp_path / "whole")
     assert verify(tmp_path / "bank", deep=True) == []

@@ -126,7 +126,7 @@ class Machines:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
         )
 
     def start(self, *words: object) -> Process:
@@ -172,6 +172,7 @@ def flags(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     (videos / "bad.mp4").write_text("no video")
     (videos / "test" / "empty.mp4").write_bytes(b"")
     shape = ["--stride", "1,2", "--frames", FRAMES, "--shard-size", 1, "--device", "cpu"]
+    shape += ["--tower-threads", 1]  # of many processes on few cores
     return [videos, *shape, "--tower", toy / "tower"]
 
 

@@ -65,7 +65,8 @@ def writer_of(lease: Lease) -> ShardWriter:
 
 def make(lease: Lease, make_meta: Make, writer: ShardWriter | None = None) -> None:
     """Do what a worker does with a unit: b has failed, the others are samples."""
-    if resume_commit(lease.shard, [one.token for one in lease.earlier], lease.token):
+    tokens = [one.token for one in lease.earlier]
+    if resume_commit(lease.shard, "fe" * 16, KEYS, tokens, lease.token):
         return
     with writer or writer_of(lease) as open_writer:
         for key in KEYS:
@@ -291,6 +292,34 @@ def test_what_a_sleeper_had_written_is_copied_and_its_files_are_its_own(
     record = read_commit(shard_path(tmp_path, 0))
     assert [sample.key for sample in record.samples] == ["a", "c", "d"]
     assert record.failures == [fail("b")]
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "wanted", "ours"),
+    [("fe" * 16, KEYS, True), ("fe" * 16, ("a", "b"), False), ("00" * 16, KEYS, False)],
+)
+def test_a_commit_that_was_begun_is_ended_if_it_is_of_this_unit(
+    tmp_path: Path,
+    make_meta: Make,
+    clean: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    fingerprint: str,
+    wanted: tuple[str, ...],
+    ours: bool,
+) -> None:
+    """A retry that is killed leaves files of a unit that its plan gives up."""
+    with Leases(tmp_path, "first") as leases, monkeypatch.context() as context:
+        lease = taken(leases)
+        context.setattr(os, "link", no_links)
+        context.setattr(os, "open", no_links)  # all is written, nothing has its name
+        with pytest.raises(OSError, match="not permitted"):
+            make(lease, make_meta)
+    with Leases(tmp_path, "second") as leases:
+        lease = taken(leases)
+        tokens = [one.token for one in lease.earlier]
+        record = resume_commit(lease.shard, fingerprint, wanted, tokens, lease.token)
+        assert (record is not None) == done_path(lease.shard).exists() == ours
+    assert not ours or files(tmp_path / "shards") == clean
 
 
 def test_a_unit_of_which_all_has_failed_and_one_with_samples_do_not_mix(
