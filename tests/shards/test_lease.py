@@ -308,12 +308,14 @@ def test_a_commit_that_was_begun_is_ended_if_it_is_of_this_unit(
     ours: bool,
 ) -> None:
     """A retry that is killed leaves files of a unit that its plan gives up."""
-    with Leases(tmp_path, "first") as leases, monkeypatch.context() as context:
-        lease = taken(leases)
-        context.setattr(os, "link", no_links)
-        context.setattr(os, "open", no_links)  # all is written, nothing has its name
-        with pytest.raises(OSError, match="not permitted"):
-            make(lease, make_meta)
+    with Leases(tmp_path, "first") as leases, writer_of(taken(leases)) as writer:
+        for key in KEYS:
+            write(writer, key, make_meta)
+        with monkeypatch.context() as context:  # all is written, nothing has its name
+            context.setattr(os, "link", no_links)
+            context.setattr(os, "open", no_links)
+            with pytest.raises(OSError, match="not permitted"):
+                writer.commit({"machine": "x"})
     with Leases(tmp_path, "second") as leases:
         lease = taken(leases)
         tokens = [one.token for one in lease.earlier]
