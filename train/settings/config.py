@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from model.config import ModelSettings
+from model.config import TURNS, ModelSettings
 from model.settings import setting
 from shards.annotations.files import is_hub_name
 from shards.annotations.globs import is_glob
@@ -52,6 +52,11 @@ class DataSettings:
     splice: list[str] = setting(
         [],
         "how: records=10000 (an epoch) parts=2-6 seconds=2-6 rounds=4 questions=span+order+count+seen",
+    )
+    turns: str = setting(
+        "dialogue",
+        "several questions of a record: each sees those before it, or the media and itself alone",
+        choices=TURNS,
     )
     augment: list[str] = setting(
         [],
