@@ -24,8 +24,8 @@ from train.settings.drawn import AugmentSettings, SpliceSettings, read_augment, 
 from train.settings.folders import Folders
 
 DEFAULTS = DataSettings()
-SAMPLED = 256
-"""Spliced records that are looked at for answers that give others away."""
+SAMPLED = 1024
+"""Records of a dataset that are looked at for answers that give others away."""
 WORTH_SAYING = 0.01
 """Share of the records from which on it is said."""
 
@@ -156,8 +156,8 @@ def repeated_warnings(parts: Sequence[Part]) -> tuple[str, ...]:
     for part in parts:
         if part.independent:
             continue
-        drawn = range(min(part.count, SAMPLED)) if part.splice else ()
-        records = part.records or [part.record(0, k) for k in drawn]
+        size = part.count // part.repeats
+        records = [part.record(0, k) for k in range(0, size, size // SAMPLED + 1)]
         found = sum(map(repeating, records))
         if found >= max(1, len(records) * WORTH_SAYING):
             lines.append(
@@ -299,10 +299,13 @@ def _join(
                 dropped[drop.reason] += part.repeats
             digest, independent = file_digest(path, part.chosen), reading.independent(part)
             parts.append(Part(path, digest, kept, part.repeats, independent=independent))
+    alike = "independent" if parts and all(part.independent for part in parts) else config.turns
     held_out = [
         record
         for part in evaluated
-        for record in reading.records(part, pools.of(part), held_out=True)
+        for record in reading.records(
+            replace(part, turns=part.turns or alike), pools.of(part), held_out=True
+        )
     ]
     if not any(part.records or part.splice for part in parts) and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")

@@ -278,14 +278,7 @@ def check(
         for path in getattr(config, name):
             if not Path(path).exists() and not is_glob(path) and not is_hub_name(path):
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
-    if config.attn.startswith("flash") and (
-        config.frame_attention == "block" or config.pack_tokens
-    ):
-        why = (
-            "frames cannot see themselves wholly in it; use frame_attention: token, or attn: auto"
-            if config.frame_attention == "block"
-            else "it would let packed records see each other; use attn: auto, or pack_tokens: 0"
-        )
+    if config.attn.startswith("flash") and (why := needs_mask(config)):
         problems.append(f"{origins.get('attn', 'attn')} attn {config.attn}: {why}")
     if not config.plan:
         problems += missing_packages(vars(config), origins, environ)
@@ -298,6 +291,19 @@ def check(
             "(expected auto, none, or a checkpoint-N folder)"
         )
     return problems
+
+
+def needs_mask(config: TrainConfig) -> str | None:
+    """Return why rows are not right without a mask of ours, and what to set; None where they are."""
+    if config.frame_attention == "block":
+        return (
+            "frames cannot see themselves wholly in it; use frame_attention: token, or attn: auto"
+        )
+    if config.pack_tokens:
+        return "it would let packed records see each other; use attn: auto, or pack_tokens: 0"
+    if config.turns == "independent":
+        return "it would let independent turns see each other; use attn: auto, or turns: dialogue"
+    return None
 
 
 def name_problem(name: str) -> str | None:
