@@ -49,7 +49,7 @@ def seconds_of(model: VLM, batch: Batch) -> tuple[float, float]:
     began = time.perf_counter()
     loss = model(batch)["ce"]
     loss.backward()
-    return time.perf_counter() - began, float(loss)
+    return time.perf_counter() - began, loss.item()
 
 
 def run() -> list[dict[str, object]]:

@@ -23,7 +23,8 @@ from train.data.coordinates import repeating
 from train.data.dataset import Dataset, open_dataset, open_records
 from train.data.records import Record, Turn
 from train.evaluate import check_turns, turns_of
-from train.settings.config import DataSettings, TrainConfig
+from train.settings.config import DataSettings, TrainConfig, needs_mask
+from train.start.prepare_llm import choose_attention
 from train.start.stage import model_config
 from train.start.templates import load_with_template
 
@@ -160,10 +161,16 @@ def test_a_run_knows_how_its_questions_saw_each_other(
     again = train_here(tmp_path / "again", max_steps=4, **settings)
     weights = "projector.safetensors"
     assert (whole / weights).read_bytes() == (again / weights).read_bytes()
-    flash = refused(
-        train_here, tmp_path / "f", attn="flash_attention_2", frame_attention="token", **settings
-    )
-    assert "attn flash_attention_2" in flash
+
+
+def test_an_attention_without_a_mask_is_refused_before_anything_loads(config: TrainConfig) -> None:
+    token = replace(config, frame_attention="token", attn="flash_attention_2")
+    assert "independent turns" in str(needs_mask(token))
+    assert needs_mask(replace(token, turns="dialogue")) is None
+    with pytest.raises(UserError, match="attn flash_attention_2: it would let questions see"):
+        choose_attention(replace(token, turns="dialogue"), "cuda", 100, apart=True)
+    plain = replace(token, attn="auto")
+    assert "do not see each other" in choose_attention(plain, "cpu", 100, apart=True)[1]
 
 
 def test_datasets_of_both_kinds_are_told_apart(config: TrainConfig, tmp_path: Path) -> None:
