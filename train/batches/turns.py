@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.annotations.forms import MEDIA_TAG
-from shards.errors import UserError
 from train.batches.chat import MEDIA, OWN_THOUGHT, WHOLLY, Chat, Encoded, Piece, Pieces
 from train.batches.segments import Segment
 from train.data.markup import MARKUP, MEDIA_TAGS
@@ -42,22 +41,14 @@ class Count(NamedTuple):
 
 
 def encode_apart(chat: Chat, record: Record, durations: Sequence[float]) -> Encoded:
-    """Return a record whose turns do not see each other as tokens; raises as `Chat.encode`.
-
-    Also where a template does not begin the conversations of single turns alike up to the end of the
-    media.
-    """
+    """Return a record whose turns do not see each other as tokens; raises as `Chat.encode`."""
     talks = [chat.encode(turns, durations) for turns in one_by_one(record.turns)]
     first = talks[0].ids
     end = len(first) - first[::-1].index(MEDIA) if MEDIA in first else 0
     columns = ("ids", "axis", "coord", "supervised")
     heads = [[getattr(talk, name)[:end] for name in columns] for talk in talks]
-    if any(head != heads[0] for head in heads):
-        raise UserError(
-            f"the chat template of {chat.tokenizer.name_or_path} does not begin all conversations about "
-            "the same media alike, so that their turns have nothing to share",
-            fix="set turns: dialogue, or another chat_template",
-        )
+    # a template is rendered for a pattern of roles, whatever the texts are
+    assert all(head == heads[0] for head in heads), "conversations of one pattern begin alike"
     joined = [
         [*head, *(value for talk in talks for value in getattr(talk, name)[end:])]
         for name, head in zip(columns, heads[0], strict=True)

@@ -126,13 +126,12 @@ def talks(draw: st.DrawFn) -> Any:
     return media, asked, draw(st.sampled_from(["", "Be brief."]))
 
 
-CASES = [
-    (a, f, lape) for a in ("sdpa", "eager") for f in ("block", "token") for lape in (True, False)
-]
+CASES = [("sdpa", f, lape) for f in ("block", "token") for lape in (True, False)]
+CASES += [("eager", "block", True), ("eager", "token", False)]
 
 
 @pytest.mark.parametrize(("attention", "frames", "lape"), CASES)
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(drawn=st.lists(talks(), min_size=1, max_size=3))
 def test_k_turns_are_k_records_packed_and_alone(
     models: Callable[..., VLM],
