@@ -23,6 +23,8 @@ from train.data.records import Record, Turn, one_by_one
 ROLES = ("user", "assistant")
 CHECKED = 64
 """Conversations that are also counted whole."""
+ONE_MEDIUM = "<video>\n"
+"""How the first question of a record of one medium begins."""
 Rounds = Sequence[tuple[str, str]]
 """Questions, each with its answer."""
 
@@ -186,21 +188,26 @@ def count_rounds_apart(
 ) -> np.ndarray | None:
     """Return int64 `(talks, 5)`: a `Count` of each, whose turns do not see each other; as `count_rounds`.
 
-    The first question of each begins with its one medium.
+    The first question of each begins with its one medium, `ONE_MEDIUM`.
     """
-    sizes = [len(talk) for talk in talks]
+    assert all(talk[0][0].startswith(ONE_MEDIUM) for talk in talks)
+    sizes = np.asarray([len(talk) for talk in talks])
     alone = [
-        [(question.text, answer.text)]
+        [(f"{ONE_MEDIUM}{question}" if k else question, answer)]
         for talk in talks
-        for question, answer in one_by_one(as_turns(talk))
+        for k, (question, answer) in enumerate(talk)
     ]
     counts = count_rounds(chat, alone, np.repeat(durations, sizes).tolist())
     if counts is None:
         return None
     first = Record("", ("",), tuple(as_turns(talks[0])), "", "", independent=True)
     shared = chat.count([Talk.of(chat, first, durations[:1]).shared or []])[0][0]
-    ends = np.cumsum(sizes)[:-1]
-    return np.asarray([apart(shared, own.tolist()) for own in np.split(counts, ends)], np.int64)
+    own, begins = counts[:, 0] - shared, np.cumsum(sizes) - sizes
+    text, supervised, pairs = (
+        np.add.reduceat(column, begins) for column in (own, counts[:, 1], own * (own + 1) // 2)
+    )
+    longest = np.maximum.reduceat(own, begins)
+    return np.stack([shared + text, supervised, np.full_like(text, shared), longest, pairs], axis=1)
 
 
 def as_turns(talk: Rounds) -> list[Turn]:
