@@ -4,10 +4,11 @@ Frames are grouped by stream, grid and covered part, so that each group is one t
 indices are flat: row * length + position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,6 +96,17 @@ class Batch:
     """int64 `(supervised,)`: what the answer of each label is, by which its loss is reported."""
     causal: bool = False
     """Whether plain causal attention over each row is its mask: one record a row, frames `token`."""
+    others_start: Tensor | None = None
+    others_end: Tensor | None = None
+    """int32 `(rows, length)`: but for the keys [start, end), which are of other turns of its record.
+    None where no record has turns that do not see each other."""
+
+    @property
+    def others(self) -> tuple[Tensor, Tensor] | None:
+        """The keys of other turns, as of `model.mask.other_turns`."""
+        if self.others_start is None or self.others_end is None:
+            return None
+        return self.others_start, self.others_end
 
     @property
     def num_transitions(self) -> int:
@@ -123,3 +135,16 @@ def _moved(item: T, place: Callable[[Tensor], Tensor]) -> T:
         return _moved(value, place) if isinstance(value, FrameGroup | Transitions) else value
 
     return replace(item, **{f.name: move(getattr(item, f.name)) for f in fields(item)})
+
+
+def joined(reads: Sequence[np.ndarray]) -> Tensor:
+    """Return stored features one after the other; those of banks of two types as floats of both."""
+    if len({read.dtype for read in reads}) == 1:
+        return as_tensor(np.concatenate(reads))
+    return torch.cat([as_tensor(read).float() for read in reads])
+
+
+def as_tensor(features: np.ndarray) -> Tensor:
+    """Return stored features as floats: uint16 is how a bank holds bfloat16."""
+    tensor = torch.from_numpy(features)
+    return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor

@@ -45,6 +45,8 @@ FRAME_ATTENTION = ("block", "token")
 PREDICTORS = ("resample", "xattn")
 FRAME_TIME = ("none", "text")
 """Whether a time stamp is written before each frame."""
+TURNS = ("dialogue", "independent")
+"""Whether the questions of a record see those before them, or the media and themselves alone."""
 CHAT_TEMPLATES = ("", "chatml", "plain", "vicuna", "llama2")
 """Ours, in `train/start/templates.py`; empty for the tokenizer's own."""
 TEMPLATE_DATE = "2024-07-26"
@@ -116,6 +118,9 @@ class VLMConfig(ModelSettings):
 
     slow_stride: int = setting(4, "the bank's stride that slow frames are read at", least=1)
     fast_stride: int = setting(8, "the bank's stride that fast frames are read at", least=1)
+    turns: str = setting(
+        "dialogue", "how the questions of its records saw each other", choices=(*TURNS, "mixed")
+    )
 
     def __post_init__(self) -> None:
         """Raise UserError for every setting that has a value it does not take."""

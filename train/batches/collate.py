@@ -1,7 +1,8 @@
 """Encoded conversations and banked features -> the model's batch.
 
 A row holds one conversation or, packed, several: each counts its positions from 0 and sees itself
-alone, as the row's sample and frame numbers say.
+alone, as the row's sample and frame numbers say. Turns that do not see each other each count on from
+the end of what they share.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import FAST, SLOW, Batch, FrameGroup, Transitions
+from model.batch import FAST, SLOW, Batch, FrameGroup, Transitions, joined
 from model.config import joined_cells
 from model.grid import Grid
-from model.mask import intervals
+from model.mask import intervals, other_turns
 from model.slow_fast import slow_frames, uniform_indices
 from model.vlm import VLMConfig
 from shards.read.bank import ClipInfo
 from shards.read.timeline import ClipFeatures, Medium, part_count, parts_of, place_of
 from train.batches.augment import Look
 from train.batches.chat import MEDIA, Encoded
+from train.batches.turns import counted_on, numbered
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Row:
     frames: list[PlacedFrame]
     clips: int
     """Clips of all conversations together, each part of a medium one."""
+    turn: np.ndarray | None = None
+    """Number of a token's turn, from 1, where turns do not see each other; 0 elsewhere. None: all 0."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -101,11 +105,8 @@ def lay_out(
     stamp: seconds of a clip -> the tokens that are written before a frame, of `frame_time: text`.
     looks: how each medium is seen, where it is drawn.
     """
-    ids: list[int] = []
-    axis: list[int] = []
-    coord: list[float] = []
-    supervised: list[bool] = []
-    block: list[int] = []
+    ids, axis, block = list[int](), list[int](), list[int]()
+    coord, supervised = list[float](), list[bool]()
     frames: list[PlacedFrame] = []
     media, clips = zip(infos, looks or repeat(None), strict=False), 0
 
@@ -136,6 +137,8 @@ def lay_out(
             unlearned([0] * (grid.cells + 1), len(frames) - 1)
         clips += part_count(info)
     assert next(media, None) is None, f"{len(infos)} media for fewer tags"
+    grown = len(ids) - len(encoded.ids)
+    turn, position = counted_on(len(ids), [start + grown for start in encoded.turns])
     return Row(
         ids=np.asarray(ids, np.int64),
         axis=np.asarray(axis, np.int64),
@@ -143,9 +146,10 @@ def lay_out(
         supervised=np.asarray(supervised, bool),
         block=np.asarray(block, np.int64),
         sample=np.zeros(len(ids), np.int64),
-        position=np.arange(len(ids)),
+        position=position,
         frames=frames,
         clips=clips,
+        turn=turn,
     )
 
 
@@ -159,8 +163,7 @@ def frames_within(
 ) -> int:
     """Return the most frames of a clip with which a conversation has at most `limit` tokens.
 
-    0 where one frame of each clip is too much. What `train.batches.fitting.fit_frames` finds from
-    counts, of one conversation.
+    0 where one of each clip is too much. It is what `fitting.fit_frames` finds from counts.
     """
     low, high = 0, config.max_frames_num
     while low < high:
@@ -176,6 +179,7 @@ def pack(rows: Sequence[Row]) -> Row:
     """Return conversations one after the other in one row; clips are numbered through as well."""
     frames: list[PlacedFrame] = []
     samples, blocks = [], []
+    turns = [np.zeros(len(row), np.int64) if row.turn is None else row.turn for row in rows]
     first = clips = 0
     for number, row in enumerate(rows):
         assert (row.sample == 0).all()
@@ -198,6 +202,7 @@ def pack(rows: Sequence[Row]) -> Row:
         sample=np.concatenate(samples),
         frames=frames,
         clips=clips,
+        turn=np.concatenate(turns) if any(row.turn is not None for row in rows) else None,
     )
 
 
@@ -215,31 +220,29 @@ def collate(
 
     clips: the media of each row, those of its conversations one after the other. `with_copy` also
     reads, for each transition, the source frame on the target's grid, which the copy baseline needs.
-    tasks: what each record's answer is, by which losses are reported.
+    tasks: what each record's answer is, or each independent turn's, by which losses are reported.
     """
     length = max(length, *(len(row) for row in rows))
     packed = any(row.sample[-1] > 0 for row in rows)
 
     def padded(name: str, fill: float, dtype: type[np.generic]) -> np.ndarray:
-        out = np.full((len(rows), length), fill, dtype)
-        for number, row in enumerate(rows):
-            out[number, : len(row)] = getattr(row, name)
-        return out
+        return _padded([getattr(row, name) for row in rows], length, fill, dtype)
 
     block = padded("block", -1, np.int64)
     sample = padded("sample", -1, np.int64)
     position = padded("position", -1, np.int64)
     # padding goes on counting behind a single conversation, and nothing reads it behind several
     position = np.where(position >= 0, position, 0 if packed else np.arange(length))
-    bounds = [
-        intervals(sample[number], block[number], config.frame_attention)
-        for number in range(len(rows))
-    ]
+    attention = config.frame_attention
+    bounds = [intervals(*row, attention) for row in zip(sample, block, strict=True)]
     input_ids, axis = padded("ids", 0, np.int64), padded("axis", -1, np.int64)
     coord = padded("coord", 0.0, np.float32)
     # the hidden state before a token predicts it; a conversation's first token has none before it
     predicted = np.flatnonzero(padded("supervised", False, np.bool_))
     assert position.reshape(-1)[predicted].all()
+    turn, others = padded("turn", 0, np.int64), None
+    if turn.any():
+        others = [np.stack(bound) for bound in zip(*map(other_turns, sample, turn), strict=True)]
     groups, transitions = group_frames(
         rows, [parts_of(own) for own in clips], length, config, with_copy
     )
@@ -250,7 +253,7 @@ def collate(
         position_ids=torch.from_numpy(position),
         mask_start=torch.from_numpy(np.stack([start for start, _ in bounds])),
         mask_end=torch.from_numpy(np.stack([end for _, end in bounds])),
-        predict_index=torch.from_numpy(predicted - 1),
+        predict_index=torch.from_numpy(_places_before(predicted, others, length)),
         labels=torch.from_numpy(input_ids.reshape(-1)[predicted]),
         label_axis=torch.from_numpy(axis.reshape(-1)[predicted]),
         label_coord=torch.from_numpy(coord.reshape(-1)[predicted]),
@@ -258,23 +261,49 @@ def collate(
         groups=groups,
         transitions=transitions,
         record_ids=tuple(record_ids),
-        label_task=None if tasks is None else label_tasks(rows, tasks, sample, predicted),
-        causal=config.frame_attention == "token" and not packed,
+        label_task=None if tasks is None else label_tasks(rows, tasks, predicted, length),
+        causal=attention == "token" and not packed and others is None,
+        others_start=None if others is None else torch.from_numpy(others[0]),
+        others_end=None if others is None else torch.from_numpy(others[1]),
     )
 
 
-def label_tasks(
-    rows: Sequence[Row], tasks: Sequence[int], sample: np.ndarray, predicted: np.ndarray
-) -> Tensor:
-    """Return int64 `(labels,)`: the task of the record that each predicted token belongs to.
+def _padded(
+    values: Sequence[np.ndarray | None], length: int, fill: float, dtype: type[np.generic]
+) -> np.ndarray:
+    out = np.full((len(values), length), fill, dtype)
+    for number, own in enumerate(values):
+        if own is not None:
+            out[number, : len(own)] = own
+    return out
 
-    tasks: of each record; sample: `(rows, length)`, the conversation of a token in its row; predicted:
-    places in the flattened rows.
+
+def _places_before(
+    places: np.ndarray, others: Sequence[np.ndarray] | None, length: int
+) -> np.ndarray:
+    """Return the flat place of the token before each one that a turn sees, in rows of a length.
+
+    others: as of `other_turns`, `(rows, length)` each. What comes before a turn is what all share.
     """
-    length = sample.shape[1]
-    before = np.cumsum([0] + [row.sample[-1] + 1 for row in rows])  # conversations
-    record = before[predicted // length] + sample.reshape(-1)[predicted]
-    return torch.from_numpy(np.asarray(tasks, np.int64)[record])
+    if others is None:
+        return places - 1
+    behind_shared, own = (bound.reshape(-1)[places] for bound in others)
+    return np.where(own == places % length, places - own + behind_shared, places) - 1
+
+
+def label_tasks(
+    rows: Sequence[Row], tasks: Sequence[int], predicted: np.ndarray, length: int
+) -> Tensor:
+    """Return int64 `(labels,)`: the task of the record, or independent turn, of each predicted token.
+
+    tasks: of each of those; predicted: places in the flattened rows of so many tokens.
+    """
+    task, first = np.zeros((len(rows), length), np.int64), 0
+    for number, row in enumerate(rows):
+        talk = first + numbered(row.sample, row.turn)
+        task[number, : len(row)] = np.asarray(tasks, np.int64)[talk]
+        first = talk[-1] + 1
+    return torch.from_numpy(task.reshape(-1)[predicted])
 
 
 GroupKey = tuple[int, Grid, tuple[float, float, float, float]]
@@ -367,16 +396,3 @@ def _copy(stride: int, pairs: Sequence[FrameStep]) -> Tensor:
         members = list(run)
         reads.append(members[0][2].read(stride, [step[3] for step in members]))
     return joined(reads)
-
-
-def joined(reads: Sequence[np.ndarray]) -> Tensor:
-    """Return stored features one after the other; those of banks of two types as floats of both."""
-    if len({read.dtype for read in reads}) == 1:
-        return as_tensor(np.concatenate(reads))
-    return torch.cat([as_tensor(read).float() for read in reads])
-
-
-def as_tensor(features: np.ndarray) -> Tensor:
-    """Return stored features as floats: uint16 is how a bank holds bfloat16."""
-    tensor = torch.from_numpy(features)
-    return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor

@@ -173,6 +173,7 @@ def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
     return VLMConfig(
         slow_stride=dataset.slow_stride,
         fast_stride=dataset.fast_stride,
+        turns=dataset.turns,
         **{field.name: getattr(settings, field.name) for field in fields(ModelSettings)},
     )
 
