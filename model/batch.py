@@ -4,10 +4,11 @@ Frames are grouped by stream, grid and covered part, so that each group is one t
 indices are flat: row * length + position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,13 +31,13 @@ class FrameGroup:
     token_index: Tensor
     """int64 `(frames, cells)`: the flat place of each cell's token, row-major."""
     end_index: Tensor
-    """int64 `(frames,)`: the flat place of the frame's closing token."""
+    """int64 `(frames,)`: the flat place of the frame's closing token; empty where frames have none."""
     time: Tensor
     """fp32 `(frames,)`, 0 at the clip's start and 1 at its end."""
     timed: Tensor
     """fp32 `(frames,)`, 0 where the clip has no duration and so no time."""
     finer: Tensor | None = None
-    """As banked at the finer stride whose cells the projector joins, where it joins any."""
+    """As banked at the finer stride whose cells are joined in the projector or behind it, if any are."""
 
     @property
     def projected(self) -> Tensor:
@@ -93,6 +94,10 @@ class Batch:
     record_ids: tuple[str, ...]
     label_task: Tensor | None = None
     """int64 `(supervised,)`: what the answer of each label is, by which its loss is reported."""
+    rope: Tensor | None = None
+    """int64 `(3, rows, length)`: the time, row and column that tokens turn by, where frames have them."""
+    newline_index: Tensor | None = None
+    """int64 `(media,)`: the flat place of the token that closes each medium, where one does."""
     causal: bool = False
     """Whether plain causal attention over each row is its mask: one record a row, frames `token`."""
 
@@ -123,3 +128,16 @@ def _moved(item: T, place: Callable[[Tensor], Tensor]) -> T:
         return _moved(value, place) if isinstance(value, FrameGroup | Transitions) else value
 
     return replace(item, **{f.name: move(getattr(item, f.name)) for f in fields(item)})
+
+
+def joined(reads: Sequence[np.ndarray]) -> Tensor:
+    """Return stored features one after the other; those of banks of two types as floats of both."""
+    if len({read.dtype for read in reads}) == 1:
+        return as_tensor(np.concatenate(reads))
+    return torch.cat([as_tensor(read).float() for read in reads])
+
+
+def as_tensor(features: np.ndarray) -> Tensor:
+    """Return stored features as floats: uint16 is how a bank holds bfloat16."""
+    tensor = torch.from_numpy(features)
+    return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from model.batch import as_tensor
 from shards.errors import UserError
 from shards.read.timeline import Medium, SplicedClip
 from shards.signed import Json, write_atomic
-from train.batches.collate import as_tensor
 from train.data.dataset import open_dataset, open_records
 from train.data.records import Record
 from train.data.sources import Source

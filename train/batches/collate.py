@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import FAST, SLOW, Batch, FrameGroup, Transitions
-from model.config import joined_cells
+from model.batch import FAST, SLOW, Batch, FrameGroup, Transitions, joined
+from model.config import POOLED
+from model.family.mrope import mrope_rows
 from model.grid import Grid
+from model.grid import pool as pool_cells
 from model.mask import intervals
 from model.slow_fast import slow_frames, uniform_indices
 from model.vlm import VLMConfig
@@ -36,6 +38,10 @@ class PlacedFrame:
     stream: int
     grid: Grid
     first: int
+    tokens: int
+    """Of its cells, and the one that closes it where one does."""
+    seconds: float
+    """When it is, on the clock of its medium."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Row:
     frames: list[PlacedFrame]
     clips: int
     """Clips of all conversations together, each part of a medium one."""
+    newlines: tuple[int, ...] = ()
+    """Places of the tokens that close media, where some do."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,6 +81,8 @@ def choose_frames(
     drawn, and which of them are slow, where the config alone does not say it.
     """
     total, most = len(info.timestamps), most or config.max_frames_num
+    # behind the projector tokens are pooled again, from the banked grid
+    further, mode = (POOLED, "bilinear") if config.pool_after_projector else (1, pool)
     if look is None:
         chosen = uniform_indices(total, most)
         slow = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, len(chosen))
@@ -83,7 +93,7 @@ def choose_frames(
     for frame, is_slow in zip(chosen, slow, strict=True):
         stream = SLOW if is_slow else FAST
         rows, cols = place_of(info, frame)[2].patch_grid
-        frames.append((frame, stream, Grid(rows, cols, strides[stream], pool)))
+        frames.append((frame, stream, Grid(rows, cols, strides[stream] * further, mode)))
     return frames
 
 
@@ -101,40 +111,39 @@ def lay_out(
     stamp: seconds of a clip -> the tokens that are written before a frame, of `frame_time: text`.
     looks: how each medium is seen, where it is drawn.
     """
-    ids: list[int] = []
-    axis: list[int] = []
-    coord: list[float] = []
-    supervised: list[bool] = []
-    block: list[int] = []
-    frames: list[PlacedFrame] = []
+    ids, axis, block = list[int](), list[int](), list[int]()
+    coord, supervised = list[float](), list[bool]()
+    columns: list[list[Any]] = [ids, axis, coord, supervised, block]
+    frames, newlines = list[PlacedFrame](), list[int]()
     media, clips = zip(infos, looks or repeat(None), strict=False), 0
 
     def unlearned(tokens: Sequence[int], frame: int) -> None:
         ids.extend(tokens)
-        same: list[tuple[list[Any], Any]] = [(axis, -1), (coord, 0.0), (supervised, False)]
-        for column, value in [*same, (block, frame)]:
+        for column, value in zip(columns[1:], (-1, 0.0, False, frame), strict=True):
             column.extend([value] * len(tokens))
 
     for id_, a, c, on in zip(
         encoded.ids, encoded.axis, encoded.coord, encoded.supervised, strict=True
     ):
         if id_ != MEDIA:
-            ids.append(id_)
-            axis.append(a)
-            coord.append(c)
-            supervised.append(on)
-            block.append(-1)
+            for column, value in zip(columns, (id_, a, c, on, -1), strict=True):
+                column.append(value)
             continue
         info, look = next(media)
         for frame, stream, grid in choose_frames(info, config, pool, most, look):
+            seconds = float(info.timestamps[frame])
             if config.frame_time == "text":
                 assert stamp is not None
                 # plain text that is not learned; a frame sees its own time, as it sees all before it
-                unlearned(stamp(float(info.timestamps[frame]) - info.start), -1)
+                unlearned(stamp(seconds - info.start), -1)
             part, own, _ = place_of(info, frame)
-            frames.append(PlacedFrame(clips + part, own, stream, grid, len(ids)))
-            unlearned([0] * (grid.cells + 1), len(frames) - 1)
+            tokens = grid.cells + config.closing_tokens
+            place = clips + part, own, stream, grid, len(ids)
+            frames.append(PlacedFrame(*place, tokens, seconds))
+            unlearned([0] * tokens, len(frames) - 1)
         clips += part_count(info)
+        newlines += [len(ids)] * config.newline_tokens
+        unlearned([0] * config.newline_tokens, -1)
     assert next(media, None) is None, f"{len(infos)} media for fewer tags"
     return Row(
         ids=np.asarray(ids, np.int64),
@@ -146,6 +155,7 @@ def lay_out(
         position=np.arange(len(ids)),
         frames=frames,
         clips=clips,
+        newlines=tuple(newlines),
     )
 
 
@@ -175,7 +185,7 @@ def frames_within(
 def pack(rows: Sequence[Row]) -> Row:
     """Return conversations one after the other in one row; clips are numbered through as well."""
     frames: list[PlacedFrame] = []
-    samples, blocks = [], []
+    samples, blocks, newlines = [], [], list[int]()
     first = clips = 0
     for number, row in enumerate(rows):
         assert (row.sample == 0).all()
@@ -186,6 +196,7 @@ def pack(rows: Sequence[Row]) -> Row:
             replace(frame, clip=frame.clip + clips, first=frame.first + first)
             for frame in row.frames
         ]
+        newlines += [place + first for place in row.newlines]
         first += len(row)
         clips += row.clips
     joined = {
@@ -198,6 +209,7 @@ def pack(rows: Sequence[Row]) -> Row:
         sample=np.concatenate(samples),
         frames=frames,
         clips=clips,
+        newlines=tuple(newlines),
     )
 
 
@@ -231,10 +243,8 @@ def collate(
     position = padded("position", -1, np.int64)
     # padding goes on counting behind a single conversation, and nothing reads it behind several
     position = np.where(position >= 0, position, 0 if packed else np.arange(length))
-    bounds = [
-        intervals(sample[number], block[number], config.frame_attention)
-        for number in range(len(rows))
-    ]
+    attention = config.frame_attention
+    bounds = [intervals(*row, attention) for row in zip(sample, block, strict=True)]
     input_ids, axis = padded("ids", 0, np.int64), padded("axis", -1, np.int64)
     coord = padded("coord", 0.0, np.float32)
     # the hidden state before a token predicts it; a conversation's first token has none before it
@@ -258,9 +268,17 @@ def collate(
         groups=groups,
         transitions=transitions,
         record_ids=tuple(record_ids),
+        rope=mrope_rows([row.frames for row in rows], position, sample, config),
+        newline_index=_newlines(rows, length),
         label_task=None if tasks is None else label_tasks(rows, tasks, sample, predicted),
-        causal=config.frame_attention == "token" and not packed,
+        causal=attention == "token" and not packed,
     )
+
+
+def _newlines(rows: Sequence[Row], length: int) -> Tensor | None:
+    """Return the flat places of the tokens that close media; None where none do."""
+    places = [k * length + place for k, row in enumerate(rows) for place in row.newlines]
+    return torch.tensor(places) if places else None
 
 
 def label_tasks(
@@ -306,8 +324,7 @@ def group_frames(
             previous = (key, len(group), frame)
             group.append((number, frame))
     order = {key: place for place, key in enumerate(members)}
-    side = joined_cells(config.mm_projector_type)
-    groups = tuple(_group(key, frames, clips, length, side) for key, frames in members.items())
+    groups = tuple(_group(key, frames, clips, length, config) for key, frames in members.items())
     transitions = tuple(
         Transitions(
             source=order[source],
@@ -315,7 +332,7 @@ def group_frames(
             source_frame=torch.tensor([pair[0] for pair in pairs]),
             target_frame=torch.tensor([pair[1] for pair in pairs]),
             gap=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
-            copy=_copy(target[1].stride, pairs) if with_copy else None,
+            copy=_copy(target[1].stride, pairs, config) if with_copy else None,
         )
         for (source, target), pairs in steps.items()
     )
@@ -327,9 +344,8 @@ def _group(
     frames: Sequence[tuple[int, PlacedFrame]],
     clips: Sequence[Sequence[ClipFeatures]],
     length: int,
-    side: int,
+    config: VLMConfig,
 ) -> FrameGroup:
-    """side: how many cells on a side the projector joins, which are banked at a finer stride."""
     stream, grid, covered = key
     wanted: dict[tuple[int, int], list[int]] = {}
     times, timed = [], []
@@ -345,38 +361,34 @@ def _group(
             [clips[number][clip].read(stride, ks) for (number, clip), ks in wanted.items()]
         )
 
+    finer = read(grid.stride // config.finer) if config.finer > 1 else None
     first = torch.tensor([number * length + frame.first for number, frame in frames])
+    ends = first + grid.cells
     return FrameGroup(
         stream=stream,
         grid=grid,
         covered=covered,
-        features=read(grid.stride),
+        features=pooled(finer) if config.pool_after_projector else read(grid.stride),
         token_index=first[:, None] + torch.arange(grid.cells),
-        end_index=first + grid.cells,
+        end_index=ends if config.closing_tokens else ends[:0],
         time=torch.tensor(times, dtype=torch.float32),
         timed=torch.tensor(timed, dtype=torch.float32),
-        finer=read(grid.stride // side) if side > 1 else None,
+        finer=finer,
     )
 
 
-def _copy(stride: int, pairs: Sequence[FrameStep]) -> Tensor:
+def pooled(finer: Tensor | None) -> Tensor:
+    """Return banked features on the grid of the tokens that are pooled behind the projector."""
+    assert finer is not None
+    return pool_cells(finer, POOLED, "bilinear").to(finer.dtype)
+
+
+def _copy(stride: int, pairs: Sequence[FrameStep], config: VLMConfig) -> Tensor:
     # the pairs of one clip are consecutive, so that one read serves them
     runs = groupby(pairs, key=lambda pair: id(pair[2]))
     reads = []
     for _, run in runs:
         members = list(run)
-        reads.append(members[0][2].read(stride, [step[3] for step in members]))
-    return joined(reads)
-
-
-def joined(reads: Sequence[np.ndarray]) -> Tensor:
-    """Return stored features one after the other; those of banks of two types as floats of both."""
-    if len({read.dtype for read in reads}) == 1:
-        return as_tensor(np.concatenate(reads))
-    return torch.cat([as_tensor(read).float() for read in reads])
-
-
-def as_tensor(features: np.ndarray) -> Tensor:
-    """Return stored features as floats: uint16 is how a bank holds bfloat16."""
-    tensor = torch.from_numpy(features)
-    return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor
+        banked = stride // config.finer if config.pool_after_projector else stride
+        reads.append(members[0][2].read(banked, [step[3] for step in members]))
+    return pooled(joined(reads)) if config.pool_after_projector else joined(reads)

@@ -68,6 +68,8 @@ class Lengths:
     """Where times are written before the frames."""
     looks: Looks | None = None
     """How frames are seen, where that is not even and by one pattern, or media are spliced."""
+    closing: int = 1
+    """Tokens behind the cells of each frame."""
     _known: dict[bytes, "Taken"] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )
@@ -92,7 +94,8 @@ class Lengths:
         """Return the tokens of all frames of each record, closing tokens included."""
         slow, fast = self.taken(frames)
         return self.per_record(
-            slow * (self.clips.slow_cells + 1) + fast * (self.clips.fast_cells + 1)
+            slow * (self.clips.slow_cells + self.closing)
+            + fast * (self.clips.fast_cells + self.closing)
         )
 
     def seen_uses(self, frames: np.ndarray) -> np.ndarray:
@@ -108,7 +111,7 @@ class Lengths:
     def frame_pairs(self, frames: np.ndarray) -> np.ndarray:
         """Return the (query, key) pairs that frames see beyond causal ones, seeing themselves wholly."""
         slow, fast = self.taken(frames)
-        sizes = self.clips.slow_cells + 1, self.clips.fast_cells + 1
+        sizes = self.clips.slow_cells + self.closing, self.clips.fast_cells + self.closing
         own = [size * (size - 1) // 2 for size in sizes]
         return self.per_record(slow * own[0] + fast * own[1])
 

@@ -6,9 +6,11 @@ those before: `{"config": ..., "since_step": 700, "before": [{"config": ..., "si
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from model.config import VLMConfig
 from shards.errors import UserError
 from shards.signed import write_atomic
 from train.settings.output import RUN
@@ -21,6 +23,7 @@ OTHER = {
     "clips": "the bank holds other times or features of the records' clips: it was encoded again",
 }
 """What is known by a digest alone, in words."""
+MODEL_DEFAULTS = asdict(VLMConfig())
 CHECKPOINT = "checkpoint.json"
 """In a checkpoint-N: beside other things what its weights were trained with."""
 FREE = ("resume", "plan")
@@ -100,7 +103,9 @@ def facts_changed(before: Mapping[str, Json], now: Mapping[str, Json]) -> list[s
             plan.pop("clips", None)
     for subject in ("model", "bank"):
         prefix = "bank " if subject == "bank" else ""
-        lines += was_now(before.get(subject, {}), now.get(subject, {}), prefix)
+        # a setting that an older run did not know was as its default is
+        known = MODEL_DEFAULTS if subject == "model" and before.get("model") else {}
+        lines += was_now(known | before.get(subject, {}), now.get(subject, {}), prefix)
     return lines + was_now(plans[0], plans[1])
 
 
