@@ -23,8 +23,10 @@ from shards.errors import UserError
 
 AXES = 3
 """Time, row, column."""
-NEARLY = 1e-4
-"""A time this little before a whole position of time is at it: float32 may put it there."""
+NEARLY = 1e-6
+"""A place this little before a whole one is that: sums of floats are not exact."""
+EVEN = 1e-6
+"""Seconds by which frames that are evenly apart may be off."""
 
 
 class FrameSpan(Protocol):
@@ -124,11 +126,20 @@ def runs_of(frames: Sequence[FrameSpan]) -> list[list[FrameSpan]]:
 
 
 def time_positions(seconds: Sequence[float], tokens_per_second: float) -> list[int]:
-    """Return where the frames of a run stand in time, from 0: their number, or by their seconds."""
+    """Return where the frames of a run stand in time, from 0: their number, or by their seconds.
+
+    Of frames that are evenly apart, as transformers counts them: in float32, cut off.
+    """
+    number = np.arange(len(seconds))
     if not tokens_per_second:
-        return list(range(len(seconds)))
-    since = (np.asarray(seconds) - seconds[0]) * tokens_per_second
-    return np.floor(since + NEARLY).astype(int).tolist()
+        return number.tolist()
+    since = np.asarray(seconds, np.float64) - seconds[0]
+    step = since[-1] / max(len(seconds) - 1, 1)
+    if np.abs(since - number * step).max() < EVEN:
+        places = number.astype(np.float32) * np.float32(step * tokens_per_second)
+    else:
+        places = since * tokens_per_second + NEARLY
+    return np.floor(places).astype(int).tolist()
 
 
 class MRope(nn.Module):

@@ -10,7 +10,7 @@ import numpy as np
 from model.config import POOLED, ModelSettings
 from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.slow_fast import exact_ratio
-from shards.signed import canonical_json
+from shards.signed import Json, canonical_json
 from train.batches.augment import Looks
 from train.batches.chat import VERSION, Chat
 from train.batches.clips import Clips, Stamps, frame_times
@@ -144,6 +144,16 @@ class Measure:
     @property
     def _strides(self) -> tuple[int, int]:
         return self.dataset.slow_stride, self.dataset.fast_stride
+
+
+def layout_facts(settings: ModelSettings) -> Json:
+    """Return what a plan depends on where frames are laid out in another way: nothing elsewhere."""
+    facts: Json = {"media_tags": settings.media_tags} if settings.around_media else {}
+    if settings.frame_marks != "frames":
+        facts["frame_marks"] = settings.frame_marks
+    if settings.pool_after_projector:
+        facts["pool_after_projector"] = True
+    return facts
 
 
 class Lot(NamedTuple):

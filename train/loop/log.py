@@ -169,11 +169,9 @@ def banner(
     frames = min(units, config.max_frames_num)
     pattern = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, frames)
     pooled = POOLED if config.pool_after_projector else 1
-    cells = {
-        stride: [-(-side // pooled) for side in bank.shape(0, stride)[1:3]]
-        for stride in {dataset.slow_stride, dataset.fast_stride}
-    }
-    slow, fast = (math.prod(cells[s]) for s in (dataset.slow_stride, dataset.fast_stride))
+    strides = dataset.slow_stride, dataset.fast_stride
+    cells = {s: [-(-side // pooled) for side in bank.shape(0, s)[1:3]] for s in strides}
+    slow, fast = (math.prod(cells[stride]) for stride in strides)
     closing, newline = config.closing_tokens, config.newline_tokens
     tokens = sum([(slow if is_slow else fast) + closing for is_slow in pattern], start=newline)
     parts = {name: sum(p.numel() for p in group) for name, group in model.parts().items()}
