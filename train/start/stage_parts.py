@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from model.vlm import VLM
 
 Json = Mapping[str, Any]
+LLAVA_TOWER = "model.vision_tower.", "vision_tower."
+"""How the tower's weights begin in a LLaVA checkpoint of transformers."""
 
 
 def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str]:
@@ -19,6 +21,8 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
 
     written: its config.json.
     """
+    from model.llm import own_tower_digest
+
     config, features = model.config, model.features
     strides = {config.slow_stride, config.fast_stride}
     pooled = config.pool_after_projector and kind == "llava"
@@ -55,6 +59,11 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
                 else ""
             )
         )
+        if as_there and features["tower_digest"] != own_tower_digest(folder, LLAVA_TOWER):
+            lines[-1] += (
+                f"; the bank's tower, {model.tower}, has other weights than that in the checkpoint, "
+                "which vision_tower.save_pretrained of transformers takes out of it"
+            )
     if newline is not None and config.frame_marks == "media":
         load_newline(model.visual, newline, folder)
         lines.append("visual: media are closed by the stage's image_newline")

@@ -23,11 +23,13 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Qwen2Config,
+    SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
 from model.batch import Batch
 from model.grid import pool
+from model.tower.tower import Tower
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
@@ -235,6 +237,7 @@ def test_onevision_pools_behind_its_projector(make_world: MakeWorld) -> None:
     assert "features are pooled as there" in said
     assert "visual: media are closed by the stage's image_newline" in said
     assert "ignored: image_newline" not in said
+    assert "has other weights than that in the checkpoint" in said
     check(world, model, patches_of, cls=False)
     row = laid_out(model, world.clips("c"), "<video>", "red")
     assert [frame.grid.rows for frame in row.frames] == [3] * 7
@@ -245,6 +248,17 @@ def test_onevision_pools_behind_its_projector(make_world: MakeWorld) -> None:
     clips = world.clips("c")
     batches = [batch_of(own, (row, clips)) for own in (model, again)]
     assert torch.equal(our_logits(model, batches[0]), our_logits(again, batches[1]))
+
+
+def test_the_tower_in_a_checkpoint_is_known_again(make_world: MakeWorld, tmp_path: Path) -> None:
+    theirs = onevision()
+    theirs.model.vision_tower.save_pretrained(tmp_path / "tower")
+    side = {"height": SIDE * PATCH, "width": SIDE * PATCH}
+    SiglipImageProcessorPil(size=side).save_pretrained(tmp_path / "tower")
+    tower = Tower.load(str(tmp_path / "tower"), layer=-1)
+    world = make_world(theirs, layer=-1, strides=(1,), tower_digest=tower.digest)
+    _, said = world.start(**AFTER)
+    assert "features are pooled as there\n" in said
 
 
 @pytest.mark.parametrize("mode", ["average", "max"])

@@ -4,6 +4,7 @@ Random tiny checkpoints of transformers' own classes; the reference is their for
 features, rounded as the bank rounds them.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from train.batches.chat import Chat
 from train.batches.collate import Row, collate, lay_out, pack
 from train.data.dataset import open_dataset
 from train.data.records import Turn
+from train.export import export
 from train.settings.config import TrainConfig
 from train.start.stage import bank_problem, build, kind_of
 from train.start.stage_files import stage_problem
@@ -472,7 +474,8 @@ def test_what_is_not_the_checkpoints_own_is_refused_by_name(
 def test_a_run_trains_from_it_and_answers(
     worlds: dict[str, World], train_here: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The plan counts the tokens around media; packed steps; what is saved goes on by itself."""
+    """The plan counts the tokens around media; packed steps; trained, saved, loaded and exported it is
+    what transformers computes with its weights."""
     world = worlds["qwen2_5_vl"]
     settings: dict[str, Any] = dict(EXACT) | {
         "stage_path": world.folder,
@@ -494,3 +497,16 @@ def test_a_run_trains_from_it_and_answers(
     batch = batch_of(model, (prompt, clips))
     answers = generate(model, batch, stop=frozenset(), max_new_tokens=3)
     assert [len(answer) for answer in answers] == [3]
+    moved = replace(world, theirs=copy.deepcopy(world.theirs))
+    weights = model.llm.state_dict()
+    table = "embed_tokens.weight"
+    before = moved.theirs.model.language_model.state_dict()[table].clone()
+    own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+    moved.theirs.model.language_model.load_state_dict(own)
+    moved.theirs.lm_head.load_state_dict({"weight": weights["lm_head.weight"]})
+    assert not torch.equal(weights[f"model.{table}"], before)
+    row = laid_out(model, clips, *TALKS[1][1])
+    theirs = their_logits(moved, row, clips)
+    export(out, tmp_path / "exported")
+    for trained in (model, VLM.load(tmp_path / "exported").eval()):
+        close(our_logits(trained, batch_of(trained, (row, clips)))[0], theirs)
