@@ -310,7 +310,7 @@ def test_a_model_without_a_causal_llm_is_refused_in_a_line(
     shutil.copytree(toy / "llm", tmp_path / "stage")
     shutil.copy(toy / "tower" / "config.json", tmp_path / "stage")
     with pytest.raises(
-        UserError, match=r"stage: not a causal LLM, nor a LLaVA or Qwen-VL checkpoint"
+        UserError, match=r"stage: not a causal LLM, nor a LLaVA checkpoint"
     ) as caught:
         start(tmp_path / "stage")
     assert len(str(caught.value).splitlines()) == 1
