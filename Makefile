@@ -68,9 +68,7 @@ real: $(READY)  ## a pretrained tower on your own videos: make real CLIPS="a.mp4
 	    $(BIN)/preprocess footage $(CLIPS) $(REAL)/world $(FOOTAGE) $(if $(PHRASES),--phrases $(PHRASES)); }
 	$(BIN)/preprocess encode $(REAL)/world/videos --stride 4,8 --frames 16 \
 	    --out $(REAL)/bank --tower real/models/$(TOWER)
-	test -e real/toy/llm || { rm -rf real/toy && \
-	    $(BIN)/preprocess toyworld real/toy --train-clips 1 --test-clips 1; }
-	$(LAUNCH) train/run.py --config train/presets/toy.yaml --stage_path real/toy/llm --bank $(REAL)/bank \
+	$(LAUNCH) train/run.py --config train/presets/toy.yaml --stage_path $(REAL)/world/llm --bank $(REAL)/bank \
 	    --data_path $(REAL)/world/train.jsonl $(SPLICE) \
 	    --per_device_train_batch_size 16 --max_steps $(STEPS) --output_dir $(REAL)/$(RUN) $(TRAIN)
 	test -e $(SCORES)-untrained.json || \

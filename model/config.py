@@ -17,12 +17,13 @@ from model.slow_fast import STRATEGIES, is_ratio
 from shards.errors import UserError
 
 PROJECTORS = (
-    "linear, identity, mlpNx_gelu, mlp_downsample, mlp_downsample_2x2_fix, mlp_downsample_3x3_fix"
+    "linear, identity, mlpNx_gelu, norm_mlpNx_gelu, mlp_downsample, mlp_downsample_2x2_fix, "
+    "mlp_downsample_3x3_fix"
 )
 JOINED = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
 """Cells on a side that become one token. VILA's first two differ in the order of tokens alone: the
 older one's run down the columns; here tokens follow the rows in both."""
-MLP = re.compile(r"mlp([1-9])x_gelu")
+MLP = re.compile(r"(norm_)?mlp([1-9])x_gelu")
 
 
 def is_projector(kind: str) -> bool:
@@ -121,6 +122,9 @@ class ModelSettings:
         choices=tuple(LAPE_AXES),
     )
     lape_positions: bool = setting(True, "add positions to the frames' tokens too")
+    lape_share: float = setting(
+        0.1, "positions beside the projected features in a fresh model, by RMS (plus)", more_than=0
+    )
     loss_weight: float = setting(0.15, "weight of the frame-causal loss; 0 builds no head", least=0)
     predictor: str = setting("resample", "frame predictor", choices=PREDICTORS)
     frame_attention: str = setting(

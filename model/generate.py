@@ -1,4 +1,4 @@
-"""Answers, token by token: greedy, with coordinates decoded between anchors and fed back exactly."""
+"""Answers, token by token: greedy, with coordinates decoded by their median and fed back exactly."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -147,15 +147,12 @@ def choose(model: VLM, hidden: Tensor) -> list[Piece]:
     best, token = text.max(dim=-1)
     mass = torch.stack([best] + [axis.logsumexp(dim=-1) for axis in axes])
     winner = mass.argmax(dim=0).tolist()
-    coords = [model.lape.decode(a, axes[a]).tolist() for a in range(len(axes))]
-    tokens = token.tolist()
-    pieces = []
-    for row, win in enumerate(winner):
-        if win == 0:
-            pieces.append(Piece(tokens[row]))
-        else:
-            coord = coords[win - 1][row]
-            pieces.append(Piece(model.lape.tokens.token_id(win - 1, coord), win - 1, coord))
+    pieces = [Piece(text_token) for text_token in token.tolist()]
+    for axis in range(len(axes)):
+        rows = [row for row, win in enumerate(winner) if win == axis + 1]
+        coords = model.lape.decode(axis, axes[axis][rows]).tolist() if rows else []
+        for row, coord in zip(rows, coords, strict=True):
+            pieces[row] = Piece(model.lape.tokens.token_id(axis, coord), axis, coord)
     return pieces
 
 

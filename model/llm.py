@@ -98,7 +98,8 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
                 ) from None
             reason = first_line(error).partition(" for this kind of")[0]
             raise UserError(
-                f"{path}: not a causal LLM, nor a LLaVA checkpoint that holds one, nor a Qwen-VL one: {reason}"
+                f"{path}: not a causal LLM, nor a LLaVA checkpoint that holds one, nor a Qwen-VL one: "
+                f"{reason}"
             ) from None
     if found["missing_keys"]:
         raise UserError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")

@@ -4,8 +4,13 @@
 `mlp_downsample` families, which join a block of 2x2 or 3x3 neighbouring cells before the first layer
 (`base_projector.py`, `DownSampleBlock`). What they join must be banked at a stride that is finer by that
 factor.
+
+`norm_mlpNx_gelu` is ours: the MLP on standardised channels. A tower's channels differ in size and lie
+far from 0 (the mean of a DINOv2 channel is up to four times its deviation); a fresh projector behind
+them sees nearly the same frame again and again, and takes long to learn what differs.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -38,12 +43,13 @@ def build_projector(kind: str, tower_width: int, llm_width: int) -> nn.Module:
     if side == 1:
         found = MLP.fullmatch(kind)
         assert found
-        widths = [tower_width] + [llm_width] * int(found.group(1))
+        widths = [tower_width] + [llm_width] * int(found.group(2))
     elif side == 2:
         widths = [joined, llm_width, llm_width]
     else:
         widths = [joined, side * tower_width, llm_width, llm_width]
     layers: list[nn.Module] = [JoinCells(side), nn.LayerNorm(joined)] if side > 1 else []
+    layers += [ChannelNorm(tower_width)] if kind.startswith("norm_") else []
     for place, (before, after) in enumerate(pairwise(widths)):
         if place:
             layers.append(nn.GELU())
@@ -51,6 +57,40 @@ def build_projector(kind: str, tower_width: int, llm_width: int) -> nn.Module:
             layers.append(nn.LayerNorm(before))
         layers.append(nn.Linear(before, after))
     return nn.Sequential(*layers)
+
+
+LEAST_STD = 0.1
+"""Of the channels' median deviation."""
+
+
+class ChannelNorm(nn.Module):
+    """Standardises each channel by a mean and a deviation that are measured once and then fixed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.mean: Tensor
+        self.std: Tensor
+
+    @property
+    def measured(self) -> bool:
+        return bool((self.std != 1).any())
+
+    def measure(self, features: Sequence[Tensor]) -> None:
+        """Set both from some features `(..., width)`.
+
+        A channel that hardly changes in them is not blown up: it may change more elsewhere.
+        """
+        cells = torch.cat([part.flatten(0, -2).double() for part in features])
+        std = cells.std(dim=0, unbiased=False)
+        least = LEAST_STD * std.median()
+        self.mean.copy_(cells.mean(dim=0))
+        self.std.copy_(std.clamp(min=least) if least > 0 else torch.ones_like(std))
+
+    def forward(self, cells: Tensor) -> Tensor:
+        standard: Tensor = (cells - self.mean) / self.std
+        return standard.to(cells.dtype)
 
 
 class JoinCells(nn.Module):

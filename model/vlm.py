@@ -27,7 +27,7 @@ from model.family.windows import reaches, takes_positions, text_config
 from model.frame_causal import FrameCausal
 from model.grid import pool
 from model.lape.head import LanguageHead
-from model.lape.tables import INJECTION_SHARE, Lape
+from model.lape.tables import Lape
 from model.lape.tokens import AXES, LAPE_AXES, LapeTokens
 from model.llm import (
     LlmBase,
@@ -39,7 +39,7 @@ from model.llm import (
     save_weights,
     write_json,
 )
-from model.projector import build_projector
+from model.projector import ChannelNorm, build_projector
 from shards.errors import UserError
 
 Json = dict[str, Any]
@@ -64,7 +64,8 @@ class VLM(nn.Module):
         super().__init__()
         llm_width = llm.get_input_embeddings().embedding_dim
         self.calibrated = True
-        """Whether LAPE's gamma is set; a fresh model's is set from the run's first records with media."""
+        """Whether LAPE's gamma and the projector's norm are set; those of a fresh model are set from
+        the run's first records with media."""
         self.base: LlmBase | None = None
         """Where the LLM's own weights lie, when they are not trained."""
         self.masked = True
@@ -234,16 +235,19 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batch: Batch) -> float:
-        """Set LAPE's gamma so that positions are a tenth of the projected features, by RMS.
+        """Set what a fresh model measures: the projector's norm, if it has one, and LAPE's gamma so
+        that positions are `lape_share` of the projected features, by RMS.
 
         Returns the ratio at gamma 1. Called once, on the run's first records with media, on every rank
         alike.
         """
-        if self.lape is None or not self.config.lape_positions:
-            return float("nan")
         if self.calibrated or not batch.groups:
             return float("nan")
         self.calibrated = True
+        for norm in self.unmeasured():
+            norm.measure([group.projected for group in batch.groups])
+        if self.lape is None or not self.config.lape_positions:
+            return float("nan")
         inside = positions = 0.0
         for group in batch.groups:
             tokens = self.projected(group)
@@ -252,8 +256,13 @@ class VLM(nn.Module):
             positions += placed.square().mean(dim=-1).sum().item()
         ratio = (positions / inside) ** 0.5
         if self.lape.preset == "plus":
-            self.lape.gamma.fill_(INJECTION_SHARE / ratio)
+            self.lape.gamma.fill_(self.config.lape_share / ratio)
         return ratio
+
+    def unmeasured(self) -> list[ChannelNorm]:
+        """Return the norms of the projector that were never measured."""
+        norms = (m for m in self.projector.modules() if isinstance(m, ChannelNorm))
+        return [norm for norm in norms if not norm.measured]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the trainable parameters by part, each in exactly one."""
@@ -346,6 +355,7 @@ class VLM(nn.Module):
             load_weights(module, folder / file)
             if module is self.lape:
                 self.calibrated = module.preset == "st" or bool((module.gamma != 1).any())
+                self.calibrated &= not self.unmeasured()
             lines.append(f"{file}: from {folder}")
         return lines
 

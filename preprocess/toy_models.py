@@ -19,7 +19,7 @@ SIZE = 64  # pixels per side: one tower input, so no resize blurs the shapes
 
 END, PAD, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 TOKENIZER_SIZE = 400
-LLM_ROWS = 512  # more rows than tokens, as real checkpoints have
+SPARE_ROWS = 112  # more rows than tokens, as real checkpoints have
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -61,8 +61,11 @@ def save_tower(folder: Path, seed: int) -> None:
     ).save_pretrained(folder)
 
 
-def save_llm(folder: Path, texts: Iterable[str], seed: int) -> None:
+def save_llm(folder: Path, texts: Iterable[str], seed: int, tokens: int = TOKENIZER_SIZE) -> None:
     """Save a random Qwen2 and, beside it, a byte-level tokenizer trained on the texts.
+
+    tokens: of the tokenizer, at most. So small a model learns words as little as it is asked to: with
+    a token for each letter it never finds what a phrase means.
 
     The tokenizer is of Qwen2's own class, since that is what AutoTokenizer makes of any tokenizer
     found beside a Qwen2 model. Like every Qwen2 tokenizer it composes Unicode (NFC) first.
@@ -71,12 +74,12 @@ def save_llm(folder: Path, texts: Iterable[str], seed: int) -> None:
     plain = [re.sub(r"<[txy]:([0-9.]+)>|<video>\n", r"\1", text) for text in texts]
     roles = ["user\n", "assistant\n", "system\n"] * len(plain)
     tokenizer = Qwen2Tokenizer(pad_token=PAD).train_new_from_iterator(
-        plain + roles, TOKENIZER_SIZE, new_special_tokens=[START, END], show_progress=False
+        plain + roles, tokens, new_special_tokens=[START, END], show_progress=False
     )
     tokenizer.eos_token = END
     tokenizer.chat_template = CHAT_TEMPLATE
     config = Qwen2Config(
-        vocab_size=LLM_ROWS,
+        vocab_size=tokens + SPARE_ROWS,
         initializer_range=0.09,  # 1 / sqrt(width): a narrow random model learns nothing for long at 0.02
         hidden_size=128,
         intermediate_size=384,
@@ -89,9 +92,9 @@ def save_llm(folder: Path, texts: Iterable[str], seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    assert len(tokenizer) <= LLM_ROWS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         llm = Qwen2ForCausalLM(config)
+    assert len(tokenizer) <= config.vocab_size
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -8,6 +8,7 @@ from shards.annotations.forms import MEDIA_TAG
 from shards.signed import Json
 from train.data.dataset import Dataset
 from train.data.records import Record, Turn, duration_before
+from train.data.spans import forwards
 from train.loop.held_out import held_out_loss
 from train.scores.predictions import Prediction, report_of
 
@@ -163,7 +164,7 @@ def answer(
     said = generate(model, batch, stop=loader.chat.stop, max_new_tokens=max(caps))
     out = []
     for blank, cap, pieces in zip(blanks, caps, said, strict=True):
-        text = write_answer(model, pieces[:cap], blank.duration)
+        text = forwards(write_answer(model, pieces[:cap], blank.duration))
         out.append(replace(blank, answer=text, cut=len(pieces) >= cap))
     return out
 

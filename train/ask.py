@@ -34,6 +34,7 @@ from shards.read.timeline import Medium, timeline_of
 from shards.signed import Json
 from train.data.coordinates import settled
 from train.data.records import Record, Turn
+from train.data.spans import forwards
 from train.evaluate import check_features
 from train.scores.pointed import in_pixels
 from train.settings.exits import command
@@ -202,7 +203,7 @@ class Answerer:
         batch = to_device(batch, self.model.visual.frame_end.device)
         stop = self.chat.stop
         pieces = generate(self.model, batch, stop=stop, max_new_tokens=max_new_tokens)[0]
-        return write_answer(self.model, pieces, infos[-1].duration if infos else 0.0)
+        return forwards(write_answer(self.model, pieces, infos[-1].duration if infos else 0.0))
 
     def row(self, infos: Sequence[ClipInfo], turns: Sequence[Turn]) -> "Row":
         """Return the question as tokens, with the frames that its limit leaves room for, one at least."""

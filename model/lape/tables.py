@@ -7,7 +7,7 @@ That sharing aligns language and vision. The six tables are their own module, ne
 LLM's matrices, and every read of them goes through one rule for where a coordinate lies: `kappa`.
 
 Preset `st` follows LLaVA-ST (two-hot targets, gradient spread to neighbours, gamma fixed at 1);
-`plus` trains Gaussian targets of `sigma` bins and learns gamma, and decodes between bins.
+`plus` trains Gaussian targets of `sigma` bins and learns gamma. Both decode by the median.
 """
 
 import math
@@ -20,8 +20,9 @@ from model.grid import Grid, cell_patches
 from model.lape.tokens import HEIGHT, LAPE_AXES, PRESETS, TIME, WIDTH, LapeTokens
 
 NUM_FREQUENCIES = 16
-INJECTION_SHARE = 0.1
 """RMS of the injected positions over RMS of the projected features, at the start of `plus`."""
+TIED = 1e-9
+"""Shares of a prediction that differ by less are equal."""
 
 
 def kappa(u: Tensor, bins: int) -> Tensor:
@@ -41,6 +42,39 @@ def gaussian_weights(k: Tensor, bins: int, sigma: float) -> Tensor:
     cdf = torch.special.ndtr((edges - k[..., None]) / sigma)
     mass = cdf[..., 1:] - cdf[..., :-1]
     return mass / mass.sum(dim=-1, keepdim=True)
+
+
+def quantile(shares: Tensor, level: float) -> Tensor:
+    """Return where shares of anchors reach a level in (0, 1), in anchors: `(n, bins)` -> `(n,)`.
+
+    An anchor's share lies evenly on the half cells beside it, what would lie outside on the border:
+    the median of two neighbours is then their mean, and every one is in [0, bins - 1].
+    """
+    reached = shares.cumsum(dim=-1) - shares / 2
+    low = ((reached <= level).sum(dim=-1, keepdim=True) - 1).clamp(0, shares.shape[-1] - 2)
+    start, end = reached.gather(-1, low), reached.gather(-1, low + 1)
+    return (low + ((level - start) / (end - start)).clamp(0, 1)).squeeze(-1)
+
+
+def centre_of(median: Tensor, bins: int, sigma: float) -> Tensor:
+    """Return the kappa whose `gaussian_weights` have a median: fp64 of any shape, in anchors.
+
+    Where none has one so low or so high it is 0 or bins - 1. The median rises with kappa, which is
+    bisected for: with F the normal distribution around kappa, j the anchor before the median and r the
+    rest to it, (1 - r) F(j - 1/2) + F(j + 1/2) + r F(j + 3/2) = F(-1/2) + F(bins - 1/2).
+    """
+    before = median.floor()
+    rest = median - before
+    first, last = torch.full_like(median, -0.5), torch.full_like(median, bins - 0.5)
+    edges = torch.stack([before - 0.5, before + 0.5, before + 1.5, first, last])
+    one = torch.ones_like(rest)
+    weights = torch.stack([1 - rest, one, rest, -one, -one])
+    low, high = torch.zeros_like(median), torch.full_like(median, bins - 1.0)
+    for _ in range(40):
+        middle = (low + high) / 2
+        beyond = (weights * torch.special.ndtr((edges - middle) / sigma)).sum(dim=0) > 0
+        low, high = torch.where(beyond, middle, low), torch.where(beyond, high, middle)
+    return (low + high) / 2
 
 
 def cell_hat_weights(
@@ -167,38 +201,16 @@ class Lape(nn.Module):
     def decode(self, axis: int, logits: Tensor) -> Tensor:
         """Return the coordinate that an axis's logits mean: `(n, bins)` -> fp32 `(n,)` in [0, 1].
 
-        The mean over a window around the best anchor; in `plus` it is then inverted through the
-        target's own window mean, so that a perfect prediction decodes exactly at the borders too.
+        It is the one whose own target has the prediction's median (`quantile`), so that a perfect
+        prediction decodes exactly, at the borders too. Where a range of them fits, as between two
+        equal peaks, it is the middle. In fp64, on the CPU.
         """
         bins = self.tokens.counts[axis]
-        radius = 1 if self.preset == "st" else 3
-        probability = logits.float().softmax(dim=-1)
-        best = probability.argmax(dim=-1)
-        anchors = torch.arange(bins, device=logits.device, dtype=torch.float32)
-        window = ((anchors - best[:, None]).abs() <= radius).float()
-        mean = _window_mean(probability, window, anchors)
-        if self.preset == "plus":
-            mean = self._invert(mean, best, window, anchors)
-        return mean.clamp(0, bins - 1) / (bins - 1)
-
-    def _invert(self, mean: Tensor, best: Tensor, window: Tensor, anchors: Tensor) -> Tensor:
-        """Bisect for the kappa whose target has this mean in this window (monotone in kappa)."""
-        bins = len(anchors)
-        low = (best - 2.0).clamp(min=0)
-        high = (best + 2.0).clamp(max=bins - 1)
-        for _ in range(30):
-            middle = (low + high) / 2
-            reached = _window_mean(gaussian_weights(middle, bins, self.sigma), window, anchors)
-            low, high = (
-                torch.where(reached < mean, middle, low),
-                torch.where(reached < mean, high, middle),
-            )
-        return (low + high) / 2
-
-
-def _window_mean(probability: Tensor, window: Tensor, anchors: Tensor) -> Tensor:
-    weight = probability * window
-    return (weight * anchors).sum(dim=-1) / weight.sum(dim=-1)
+        shares = logits.cpu().double().softmax(dim=-1)
+        ends = torch.stack([quantile(shares, 0.5 - TIED), quantile(shares, 0.5 + TIED)])
+        if self.preset == "plus":  # a two-hot target's median is where it lies
+            ends = centre_of(ends, bins, self.sigma)
+        return (ends.mean(dim=0) / (bins - 1)).float().to(logits.device)
 
 
 def _empty(rows: int, width: int) -> nn.Parameter:

@@ -10,6 +10,7 @@ yet another video moves over them. Written under the given folder:
     train-scenes.jsonl                   what each of their scenes shows, and when: to splice from
     test.jsonl                           one question per record, in phrases that training knows
     test-new-phrases.jsonl               the same clips, asked by the phrases kept for the tests
+    llm/                                 a small random LLM with tokens for the words of train.jsonl
     footage.json                         every source, cut and box; written last
 
 Clips of train and test are cut from different parts of each video, between which some is left out.
@@ -35,6 +36,7 @@ from shards.errors import UserError
 CRF = 16
 EDGE = 2  # pixels of white and of black around the small picture: it is seen on any ground
 LEAST_SIZE, LEAST_SECONDS = 64, 4
+WORDS = 2000  # tokens of the small LLM, at most
 
 Footage = dict[str, list[np.ndarray]]
 """Of each split the frames of every source's part, uint8 `(frames, size, size, rgb)`."""
@@ -77,6 +79,7 @@ def make_footage(
                 write_video(out / "videos" / video, draw(clip, footage[split]), FPS, CRF)
                 bar.update()
     write_records(out, clips, sources, size)
+    save_small_llm(out, seed)
     names = [source.file.relative for source in sources]
     world: Json = {"seed": seed, "fps": FPS, "size": size, "seconds": seconds}
     world["sources"] = [source.to_json() for source in sources]
@@ -139,6 +142,18 @@ def paint_edge(pictures: np.ndarray, grey: int) -> None:
     """Draw a line inside of the pictures `(frames, height, width, rgb)`."""
     for rows in (pictures, pictures.swapaxes(1, 2)):
         rows[:, :EDGE] = rows[:, -EDGE:] = grey
+
+
+def save_small_llm(out: Path, seed: int) -> None:
+    """Save an LLM of random weights that learns these worlds in minutes on a CPU."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from preprocess.toy_models import save_llm
+
+    lines = (out / "train.jsonl").read_text("utf-8").splitlines()
+    talks = [json.loads(line)["conversations"] for line in lines]
+    disable_progress_bar()
+    save_llm(out / "llm", [turn["value"] for talk in talks for turn in talk], seed, WORDS)
 
 
 def write_records(

@@ -7,7 +7,7 @@ import torch
 from model.batch import FrameGroup
 from model.config import PROJECTORS, joined_cells
 from model.grid import Grid, pool
-from model.projector import JoinCells, build_projector
+from model.projector import ChannelNorm, JoinCells, build_projector
 from shards.errors import UserError
 
 VILA = {
@@ -15,6 +15,7 @@ VILA = {
     "mlp1x_gelu": {"0.weight": (8, 6)},
     "mlp2x_gelu": {"0.weight": (8, 6), "2.weight": (8, 8)},
     "mlp3x_gelu": {"0.weight": (8, 6), "2.weight": (8, 8), "4.weight": (8, 8)},
+    "norm_mlp2x_gelu": {"1.weight": (8, 6), "3.weight": (8, 8)},
     "mlp_downsample": {"1.weight": (24,), "2.weight": (8, 24), "4.weight": (8, 8)},
     "mlp_downsample_2x2_fix": {"1.weight": (24,), "2.weight": (8, 24), "4.weight": (8, 8)},
     "mlp_downsample_3x3_fix": {
@@ -45,6 +46,29 @@ def test_a_projector_gives_a_token_for_each_block_of_cells(
     side = joined_cells(kind)
     tokens = build_projector(kind, 6, 8)(torch.randn(2, *grid, 6))
     assert tokens.shape == (2, -(-grid[0] // side), -(-grid[1] // side), 8)
+
+
+def test_a_norm_is_measured_once_and_is_a_change_of_the_first_layer() -> None:
+    """The same projector without it has the weights W / std and the bias b - W mean / std."""
+    torch.manual_seed(0)
+    features = torch.randn(5, 4, 4, 6) * torch.tensor([1.0, 3, 9, 0.2, 1, 0]) + torch.arange(6.0)
+    own = build_projector("norm_mlp2x_gelu", 6, 8)
+    norm = own[0]
+    assert isinstance(norm, ChannelNorm)
+    assert not norm.measured
+    assert torch.equal(norm(features), features)
+    norm.measure([features[:2], features[2:]])
+    assert norm.measured
+    flat = features.flatten(0, 2)
+    torch.testing.assert_close(norm.mean, flat.mean(dim=0))
+    std = flat.std(dim=0, unbiased=False)
+    torch.testing.assert_close(norm.std[:5], std[:5])
+    assert norm.std[5] == pytest.approx(0.1 * float(std.median()))
+    plain = build_projector("mlp2x_gelu", 6, 8)
+    weight = own[1].weight / norm.std
+    plain[0].load_state_dict({"weight": weight, "bias": own[1].bias - weight @ norm.mean})
+    plain[2].load_state_dict(own[3].state_dict())
+    torch.testing.assert_close(own(features), plain(features))
 
 
 @pytest.mark.parametrize("side", [2, 3])
@@ -104,7 +128,16 @@ def test_a_model_projects_the_finer_cells_and_predicts_the_coarser(
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
 
 
-@pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp2x_relu", "mlp_downsample_4x4", "identity", ""])
+@pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp2x_relu", "mlp_downsample_4x4", "mlp", ""])
 def test_an_unknown_projector_is_refused_with_those_there_are(kind: str) -> None:
     with pytest.raises(UserError, match=f"one of {PROJECTORS}, got '{kind}'"):
         joined_cells(kind)
+
+
+def test_an_identity_hands_on_features_of_the_llms_own_width() -> None:
+    cells = torch.randn(2, 3, 4, 8)
+    assert build_projector("identity", 8, 8)(cells) is cells
+    with pytest.raises(
+        UserError, match=r"the LLM's width 16, got features of width 8; take a bank"
+    ):
+        build_projector("identity", 8, 16)

@@ -407,6 +407,9 @@ def test_gamma_starts_where_positions_are_a_tenth_of_the_features(
     assert model.calibrate(batch) == pytest.approx(before, rel=1e-4)
     assert measured() == pytest.approx(0.1, rel=1e-3)
     assert len(set(model.lape.gamma.tolist())) == 1
+    strong = make_model(lape_share=0.5)
+    assert strong.calibrate(batch) == pytest.approx(before, rel=1e-4)
+    torch.testing.assert_close(strong.lape.gamma, 5 * model.lape.gamma)
     fixed = make_model(lape_preset="st")
     assert fixed.calibrate(batch) == pytest.approx(before, rel=1e-4)
     assert fixed.lape.gamma.tolist() == [1.0] * 3

@@ -355,6 +355,7 @@ def test_videos_and_sources_are_recorded(world: Path, inputs: Path) -> None:
         assert times == [k / FPS for k in range(len(frames))]
     assert sorted(path.name for path in world.iterdir()) == [
         "footage.json",
+        "llm",
         "test-new-phrases.jsonl",
         "test.jsonl",
         "train-scenes.jsonl",

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from shards.annotations.fault import RowError
 from shards.annotations.forms import COORDINATE_SLOT, SLOTS
-from train.data.markup import MARKUP, misspelt
+from train.data.markup import MARKUP, coordinate_of, misspelt
 
 TIME = re.compile(r"(?<!\\)<(?:t:(-?\d+(?:\.\d+)?)(%?)|TEMP-(\d{3}))>")
 BETWEEN = re.compile(r"\s*(?:to|until|till|through|-|\u2013|\u2014|~|\u2192|->)\s*", re.IGNORECASE)
@@ -40,7 +40,7 @@ def refuse_misspelt(turns: Sequence[tuple[str, str]]) -> None:
         if slot := COORDINATE_SLOT.search(text):
             raise RowError(SLOTS, f"{where}: {slot[0]} without a number in `variables`")
         for first, second in spans(text, answer=role == "assistant"):
-            if value_of(first) > value_of(second):
+            if _is_backward(first, second):
                 what = f"{where}: a span from {first[0]} to {second[0]}"
                 raise RowError("span backwards", what, expected="its start before its end")
         for match in BOX.finditer(text):
@@ -67,6 +67,30 @@ def spans(text: str, *, answer: bool) -> Iterator[tuple[re.Match[str], re.Match[
         )
         if is_span and unit_of(first) == unit_of(second):
             yield first, second
+
+
+def forwards(answer: str) -> str:
+    """Return an answer in which no span or box ends before its start: one that did ends with it."""
+    ordered = BOX.sub(_box_forwards, answer)
+    while backward := [pair for pair in spans(ordered, answer=True) if _is_backward(*pair)]:
+        first, second = backward[0]
+        ordered = ordered[: second.start()] + first[0] + ordered[second.end() :]
+    return ordered
+
+
+def _is_backward(first: re.Match[str], second: re.Match[str]) -> bool:
+    return value_of(first) > value_of(second)
+
+
+def _box_forwards(box: re.Match[str]) -> str:
+    left, top, right, bottom = MARKUP.finditer(box[0])
+    ends = (max(left, right, key=_place), max(top, bottom, key=_place))
+    return "".join(mark[0] for mark in (left, top, *ends))
+
+
+def _place(mark: re.Match[str]) -> float:
+    coordinate = coordinate_of(mark)
+    return coordinate.value if coordinate.anchor is None else coordinate.anchor
 
 
 def unit_of(time: re.Match[str]) -> str:

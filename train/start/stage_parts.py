@@ -145,7 +145,7 @@ def load_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
     counts = [len(tables.get(f"input_tables.{axis}", ())) for axis in (0, 1)]
     fix = f"set num_temporal_tokens {counts[0]}, num_spatial_tokens {counts[1]}"
     load_weights(model.lape, tables | gamma, f"{folder}: coordinate tables", fix)
-    model.calibrated = True
+    model.calibrated = not model.unmeasured()
     return [f"lape: from the stage, {counts[0]} temporal, {counts[1]} spatial anchors (LLaVA-ST)"]
 
 

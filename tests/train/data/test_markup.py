@@ -13,6 +13,7 @@ from shards.annotations.fault import RowError
 from train.data.coordinates import BEHIND, settled
 from train.data.markup import Coordinate, misspelt, split_markup
 from train.data.records import Record, parse_record
+from train.data.spans import forwards
 
 
 def row(answer: str, question: str = "<video>\nWhen?", **more: Any) -> dict[str, Any]:
@@ -135,6 +136,21 @@ def test_spans_and_boxes_that_are_backwards_are_named(answer: str, expected: str
 @pytest.mark.parametrize("answer", FORWARDS)
 def test_times_in_any_order_that_are_no_span_are_let_be(answer: str) -> None:
     assert parse_record(row(answer), "f:1").turns[1].text == answer
+
+
+@pytest.mark.parametrize(("answer", "_"), BACKWARDS)
+def test_a_models_span_or_box_that_is_backwards_ends_with_its_start(answer: str, _: str) -> None:
+    assert parse_record(row(forwards(answer)), "f:1").turns[1].text == forwards(answer) != answer
+
+
+@pytest.mark.parametrize("answer", FORWARDS)
+def test_a_models_answer_with_times_in_any_order_is_let_be(answer: str) -> None:
+    assert forwards(answer) == answer
+
+
+def test_what_ends_before_its_start_takes_its_start() -> None:
+    assert forwards("<t:3> - <t:2.5> - <t:1>") == "<t:3> - <t:3> - <t:3>"
+    assert forwards("<x:0.50><y:-0.1><x:0.1><y:0>") == "<x:0.50><y:-0.1><x:0.50><y:0>"
 
 
 def test_a_slot_without_its_number_is_named() -> None:

@@ -420,6 +420,22 @@ def test_a_run_learns_through_a_joining_projector(
     assert all(not torch.equal(after[name], projector[name]) for name in projector)
 
 
+def test_a_norm_is_measured_by_the_first_run_and_stays_with_the_model(
+    toy: Path, train_here: Callable[..., Path], tmp_path: Path
+) -> None:
+    """On the records that LAPE's gamma is set from; a run that starts from a run measures nothing."""
+    made = {"mm_projector_type": "norm_mlp2x_gelu", "max_steps": 2, "lape_share": 0.5}
+    first = train_here(tmp_path / "first", stage_path=toy / "llm", **made)
+    second = train_here(tmp_path / "second", stage_path=first, seed=5, **made)
+    bare = train_here(tmp_path / "bare", stage_path=toy / "llm", enable_lape=False, **made)
+    one, two, three = (VLM.load(folder) for folder in (first, second, bare))
+    for norm in (model.projector[0] for model in (one, two, three)):
+        assert norm.measured
+        assert torch.equal(norm.mean, one.projector[0].mean)
+        assert torch.equal(norm.std, one.projector[0].std)
+    assert not torch.equal(one.projector[1].weight, two.projector[1].weight)
+
+
 def test_a_folder_that_is_gone_has_no_config_and_is_no_hub_name() -> None:
     assert read_config("gone/toy/tower") is None
     assert read_config("/nowhere/at/all") is None
