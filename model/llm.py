@@ -112,6 +112,12 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
 
 def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the causal LLM inside a whole model, and transformers' report of what it lacks."""
+    if any(part.get("quantization_config") for part in (written, written.get("text_config") or {})):
+        raise UserError(
+            "its weights are quantised, and only whole ones can be trained or trained over",
+            where=folder,
+            fix="name the model that it was made of",
+        )
     prefixes: tuple[tuple[str, str], ...]
     if written["model_type"] in INNER:
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 @command
 def main(argv: list[str]) -> None:
     holding = holders()  # before minutes of loading, in which they may end
-    config = as_its_stage(parse(argv, os.environ, accelerate_words(argv)))
+    config = parse(argv, os.environ, accelerate_words(argv))
     dataset = open_inputs(config)
+    config = as_its_stage(config)
     if config.plan:
         show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
     else:

@@ -454,6 +454,11 @@ def test_what_is_not_the_checkpoints_own_is_refused_by_name(
     with pytest.raises(UserError, match=r"the bank holds layer -2"):
         build(unmerged, open_dataset(unmerged), print)
     facts = json.loads((world.folder / "config.json").read_text())
+    shutil.copytree(world.folder, tmp_path / "rounded")
+    rounded = facts | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "rounded" / "config.json").write_text(json.dumps(rounded))
+    with pytest.raises(UserError, match=r"its weights are quantised"):
+        world.start(stage_path=str(tmp_path / "rounded"))
     for change, why in (
         ({"model_type": "qwen3_vl"}, "DeepStack"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
