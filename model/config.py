@@ -17,8 +17,8 @@ from model.slow_fast import STRATEGIES, is_ratio
 from shards.errors import UserError
 
 PROJECTORS = (
-    "linear, identity, mlpNx_gelu, norm_mlpNx_gelu, mlp_downsample, mlp_downsample_2x2_fix, "
-    "mlp_downsample_3x3_fix"
+    "linear, mlpNx_gelu, norm_mlpNx_gelu, mlp_downsample, mlp_downsample_2x2_fix, "
+    "mlp_downsample_3x3_fix, identity"
 )
 JOINED = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
 """Cells on a side that become one token. VILA's first two differ in the order of tokens alone: the
