@@ -40,6 +40,7 @@ demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate,
 CLIPS ?=
 PHRASES ?=
 REAL := real
+MODELS := real/models
 TOWER := dinov2-small
 RUN := run
 FOOTAGE := --train-clips 160 --test-clips 60
@@ -63,11 +64,11 @@ real: $(READY)  ## a pretrained tower on your own videos: make real CLIPS="a.mp4
 	    'preprocess footage --help says' >&2; exit 2; }
 	$(BIN)/python -c 'import onnx, gguf' 2> /dev/null || \
 	    $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[real]'
-	$(BIN)/preprocess realmodels real/models
+	$(BIN)/preprocess realmodels $(MODELS)
 	test -e $(REAL)/world/footage.json || { rm -rf $(REAL)/world && \
 	    $(BIN)/preprocess footage $(CLIPS) $(REAL)/world $(FOOTAGE) $(if $(PHRASES),--phrases $(PHRASES)); }
 	$(BIN)/preprocess encode $(REAL)/world/videos --stride 4,8 --frames 16 \
-	    --out $(REAL)/bank --tower real/models/$(TOWER)
+	    --out $(REAL)/bank --tower $(MODELS)/$(TOWER)
 	$(LAUNCH) train/run.py --config train/presets/toy.yaml --stage_path $(REAL)/world/llm --bank $(REAL)/bank \
 	    --data_path $(REAL)/world/train.jsonl $(SPLICE) \
 	    --per_device_train_batch_size 16 --max_steps $(STEPS) --output_dir $(REAL)/$(RUN) $(TRAIN)
