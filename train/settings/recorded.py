@@ -104,8 +104,10 @@ def facts_changed(before: Mapping[str, Json], now: Mapping[str, Json]) -> list[s
     for subject in ("model", "bank"):
         prefix = "bank " if subject == "bank" else ""
         # a setting that an older run did not know was as its default is
-        known = MODEL_DEFAULTS if subject == "model" and before.get("model") else {}
-        lines += was_now(known | before.get(subject, {}), now.get(subject, {}), prefix)
+        was, is_now = before.get(subject, {}), now.get(subject, {})
+        if subject == "model" and was:
+            was = {name: MODEL_DEFAULTS[name] for name in MODEL_DEFAULTS.keys() & is_now} | was
+        lines += was_now(was, is_now, prefix)
     return lines + was_now(plans[0], plans[1])
 
 
