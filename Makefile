@@ -44,9 +44,9 @@ MODELS := real/models
 TOWER := dinov2-small
 RUN := run
 FOOTAGE := --train-clips 160 --test-clips 60
-SPLICE := --splice_path $(REAL)/world/train-scenes.jsonl --splice records=4000 parts=3-5 seconds=1-3 \
-    questions=span+order+seen "span=When does the video show {}?" \
-    "order=In which order does the video show these?" "seen=What does the video show at {}?"
+# other media in every epoch, in the words of the test set; SPLICE= trains on the clips as they are
+SPLICE := --splice_path $(REAL)/world/train-scenes.jsonl --splice records=30000 parts=3-5 seconds=1-3 rounds=5 \
+    questions=span+seen "span=When does the video show {}?" "seen=What does the video show at {}?"
 TRAIN :=
 STEPS := 900
 HELD_OUT := --model $(REAL)/$(RUN) --bank $(REAL)/bank --data_path $(REAL)/world/test.jsonl
@@ -69,9 +69,9 @@ real: $(READY)  ## a pretrained tower on your own videos: make real CLIPS="a.mp4
 	    $(BIN)/preprocess footage $(CLIPS) $(REAL)/world $(FOOTAGE) $(if $(PHRASES),--phrases $(PHRASES)); }
 	$(BIN)/preprocess encode $(REAL)/world/videos --stride 4,8 --frames 16 \
 	    --out $(REAL)/bank --tower $(MODELS)/$(TOWER)
-	$(LAUNCH) train/run.py --config train/presets/toy.yaml --stage_path $(REAL)/world/llm --bank $(REAL)/bank \
-	    --data_path $(REAL)/world/train.jsonl $(SPLICE) \
-	    --per_device_train_batch_size 16 --max_steps $(STEPS) --output_dir $(REAL)/$(RUN) $(TRAIN)
+	$(LAUNCH) train/run.py --config train/presets/footage.yaml --stage_path $(REAL)/world/llm \
+	    --bank $(REAL)/bank --data_path $(REAL)/world/train.jsonl $(SPLICE) \
+	    --max_steps $(STEPS) --output_dir $(REAL)/$(RUN) $(TRAIN)
 	test -e $(SCORES)-untrained.json || \
 	    $(LAUNCH) train/evaluate.py $(HELD_OUT) --untrained --max_records 128
 	test -e $(SCORES)-shuffled.json || $(LAUNCH) train/evaluate.py $(HELD_OUT) --shuffle_features

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.grid import Grid
+from model.config import POOLED
+from model.grid import Grid, pool
 from shards.errors import UserError
 
 SLOW, FAST = 0, 1
@@ -100,6 +101,17 @@ class Batch:
     """int64 `(media,)`: the flat place of the token that closes each medium, where one does."""
     causal: bool = False
     """Whether plain causal attention over each row is its mask: one record a row, frames `token`."""
+    others_start: Tensor | None = None
+    others_end: Tensor | None = None
+    """int32 `(rows, length)`: but for the keys [start, end), which are of other turns of its record.
+    None where no record has turns that do not see each other."""
+
+    @property
+    def others(self) -> tuple[Tensor, Tensor] | None:
+        """The keys of other turns, as of `model.mask.other_turns`."""
+        if self.others_start is None or self.others_end is None:
+            return None
+        return self.others_start, self.others_end
 
     @property
     def num_transitions(self) -> int:
@@ -141,3 +153,26 @@ def as_tensor(features: np.ndarray) -> Tensor:
     """Return stored features as floats: uint16 is how a bank holds bfloat16."""
     tensor = torch.from_numpy(features)
     return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor
+
+
+def pooled(finer: Tensor | None) -> Tensor:
+    """Return banked features on the grid of the tokens that are pooled behind the projector."""
+    assert finer is not None
+    return pool(finer, POOLED, "bilinear").to(finer.dtype)
+
+
+def padded_rows(
+    values: Sequence[np.ndarray | None], length: int, fill: float, dtype: type[np.generic]
+) -> np.ndarray:
+    """Return rows one below the other, filled up to a length; None is a row of nothing else."""
+    out = np.full((len(values), length), fill, dtype)
+    for number, own in enumerate(values):
+        if own is not None:
+            out[number, : len(own)] = own
+    return out
+
+
+def flat_places(places: Sequence[Sequence[int]], length: int) -> Tensor | None:
+    """Return the flat places of some tokens of each row; None where there are none."""
+    flat = [k * length + place for k, row in enumerate(places) for place in row]
+    return torch.tensor(flat) if flat else None

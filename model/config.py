@@ -50,6 +50,8 @@ FRAME_MARKS = ("frames", "media", "none")
 POOLED = 2
 """Cells on a side that `pool_after_projector` makes one token of, as LLaVA-OneVision does."""
 MEDIA_TAGS = re.compile(r"auto|none|[^,\s]+,[^,\s]+")
+TURNS = ("dialogue", "independent")
+"""Whether the questions of a record see those before them, or the media and themselves alone."""
 CHAT_TEMPLATES = ("", "chatml", "plain", "vicuna", "llama2")
 """Ours, in `train/start/templates.py`; empty for the tokenizer's own."""
 TEMPLATE_DATE = "2024-07-26"
@@ -176,6 +178,9 @@ class VLMConfig(ModelSettings):
     mrope_sections: str = setting("", "rotary frequencies by time, row, column, such as 16,24,24")
     mrope_tokens_per_second: float = setting(
         0.0, "positions of time per second (Qwen2.5-VL); 0 counts frames (Qwen2-VL)", least=0
+    )
+    turns: str = setting(
+        "dialogue", "how the questions of its records saw each other", choices=(*TURNS, "mixed")
     )
 
     def __post_init__(self) -> None:

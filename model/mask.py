@@ -2,9 +2,11 @@
 
 Text is causal; with `block` attention the tokens of one frame also see each other; nothing sees a
 later frame and nothing crosses samples. Two int32 vectors hold all of it, and every attention
-back-end's mask is derived from them.
+back-end's mask is derived from them. Where turns of a sample do not see each other, two more say which
+keys in a query's interval are of other turns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +43,33 @@ def intervals(
     return start.astype(np.int32), end.astype(np.int32)
 
 
+def other_turns(sample: np.ndarray, turn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (start, end), int32 `(length,)`, of one row: query q does not see the keys between them.
+
+    sample: as of `intervals`. turn: int `(length,)`, 0 for what all turns of a sample see, which stands
+    before them; 1, 2, ... for the tokens of turns that do not see each other.
+    """
+    begin = _run_starts(sample)
+    own = _run_starts(sample * (turn.max(initial=0) + 1) + turn)
+    shared = np.cumsum(turn == 0)
+    behind_shared = begin + shared - shared[begin] + (turn[begin] == 0)
+    start, end = (np.where(turn > 0, bound, 0) for bound in (behind_shared, own))
+    return start.astype(np.int32), end.astype(np.int32)
+
+
+def places_before(
+    places: np.ndarray, others: Sequence[np.ndarray] | None, length: int
+) -> np.ndarray:
+    """Return the flat place of the token before each one that a turn sees, in rows of a length.
+
+    others: as of `other_turns`, `(rows, length)` each. What comes before a turn is what all share.
+    """
+    if others is None:
+        return places - 1
+    behind_shared, own = (bound.reshape(-1)[places] for bound in others)
+    return np.where(own == places % length, places - own + behind_shared, places) - 1
+
+
 def _run_starts(values: np.ndarray) -> np.ndarray:
     """Return, for each entry, where its run of equal values begins."""
     position = np.arange(len(values))
@@ -69,12 +98,19 @@ class Reach:
             return key // self.chunk == query // self.chunk
         return torch.ones_like(query - key, dtype=torch.bool)
 
-    def narrowed(self, start: Tensor, position: Tensor, frame_start: Tensor) -> Tensor:
+    def narrowed(
+        self,
+        start: Tensor,
+        position: Tensor,
+        frame_start: Tensor,
+        others: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return where the intervals of such layers start: int32 `(rows, length)`.
 
         start: as of `intervals`; position: of each token in its record, which runs on with its
         place in the row; frame_start: the place of the first token of its frame, of text its own.
-        A frame's keys and the near ones before them are one interval again.
+        A frame's keys and the near ones before them are one interval again. others: as of
+        `other_turns`, whose keys are passed over without being counted.
         """
         place = torch.arange(start.shape[1], device=start.device)
         if self.window is not None:
@@ -83,13 +119,19 @@ class Reach:
             near = place - position % self.chunk
         else:
             return start
+        if others is not None:
+            first, behind = others
+            near = torch.where(near < behind, near - (behind - first), near)
         return torch.maximum(start, torch.minimum(near, frame_start)).to(start.dtype)
 
 
-def dense_mask(start: Tensor, end: Tensor) -> Tensor:
+def dense_mask(start: Tensor, end: Tensor, others: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Return the boolean mask that SDPA wants: `(rows, 1, queries, keys)`, True where q sees k."""
     keys = torch.arange(start.shape[1], device=start.device)
-    return ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
+    seen = (keys >= start[..., None]) & (keys < end[..., None])
+    if others is not None:
+        seen &= (keys < others[0][..., None]) | (keys >= others[1][..., None])
+    return seen[:, None]
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,21 +141,27 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def block_mask(start: Tensor, end: Tensor) -> Any:
+def block_mask(start: Tensor, end: Tensor, others: tuple[Tensor, Tensor] | None = None) -> Any:
     """Return the same mask as flex_attention's BlockMask, built from the intervals themselves.
 
-    start, end: int32 `(rows, length)`, as of `intervals`; best with a length that is a multiple of
-    `BLOCK`, the same for all batches, as the kernel is compiled anew for another.
+    start, end: int32 `(rows, length)`, as of `intervals`, others as of `other_turns`; best with a
+    length that is a multiple of `BLOCK`, the same for all batches, as the kernel is compiled anew for
+    another.
 
-    Starts and ends never fall along a row and each query sees itself, so that the keys of
-    consecutive queries are one interval too: a block of keys is touched iff it meets the interval
+    Without others, starts and ends never fall along a row and each query sees itself, so that the keys
+    of consecutive queries are one interval too: a block of keys is touched iff it meets the interval
     from the least start to the greatest end, and wholly seen iff it lies in that from the greatest
-    start to the least end. `create_block_mask` evaluates every pair for that.
+    start to the least end. `create_block_mask` evaluates every pair for that. With others, blocks that
+    all queries of a block pass over are left out, and those that any passes over in part are not
+    wholly seen.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key >= start[row, query]) & (key < end[row, query])
+        seen = (key >= start[row, query]) & (key < end[row, query])
+        if others is None:
+            return seen
+        return seen & ((key < others[0][row, query]) | (key >= others[1][row, query]))
 
     rows, length = start.shape
     blocks = -(-length // BLOCK)
@@ -128,6 +176,20 @@ def block_mask(start: Tensor, end: Tensor) -> Any:
     whole = (first >= starts.amax(-1, keepdim=True)) & (
         first + BLOCK <= ends.amin(-1, keepdim=True)
     )
+    if others is not None:
+        passed = others[1] > others[0]
+        low, high = (
+            F.pad(bound, missing, value=value).view(rows, 1, blocks, BLOCK)
+            for bound, value in zip(others, (0, blocks * BLOCK), strict=True)
+        )
+        touched &= (first < low.amax(-1, keepdim=True)) | (
+            first + BLOCK > high.amin(-1, keepdim=True)
+        )
+        some = F.pad(passed, missing).view(rows, 1, blocks, BLOCK)
+        low, high = low.where(some, blocks * BLOCK), high.where(some, 0)
+        whole &= (first + BLOCK <= low.amin(-1, keepdim=True)) | (
+            first >= high.amax(-1, keepdim=True)
+        )
     return BlockMask.from_kv_blocks(
         *_ordered(touched & ~whole),
         *_ordered(whole),

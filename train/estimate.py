@@ -16,7 +16,6 @@ from train.batches.run_plan import RunPlan
 from train.cost import (
     DEVICES,
     LlmShape,
-    attended_pairs,
     forward_flops,
     memory_bytes,
     step_flops,
@@ -82,7 +81,7 @@ def costs(
 ) -> list[tuple[str, str]]:
     """Return the lines that need the LLM's sizes; places: of the heaviest pack."""
     whole_frames = plan.frame_pairs if config.frame_attention == "block" else 0
-    pairs = attended_pairs(plan.tokens) + whole_frames
+    pairs = plan.causal_pairs + whole_frames
     flops = step_flops(
         shape, plan.tokens, pairs, plan.supervised, config.tune_llm
     )  # of each record

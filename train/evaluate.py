@@ -15,10 +15,11 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.config import read_model_config
+from model.config import TURNS, read_model_config
 from shards.errors import UserError
 from shards.read.banks import Banks
 from shards.signed import Json, write_atomic
@@ -77,13 +78,14 @@ def main(argv: list[str]) -> None:
     limit = limit_of_run(args.model) if args.max_tokens is None else args.max_tokens
     results = results_of(args.model, args.data_path, args.output, control=args.control)
     media = Folders(args.media_dir, tuple(args.strip_prefix))
-    settings = record_settings(args)
+    settings = replace(record_settings(args), turns=args.turns or turns_of(args.model))
     sets = [open_records(args.bank, [path], *strides, settings, media) for path in args.data_path]
     if args.control == "shuffled":
         sets = [ShuffledDataset.of(dataset) for dataset in sets]
     records = [dataset.held_out[: args.max_records or None] for dataset in sets]
     for own in records:
         check_questions(own)
+        check_turns(own, settings.turns, args.model)
     if args.untrained:
         untrained_config(args.model)
 
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = untrained(args.model) if args.untrained else load(args.model, sets)
     model.to(accelerator.device).eval()
-    admit(model)
+    admit(model, apart=any(record.independent for own in records for record in own))
     floor = floor_of_model(args.model, model.config)
     loaders = [loader_of(model, dataset, limit) for dataset in sets]
     caps = [
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> None:
         report, said = evaluate(model, loader, own, args.batch_size, most, accelerator, floor)
         if accelerator.is_main_process:
             about: Json = {"test_set": place.name, "data_path": place.data_path}
-            about |= {name: args.control == name for name in CONTROLS}
+            about |= {name: args.control == name for name in CONTROLS} | {"turns": settings.turns}
             write(place, loader.dataset, about | report, said, keep=args.output is None)
     accelerator.end_training()
 
@@ -149,6 +151,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--shuffle_features",
         action="store_true",
         help="score the model with the features of another clip of the test set for each",
+    )
+    parser.add_argument(
+        "--turns",
+        choices=TURNS,
+        help="whether a question is asked after those before it in its record, or alone [as in "
+        "training]",
     )
     parser.add_argument("--media_dir", default="", help="as that of a run")
     parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
@@ -196,6 +204,21 @@ def check_questions(records: Sequence[Record]) -> None:
         raise UserError("no record has an answer to be scored against")
     if any(asked_of(r, k, r.turns[k].text, 0.0).kind == "caption" for r, k in questions):
         check_captions()
+
+
+def turns_of(folder: Path) -> str:
+    """Return how the questions of a record saw each other in a model's training."""
+    return str(read_model_config(folder)["model"].turns)
+
+
+def check_turns(records: Sequence[Record], turns: str, folder: Path) -> None:
+    """Raise UserError where questions follow others, and training says both ways to ask them."""
+    if turns == "mixed" and any(record.questions > 1 for record in records):
+        raise UserError(
+            "some of its training's datasets had questions that see those before them, others not",
+            where=folder,
+            fix="say how these are asked: --turns dialogue, or --turns independent",
+        )
 
 
 def load(folder: Path, sets: Sequence[Dataset]) -> "VLM":

@@ -65,6 +65,8 @@ def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
     from train.estimate import table
 
     plan = plan_run(config, dataset, rows_per_step(config, world, {}))
+    for warning in dataset.warnings:
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
     print(table(config, dataset, plan, world))  # noqa: T201
 
 

@@ -1,9 +1,10 @@
 """At the door: our forward of an LLM is its own forward, or its family is refused by name.
 
 A tiny twin of the LLM's class and config is run both ways: a text row of several windows, two records
-packed against each alone, frames that see themselves, cached decoding against the whole row, and rows
-under the LLM's own causal mask. What fails decides what is allowed: back-ends of attention, packing,
-`frame_attention: block`. Then one row of the real weights is run both ways.
+packed against each alone, frames that see themselves, turns that do not see each other against each
+alone, cached decoding against the whole row, and rows under the LLM's own causal mask. What fails
+decides what is allowed: back-ends of attention, packing, `frame_attention: block`, `turns: independent`.
+Then one row of the real weights is run both ways.
 """
 
 import json
@@ -17,14 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.batch import Batch
 from model.config import VLMConfig
 from model.family.head import plain_llm
 from model.family.limits import context_length
+from model.family.rows import text_batch
 from model.family.twin import WINDOW, make_twin
 from model.family.windows import KINDS, reaches, text_config
 from model.generate import Cached, Reread
-from model.mask import intervals
 from model.vlm import VLM
 from shards.errors import UserError, first_line
 
@@ -58,28 +58,34 @@ class Verdict:
         """Tell whether layers take our masks, and their keys may be kept."""
         return not {"alone", "cached"} & self._failed(attention).keys()
 
-    def refusal(self, attention: str, *, packed: bool, block: bool) -> str | None:
-        """Return why rows of a kind are not right under a back-end, in one line; None if they are."""
+    def refusal(
+        self, attention: str, *, packed: bool, block: bool, apart: bool = False
+    ) -> str | None:
+        """Return why rows of a kind are not right under a back-end, in one line; None if they are.
+
+        packed: of several records; block: with frames that see themselves wholly; apart: with turns that
+        do not see each other.
+        """
         failed = self._failed(attention)
         if "plain" in failed:
             return f"{self.family} is refused: {failed['plain']}"
+        asked = {"packed": packed, "turns": apart, "frames": block}
+        needed = [name for name, on in asked.items() if on]
         if not self.masked(attention):
-            needed: tuple[str, ...] = ("alone", "cached", "packed" if packed else "frames")
-            if not packed and not block:
-                return None
-        else:
-            needed = (*(["packed"] if packed else []), *(["frames"] if block else []))
+            needed = needed and ["alone", "cached", *needed]
         reasons = [failed[name] for name in needed if name in failed]
         if not reasons:
             return None
-        what = "pack_tokens" if packed else "frame_attention block"
+        what = next(words for name, words in ASKED_BY.items() if asked[name])
         why = STATE if self.stateful else reasons[0]
-        fix = "use frame_attention: token" + (" and pack_tokens: 0" if packed else "")
-        return f"{self.family} is refused with {what}: {why}; {fix}"
+        otherwise = {"frame_attention: token": block or packed, "pack_tokens: 0": packed}
+        otherwise["turns: dialogue"] = apart
+        fix = " and ".join(setting for setting, on in otherwise.items() if on)
+        return f"{self.family} is refused with {what}: {why}; use {fix}"
 
-    def right(self, *, packed: bool, block: bool) -> list[str]:
+    def right(self, *, packed: bool, block: bool, apart: bool = False) -> list[str]:
         """Return the back-ends under which rows of a kind are right, the first if asked none."""
-        kinds = {"packed": packed, "block": block}
+        kinds = {"packed": packed, "block": block, "apart": apart}
         names = (*self.failed, *self.kernels)
         return [name for name in names if self.refusal(name, **kinds) is None]
 
@@ -93,6 +99,12 @@ class Verdict:
 STATES = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
 """Kinds of layers, as transformers names them, that carry a state from token to token."""
 STATE = "its layers carry a state from token to token, which no mask cuts"
+ASKED_BY = {
+    "packed": "pack_tokens",
+    "turns": "turns: independent",
+    "frames": "frame_attention block",
+}
+"""Check -> the setting that needs it."""
 _VERDICTS: dict[str, Verdict] = {}
 
 
@@ -159,6 +171,7 @@ def _try(twin: Any, implementation: str) -> dict[str, str]:
         "alone": _alone,
         "packed": _packed,
         "frames": _frames,
+        "turns": _turns,
         "cached": _cached,
     }
     failed = {}
@@ -181,6 +194,7 @@ WHAT = {
     "alone": "rows under our mask",
     "packed": "two records packed in a row",
     "frames": "frames that see themselves wholly",
+    "turns": "turns that do not see each other",
     "cached": "tokens read one by one over kept keys",
 }
 
@@ -231,6 +245,20 @@ def _frames(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
     return "" if seen > TOLERANCE[torch.float32] else "tokens of a frame cannot see the later ones"
 
 
+def _turns(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
+    """Three turns behind what they share, of lengths beside the window's, against each alone."""
+    row, shared = ids[0], 2 * WINDOW + 3
+    turns = [row[shared:], ids[1][shared:], row[shared + 5 : -2]]
+    batch = text_batch([torch.cat([row[:shared], *turns])], turns=[shared, *map(len, turns)])
+    logits = model.logits(model.hidden_states(batch))
+    head, *own = logits.split([shared, *map(len, turns)])
+    alone = [
+        model.llm(input_ids=torch.cat([row[:shared], turn])[None]).logits[0] for turn in turns[1:]
+    ]
+    expected = [truth[0], *(logits.float() for logits in alone)]
+    return _compare("turns", [torch.cat([head, turn]) for turn in own], expected)
+
+
 def _cached(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
     return _one_by_one("cached", Cached, model, ids, truth)
 
@@ -271,14 +299,16 @@ def admit(
     *,
     auto: bool = True,
     packed: bool = False,
+    apart: bool = False,
 ) -> tuple[str, str]:
     """Let a model train, or answer, or raise UserError in one line; return how its LLM attends, and why.
 
     attention, reason: the back-end that is best here; auto: whether another that is right may take
-    its place. The row of real weights runs where they lie.
+    its place; packed, apart: rows as of `Verdict.refusal`. The row of real weights runs where they lie.
     """
     found = verdict(model.llm)
-    kinds = {"packed": packed, "block": model.config.frame_attention == "block"}
+    block = model.config.frame_attention == "block"
+    kinds = {"packed": packed, "block": block, "apart": apart}
     right = found.right(**kinds)
     if right and attention not in right:
         if not auto:
@@ -347,47 +377,6 @@ def around(llm: Any) -> VLM:
     with torch.random.fork_rng(devices=[]):
         config = VLMConfig(mm_projector_type="linear", enable_lape=False, loss_weight=0)
         return VLM(config, llm, None, width=1, features={}, tower="").eval()
-
-
-def text_batch(*rows: list[Tensor], causal: bool = False, block: np.ndarray | None = None) -> Batch:
-    """Return rows of token ids, each of one record or of several one after the other.
-
-    causal: as `Batch.causal`; block: of a single row, as `intervals` has it.
-    """
-    length = max(sum(map(len, row)) for row in rows)
-    device = rows[0][0].device
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    ids = torch.stack([F.pad(torch.cat(row), (0, length - sum(map(len, row)))) for row in rows])
-    position, bounds = [], []
-    for row in rows:
-        sizes = [len(record) for record in row]
-        padding = length - sum(sizes)
-        sample = np.repeat([*range(len(row)), -1], [*sizes, padding])
-        bounds.append(intervals(sample, np.full(length, -1) if block is None else block))
-        position.append(
-            np.concatenate([*map(np.arange, sizes), np.arange(length - padding, length)])
-        )
-    start, end, places = (
-        torch.from_numpy(np.stack(arrays)).to(device)
-        for arrays in (*zip(*bounds, strict=True), position)
-    )
-    return Batch(
-        input_ids=ids,
-        axis=torch.full_like(ids, -1),
-        coord=torch.zeros(ids.shape, device=device),
-        position_ids=places,
-        mask_start=start,
-        mask_end=end,
-        predict_index=none,
-        labels=none,
-        label_axis=none,
-        label_coord=none.float(),
-        lengths=torch.tensor([sum(map(len, row)) for row in rows], device=device),
-        groups=(),
-        transitions=(),
-        record_ids=(),
-        causal=causal,
-    )
 
 
 def _kinds(llm: Any) -> str:

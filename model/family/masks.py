@@ -22,19 +22,21 @@ def batch_masks(
         return None  # is_causal, with its faster kernels; padding on the right sees, unseen
     if implementation == "flash_attention_2":
         raise UserError(
-            "attn flash_attention_2: takes no mask, and a frame here has more tokens than the LLM's "
-            "layers see back",
+            "attn flash_attention_2: takes no mask, and rows here need one: turns that do not see each "
+            "other, or a frame of more tokens than the LLM's layers see back",
             fix="use attn: auto",
         )
     masks = {}
     for kind, reach in reaches.items():
         start = batch.mask_start
         if reach.limited:
-            start = reach.narrowed(start, batch.position_ids, frame_starts(batch))
+            places = batch.position_ids, frame_starts(batch)
+            start = reach.narrowed(start, *places, batch.others)
         if implementation == "flex_attention":
-            masks[kind] = block_mask(start, batch.mask_end)
+            masks[kind] = block_mask(start, batch.mask_end, batch.others)
         else:
-            masks[kind] = in_form(dense_mask(start, batch.mask_end), implementation, dtype)
+            seen = dense_mask(start, batch.mask_end, batch.others)
+            masks[kind] = in_form(seen, implementation, dtype)
     return by_kind(masks)
 
 

@@ -181,15 +181,42 @@ AFTER = ("shutil.rmtree", "checkpoint-1")
 """Moments around the second save; the last one is when it is whole and the first is to be pruned."""
 
 
-@pytest.mark.parametrize("world", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.fixture
+def drawn(toy: Path, tmp_path: Path) -> Json:
+    """Settings by which no epoch is like another: media spliced, frames drawn, questions apart."""
+    videos = {json.loads(line)["video"] for line in (toy / "train.jsonl").read_text().splitlines()}
+    rows = [{"video": name, "phrase": [f"scene {k}", f"the {k}th"], "start": 0.5}
+            for k, name in enumerate(sorted(videos))]  # fmt: skip
+    path = tmp_path / "phrases.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "splice_path": path,
+        "splice": ["records=4", "parts=2-3", "seconds=0.5-2", "span=When is {} there?"],
+        "augment": ["jitter", "pattern", "drop=0.4"],
+        "turns": "independent",
+        "mm_projector_type": "norm_mlp2x_gelu",
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "spliced"),
+    [
+        (3, False),
+        pytest.param(3, True, marks=pytest.mark.slow),
+        pytest.param(1, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_before_during_and_after_a_save_goes_on_exactly(
-    run_jobs: Callable[..., list[list[int]]], tmp_path: Path, world: int
+    run_jobs: Callable[..., list[list[int]]],
+    tmp_path: Path,
+    drawn: Json,
+    world: int,
+    spliced: bool,
 ) -> None:
     out, straight = tmp_path / "out", tmp_path / "straight"
-    deaths = [{"world": world, "out": out, "die": die} for die in (BEFORE, DURING, AFTER)]
-    codes = run_jobs(
-        *deaths, {"world": world, "out": out}, {"world": world, "out": straight, "resume": "none"}
-    )
+    run = {"world": world} | (drawn if spliced else {})
+    deaths = [{**run, "out": out, "die": die} for die in (BEFORE, DURING, AFTER)]
+    codes = run_jobs(*deaths, {**run, "out": out}, {**run, "out": straight, "resume": "none"})
     assert [code[0] for code in codes] == [KILLED, KILLED, KILLED, 0, 0]
     assert [set(code) for code in codes[3:]] == [{0}, {0}]
     text = (out / "train.log").read_text()
@@ -197,12 +224,18 @@ def test_a_run_killed_before_during_and_after_a_save_goes_on_exactly(
     assert_same_run(out, straight)
 
 
+@pytest.mark.parametrize("spliced", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_exact_sums_give_the_same_bits_on_one_two_and_three_processes(
-    run_jobs: Callable[..., list[list[int]]], toy: Path, tmp_path: Path
+    run_jobs: Callable[..., list[list[int]]],
+    toy: Path,
+    tmp_path: Path,
+    drawn: Json,
+    spliced: bool,
 ) -> None:
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text("".join((toy / "test.jsonl").read_text().splitlines(keepends=True)[:4]))
     shared = {"reduce": "exact", "max_steps": 4, "save_steps": 0, "eval_path": held_out}
+    shared |= drawn if spliced else {}
     out, straight = tmp_path / "out", tmp_path / "straight"
     stop = {"out": out, "signals": [(1, 0, "SIGTERM")]}
     codes = run_jobs(

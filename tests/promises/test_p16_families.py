@@ -7,6 +7,7 @@ What is right is said here by `llm(input_ids)` of transformers on each record al
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,34 @@ def laid(ids: Tensor) -> Row:
     )
 
 
+SHARED = 20
+
+
+def apart(texts: list[Tensor]) -> tuple[Row, list[Tensor]]:
+    """Return a record of turns behind a common beginning, all of them supervised, and each one alone."""
+    turns = [texts[0][SHARED:], *texts[1:]]
+    sizes = [SHARED, *map(len, turns)]
+    turn = np.repeat(np.arange(len(sizes)), sizes)
+    place = [np.arange(SHARED), *(SHARED + np.arange(len(own)) for own in turns)]
+    row = laid(torch.cat([texts[0][:SHARED], *turns]))
+    row = replace(row, supervised=turn > 0, position=np.concatenate(place), turn=turn)
+    return row, [torch.cat([texts[0][:SHARED], own]) for own in turns]
+
+
+def assert_turns_are_its_own(model: VLM, texts: list[Tensor]) -> None:
+    """Turns that do not see each other: the sum of losses, alone and packed with another record."""
+    row, alone = apart(texts)
+    expected = sum(
+        F.cross_entropy(own[SHARED - 1 : -1], text[SHARED:], reduction="sum").item()
+        for text, own in zip(alone, truth(model, alone), strict=True)
+    )
+    assert model(batched(model, [row]))["ce"].item() == pytest.approx(expected, rel=1e-5)
+    other = laid(texts[1])
+    beside = model(batched(model, [other]))["ce"].item()
+    packed = batched(model, [pack([other, row])])
+    assert model(packed)["ce"].item() == pytest.approx(expected + beside, rel=1e-5)
+
+
 def batched(model: VLM, rows: list[Row]) -> Batch:
     return collate(rows, [[] for _ in rows], model.config, [str(k) for k in range(len(rows))])
 
@@ -157,13 +186,14 @@ def assert_answers_are_its_own(model: VLM, texts: list[Tensor]) -> None:
 @pytest.mark.parametrize("family", PINNED)
 def test_a_pinned_family_is_what_transformers_computes(family: str) -> None:
     found = verdict_of(*class_and_config(family))
-    implementations = [n for n in found.right(packed=True, block=True) if n in found.failed]
+    right = found.right(packed=True, block=True, apart=True)
+    implementations = [n for n in right if n in found.failed]
     assert implementations, row(family, found)
     model = built(family)
     texts = records(model.llm)
     expected = truth(model, texts)
     for attention in implementations:
-        admit(model, attention, packed=True)
+        admit(model, attention, packed=True, apart=True)
         assert_rows_are_its_own(model, texts, expected)
         packed = batched(model, [pack([laid(text) for text in texts])])
         parts = ours(model, packed)[0].split(LENGTHS)
@@ -174,6 +204,7 @@ def test_a_pinned_family_is_what_transformers_computes(family: str) -> None:
             for text, own in zip(texts, expected, strict=True)
         ]
         assert model(packed)["ce"].item() == pytest.approx(sum(losses), rel=1e-5)
+        assert_turns_are_its_own(model, texts)
     assert_answers_are_its_own(model, texts)
 
 
@@ -191,6 +222,11 @@ def test_a_family_that_cannot_be_packed_says_so_and_is_right_by_itself(family: s
     model = built(family, "token")
     with pytest.raises(UserError, match="with pack_tokens"):
         admit(model, packed=True)
+    with pytest.raises(
+        UserError, match=r"with turns: independent: .*; use turns: dialogue"
+    ) as refused:
+        admit(model, apart=True)
+    assert str(refused.value).count("\n") == 0
     admit(model)
     texts = records(model.llm)
     assert_rows_are_its_own(model, texts, truth(model, texts))
@@ -295,6 +331,7 @@ def assert_verdict_holds(family: str, found: Verdict) -> None:
     if not found.right(packed=False, block=False):
         return
     packs = bool(found.right(packed=True, block=True))
+    apart_too = bool(found.right(packed=packs, block=packs, apart=True))
     model = built(family, "block" if packs else "token")
     texts = records(model.llm)
     expected = truth(model, texts)
@@ -304,6 +341,9 @@ def assert_verdict_holds(family: str, found: Verdict) -> None:
         joined = batched(model, [pack([laid(text) for text in texts])])
         for own, got in zip(expected, ours(model, joined)[0].split(LENGTHS), strict=True):
             assert_close(got, own, "packed")
+    if apart_too and packs:
+        admit(model, packed=True, apart=True)
+        assert_turns_are_its_own(model, texts)
     assert_answers_are_its_own(model, texts)
 
 

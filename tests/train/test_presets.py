@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ PEAKS: dict[str, list[dict[str, float]]] = {
     "b4": [DEFAULT],
     "b5": [DEFAULT],
     "toy": [rates(2e-3, 2e-3, 3e-3)],
+    "footage": [rates(2e-3, 2e-3, 3e-3)],
     "so400m_qwen2.5": [rates(None, 1e-3, 1e-3), rates(2e-5, 2e-5, 2e-4)],
     "fsdp2_8gpu": [DEFAULT],
     "fsdp2_nodes": [DEFAULT],
@@ -76,6 +78,7 @@ class Place:
         (root / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         for name in ("captions.json", "instructions.json"):
             (root / name).write_text(json.dumps(records))
+        self.write_scenes(records)
         patch.chdir(root)
         make = loop.make_optimizer
 
@@ -85,6 +88,16 @@ class Place:
             return optimizer
 
         patch.setattr(loop, "make_optimizer", watched)
+
+    def write_scenes(self, records: list[Any]) -> None:
+        """Write a world of the same clips that has what they show, too."""
+        world = self.root / "world"
+        world.mkdir()
+        for name in ("llm", "train.jsonl"):
+            (world / name).symlink_to(self.toy / name)
+        videos = sorted({record["video"] for record in records})
+        rows = [{"video": name, "phrase": f"thing {k}"} for k, name in enumerate(videos)]
+        (world / "train-scenes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     def train(self, words: list[str], **changes: object) -> Path:
         """Run a training command; changes: of its settings. Returns its output folder."""

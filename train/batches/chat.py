@@ -48,6 +48,8 @@ class Encoded:
     """The axis of a coordinate token, -1 elsewhere."""
     coord: list[float]
     supervised: list[bool]
+    turns: tuple[int, ...] = ()
+    """Where each turn begins, of turns that do not see each other; what stands before them all see."""
 
 
 NOT, WHOLLY, CLOSING = range(3)

@@ -1,7 +1,8 @@
 """Encoded conversations and banked features -> the model's batch.
 
 A row holds one conversation or, packed, several: each counts its positions from 0 and sees itself
-alone, as the row's sample and frame numbers say.
+alone, as the row's sample and frame numbers say. Turns that do not see each other each count on from
+the end of what they share.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,18 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import FAST, SLOW, Batch, FrameGroup, Transitions, joined
+from model.batch import (
+    FAST,
+    SLOW,
+    Batch,
+    FrameGroup,
+    Transitions,
+    flat_places,
+    joined,
+    padded_rows,
+    pooled,
+)
 from model.config import POOLED
 from model.family.mrope import mrope_rows
 from model.grid import Grid
-from model.grid import pool as pool_cells
-from model.mask import intervals
+from model.mask import intervals, other_turns, places_before
 from model.slow_fast import slow_frames, uniform_indices
 from model.vlm import VLMConfig
 from shards.read.bank import ClipInfo
 from shards.read.timeline import ClipFeatures, Medium, part_count, parts_of, place_of
 from train.batches.augment import Look
 from train.batches.chat import MEDIA, Encoded
+from train.batches.turns import counted_on, numbered
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,8 @@ class Row:
     """Clips of all conversations together, each part of a medium one."""
     newlines: tuple[int, ...] = ()
     """Places of the tokens that close media, where some do."""
+    turn: np.ndarray | None = None
+    """Number of a token's turn, from 1, where turns do not see each other; 0 elsewhere. None: all 0."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -108,8 +121,8 @@ def lay_out(
 ) -> Row:
     """Return the row of a conversation: every medium becomes its frames' cells and closing tokens.
 
-    stamp: seconds of a clip -> the tokens that are written before a frame, of `frame_time: text`.
-    looks: how each medium is seen, where it is drawn.
+    stamp: seconds of a clip -> the tokens written before a frame, of `frame_time: text`. looks: how
+    each medium is seen, where it is drawn.
     """
     ids, axis, block = list[int](), list[int](), list[int]()
     coord, supervised = list[float](), list[bool]()
@@ -122,9 +135,8 @@ def lay_out(
         for column, value in zip(columns[1:], (-1, 0.0, False, frame), strict=True):
             column.extend([value] * len(tokens))
 
-    for id_, a, c, on in zip(
-        encoded.ids, encoded.axis, encoded.coord, encoded.supervised, strict=True
-    ):
+    talk = encoded.ids, encoded.axis, encoded.coord, encoded.supervised
+    for id_, a, c, on in zip(*talk, strict=True):
         if id_ != MEDIA:
             for column, value in zip(columns, (id_, a, c, on, -1), strict=True):
                 column.append(value)
@@ -137,14 +149,14 @@ def lay_out(
                 # plain text that is not learned; a frame sees its own time, as it sees all before it
                 unlearned(stamp(seconds - info.start), -1)
             part, own, _ = place_of(info, frame)
-            tokens = grid.cells + config.closing_tokens
-            place = clips + part, own, stream, grid, len(ids)
-            frames.append(PlacedFrame(*place, tokens, seconds))
+            tokens, first = grid.cells + config.closing_tokens, len(ids)
+            frames.append(PlacedFrame(clips + part, own, stream, grid, first, tokens, seconds))
             unlearned([0] * tokens, len(frames) - 1)
         clips += part_count(info)
         newlines += [len(ids)] * config.newline_tokens
         unlearned([0] * config.newline_tokens, -1)
     assert next(media, None) is None, f"{len(infos)} media for fewer tags"
+    turn, position = counted_on(len(ids), [k + len(ids) - len(encoded.ids) for k in encoded.turns])
     return Row(
         ids=np.asarray(ids, np.int64),
         axis=np.asarray(axis, np.int64),
@@ -152,10 +164,11 @@ def lay_out(
         supervised=np.asarray(supervised, bool),
         block=np.asarray(block, np.int64),
         sample=np.zeros(len(ids), np.int64),
-        position=np.arange(len(ids)),
+        position=position,
         frames=frames,
         clips=clips,
         newlines=tuple(newlines),
+        turn=turn,
     )
 
 
@@ -169,8 +182,7 @@ def frames_within(
 ) -> int:
     """Return the most frames of a clip with which a conversation has at most `limit` tokens.
 
-    0 where one frame of each clip is too much. What `train.batches.fitting.fit_frames` finds from
-    counts, of one conversation.
+    0 where one of each clip is too much. It is what `fitting.fit_frames` finds from counts.
     """
     low, high = 0, config.max_frames_num
     while low < high:
@@ -186,6 +198,7 @@ def pack(rows: Sequence[Row]) -> Row:
     """Return conversations one after the other in one row; clips are numbered through as well."""
     frames: list[PlacedFrame] = []
     samples, blocks, newlines = [], [], list[int]()
+    turns = [np.zeros(len(row), np.int64) if row.turn is None else row.turn for row in rows]
     first = clips = 0
     for number, row in enumerate(rows):
         assert (row.sample == 0).all()
@@ -210,6 +223,7 @@ def pack(rows: Sequence[Row]) -> Row:
         frames=frames,
         clips=clips,
         newlines=tuple(newlines),
+        turn=np.concatenate(turns) if any(row.turn is not None for row in rows) else None,
     )
 
 
@@ -227,32 +241,30 @@ def collate(
 
     clips: the media of each row, those of its conversations one after the other. `with_copy` also
     reads, for each transition, the source frame on the target's grid, which the copy baseline needs.
-    tasks: what each record's answer is, by which losses are reported.
+    tasks: what each record's answer is, or each independent turn's, by which losses are reported.
     """
     length = max(length, *(len(row) for row in rows))
     packed = any(row.sample[-1] > 0 for row in rows)
 
     def padded(name: str, fill: float, dtype: type[np.generic]) -> np.ndarray:
-        out = np.full((len(rows), length), fill, dtype)
-        for number, row in enumerate(rows):
-            out[number, : len(row)] = getattr(row, name)
-        return out
+        return padded_rows([getattr(row, name) for row in rows], length, fill, dtype)
 
-    block = padded("block", -1, np.int64)
-    sample = padded("sample", -1, np.int64)
+    block, sample = padded("block", -1, np.int64), padded("sample", -1, np.int64)
     position = padded("position", -1, np.int64)
     # padding goes on counting behind a single conversation, and nothing reads it behind several
     position = np.where(position >= 0, position, 0 if packed else np.arange(length))
     attention = config.frame_attention
     bounds = [intervals(*row, attention) for row in zip(sample, block, strict=True)]
     input_ids, axis = padded("ids", 0, np.int64), padded("axis", -1, np.int64)
-    coord = padded("coord", 0.0, np.float32)
+    coord, turn = padded("coord", 0.0, np.float32), padded("turn", 0, np.int64)
     # the hidden state before a token predicts it; a conversation's first token has none before it
     predicted = np.flatnonzero(padded("supervised", False, np.bool_))
     assert position.reshape(-1)[predicted].all()
-    groups, transitions = group_frames(
-        rows, [parts_of(own) for own in clips], length, config, with_copy
-    )
+    others = None
+    if turn.any():
+        others = [np.stack(bound) for bound in zip(*map(other_turns, sample, turn), strict=True)]
+    parts = [parts_of(own) for own in clips]
+    groups, transitions = group_frames(rows, parts, length, config, with_copy)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         axis=torch.from_numpy(axis),
@@ -260,7 +272,7 @@ def collate(
         position_ids=torch.from_numpy(position),
         mask_start=torch.from_numpy(np.stack([start for start, _ in bounds])),
         mask_end=torch.from_numpy(np.stack([end for _, end in bounds])),
-        predict_index=torch.from_numpy(predicted - 1),
+        predict_index=torch.from_numpy(places_before(predicted, others, length)),
         labels=torch.from_numpy(input_ids.reshape(-1)[predicted]),
         label_axis=torch.from_numpy(axis.reshape(-1)[predicted]),
         label_coord=torch.from_numpy(coord.reshape(-1)[predicted]),
@@ -269,30 +281,27 @@ def collate(
         transitions=transitions,
         record_ids=tuple(record_ids),
         rope=mrope_rows([row.frames for row in rows], position, sample, config),
-        newline_index=_newlines(rows, length),
-        label_task=None if tasks is None else label_tasks(rows, tasks, sample, predicted),
-        causal=attention == "token" and not packed,
+        newline_index=flat_places([row.newlines for row in rows], length),
+        label_task=None if tasks is None else label_tasks(rows, tasks, predicted, length),
+        causal=attention == "token" and not packed and others is None,
+        others_start=None if others is None else torch.from_numpy(others[0]),
+        others_end=None if others is None else torch.from_numpy(others[1]),
     )
 
 
-def _newlines(rows: Sequence[Row], length: int) -> Tensor | None:
-    """Return the flat places of the tokens that close media; None where none do."""
-    places = [k * length + place for k, row in enumerate(rows) for place in row.newlines]
-    return torch.tensor(places) if places else None
-
-
 def label_tasks(
-    rows: Sequence[Row], tasks: Sequence[int], sample: np.ndarray, predicted: np.ndarray
+    rows: Sequence[Row], tasks: Sequence[int], predicted: np.ndarray, length: int
 ) -> Tensor:
-    """Return int64 `(labels,)`: the task of the record that each predicted token belongs to.
+    """Return int64 `(labels,)`: the task of the record, or independent turn, of each predicted token.
 
-    tasks: of each record; sample: `(rows, length)`, the conversation of a token in its row; predicted:
-    places in the flattened rows.
+    tasks: of each of those; predicted: places in the flattened rows of so many tokens.
     """
-    length = sample.shape[1]
-    before = np.cumsum([0] + [row.sample[-1] + 1 for row in rows])  # conversations
-    record = before[predicted // length] + sample.reshape(-1)[predicted]
-    return torch.from_numpy(np.asarray(tasks, np.int64)[record])
+    task, first = np.zeros((len(rows), length), np.int64), 0
+    for number, row in enumerate(rows):
+        talk = first + numbered(row.sample, row.turn)
+        task[number, : len(row)] = np.asarray(tasks, np.int64)[talk]
+        first = talk[-1] + 1
+    return torch.from_numpy(task.reshape(-1)[predicted])
 
 
 GroupKey = tuple[int, Grid, tuple[float, float, float, float]]
@@ -375,12 +384,6 @@ def _group(
         timed=torch.tensor(timed, dtype=torch.float32),
         finer=finer,
     )
-
-
-def pooled(finer: Tensor | None) -> Tensor:
-    """Return banked features on the grid of the tokens that are pooled behind the projector."""
-    assert finer is not None
-    return pool_cells(finer, POOLED, "bilinear").to(finer.dtype)
 
 
 def _copy(stride: int, pairs: Sequence[FrameStep], config: VLMConfig) -> Tensor:

@@ -19,8 +19,10 @@ from model.lape.tokens import LapeTokens
 from shards.errors import UserError
 from shards.signed import canonical_json
 from train.batches.augment import Looks
-from train.batches.chat import VERSION, Chat, Piece
+from train.batches.chat import VERSION, Chat
 from train.batches.clips import Clips, Stamps
+from train.batches.turns import Count, Talk, count_talks
+from train.cost import attended_pairs
 from train.data.dataset import Part
 from train.data.records import Record
 from train.start.templates import load_with_template
@@ -43,6 +45,17 @@ TOKENIZER_FILES = (
 )
 VOCABULARIES = {"tokenizer.json", "vocab.json", "tokenizer.model"}
 """Those of them that hold the tokens."""
+
+
+class Apart(NamedTuple):
+    """The turns that do not see each other: int64 `(records,)`."""
+
+    shared: np.ndarray
+    """Tokens that all turns see and that are no frame's; of a dialogue all of its text."""
+    longest: np.ndarray
+    """Tokens of the longest turn; 0 of a dialogue."""
+    pairs: np.ndarray
+    """(query, key) pairs inside turns; 0 of a dialogue."""
 
 
 class Taken(NamedTuple):
@@ -68,6 +81,8 @@ class Lengths:
     """Where times are written before the frames."""
     looks: Looks | None = None
     """How frames are seen, where that is not even and by one pattern, or media are spliced."""
+    apart: Apart | None = None
+    """Where turns of some records do not see each other."""
     closing: int = 1
     """Tokens behind the cells of each frame."""
     _known: dict[bytes, "Taken"] = field(
@@ -77,6 +92,22 @@ class Lengths:
     def total(self, frames: np.ndarray) -> np.ndarray:
         """Return all tokens of each record; frames: int64 `(records,)`, the most of a medium."""
         return self.text + self.visual(frames) + self.stamps(frames)
+
+    def conversation(self, frames: np.ndarray) -> np.ndarray:
+        """Return the tokens of the longest conversation in each record: of one turn and what it sees."""
+        total = self.total(frames)
+        if self.apart is None:
+            return total
+        return total - self.text + self.apart.shared + self.apart.longest
+
+    def causal_pairs(self, frames: np.ndarray) -> np.ndarray:
+        """Return the (query, key) pairs of each record, but for what frames see beyond causal ones."""
+        total = self.total(frames)
+        if self.apart is None:
+            return attended_pairs(total)
+        own = self.text - self.apart.shared
+        shared = total - own
+        return attended_pairs(shared) + shared * own + self.apart.pairs
 
     def stamps(self, frames: np.ndarray) -> np.ndarray:
         """Return the tokens of the times written before the frames of each record."""
@@ -165,8 +196,9 @@ def text_lengths(
 ) -> np.ndarray:
     """Return (tokens of text, supervised tokens) of a file's records, from the cache where it knows.
 
-    durations: float64, of the records' clips, one after the other. Returns int64 `(records, 2)`;
-    raises UserError naming the records that cannot be encoded, which are UNWRITABLE if lenient.
+    durations: float64, of the records' clips, one after the other. Returns int64 `(records, 2)`, or as
+    many columns as a `Count` has where turns do not see each other; raises UserError naming the records
+    that cannot be encoded, which are UNWRITABLE if lenient.
     """
     facts = {"version": VERSION, "tokenizer": tokenizer, "source": part.digest}
     facts["anchors"] = [*anchors.counts, *anchors.axes] if anchors else None
@@ -174,20 +206,25 @@ def text_lengths(
     path = str(Path(part.path))
     facts["records"] = [record.where.removeprefix(path) for record in part.records]
     facts["texts"] = texts_digest(part.records)
+    width = 2
+    if part.independent:
+        facts["turns"], width = "independent", len(Count._fields)
     key = blake2b(canonical_json(facts) + durations.tobytes(), digest_size=16)
 
     def count() -> np.ndarray:
-        return count_tokens(make_chat(), part.records, durations.tolist(), lenient=lenient)
+        told = make_chat(), part.records, durations.tolist()
+        return counted(*told, lenient=lenient)[:, :width]
 
-    return kept_counts(key.hexdigest(), len(part.records), count, lenient=lenient)
+    shape = len(part.records), width
+    return kept_counts(key.hexdigest(), shape, count, lenient=lenient)
 
 
 def kept_counts(
-    key: str, records: int, count: Callable[[], np.ndarray], *, lenient: bool = False
+    key: str, shape: tuple[int, int], count: Callable[[], np.ndarray], *, lenient: bool = False
 ) -> np.ndarray:
     """Return what the cache knows of some records, or count them, and keep that."""
     file = cache_folder() / f"lengths-{key}.bin"
-    counts = read_counts(file, records)
+    counts = read_counts(file, shape)
     if counts is None or not (lenient or (counts >= 0).all()):
         counts = count()
         write_counts(file, counts)
@@ -212,22 +249,28 @@ def count_tokens(
 
     lenient: both are UNWRITABLE of a record that cannot be encoded; else it is a UserError.
     """
+    return counted(chat, records, durations, lenient=lenient)[:, :2]
+
+
+def counted(
+    chat: Chat, records: Sequence[Record], durations: Sequence[float], *, lenient: bool = False
+) -> np.ndarray:
+    """Return a `Count` of each record, int64 `(records, 5)`; lenient as of `count_tokens`."""
     problems: list[str] = []
-    counts: list[tuple[int, int]] = []
+    counts: list[Count] = []
     place = 0
-    talks: list[list[Piece] | None]
     for first in range(0, len(records), CHUNK):
-        talks = []
+        talks: list[Talk | None] = []
         for record in records[first : first + CHUNK]:
             own = durations[place : place + record.media]
             place += record.media
             try:
-                talks.append(chat.pieces(record.turns, own))
+                talks.append(Talk.of(chat, record, own))
             except UserError as error:
                 problems.append(f"{record.where} (id {record.id}): {error}")
                 talks.append(None)
-        made = iter(chat.count([talk for talk in talks if talk is not None]))
-        unwritable = (UNWRITABLE, UNWRITABLE)
+        made = iter(count_talks(chat, [talk for talk in talks if talk is not None]))
+        unwritable = Count(*[UNWRITABLE] * len(Count._fields))
         counts += [unwritable if talk is None else next(made) for talk in talks]
     if problems and not lenient:
         more = f"; and {len(problems) - 3} more like these" if len(problems) > 3 else ""
@@ -235,23 +278,23 @@ def count_tokens(
             "; ".join(problems[:3]) + more,
             fix="mend them, or set on_bad_record: drop, which leaves such records out",
         )
-    return np.asarray(counts, np.int64).reshape(-1, 2)
+    return np.asarray(counts, np.int64).reshape(-1, len(Count._fields))
 
 
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framebank"
 
 
-def read_counts(file: Path, num_records: int) -> np.ndarray | None:
+def read_counts(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """Return cached counts, or None where they are not there or not whole."""
     try:
         data = file.read_bytes()
     except OSError:
         return None
     body, seal = data[:-16], data[-16:]
-    if len(body) != num_records * 16 or blake2b(body, digest_size=16).digest() != seal:
+    if len(body) != shape[0] * shape[1] * 8 or blake2b(body, digest_size=16).digest() != seal:
         return None
-    return np.frombuffer(body, np.int64).reshape(-1, 2)
+    return np.frombuffer(body, np.int64).reshape(shape)
 
 
 def write_counts(file: Path, counts: np.ndarray) -> None:

@@ -13,8 +13,9 @@ from train.batches.augment import Look, Looks
 from train.batches.chat import MEDIA, Chat, Encoded
 from train.batches.collate import Row, collate, frames_within, lay_out, pack
 from train.batches.run_plan import RunPlan
+from train.batches.turns import encode_apart
 from train.data.dataset import Dataset
-from train.data.records import Record, task_of
+from train.data.records import Record, one_by_one, tasks_of
 
 THREADS = 2
 """Threads that prepare batches; more would take the interpreter from the loop that trains."""
@@ -71,7 +72,13 @@ class Loader:
 
     def _encode(self, record: Record, answer: int | None) -> Encoded:
         durations = [clip.info.duration for clip in self.dataset.clips(record)]
-        return self.chat.encode(record.turns, durations, answer=answer)
+        if not record.independent:
+            return self.chat.encode(record.turns, durations, answer=answer)
+        if answer is None:
+            return encode_apart(self.chat, record, durations)
+        asked = sum(turn.role == "assistant" for turn in record.turns[:answer])
+        alone = one_by_one(record.turns)[asked]  # as in training: without the turns before
+        return self.chat.encode(alone, durations, answer=len(alone) - 1)
 
     def _fitting(self, record: Record) -> int:
         """Return the most frames of a clip that a whole record's limit leaves; 0 if one is too much."""
@@ -156,7 +163,7 @@ class Loader:
             [record.id for row in rows for record, _ in row],
             with_copy=with_copy,
             length=self.row_length,
-            tasks=[task_of(record) for row in rows for record, _ in row],
+            tasks=[task for row in rows for record, _ in row for task in tasks_of(record)],
         )
         return pinned(batch) if self.pin else batch
 

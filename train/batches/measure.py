@@ -14,8 +14,8 @@ from shards.signed import Json, canonical_json
 from train.batches.augment import Looks
 from train.batches.chat import VERSION, Chat
 from train.batches.clips import Clips, Stamps, frame_times
-from train.batches.lengths import Lengths, count_tokens, kept_counts, text_lengths
-from train.batches.turns import Rounds, as_turns, count_rounds
+from train.batches.lengths import Apart, Lengths, counted, kept_counts, text_lengths
+from train.batches.turns import Count, Rounds, as_turns, count_rounds, count_rounds_apart
 from train.data.dataset import Dataset, Part
 from train.data.records import Record
 from train.start.templates import load_with_template
@@ -62,7 +62,7 @@ class Measure:
         dataset, settings = self.dataset, self.settings
         lots = [self._read] if self._read.clips.record.size or not dataset.splices else []
         lots += [self._spliced(part, number) for part in dataset.parts if part.splice]
-        counts = np.concatenate([lot.counts for lot in lots])
+        text, supervised, *apart = widened([lot.counts for lot in lots]).T
         clips = lots[0].clips
         if dataset.splices:
             digest = self._read.clips.digest
@@ -76,12 +76,12 @@ class Measure:
         looks = Looks.of_epoch(dataset, settings, number)
         drawn = clips.uses is not None or looks.settings.is_on
         ratio = exact_ratio(settings.slow_frame_ratio)
-        text, supervised = counts.T
         if settings.newline_tokens:
             media = np.bincount(clips.record[clips.first], minlength=len(text))
             text = np.where(text < 0, text, text + media * settings.newline_tokens)
         seen = looks if drawn else None
-        return Lengths(text, supervised, clips, ratio, written, seen, settings.closing_tokens)
+        own = Apart(*apart) if apart else None
+        return Lengths(text, supervised, clips, ratio, written, seen, own, settings.closing_tokens)
 
     @cached_property
     def _read(self) -> "Lot":
@@ -98,7 +98,7 @@ class Measure:
             own = text_lengths(part, *told, lenient=self.lenient)
             counts.append(np.tile(own, (part.repeats, 1)))
         stamped = self.settings.frame_time == "text"
-        return Lot(clips, np.concatenate(counts), frame_times(records) if stamped else NO_TIMES)
+        return Lot(clips, widened(counts), frame_times(records) if stamped else NO_TIMES)
 
     def _spliced(self, part: Part, epoch: int) -> "Lot":
         """The records that are spliced for an epoch."""
@@ -108,23 +108,33 @@ class Measure:
         clips = self._sources[part.path].spliced(laid)
         facts = {"tokenizer": self.template, "anchors": repr(self.anchors), "version": VERSION}
         facts["settings"] = repr(splice.settings)
+        facts |= {"turns": "independent"} if splice.independent else {}
         talks = splice.questions(laid, timed=self.in_words)
         key = blake2b(canonical_json(facts | {"first": repr(talks[:64])}), digest_size=16)
         for column in laid:
             key.update(np.ascontiguousarray(column).tobytes())
         key.update("\0".join("\1".join(own.phrases) for own in splice.sources).encode())
+        seconds, apart = clips.duration.tolist(), splice.independent
+        shape = len(talks), len(Count._fields) if apart else 2
         counts = kept_counts(
-            key.hexdigest(), len(talks), lambda: self._count(talks, clips.duration.tolist())
+            key.hexdigest(), shape, lambda: self._count(talks, seconds, independent=apart)
         )
         stamped = self.settings.frame_time == "text"
         return Lot(clips, counts, splice.frame_times(laid) if stamped else NO_TIMES)
 
-    def _count(self, talks: Sequence[Rounds], durations: Sequence[float]) -> np.ndarray:
-        counts = count_rounds(self.chat(), talks, durations)
+    def _count(
+        self, talks: Sequence[Rounds], durations: Sequence[float], *, independent: bool
+    ) -> np.ndarray:
+        count = count_rounds_apart if independent else count_rounds
+        counts = count(self.chat(), talks, durations)
         if counts is None:  # a template that does not keep turns apart
             turns = [as_turns(talk) for talk in talks]
-            records = [Record(str(k), ("",), tuple(t), "", "") for k, t in enumerate(turns)]
-            counts = count_tokens(self.chat(), records, durations)
+            records = [
+                Record(str(k), ("",), tuple(own), "", "", independent=independent)
+                for k, own in enumerate(turns)
+            ]
+            counts = counted(self.chat(), records, durations)
+            counts = counts if independent else counts[:, :2]
         return counts
 
     @cached_property
@@ -161,9 +171,19 @@ class Lot(NamedTuple):
 
     clips: Clips
     counts: np.ndarray
-    """int64 `(records, 2)`: tokens of text, supervised ones."""
+    """int64 `(records, 2)`: tokens of text, supervised ones; or a `Count` of each."""
     seconds: np.ndarray
     """float64, of all frames of all media, where times are written before them."""
+
+
+def widened(counts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return counts one after the other, as a `Count` of each record where any are."""
+    most = max(own.shape[1] for own in counts)
+    wide = [
+        own if own.shape[1] == most else np.column_stack([own, own[:, 0], 0 * own])
+        for own in counts
+    ]
+    return np.concatenate(wide)
 
 
 NO_TIMES = np.zeros(0)

@@ -12,7 +12,7 @@ import itertools
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -144,10 +144,12 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
         "clips": lengths.clips.digest,
     }
     facts |= layout_facts(config) | drawn_facts(dataset)
+    if apart := [str(k) for k, part in enumerate(dataset.parts) if part.independent]:
+        facts["independent turns of datasets"] = apart
     later = measure.epoch if dataset.is_drawn else None
     plan = make_plan(lengths, cut, dropped=dataset.dropped, facts=facts, later=later)
     limit = context_of(llm)
-    longest = int(plan.tokens[plan.uses].max())
+    longest = int(plan.conversation[plan.uses].max())
     check_context(longest, limit, "the longest record", f"set max_tokens: {limit}, or less")
     return plan
 
@@ -186,7 +188,7 @@ def make_plan(
     uses, row_start, step_start = cut_steps(_epochs(counted, cut, later), cut)
     left_out = left_out_of(counted)
     reasons = {reason: len(records) for reason, records in left_out.items()}
-    columns = ("frames", "tokens", "visual", "supervised", "transitions", "frame_pairs", "clips")
+    columns = [item.name for item in fields(Counted) if item.name != "fit"]
     return RunPlan(
         rows_per_step=cut.rows_per_step,
         rows_per_pack=cut.rows_per_pack,
@@ -213,7 +215,9 @@ class Counted:
     visual: np.ndarray
     supervised: np.ndarray
     transitions: np.ndarray
+    causal_pairs: np.ndarray
     frame_pairs: np.ndarray
+    conversation: np.ndarray
     clips: np.ndarray
 
     @classmethod
@@ -236,7 +240,9 @@ class Counted:
             visual=visual,
             supervised=lengths.supervised,
             transitions=lengths.transitions(fit.frames),
+            causal_pairs=lengths.causal_pairs(fit.frames),
             frame_pairs=lengths.frame_pairs(fit.frames),
+            conversation=lengths.conversation(fit.frames),
             clips=lengths.seen_uses(fit.frames),
         )
 
@@ -251,7 +257,7 @@ def _epochs(
         own = counted[-1]
         first = 0 if later is None else epoch * len(own.frames)
         if cut.pack_tokens:
-            steps = packed_epoch(own.fit.kept, own.tokens, cut, epoch)
+            steps = packed_epoch(own, cut, epoch)
         else:
             steps = plain_epoch(own.fit.kept, cut, epoch)
         yield ([[first + k for k in row] for row in step] for step in steps)
@@ -303,9 +309,7 @@ def steps_of(rows: list[list[int]], cut: Cut) -> Iterator[list[list[int]]]:
         yield rows[first : first + cut.rows_per_step]
 
 
-def packed_epoch(
-    kept: np.ndarray, tokens: np.ndarray, cut: Cut, epoch: int
-) -> Iterator[list[list[int]]]:
+def packed_epoch(counted: Counted, cut: Cut, epoch: int) -> Iterator[list[list[int]]]:
     """Yield the steps of an epoch, its records packed into rows.
 
     It is cut into windows, a window packed into rows, and the rows of a few neighbouring steps shared
@@ -314,11 +318,11 @@ def packed_epoch(
     """
     block, first = NEIGHBOURS * cut.rows_per_step, 0
     rows: list[list[int]] = []
-    for packed, last in _packed_windows(kept, tokens, cut, epoch):
+    for packed, last in _packed_windows(counted.fit.kept, counted.tokens, cut, epoch):
         rows += packed
         while len(rows) >= block or (last and rows):
             rng = np.random.default_rng([cut.seed, first, 2, epoch])
-            yield from steps_of(balance_steps(rows[:block], tokens, cut, rng), cut)
+            yield from steps_of(balance_steps(rows[:block], counted, cut, rng), cut)
             rows, first = rows[block:], first + block
 
 
@@ -369,7 +373,7 @@ def best_fit_decreasing(records: list[int], tokens: np.ndarray, limit: int) -> l
 
 
 def balance_steps(
-    rows: list[list[int]], tokens: np.ndarray, cut: Cut, rng: np.random.Generator
+    rows: list[list[int]], counted: Counted, cut: Cut, rng: np.random.Generator
 ) -> list[list[int]]:
     """Return the rows of neighbouring steps so that those of one step cost nearly the same.
 
@@ -377,8 +381,9 @@ def balance_steps(
     no whole step, the cheapest, come last.
     """
     linear, quadratic = cut.cost
-    lengths = [tokens[row].astype(float) for row in rows]
-    cost = [linear * own.sum() + quadratic * (own**2).sum() for own in lengths]
+    tokens = counted.tokens.astype(float)
+    squares = 2 * counted.causal_pairs - tokens  # of a dialogue of its tokens
+    cost = [linear * tokens[row].sum() + quadratic * squares[row].sum() for row in rows]
     ranked = sorted(range(len(rows)), key=lambda k: -cost[k])
     whole = len(rows) // cut.rows_per_step
     starts = [*(rng.permutation(whole) * cut.rows_per_step), whole * cut.rows_per_step]

@@ -31,8 +31,12 @@ class RunPlan:
     """Tokens of frames among them, each frame's closing one included."""
     supervised: np.ndarray
     transitions: np.ndarray
+    causal_pairs: np.ndarray
+    """(query, key) pairs of each record, but for those that `block` attention adds."""
     frame_pairs: np.ndarray
     """Pairs that `block` attention adds to the causal ones of each record."""
+    conversation: np.ndarray
+    """int64 `(records,)`, tokens of the longest conversation: of a record, or one of its turns alone."""
     clips: np.ndarray
     """int64 `(records,)`, clips of each record, and parts of spliced media, of which it has frames."""
     uses: np.ndarray
@@ -122,7 +126,8 @@ class RunPlan:
     @cached_property
     def row_cost(self) -> np.ndarray:
         linear, quadratic = self.cost
-        squares = np.add.reduceat(self.tokens[self.uses].astype(float) ** 2, self.row_start[:-1])
+        own = 2 * self.causal_pairs - self.tokens  # of a dialogue the square of its tokens
+        squares = np.add.reduceat(own[self.uses].astype(float), self.row_start[:-1])
         return linear * self.row_tokens + quadratic * squares
 
     @cached_property

@@ -1,8 +1,12 @@
-"""Tokens of many conversations of one shape, turn by turn: each text is tokenised once.
+"""The turns of a record one by one: as conversations of their own, and counted without the others.
 
-Control tokens of a template keep turns apart: what stands on one side of them is tokenised as if there
-were no other. Where a template has none between two turns, or the sum is not that of a whole
-conversation, nothing is counted this way.
+Turns that do not see each other are laid out as one row of what records of one turn each have in common,
+up to the end of the media, and of the rest of each; every id is what it is in such a record.
+
+Many conversations of one shape are counted turn by turn, each text tokenised once: control tokens of a
+template keep turns apart, and what stands on one side of them is tokenised as if there were no other.
+Where a template has none between two turns, or the sum is not that of a whole conversation, nothing is
+counted this way.
 """
 
 from collections.abc import Sequence
@@ -11,16 +15,111 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.annotations.forms import MEDIA_TAG
-from train.batches.chat import OWN_THOUGHT, WHOLLY, Chat, Piece, Pieces
+from train.batches.chat import MEDIA, OWN_THOUGHT, WHOLLY, Chat, Encoded, Piece, Pieces
 from train.batches.segments import Segment
 from train.data.markup import MARKUP, MEDIA_TAGS
-from train.data.records import Turn
+from train.data.records import Record, Turn, one_by_one
 
 ROLES = ("user", "assistant")
 CHECKED = 64
 """Conversations that are also counted whole."""
+ONE_MEDIUM = "<video>\n"
+"""How the first question of a record of one medium begins."""
 Rounds = Sequence[tuple[str, str]]
 """Questions, each with its answer."""
+
+
+class Count(NamedTuple):
+    """Tokens of a record that are no frame's."""
+
+    text: int
+    supervised: int
+    shared: int
+    """Those that all turns see; of a dialogue all."""
+    longest: int = 0
+    """Of the longest turn that sees no other; 0 in a dialogue."""
+    pairs: int = 0
+    """(query, key) pairs inside such turns."""
+
+
+def encode_apart(chat: Chat, record: Record, durations: Sequence[float]) -> Encoded:
+    """Return a record whose turns do not see each other as tokens; raises as `Chat.encode`."""
+    talks = [chat.encode(turns, durations) for turns in one_by_one(record.turns)]
+    first = talks[0].ids
+    end = len(first) - first[::-1].index(MEDIA) if MEDIA in first else 0
+    columns = ("ids", "axis", "coord", "supervised")
+    heads = [[getattr(talk, name)[:end] for name in columns] for talk in talks]
+    # a template is rendered for a pattern of roles, whatever the texts are
+    assert all(head == heads[0] for head in heads), "conversations of one pattern begin alike"
+    joined = [
+        [*head, *(value for talk in talks for value in getattr(talk, name)[end:])]
+        for name, head in zip(columns, heads[0], strict=True)
+    ]
+    sizes = [len(talk.ids) - end for talk in talks]
+    ids, axis, coord, supervised = joined
+    starts = tuple(end + sum(sizes[:k]) for k in range(len(sizes)))
+    return Encoded(ids, axis, coord, supervised, starts)
+
+
+class Talk(NamedTuple):
+    """A record in pieces: its conversation, or those of its turns where they do not see each other."""
+
+    pieces: list[list[Piece]]
+    shared: list[Piece] | None
+    """What such turns have in common; None of a dialogue."""
+
+    @classmethod
+    def of(cls, chat: Chat, record: Record, durations: Sequence[float]) -> "Talk":
+        """Raises as `Chat.pieces`."""
+        if not record.independent:
+            return cls([chat.pieces(record.turns, durations)], None)
+        pieces = [chat.pieces(turns, durations) for turns in one_by_one(record.turns)]
+        whole = [piece.segment is None and piece.axis == MEDIA for piece in pieces[0]]
+        return cls(pieces, pieces[0][: len(whole) - whole[::-1].index(True)] if any(whole) else [])
+
+
+def count_talks(chat: Chat, talks: Sequence[Talk]) -> list[Count]:
+    """Return the counts of records, exactly of what `encode_apart` or `Chat.encode` makes of them."""
+    flat = [pieces for talk in talks for pieces in (*talk.pieces, talk.shared or [])]
+    found, place = chat.count(flat), 0
+    counts = []
+    for talk in talks:
+        own, place = found[place : place + len(talk.pieces) + 1], place + len(talk.pieces) + 1
+        if talk.shared is None:
+            counts.append(Count(*own[0], shared=own[0][0]))
+        else:
+            counts.append(apart(own[-1][0], own[:-1]))
+    return counts
+
+
+def apart(shared: int, talks: Sequence[tuple[int, int]]) -> Count:
+    """Return the count of a record; talks: (tokens, supervised ones) of each turn's conversation.
+
+    shared: tokens that these have in common.
+    """
+    own = [text - shared for text, _ in talks]
+    pairs = sum(tokens * (tokens + 1) // 2 for tokens in own)
+    return Count(shared + sum(own), sum(n for _, n in talks), shared, max(own), pairs)
+
+
+def counted_on(length: int, starts: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return (turn, position) of a conversation's tokens, int64 each; None where all turns see all.
+
+    starts: where turns begin that do not see each other, as of `Encoded`.
+    """
+    place = np.arange(length)
+    if not starts:
+        return None, place
+    turn = np.searchsorted(starts, place, side="right")
+    return turn, place - np.asarray([starts[0], *starts])[turn] + starts[0]
+
+
+def numbered(sample: np.ndarray, turn: np.ndarray | None) -> np.ndarray:
+    """Return the number in a row of each token's record, or of its turn that sees no other."""
+    begins = np.diff(sample, prepend=-1) > 0
+    if turn is not None:  # what turns share is the first one's
+        begins |= (np.diff(turn, prepend=0) > 0) & (turn > 1)
+    return np.cumsum(begins) - 1
 
 
 class _Gap(NamedTuple):
@@ -82,6 +181,33 @@ def count_rounds(
     few = zip(talks[:CHECKED], durations, strict=False)
     whole = chat.count([chat.pieces(as_turns(talk), [seconds]) for talk, seconds in few])
     return found if found[:CHECKED].tolist() == list(map(list, whole)) else None
+
+
+def count_rounds_apart(
+    chat: Chat, talks: Sequence[Rounds], durations: Sequence[float]
+) -> np.ndarray | None:
+    """Return int64 `(talks, 5)`: a `Count` of each, whose turns do not see each other; as `count_rounds`.
+
+    The first question of each begins with its one medium, `ONE_MEDIUM`.
+    """
+    assert all(talk[0][0].startswith(ONE_MEDIUM) for talk in talks)
+    sizes = np.asarray([len(talk) for talk in talks])
+    alone = [
+        [(f"{ONE_MEDIUM}{question}" if k else question, answer)]
+        for talk in talks
+        for k, (question, answer) in enumerate(talk)
+    ]
+    counts = count_rounds(chat, alone, np.repeat(durations, sizes).tolist())
+    if counts is None:
+        return None
+    first = Record("", ("",), tuple(as_turns(talks[0])), "", "", independent=True)
+    shared = chat.count([Talk.of(chat, first, durations[:1]).shared or []])[0][0]
+    own, begins = counts[:, 0] - shared, np.cumsum(sizes) - sizes
+    text, supervised, pairs = (
+        np.add.reduceat(column, begins) for column in (own, counts[:, 1], own * (own + 1) // 2)
+    )
+    longest = np.maximum.reduceat(own, begins)
+    return np.stack([shared + text, supervised, np.full_like(text, shared), longest, pairs], axis=1)
 
 
 def as_turns(talk: Rounds) -> list[Turn]:

@@ -83,6 +83,18 @@ def check_coordinates(record: Record, durations: Sequence[float]) -> list[RowErr
     return faults
 
 
+def repeating(record: Record) -> bool:
+    """Tell whether a later answer of a record has a coordinate that an earlier one has on its axis."""
+    seen = set[Coordinate]()
+    for turn in record.turns if not record.independent else ():
+        if turn.role == "assistant":
+            own = {piece for piece in split_markup(turn.text) if isinstance(piece, Coordinate)}
+            if own & seen:
+                return True
+            seen |= own
+    return False
+
+
 def _outside(piece: Coordinate, duration: float) -> RowError | None:
     """Return what is wrong with a coordinate of a clip of so many seconds, 0 for no clip."""
     limit = duration if piece.axis == 0 else 1.0

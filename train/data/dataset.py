@@ -13,6 +13,7 @@ from shards.annotations.globs import expanded
 from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks
 from shards.read.timeline import SplicedClip
+from train.data.coordinates import repeating
 from train.data.drops import LIST, Drop
 from train.data.mixtures import MixturePart, all_parts
 from train.data.reading import Reading, shorten
@@ -23,6 +24,10 @@ from train.settings.drawn import AugmentSettings, SpliceSettings, read_augment, 
 from train.settings.folders import Folders
 
 DEFAULTS = DataSettings()
+SAMPLED = 1024
+"""Records of a dataset that are looked at for answers that give others away."""
+WORTH_SAYING = 0.01
+"""Share of the records from which on it is said."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,22 @@ class Part:
     repeats: int
     splice: Splice | None = None
     """Where records are not read but spliced: what draws them."""
+    independent: bool = False
+    """Whether the questions of its records do not see each other."""
 
     @property
     def count(self) -> int:
         """Records of an epoch."""
         return (self.splice.count if self.splice else len(self.records)) * self.repeats
+
+    @property
+    def has_dialogues(self) -> bool:
+        """Whether questions of its records see others before them."""
+        if self.independent:
+            return False
+        if self.splice:
+            return self.splice.settings.rounds > 1
+        return any(record.questions > 1 for record in self.records)
 
     def record(self, epoch: int, number: int) -> Record:
         if self.splice:
@@ -67,6 +83,8 @@ class Dataset:
     """Each record that was left out, of the held-out ones too."""
     seed: int = 0
     augment: AugmentSettings = AugmentSettings()
+    warnings: tuple[str, ...] = ()
+    """What of the records hinders learning, a line each."""
 
     @cached_property
     def records(self) -> list[Record]:
@@ -81,6 +99,21 @@ class Dataset:
     @property
     def splices(self) -> list[Splice]:
         return [part.splice for part in self.parts if part.splice]
+
+    @property
+    def turns(self) -> str:
+        """How the questions of the records to train on see each other: one of `TURNS`, or mixed."""
+        if not any(part.independent for part in self.parts):
+            return "dialogue"
+        return "mixed" if any(part.has_dialogues for part in self.parts) else "independent"
+
+    @property
+    def independent(self) -> bool:
+        """Whether any record, held-out ones too, has turns that do not see each other."""
+        records = [record for part in self.parts for record in part.records] + self.held_out
+        return any(splice.independent for splice in self.splices) or any(
+            record.independent for record in records
+        )
 
     @property
     def is_drawn(self) -> bool:
@@ -106,6 +139,33 @@ class Dataset:
     def clips(self, record: Record) -> list[BankedClip | SplicedClip]:
         """Return the media of a record."""
         return [place.clip() for place in record.places]
+
+
+def independent_notes(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return a line for each dataset whose questions do not see each other."""
+    return tuple(
+        f"{Path(part.path).name}: questions of a record do not see each other"
+        for part in parts
+        if part.independent
+    )
+
+
+def repeated_warnings(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return a line for each dataset whose dialogues give later answers away by earlier ones."""
+    lines = []
+    for part in parts:
+        if part.independent:
+            continue
+        size = part.count // part.repeats
+        records = [part.record(0, k) for k in range(0, size, size // SAMPLED + 1)]
+        found = sum(map(repeating, records))
+        if found >= max(1, len(records) * WORTH_SAYING):
+            lines.append(
+                f"{Path(part.path).name}: in {found / len(records):.0%} of the records later answers "
+                "repeat coordinates of earlier ones, which they are then read off; set turns: "
+                "independent"
+            )
+    return tuple(lines)
 
 
 def drawn_line(dataset: Dataset) -> str:
@@ -237,11 +297,15 @@ def _join(
             kept = reading.records(replace(part, records=[path]), pools.of(part))
             for drop in reading.left_out:
                 dropped[drop.reason] += part.repeats
-            parts.append(Part(path, file_digest(path, part.chosen), kept, part.repeats))
+            digest, independent = file_digest(path, part.chosen), reading.independent(part)
+            parts.append(Part(path, digest, kept, part.repeats, independent=independent))
+    alike = "independent" if parts and all(part.independent for part in parts) else config.turns
     held_out = [
         record
         for part in evaluated
-        for record in reading.records(part, pools.of(part), held_out=True)
+        for record in reading.records(
+            replace(part, turns=part.turns or alike), pools.of(part), held_out=True
+        )
     ]
     if not any(part.records or part.splice for part in parts) and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")
@@ -250,9 +314,11 @@ def _join(
     augment = read_augment(config.augment)
     if augment.ratio and slow == fast:
         raise UserError("augment: ratio needs two strides, and slow and fast are one")
+    notes += independent_notes(parts)
     parts.sort(key=lambda part: part.splice is not None)
     own = tuple(parts), held_out, dropped, slow, fast, notes, drops
-    return Dataset(banks, *own, seed=config.seed, augment=augment)
+    warnings = repeated_warnings(parts)
+    return Dataset(banks, *own, seed=config.seed, augment=augment, warnings=warnings)
 
 
 def _spliced(
@@ -264,15 +330,20 @@ def _spliced(
     for file in part.records:
         digest.update(file_digest(file, part.chosen).encode())
     sources = reading.sources(part, banks)
-    splice = None
+    splice, independent = None, reading.independent(part)
     if not reading.problems:
         try:
             splice = Splice.of(
-                how, sources, Path(path).name, int(digest.hexdigest()[:12], 16), seed
+                how,
+                sources,
+                Path(path).name,
+                int(digest.hexdigest()[:12], 16),
+                seed,
+                independent=independent,
             )
         except UserError as error:
             reading.problems += error.problems
-    return Part(path, digest.hexdigest(), [], part.repeats, splice)
+    return Part(path, digest.hexdigest(), [], part.repeats, splice, independent)
 
 
 def local_parts(parts: Sequence[MixturePart], problems: list[str]) -> list[MixturePart]:

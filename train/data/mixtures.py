@@ -6,7 +6,8 @@ Three forms of YAML, told by their shape:
 - LLaVA-NeXT's: `datasets: [{json_path: FILE, sampling_strategy: first:1000}, ...]`;
 - lmms-engine's: `datasets: [{path: FILE, data_folder: FOLDER}, ...]`.
 
-An entry with `splice: {records: 4000, ...}` has clips and phrases, of which records are made.
+An entry with `splice: {records: 4000, ...}` has clips and phrases, of which records are made; one with
+`turns: independent` has questions that do not see each other.
 """
 
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from model.config import TURNS
 from shards.annotations.files import ALL, Selection, annotation_files, is_hub_name
 from shards.annotations.globs import expanded, is_glob
 from shards.errors import UserError
@@ -29,7 +31,7 @@ FILES = ("records", "data_path", "json_path", "path")
 BANKS = ("banks", "bank")
 FOLDERS = ("media_dir", "data_folder")
 """What the folder of a dataset's media is called here and in VILA, and in lmms-engine."""
-KNOWN = (*FILES, *BANKS, *FOLDERS, "strip_prefix", "sampling_strategy", "seed", "splice")
+KNOWN = (*FILES, *BANKS, *FOLDERS, "strip_prefix", "sampling_strategy", "seed", "splice", "turns")
 LEFT_ALONE = ("_target_", "data_type", "is_video")
 """Of other trainers, and told by the rows themselves."""
 TERM = re.compile(r"([^@*]+?)(?:@([\d.]+))?(?:\*(\d+))?")
@@ -51,6 +53,8 @@ class MixturePart:
     """Where it stands, for messages."""
     splice: SpliceSettings | None = None
     """How records are spliced from its rows, where they are no records themselves."""
+    turns: str = ""
+    """Whether its questions see each other, one of `TURNS`; empty: as the run says."""
     repeatable: bool = field(default=False, compare=False)
     """Whether its files may be those of another dataset too: a mixture asked for both by name."""
 
@@ -266,7 +270,12 @@ def _part(
     banks = _paths(_first(entry, BANKS) or [], config)
     folders = Folders(str(_first(entry, FOLDERS) or ""), _prefixes(entry.get("strip_prefix")))
     splice = _splice(entry["splice"], where, problems) if "splice" in entry else None
-    return MixturePart(records, banks, 1, chosen, folders, name=where, splice=splice)
+    turns = entry.get("turns", "")
+    if turns not in ("", *TURNS):
+        problems.append(f"{where}: turns must be one of {', '.join(TURNS)}, got {turns!r}")
+    return MixturePart(
+        records, banks, 1, chosen, folders, name=where, splice=splice, turns=str(turns)
+    )
 
 
 def _splice(value: Any, where: str, problems: list[str]) -> SpliceSettings:

@@ -20,7 +20,15 @@ from train.data.coordinates import settled
 from train.data.drops import BadRecords, Drop, counted
 from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
-from train.data.records import PLAIN, Record, Turn, join, known_id, read_records
+from train.data.records import (
+    PLAIN,
+    Record,
+    Turn,
+    join,
+    known_id,
+    made_independent,
+    read_records,
+)
 from train.data.spans import refuse_misspelt
 from train.settings.config import DataSettings
 from train.settings.folders import Folders
@@ -81,9 +89,13 @@ class Reading:
         if banks is not None:
             missing = settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)
-            kept = self._settled(joined, errors)
+            kept = self._settled(joined, errors, independent=self.independent(part))
         drops = self.bad.judge(path, errors, rows, self.problems)
         return kept, drops + [Drop.of_record(record, reason) for record, reason in unbanked]
+
+    def independent(self, part: MixturePart) -> bool:
+        """Tell whether the questions of a dataset's records do not see each other."""
+        return (part.turns or self.settings.turns) == "independent"
 
     def sources(self, part: MixturePart, banks: Banks) -> list[Record]:
         """Return the rows of a dataset's files that say what a clip shows, joined to their clips."""
@@ -106,11 +118,13 @@ class Reading:
         self.drops += self.left_out
         return kept
 
-    def _settled(self, records: Sequence[Record], errors: list[RowError]) -> list[Record]:
+    def _settled(
+        self, records: Sequence[Record], errors: list[RowError], *, independent: bool = False
+    ) -> list[Record]:
         kept = []
         for record in records:
             try:
-                record = laid_together(record)
+                record = laid_together(made_independent(record) if independent else record)
             except RowError as error:
                 errors.append(error.at(record.where, record.id))
                 continue

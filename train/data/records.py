@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shards.annotations.fault import RowError
+from shards.annotations.fault import RowError, short
 from shards.annotations.files import ALL, Selection
 from shards.annotations.forms import MEDIA_TAG, Json, canonical
 from shards.annotations.records import check_inside, parse_row, rows_of
@@ -52,15 +52,24 @@ class Record:
     """Of a timeline: what of each clip lies on it. They are one medium."""
     places: tuple[Place | Timeline, ...] = field(default=(), compare=False, repr=False)
     """Of the media, once the record is joined to banks."""
+    independent: bool = False
+    """Whether its turns, of which there are several, do not see each other."""
 
     @property
     def media(self) -> int:
         """How many media it has, and tags for them."""
         return 1 if self.cuts else len(self.clips)
 
+    @property
+    def questions(self) -> int:
+        """How many answers it has."""
+        return sum(turn.role == "assistant" for turn in self.turns)
+
 
 PLAIN = Folders()
 """Records name clips by their ids."""
+ENTANGLED = "turns that cannot be independent"
+"""Why a record is refused whose turns shall not see each other."""
 TASKS = ("text", "time", "span", "point", "box")
 """What an answer may be; the losses are split by it."""
 
@@ -153,8 +162,60 @@ def duration_before(record: Record, durations: Sequence[float], turn: int) -> fl
 
 def task_of(record: Record) -> int:
     """Return the place in `TASKS` of a record's first answer that is more than text."""
-    kinds = [TASKS.index(kind_of(t.text)) for t in record.turns if t.role == "assistant"]
-    return next((kind for kind in kinds if kind), 0)
+    return next((kind for kind in _kinds(record) if kind), 0)
+
+
+def tasks_of(record: Record) -> list[int]:
+    """Return the same, or of each turn where they do not see each other."""
+    return _kinds(record) if record.independent else [task_of(record)]
+
+
+def _kinds(record: Record) -> list[int]:
+    return [TASKS.index(kind_of(t.text)) for t in record.turns if t.role == "assistant"]
+
+
+def made_independent(record: Record) -> Record:
+    """Return a record whose turns do not see each other; as it is where there is only one question.
+
+    RowError where a turn would lack what it needs: its question, its answer, or the media.
+    """
+    if record.questions < 2:
+        return record
+    roles = [turn.role for turn in record.turns]
+    questions = record.turns[roles[0] == "system" :]
+    first, texts = questions[0].text, [turn.text for turn in questions[1:]]
+    got = expected = ""
+    if roles[-len(questions) :] != ["user", "assistant"] * (len(questions) // 2):
+        got, expected = ", ".join(roles), "user, assistant, user, assistant, ..."
+    elif any(
+        map(MEDIA_TAG.search, [*texts, *(turn.text for turn in record.turns[: -len(questions)])])
+    ):
+        got, expected = "media in another turn", "all in the first question"
+    elif MEDIA_TAG.sub("", first[: _media_end(first)]).strip():
+        got, expected = f"text before them: {short(first)}", "the media first in their question"
+    if got:
+        fix = "set turns: dialogue for these records, or make a record of each question"
+        raise RowError(ENTANGLED, "turns: independent", got, expected, fix=fix)
+    return replace(record, independent=True)
+
+
+def one_by_one(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
+    """Return each question of a record, with its answer, as the turns of a record of its own.
+
+    Each has the system prompt, and the media as they stand in the first question.
+    """
+    system = tuple(turns[: turns[0].role == "system"])
+    questions, answers = turns[len(system) :: 2], turns[len(system) + 1 :: 2]
+    first = questions[0].text
+    media = first[: _media_end(first)]
+    asked = [questions[0], *(Turn("user", media + turn.text) for turn in questions[1:])]
+    return [(*system, *pair) for pair in zip(asked, answers, strict=True)]
+
+
+def _media_end(text: str) -> int:
+    """Return where a text's media end, with the blanks behind them."""
+    end = max((match.end() for match in MEDIA_TAG.finditer(text)), default=0)
+    return len(text) - len(text[end:].lstrip()) if end else 0
 
 
 def join(

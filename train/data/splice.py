@@ -85,10 +85,19 @@ class Splice:
     key: int
     """Of their bytes, so that two datasets of a run draw differently."""
     seed: int
+    independent: bool = False
+    """Whether the questions of a record do not see each other."""
 
     @classmethod
     def of(
-        cls, settings: SpliceSettings, records: Sequence[Record], name: str, key: int, seed: int
+        cls,
+        settings: SpliceSettings,
+        records: Sequence[Record],
+        name: str,
+        key: int,
+        seed: int,
+        *,
+        independent: bool = False,
     ) -> "Splice":
         """Return what splices records of `reading.parse_source`; UserError for too few."""
         phrases: dict[tuple[str, ...], list[tuple[Source, Record]]] = {}
@@ -104,7 +113,7 @@ class Splice:
                 fix="name more clips, or lower its parts",
             )
         sources, own = zip(*(pair for alike in phrases.values() for pair in alike), strict=True)
-        return cls(settings, sources, own, name, key, seed)
+        return cls(settings, sources, own, name, key, seed, independent)
 
     @property
     def count(self) -> int:
@@ -235,6 +244,7 @@ class Splice:
             where=f"{self.name}[splice {epoch}][{number}]",
             cuts=tuple(cuts),
             places=(Timeline(tuple(stretches)),),
+            independent=self.independent and len(asked) > 1,
         )
 
     def frame_times(self, laid: Layout) -> np.ndarray:

@@ -145,6 +145,7 @@ def choose_checkpoint(
 def facts_of(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> dict[str, Json]:
     """Return what must be the same to go on from a checkpoint, by subject and name."""
     model = asdict(model_config(config, dataset))
+    del model["turns"]  # of the records, whose plan says it
     adapter = ("lora_r", "lora_alpha") if config.tune_llm == "lora" else ()
     return {
         "model": model | {name: getattr(config, name) for name in ("tune_llm", *adapter)},

@@ -175,9 +175,9 @@ def banner(
     closing, newline = config.closing_tokens, config.newline_tokens
     tokens = sum([(slow if is_slow else fast) + closing for is_slow in pattern], start=newline)
     parts = {name: sum(p.numel() for p in group) for name, group in model.parts().items()}
-    clips = sum(len(b) for b in dataset.banks.banks)
+    banks = dataset.banks.banks
     lines = [
-        f"bank      {', '.join(b.where for b in dataset.banks.banks)}: {clips} clips, "
+        f"bank      {', '.join(b.where for b in banks)}: {sum(map(len, banks))} clips, "
         f"fingerprint {bank.config.fingerprint[:12]}",
         f"records   {dataset.count} to train on{drawn_line(dataset)}, {len(dataset.held_out)} held "
         f"out, {plan.dropped_line}",
@@ -209,10 +209,16 @@ def banner(
             lines.append(f"          positions / features by RMS at gamma 1: {ratio:.2f}")
     else:
         lines.append("LAPE      off")
-    lines += [f"note      {note}" for note in dataset.notes]
+    lines += notes_lines(dataset)
     if resumed:
         lines.append(f"resumed   from {resumed}")
     return "\n".join(lines)
+
+
+def notes_lines(dataset: Dataset) -> list[str]:
+    """Return what there is to say of the records."""
+    told = (("note", dataset.notes), ("warning", dataset.warnings))
+    return [f"{name:<10}{line}" for name, lines in told for line in lines]
 
 
 def saves_line(config: TrainConfig) -> str:

@@ -175,7 +175,8 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     with accelerator.local_main_process_first():  # the others then find the lengths cached
         plan = plan_run(config, dataset, rows_per_step(config, share.world, state))
     longest = int(plan.tokens.max())
-    choose_attention(config, accelerator.device.type, longest)  # refused before weights are loaded
+    # refused before weights are loaded
+    choose_attention(config, accelerator.device.type, longest, apart=dataset.independent)
     facts = facts_of(config, dataset, plan)
     if resumed:
         refuse_other_run(resumed, state, facts)
@@ -222,7 +223,8 @@ def make_learner(run: Run) -> Learner:
     longest = int(run.plan.tokens.max())
     # FSDP moves the model itself, a layer at a time
     device = None if accelerator.is_fsdp2 else accelerator.device
-    attention, reason = admit_llm(model, config, accelerator.device.type, longest, device)
+    kind, apart = accelerator.device.type, run.dataset.independent
+    attention, reason = admit_llm(model, config, kind, longest, device, apart=apart)
     prepare_llm(model, config, attention, accelerator.device)
     loader = make_loader(run, model, compiled=attention == "flex_attention" or config.compile)
     ratio = math.nan

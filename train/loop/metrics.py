@@ -53,6 +53,8 @@ def sums_of(out: "dict[str, Tensor]", batch: "Batch") -> "Tensor":
     import torch
 
     real, tokens = batch.mask_end - batch.mask_start, batch.lengths.sum()
+    if batch.others is not None:
+        real = real - (batch.others[1] - batch.others[0])
     padding = real.numel() - tokens  # each of which sees itself alone
     counts = {
         "supervised": torch.tensor(float(len(batch.labels))),

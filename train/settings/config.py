@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from model.config import ModelSettings
+from model.config import TURNS, ModelSettings
 from model.settings import setting
 from shards.annotations.files import is_hub_name
 from shards.annotations.globs import is_glob
@@ -52,6 +52,11 @@ class DataSettings:
     splice: list[str] = setting(
         [],
         "how: records=10000 (an epoch) parts=2-6 seconds=2-6 rounds=4 questions=span+order+count+seen",
+    )
+    turns: str = setting(
+        "dialogue",
+        "several questions of a record: each sees those before it, or the media and itself alone",
+        choices=TURNS,
     )
     augment: list[str] = setting(
         [],
@@ -274,14 +279,7 @@ def check(
         for path in getattr(config, name):
             if not Path(path).exists() and not is_glob(path) and not is_hub_name(path):
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
-    if config.attn.startswith("flash") and (
-        config.frame_attention == "block" or config.pack_tokens
-    ):
-        why = (
-            "frames cannot see themselves wholly in it; use frame_attention: token, or attn: auto"
-            if config.frame_attention == "block"
-            else "it would let packed records see each other; use attn: auto, or pack_tokens: 0"
-        )
+    if config.attn.startswith("flash") and (why := needs_mask(config)):
         problems.append(f"{origins.get('attn', 'attn')} attn {config.attn}: {why}")
     if not config.plan:
         problems += missing_packages(vars(config), origins, environ)
@@ -294,6 +292,19 @@ def check(
             "(expected auto, none, or a checkpoint-N folder)"
         )
     return problems
+
+
+def needs_mask(config: TrainConfig) -> str | None:
+    """Return why rows are not right without a mask of ours, and what to set; None where they are."""
+    if config.frame_attention == "block":
+        return (
+            "frames cannot see themselves wholly in it; use frame_attention: token, or attn: auto"
+        )
+    if config.pack_tokens:
+        return "it would let packed records see each other; use attn: auto, or pack_tokens: 0"
+    if config.turns == "independent":
+        return "it would let independent turns see each other; use attn: auto, or turns: dialogue"
+    return None
 
 
 def name_problem(name: str) -> str | None:

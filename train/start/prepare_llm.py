@@ -12,10 +12,13 @@ from shards.errors import UserError, first_line
 from train.settings.config import LlmSettings, TrainConfig, checkpoint_every
 
 
-def choose_attention(config: TrainConfig, device: str, longest: int) -> tuple[str, str]:
+def choose_attention(
+    config: TrainConfig, device: str, longest: int, *, apart: bool = False
+) -> tuple[str, str]:
     """Return (implementation, reason); raises UserError where the asked one cannot work here.
 
-    device: `cuda`, `cpu`, ... longest: tokens of the longest record. A mask of intervals costs
+    device: `cuda`, `cpu`, ... longest: tokens of the longest record. apart: whether turns of some records
+    do not see each other. A mask of intervals costs
     flex_attention only the blocks that are attended, SDPA the whole square of a row; without a mask
     SDPA has its fastest kernels.
     """
@@ -23,6 +26,11 @@ def choose_attention(config: TrainConfig, device: str, longest: int) -> tuple[st
     if asked == "flex_attention" and device != "cuda":
         raise UserError(
             "attn flex_attention needs CUDA (it cannot train on the CPU); use attn: auto or sdpa"
+        )
+    if apart and asked.startswith("flash"):
+        raise UserError(
+            f"attn {asked}: it would let questions see each other that are independent",
+            fix="use attn: auto, or turns: dialogue",
         )
     if asked != "auto":
         chosen, reason = asked, "as asked"
@@ -33,6 +41,8 @@ def choose_attention(config: TrainConfig, device: str, longest: int) -> tuple[st
         reason = "packed rows, with a dense mask (flex_attention trains on CUDA only)"
     elif frame_attention == "block":
         chosen, reason = "sdpa", "frames that see themselves wholly need a dense mask"
+    elif apart:
+        chosen, reason = "sdpa", "questions that do not see each other need a dense mask"
     else:
         chosen, reason = "sdpa", "one record a row, causal: no mask at all"
     if chosen != "flex_attention" and pack_tokens > 2 * longest:
@@ -44,18 +54,25 @@ def choose_attention(config: TrainConfig, device: str, longest: int) -> tuple[st
 
 
 def admit_llm(
-    model: VLM, config: TrainConfig, kind: str, longest: int, device: torch.device | None
+    model: VLM,
+    config: TrainConfig,
+    kind: str,
+    longest: int,
+    device: torch.device | None,
+    *,
+    apart: bool = False,
 ) -> tuple[str, str]:
     """Return (implementation, reason) of attention under which the LLM is what transformers computes.
 
     kind: of the device that the run is on. device: where the real weights are tried, None to leave
-    them. UserError, one line, where the run's rows are not right under any.
+    them. apart: as of `choose_attention`. UserError, one line, where the run's rows are not right under
+    any.
     """
-    attention, reason = choose_attention(config, kind, longest)
+    attention, reason = choose_attention(config, kind, longest, apart=apart)
     if device is not None:
         model.to(device)
     auto, packed = config.attn == "auto", bool(config.pack_tokens)
-    return admit(model, attention, reason, auto=auto, packed=packed)
+    return admit(model, attention, reason, auto=auto, packed=packed, apart=apart)
 
 
 def llm_dtype(settings: LlmSettings) -> torch.dtype:

@@ -222,7 +222,8 @@ def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
             )
         facts["mrope_sections"] = ",".join(map(str, mrope.sections))
         facts["mrope_tokens_per_second"] = mrope.tokens_per_second
-    return VLMConfig(slow_stride=dataset.slow_stride, fast_stride=dataset.fast_stride, **facts)
+    facts |= {"slow_stride": dataset.slow_stride, "fast_stride": dataset.fast_stride}
+    return VLMConfig(turns=dataset.turns, **facts)
 
 
 def refuse_other_tower(folder: Path, model: "VLM") -> None:
