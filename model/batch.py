@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.grid import Grid
+from model.config import POOLED
+from model.grid import Grid, pool
 from shards.errors import UserError
 
 SLOW, FAST = 0, 1
@@ -31,13 +32,13 @@ class FrameGroup:
     token_index: Tensor
     """int64 `(frames, cells)`: the flat place of each cell's token, row-major."""
     end_index: Tensor
-    """int64 `(frames,)`: the flat place of the frame's closing token."""
+    """int64 `(frames,)`: the flat place of the frame's closing token; empty where frames have none."""
     time: Tensor
     """fp32 `(frames,)`, 0 at the clip's start and 1 at its end."""
     timed: Tensor
     """fp32 `(frames,)`, 0 where the clip has no duration and so no time."""
     finer: Tensor | None = None
-    """As banked at the finer stride whose cells the projector joins, where it joins any."""
+    """As banked at the finer stride whose cells are joined in the projector or behind it, if any are."""
 
     @property
     def projected(self) -> Tensor:
@@ -94,6 +95,10 @@ class Batch:
     record_ids: tuple[str, ...]
     label_task: Tensor | None = None
     """int64 `(supervised,)`: what the answer of each label is, by which its loss is reported."""
+    rope: Tensor | None = None
+    """int64 `(3, rows, length)`: the time, row and column that tokens turn by, where frames have them."""
+    newline_index: Tensor | None = None
+    """int64 `(media,)`: the flat place of the token that closes each medium, where one does."""
     causal: bool = False
     """Whether plain causal attention over each row is its mask: one record a row, frames `token`."""
     others_start: Tensor | None = None
@@ -148,3 +153,26 @@ def as_tensor(features: np.ndarray) -> Tensor:
     """Return stored features as floats: uint16 is how a bank holds bfloat16."""
     tensor = torch.from_numpy(features)
     return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor
+
+
+def pooled(finer: Tensor | None) -> Tensor:
+    """Return banked features on the grid of the tokens that are pooled behind the projector."""
+    assert finer is not None
+    return pool(finer, POOLED, "bilinear").to(finer.dtype)
+
+
+def padded_rows(
+    values: Sequence[np.ndarray | None], length: int, fill: float, dtype: type[np.generic]
+) -> np.ndarray:
+    """Return rows one below the other, filled up to a length; None is a row of nothing else."""
+    out = np.full((len(values), length), fill, dtype)
+    for number, own in enumerate(values):
+        if own is not None:
+            out[number, : len(own)] = own
+    return out
+
+
+def flat_places(places: Sequence[Sequence[int]], length: int) -> Tensor | None:
+    """Return the flat places of some tokens of each row; None where there are none."""
+    flat = [k * length + place for k, row in enumerate(places) for place in row]
+    return torch.tensor(flat) if flat else None

@@ -18,7 +18,7 @@ from shards.errors import UserError
 
 PROJECTORS = (
     "linear, mlpNx_gelu, norm_mlpNx_gelu, mlp_downsample, mlp_downsample_2x2_fix, "
-    "mlp_downsample_3x3_fix"
+    "mlp_downsample_3x3_fix, identity"
 )
 JOINED = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
 """Cells on a side that become one token. VILA's first two differ in the order of tokens alone: the
@@ -27,7 +27,7 @@ MLP = re.compile(r"(norm_)?mlp([1-9])x_gelu")
 
 
 def is_projector(kind: str) -> bool:
-    return kind == "linear" or kind in JOINED or MLP.fullmatch(kind) is not None
+    return kind in ("linear", "identity") or kind in JOINED or MLP.fullmatch(kind) is not None
 
 
 def joined_cells(kind: str) -> int:
@@ -45,6 +45,11 @@ FRAME_ATTENTION = ("block", "token")
 PREDICTORS = ("resample", "xattn")
 FRAME_TIME = ("none", "text")
 """Whether a time stamp is written before each frame."""
+FRAME_POSITIONS = ("auto", "plain", "mrope")
+FRAME_MARKS = ("frames", "media", "none")
+POOLED = 2
+"""Cells on a side that `pool_after_projector` makes one token of, as LLaVA-OneVision does."""
+MEDIA_TAGS = re.compile(r"auto|none|[^,\s]+,[^,\s]+")
 TURNS = ("dialogue", "independent")
 """Whether the questions of a record see those before them, or the media and themselves alone."""
 CHAT_TEMPLATES = ("", "chatml", "plain", "vicuna", "llama2")
@@ -77,6 +82,31 @@ class ModelSettings:
     max_frames_num: int = setting(16, "frames of a clip that are used, uniformly", least=1)
     frame_time: str = setting(
         "none", "text writes the time before each frame, like 12.5s", choices=FRAME_TIME
+    )
+    frame_positions: str = setting(
+        "auto",
+        "where frames' tokens stand: plain, one after the other; mrope, at their time, row and column "
+        "(Qwen-VL's LLMs); auto, as the LLM was trained",
+        choices=FRAME_POSITIONS,
+    )
+    frame_marks: str = setting(
+        "frames",
+        "learned vectors: one that closes each frame and one per stream; one that closes each medium "
+        "(LLaVA's newline); none",
+        choices=FRAME_MARKS,
+    )
+    media_tags: str = setting(
+        "auto",
+        "control tokens around each medium, such as <|vision_start|>,<|vision_end|>; none; auto, as the "
+        "stage has them",
+        valid=(
+            lambda word: MEDIA_TAGS.fullmatch(word) is not None,
+            "auto, none or two tokens with a comma between",
+        ),
+    )
+    pool_after_projector: bool = setting(
+        False,
+        "2x2 banked cells become one token behind the projector, bilinearly, as in LLaVA-OneVision",
     )
     enable_lape: bool = setting(True, "coordinate tokens and positions (LAPE)")
     num_temporal_tokens: int = setting(100, "anchors on the time axis", least=2, most=MOST_ANCHORS)
@@ -111,13 +141,44 @@ class ModelSettings:
         valid=(is_date, f"a date such as {TEMPLATE_DATE}"),
     )
 
+    @property
+    def closing_tokens(self) -> int:
+        """Tokens behind the cells of each frame."""
+        return int(self.frame_marks == "frames")
+
+    @property
+    def newline_tokens(self) -> int:
+        """Tokens behind the last frame of each medium."""
+        return int(self.frame_marks == "media")
+
+    @property
+    def around_media(self) -> tuple[str, str] | None:
+        """The control tokens before and behind each medium; None where there are none."""
+        before, _, behind = self.media_tags.partition(",")
+        return (before, behind) if behind else None
+
+    @property
+    def finer(self) -> int:
+        """Cells on a side that become one token in the projector or behind it."""
+        return POOLED if self.pool_after_projector else joined_cells(self.mm_projector_type)
+
 
 @dataclass(frozen=True)
 class VLMConfig(ModelSettings):
     """What a trained model is, beside its weights: everything that must agree to use them."""
 
+    frame_positions: str = setting("plain", "plain or mrope", choices=FRAME_POSITIONS[1:])
+    media_tags: str = setting(
+        "none",
+        "control tokens around each medium, or none",
+        valid=(lambda word: MEDIA_TAGS.fullmatch(word) is not None, "none or two tokens"),
+    )
     slow_stride: int = setting(4, "the bank's stride that slow frames are read at", least=1)
     fast_stride: int = setting(8, "the bank's stride that fast frames are read at", least=1)
+    mrope_sections: str = setting("", "rotary frequencies by time, row, column, such as 16,24,24")
+    mrope_tokens_per_second: float = setting(
+        0.0, "positions of time per second (Qwen2.5-VL); 0 counts frames (Qwen2-VL)", least=0
+    )
     turns: str = setting(
         "dialogue", "how the questions of its records saw each other", choices=(*TURNS, "mixed")
     )

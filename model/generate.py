@@ -71,30 +71,43 @@ class Cached:
         length, device = batch.input_ids.shape[1], batch.input_ids.device
         self.seen = torch.arange(length, device=device)[None] < batch.lengths[:, None]
         self.positions = batch.position_ids
+        self.rope_end = None
+        """What each row's last token turns by, the greatest of its three: int64 `(rows,)`."""
+        if batch.rope is not None:
+            rows = torch.arange(len(batch.lengths), device=device)
+            self.rope_end = batch.rope[:, rows, batch.lengths - 1].amax(dim=0)
 
     def prompt(self) -> Tensor:
         """Return the last hidden state of each row's prompt, under the batch's own mask."""
         model, batch = self.model, self.batch
-        states = self._decode(model.embed(batch), model.attention_mask(batch), batch.position_ids)
+        mask = model.attention_mask(batch)
+        states = self._decode(model.embed(batch), mask, batch.position_ids, batch.rope)
         return states[torch.arange(len(states), device=states.device), batch.lengths - 1]
 
     def read(self, embeds: Tensor) -> Tensor:
         """Return the hidden state after one more token of each row, `(rows, width)`."""
         model = self.model
-        at = self.batch.lengths + self.positions.shape[1] - self.batch.input_ids.shape[1]
+        read = self.positions.shape[1] - self.batch.input_ids.shape[1]
+        at = self.batch.lengths + read
         self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1])], dim=1)
         self.positions = torch.cat([self.positions, at[:, None]], dim=1)
         mask = model.step_mask(self.seen, self.positions, at, embeds.dtype)
-        return self._decode(embeds[:, None], mask, at[:, None])[:, 0]
+        rope = None
+        if self.rope_end is not None:
+            rope = (self.rope_end + 1 + read).expand(3, -1)[..., None]
+        return self._decode(embeds[:, None], mask, at[:, None], rope)[:, 0]
 
-    def _decode(self, embeds: Tensor, mask: Any, positions: Tensor) -> Tensor:
-        states: Tensor = decoder_of(self.model.llm)(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+    def _decode(
+        self, embeds: Tensor, mask: Any, positions: Tensor, rope: Tensor | None = None
+    ) -> Tensor:
+        with self.model.turning_by(rope):
+            states: Tensor = decoder_of(self.model.llm)(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
         return states
 
 
@@ -102,6 +115,7 @@ class Reread:
     """Reads whole rows anew for each token: for LLMs that hold a state where others hold keys."""
 
     def __init__(self, model: VLM, batch: Batch) -> None:
+        assert batch.rope is None, "M-RoPE is of LLMs whose keys are kept"
         self.model, self.lengths = model, batch.lengths
         self.embeds = model.embed(batch)
 

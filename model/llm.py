@@ -6,7 +6,7 @@ LLM that is not trained names it in `llm/base.json` instead of holding a copy.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,22 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from model.family.qwen_vl import INNER, config_problem, inner_config
 from shards.errors import UserError, first_line
 
 ORIGINAL_LLAVA = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
 """The `model_type` of LLaVA's own checkpoints -> the family of the LLM that lies flat in them."""
 COPY = "copy or download it again"
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+"""Of a tower's config: what says nothing of its features."""
 PREFIXES = (("language_model.", ""), ("model.language_model.", "model."), ("lm_head.", "lm_head."))
 """How the LLM's weights begin in a LLaVA checkpoint of transformers, older and newer, and alone."""
+QWEN_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("model.", "model."),
+    ("lm_head.", "lm_head."),
+)
+"""In a Qwen-VL checkpoint, as transformers names them inside and as they are published."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,10 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
     folder = Path(path)
     written = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     kind = written.get("model_type", "")
-    if kind in ORIGINAL_LLAVA or (kind.startswith("llava") and "text_config" in written):
+    if problem := config_problem(written):
+        raise UserError(problem, where=path)
+    whole = kind in ORIGINAL_LLAVA or (kind.startswith("llava") and "text_config" in written)
+    if whole or kind in INNER:
         llm, found = _load_inner(folder, written, dtype)
     else:
         try:
@@ -86,7 +98,8 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
                 ) from None
             reason = first_line(error).partition(" for this kind of")[0]
             raise UserError(
-                f"{path}: not a causal LLM, nor a LLaVA checkpoint that holds one: {reason}"
+                f"{path}: not a causal LLM, nor a LLaVA checkpoint that holds one, nor a Qwen-VL one: "
+                f"{reason}"
             ) from None
     if found["missing_keys"]:
         raise UserError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")
@@ -98,11 +111,22 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
 
 
 def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return the causal LLM inside a LLaVA checkpoint, and transformers' report of what it lacks."""
-    if written["model_type"] in ORIGINAL_LLAVA:
+    """Return the causal LLM inside a whole model, and transformers' report of what it lacks."""
+    if any(part.get("quantization_config") for part in (written, written.get("text_config") or {})):
+        raise UserError(
+            "its weights are quantised, and only whole ones can be trained or trained over",
+            where=folder,
+            fix="name the model that it was made of",
+        )
+    prefixes: tuple[tuple[str, str], ...]
+    if written["model_type"] in INNER:
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.for_model(INNER[written["model_type"]], **inner_config(whole, written))
+        prefixes = QWEN_PREFIXES
+    elif written["model_type"] in ORIGINAL_LLAVA:
         facts = {k: v for k, v in written.items() if k not in ("model_type", "architectures")}
         config = AutoConfig.for_model(ORIGINAL_LLAVA[written["model_type"]], **facts)
-        prefixes: tuple[tuple[str, str], ...] = (("model.", "model."), ("lm_head.", "lm_head."))
+        prefixes = QWEN_PREFIXES[1:]
     else:
         config, prefixes = (
             AutoConfig.from_pretrained(folder, trust_remote_code=False).text_config,
@@ -175,6 +199,30 @@ def base_of(path: str | Path, dtype: torch.dtype, *, merged: bool) -> LlmBase:
         return named if kind == "float32" else replace(named, dtype=kind)  # rounded is rounded
     lies = str(Path(path).resolve()) if Path(path).exists() else str(path)
     return LlmBase(lies, llm_digest(path, adapter=merged), kind, merged)
+
+
+def tower_digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """Return blake2b over a vision tower's configuration and weights, in order of name."""
+    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    total = hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, weight in sorted(weights.items()):
+        total.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        total.update(weight.detach().cpu().contiguous().numpy().data)
+    return total.hexdigest()
+
+
+def own_tower_digest(folder: Path, prefixes: Sequence[str]) -> str:
+    """Return the digest of the tower in a whole model's folder, as a bank of it names it.
+
+    prefixes: what the names of its weights begin with.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).vision_config
+
+    def renamed(name: str) -> str | None:
+        return next((name[len(p) :] for p in prefixes if name.startswith(p)), None)
+
+    weights = {name: value.float() for name, value in read_tensors(folder, renamed).items()}
+    return tower_digest(config.to_dict(), weights)
 
 
 def llm_digest(path: str | Path, *, adapter: bool) -> str:

@@ -6,6 +6,7 @@ back-end's mask is derived from them. Where turns of a sample do not see each ot
 keys in a query's interval are of other turns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,19 @@ def other_turns(sample: np.ndarray, turn: np.ndarray) -> tuple[np.ndarray, np.nd
     behind_shared = begin + shared - shared[begin] + (turn[begin] == 0)
     start, end = (np.where(turn > 0, bound, 0) for bound in (behind_shared, own))
     return start.astype(np.int32), end.astype(np.int32)
+
+
+def places_before(
+    places: np.ndarray, others: Sequence[np.ndarray] | None, length: int
+) -> np.ndarray:
+    """Return the flat place of the token before each one that a turn sees, in rows of a length.
+
+    others: as of `other_turns`, `(rows, length)` each. What comes before a turn is what all share.
+    """
+    if others is None:
+        return places - 1
+    behind_shared, own = (bound.reshape(-1)[places] for bound in others)
+    return np.where(own == places % length, places - own + behind_shared, places) - 1
 
 
 def _run_starts(values: np.ndarray) -> np.ndarray:

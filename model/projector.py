@@ -1,8 +1,9 @@
 """Banked features -> LLM width. The names, and those of the weights, are those of LLaVA and VILA.
 
-`linear`; `mlpNx_gelu`, N linear layers; and VILA's `mlp_downsample` families, which join a block of
-2x2 or 3x3 neighbouring cells before the first layer (`base_projector.py`, `DownSampleBlock`). What
-they join must be banked at a stride that is finer by that factor.
+`linear`; `mlpNx_gelu`, N linear layers; `identity`, for features of the LLM's own width; and VILA's
+`mlp_downsample` families, which join a block of 2x2 or 3x3 neighbouring cells before the first layer
+(`base_projector.py`, `DownSampleBlock`). What they join must be banked at a stride that is finer by that
+factor.
 
 `norm_mlpNx_gelu` is ours: the MLP on standardised channels. A tower's channels differ in size and lie
 far from 0 (the mean of a DINOv2 channel is up to four times its deviation); a fresh projector behind
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import MLP, joined_cells
+from shards.errors import UserError
 
 
 def build_projector(kind: str, tower_width: int, llm_width: int) -> nn.Module:
@@ -24,6 +26,16 @@ def build_projector(kind: str, tower_width: int, llm_width: int) -> nn.Module:
 
     A downsampling one makes `(frames, ceil(rows / n), ceil(cols / n), llm_width)` of it.
     """
+    if kind == "identity":
+        if tower_width != llm_width:
+            raise UserError(
+                "mm_projector_type identity: the features go to the LLM as they are",
+                got=f"features of width {tower_width}",
+                expected=f"the LLM's width {llm_width}",
+                fix="take a bank of the checkpoint's own merged tokens (preprocess encode --layer "
+                "merged), or another mm_projector_type",
+            )
+        return nn.Identity()
     if kind == "linear":
         return nn.Linear(tower_width, llm_width)
     side = joined_cells(kind)

@@ -17,6 +17,11 @@ from typing import Any
 
 from shards.errors import UserError
 
+MERGED = "merged"
+"""The layer behind a tower's merger: tokens of several patches, as they go to the LLM."""
+Layer = int | str
+"""Index into a tower's hidden states, -1 the last; or `MERGED`."""
+
 
 def vit_flops(config: Mapping[str, Any], patches: int, layer: int) -> int:
     """Return the FLOPs of a plain vision transformer on one frame, up to a hidden state.
@@ -53,6 +58,8 @@ class TowerKind:
     inside: tuple[str, ...] = ()
     """What the tower's weights are prefixed with in a whole model, as patterns, where transformers does
     not take the class's weights out of it by itself."""
+    merged_width: str = ""
+    """The field with the channels of a merged token, where there is a merger."""
     encode: str = ""
     """A function of (model, pixels `(frames, 3, height, width)`, layer), as `module:name`, that returns
     `(units, patch_rows, patch_cols, width)`; without one, hidden states are prefix, then patches."""
@@ -62,6 +69,10 @@ class TowerKind:
     def frames_of(self, config: Any) -> int:
         """Return how many frames make one unit."""
         return int(getattr(config, self.frames_per_unit)) if self.frames_per_unit else 1
+
+    def joined(self, config: Any, layer: Layer) -> int:
+        """Return how many patches on a side make one of what a layer gives."""
+        return int(getattr(config, self.merge)) if layer == MERGED else 1
 
     def side_of(self, config: Any) -> int | None:
         """Return what the sides of a frame are multiples of, where it keeps a size of its own."""
@@ -83,6 +94,7 @@ KINDS = [
         depth="depth",
         frames_per_unit="temporal_patch_size",
         merge="spatial_merge_size",
+        merged_width="hidden_size",
         inside=QWEN_INSIDE,
         encode="model.tower.qwen:encode",
         flops=None,
@@ -93,6 +105,7 @@ KINDS = [
         depth="depth",
         frames_per_unit="temporal_patch_size",
         merge="spatial_merge_size",
+        merged_width="out_hidden_size",
         inside=QWEN_INSIDE,
         encode="model.tower.qwen:encode",
         flops=None,
@@ -129,14 +142,14 @@ def find_kind(model_type: str) -> TowerKind:
     raise UserError(f"{model_type} is not supported (have {known})")
 
 
-def frame_flops(config: Mapping[str, Any], patches: int, layer: int = -2) -> int | None:
+def frame_flops(config: Mapping[str, Any], patches: int, layer: Layer = -2) -> int | None:
     """Return the FLOPs of encoding one frame, or None where they are not known.
 
     config: a tower's config.json, or that of a whole model which holds it. patches: of the whole
     frame. layer: which hidden state is taken, as `preprocess encode --layer`.
     """
     kind = next((k for k in KINDS if config.get("model_type") in k.model_types), None)
-    if kind is None or kind.flops is None:
+    if kind is None or kind.flops is None or isinstance(layer, str):
         return None
     try:
         return kind.flops(config.get("vision_config", config), patches, layer)

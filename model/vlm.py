@@ -9,6 +9,7 @@ A saved model is one folder: `llm/` (Hugging Face form, with the tokenizer), `pr
 """
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.batch import Batch
-from model.config import FORMAT, VLMConfig, read_model_config
+from model.batch import Batch, FrameGroup
+from model.config import FORMAT, POOLED, VLMConfig, read_model_config
 from model.family.head import decoder_of, own_head, seen_embeddings, seen_head
 from model.family.limits import load_tokenizer
 from model.family.masks import batch_masks, step_masks
+from model.family.mrope import MRope, install
 from model.family.windows import reaches, takes_positions, text_config
 from model.frame_causal import FrameCausal
+from model.grid import pool
 from model.lape.head import LanguageHead
 from model.lape.tables import Lape
 from model.lape.tokens import AXES, LAPE_AXES, LapeTokens
@@ -78,6 +81,10 @@ class VLM(nn.Module):
         )  # FSDP2's units: the decoder layers
         self.projector = build_projector(config.mm_projector_type, width, llm_width)
         self.visual = VisualTokens(llm_width)
+        if config.frame_marks == "none":
+            self.visual.requires_grad_(False)  # which no token takes
+        if config.frame_positions == "mrope":
+            install(decoder_of(llm), [int(n) for n in config.mrope_sections.split(",") if n])
         self.frame_causal = (
             FrameCausal(llm_width, width, config.predictor) if config.loss_weight > 0 else None
         )
@@ -120,14 +127,28 @@ class VLM(nn.Module):
         for group in batch.groups:
             tokens = self.frame_tokens(batch, group).flatten(0, 2).to(embeds.dtype)
             embeds = embeds.index_copy(0, group.token_index.flatten(), tokens)
-            closing = self.visual.frame_end.expand(len(group.end_index), -1).to(embeds.dtype)
-            embeds = embeds.index_copy(0, group.end_index, closing)
+            embeds = self._closed(embeds, group.end_index)
+        if batch.newline_index is not None:
+            embeds = self._closed(embeds, batch.newline_index)
         return embeds.view(*batch.input_ids.shape, -1)
 
-    def frame_tokens(self, batch: Batch, group: Any) -> Tensor:
-        """Return projector(features) + positions + stream: `(frames, cell_rows, cell_cols, width)`."""
-        tokens = self.projector(group.projected.to(self.visual.frame_end.dtype))
-        tokens = tokens + self.visual.stream[group.stream]
+    def _closed(self, embeds: Tensor, places: Tensor) -> Tensor:
+        """Return embeddings with the closing vector at some places."""
+        closing = self.visual.frame_end.expand(len(places), -1).to(embeds.dtype)
+        return embeds.index_copy(0, places, closing)
+
+    def projected(self, group: FrameGroup) -> Tensor:
+        """Return the projector's tokens, one per cell: `(frames, cell_rows, cell_cols, width)`."""
+        tokens: Tensor = self.projector(group.projected.to(self.visual.frame_end.dtype))
+        if self.config.pool_after_projector:
+            tokens = pool(tokens, POOLED, "bilinear").to(tokens.dtype)
+        return tokens
+
+    def frame_tokens(self, batch: Batch, group: FrameGroup) -> Tensor:
+        """Return the projector's tokens + positions + stream: `(frames, cell_rows, cell_cols, width)`."""
+        tokens = self.projected(group)
+        if self.config.frame_marks == "frames":
+            tokens = tokens + self.visual.stream[group.stream]
         if self.lape is not None and self.config.lape_positions:
             tokens = tokens + self.lape.positions(
                 group.grid, group.covered, group.time, group.timed
@@ -153,9 +174,19 @@ class VLM(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the LLM's last hidden states after its final norm: `(rows * length, width)`."""
         mask = self.attention_mask(batch)
-        return self.decode(self.embed(batch), mask, batch.position_ids).flatten(0, 1)
+        return self.decode(self.embed(batch), mask, batch.position_ids, batch.rope).flatten(0, 1)
 
-    def decode(self, embeds: Tensor, mask: Any, positions: Tensor) -> Tensor:
+    def turning_by(self, rope: Tensor | None) -> AbstractContextManager[None]:
+        """Let the LLM's next forward turn by time, row and column: int64 `(3, rows, length)`."""
+        if rope is None:
+            return nullcontext()
+        rotary = decoder_of(self.llm).rotary_emb
+        assert isinstance(rotary, MRope)
+        return rotary.at(rope)
+
+    def decode(
+        self, embeds: Tensor, mask: Any, positions: Tensor, rope: Tensor | None = None
+    ) -> Tensor:
         """Return the last hidden states of embedded rows, without a cache: `(rows, length, width)`."""
         decoder = decoder_of(self.llm)
         # some that hold a state from token to token know no positions
@@ -163,9 +194,10 @@ class VLM(nn.Module):
         if self.llm.config._attn_implementation == "flex_attention":
             # its kernel for rows under 128 tokens, meant for decoding, has no form for grouped heads
             known["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
-        states: Tensor = decoder(
-            inputs_embeds=embeds, attention_mask=mask, use_cache=False, **known
-        ).last_hidden_state
+        with self.turning_by(rope):
+            states: Tensor = decoder(
+                inputs_embeds=embeds, attention_mask=mask, use_cache=False, **known
+            ).last_hidden_state
         return states
 
     @property
@@ -218,7 +250,7 @@ class VLM(nn.Module):
             return float("nan")
         inside = positions = 0.0
         for group in batch.groups:
-            tokens = self.projector(group.projected.to(self.visual.frame_end.dtype))
+            tokens = self.projected(group)
             placed = self.lape.positions(group.grid, group.covered, group.time, group.timed)
             inside += tokens.float().square().mean(dim=-1).sum().item()
             positions += placed.square().mean(dim=-1).sum().item()

@@ -132,6 +132,8 @@ def make_bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> 
         *shards: Mapping[str, Mapping[int, np.ndarray]],
         config: FeatureConfig = features,
         quarantined: tuple[str, ...] = (),
+        meta: Mapping[str, Any] | None = None,
+        width: int = 64,
     ) -> Path:
         scales = {}
         if config.codec == "int8":
@@ -141,11 +143,11 @@ def make_bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> 
         for unit, clips in enumerate(shards):
             writer = ShardWriter(shard_path(out, unit), unit, config.fingerprint, codec)
             for id_, arrays in clips.items():
-                writer.write(sample_key(id_), make_meta(id_, arrays), arrays)
+                writer.write(sample_key(id_), make_meta(id_, arrays, **(meta or {})), arrays)
             writer.commit()
         units = [[ClipSource(id_, sample_key(id_), id_, id_) for id_ in clips] for clips in shards]
         calibration = {str(s): scale.tolist() for s, scale in scales.items()} or None
-        finish(out, Plan(config, units, calibration=calibration), TowerFacts("unnamed", 64))
+        finish(out, Plan(config, units, calibration=calibration), TowerFacts("unnamed", width))
         failures = [
             QuarantineEntry(id_, sample_key(id_), id_, "decode", Reason.DAMAGED, "damaged", 1, 0.0)
             for id_ in quarantined

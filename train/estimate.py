@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.config import ModelSettings, joined_cells
+from model.config import ModelSettings
 from model.tower_kinds import frame_flops
 from shards.text import duration, some
 from train.batches.run_plan import RunPlan
@@ -118,9 +118,10 @@ def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.n
     """Return the bytes of features that each record reads; the copy baseline's are left out."""
     width = dataset.banks.manifest.tower_width
     frames = plan.transitions + plan.clips
-    side = joined_cells(settings.mm_projector_type)
-    finer = side**2 if side > 1 else 0  # the cells that are joined, beside those that are predicted
-    return (plan.visual - frames) * width * 2 * (1 + finer)
+    side = settings.finer
+    # the cells that are joined, beside those that are predicted, which may be pooled of them
+    read = (side**2 if side > 1 else 0) + (not settings.pool_after_projector)
+    return (plan.visual - frames * settings.closing_tokens) * width * 2 * read
 
 
 def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:

@@ -95,7 +95,8 @@ def readme(model: "VLM", *, adapter: bool, limit: int) -> str:  # long: it is th
     files = {
         "llm/": "the LLM and its tokenizer, in Hugging Face form",
         "projector.safetensors": f"{config.mm_projector_type}: pooled tower features -> LLM width",
-        "visual.safetensors": "the vector that closes a frame, and one per stream (slow, fast)",
+        "visual.safetensors": "the vector that closes a frame, and one per stream (slow, fast); "
+        f"frame_marks: {config.frame_marks}",
         "lape/": "six coordinate tables, gamma, and the ids of their tokens",
         "frame_causal.safetensors": "the frame predictor; only its loss needs it",
         "config.json": "settings of the model, and of the features it was trained on",
@@ -112,8 +113,17 @@ def readme(model: "VLM", *, adapter: bool, limit: int) -> str:  # long: it is th
         "max_frames_num": config.max_frames_num,
         "frame_attention": config.frame_attention,
         "frame_time": config.frame_time,
+        "frame_positions": config.frame_positions,
+        "media_tags": config.media_tags,
+        "pool_after_projector": config.pool_after_projector,
     }
     frames = "\n".join(f"- {name}: {value}" for name, value in settings.items())
+    pooled = (
+        "LLaVA and VILA pool after the projector, this model\nbefore it, so the projector's weights mean "
+        "something only on features pooled as above."
+        if not config.pool_after_projector
+        else "As LLaVA-OneVision, this model pools after\nthe projector, 2x2 cells bilinearly."
+    )
     return f"""# A video LLM trained by framebank
 
 | file | what it is |
@@ -146,8 +156,7 @@ model = VLM.load(".")
 
 VILA sorts weights into files by their names (`llm`, `vision_tower`, `mm_projector`) and leaves out the
 rest without a word: of this model `visual`, `lape` and `frame_causal`. It also drops special tokens
-when it decodes, and with them every coordinate. LLaVA and VILA pool after the projector, this model
-before it, so the projector's weights mean something only on features pooled as above.
+when it decodes, and with them every coordinate. {pooled}
 """
 
 

@@ -22,7 +22,7 @@ from train.data.dataset import Dataset, open_dataset
 from train.settings.ancestors import Process, accelerate_words, holders
 from train.settings.config import TrainConfig, parse
 from train.settings.exits import command
-from train.start.stage import bank_problem
+from train.start.stage import as_its_stage, bank_problem
 from train.start.stage_files import stage_problem
 
 SHOWN = 160
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     holding = holders()  # before minutes of loading, in which they may end
     config = parse(argv, os.environ, accelerate_words(argv))
     dataset = open_inputs(config)
+    config = as_its_stage(config)
     if config.plan:
         show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
     else:

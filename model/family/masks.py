@@ -81,13 +81,16 @@ def frame_starts(batch: Batch) -> Tensor:
         flat.index_copy_(
             0, group.token_index.flatten(), first.expand_as(group.token_index).flatten()
         )
-        flat.index_copy_(0, group.end_index, first[:, 0])
+        if len(group.end_index):
+            flat.index_copy_(0, group.end_index, first[:, 0])
     return flat.view(rows, length) % length
 
 
 def _frames_beyond(reaches: Mapping[str, Reach], batch: Batch) -> bool:
     """Tell whether a frame is longer than what some layers see back: its tokens still see it."""
-    longest = max((group.grid.cells + 1 for group in batch.groups), default=0)
+    longest = max(
+        (group.grid.cells + bool(len(group.end_index)) for group in batch.groups), default=0
+    )
     return any(
         (reach.window is not None and longest > reach.window)
         or (reach.chunk is not None and longest > 1)  # a frame may lie across two chunks

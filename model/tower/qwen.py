@@ -1,4 +1,4 @@
-"""The vision towers of Qwen2-VL and Qwen2.5-VL, as they are before the merger.
+"""The vision towers of Qwen2-VL and Qwen2.5-VL, as they are before the merger, and behind it.
 
 A patch here is `temporal_patch_size` (2) frames deep: frames go in by such units, and no attention
 passes from one unit to another. The merger behind the tower joins `spatial_merge_size` x the same
@@ -12,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.tower_kinds import MERGED, Layer
 
-def encode(model: Any, pixels: Tensor, layer: int) -> Tensor:
+
+def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     """Return the hidden states of each unit: `(units, patch_rows, patch_cols, width)`.
+
+    Of the layer `merged` the tokens that the merger makes for the LLM, a cell for each block.
 
     pixels: `(frames, 3, height, width)`, whole units of whole blocks.
     """
@@ -23,6 +27,9 @@ def encode(model: Any, pixels: Tensor, layer: int) -> Tensor:
     patches = patchify(pixels, deep, side, merge)
     units, rows, cols = len(pixels) // deep, pixels.shape[2] // side, pixels.shape[3] // side
     sizes = torch.tensor([[units, rows, cols]], device=pixels.device)
+    if layer == MERGED:
+        tokens: Tensor = model(patches, grid_thw=sizes).pooler_output
+        return tokens.reshape(units, rows // merge, cols // merge, -1)
     output = model(patches, grid_thw=sizes, output_hidden_states=True)
     hidden = output.hidden_states[layer].unflatten(0, (units, rows * cols))
     window = getattr(config, "window_size", 0) // side // merge  # in blocks

@@ -4,9 +4,7 @@ tower = Tower.load("google/siglip-so400m-patch14-384", layer=-2)
 patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 1152)
 """
 
-import hashlib
 import importlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +17,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, logging
 
+from model.llm import tower_digest
 from model.tower.pixels import Pixels
 from model.tower.pooling import Pooling
 from model.tower.trial import check_processor
-from model.tower_kinds import TowerKind, find_kind
+from model.tower_kinds import MERGED, Layer, TowerKind, find_kind
 from shards.errors import UserError, first_line
 
-VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,12 +36,13 @@ class Tower:
     model_type: str
     digest: str
     """blake2b of the vision configuration and weights, wherever they lie."""
-    layer: int
+    layer: Layer
+    """The hidden state that is taken, or `merged`: what the tower's merger makes of the last."""
     dtype: str
     attention: str
     pixels: Pixels
     patch: int
-    """Pixels on a side of a patch."""
+    """Pixels on a side of a patch; of a merged token, of all the patches in it."""
     width: int
     model: nn.Module
     device: torch.device
@@ -56,7 +55,7 @@ class Tower:
         cls,
         name: str,
         *,
-        layer: int = -2,
+        layer: Layer = -2,
         dtype: str = "float32",
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
@@ -65,9 +64,9 @@ class Tower:
         kind, config = _read_config(name)
         processor, model = _load_vision(name, kind, config, attention)
         vision = model.config
-        _check_layer(name, layer, getattr(vision, kind.depth))
+        _check_layer(name, kind, layer, getattr(vision, kind.depth))
         pixels = _pixels_of(name, processor, kind.side_of(vision))
-        digest = tower_digest(vision, model)
+        digest = tower_digest(vision.to_dict(), model.state_dict())
         _to_device(model, dtype, device)
         tower = cls(
             name=name,
@@ -77,8 +76,8 @@ class Tower:
             dtype=dtype,
             attention=attention,
             pixels=pixels,
-            patch=vision.patch_size,
-            width=getattr(vision, kind.width),
+            patch=vision.patch_size * kind.joined(vision, layer),
+            width=getattr(vision, kind.merged_width if layer == MERGED else kind.width),
             model=model,
             device=torch.device(device),
             kind=kind,
@@ -243,7 +242,14 @@ def _load_processor(name: str) -> Any:
         ) from None
 
 
-def _check_layer(name: str, layer: int, layers: int) -> None:
+def _check_layer(name: str, kind: TowerKind, layer: Layer, layers: int) -> None:
+    if isinstance(layer, str):
+        if layer != MERGED or not kind.merge:
+            raise UserError(
+                f"tower {name}: has no layer {layer}: merged tokens are those of Qwen2-VL and Qwen2.5-VL",
+                fix=f"use a number, -1 to {-layers - 1}",
+            )
+        return
     if not -layers - 1 <= layer <= layers:
         raise UserError(f"tower {name}: layer {layer} of {layers} layers; use -1 to {-layers - 1}")
 
@@ -288,13 +294,3 @@ def _not_loaded(name: str, error: Exception) -> UserError:
         f"tower {name}: cannot be loaded; name a folder with config.json, preprocessor_config.json "
         f"and weights, or a model of the Hub: {first_line(error)}"
     )
-
-
-def tower_digest(config: Any, model: nn.Module) -> str:
-    """Return blake2b over a vision tower's configuration and weights, in order of name."""
-    kept = {key: value for key, value in config.to_dict().items() if key not in VOLATILE}
-    total = hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, weight in sorted(model.state_dict().items()):
-        total.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        total.update(weight.detach().cpu().contiguous().numpy().data)
-    return total.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from shards.errors import UserError
-from shards.format.features import CODECS, DTYPES, POOL_MODES, Sampling, check_strides
+from shards.format.features import CODECS, DTYPES, MERGED, POOL_MODES, Sampling, check_strides
 from shards.storage import refuse_url
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -35,6 +35,20 @@ class Strides(click.ParamType):
                 ctx,
             )
         return strides
+
+
+class Layer(click.ParamType):
+    """`-2` -> -2, `merged` as it is."""
+
+    name = "integer|merged"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        if value == MERGED or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"an integer or {MERGED} is needed, got {value!r}", param, ctx)
 
 
 def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -130,7 +144,13 @@ PLANNED = _all(
         is_flag=True,
         help="Ids of archived clips begin with their archive's name: shard.tar/key.mp4.",
     ),
-    click.option("--layer", default=-2, show_default=True, help="Hidden layer of the tower."),
+    click.option(
+        "--layer",
+        type=Layer(),
+        default="-2",
+        show_default=True,
+        help="Hidden layer of the tower; merged: what Qwen-VL's gives its LLM (--stride 1).",
+    ),
     click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True),
     click.option(
         "--dtype",

@@ -37,7 +37,7 @@ class EncodeOptions:
     tower: str
     strides: tuple[int, ...]
     sampling: Sampling
-    layer: int = -2
+    layer: int | str = -2
     pool: str = "average"
     dtype: str = "float16"
     codec: str = "none"

@@ -18,6 +18,7 @@ FORMAT_VERSION = 3
 """Of a bank's files: any change of their layout, or of what a field means, raises it."""
 
 POOL_MODES = ("average", "average_floor", "max", "bilinear")
+MERGED = "merged"
 DTYPES = ("float16", "bfloat16")
 CODECS = ("none", "blosc", "int8")
 
@@ -69,8 +70,9 @@ class FeatureConfig:
     """transformers' model type of the vision tower, such as `siglip_vision_model`."""
     tower_digest: str
     """blake2b of the tower's configuration and weights, independent of where they lie."""
-    layer: int
-    """Index into the tower's hidden states, -1 the last, -2 the one before it."""
+    layer: int | str
+    """Index into the tower's hidden states, -1 the last, -2 the one before it; or `merged`: the tokens
+    that the tower's merger makes for its LLM."""
     processor: Json
     """The tower's resolved image-processor values: sizes, filter, mean, std, crop."""
     dtype: str
@@ -89,6 +91,14 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         check_strides(self.strides)
+        if isinstance(self.layer, str) and self.layer != MERGED:
+            raise UserError(f"layer must be an integer or {MERGED}, got {self.layer!r}")
+        if self.layer == MERGED and self.strides[0] != 1:
+            raise UserError(
+                "layer merged: merged tokens are banked as they come, with coarser strides beside them",
+                got=f"a finest stride of {self.strides[0]}",
+                fix=f"use --stride {','.join(map(str, (1, *self.strides)))}, or --stride 1",
+            )
         if self.pool not in POOL_MODES:
             raise UserError(f"pool must be one of {', '.join(POOL_MODES)}, got {self.pool!r}")
         if self.dtype not in DTYPES:

@@ -36,6 +36,8 @@ def _reader(kind: Any) -> Reader:
     if dataclasses.is_dataclass(kind):
         return _record(kind)
     origin, args = get_origin(kind), get_args(kind)
+    if origin is UnionType and args == (int, str):
+        return lambda value, where: _of(value, args, "an integer or a text", where)
     if origin is UnionType:
         inner = _reader(next(one for one in args if one is not NoneType))
         return lambda value, where: None if value is None else inner(value, where)

@@ -128,7 +128,16 @@ def test_a_model_projects_the_finer_cells_and_predicts_the_coarser(
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
 
 
-@pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp2x_relu", "mlp_downsample_4x4", "identity", ""])
+@pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp2x_relu", "mlp_downsample_4x4", "mlp", ""])
 def test_an_unknown_projector_is_refused_with_those_there_are(kind: str) -> None:
     with pytest.raises(UserError, match=f"one of {PROJECTORS}, got '{kind}'"):
         joined_cells(kind)
+
+
+def test_an_identity_hands_on_features_of_the_llms_own_width() -> None:
+    cells = torch.randn(2, 3, 4, 8)
+    assert build_projector("identity", 8, 8)(cells) is cells
+    with pytest.raises(
+        UserError, match=r"the LLM's width 16, got features of width 8; take a bank"
+    ):
+        build_projector("identity", 8, 16)

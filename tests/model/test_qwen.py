@@ -22,6 +22,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from model.llm import own_tower_digest
 from model.tower.qwen import patch_order, patchify
 from model.tower.tower import Tower
 from shards.errors import UserError
@@ -284,3 +285,39 @@ def test_a_processor_of_another_tower_is_refused(folders: dict[str, Path], tmp_p
     qwen_processor().save_pretrained(tmp_path / "siglip")
     with pytest.raises(UserError, match="multiples of 8, expected None"):
         Tower.load(str(tmp_path / "siglip"))
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (8, 56), (32, 32)])
+def test_the_layer_merged_is_what_the_whole_model_gives_its_llm(
+    folders: dict[str, Path], models: dict[str, Any], kind: str, height: int, width: int
+) -> None:
+    tower = Tower.load(str(folders[kind]), layer="merged")
+    assert (tower.width, tower.patch) == (LLM_WIDTH, 2 * PATCH)
+    assert tower.grid_of(height, width) == (height // 8, width // 8)
+    frames = frames_of(3, height, width, 6)
+    tokens = tower.encode(frames)
+    assert tokens.shape == (3, height // 8, width // 8, LLM_WIDTH)
+    sizes = torch.tensor([[3, height // PATCH, width // PATCH]])
+    with torch.no_grad():
+        given = patchify(tower.normalise(frames), 2, PATCH, 2)
+        expected = models[kind].model.visual(given, grid_thw=sizes).pooler_output
+    torch.testing.assert_close(tokens.reshape(-1, LLM_WIDTH), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_other_towers_have_no_merged_tokens(folders: dict[str, Path], tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = SiglipVisionConfig(**small, num_attention_heads=2, image_size=24, patch_size=4)
+    SiglipVisionModel(config).save_pretrained(tmp_path)
+    SiglipImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path)
+    for folder, layer in ((tmp_path, "merged"), (folders["qwen2_vl"], "pooled")):
+        with pytest.raises(
+            UserError, match=f"has no layer {layer}: merged tokens are those of Qwen"
+        ):
+            Tower.load(str(folder), layer=layer)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_checkpoint_names_its_tower_as_a_bank_does(folders: dict[str, Path], kind: str) -> None:
+    digest = Tower.load(str(folders[kind]), layer="merged").digest
+    assert own_tower_digest(folders[kind], ("model.visual.", "visual.")) == digest

@@ -150,6 +150,21 @@ def test_a_mistyped_command_is_refused_with_a_suggestion() -> None:
     assert "'encode'" in refused(preprocess("encod"))
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--layer", "last"], "an integer or merged is needed, got 'last'"),
+        (["--layer", "merged"], "has no layer merged: merged tokens are those of Qwen2-VL"),
+        (["--layer", "9"], "layer 9 of"),
+    ],
+)
+def test_a_layer_that_the_tower_has_not_is_refused(
+    toy: Path, tmp_path: Path, words: Sequence[str], why: str
+) -> None:
+    assert why in refused(preprocess(*encode_words(toy, tmp_path / "b", *words)))
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("strides", ["8,4", "4,4", "0", "x", "-4,8", "4,", "", "4.0", "4 8"])
 def test_strides_that_do_not_rise_are_refused(toy: Path, tmp_path: Path, strides: str) -> None:
     line = refused(preprocess(*encode_words(toy, tmp_path / "b", "--stride", strides)))

@@ -4,10 +4,12 @@ pytest tests/train/test_recorded.py
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from model.config import VLMConfig
 from train.settings.recorded import facts_changed, files_changed, write_run
 
 A, B, C = ("a1" * 16, "b2" * 16, "c3" * 16)
@@ -58,6 +60,14 @@ def test_what_is_known_by_a_digest_is_told_in_words() -> None:
     lines = facts_changed({"plan": before["plan"] | more[0]}, {"plan": now["plan"] | more[1]})
     assert not [line for line in lines if A[:6] in line or "clips" in line]
     assert facts_changed(before, json.loads(json.dumps(before))) == []
+
+
+def test_a_setting_that_an_older_run_did_not_know_was_as_its_default_is() -> None:
+    now = asdict(VLMConfig(frame_marks="none", mm_projector_type="linear"))
+    before = {k: v for k, v in now.items() if k not in ("frame_marks", "frame_positions")}
+    lines = facts_changed({"model": before}, {"model": now})
+    assert lines == ['frame_marks was "frames", is now "none"']
+    assert facts_changed({"model": before}, {"model": now | {"frame_marks": "frames"}}) == []
 
 
 def test_settings_of_earlier_steps_are_kept(tmp_path: Path) -> None:

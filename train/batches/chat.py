@@ -98,6 +98,20 @@ class Pieces:
         if not self._parts:
             self.pieces.append(Piece(Segment((("", True),), ""), CLOSING))
 
+    def medium(self, around: tuple[str, str] | None) -> None:
+        """Add a medium between control tokens, which are never learned."""
+        if around is None:
+            self.add()
+            return
+        self.cut()
+        before, self.learned = self.learned, NOT
+        self.template(around[0])
+        self.add()
+        self.template(around[1])
+        if before != NOT:
+            self.cut()
+            self.learned = before
+
     def add(self, axis: int = MEDIA, coord: float = 0.0) -> None:
         """Add a medium or a coordinate."""
         self.cut()
@@ -119,9 +133,15 @@ class Chat:
     """Encodes conversations for one tokenizer, with coordinates as anchors or as plain numbers."""
 
     def __init__(
-        self, tokenizer: Any, anchors: LapeTokens | None, today: str = TEMPLATE_DATE
+        self,
+        tokenizer: Any,
+        anchors: LapeTokens | None,
+        today: str = TEMPLATE_DATE,
+        around: tuple[str, str] | None = None,
     ) -> None:
         """today: the date, as 2024-07-26, that a template is told which asks for it.
+
+        around: control tokens before and behind each medium.
 
         Raises UserError where the tokenizer has no chat template, or one that cannot be learned.
         """
@@ -131,7 +151,13 @@ class Chat:
                 where=tokenizer.name_or_path,
                 fix=f"set chat_template to one of {', '.join(filter(None, CHAT_TEMPLATES))}",
             )
-        self.tokenizer, self.anchors = tokenizer, anchors
+        self.tokenizer, self.anchors, self.around = tokenizer, anchors, around
+        if unknown := [token for token in around or () if token not in tokenizer.get_added_vocab()]:
+            raise UserError(
+                f"media_tags: {', '.join(unknown)} is no control token of its tokenizer",
+                where=tokenizer.name_or_path,
+                fix="set media_tags: none, or name tokens that it has",
+            )
         self.template = dated(tokenizer.get_chat_template(), date.fromisoformat(today))
         self.segments = Segments(tokenizer)
         self.rendered = lru_cache(maxsize=1024)(self._render)
@@ -150,7 +176,8 @@ class Chat:
     def of(cls, model: "VLM") -> "Chat":
         """Return the chat of a model: its tokenizer, its anchors, the date that it was trained on."""
         anchors = model.lape.tokens if model.lape else None
-        return cls(model.tokenizer, anchors, model.config.template_date)
+        config = model.config
+        return cls(model.tokenizer, anchors, config.template_date, config.around_media)
 
     def encode(
         self, turns: Sequence[Turn], durations: Sequence[float], *, answer: int | None = None
@@ -236,7 +263,7 @@ class Chat:
             for part in MEDIA_TAGS.split(text):
                 if MEDIA_TAG.fullmatch(part):
                     duration = next(media)
-                    out.add()
+                    out.medium(self.around)
                 elif part:
                     self.add_content(out, part, duration)
             if answers:

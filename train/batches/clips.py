@@ -39,9 +39,17 @@ class Clips:
 
     @classmethod
     def of(
-        cls, records: Sequence[Record], banks: Banks, slow_stride: int, fast_stride: int
+        cls,
+        records: Sequence[Record],
+        banks: Banks,
+        slow_stride: int,
+        fast_stride: int,
+        pooled: int = 1,
     ) -> "Clips":
-        """Read from the catalogues what the records' clips are; every clip is banked."""
+        """Read from the catalogues what the records' clips are; every clip is banked.
+
+        pooled: banked cells on a side that are one token.
+        """
         media = [(k, place) for k, own in enumerate(records) for place in own.places]
         spliced = [k for k, (_, place) in enumerate(media) if isinstance(place, Timeline)]
         uses = np.ones(len(media), np.int64)
@@ -75,7 +83,7 @@ class Clips:
             for grid, stride in ((1, slow_stride), (2, fast_stride)):
                 shape = columns[f"stride{stride}_shape"].reshape(-1, 4).astype(np.int64)[rows]
                 values[0, here] = shape[:, 0]
-                values[grid, here] = shape[:, 1] * shape[:, 2]
+                values[grid, here] = -(-shape[:, 1] // pooled) * -(-shape[:, 2] // pooled)
             values[3, here] = (columns["end"] - columns["start"])[rows]
             found |= here
         assert found.all()

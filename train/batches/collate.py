@@ -14,10 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import FAST, SLOW, Batch, FrameGroup, Transitions, joined
-from model.config import joined_cells
+from model.batch import (
+    FAST,
+    SLOW,
+    Batch,
+    FrameGroup,
+    Transitions,
+    flat_places,
+    joined,
+    padded_rows,
+    pooled,
+)
+from model.config import POOLED
+from model.family.mrope import mrope_rows
 from model.grid import Grid
-from model.mask import intervals, other_turns
+from model.mask import intervals, other_turns, places_before
 from model.slow_fast import slow_frames, uniform_indices
 from model.vlm import VLMConfig
 from shards.read.bank import ClipInfo
@@ -38,6 +49,10 @@ class PlacedFrame:
     stream: int
     grid: Grid
     first: int
+    tokens: int
+    """Of its cells, and the one that closes it where one does."""
+    seconds: float
+    """When it is, on the clock of its medium."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,8 @@ class Row:
     frames: list[PlacedFrame]
     clips: int
     """Clips of all conversations together, each part of a medium one."""
+    newlines: tuple[int, ...] = ()
+    """Places of the tokens that close media, where some do."""
     turn: np.ndarray | None = None
     """Number of a token's turn, from 1, where turns do not see each other; 0 elsewhere. None: all 0."""
 
@@ -77,6 +94,8 @@ def choose_frames(
     drawn, and which of them are slow, where the config alone does not say it.
     """
     total, most = len(info.timestamps), most or config.max_frames_num
+    # behind the projector tokens are pooled again, from the banked grid
+    further, mode = (POOLED, "bilinear") if config.pool_after_projector else (1, pool)
     if look is None:
         chosen = uniform_indices(total, most)
         slow = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, len(chosen))
@@ -87,7 +106,7 @@ def choose_frames(
     for frame, is_slow in zip(chosen, slow, strict=True):
         stream = SLOW if is_slow else FAST
         rows, cols = place_of(info, frame)[2].patch_grid
-        frames.append((frame, stream, Grid(rows, cols, strides[stream], pool)))
+        frames.append((frame, stream, Grid(rows, cols, strides[stream] * further, mode)))
     return frames
 
 
@@ -102,43 +121,42 @@ def lay_out(
 ) -> Row:
     """Return the row of a conversation: every medium becomes its frames' cells and closing tokens.
 
-    stamp: seconds of a clip -> the tokens that are written before a frame, of `frame_time: text`.
-    looks: how each medium is seen, where it is drawn.
+    stamp: seconds of a clip -> the tokens written before a frame, of `frame_time: text`. looks: how
+    each medium is seen, where it is drawn.
     """
     ids, axis, block = list[int](), list[int](), list[int]()
     coord, supervised = list[float](), list[bool]()
-    frames: list[PlacedFrame] = []
+    columns: list[list[Any]] = [ids, axis, coord, supervised, block]
+    frames, newlines = list[PlacedFrame](), list[int]()
     media, clips = zip(infos, looks or repeat(None), strict=False), 0
 
     def unlearned(tokens: Sequence[int], frame: int) -> None:
         ids.extend(tokens)
-        same: list[tuple[list[Any], Any]] = [(axis, -1), (coord, 0.0), (supervised, False)]
-        for column, value in [*same, (block, frame)]:
+        for column, value in zip(columns[1:], (-1, 0.0, False, frame), strict=True):
             column.extend([value] * len(tokens))
 
-    for id_, a, c, on in zip(
-        encoded.ids, encoded.axis, encoded.coord, encoded.supervised, strict=True
-    ):
+    talk = encoded.ids, encoded.axis, encoded.coord, encoded.supervised
+    for id_, a, c, on in zip(*talk, strict=True):
         if id_ != MEDIA:
-            ids.append(id_)
-            axis.append(a)
-            coord.append(c)
-            supervised.append(on)
-            block.append(-1)
+            for column, value in zip(columns, (id_, a, c, on, -1), strict=True):
+                column.append(value)
             continue
         info, look = next(media)
         for frame, stream, grid in choose_frames(info, config, pool, most, look):
+            seconds = float(info.timestamps[frame])
             if config.frame_time == "text":
                 assert stamp is not None
                 # plain text that is not learned; a frame sees its own time, as it sees all before it
-                unlearned(stamp(float(info.timestamps[frame]) - info.start), -1)
+                unlearned(stamp(seconds - info.start), -1)
             part, own, _ = place_of(info, frame)
-            frames.append(PlacedFrame(clips + part, own, stream, grid, len(ids)))
-            unlearned([0] * (grid.cells + 1), len(frames) - 1)
+            tokens, first = grid.cells + config.closing_tokens, len(ids)
+            frames.append(PlacedFrame(clips + part, own, stream, grid, first, tokens, seconds))
+            unlearned([0] * tokens, len(frames) - 1)
         clips += part_count(info)
+        newlines += [len(ids)] * config.newline_tokens
+        unlearned([0] * config.newline_tokens, -1)
     assert next(media, None) is None, f"{len(infos)} media for fewer tags"
-    grown = len(ids) - len(encoded.ids)
-    turn, position = counted_on(len(ids), [start + grown for start in encoded.turns])
+    turn, position = counted_on(len(ids), [k + len(ids) - len(encoded.ids) for k in encoded.turns])
     return Row(
         ids=np.asarray(ids, np.int64),
         axis=np.asarray(axis, np.int64),
@@ -149,6 +167,7 @@ def lay_out(
         position=position,
         frames=frames,
         clips=clips,
+        newlines=tuple(newlines),
         turn=turn,
     )
 
@@ -178,7 +197,7 @@ def frames_within(
 def pack(rows: Sequence[Row]) -> Row:
     """Return conversations one after the other in one row; clips are numbered through as well."""
     frames: list[PlacedFrame] = []
-    samples, blocks = [], []
+    samples, blocks, newlines = [], [], list[int]()
     turns = [np.zeros(len(row), np.int64) if row.turn is None else row.turn for row in rows]
     first = clips = 0
     for number, row in enumerate(rows):
@@ -190,6 +209,7 @@ def pack(rows: Sequence[Row]) -> Row:
             replace(frame, clip=frame.clip + clips, first=frame.first + first)
             for frame in row.frames
         ]
+        newlines += [place + first for place in row.newlines]
         first += len(row)
         clips += row.clips
     joined = {
@@ -202,6 +222,7 @@ def pack(rows: Sequence[Row]) -> Row:
         sample=np.concatenate(samples),
         frames=frames,
         clips=clips,
+        newlines=tuple(newlines),
         turn=np.concatenate(turns) if any(row.turn is not None for row in rows) else None,
     )
 
@@ -226,26 +247,24 @@ def collate(
     packed = any(row.sample[-1] > 0 for row in rows)
 
     def padded(name: str, fill: float, dtype: type[np.generic]) -> np.ndarray:
-        return _padded([getattr(row, name) for row in rows], length, fill, dtype)
+        return padded_rows([getattr(row, name) for row in rows], length, fill, dtype)
 
-    block = padded("block", -1, np.int64)
-    sample = padded("sample", -1, np.int64)
+    block, sample = padded("block", -1, np.int64), padded("sample", -1, np.int64)
     position = padded("position", -1, np.int64)
     # padding goes on counting behind a single conversation, and nothing reads it behind several
     position = np.where(position >= 0, position, 0 if packed else np.arange(length))
     attention = config.frame_attention
     bounds = [intervals(*row, attention) for row in zip(sample, block, strict=True)]
     input_ids, axis = padded("ids", 0, np.int64), padded("axis", -1, np.int64)
-    coord = padded("coord", 0.0, np.float32)
+    coord, turn = padded("coord", 0.0, np.float32), padded("turn", 0, np.int64)
     # the hidden state before a token predicts it; a conversation's first token has none before it
     predicted = np.flatnonzero(padded("supervised", False, np.bool_))
     assert position.reshape(-1)[predicted].all()
-    turn, others = padded("turn", 0, np.int64), None
+    others = None
     if turn.any():
         others = [np.stack(bound) for bound in zip(*map(other_turns, sample, turn), strict=True)]
-    groups, transitions = group_frames(
-        rows, [parts_of(own) for own in clips], length, config, with_copy
-    )
+    parts = [parts_of(own) for own in clips]
+    groups, transitions = group_frames(rows, parts, length, config, with_copy)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         axis=torch.from_numpy(axis),
@@ -253,7 +272,7 @@ def collate(
         position_ids=torch.from_numpy(position),
         mask_start=torch.from_numpy(np.stack([start for start, _ in bounds])),
         mask_end=torch.from_numpy(np.stack([end for _, end in bounds])),
-        predict_index=torch.from_numpy(_places_before(predicted, others, length)),
+        predict_index=torch.from_numpy(places_before(predicted, others, length)),
         labels=torch.from_numpy(input_ids.reshape(-1)[predicted]),
         label_axis=torch.from_numpy(axis.reshape(-1)[predicted]),
         label_coord=torch.from_numpy(coord.reshape(-1)[predicted]),
@@ -261,34 +280,13 @@ def collate(
         groups=groups,
         transitions=transitions,
         record_ids=tuple(record_ids),
+        rope=mrope_rows([row.frames for row in rows], position, sample, config),
+        newline_index=flat_places([row.newlines for row in rows], length),
         label_task=None if tasks is None else label_tasks(rows, tasks, predicted, length),
         causal=attention == "token" and not packed and others is None,
         others_start=None if others is None else torch.from_numpy(others[0]),
         others_end=None if others is None else torch.from_numpy(others[1]),
     )
-
-
-def _padded(
-    values: Sequence[np.ndarray | None], length: int, fill: float, dtype: type[np.generic]
-) -> np.ndarray:
-    out = np.full((len(values), length), fill, dtype)
-    for number, own in enumerate(values):
-        if own is not None:
-            out[number, : len(own)] = own
-    return out
-
-
-def _places_before(
-    places: np.ndarray, others: Sequence[np.ndarray] | None, length: int
-) -> np.ndarray:
-    """Return the flat place of the token before each one that a turn sees, in rows of a length.
-
-    others: as of `other_turns`, `(rows, length)` each. What comes before a turn is what all share.
-    """
-    if others is None:
-        return places - 1
-    behind_shared, own = (bound.reshape(-1)[places] for bound in others)
-    return np.where(own == places % length, places - own + behind_shared, places) - 1
 
 
 def label_tasks(
@@ -335,8 +333,7 @@ def group_frames(
             previous = (key, len(group), frame)
             group.append((number, frame))
     order = {key: place for place, key in enumerate(members)}
-    side = joined_cells(config.mm_projector_type)
-    groups = tuple(_group(key, frames, clips, length, side) for key, frames in members.items())
+    groups = tuple(_group(key, frames, clips, length, config) for key, frames in members.items())
     transitions = tuple(
         Transitions(
             source=order[source],
@@ -344,7 +341,7 @@ def group_frames(
             source_frame=torch.tensor([pair[0] for pair in pairs]),
             target_frame=torch.tensor([pair[1] for pair in pairs]),
             gap=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
-            copy=_copy(target[1].stride, pairs) if with_copy else None,
+            copy=_copy(target[1].stride, pairs, config) if with_copy else None,
         )
         for (source, target), pairs in steps.items()
     )
@@ -356,9 +353,8 @@ def _group(
     frames: Sequence[tuple[int, PlacedFrame]],
     clips: Sequence[Sequence[ClipFeatures]],
     length: int,
-    side: int,
+    config: VLMConfig,
 ) -> FrameGroup:
-    """side: how many cells on a side the projector joins, which are banked at a finer stride."""
     stream, grid, covered = key
     wanted: dict[tuple[int, int], list[int]] = {}
     times, timed = [], []
@@ -374,25 +370,28 @@ def _group(
             [clips[number][clip].read(stride, ks) for (number, clip), ks in wanted.items()]
         )
 
+    finer = read(grid.stride // config.finer) if config.finer > 1 else None
     first = torch.tensor([number * length + frame.first for number, frame in frames])
+    ends = first + grid.cells
     return FrameGroup(
         stream=stream,
         grid=grid,
         covered=covered,
-        features=read(grid.stride),
+        features=pooled(finer) if config.pool_after_projector else read(grid.stride),
         token_index=first[:, None] + torch.arange(grid.cells),
-        end_index=first + grid.cells,
+        end_index=ends if config.closing_tokens else ends[:0],
         time=torch.tensor(times, dtype=torch.float32),
         timed=torch.tensor(timed, dtype=torch.float32),
-        finer=read(grid.stride // side) if side > 1 else None,
+        finer=finer,
     )
 
 
-def _copy(stride: int, pairs: Sequence[FrameStep]) -> Tensor:
+def _copy(stride: int, pairs: Sequence[FrameStep], config: VLMConfig) -> Tensor:
     # the pairs of one clip are consecutive, so that one read serves them
     runs = groupby(pairs, key=lambda pair: id(pair[2]))
     reads = []
     for _, run in runs:
         members = list(run)
-        reads.append(members[0][2].read(stride, [step[3] for step in members]))
-    return joined(reads)
+        banked = stride // config.finer if config.pool_after_projector else stride
+        reads.append(members[0][2].read(banked, [step[3] for step in members]))
+    return pooled(joined(reads)) if config.pool_after_projector else joined(reads)

@@ -83,6 +83,8 @@ class Lengths:
     """How frames are seen, where that is not even and by one pattern, or media are spliced."""
     apart: Apart | None = None
     """Where turns of some records do not see each other."""
+    closing: int = 1
+    """Tokens behind the cells of each frame."""
     _known: dict[bytes, "Taken"] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )
@@ -123,7 +125,8 @@ class Lengths:
         """Return the tokens of all frames of each record, closing tokens included."""
         slow, fast = self.taken(frames)
         return self.per_record(
-            slow * (self.clips.slow_cells + 1) + fast * (self.clips.fast_cells + 1)
+            slow * (self.clips.slow_cells + self.closing)
+            + fast * (self.clips.fast_cells + self.closing)
         )
 
     def seen_uses(self, frames: np.ndarray) -> np.ndarray:
@@ -139,7 +142,7 @@ class Lengths:
     def frame_pairs(self, frames: np.ndarray) -> np.ndarray:
         """Return the (query, key) pairs that frames see beyond causal ones, seeing themselves wholly."""
         slow, fast = self.taken(frames)
-        sizes = self.clips.slow_cells + 1, self.clips.fast_cells + 1
+        sizes = self.clips.slow_cells + self.closing, self.clips.fast_cells + self.closing
         own = [size * (size - 1) // 2 for size in sizes]
         return self.per_record(slow * own[0] + fast * own[1])
 

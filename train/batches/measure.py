@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.config import ModelSettings
+from model.config import POOLED, ModelSettings
 from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.slow_fast import exact_ratio
-from shards.signed import canonical_json
+from shards.signed import Json, canonical_json
 from train.batches.augment import Looks
 from train.batches.chat import VERSION, Chat
 from train.batches.clips import Clips, Stamps, frame_times
@@ -50,8 +50,11 @@ class Measure:
         counts = settings.num_temporal_tokens, spatial, spatial
         self.anchors = LapeTokens(counts, axes) if settings.enable_lape else None
         template, date = settings.chat_template, settings.template_date
-        self.template = f"{tokenizer} {template} {date}"
-        self.chat = lru_cache(lambda: Chat(load_with_template(llm, template), self.anchors, date))
+        around = settings.around_media
+        self.template = f"{tokenizer} {template} {date}" + (f" {around}" if around else "")
+        self.chat = lru_cache(
+            lambda: Chat(load_with_template(llm, template), self.anchors, date, around)
+        )
         self.in_words = self.anchors is None or 0 not in self.anchors.axes
 
     def epoch(self, number: int) -> Lengths:
@@ -73,9 +76,12 @@ class Measure:
         looks = Looks.of_epoch(dataset, settings, number)
         drawn = clips.uses is not None or looks.settings.is_on
         ratio = exact_ratio(settings.slow_frame_ratio)
+        if settings.newline_tokens:
+            media = np.bincount(clips.record[clips.first], minlength=len(text))
+            text = np.where(text < 0, text, text + media * settings.newline_tokens)
         seen = looks if drawn else None
         own = Apart(*apart) if apart else None
-        return Lengths(text, supervised, clips, ratio, written, seen, own)
+        return Lengths(text, supervised, clips, ratio, written, seen, own, settings.closing_tokens)
 
     @cached_property
     def _read(self) -> "Lot":
@@ -83,7 +89,7 @@ class Measure:
         dataset = self.dataset
         parts = [part for part in dataset.parts if not part.splice]
         records = [record for part in parts for record in part.records * part.repeats]
-        clips = Clips.of(records, dataset.banks, *self._strides)
+        clips = Clips.of(records, dataset.banks, *self._strides, self._pooled)
         counts, first = [np.zeros((0, 2), np.int64)], 0
         for part in parts:
             media = sum(record.media for record in part.records)
@@ -136,14 +142,28 @@ class Measure:
         """The clips of the sources that are spliced, by dataset."""
         dataset = self.dataset
         return {
-            part.path: Clips.of(part.splice.records, dataset.banks, *self._strides)
+            part.path: Clips.of(part.splice.records, dataset.banks, *self._strides, self._pooled)
             for part in dataset.parts
             if part.splice
         }
 
     @property
+    def _pooled(self) -> int:
+        return POOLED if self.settings.pool_after_projector else 1
+
+    @property
     def _strides(self) -> tuple[int, int]:
         return self.dataset.slow_stride, self.dataset.fast_stride
+
+
+def layout_facts(settings: ModelSettings) -> Json:
+    """Return what a plan depends on where frames are laid out in another way: nothing elsewhere."""
+    facts: Json = {"media_tags": settings.media_tags} if settings.around_media else {}
+    if settings.frame_marks != "frames":
+        facts["frame_marks"] = settings.frame_marks
+    if settings.pool_after_projector:
+        facts["pool_after_projector"] = True
+    return facts
 
 
 class Lot(NamedTuple):

@@ -25,7 +25,7 @@ from shards.signed import Json
 from train.batches.clips import Clips
 from train.batches.fitting import Fit, fit_records
 from train.batches.lengths import REFUSED, Lengths, tokenizer_digest
-from train.batches.measure import Measure
+from train.batches.measure import Measure, layout_facts
 from train.batches.run_plan import RunPlan
 from train.cost import LlmShape
 from train.data.dataset import Dataset
@@ -143,7 +143,7 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
         "bank": joint(dataset.banks.config),
         "clips": lengths.clips.digest,
     }
-    facts |= drawn_facts(dataset)
+    facts |= layout_facts(config) | drawn_facts(dataset)
     if apart := [str(k) for k, part in enumerate(dataset.parts) if part.independent]:
         facts["independent turns of datasets"] = apart
     later = measure.epoch if dataset.is_drawn else None

@@ -263,7 +263,7 @@ def _turn(chat: Chat, text: str, role: str, before: _Gap, after: _Gap) -> list[P
         out.template(before.head[len(kept) :])
     for part in MEDIA_TAGS.split(text):
         if MEDIA_TAG.fullmatch(part):
-            out.add()
+            out.medium(chat.around)
         elif part:
             chat.add_content(out, part, 1.0)
     if answers:

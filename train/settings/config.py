@@ -106,7 +106,8 @@ class LlmSettings:
 
     stage_path: str = setting(
         "",
-        "what to start from: an LLM (folder or Hub name), a run, a VILA stage, a LLaVA checkpoint",
+        "what to start from: an LLM (folder or Hub name), a run, a VILA stage, a LLaVA or "
+        "Qwen-VL checkpoint",
     )
     attn: str = setting(
         "auto",

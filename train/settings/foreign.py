@@ -20,6 +20,7 @@ RENAMED = {
     "mm_projector_type": "mm_projector projector_type",
     "frame_sampling_strategy": "frame_strategy slow_fast_strategy",
     "mm_spatial_pool_stride": "slow_stride spatial_pool_stride",
+    "frame_marks": "mm_newline_position",
     "max_frames_num": "frames_upbound num_video_frames max_frames frame_num num_frames video_max_frames",
     "max_tokens": """model_max_length max_length max_seq_length max_seq_len cutoff_len
         tokenizer_model_max_length""",
@@ -65,7 +66,7 @@ ELSEWHERE = {
     "the projector is always trained, by projector_lr; leave it out": """
         tune_mm_projector tune_mm_mlp_adapter freeze_mm_mlp_adapter""",
     "a learned vector closes each frame, there are no such tokens; leave it out": """
-        mm_use_im_start_end mm_use_im_patch_token mm_newline_position mm_patch_merge_type
+        mm_use_im_start_end mm_use_im_patch_token mm_patch_merge_type
         faster_token_stride add_faster_video""",
     "frames are banked as one view each, as the tower's processor cuts them; leave it out": """
         image_aspect_ratio image_grid_pinpoints image_crop_resolution image_split_resolution

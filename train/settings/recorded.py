@@ -6,9 +6,11 @@ those before: `{"config": ..., "since_step": 700, "before": [{"config": ..., "si
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from model.config import VLMConfig
 from shards.errors import UserError
 from shards.signed import write_atomic
 from train.settings.output import RUN
@@ -21,6 +23,7 @@ OTHER = {
     "clips": "the bank holds other times or features of the records' clips: it was encoded again",
 }
 """What is known by a digest alone, in words."""
+MODEL_DEFAULTS = asdict(VLMConfig())
 CHECKPOINT = "checkpoint.json"
 """In a checkpoint-N: beside other things what its weights were trained with."""
 FREE = ("resume", "plan")
@@ -100,7 +103,11 @@ def facts_changed(before: Mapping[str, Json], now: Mapping[str, Json]) -> list[s
             plan.pop("clips", None)
     for subject in ("model", "bank"):
         prefix = "bank " if subject == "bank" else ""
-        lines += was_now(before.get(subject, {}), now.get(subject, {}), prefix)
+        # a setting that an older run did not know was as its default is
+        was, is_now = before.get(subject, {}), now.get(subject, {})
+        if subject == "model" and was:
+            was = {name: MODEL_DEFAULTS[name] for name in MODEL_DEFAULTS.keys() & is_now} | was
+        lines += was_now(was, is_now, prefix)
     return lines + was_now(plans[0], plans[1])
 
 

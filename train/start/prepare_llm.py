@@ -113,7 +113,8 @@ def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch
 def check_trainable(model: VLM, llm: bool) -> None:
     """Assert that each part that is asked for has weights that a step may move; llm: if it is too."""
     asked = {name for name, part in model.named_children() if any(True for _ in part.parameters())}
-    still = asked - set(() if llm else ("llm",)) - model.parts().keys()
+    unused = {"visual"} if model.config.frame_marks == "none" else set()
+    still = asked - unused - set(() if llm else ("llm",)) - model.parts().keys()
     assert not still, f"asked for and not trainable: {', '.join(sorted(still))}"
 
 

@@ -5,40 +5,48 @@
     a VILA / NVILA stage          folders llm/, mm_projector/, vision_tower/
     a LLaVA checkpoint            of transformers (LLaVA-OneVision, LLaVA-NeXT, -Video), or of LLaVA
                                   itself (`llava_qwen`): the LLM, the projector, LLaVA-ST's tables
+    a Qwen2-VL, Qwen2.5-VL checkpoint    the LLM; its tower's merged tokens are banked
 
 Weights are read from safetensors alone. Whatever is loaded, new or ignored is said, a line each; a
 tensor of another shape is refused by name.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from model.config import ModelSettings, joined_cells
+from model.family import qwen_vl
 from model.family.limits import context_length
 from shards.errors import UserError
 from train.settings.config import LlmSettings, TrainConfig
+from train.start.pooled import tokens_problem
+from train.start.stage_parts import load_parts, load_qwen
 from train.start.templates import load_with_template
-from train.start.vila_llava import Tensors, read_llava, read_vila
 
 if TYPE_CHECKING:
     from model.llm import LlmBase
     from model.vlm import VLM
     from train.data.dataset import Dataset
 
+Settings = TypeVar("Settings", bound=ModelSettings)
+AUTOMATIC = ("frame_positions", "media_tags")
+"""Settings that are as the stage was trained, unless they are set."""
 Json = dict[str, Any]
 Say = Callable[[str], None]
 
 
 def kind_of(name: str) -> str:
-    """Return what a stage path is: run, vila, llava or llm."""
+    """Return what a stage path is: run, vila, llava, qwen_vl or llm."""
     if (Path(name) / "projector.safetensors").exists():
         return "run"
     config = read_config(name) or {}
     if "llm_cfg" in config or (Path(name) / "llm" / "config.json").exists():
         return "vila"
+    if config.get("model_type") in qwen_vl.INNER:
+        return "qwen_vl"
     return "llava" if str(config.get("model_type", "")).startswith("llava") else "llm"
 
 
@@ -58,12 +66,37 @@ def llm_name(stage_path: str) -> str:
     if kind == "llm":
         return stage_path
     folder = on_disk(stage_path, weights=False)
-    return str(folder if kind == "llava" else folder / "llm")
+    return str(folder if kind in ("llava", "qwen_vl") else folder / "llm")
+
+
+def as_its_stage(settings: Settings) -> Settings:
+    """Return settings in which what is `auto` is as the stage was trained: positions, tokens of media."""
+    found = {"frame_positions": "plain", "media_tags": "none"}
+    stage = settings.stage_path  # type: ignore[attr-defined]
+    kind = kind_of(stage)
+    if kind == "run":
+        found |= (read_config(stage) or {}).get("model", {})
+    elif qwen_vl.mrope_of(read_config(llm_name(stage)) or {}):
+        found["frame_positions"] = "mrope"
+        if kind == "qwen_vl" and has_tokens(stage, qwen_vl.MEDIA_TAGS.split(",")):
+            found["media_tags"] = qwen_vl.MEDIA_TAGS
+    automatic: Any = {name: found[name] for name in AUTOMATIC if getattr(settings, name) == "auto"}
+    return replace(settings, **automatic)
+
+
+def has_tokens(stage: str, tokens: Sequence[str]) -> bool:
+    """Tell whether a stage's tokenizer has some control tokens, by its files."""
+    facts = [read_config(stage, file) or {} for file in ("tokenizer.json", "tokenizer_config.json")]
+    added = [*facts[0].get("added_tokens", ()), *facts[1].get("added_tokens_decoder", {}).values()]
+    return {token["content"] for token in added}.issuperset(tokens)
 
 
 def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
     """Return why the projector cannot join cells of these banks, if it cannot."""
     side = joined_cells(settings.mm_projector_type)
+    strides = {dataset.slow_stride, dataset.fast_stride}
+    if problem := tokens_problem(settings, dataset.banks.config.to_json(), strides):
+        return problem
     if side == 1:
         return None
     banked, pool = dataset.banks.config.strides, dataset.banks.config.pool
@@ -73,8 +106,7 @@ def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
             f"{name}: joins cells of the pool mode `average`, whose grids nest to the border; this "
             f"bank's is {pool}; use mlp2x_gelu, or encode with --pool average"
         )
-    strides = sorted({dataset.slow_stride, dataset.fast_stride})
-    lacking = [s for s in strides if s % side or s // side not in banked]
+    lacking = [s for s in sorted(strides) if s % side or s // side not in banked]
     if not lacking:
         return None
     if any(stride % side for stride in strides):
@@ -123,6 +155,9 @@ def assemble(
     from model.vlm import VLM, VLMConfig
     from train.start.prepare_llm import llm_dtype
 
+    config = VLMConfig(**facts)
+    if problem := tokens_problem(config, features, {config.slow_stride, config.fast_stride}):
+        raise UserError(problem)
     torch.manual_seed(seed)
     kind = kind_of(settings.stage_path)
     folder = (
@@ -133,7 +168,7 @@ def assemble(
     if hasattr(llm, "peft_config") and settings.tune_llm != "lora":
         llm = llm.merge_and_unload()
     model = VLM.assemble(
-        VLMConfig(**facts),
+        config,
         llm,
         load_with_template(
             llm_path, facts.get("chat_template", ""), llm.get_input_embeddings().num_embeddings
@@ -144,11 +179,15 @@ def assemble(
     )
     model.base = llm_base(settings)
     lines = [f"LLM: {type(llm).__name__} from {llm_path}"]
-    if kind == "run":
+    if config.frame_positions == "mrope":
+        lines.append("positions: frames at their time, row and column (M-RoPE), text by its place")
+    if kind == "qwen_vl":
+        lines += load_qwen(model, folder)
+    elif kind == "run":
         refuse_other_tower(folder, model)
         lines += model.adopt(folder)
     elif kind != "llm":
-        lines += load_parts(model, kind, folder)
+        lines += load_parts(model, kind, folder, read_config(str(folder)) or {})
     for line in lines:
         say(f"stage     {line}")
     return model
@@ -170,56 +209,21 @@ def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
     """Return what of the settings stays with the model."""
     from model.vlm import VLMConfig
 
-    return VLMConfig(
-        slow_stride=dataset.slow_stride,
-        fast_stride=dataset.fast_stride,
-        turns=dataset.turns,
-        **{field.name: getattr(settings, field.name) for field in fields(ModelSettings)},
-    )
-
-
-def load_parts(model: "VLM", kind: str, folder: Path) -> list[str]:
-    """Load what fits of a VILA or LLaVA stage into a fresh model; return a line for each part."""
-    made, projector, tables, others = read_vila(folder) if kind == "vila" else read_llava(folder)
-    asked, tower = model.config.mm_projector_type, tower_of(folder)
-    lines = []
-    if not projector:
-        lines.append(f"projector: new ({asked}), the stage has none")
-    elif made != asked:
-        lines.append(
-            f"projector: new ({asked}), the stage's is {made}: set mm_projector_type to it"
-        )
-    else:
-        load_weights(
-            model.projector,
-            projector,
-            f"{folder}: projector ({made})",
-            f"the bank's tower has width {model.tower_width}; use a bank of the tower that the stage "
-            f"was trained with{tower and f' (preprocess encode --tower {tower})'}, or "
-            "another mm_projector_type, which starts anew",
-        )
-        other = tower and Path(tower).name != Path(model.tower).name
-        lines.append(
-            f"projector: from the stage ({made}, {len(projector)} tensors); features are pooled before "
-            "it here, so it has to be tuned again"
-            + (
-                f"; it was trained behind {tower}, the bank's tower is {model.tower}"
-                if other
-                else ""
+    settings = as_its_stage(settings)
+    facts = {field.name: getattr(settings, field.name) for field in fields(ModelSettings)}
+    if settings.frame_positions == "mrope":
+        stage = settings.stage_path  # type: ignore[attr-defined]
+        mrope = qwen_vl.mrope_of(read_config(llm_name(stage)) or {})
+        if mrope is None:
+            raise UserError(
+                "frame_positions mrope: its LLM was not trained with M-RoPE",
+                where=stage,
+                fix="set frame_positions: plain, or start from a Qwen2-VL or Qwen2.5-VL checkpoint",
             )
-        )
-    lines += load_tables(model, folder, tables)
-    parts = ["visual"] + (["frame_causal"] if model.frame_causal is not None else [])
-    lines += [f"{name}: new, the stage has none" for name in parts]
-    return lines + [f"ignored: {other}" for other in others]
-
-
-def tower_of(folder: Path) -> str:
-    """Return the name of the vision tower that a VILA or LLaVA stage says it has, or nothing."""
-    config = read_config(str(folder)) or {}
-    own = config.get("vision_tower_cfg")
-    own = own.get("_name_or_path") if isinstance(own, dict) else own
-    return str(config.get("mm_vision_tower") or config.get("vision_tower") or own or "")
+        facts["mrope_sections"] = ",".join(map(str, mrope.sections))
+        facts["mrope_tokens_per_second"] = mrope.tokens_per_second
+    facts |= {"slow_stride": dataset.slow_stride, "fast_stride": dataset.fast_stride}
+    return VLMConfig(turns=dataset.turns, **facts)
 
 
 def refuse_other_tower(folder: Path, model: "VLM") -> None:
@@ -245,34 +249,6 @@ def refuse_other_tower(folder: Path, model: "VLM") -> None:
             f"{facts['tower']} --layer {theirs.get('layer')}), or start from its LLM alone: "
             f"stage_path: {folder}/llm",
         )
-
-
-def load_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
-    """Load LLaVA-ST's coordinate tables; return what there is to say of them."""
-    if model.lape is None:
-        return ["ignored: coordinate tables, enable_lape is off"] if tables else []
-    if not tables:
-        return ["lape: new, the stage has no coordinate tables"]
-    if model.lape.preset != "st":
-        raise UserError(
-            f"{folder}: its coordinate tables are of LAPE preset st (LLaVA-ST), asked "
-            f"{model.lape.preset}; set lape_preset: st"
-        )
-    gamma = {"gamma": model.lape.gamma.detach()}  # LLaVA-ST has none: it is 1
-    counts = [len(tables.get(f"input_tables.{axis}", ())) for axis in (0, 1)]
-    fix = f"set num_temporal_tokens {counts[0]}, num_spatial_tokens {counts[1]}"
-    load_weights(model.lape, tables | gamma, f"{folder}: coordinate tables", fix)
-    model.calibrated = not model.unmeasured()
-    return [f"lape: from the stage, {counts[0]} temporal, {counts[1]} spatial anchors (LLaVA-ST)"]
-
-
-def load_weights(module: Any, weights: Tensors, what: str, fix: str) -> None:
-    """Load a part's weights in fp32, or raise UserError naming each tensor that does not fit."""
-    from model.llm import shape_problems
-
-    if wrong := shape_problems(weights, module.state_dict()):
-        raise UserError(f"{what}: {'; '.join(wrong)}; {fix}")
-    module.load_state_dict({name: value.float() for name, value in weights.items()})
 
 
 def read_config(name: str, file: str = "config.json") -> dict[str, Any] | None:

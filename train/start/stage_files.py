@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import read_model_config
+from model.family import qwen_vl
 from shards.errors import UserError
 from shards.kinds import LFS
 from train.settings.packages import installed
@@ -70,7 +71,9 @@ def stage_problem(stage_path: str) -> str | None:
             f"{place}: has a LoRA adapter (llm/lora), and peft is not installed; pip install peft"
         )
     for part in [place / name for name in PARTS.get(kind, ("",)) if (place / name).is_dir()]:
-        if problem := _folder_problem(part, is_llm=part.name == "llm" or kind in ("llm", "llava")):
+        if problem := _folder_problem(
+            part, is_llm=part.name == "llm" or kind in ("llm", "llava", "qwen_vl")
+        ):
             return problem
     return None
 
@@ -137,6 +140,8 @@ def _config_problem(where: str, config: Json) -> str | None:
             bits = bits or (8 if written.get("load_in_8bit") else None)
             return _quantised(where, str(written.get("quant_method", "")), bits)
     kind, names = str(config.get("model_type", "")), config.get("architectures") or []
+    if problem := qwen_vl.config_problem(config):
+        return f"{where}: {problem}"
     if kind.startswith("llava"):
         return None
     if TOWERS.fullmatch(kind) or any(str(name).endswith("VisionModel") for name in names):

@@ -1,7 +1,7 @@
 """Checkpoints of VILA and LLaVA, read as ours."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shards.errors import UserError
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 
 Tensors = dict[str, "Tensor"]
+NEWLINE = "image_newline"
 LINEARS = {"linear_1.": "0.", "linear_2.": "2."}
 """The layers of transformers' `multi_modal_projector` -> those of an `mlp2x_gelu`."""
 LAPE_TABLES = {
@@ -20,8 +21,18 @@ LAPE_TABLES = {
 """The names of LLaVA-ST's tables (`llava_arch.py`) -> ours."""
 
 
-Parts = tuple[str, Tensors, Tensors, list[str]]
-"""Of a stage: its projector's type and weights, LLaVA-ST's tables, and what is not used."""
+class Parts(NamedTuple):
+    """What is taken of a stage."""
+
+    made: str
+    """The type of its projector."""
+    projector: Tensors
+    tables: Tensors
+    """LLaVA-ST's."""
+    others: list[str]
+    """What is not used."""
+    newline: "Tensor | None" = None
+    """LLaVA's `image_newline`, which closes a video."""
 
 
 def read_vila(folder: Path) -> Parts:
@@ -42,7 +53,7 @@ def read_vila(folder: Path) -> Parts:
         elif path.name not in known and (path.is_dir() or path.suffix in (".bin", ".safetensors")):
             pickled = ": pickles are not read" if path.suffix == ".bin" else ""
             others.append(f"{path.name}{pickled}")
-    return made, projector, {}, others
+    return Parts(made, projector, {}, others)
 
 
 def read_llava(folder: Path) -> Parts:
@@ -61,6 +72,8 @@ def read_llava(folder: Path) -> Parts:
             return f"projector.{part}"
         if name.startswith("mm_projector."):
             return name.removeprefix("mm_")
+        if name == NEWLINE:
+            return name
         if name in LAPE_TABLES:
             return f"lape.{LAPE_TABLES[name]}"
         part = name.partition(".")[0]
@@ -69,7 +82,7 @@ def read_llava(folder: Path) -> Parts:
         return None
 
     found = read_tensors(folder, renamed)
-    if not found:
+    if not found.keys() - {NEWLINE}:
         raise UserError(
             f"{folder}: no projector in its *.safetensors (pickled weights are not read); convert "
             "the checkpoint to safetensors"
@@ -87,4 +100,4 @@ def read_llava(folder: Path) -> Parts:
         + (": the bank's features stand for it" if name == "vision_tower" else "")
         for name, count in sorted(ignored.items())
     ]
-    return made, part("projector"), part("lape"), others
+    return Parts(made, part("projector"), part("lape"), others, found.get(NEWLINE))

@@ -110,6 +110,17 @@ def test_a_config_survives_json(sampling: Sampling) -> None:
     assert again.fingerprint == config.fingerprint
 
 
+def test_merged_tokens_are_a_layer_whose_finest_stride_is_one() -> None:
+    config = replace(CONFIG, layer="merged", strides=(1, 2))
+    assert FeatureConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    with pytest.raises(UserError, match=r"finest stride of 4; use --stride 1,4,8, or --stride 1"):
+        replace(CONFIG, layer="merged")
+    with pytest.raises(UserError, match=r"layer must be an integer or merged, got 'last'"):
+        replace(CONFIG, layer="last")
+    with pytest.raises(UserError, match=r"layer must be an integer or a text, got 1.5"):
+        FeatureConfig.from_json(CONFIG.to_json() | {"layer": 1.5})
+
+
 def test_an_unknown_field_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"newfangled.*update") as caught:
         FeatureConfig.from_json(CONFIG.to_json() | {"newfangled": 1})

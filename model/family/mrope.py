@@ -1,0 +1,196 @@
+"""M-RoPE: tokens of frames turn by their time, row and column, text by its place alone.
+
+    positions = mrope_positions(...)            # int64 (3, length), with the batch
+    rotary = install(llm_decoder, (16, 24, 24))
+    with rotary.at(positions): llm_decoder(...)
+
+The formula is transformers' for Qwen2-VL and Qwen2.5-VL (`get_rope_index`): of a run of frames, the
+positions count on from the text before it in three directions; the text behind it goes on as many
+places later as its frames have rows or columns, whichever are more, however long it lasts.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.config import POOLED, VLMConfig
+from model.grid import Grid
+from shards.errors import UserError
+
+AXES = 3
+"""Time, row, column."""
+NEARLY = 1e-6
+"""A place this little before a whole one is that: sums of floats are not exact."""
+EVEN = 1e-6
+"""Seconds by which frames that are evenly apart may be off."""
+
+
+class FrameSpan(Protocol):
+    """Where a frame's tokens are in a row, and where it is in its clip."""
+
+    @property
+    def first(self) -> int:
+        """Place of the first cell in the row."""
+
+    @property
+    def tokens(self) -> int:
+        """Cells, row by row, and behind them a closing token where there is one."""
+
+    @property
+    def grid(self) -> Grid: ...
+
+    @property
+    def clip(self) -> int:
+        """Number of the clip in the row: positions of time begin with each."""
+
+    @property
+    def seconds(self) -> float:
+        """On the clip's clock."""
+
+
+def mrope_rows(
+    frames: Sequence[Sequence[FrameSpan]],
+    position: np.ndarray,
+    sample: np.ndarray,
+    config: VLMConfig,
+) -> Tensor | None:
+    """Return what the tokens of rows turn by, int64 `(3, rows, length)`; None where by their position.
+
+    frames: of each row; position, sample: int `(rows, length)`, as of `mrope_positions`.
+    """
+    if config.frame_positions != "mrope":
+        return None
+    unit = config.slow_stride * (POOLED if config.pool_after_projector else 1)
+    rows = [
+        mrope_positions(*row, unit, config.mrope_tokens_per_second)
+        for row in zip(position, sample, frames, strict=True)
+    ]
+    return torch.from_numpy(np.stack(rows, axis=1))
+
+
+def mrope_positions(
+    position: np.ndarray,
+    sample: np.ndarray,
+    frames: Sequence[FrameSpan],
+    unit: int,
+    tokens_per_second: float,
+) -> np.ndarray:
+    """Return the three positions of each token of a row: int64 `(3, length)`.
+
+    position: int `(length,)`, each token's place in its record; sample: the number of that record in
+    the row. Each record's positions begin anew.
+    frames: in order; those of a clip with no token between them are a run. unit: the stride whose
+    cells rows and columns are counted in: a frame of a coarser grid has wider steps.
+    tokens_per_second: see `MRopeFacts`.
+    """
+    # how far the positions of text are from its places, behind the frames of its record
+    shift = np.zeros(len(position), np.int64)
+    out = np.zeros((AXES, len(position)), np.int64)
+    for run in runs_of(frames):
+        first, behind = run[0].first, run[-1].first + run[-1].tokens
+        start = int(position[first]) + int(shift[first])
+        extent = 0
+        times = time_positions([frame.seconds for frame in run], tokens_per_second)
+        for frame, time in zip(run, times, strict=True):
+            step = max(frame.grid.stride // unit, 1)
+            rows, cols = np.indices((frame.grid.rows, frame.grid.cols)).reshape(2, -1) * step
+            ends = np.asarray([[frame.grid.rows * step], [frame.grid.cols * step]])
+            places = np.concatenate([np.stack([rows, cols]), ends], axis=1)[:, : frame.tokens]
+            until = frame.first + frame.tokens
+            out[0, frame.first : until] = start + time
+            out[1:, frame.first : until] = start + places
+            extent = max(extent, int(places.max()) + 1)
+        rest = (np.arange(len(position)) >= behind) & (sample == sample[first])
+        shift[rest] = start + extent - (int(position[first]) + behind - first)
+    text = np.ones(len(position), bool)
+    for frame in frames:
+        text[frame.first : frame.first + frame.tokens] = False
+    out[:, text] = (position + shift)[text]
+    return out
+
+
+def runs_of(frames: Sequence[FrameSpan]) -> list[list[FrameSpan]]:
+    """Return frames of one clip that stand next to each other, a list each."""
+    runs: list[list[FrameSpan]] = []
+    for frame in frames:
+        last = runs[-1][-1] if runs else None
+        if last and last.clip == frame.clip and last.first + last.tokens == frame.first:
+            runs[-1].append(frame)
+        else:
+            runs.append([frame])
+    return runs
+
+
+def time_positions(seconds: Sequence[float], tokens_per_second: float) -> list[int]:
+    """Return where the frames of a run stand in time, from 0: their number, or by their seconds.
+
+    Of frames that are evenly apart, as transformers counts them: in float32, cut off.
+    """
+    number = np.arange(len(seconds))
+    if not tokens_per_second:
+        return number.tolist()
+    since = np.asarray(seconds, np.float64) - seconds[0]
+    step = since[-1] / max(len(seconds) - 1, 1)
+    if np.abs(since - number * step).max() < EVEN:
+        places = number.astype(np.float32) * np.float32(step * tokens_per_second)
+    else:
+        places = since * tokens_per_second + NEARLY
+    return np.floor(places).astype(int).tolist()
+
+
+class MRope(nn.Module):
+    """An LLM's rotary embedding that takes three positions where it is given them."""
+
+    def __init__(self, rotary: nn.Module, sections: Sequence[int]) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.sections = tuple(sections)
+        self.positions: Tensor | None = None
+
+    @contextmanager
+    def at(self, positions: Tensor | None) -> Iterator[None]:
+        """Let the decoder's next forward turn by these: int64 `(3, rows, length)`."""
+        self.positions = positions
+        try:
+            yield
+        finally:
+            self.positions = None
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return (cos, sin), each `(rows, length, head_dim)`."""
+        if self.positions is None:
+            return self.rotary(x, position_ids, *args, **kwargs)
+        assert self.positions.shape[1:] == x.shape[:2], "positions of other rows"
+        every = self.rotary(x, self.positions.flatten(0, 1), *args, **kwargs)
+        return tuple(self._joined(part.unflatten(0, (AXES, -1))) for part in every)
+
+    def _joined(self, part: Tensor) -> Tensor:
+        """`(3, rows, length, head_dim)` -> each frequency of the axis that its section turns by."""
+        half = part[..., : part.shape[-1] // 2].split(self.sections, dim=-1)
+        chosen = torch.cat([section[k % AXES] for k, section in enumerate(half)], dim=-1)
+        return torch.cat([chosen, chosen], dim=-1)
+
+
+def install(decoder: Any, sections: Sequence[int]) -> MRope:
+    """Put an M-RoPE in the place of a decoder's rotary embedding, once; UserError where none fits."""
+    rotary = getattr(decoder, "rotary_emb", None)
+    if isinstance(rotary, MRope):
+        assert rotary.sections == tuple(sections)
+        return rotary
+    frequencies = getattr(rotary, "inv_freq", None)
+    count = None if frequencies is None else len(frequencies)
+    if count is None or sum(sections) != count or len(sections) != AXES:
+        raise UserError(
+            f"frame_positions mrope: sections {', '.join(map(str, sections))} do not fit "
+            f"{type(decoder).__name__}",
+            got=f"{count or 'no'} rotary frequencies",
+            fix="set frame_positions: plain, or start from a Qwen2-VL or Qwen2.5-VL checkpoint",
+        )
+    assert isinstance(rotary, nn.Module)
+    wrapped = MRope(rotary, sections)
+    decoder.rotary_emb = wrapped
+    return wrapped

@@ -1,0 +1,123 @@
+"""How frames' features become the LLM's tokens here, held against how a checkpoint makes them.
+
+Bilinear pooling behind the projector is LLaVA-OneVision's; LLaVA-NeXT-Video pools before it, which is
+what a bank's strides are. What is not exactly one of them is refused by name, or said to be another.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from model.config import JOINED, ModelSettings
+from shards.format.features import MERGED
+
+Json = Mapping[str, Any]
+NESTING = ("average", "bilinear")
+"""Pool modes whose grids have as many cells as half of a finer grid has."""
+AFTER = "pool_after_projector"
+LAYERS = {"llava_onevision": (-1, "full"), "llava_next_video": (-2, "default")}
+"""The layer of the tower and how its patches are selected, of a config that does not say."""
+CLS = ("clip_vision_model",)
+"""Towers with a token before their patches, which `default` leaves out."""
+
+
+def tokens_problem(settings: ModelSettings, features: Json, strides: Collection[int]) -> str | None:
+    """Return why a bank's features cannot become tokens as the settings ask; None if they can.
+
+    features: as of `FeatureConfig.to_json`; strides: those that are read.
+    """
+    if settings.mm_projector_type == "identity" and features.get("layer") != MERGED:
+        return (
+            f"mm_projector_type identity: takes a tower's merged tokens as they are, and the bank holds "
+            f"layer {features.get('layer')}; set bank to one of preprocess encode --tower CHECKPOINT "
+            "--layer merged --stride 1, or take another mm_projector_type"
+        )
+    if not settings.pool_after_projector:
+        return None
+    if settings.mm_projector_type in JOINED:
+        return (
+            f"{AFTER}: {settings.mm_projector_type} joins cells itself; leave {AFTER} out, or use "
+            "mlp2x_gelu"
+        )
+    if features.get("pool") not in NESTING and set(strides) != {1}:
+        return (
+            f"{AFTER}: the bank's pool mode is {features.get('pool')}, whose coarser grids leave "
+            "patches out; read stride 1 alone, or encode with --pool average"
+        )
+    return None
+
+
+def pooled_problem(written: Json, features: Json) -> str | None:
+    """Return why a LLaVA checkpoint does not pool behind its projector just so; None if it does.
+
+    written: its config.json.
+    """
+    kind = written.get("model_type")
+    if kind == "llava_next_video":
+        mode, stride = pooling_before(written)
+        return (
+            f"{AFTER}: LLaVA-NeXT-Video pools before its projector; leave it out, and set bank to one of "
+            f"preprocess encode --stride {stride} --pool {mode or 'average_floor'}"
+        )
+    if kind != "llava_onevision":
+        return (
+            f"{AFTER}: how {kind} pools is not known to be bilinear over 2x2; leave it out, or take the "
+            "checkpoint in transformers' form of LLaVA-OneVision"
+        )
+    if problem := features_problem(written, features):
+        return f"{AFTER}: {problem}"
+    return None
+
+
+def features_problem(written: Json, features: Json) -> str | None:
+    """Return why a bank's features are not those that a LLaVA checkpoint of transformers reads."""
+    kind, vision = str(written.get("model_type")), written.get("vision_config") or {}
+    layer, select = LAYERS[kind]
+    layer = written.get("vision_feature_layer", layer)
+    select = written.get("vision_feature_select_strategy", select)
+    tower = vision.get("model_type", "")
+    if isinstance(layer, list):
+        return (
+            f"it joins the layers {', '.join(map(str, layer))} of its tower, and a bank holds one"
+        )
+    if features.get("layer") != layer:
+        return (
+            f"it reads layer {layer} of its tower, and the bank holds layer {features.get('layer')}; "
+            f"encode with --layer {layer}"
+        )
+    if (select == "default") != (tower in CLS):
+        return (
+            f"its vision_feature_select_strategy {select} does not take just the patches of {tower}"
+        )
+    if features.get("tower_type") != tower:
+        return f"its tower is a {tower}, the bank's a {features.get('tower_type')}"
+    if (act := written.get("projector_hidden_act", "gelu")) != "gelu":
+        return f"its projector's layers have {act} between them, and mlp2x_gelu has gelu"
+    size, made = vision.get("image_size"), features.get("processor", {})
+    sides = list(made.get("crop") or (made.get("height"), made.get("width")))
+    if size is not None and sides != [size, size]:
+        return f"its tower reads {size}x{size} pixels, the bank's {sides[0]}x{sides[1]}"
+    return None
+
+
+def pooling_before(written: Json) -> tuple[str | None, int]:
+    """Return the bank's pool mode, where it has one, and stride that are LLaVA-NeXT-Video's pooling."""
+    modes = {"average": "average_floor", "max": "max"}
+    mode = modes.get(written.get("spatial_pool_mode", "average"))
+    return mode, int(written.get("spatial_pool_stride", 2))
+
+
+def pools_as(
+    written: Json, settings: ModelSettings, features: Json, strides: Collection[int]
+) -> bool:
+    """Tell whether all tokens are made as a LLaVA checkpoint of transformers makes those of a video."""
+    kind = written.get("model_type")
+    if kind not in LAYERS or features_problem(written, features):
+        return False
+    if kind == "llava_onevision":
+        return settings.pool_after_projector and set(strides) == {1}
+    mode, stride = pooling_before(written)
+    return (
+        not settings.pool_after_projector
+        and features.get("pool") == mode
+        and set(strides) == {stride}
+    )
