@@ -78,7 +78,7 @@ real: $(READY)  ## a pretrained tower on your own videos: make real CLIPS="a.mp4
 	test -e $(SCORES).json || $(LAUNCH) train/evaluate.py $(HELD_OUT)
 	$(BIN)/python -m train.probe $(HELD_OUT) --scenes $(REAL)/world/train-scenes.jsonl
 	$(SHOW) "$$($(ASK) span)" --show $(REAL)/$(RUN)/span.png
-	$(SHOW) "$$($(ASK) box)" --show $(REAL)/$(RUN)/box.png
+	$(SHOW) "$$($(ASK) seen)" --show $(REAL)/$(RUN)/seen.png
 	@$(BIN)/python -m train.report $(REAL)/$(RUN)
 
 # A thread each: two processes of two threads on two cores spend more than half their time spinning

@@ -64,7 +64,7 @@ def test_make_real_ends_with_a_table_and_two_pictures_and_goes_on_where_it_stopp
     for control in ("", "-untrained", "-shuffled", "-probe"):
         report = json.loads((tmp_path / "run" / f"eval-test{control}.json").read_text())
         assert 0 <= report["tasks"]["span"]["iou"] <= 1
-    for name in ("span.png", "box.png"):
+    for name in ("span.png", "seen.png"):
         with Image.open(tmp_path / "run" / name) as picture:
             assert picture.size[0] > 400
     table = first.stdout.splitlines()[-2:]
