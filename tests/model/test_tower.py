@@ -286,7 +286,7 @@ def test_the_digest_changes_with_any_weight(
     for weight in tower.model.parameters():
         for place in (0, -1):
             weight.data.view(-1)[place] += 1e-3
-            found.append(tower_digest(tower.model.config, tower.model))
+            found.append(tower_digest(tower.model.config.to_dict(), tower.model.state_dict()))
     assert len(set(found)) == len(found)
 
 

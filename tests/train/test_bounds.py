@@ -24,6 +24,7 @@ BOUNDS = {
     "num_temporal_tokens": (2, 1000),
     "num_spatial_tokens": (2, 1000),
     "lape_sigma": (0.01, 1000.0),
+    "lape_share": (math.ulp(0), math.inf),
     "loss_weight": (0.0, math.inf),
     "lora_r": (1, INTEGERS),
     "lora_alpha": (1, INTEGERS),
