@@ -1,5 +1,6 @@
 """A picture of one clip: frames above their features as colours (three principal components)."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -169,12 +170,18 @@ def title(meta: SampleMeta) -> tuple[str, str, str]:
 
 def shortened(text: str, size: int, width: int) -> str:
     """Return text, its middle left out where it is wider than `width` pixels."""
-    whole = text
-    for keep in range(len(whole) // 2, 0, -1):
-        if font(size).getlength(text) <= width:
-            break
-        text = f"{whole[:keep]}…{whole[-keep:]}"
-    return text
+
+    def fits(shown: str) -> bool:
+        return font(size).getlength(shown) <= width
+
+    def cut(keep: int) -> str:
+        return f"{text[:keep]}…{text[-keep:]}"
+
+    keeps = range(len(text) // 2, 0, -1)
+    if not keeps or fits(text):
+        return text
+    found = bisect_left(keeps, True, key=lambda keep: fits(cut(keep)))
+    return cut(keeps[min(found, len(keeps) - 1)])
 
 
 @cache
