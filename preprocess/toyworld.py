@@ -38,7 +38,9 @@ from preprocess.world import (
     seconds,
     shuffled,
     span,
+    texts_of,
     together,
+    write_rows,
     write_video,
 )
 from shards.errors import UserError
@@ -127,12 +129,10 @@ def make_toyworld(
                 truth.append(describe(video, things, frames))
                 bar.update()
     for split, rows in records.items():
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (out / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    turns = [turn["value"] for record in records["train"] for turn in record["conversations"]]
+        write_rows(out / f"{split}.jsonl", rows)
     logging.disable_progress_bar()  # transformers draws one for each model that it saves
     save_tower(out / "tower", seed)
-    save_llm(out / "llm", turns, seed)
+    save_llm(out / "llm", texts_of(records["train"]), seed)
     world = {"seed": seed, "fps": FPS, "size": SIZE, "colours": COLOURS, "clips": truth}
     (out / "world.json").write_text(json.dumps(world), encoding="utf-8")
 

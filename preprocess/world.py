@@ -1,5 +1,6 @@
 """What worlds with exact answers are made of: questions as records, videos as files."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -49,6 +50,15 @@ def together(video: str, turns: Sequence[Turn]) -> Json:
     """Return one record of all the questions, as training has them."""
     tasks = [turn.task for turn in turns]
     return record(video.removesuffix(".mp4"), video, turns) | {"tasks": tasks}
+
+
+def write_rows(path: Path, rows: Iterable[Json]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def texts_of(records: Iterable[Json]) -> list[str]:
+    """Return every question and every answer."""
+    return [turn["value"] for record in records for turn in record["conversations"]]
 
 
 def span(start: float, end: float) -> str:

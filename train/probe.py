@@ -10,7 +10,6 @@ stays far below them, it does not use what the tower saw; where both are low, th
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,14 +20,13 @@ import numpy as np
 from model.batch import as_tensor
 from shards.errors import UserError
 from shards.read.timeline import Medium, SplicedClip
-from shards.signed import Json, write_atomic
+from shards.signed import Json
 from train.data.dataset import open_dataset, open_records
 from train.data.records import Record
 from train.data.sources import Source
-from train.evaluate import strides_of
-from train.scores.predictions import Prediction, report_of, write_predictions
-from train.scores.results import CONTROLS, Results, results_of
-from train.scores.summary import table
+from train.evaluate import strides_of, write
+from train.scores.predictions import Prediction, report_of
+from train.scores.results import CONTROLS, results_of
 from train.settings.config import TrainConfig
 from train.settings.exits import command
 
@@ -60,7 +58,11 @@ def main(argv: list[str]) -> None:
                 where=path,
                 fix="name the rows that the test set's phrases are from",
             )
-        write(place, said, float(np.concatenate(hits).mean()))
+        named = float(np.concatenate(hits).mean())
+        report: Json = {"test_set": place.name, "data_path": place.data_path}
+        report |= {name: name == "probe" for name in CONTROLS} | {"records": len(said)}
+        write(place, dataset, report | report_of(said) | {"frames_named": named}, said, keep=True)
+        print(f"{named:.1%} of the frames in these spans are named right")  # noqa: T201
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -150,17 +152,6 @@ def longest_run(
         return float(edges[nearest]), float(edges[nearest + 1])
     longest = int((ends - begins).argmax())
     return float(edges[begins[longest]]), float(edges[ends[longest]])
-
-
-def write(place: Results, said: Sequence[Prediction], hits: float) -> None:
-    """Write the scores of a test set, and print them."""
-    report: Json = {"test_set": place.name, "data_path": place.data_path, "records": len(said)}
-    report |= {name: name == "probe" for name in CONTROLS} | report_of(said)
-    report["frames_named"] = hits
-    write_predictions(place.predictions, said)
-    write_atomic(place.report, json.dumps(report, indent=2).encode() + b"\n")
-    print(f"{place.name}: {table(report)}")  # noqa: T201
-    print(f"{hits:.1%} of the frames in these spans are named right\nwritten: {place.report}")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from preprocess.decode.source import SourceReader
 from preprocess.footage.cuts import Clip, Cut, cut_clip, describe, lengths
 from preprocess.footage.questions import new_phrase_records, scene_rows, test_records, train_records
 from preprocess.footage.sources import FPS, SPLITS, Source, find_sources, read_parts
-from preprocess.world import Json, check_empty, write_video
+from preprocess.world import Json, check_empty, texts_of, write_rows, write_video
 from shards.errors import UserError
 
 CRF = 16
@@ -78,8 +78,11 @@ def make_footage(
                 split = video.split("/")[0]
                 write_video(out / "videos" / video, draw(clip, footage[split]), FPS, CRF)
                 bar.update()
-    write_records(out, clips, sources, size)
-    save_small_llm(out, seed)
+    records = ask(clips, sources, size)
+    for name, rows in records.items():
+        if rows:  # of sources with one phrase each, none is new
+            write_rows(out / f"{name}.jsonl", rows)
+    save_small_llm(out / "llm", texts_of(records["train"]), seed)
     names = [source.file.relative for source in sources]
     world: Json = {"seed": seed, "fps": FPS, "size": size, "seconds": seconds}
     world["sources"] = [source.to_json() for source in sources]
@@ -144,21 +147,18 @@ def paint_edge(pictures: np.ndarray, grey: int) -> None:
         rows[:, :EDGE] = rows[:, -EDGE:] = grey
 
 
-def save_small_llm(out: Path, seed: int) -> None:
+def save_small_llm(folder: Path, texts: Sequence[str], seed: int) -> None:
     """Save an LLM of random weights that learns these worlds in minutes on a CPU."""
     from transformers.utils.logging import disable_progress_bar
 
     from preprocess.toy_models import save_llm
 
-    lines = (out / "train.jsonl").read_text("utf-8").splitlines()
-    talks = [json.loads(line)["conversations"] for line in lines]
     disable_progress_bar()
-    save_llm(out / "llm", [turn["value"] for talk in talks for turn in talk], seed, WORDS)
+    save_llm(folder, texts, seed, WORDS)
 
 
-def write_records(
-    out: Path, clips: Sequence[Numbered], sources: Sequence[Source], size: int
-) -> None:
+def ask(clips: Sequence[Numbered], sources: Sequence[Source], size: int) -> dict[str, list[Json]]:
+    """Return the rows of each file of questions, by its name."""
     names = ("train", "train-scenes", "test", "test-new-phrases")
     records: dict[str, list[Json]] = {name: [] for name in names}
     for video, clip, rng in clips:
@@ -168,7 +168,4 @@ def write_records(
         else:
             records["test"] += test_records(rng, video, clip, sources, size)
             records["test-new-phrases"] += new_phrase_records(rng, video, clip, sources)
-    for name, rows in records.items():
-        if rows:  # of sources with one phrase each, none is new
-            lines = [json.dumps(row) + "\n" for row in rows]
-            (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return records

@@ -76,18 +76,6 @@ def test_what_pip_cannot_fetch_is_one_line(
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("onnx", "gguf"):
-        pytest.importorskip(package)
-    out = Path(os.environ.get("FRAMEBANK_MODELS") or tmp_path_factory.mktemp("models"))
-    try:
-        make_real_models(out)
-    except UserError as error:
-        pytest.skip(str(error))
-    return out
-
-
-@pytest.fixture(scope="module")
 def frames() -> np.ndarray:
     """Pictures with edges and slow shades: uint8 `(2, 240, 320, 3)`."""
     coarse = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 3), dtype=np.uint8)
@@ -101,8 +89,10 @@ def frames() -> np.ndarray:
 class TestPretrained:
     pytestmark = pretrained
 
-    def test_the_tower_is_its_onnx(self, models: Path, frames: np.ndarray, tmp_path: Path) -> None:
-        tower = Tower.load(str(models / TOWER.folder), layer=-1)
+    def test_the_tower_is_its_onnx(
+        self, real_models: Path, frames: np.ndarray, tmp_path: Path
+    ) -> None:
+        tower = Tower.load(str(real_models / TOWER.folder), layer=-1)
         pixels = tower.normalise(tower.pixels.resize(frames))
         with torch.inference_mode():
             ours = tower.model(pixels).last_hidden_state
@@ -111,9 +101,9 @@ class TestPretrained:
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
         assert (ours[0] - ours[1]).abs().max() > 1
 
-    def test_the_llm_answers(self, models: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(models / LLM.folder)
-        llm = AutoModelForCausalLM.from_pretrained(models / LLM.folder)
+    def test_the_llm_answers(self, real_models: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(real_models / LLM.folder)
+        llm = AutoModelForCausalLM.from_pretrained(real_models / LLM.folder)
         asked = [{"role": "user", "content": "What is the capital of France?"}]
         prompt = tokenizer.apply_chat_template(
             asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -123,12 +113,12 @@ class TestPretrained:
 
     @pytest.mark.skipif(not CLIPS, reason="FRAMEBANK_CLIPS does not name the test videos")
     def test_real_clips_are_banked_as_transformers_sees_them_and_answer_as_live_ones(
-        self, models: Path, tmp_path: Path, make_batch: Callable[..., Any]
+        self, real_models: Path, tmp_path: Path, make_batch: Callable[..., Any]
     ) -> None:
         paths = [Path(CLIPS) / name for name in ("bikes.mp4", "nasa_rotated.mp4", "mpeg1_ps.mpg")]
         sampling = Sampling(num_frames=4)
         options = EncodeOptions(
-            tower=str(models / TOWER.folder), strides=(4, 8), sampling=sampling, layer=-2
+            tower=str(real_models / TOWER.folder), strides=(4, 8), sampling=sampling, layer=-2
         )
         assert encode([str(path) for path in paths], tmp_path / "bank", options).clips == 3
         banks, tower = Banks.open([tmp_path / "bank"]), load_tower(options)
@@ -137,13 +127,13 @@ class TestPretrained:
             live = [fresh_clip(path, banks.config, tower, child) for path in paths]
             decoded = [child.read_clip(ReadRequest(path, sampling)).frames for path in paths]
         for clip, clip_frames in zip(banked, decoded, strict=True):
-            patches = by_transformers(models / TOWER.folder, clip_frames)
+            patches = by_transformers(real_models / TOWER.folder, clip_frames)
             for stride in (4, 8):
                 rows = patches.unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
                 expected = rows.mean(dim=(2, 4)).numpy()
                 found = clip.read(stride, range(4))
                 np.testing.assert_allclose(found, expected, rtol=2**-10, atol=1e-4)
-        model = assembled(models / LLM.folder)
+        model = assembled(real_models / LLM.folder)
         answers = [logits(model, make_batch, clips) for clips in (banked, live)]
         assert (answers[0] - answers[1]).abs().max() <= 1e-4
         assert (answers[0][0] - answers[0][1]).abs().max() > 1e-2

@@ -30,19 +30,8 @@ from train.start.templates import load_with_template
 
 
 @pytest.fixture
-def config(
-    toy: Path, toy_bank: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> TrainConfig:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return TrainConfig(
-        stage_path=str(toy / "llm"),
-        bank=[str(toy_bank)],
-        data_path=[str(toy / "train.jsonl")],
-        num_temporal_tokens=20,
-        num_spatial_tokens=20,
-        max_frames_num=6,
-        turns="independent",
-    )
+def config(toy_config: TrainConfig) -> TrainConfig:
+    return replace(toy_config, max_frames_num=6, turns="independent")
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,11 @@ from train.batches.chat import MEDIA, OWN_THOUGHT, WHOLLY, Chat, Encoded, Piece,
 from train.batches.segments import Segment
 from train.data.markup import MARKUP, MEDIA_TAGS
 from train.data.records import Record, Turn, one_by_one
+from train.data.splice import ONE_MEDIUM
 
 ROLES = ("user", "assistant")
 CHECKED = 64
 """Conversations that are also counted whole."""
-ONE_MEDIUM = "<video>\n"
-"""How the first question of a record of one medium begins."""
 Rounds = Sequence[tuple[str, str]]
 """Questions, each with its answer."""
 
@@ -80,26 +79,32 @@ class Talk(NamedTuple):
 
 def count_talks(chat: Chat, talks: Sequence[Talk]) -> list[Count]:
     """Return the counts of records, exactly of what `encode_apart` or `Chat.encode` makes of them."""
-    flat = [pieces for talk in talks for pieces in (*talk.pieces, talk.shared or [])]
-    found, place = chat.count(flat), 0
-    counts = []
-    for talk in talks:
-        own, place = found[place : place + len(talk.pieces) + 1], place + len(talk.pieces) + 1
-        if talk.shared is None:
-            counts.append(Count(*own[0], shared=own[0][0]))
-        else:
-            counts.append(apart(own[-1][0], own[:-1]))
-    return counts
+    if not talks:
+        return []
+    flat = [pieces for talk in talks for pieces in talk.pieces]
+    found = np.asarray(chat.count(flat + [talk.shared or [] for talk in talks]), np.int64)
+    own, shared = found[: len(flat)], found[len(flat) :, 0]
+    counted = apart(own, [len(talk.pieces) for talk in talks], shared)
+    return [
+        Count(text, supervised, shared=text)
+        if talk.shared is None
+        else Count(text, supervised, *more)
+        for talk, (text, supervised, *more) in zip(talks, counted.tolist(), strict=True)
+    ]
 
 
-def apart(shared: int, talks: Sequence[tuple[int, int]]) -> Count:
-    """Return the count of a record; talks: (tokens, supervised ones) of each turn's conversation.
+def apart(talks: np.ndarray, sizes: Sequence[int], shared: np.ndarray | int) -> np.ndarray:
+    """Return the counts of records whose turns do not see each other: int64 `(records, 5)`, as `Count`.
 
-    shared: tokens that these have in common.
+    talks: int64 `(turns, 2)`, (tokens, supervised ones) of each turn's conversation; sizes: turns of
+    each record; shared: tokens that those of a record have in common.
     """
-    own = [text - shared for text, _ in talks]
-    pairs = sum(tokens * (tokens + 1) // 2 for tokens in own)
-    return Count(shared + sum(own), sum(n for _, n in talks), shared, max(own), pairs)
+    begins = np.cumsum(sizes, dtype=np.int64) - np.asarray(sizes)
+    shared = np.broadcast_to(shared, len(begins))
+    own = talks[:, 0] - np.repeat(shared, sizes)
+    columns = (own, talks[:, 1], own * (own + 1) // 2)
+    text, supervised, pairs = (np.add.reduceat(column, begins) for column in columns)
+    return np.stack([shared + text, supervised, shared, np.maximum.reduceat(own, begins), pairs], 1)
 
 
 def counted_on(length: int, starts: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray]:
@@ -191,7 +196,7 @@ def count_rounds_apart(
     The first question of each begins with its one medium, `ONE_MEDIUM`.
     """
     assert all(talk[0][0].startswith(ONE_MEDIUM) for talk in talks)
-    sizes = np.asarray([len(talk) for talk in talks])
+    sizes = [len(talk) for talk in talks]
     alone = [
         [(f"{ONE_MEDIUM}{question}" if k else question, answer)]
         for talk in talks
@@ -202,12 +207,7 @@ def count_rounds_apart(
         return None
     first = Record("", ("",), tuple(as_turns(talks[0])), "", "", independent=True)
     shared = chat.count([Talk.of(chat, first, durations[:1]).shared or []])[0][0]
-    own, begins = counts[:, 0] - shared, np.cumsum(sizes) - sizes
-    text, supervised, pairs = (
-        np.add.reduceat(column, begins) for column in (own, counts[:, 1], own * (own + 1) // 2)
-    )
-    longest = np.maximum.reduceat(own, begins)
-    return np.stack([shared + text, supervised, np.full_like(text, shared), longest, pairs], axis=1)
+    return apart(counts, sizes, shared)
 
 
 def as_turns(talk: Rounds) -> list[Turn]:

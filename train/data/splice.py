@@ -27,6 +27,8 @@ from train.data.records import Record, Turn
 from train.data.sources import Source, Tables, refuse_shared
 from train.settings.drawn import BLANK, SpliceSettings, draw
 
+ONE_MEDIUM = "<video>\n"
+"""How the first question of a record of one medium begins."""
 Asked = tuple[str, str]
 """A question, and its answer."""
 SPAN, COUNT, SEEN, ORDER = range(4)
@@ -322,7 +324,7 @@ def write_questions(
                 span = f"from <t:{begin[part]:.3f}> to <t:{end[part]:.3f}>"
                 asked.append((text.replace(BLANK, shown[part]), span))
         question, answer = asked[0]
-        asked[0] = f"<video>\n{question}", answer
+        asked[0] = f"{ONE_MEDIUM}{question}", answer
         out.append(asked)
     return out
 

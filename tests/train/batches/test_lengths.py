@@ -66,18 +66,8 @@ def test_counts_are_those_of_encoding(
 
 
 @pytest.fixture
-def config(
-    toy: Path, toy_bank: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> TrainConfig:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return TrainConfig(
-        stage_path=str(toy / "llm"),
-        bank=[str(toy_bank)],
-        data_path=[str(toy / "train.jsonl")],
-        num_temporal_tokens=20,
-        num_spatial_tokens=20,
-        max_frames_num=7,
-    )
+def config(toy_config: TrainConfig) -> TrainConfig:
+    return toy_config
 
 
 def lengths(config: TrainConfig) -> tuple[list[int], list[int]]:
