@@ -158,9 +158,14 @@ class ModelSettings:
         return (before, behind) if behind else None
 
     @property
+    def pooled(self) -> int:
+        """Banked cells on a side that are pooled to one token behind the projector."""
+        return POOLED if self.pool_after_projector else 1
+
+    @property
     def finer(self) -> int:
         """Cells on a side that become one token in the projector or behind it."""
-        return POOLED if self.pool_after_projector else joined_cells(self.mm_projector_type)
+        return self.pooled if self.pool_after_projector else joined_cells(self.mm_projector_type)
 
 
 @dataclass(frozen=True)

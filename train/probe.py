@@ -3,8 +3,8 @@
     python -m train.probe --bank bank --scenes train-scenes.jsonl --data_path test.jsonl --model runs/a
 
 The scenes are rows as those of `splice`: what a stretch of a clip shows. The frames of each meaning
-have a mean, and a frame shows that whose mean is nearest (Euclid, cells averaged, at the coarsest
-stride). A question about a span that names one of the phrases is answered by the longest run of its
+have a mean, and a frame shows that whose mean is nearest (Euclid, cells averaged, at the model's
+fast stride). A question about a span that names one of the phrases is answered by the longest run of its
 frames. Scores are those of `train/evaluate.py`, filed as a control beside the model's: where a model
 stays far below them, it does not use what the tower saw; where both are low, the tower is the limit.
 """
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     strides = strides_of(args.model)
     results = results_of(args.model, args.data_path, None, control="probe")
     scenes = TrainConfig(bank=args.bank, splice_path=args.scenes, splice=["parts=1"])
+    scenes = replace(scenes, slow_frame_ratio="1")  # which frames are slow is not asked
     sources = [source for splice in open_dataset(scenes).splices for source in splice.sources]
     probe = Probe(sources, strides[1])
     for place, path in zip(results, args.data_path, strict=True):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.config import POOLED, VLMConfig
+from model.config import VLMConfig
 from model.grid import Grid
 from shards.errors import UserError
 
@@ -64,7 +64,7 @@ def mrope_rows(
     """
     if config.frame_positions != "mrope":
         return None
-    unit = config.slow_stride * (POOLED if config.pool_after_projector else 1)
+    unit = config.slow_stride * config.pooled
     rows = [
         mrope_positions(*row, unit, config.mrope_tokens_per_second)
         for row in zip(position, sample, frames, strict=True)

@@ -20,7 +20,6 @@ from model.grid import Grid, cell_patches
 from model.lape.tokens import HEIGHT, LAPE_AXES, PRESETS, TIME, WIDTH, LapeTokens
 
 NUM_FREQUENCIES = 16
-"""RMS of the injected positions over RMS of the projected features, at the start of `plus`."""
 TIED = 1e-9
 """Shares of a prediction that differ by less are equal."""
 

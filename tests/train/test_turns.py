@@ -55,6 +55,7 @@ def loader_of(config: TrainConfig, dataset: Dataset) -> Loader:
 
 KINDS: dict[str, dict[str, Any]] = {
     "alone": {},
+    "closed media": {"frame_marks": "media"},
     "packed": {"pack_tokens": 600},
     "cut": {"max_tokens": 1, "frame_attention": "token"},
     "without lape": {"enable_lape": False, "pack_tokens": 600, "frame_time": "text"},

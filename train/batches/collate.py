@@ -25,7 +25,6 @@ from model.batch import (
     padded_rows,
     pooled,
 )
-from model.config import POOLED
 from model.family.mrope import mrope_rows
 from model.grid import Grid
 from model.mask import intervals, other_turns, places_before
@@ -95,7 +94,7 @@ def choose_frames(
     """
     total, most = len(info.timestamps), most or config.max_frames_num
     # behind the projector tokens are pooled again, from the banked grid
-    further, mode = (POOLED, "bilinear") if config.pool_after_projector else (1, pool)
+    mode = "bilinear" if config.pool_after_projector else pool
     if look is None:
         chosen = uniform_indices(total, most)
         slow = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, len(chosen))
@@ -106,7 +105,7 @@ def choose_frames(
     for frame, is_slow in zip(chosen, slow, strict=True):
         stream = SLOW if is_slow else FAST
         rows, cols = place_of(info, frame)[2].patch_grid
-        frames.append((frame, stream, Grid(rows, cols, strides[stream] * further, mode)))
+        frames.append((frame, stream, Grid(rows, cols, strides[stream] * config.pooled, mode)))
     return frames
 
 
@@ -121,27 +120,27 @@ def lay_out(
 ) -> Row:
     """Return the row of a conversation: every medium becomes its frames' cells and closing tokens.
 
-    stamp: seconds of a clip -> the tokens written before a frame, of `frame_time: text`. looks: how
-    each medium is seen, where it is drawn.
+    stamp: seconds of a clip -> the tokens before a frame, of `frame_time: text`. looks: of each medium.
     """
-    ids, axis, block = list[int](), list[int](), list[int]()
-    coord, supervised = list[float](), list[bool]()
-    columns: list[list[Any]] = [ids, axis, coord, supervised, block]
-    frames, newlines = list[PlacedFrame](), list[int]()
-    media, clips = zip(infos, looks or repeat(None), strict=False), 0
+    columns: list[list[Any]] = [[], [], [], [], []]
+    ids, axis, coord, supervised, block = columns
+    frames, newlines, clips = list[PlacedFrame](), list[int](), 0
+    talk: list[Sequence[Any]] = [encoded.ids, encoded.axis, encoded.coord, encoded.supervised]
+
+    def said(begin: int, end: int | None) -> None:
+        for column, own in zip(columns, [*talk, [-1] * len(encoded.ids)], strict=True):
+            column.extend(own[begin:end])
 
     def unlearned(tokens: Sequence[int], frame: int) -> None:
         ids.extend(tokens)
         for column, value in zip(columns[1:], (-1, 0.0, False, frame), strict=True):
             column.extend([value] * len(tokens))
 
-    talk = encoded.ids, encoded.axis, encoded.coord, encoded.supervised
-    for id_, a, c, on in zip(*talk, strict=True):
-        if id_ != MEDIA:
-            for column, value in zip(columns, (id_, a, c, on, -1), strict=True):
-                column.append(value)
-            continue
-        info, look = next(media)
+    begin, tags = 0, [place for place, id_ in enumerate(encoded.ids) if id_ == MEDIA]
+    assert len(tags) == len(infos), f"{len(infos)} media, {len(tags)} tags"
+    for tag, info, look in zip(tags, infos, looks or repeat(None), strict=False):
+        said(begin, tag)
+        begin = tag + 1
         for frame, stream, grid in choose_frames(info, config, pool, most, look):
             seconds = float(info.timestamps[frame])
             if config.frame_time == "text":
@@ -155,7 +154,7 @@ def lay_out(
         clips += part_count(info)
         newlines += [len(ids)] * config.newline_tokens
         unlearned([0] * config.newline_tokens, -1)
-    assert next(media, None) is None, f"{len(infos)} media for fewer tags"
+    said(begin, None)
     turn, position = counted_on(len(ids), [k + len(ids) - len(encoded.ids) for k in encoded.turns])
     return Row(
         ids=np.asarray(ids, np.int64),
@@ -296,10 +295,10 @@ def label_tasks(
 
     tasks: of each of those; predicted: places in the flattened rows of so many tokens.
     """
-    task, first = np.zeros((len(rows), length), np.int64), 0
+    task, first, known = np.zeros((len(rows), length), np.int64), 0, np.asarray(tasks, np.int64)
     for number, row in enumerate(rows):
         talk = first + numbered(row.sample, row.turn)
-        task[number, : len(row)] = np.asarray(tasks, np.int64)[talk]
+        task[number, : len(row)] = known[talk]
         first = talk[-1] + 1
     return torch.from_numpy(task.reshape(-1)[predicted])
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.config import POOLED, ModelSettings
+from model.config import ModelSettings
 from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.slow_fast import exact_ratio
 from shards.signed import Json, canonical_json
@@ -78,7 +78,10 @@ class Measure:
         ratio = exact_ratio(settings.slow_frame_ratio)
         if settings.newline_tokens:
             media = np.bincount(clips.record[clips.first], minlength=len(text))
-            text = np.where(text < 0, text, text + media * settings.newline_tokens)
+            newlines = np.where(text < 0, 0, media * settings.newline_tokens)
+            text = text + newlines
+            if apart:  # they stand before what turns have alone
+                apart[0] = apart[0] + newlines
         seen = looks if drawn else None
         own = Apart(*apart) if apart else None
         return Lengths(text, supervised, clips, ratio, written, seen, own, settings.closing_tokens)
@@ -89,7 +92,7 @@ class Measure:
         dataset = self.dataset
         parts = [part for part in dataset.parts if not part.splice]
         records = [record for part in parts for record in part.records * part.repeats]
-        clips = Clips.of(records, dataset.banks, *self._strides, self._pooled)
+        clips = Clips.of(records, dataset.banks, *self._strides, self.settings.pooled)
         counts, first = [np.zeros((0, 2), np.int64)], 0
         for part in parts:
             media = sum(record.media for record in part.records)
@@ -142,14 +145,12 @@ class Measure:
         """The clips of the sources that are spliced, by dataset."""
         dataset = self.dataset
         return {
-            part.path: Clips.of(part.splice.records, dataset.banks, *self._strides, self._pooled)
+            part.path: Clips.of(
+                part.splice.records, dataset.banks, *self._strides, self.settings.pooled
+            )
             for part in dataset.parts
             if part.splice
         }
-
-    @property
-    def _pooled(self) -> int:
-        return POOLED if self.settings.pool_after_projector else 1
 
     @property
     def _strides(self) -> tuple[int, int]:

@@ -381,9 +381,9 @@ def balance_steps(
     no whole step, the cheapest, come last.
     """
     linear, quadratic = cut.cost
-    tokens = counted.tokens.astype(float)
-    squares = 2 * counted.causal_pairs - tokens  # of a dialogue of its tokens
-    cost = [linear * tokens[row].sum() + quadratic * squares[row].sum() for row in rows]
+    sums = [[own[row].sum() for row in rows] for own in (counted.tokens, counted.causal_pairs)]
+    # of a dialogue 2 p - n is the square of its tokens
+    cost = [linear * n + quadratic * (2 * p - n) for n, p in zip(*sums, strict=True)]
     ranked = sorted(range(len(rows)), key=lambda k: -cost[k])
     whole = len(rows) // cut.rows_per_step
     starts = [*(rng.permutation(whole) * cut.rows_per_step), whole * cut.rows_per_step]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 from shards.annotations.files import ALL, Selection, annotation_files, local_copy
@@ -107,13 +108,12 @@ class Dataset:
             return "dialogue"
         return "mixed" if any(part.has_dialogues for part in self.parts) else "independent"
 
-    @property
+    @cached_property
     def independent(self) -> bool:
         """Whether any record, held-out ones too, has turns that do not see each other."""
-        records = [record for part in self.parts for record in part.records] + self.held_out
-        return any(splice.independent for splice in self.splices) or any(
-            record.independent for record in records
-        )
+        parts = [part for part in self.parts if part.independent]
+        records = chain(*(part.records for part in parts), self.held_out)
+        return any(part.splice for part in parts) or any(r.independent for r in records)
 
     @property
     def is_drawn(self) -> bool:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config import POOLED
 from model.slow_fast import draw_pattern, slow_frames
 from shards.errors import UserError, first_line
 from shards.signed import Json
@@ -168,9 +167,8 @@ def banner(
     units = -(-bank.config.sampling.most_frames // int(bank.columns["frames_per_unit"][0]))
     frames = min(units, config.max_frames_num)
     pattern = slow_frames(config.frame_sampling_strategy, config.slow_frame_ratio, frames)
-    pooled = POOLED if config.pool_after_projector else 1
     strides = dataset.slow_stride, dataset.fast_stride
-    cells = {s: [-(-side // pooled) for side in bank.shape(0, s)[1:3]] for s in strides}
+    cells = {s: [-(-side // config.pooled) for side in bank.shape(0, s)[1:3]] for s in strides}
     slow, fast = (math.prod(cells[stride]) for stride in strides)
     closing, newline = config.closing_tokens, config.newline_tokens
     tokens = sum([(slow if is_slow else fast) + closing for is_slow in pattern], start=newline)

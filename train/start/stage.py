@@ -71,6 +71,9 @@ def llm_name(stage_path: str) -> str:
 
 def as_its_stage(settings: Settings) -> Settings:
     """Return settings in which what is `auto` is as the stage was trained: positions, tokens of media."""
+    automatic = [name for name in AUTOMATIC if getattr(settings, name) == "auto"]
+    if not automatic:
+        return settings
     found = {"frame_positions": "plain", "media_tags": "none"}
     stage = settings.stage_path  # type: ignore[attr-defined]
     kind = kind_of(stage)
@@ -80,8 +83,8 @@ def as_its_stage(settings: Settings) -> Settings:
         found["frame_positions"] = "mrope"
         if kind == "qwen_vl" and has_tokens(stage, qwen_vl.MEDIA_TAGS.split(",")):
             found["media_tags"] = qwen_vl.MEDIA_TAGS
-    automatic: Any = {name: found[name] for name in AUTOMATIC if getattr(settings, name) == "auto"}
-    return replace(settings, **automatic)
+    values: Any = {name: found[name] for name in automatic}
+    return replace(settings, **values)
 
 
 def has_tokens(stage: str, tokens: Sequence[str]) -> bool:

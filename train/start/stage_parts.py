@@ -64,13 +64,14 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
                 f"; the bank's tower, {model.tower}, has other weights than that in the checkpoint, "
                 "which vision_tower.save_pretrained of transformers takes out of it"
             )
-    if newline is not None and config.frame_marks == "media":
+    closes = newline is not None and config.frame_marks == "media"
+    if closes:
         load_newline(model.visual, newline, folder)
         lines.append("visual: media are closed by the stage's image_newline")
     elif newline is not None:
         others = ["image_newline (1 tensor)", *others]
     lines += load_tables(model, folder, tables)
-    lines += new_parts(model, but=() if "image_newline" not in str(lines) else ("visual",))
+    lines += new_parts(model, but=("visual",) if closes else ())
     return lines + [f"ignored: {other}" for other in others]
 
 
@@ -106,10 +107,7 @@ def load_qwen(model: "VLM", folder: Path) -> list[str]:
         )
         if {model.config.slow_stride, model.config.fast_stride} != {1}:
             line += ", pooled at coarser strides than it was trained with"
-    lines = [line]
-    if model.lape is not None:
-        lines.append("lape: new, the stage has no coordinate tables")
-    return lines + new_parts(model)
+    return [line, *load_tables(model, folder, {}), *new_parts(model)]
 
 
 def load_newline(visual: Any, newline: Any, folder: Path) -> None:

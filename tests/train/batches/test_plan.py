@@ -138,7 +138,9 @@ def test_each_epoch_trains_each_record_once_and_only_its_last_step_is_short(
             ends = len(epochs[-1]) == count
             assert plan.num_rows[step] == cut.rows_per_step or ends
         assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
-        assert len({tuple(epoch) for epoch in epochs}) > 1 or pack_tokens or count < 8
+        # few steps, or records, can come in one order three times by chance
+        few = plan.num_steps < 3 * 5 if pack_tokens else count < 8
+        assert len({tuple(epoch) for epoch in epochs}) > 1 or few
 
 
 @given(packed_plans(), st.sampled_from([1, 2, 3, 8]))
