@@ -37,7 +37,7 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
     from preprocess.encode.estimate import forecast
     from preprocess.encode.run import plan_clips
 
-    tower, changes = plan_clips(found, out, options, **rest)
+    tower, changes, options = plan_clips(found, out, options, **rest)
     tell(found, out)
     for line in forecast(out, changes, tower, options, hours=not no_estimate):
         click.echo(line)

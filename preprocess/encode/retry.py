@@ -78,9 +78,9 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
         encoder.bar.total = len(sources)
         for clips in cut_units(sources, options.shard_bytes, predicted_bytes(loaded, options)):
             unit, longer = len(plan.units), replace(plan, units=[*plan.units, clips])
-            write_plan(bank, longer)
             with closing(leases.left([unit])) as left:
                 for lease in left:
+                    write_plan(bank, longer)  # now that nobody else can take the unit
                     if not encoder.encode_unit(lease, clips, keep_empty=False):
                         break
             if committed(bank, unit):

@@ -10,9 +10,10 @@ The three are commands, too: one process plans, any number on any machines work,
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -82,7 +83,7 @@ def encode_clips(
     tower = load_tower(options)
     predicted_bytes(tower, options)  # refuses what the tower cannot do before there is a folder
     with disk_errors(out), folder_lock(out, "preprocess encode"):
-        changes = make_plan(out, found.clips, tower, options, prune=prune)
+        changes, options = make_plan(out, found.clips, tower, options, prune=prune)
         write_skips(out, found.skips)
         return execute(out, changes.plan, found.clips, tower, options, procs), changes
 
@@ -93,14 +94,14 @@ def plan_clips(
     options: EncodeOptions,
     *,
     prune: bool = False,
-) -> tuple[Tower, Changes]:
+) -> tuple[Tower, Changes, EncodeOptions]:
     """Write the plan that `encode_clips` would execute, and encode nothing."""
     tower = load_tower(options)
     predicted_bytes(tower, options)
     with disk_errors(out), folder_lock(out, "preprocess plan"):
-        changes = make_plan(out, found.clips, tower, options, prune=prune)
+        changes, options = make_plan(out, found.clips, tower, options, prune=prune)
         write_skips(out, found.skips)
-        return tower, changes
+        return tower, changes, options
 
 
 def make_plan(
@@ -110,8 +111,9 @@ def make_plan(
     options: EncodeOptions,
     *,
     prune: bool = False,
-) -> Changes:
-    """Return what the clips are to the bank, with its plan, written before any decoding."""
+) -> tuple[Changes, EncodeOptions]:
+    """Return what the clips are to the bank, with its plan, written before any decoding; and the
+    options, of which `batch_frames` is halved where the GPU had no memory for calibrating."""
     features = feature_config(tower, options)
     known = read_plan(out)
     if known is not None:
@@ -138,13 +140,10 @@ def make_plan(
         settle(out, {clip.key for clip in changes.changed})  # they are to be tried again
         if plan != known:
             write_plan(out, plan)
-        try:
-            plan = calibrated(out, plan, tower, options)
-        except GpuMemoryError as error:
-            plan = _with_fewer_frames(out, plan, error)
-            options = replace(options, batch_frames=plan.tower.batch_frames)
-            plan = calibrated(out, plan, tower, options)
-    return replace(changes, plan=plan)
+        plan, options = fitting(
+            out, plan, options, lambda plan, options: calibrated(out, plan, tower, options)
+        )
+    return replace(changes, plan=plan), options
 
 
 def execute(
@@ -161,12 +160,25 @@ def execute(
     bank holds nothing: plan.json then says so, and all features are made alike. Else, and the second
     time, GpuMemoryError is for the user.
     """
+    return fitting(
+        out, plan, options, lambda plan, options: _execute(out, plan, clips, tower, options, procs)
+    )[0]
+
+
+T = TypeVar("T")
+
+
+def fitting(
+    out: Path, plan: Plan, options: EncodeOptions, do: Callable[[Plan, EncodeOptions], T]
+) -> tuple[T, EncodeOptions]:
+    """Return what `do` makes, if need be at the second try with half the frames together; and the
+    options that it was made with."""
     try:
-        return _execute(out, plan, clips, tower, options, procs)
+        return do(plan, options), options
     except GpuMemoryError as error:
         plan = _with_fewer_frames(out, plan, error)
     options = replace(options, batch_frames=plan.tower.batch_frames)
-    return _execute(out, plan, clips, tower, options, procs)
+    return do(plan, options), options
 
 
 def _with_fewer_frames(out: Path, plan: Plan, error: GpuMemoryError) -> Plan:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from shards.care.inventory import refuse_no_bank
@@ -43,7 +44,7 @@ class Part:
     commits: list[CommitRecord]
     """Of the units that are made."""
 
-    @property
+    @cached_property
     def clips(self) -> dict[str, str]:
         """By key, the id of each clip that was encoded or has failed."""
         units = [self.plan.units[commit.unit] for commit in self.commits]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from shards.format.commits import SampleRecord, end_of, journal_path, part_path
+from shards.format.commits import SampleRecord, journal_path, part_path
 from shards.format.quarantine import QuarantineEntry
 from shards.signed import Json, canonical_json, write_atomic
 
@@ -54,7 +54,7 @@ class Written:
     @property
     def end(self) -> int:
         """Where in the part the last whole sample ends."""
-        return end_of([entry.sample for entry in self.samples])
+        return self.samples[-1].sample.end if self.samples else 0
 
 
 def written_of(lines: Sequence[Json]) -> Written:

@@ -180,7 +180,10 @@ class Leases(ExitStack):
                 drop_attempt(lease.shard, attempt.token)
             for number in range(1, lease.number + 1):
                 lease_path(lease.shard, number).unlink(missing_ok=True)
-        elif not journal_path(lease.shard, lease.token).exists():  # nothing is left to tell of
+        elif (
+            not journal_path(lease.shard, lease.token).exists()
+            and not lease_path(lease.shard, lease.number + 1).exists()
+        ):  # nothing is left to tell of, and who took it over does not stand behind a gap
             lease.path.unlink(missing_ok=True)
         else:
             with suppress(FileNotFoundError):

@@ -277,6 +277,8 @@ def put_in_place(path: Path, attempt: str, record: CommitRecord, token: str) -> 
         if record.samples and not read_commit(path).samples:
             path.unlink()  # another has found just now that there are none
         raise OvertakenError
+    if record.samples and not path.exists():  # who began meanwhile took it for one without a record
+        give_name(part_path(path, attempt), path)
 
 
 def drop_attempt(path: Path, token: str) -> None:

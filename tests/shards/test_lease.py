@@ -294,6 +294,26 @@ def test_what_a_sleeper_had_written_is_copied_and_its_files_are_its_own(
     assert record.failures == [fail("b")]
 
 
+def test_who_gives_up_what_another_has_taken_over_leaves_it_held(
+    tmp_path: Path, make_meta: Make
+) -> None:
+    """Also if nothing of the first one's is left: the second one's lease must not stand behind a gap."""
+    with (
+        Leases(tmp_path, "paused") as ours,
+        Leases(tmp_path, "next") as other,
+        Leases(tmp_path, "third") as third,
+    ):
+        with writer_of(taken(ours)) as writer:
+            second = taken(other)
+            writer.abandon()
+        ours._let_go()
+        assert third.take(0) is None
+        assert third.held[0] == other.writer
+        make(second, make_meta)
+        other._let_go()
+    assert committed(tmp_path, 0)
+
+
 @pytest.mark.parametrize(
     ("fingerprint", "wanted", "ours"),
     [("fe" * 16, KEYS, True), ("fe" * 16, ("a", "b"), False), ("00" * 16, KEYS, False)],

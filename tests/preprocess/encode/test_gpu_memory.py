@@ -44,7 +44,7 @@ def run(
     """Plan and encode. most: frames that the tower takes together from the plan on."""
     clips = find_clips([str(toy / "videos")]).clips
     out.mkdir(exist_ok=True)
-    plan = make_plan(out, clips, tower, options).plan
+    plan = make_plan(out, clips, tower, options)[0].plan
     if most is not None:
         hold_at_most(tower, most)
     return execute(out, plan, clips, tower, options)
@@ -76,6 +76,33 @@ def test_a_bank_that_holds_nothing_yet_is_made_with_half_the_batch(
     assert provenance["batch_frames"] == 4
 
 
+def test_what_calibration_found_is_kept_for_the_clips(
+    toy: Path,
+    tower: Tower,
+    toy_options: EncodeOptions,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Here the GPU has room again when they are encoded: they are made as plan.json says."""
+    out, options = tmp_path / "bank", replace(toy_options, codec="int8", batch_frames=8)
+    clips, room = find_clips([str(toy / "videos")]).clips, []
+
+    def allocate(_: Any, __: Any, given: dict[str, torch.Tensor]) -> None:
+        if len(given["pixel_values"]) > 4 and not room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    tower.model.register_forward_pre_hook(allocate, with_kwargs=True)
+    out.mkdir()
+    changes, fitted = make_plan(out, clips, tower, options)
+    room.append("again")
+    assert fitted.batch_frames == 4
+    assert changes.plan.tower.batch_frames == 4
+    assert execute(out, changes.plan, clips, tower, fitted).clips == 9
+    assert capsys.readouterr().err.count("note: ") == 1
+    provenance = read_signed_json(shard_path(out, 0).with_suffix(".done"))["provenance"]
+    assert provenance["batch_frames"] == 4
+
+
 @pytest.mark.parametrize(("most", "first", "fix"), [(2, 8, "--batch-frames 2"), (0, 1, "smaller")])
 def test_the_second_time_ends_in_words(
     most: int,
@@ -97,7 +124,7 @@ def test_a_bank_that_holds_clips_is_left_as_it_is_and_goes_on_as_told(
     out, options = tmp_path / "bank", replace(toy_options, shard_bytes=1)
     clips = find_clips([str(toy / "videos")]).clips
     out.mkdir()
-    plan = make_plan(out, clips, tower, options).plan
+    plan = make_plan(out, clips, tower, options)[0].plan
     passed = tower.model.register_forward_hook(lambda *_: hold_at_most(tower, 4))
     with pytest.raises(GpuMemoryError, match="encode with --batch-frames 4"):
         execute(out, plan, clips, tower, options)
