@@ -1,14 +1,10 @@
 """The commands that look after a bank: verify, repair, status, gc."""
 
 from pathlib import Path
-from typing import Any
 
 import click
-from tqdm import tqdm
 
-from preprocess.cli.options import LOCAL, start_torch
-
-BANK = click.argument("bank", type=LOCAL)
+from preprocess.cli.options import BANK, bytes_bar, start_torch
 
 
 @click.command()
@@ -36,7 +32,7 @@ def verify(bank: Path, deep: bool) -> None:
     from shards.write.lock import writer_of
 
     writer = writer_of(bank) or next(iter(holders(bank).values()), None)
-    with bytes_bar(bank, "verify") as bar:
+    with bytes_bar([bank], "verify") as bar:
         damages = check(bank, deep, bar.update)
     if writer:
         click.echo(f"note: {writer} writes here; finished shards were checked")
@@ -98,7 +94,7 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
 
     from preprocess.encode.repair import repair as run
 
-    with bytes_bar(bank, "verify") as bar:
+    with bytes_bar([bank], "verify") as bar:
         done = run(bank, tower, device, video_roots, bar.update)
     for damage in done.damages:
         click.echo(f"found: {printable(str(damage))}")
@@ -168,8 +164,3 @@ def gc(bank: Path, dry_run: bool) -> None:
         click.echo(
             f"note: shards/{name} holds no clip that is served; bank.json lists it, it stays"
         )
-
-
-def bytes_bar(bank: Path, what: str) -> "tqdm[Any]":
-    total = sum(path.stat().st_size for path in bank.glob("shards/*.tar"))
-    return tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=None)

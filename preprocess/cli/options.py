@@ -1,12 +1,13 @@
 """The flags that several commands share, and what they mean. Light: nothing heavy is imported."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from tqdm import tqdm
 
 from shards.errors import UserError
 from shards.format.features import CODECS, DTYPES, MERGED, POOL_MODES, Sampling, check_strides
@@ -90,6 +91,7 @@ class LocalPath(click.Path):
 
 
 LOCAL = LocalPath(path_type=Path)
+BANK = click.argument("bank", type=LOCAL)
 VIDEO_ROOTS = click.option(
     "--video-root",
     "video_roots",
@@ -221,3 +223,9 @@ def start_torch(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def bytes_bar(banks: Sequence[Path], what: str) -> "tqdm[Any]":
+    """Return a bar over the bytes of all shards."""
+    total = sum(path.stat().st_size for bank in banks for path in bank.glob("shards/*.tar"))
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=None)

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from tqdm import tqdm
 
 from preprocess.cli.encode import failed
-from preprocess.cli.options import DEVICE, LOCAL, start_torch
+from preprocess.cli.options import BANK, DEVICE, LOCAL, bytes_bar, start_torch
 from preprocess.cli.share import start_of
 from shards.text import counted, in_bytes, printable, some
 
 if TYPE_CHECKING:
     from shards.format.manifest import Manifest
 
-BANK = click.argument("bank", type=LOCAL)
 SLURM = """\
 #!/bin/bash
 # Make the bank {bank}: `bash THIS` submits the array, and after it the job that finishes.
@@ -157,9 +155,6 @@ def merge(banks: tuple[Path, ...], out: Path) -> None:
     from shards.care.merge import merge as join
     from shards.format.quarantine import read_quarantine
 
-    total = sum(path.stat().st_size for bank in banks for path in bank.glob("shards/*.tar"))
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="merge", leave=False, disable=None
-    ) as bar:
+    with bytes_bar(banks, "merge") as bar:
         manifest = join(banks, out, bar.update)
     click.echo(f"{held(out, manifest)}; {counted(len(read_quarantine(out)), 'clip')} in quarantine")

@@ -192,10 +192,8 @@ def read_entries(bank: Path) -> dict[str, QuarantineEntry]:
     return {entry.id: entry for entry in read_quarantine(bank)}
 
 
-def settle(
-    bank: Path, gone: Collection[str], failed: Iterable[QuarantineEntry] = ()
-) -> list[QuarantineEntry]:
-    """Rewrite the file: the last entry of each clip, with those that failed since; return them.
+def settle(bank: Path, gone: Collection[str], failed: Iterable[QuarantineEntry] = ()) -> None:
+    """Rewrite the file: the last entry of each clip, with those that failed since.
 
     gone: keys of clips that leave it. For the one process that plans or finishes the bank.
     """
@@ -207,4 +205,3 @@ def settle(
         path.unlink(missing_ok=True)
     elif not path.exists() or data != path.read_bytes():
         write_atomic(path, data)
-    return kept
