@@ -71,3 +71,13 @@ def is_cached(repo: str, kind: str) -> bool:
 
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}" / "snapshots"
     return folder.is_dir() and any(folder.iterdir())
+
+
+def cached_file(repo: str, name: str) -> str | None:
+    """Return where a file of a model that was downloaded lies, None of what is no such thing."""
+    if not NAME.fullmatch(repo):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name)
+    return found if isinstance(found, str) else None

@@ -15,29 +15,9 @@ import torch
 from torch import Tensor
 
 from model.grid import pool
-from shards.errors import UserError
+from model.tower.faults import FeatureRangeError, GpuMemoryError
 
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
-
-
-class FeatureRangeError(UserError):
-    """Features that the stored type cannot hold: of the clip, not of us."""
-
-
-class GpuMemoryError(UserError):
-    """A batch that the GPU cannot hold."""
-
-    def __init__(self, frames: int, fewer: int) -> None:
-        """frames: of the batch. fewer: half of them, 0 where there is no smaller batch."""
-        fix = f"--batch-frames {fewer}" if fewer else "a smaller tower"
-        super().__init__(
-            "the GPU has no memory left for the tower",
-            got=f"a batch of {frames} frames",
-            expected="a batch that fits",
-            fix=f"encode with {fix}, or on a GPU that nothing else uses",
-        )
-        self.args = (frames, fewer)  # what pickle makes it again of
-        self.fewer = fewer
 
 
 class BatchEncoder(Protocol):

@@ -20,11 +20,10 @@ from transformers import AutoConfig, AutoImageProcessor, logging
 from model.llm import tower_digest
 from model.tower.pixels import Pixels
 from model.tower.pooling import Pooling
+from model.tower.precision import DTYPES
 from model.tower.trial import check_processor
 from model.tower_kinds import MERGED, Layer, TowerKind, find_kind
 from shards.errors import UserError, first_line
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass

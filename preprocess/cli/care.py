@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from preprocess.cli.options import BANK, bytes_bar, start_torch
+from preprocess.cli.options import BANK, bytes_bar
 
 
 @click.command()
@@ -90,8 +90,9 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     from shards.text import counted, printable
 
     refuse_no_bank(bank)  # before torch is imported
-    device = start_torch(device)
+    from preprocess.encode.tower import start_torch
 
+    device = start_torch(device)
     from preprocess.encode.repair import repair as run
 
     with bytes_bar([bank], "verify") as bar:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from preprocess.cli.options import HOW, LOCAL, PLANNED, given, make_sampling, start_torch
+from preprocess.cli.options import DECODERS, HOW, LOCAL, PLANNED, PROCS, given, make_sampling
 from shards.errors import UserError
 from shards.text import counted, in_bytes, printable
 
 if TYPE_CHECKING:
     from preprocess.encode.features import EncodeOptions
-    from preprocess.encode.unit import Summary
+    from preprocess.encode.pipeline.summary import Summary
     from preprocess.sources.find import Found
     from shards.format.quarantine import QuarantineEntry
 
@@ -45,9 +45,11 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
 
 @click.command()
 @PLANNED
-@click.option("--procs", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Processes, each with its tower and decoder, over all GPUs.")  # fmt: skip
-def encode(inputs: tuple[str, ...], out: Path, procs: int, **flags: Any) -> None:
+@PROCS
+@DECODERS
+def encode(
+    inputs: tuple[str, ...], out: Path, procs: int, decoders: int | None, **flags: Any
+) -> None:
     """Bank the features of INPUTS.
 
     An input is a video, a folder, an archive (.zip; .tar, plain or packed with gzip, bzip2 or xz),
@@ -74,7 +76,7 @@ def encode(inputs: tuple[str, ...], out: Path, procs: int, **flags: Any) -> None
     from preprocess.encode.estimate import gone
     from preprocess.encode.run import encode_clips
 
-    summary, changes = encode_clips(found, out, options, procs=procs, **rest)
+    summary, changes = encode_clips(found, out, options, procs=procs, decoders=decoders, **rest)
     for line in gone(changes):
         click.echo(line.strip())
     tell(found, out)
@@ -109,11 +111,8 @@ def prepared(
     known = read_plan(out)
     tower = known.tower if known else TowerSettings()
 
-    device = start_torch(device)
     from preprocess.encode.features import EncodeOptions
 
-    if tower_dtype == "auto":
-        tower_dtype = "bfloat16" if device.startswith("cuda") else "float32"
     options = EncodeOptions(
         sampling=sampling,
         device=device,
@@ -158,11 +157,6 @@ def retry(
     preprocess retry bank
     preprocess retry bank --allow-truncated
     """
-    from shards.format.plan import read_plan
-
-    if read_plan(bank) is None:
-        raise UserError(f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`")
-    device = start_torch(device)
     from preprocess.encode.retry import retry as encode_again
 
     report(bank, encode_again(bank, tower, roots, device=device, **given(how)))
@@ -175,6 +169,8 @@ def report(bank: Path, summary: "Summary") -> None:
         f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "
         f"{counted(summary.skipped, 'clip')} there already"
     )
+    if summary.advice:
+        click.echo(f"  {summary.advice}")
     failed(bank, summary.failures)
 
 

@@ -3,6 +3,8 @@
 Parsing only: torch, decoders and zarr are imported inside the commands.
 """
 
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ class Commands(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with one_line_errors():
+        with one_line_errors(), ended_by_signals():
             return super().invoke(ctx)
 
 
@@ -56,6 +58,36 @@ def one_line_errors() -> Iterator[None]:
     raise SystemExit(2)
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """End at Ctrl-C and at SIGTERM as shells name it, 130 and 143, with what is begun tidied up."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        raise Stopped(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Stopped as stopped:
+        click.echo("stopped; what is committed stays: the same command goes on from it", err=True)
+        raise SystemExit(stopped.code) from None
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+class Stopped(BaseException):
+    """A signal has come."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 @click.group(
     cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
@@ -77,6 +109,7 @@ def main() -> None:
                 1 some clips failed and are listed, damage was found, features differ
                 2 wrong usage, or the machine failed; one line says what to do
                 70 a bug of ours, with its traceback; what is committed is intact
+                130, 143 stopped by Ctrl-C, by SIGTERM; run the same command again to go on
     """
 
 

@@ -1,6 +1,5 @@
 """The flags that several commands share, and what they mean. Light: nothing heavy is imported."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -65,6 +64,18 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
 
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."
+)
+PROCS = click.option(
+    "--procs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes, each with its tower and decoders, over all GPUs.",
+)
+DECODERS = click.option(
+    "--decoders",
+    type=click.IntRange(min=1),
+    help="Processes that decode, for each tower.  [default: cores / towers]",
 )
 HOW = _all(
     click.option(
@@ -173,7 +184,8 @@ PLANNED = _all(
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         show_default=True,
-        help="Of the tower's arithmetic; auto is bfloat16 on CUDA, float32 elsewhere.",
+        help="Of the tower's arithmetic; auto: the bank's, of a new one bfloat16 on CUDA and where a "
+        "CPU is clearly faster with it, else float32.",
     ),
     HOW,
     click.option(
@@ -207,22 +219,6 @@ def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags that were given."""
     return {name: value for name, value in flags.items() if value is not None}
-
-
-def start_torch(device: str) -> str:
-    """Import torch, quietly and with idle threads asleep; return the device that is meant.
-
-    Spinning threads take the cores that the decoder needs: on two cores with one more busy process
-    encoding took eight times as long.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def bytes_bar(banks: Sequence[Path], what: str) -> "tqdm[Any]":

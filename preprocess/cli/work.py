@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from preprocess.cli.encode import failed
-from preprocess.cli.options import BANK, DEVICE, LOCAL, bytes_bar, start_torch
+from preprocess.cli.options import BANK, DECODERS, DEVICE, LOCAL, PROCS, bytes_bar
 from preprocess.cli.share import start_of
 from shards.text import counted, in_bytes, printable, some
 
@@ -44,8 +44,8 @@ exec {work} --share auto
 @BANK
 @click.option("--share", default="auto", show_default=True,
               help="Where to begin among the units: K/N, or as a scheduler counts.")  # fmt: skip
-@click.option("--procs", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Processes, each with its tower and decoder, over all GPUs.")  # fmt: skip
+@PROCS
+@DECODERS
 @click.option("--tower", help="Where the bank's tower lies here.  [default: where it was planned]")
 @click.option("--video-root", "roots", multiple=True, type=click.Path(),
               help="Where videos may lie here that lay elsewhere when planned. Repeatable.")  # fmt: skip
@@ -56,6 +56,7 @@ def work(
     bank: Path,
     share: str,
     procs: int,
+    decoders: int | None,
     tower: str | None,
     roots: tuple[str, ...],
     device: str,
@@ -80,22 +81,23 @@ def work(
     if template:
         click.echo(slurm_script(bank), nl=False)
         return
+    from preprocess.encode.run import work as encode_left
     from shards.format.commits import committed
     from shards.format.plan import planned
     from shards.write.lease import holders
 
-    start = start_of(share, os.environ)
-    planned(bank)  # before torch is imported
-    device = start_torch(device)
-    from preprocess.encode.run import work as encode_left
-
-    summary = encode_left(bank, tower, roots, device, procs=procs, start=start)
+    start, plan = start_of(share, os.environ), planned(bank)
+    summary = encode_left(
+        bank, plan, tower, roots, device, procs=procs, decoders=decoders, start=start
+    )
     click.echo(
         f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
         f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "
         f"{counted(len(summary.failures), 'clip')} failed"
     )
-    units = range(len(planned(bank).units))
+    if summary.advice:
+        click.echo(f"  {summary.advice}")
+    units = range(len(plan.units))
     left = sum(not committed(bank, unit) for unit in units)
     who = some([printable(str(writer)) for writer in holders(bank).values()])
     click.echo(

@@ -15,6 +15,7 @@ import lzma
 import os
 import tarfile
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -95,12 +96,13 @@ class Archive(AbstractContextManager["Archive"]):
 
 
 class Unpacker(AbstractContextManager["Unpacker"]):
-    """Gives one member at a time a path, without writing its name anywhere."""
+    """Gives members paths, without writing their names anywhere; one is unpacked at a time."""
 
     def __init__(self, folder: Path) -> None:
         """folder: on whose disk the member lies while it is read."""
         self.folder = folder
         self._archive: Archive | None = None
+        self._one = threading.Lock()
 
     def __exit__(self, *_: object) -> None:
         self._close()
@@ -109,16 +111,20 @@ class Unpacker(AbstractContextManager["Unpacker"]):
     def unpacked(self, archive: Path, offset: int, nbytes: int) -> Iterator[Path]:
         """Copy a member into a file without a name, gone when the process is, and give its path."""
         with tempfile.TemporaryFile(dir=self.folder) as copy:
-            try:
-                self._copy(archive, offset, nbytes, copy)
-            except BROKEN as error:
-                if isinstance(error, OSError) and error.errno in DISK_FULL:
-                    raise
-                self._close()
-                raise VideoError(
-                    Reason.CANNOT_UNPACK, str(error), where=archive, fix="fetch the archive again"
-                ) from None
+            with self._one:
+                self._unpack(archive, offset, nbytes, copy)
             yield Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")
+
+    def _unpack(self, archive: Path, offset: int, nbytes: int, copy: IO[bytes]) -> None:
+        try:
+            self._copy(archive, offset, nbytes, copy)
+        except BROKEN as error:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
+            self._close()
+            raise VideoError(
+                Reason.CANNOT_UNPACK, str(error), where=archive, fix="fetch the archive again"
+            ) from None
 
     def _copy(self, path: Path, offset: int, nbytes: int, copy: IO[bytes]) -> None:
         if self._archive is None or path != self._archive.path:

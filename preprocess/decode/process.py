@@ -70,6 +70,12 @@ class ChildProcess(ExitStack):
         if not self._process:
             self.start()
 
+    def interrupt(self) -> None:
+        """Kill the process, from another thread than the one that waits for its answer."""
+        process = self._process
+        if process:
+            process.kill()
+
     def start(self) -> None:
         """Start the process; a child that needs more than its stdin and stdout says so here."""
         self._spawn()

@@ -10,7 +10,7 @@ be started. It raises `ChildBug` for a bug.
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Generic, TypeVar
@@ -53,11 +53,14 @@ class Outcome(Generic[Taken]):
 class SourceReader(ExitStack):
     """Reads planned clips through one decode child, which it closes."""
 
-    def __init__(self, child: DecodeChild, folder: Path) -> None:
-        """folder: on whose disk a video out of an archive lies while it is read."""
+    def __init__(self, child: DecodeChild, place: Path | Unpacker) -> None:
+        """place: a folder, on whose disk a video out of an archive lies while it is read; or what
+        several readers have their videos unpacked by."""
         super().__init__()
         self.child = self.enter_context(child)
-        self._unpacker = self.enter_context(Unpacker(folder))
+        if not isinstance(place, Unpacker):
+            place = self.enter_context(Unpacker(place))
+        self._unpacker = place
         self._member = self.enter_context(ExitStack())
         self._unpacked: tuple[tuple[str, int | None], Path] | None = None
 
@@ -94,7 +97,7 @@ class SourceReader(ExitStack):
             attempts += 1
             began = time.monotonic()
             try:
-                path = self._path(source, request)
+                path = self._path(source)
                 for event in self._named(source, replace(request, path=path), together):
                     if isinstance(event, ClipFacts):
                         facts = event
@@ -120,16 +123,21 @@ class SourceReader(ExitStack):
             reason, what, got, expected, _, fix = told.args
             raise VideoError(reason, what, got, expected, source.where, fix) from None
 
-    def _path(self, source: ClipSource, request: ReadRequest) -> Path:
+    def bring(self, source: ClipSource) -> None:
+        """Unpack a member of an archive; one that cannot be is told of when it is read."""
+        with suppress(VideoError):
+            self._path(source)
+
+    def _path(self, source: ClipSource) -> Path:
         """Return where a source's bytes lie; a member of an archive is kept for its next part."""
         if source.offset is None:
-            return request.path
+            return Path(source.path)
         assert source.nbytes is not None
         place = source.path, source.offset
         if self._unpacked is None or self._unpacked[0] != place:
             self._unpacked = None
             self._member.close()
-            unpacked = self._unpacker.unpacked(request.path, source.offset, source.nbytes)
+            unpacked = self._unpacker.unpacked(Path(source.path), source.offset, source.nbytes)
             self._unpacked = place, self._member.enter_context(unpacked)
         return self._unpacked[1]
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.tower.pooling import FeatureRangeError
-from model.tower.tower import Tower
+from model.tower.faults import FeatureRangeError
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions, encode_frames, frame_bytes
@@ -18,6 +18,9 @@ from shards.format.commits import committed
 from shards.format.plan import ClipSource, Plan
 from shards.format.quarantine import read_entries
 from shards.text import counted, in_bytes, some
+
+if TYPE_CHECKING:
+    from model.tower.tower import Tower
 
 TRIED = 3
 NAMED = 5
@@ -34,7 +37,7 @@ class Hours:
 
 
 def forecast(
-    bank: Path, changes: Changes, tower: Tower, options: EncodeOptions, *, hours: bool
+    bank: Path, changes: Changes, tower: "Tower", options: EncodeOptions, *, hours: bool
 ) -> list[str]:
     """Return the lines that `preprocess plan` prints. hours: encode a few clips to measure."""
     plan, failed = changes.plan, read_entries(bank)
@@ -90,7 +93,7 @@ def _todo(bank: Path, plan: Plan) -> list[ClipSource]:
 
 
 def measure(
-    bank: Path, todo: Sequence[ClipSource], tower: Tower, options: EncodeOptions
+    bank: Path, todo: Sequence[ClipSource], tower: "Tower", options: EncodeOptions
 ) -> Hours | None:
     """Return the hours of one process, from a few clips of ordinary sizes; None if none decodes."""
     good = sorted(
@@ -129,7 +132,7 @@ def measure(
     )
 
 
-def _encode(tower: Tower, frames: np.ndarray, options: EncodeOptions) -> None:
+def _encode(tower: "Tower", frames: np.ndarray, options: EncodeOptions) -> None:
     with suppress(FeatureRangeError):  # a value that the type cannot hold takes as long
         encode_frames(tower, frames, options)
 

@@ -4,14 +4,11 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.grid import Grid
 from model.tower.pixels import Pixels
-from model.tower.pooling import Pooling
-from model.tower.tower import Tower
 from preprocess.decode.frames import ClipFacts
 from preprocess.decode.read_pictures import PICTURE_FPS
 from preprocess.decode.request import ReadRequest
@@ -28,6 +25,10 @@ from shards.format.plan import (
 from shards.format.samples import SampleMeta
 from shards.hub import absent
 from shards.signed import Json
+
+if TYPE_CHECKING:  # both bring torch along, which a run without anything to encode does not need
+    from model.tower.pooling import Pooling
+    from model.tower.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ class EncodeOptions:
         )
 
 
-def load_tower(options: EncodeOptions) -> Tower:
+def load_tower(options: EncodeOptions) -> "Tower":
+    """Load a tower; where its dtype is still to be measured in float32."""
     if why := absent(options.tower):
         raise UserError(why, where=f"tower {options.tower}")
-    return Tower.load(
-        options.tower, layer=options.layer, dtype=options.tower_dtype, device=options.device
-    )
+    from model.tower.tower import Tower
+
+    dtype = "float32" if options.tower_dtype == "auto" else options.tower_dtype
+    return Tower.load(options.tower, layer=options.layer, dtype=dtype, device=options.device)
 
 
 def plan_codec(plan: Plan) -> Codec:
@@ -96,7 +99,7 @@ def plan_codec(plan: Plan) -> Codec:
     )
 
 
-def feature_config(tower: Tower, options: EncodeOptions) -> FeatureConfig:
+def feature_config(tower: "Tower", options: EncodeOptions) -> FeatureConfig:
     """Return all that the bytes of the bank will depend on."""
     return FeatureConfig(
         tower_type=tower.model_type,
@@ -117,23 +120,27 @@ PREDICTED_SIZE = 720, 1280
 """(height, width) that frames are taken to have, where the grid follows it: no plan has seen them."""
 
 
-def frame_bytes(tower: Tower, options: EncodeOptions) -> dict[int, int]:
+def frame_bytes(tower: "Tower", options: EncodeOptions) -> dict[int, int]:
     """Return the bytes of a frame per stride; of blosc, what it takes before it is compressed."""
+    from model.grid import Grid
+
     each = tower.width + 4 if options.codec == "int8" else 2 * tower.width
     patches = tower.grid_of(*PREDICTED_SIZE)
     grids = [Grid(*patches, stride, options.pool) for stride in options.strides]
     return {grid.stride: grid.cells * each // tower.frames_per_unit for grid in grids}
 
 
-def predicted_bytes(tower: Tower, options: EncodeOptions) -> Callable[[ClipSource], int]:
+def predicted_bytes(tower: "Tower", options: EncodeOptions) -> Callable[[ClipSource], int]:
     """Return what tells how many bytes the features of a clip will take, headers left out."""
     frame = sum(frame_bytes(tower, options).values())
     most = options.sampling.most_frames
     return lambda clip: frame * (most if clip.frames is None else clip.frames)
 
 
-def pooling_of(tower: Tower, frames: int, options: EncodeOptions) -> Pooling:
+def pooling_of(tower: "Tower", frames: int, options: EncodeOptions) -> "Pooling":
     """Return what takes the frames of a clip, of which there are so many, batch by batch."""
+    from model.tower.pooling import Pooling
+
     return Pooling(
         tower,
         frames,
@@ -146,13 +153,13 @@ def pooling_of(tower: Tower, frames: int, options: EncodeOptions) -> Pooling:
 
 
 def encode_frames(
-    tower: Tower, frames: np.ndarray, options: EncodeOptions
+    tower: "Tower", frames: np.ndarray, options: EncodeOptions
 ) -> tuple[dict[int, np.ndarray], int]:
     """Return `Tower.features` of frames at the tower's size, as the options ask."""
     return pooling_of(tower, len(frames), options).add_all(frames)
 
 
-def provenance(tower: Tower, options: EncodeOptions) -> Json:
+def provenance(tower: "Tower", options: EncodeOptions) -> Json:
     """Return what, beside the `FeatureConfig`, the last bits of features may depend on."""
     import torch
     import transformers
@@ -171,7 +178,7 @@ def describe(
     source: ClipSource,
     outcome: Outcome[ClipFacts],
     clip: ClipFacts,
-    tower: Tower,
+    tower: "Tower",
     arrays: dict[int, np.ndarray],
 ) -> SampleMeta:
     """Return the json of a sample."""

@@ -15,12 +15,13 @@ from typing import Any
 from preprocess.encode.features import (
     EncodeOptions,
     feature_config,
-    load_tower,
     plan_codec,
     predicted_bytes,
 )
-from preprocess.encode.run import calibrated
-from preprocess.encode.unit import Encoder, Summary
+from preprocess.encode.pipeline.summary import Summary
+from preprocess.encode.planning import calibrated
+from preprocess.encode.tower import Loading, refuse_other_device
+from preprocess.encode.unit import Encoder
 from preprocess.sources.find import clips_under
 from preprocess.sources.members import archive_members
 from preprocess.sources.probe import probe
@@ -30,7 +31,7 @@ from shards.format.plan import (
     ClipSource,
     Plan,
     cut_units,
-    read_plan,
+    planned,
     refuse_other_features,
     write_plan,
 )
@@ -46,15 +47,13 @@ def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how
     tower: where it lies now, if not where it lay at first; another tower is refused. roots: where
     videos may lie now whose paths are gone.
     """
-    if not (bank / "plan.json").exists():
-        raise UserError(f"{bank}: no bank to retry (plan.json is missing); run `preprocess encode`")
+    planned(bank, "no bank to retry")  # before there is a lock, and so a folder
     with folder_lock(bank, "preprocess retry"):
         return _retry(bank, tower, roots, how)
 
 
 def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, Any]) -> Summary:
-    plan, failed = read_plan(bank), read_entries(bank)
-    assert plan
+    plan, failed = planned(bank), read_entries(bank)
     plan = without_cut_off_retry(bank, plan, set(failed))
     refuse_missing_shards(bank, plan)
     if not all(committed(bank, unit) for unit in range(len(plan.units))):
@@ -66,8 +65,9 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
     if tower:
         how["tower"] = tower
     options = EncodeOptions.of_plan(plan, **how)
-    loaded = load_tower(options)
+    loaded, options = Loading(options).tower()
     refuse_other_features(bank, feature_config(loaded, options), features)
+    refuse_other_device(bank, plan, options)
     sources = probe(relocated(clips_under(sources, roots)), {}, features.sampling)
     plan = calibrated(bank, plan, loaded, options)
     codec = plan_codec(plan)

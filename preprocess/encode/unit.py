@@ -3,28 +3,29 @@
 with Encoder(out, features, tower, options, codec) as encoder, Leases(out, "a command") as leases:
     for lease in leases.left(range(len(plan.units))):
         encoder.encode_unit(lease, plan.units[lease.unit])
+
+Clips are decoded ahead of the tower by several processes, and written behind it in a thread; whatever
+their number and haste, they pass through the tower and into the shard in the order of the plan.
 """
 
 import errno
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tqdm import tqdm
-
-from model.tower.pooling import FeatureRangeError, GpuMemoryError, Pooling
-from model.tower.tower import Tower
-from preprocess.decode.child import DecodeChild
+from model.tower.faults import FeatureRangeError, GpuMemoryError
+from preprocess.decode.archive import Unpacker
 from preprocess.decode.frames import Begin, ClipFacts
-from preprocess.decode.source import Outcome, SourceReader
-from preprocess.encode.ahead import ahead
+from preprocess.decode.source import Outcome
 from preprocess.encode.features import EncodeOptions, describe, pooling_of, provenance
+from preprocess.encode.pipeline.decoders import Decoders, Job, decoders_for
+from preprocess.encode.pipeline.summary import Summary, progress_bar, show_pace
+from preprocess.encode.pipeline.writing import Writing
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource
@@ -32,51 +33,35 @@ from shards.format.quarantine import QuarantineEntry, Reason
 from shards.write.lease import Lease
 from shards.write.shard import OvertakenError, ShardWriter, resume_commit
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from model.tower.pooling import Pooling
+    from model.tower.tower import Tower
+
 PLAIN = Codec()
-HELD_BYTES = 32 << 20
-"""Of frames that are decoded before the tower takes them."""
 PARTS_AHEAD = 64
 """Of one file, which a decoder that has to begin at its start is told of."""
 
 
-def progress_bar(total: int | None = None) -> "tqdm[Any]":
-    return tqdm(
-        total=total,
-        unit="clip",
-        desc="encode",
-        mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants few lines
-    )
-
-
-@dataclass
-class Summary:
-    """What a run did."""
-
-    clips: int = 0
-    frames: int = 0
-    nbytes: int = 0
-    skipped: int = 0
-    """Clips that were in the bank already."""
-    seconds: float = 0.0
-    failures: list[QuarantineEntry] = field(default_factory=list)
-
-
 class Encoder(ExitStack):
-    """What encodes the units of one bank: a decode child, and the tower."""
+    """What encodes the units of one bank: processes that decode, and the tower."""
 
     def __init__(
         self,
         out: Path,
         features: FeatureConfig,
-        tower: Tower,
+        tower: "Tower",
         options: EncodeOptions,
         codec: Codec = PLAIN,
         bar: "tqdm[Any] | None" = None,
         failed: Mapping[str, QuarantineEntry] | None = None,
         retried: bool = False,
+        decoders: int | None = None,
     ) -> None:
         """failed: by id, clips that have failed in earlier runs. They are tried again only if `retried`,
-        and that also where an earlier holder of their unit has tried it."""
+        and that also where an earlier holder of their unit has tried it. decoders: processes, None for
+        as many as there are cores."""
         super().__init__()
         assert (codec.name, codec.dtype) == (features.codec, features.dtype)
         self.out, self.features, self.tower, self.options = out, features, tower, options
@@ -85,7 +70,7 @@ class Encoder(ExitStack):
         self.failed, self.retried = failed or {}, retried
         self._folders: set[Path] = set()
         """That held clips of this run, and those above them."""
-        self._reader = self.enter_context(SourceReader(DecodeChild(), out))
+        self._decoders = self.enter_context(Decoders(decoders or decoders_for(1), Unpacker(out)))
         self._began = time.monotonic()
         self.bar = progress_bar() if bar is None else bar
         self.callback(self._stop)
@@ -99,10 +84,10 @@ class Encoder(ExitStack):
     ) -> bool:
         """Make one shard, and return whether it is there; without a clip it is not, unless `keep_empty`.
 
-        Decoding runs a little ahead of the tower, in another process. Clips that an earlier holder of
-        the unit had written are not encoded again; what is done here is dropped where another takes the
-        unit meanwhile. Raises OSError, of one line, where the disk fails, and GpuMemoryError, which
-        leaves nothing of the shard: its clips are all to be of one batch shape.
+        Clips that an earlier holder of the unit had written are not encoded again; what is done here is
+        dropped where another takes the unit meanwhile. Raises OSError, of one line, where the disk
+        fails, and GpuMemoryError, which leaves nothing of the shard: its clips are all to be of one
+        batch shape.
         """
         with disk_errors(self.out):
             tokens, keys = [one.token for one in lease.earlier], {one.key for one in sources}
@@ -110,8 +95,17 @@ class Encoder(ExitStack):
             if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token):
                 self.bar.update(len(sources))
                 return True
-            before = replace(self.summary, failures=[*self.summary.failures])
-            with self._writer(lease, sources) as writer:
+            before = self.summary.copy()
+            with ShardWriter(
+                lease.shard,
+                lease.unit,
+                fingerprint,
+                self.codec,
+                lease.token,
+                lease.earlier,
+                keys,
+                keep_failures=not self.retried,
+            ) as writer:
                 try:
                     return self._made(writer, lease, sources, keep_empty)
                 except GpuMemoryError:
@@ -125,42 +119,47 @@ class Encoder(ExitStack):
     def _made(
         self, writer: ShardWriter, lease: Lease, sources: Sequence[ClipSource], keep_empty: bool
     ) -> bool:
-        self._fill(writer, lease, sources)
+        with Writing(writer) as writing:
+            self._fill(writer, writing, lease, sources)
+            with self._clocked("write"):
+                writing.wait()
         if not writer.entries and not keep_empty:
             writer.abandon()
             return False
         lease.check()
-        writer.commit(provenance(self.tower, self.options))
+        with self._clocked("write"):
+            writer.commit(provenance(self.tower, self.options))
         self.summary.nbytes += writer.nbytes
         return True
 
-    def _fill(self, writer: ShardWriter, lease: Lease, sources: Sequence[ClipSource]) -> None:
+    def _fill(
+        self, writer: ShardWriter, writing: Writing, lease: Lease, sources: Sequence[ClipSource]
+    ) -> None:
         self.summary.failures += writer.failures
+        done = set(writer.keys)
         for source in sources:
-            if source.id in self.failed and source.key not in writer.keys and not self.retried:
-                writer.fail(self.failed[source.id])
-        todo = [source for source in sources if source.key not in writer.keys]
+            if source.id in self.failed and source.key not in done and not self.retried:
+                writing.fail(self.failed[source.id])
+                done.add(source.key)
+        todo = [source for source in sources if source.key not in done]
         self._see_folders(todo)
         self.bar.update(len(sources) - len(todo))
-        for source, outcome, taken in self._encoded(todo, lease):
-            if outcome.error:
-                self._refuse_gone_folder(Path(source.path))
-            self._bank(source, outcome, taken, writer)
-            self.bar.update(1)
-            rate = self.summary.frames / max(self.bar.format_dict["elapsed"], 1e-9)
-            self.bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
+        with closing(self._encoded(todo, lease)) as encoded:
+            for source, outcome, taken in encoded:
+                if outcome.error:
+                    self._refuse_gone_folder(Path(source.path))
+                self._bank(source, outcome, taken, writing)
+                self.bar.update(1)
+                show_pace(self.bar, self.summary)
 
-    def _writer(self, lease: Lease, sources: Sequence[ClipSource]) -> ShardWriter:
-        return ShardWriter(
-            lease.shard,
-            lease.unit,
-            self.features.fingerprint,
-            self.codec,
-            lease.token,
-            lease.earlier,
-            {source.key for source in sources},
-            keep_failures=not self.retried,
-        )
+    @contextmanager
+    def _clocked(self, stage: str) -> Iterator[None]:
+        """Count the time that passes as this stage's: decode, tower or write."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.summary.spent[stage] += time.monotonic() - began
 
     def _see_folders(self, sources: Sequence[ClipSource]) -> None:
         for folder in {Path(source.path).parent for source in sources} - self._folders:
@@ -175,55 +174,66 @@ class Encoder(ExitStack):
 
     def _encoded(
         self, sources: Sequence[ClipSource], lease: Lease
-    ) -> Iterator[tuple[ClipSource, Outcome[ClipFacts], "Pooling | FeatureRangeError | None"]]:
+    ) -> Generator[tuple[ClipSource, Outcome[ClipFacts], "Pooling | FeatureRangeError | None"]]:
         """Yield what came of each clip, with its features or what the stored type cannot hold.
 
         A few frames are held at a time, whatever the clips' lengths.
         """
         taken: Pooling | FeatureRangeError | None = None
-        with closing(ahead(self._events(sources), HELD_BYTES)) as events:
-            for source, event in events:
+        together = self.tower.batch_shape(sys.maxsize, self.options.batch_frames)
+        with closing(self._decoders.events(self._jobs(sources), together)) as events:
+            while True:
+                with self._clocked("decode"):
+                    source, event = next(events, (None, None))
+                if source is None or event is None:
+                    return
                 if isinstance(event, Begin):
                     lease.check()
                     taken = pooling_of(self.tower, event.frames, self.options)
                 elif isinstance(event, Outcome):
                     yield source, event, taken
                     taken = None
-                elif isinstance(taken, Pooling):
+                elif taken is not None and not isinstance(taken, FeatureRangeError):
                     try:
-                        taken.add(event)
+                        with self._clocked("tower"):
+                            taken.add(event)
                     except FeatureRangeError as error:
                         taken = error
+                del event
 
-    def _events(
-        self, sources: Sequence[ClipSource]
-    ) -> Iterator[tuple[ClipSource, Begin | np.ndarray | Outcome[ClipFacts]]]:
-        together = self.tower.batch_shape(sys.maxsize, self.options.batch_frames)
-        for place, source in enumerate(sources):
-            request = self.options.request(source, self.tower.pixels)
-            request = replace(request, next_parts=_next_parts(source, sources[place + 1 :]))
-            for event in self._reader.events(source, request, together):
-                yield source, event
+    def _jobs(self, sources: Sequence[ClipSource]) -> list[Job]:
+        return [
+            (
+                source,
+                replace(
+                    self.options.request(source, self.tower.pixels),
+                    next_parts=_next_parts(source, sources[place + 1 :]),
+                ),
+            )
+            for place, source in enumerate(sources)
+        ]
 
     def _bank(
         self,
         source: ClipSource,
         outcome: Outcome[ClipFacts],
         taken: "Pooling | FeatureRangeError | None",
-        writer: ShardWriter,
+        writing: Writing,
     ) -> None:
-        """Write a clip's features, or why there are none."""
-        if outcome.clip is None:
-            assert outcome.error
-            writer.fail(self._failure(source, outcome, outcome.error.reason, str(outcome.error)))
-            return
-        if isinstance(taken, FeatureRangeError):
-            where = f"{source.where}: {taken}"
-            writer.fail(self._failure(source, outcome, Reason.NOT_REPRESENTABLE, where))
-            return
-        assert taken is not None
-        meta = describe(source, outcome, outcome.clip, self.tower, taken.stored)
-        writer.write(source.key, meta, taken.stored, taken.underflowed)
+        """Have a clip's features written, or why there are none."""
+        with self._clocked("write"):
+            if outcome.clip is None:
+                assert outcome.error
+                error = outcome.error
+                writing.fail(self._failure(source, outcome, error.reason, str(error)))
+                return
+            if isinstance(taken, FeatureRangeError):
+                where = f"{source.where}: {taken}"
+                writing.fail(self._failure(source, outcome, Reason.NOT_REPRESENTABLE, where))
+                return
+            assert taken is not None
+            meta = describe(source, outcome, outcome.clip, self.tower, taken.stored)
+            writing.write(source.key, meta, taken.stored, taken.underflowed)
         self.summary.clips += 1
         self.summary.frames += len(outcome.clip.frame_index)
 

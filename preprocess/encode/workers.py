@@ -1,4 +1,4 @@
-"""Units over processes: every worker has its own tower and decode child, and takes what is left.
+"""Units over processes: every worker has its own tower and decoders, and takes what is left.
 
 summary = encode_in_processes(work, options, procs=4)
 
@@ -13,26 +13,30 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from model.tower.tower import Tower
 from preprocess.decode.process import ChildBug
 from preprocess.encode.features import EncodeOptions, load_tower
-from preprocess.encode.unit import Encoder, Summary, disk_errors, progress_bar
+from preprocess.encode.pipeline.decoders import decoders_for
+from preprocess.encode.pipeline.summary import Summary, progress_bar, show_pace
+from preprocess.encode.unit import Encoder, disk_errors
 from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource
 from shards.format.quarantine import QuarantineEntry
 from shards.write.lease import Leases
+
+if TYPE_CHECKING:
+    from model.tower.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Work:
     """By id, clips that have failed in earlier runs, and are not tried again."""
     start: float = 0.0
     """The part of the units after which to begin, in [0, 1): others begin elsewhere."""
+    decoders: int | None = None
+    """Processes for each tower; None for as many as there are cores for."""
 
     @property
     def clips(self) -> int:
@@ -57,14 +63,23 @@ class Work:
 
 
 def encode_work(
-    work: Work, tower: Tower, options: EncodeOptions, bar: "tqdm[Any] | None" = None
+    work: Work, tower: "Tower", options: EncodeOptions, bar: "tqdm[Any] | None" = None
 ) -> Summary:
     """Encode units in this process, one after the other, until none is left to take.
 
     Those that are left then are made by others, who live.
     """
     with (
-        Encoder(work.out, work.features, tower, options, work.codec, bar, work.failed) as encoder,
+        Encoder(
+            work.out,
+            work.features,
+            tower,
+            options,
+            work.codec,
+            bar,
+            work.failed,
+            decoders=work.decoders,
+        ) as encoder,
         disk_errors(work.out),
         Leases(work.out, work.command) as leases,
     ):
@@ -112,9 +127,7 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                     if what == "clips":
                         count, done[rank] = fact
                         bar.update(count)
-                        frames = sum(summary.frames for summary in done.values())
-                        rate = frames / max(bar.format_dict["elapsed"], 1e-9)
-                        bar.set_postfix({"frames/s": f"{rate:.1f}"}, refresh=False)
+                        show_pace(bar, Summary.of(list(done.values())))
                     elif what == "note" and not rank:
                         bar.write(fact, file=sys.stderr)
                     elif what == "failed":
@@ -131,7 +144,7 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
         seconds = bar.format_dict["elapsed"]
     if problems:
         raise UserError.of(dict.fromkeys(problems))
-    return replace(_sum(list(done.values())), seconds=seconds)
+    return replace(Summary.of(list(done.values())), seconds=seconds)
 
 
 def _start(
@@ -143,7 +156,11 @@ def _start(
     receiver, sender = context.Pipe(duplex=False)
     if options.device == "cuda":
         options = replace(options, device=f"cuda:{rank % torch.cuda.device_count()}")
-    share = replace(work, start=(work.start + rank / procs) % 1)
+    share = replace(
+        work,
+        start=(work.start + rank / procs) % 1,
+        decoders=work.decoders or decoders_for(procs),
+    )
     process = context.Process(target=_worker, args=(share, options, sender), daemon=True)
     process.start()
     sender.close()
@@ -187,16 +204,6 @@ class RemoteBar(tqdm):
 
     def write(self, s: str, *_: Any, **__: Any) -> None:  # type: ignore[override]
         self.send(("note", s))
-
-
-def _sum(summaries: Sequence[Summary]) -> Summary:
-    total = Summary()
-    for summary in summaries:
-        total.clips += summary.clips
-        total.frames += summary.frames
-        total.nbytes += summary.nbytes
-        total.failures += summary.failures
-    return total
 
 
 def _death(rank: int, procs: int, code: int) -> str:

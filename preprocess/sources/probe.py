@@ -102,7 +102,7 @@ def _probe_sources(sources: Sequence[Source]) -> dict[Source, Probed]:
     found: dict[Source, Probed] = {}
     with ExitStack() as stack:
         bar = stack.enter_context(
-            tqdm(total=len(sources), desc="probe", unit="file", delay=1, leave=False)
+            tqdm(total=len(sources), desc="probe", unit="file", delay=1, leave=False, disable=None)
         )
         idle: queue.SimpleQueue[HeaderChild] = queue.SimpleQueue()
         count = min(CHILDREN, os.cpu_count() or 1, math.ceil(len(plain) / FILES_PER_CHILD))

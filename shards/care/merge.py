@@ -18,16 +18,15 @@ from shards.care.inventory import refuse_no_bank
 from shards.errors import UserError
 from shards.format.commits import (
     CommitRecord,
-    committed,
     index_path,
-    read_commit,
+    read_commits,
     refuse_missing_shards,
     shard_path,
     write_commit,
 )
 from shards.format.features import differences
 from shards.format.manifest import Manifest, TowerFacts
-from shards.format.plan import ClipSource, Plan, read_plan, write_plan
+from shards.format.plan import ClipSource, Plan, planned, write_plan
 from shards.format.quarantine import read_entries
 from shards.signed import sync_folder
 from shards.text import counted, some
@@ -69,7 +68,7 @@ def merge(
     with folder_lock(out, "preprocess merge"):
         shutil.rmtree(beside, ignore_errors=True)
         (beside / "shards").mkdir(parents=True)
-        units = _bring_shards(parts, beside, seen)
+        units, commits = _bring_shards(parts, beside, seen)
         plan = replace(
             parts[0].plan,
             units=units,
@@ -77,14 +76,13 @@ def merge(
         )
         write_plan(beside, plan)
         _bring_skips(parts, beside)
-        commits = [read_commit(shard_path(beside, unit)) for unit in range(len(units))]
         failed = [
             entry
             for part in parts
             for entry in read_entries(part.bank).values()
             if entry.key in part.clips
         ]
-        manifest = finish(beside, plan, TowerFacts.of(plan, commits), failed)
+        manifest = finish(beside, plan, TowerFacts.of(plan, commits), failed, commits)
     os.rmdir(out)
     os.replace(beside, out)
     sync_folder(out.parent)
@@ -96,12 +94,9 @@ def _part(bank: Path) -> Part:
     writer = writer_of(bank)
     if writer:
         raise UserError(f"{writer} writes here", where=bank, fix="merge it when that is over")
-    plan = read_plan(bank)
-    if plan is None:
-        raise UserError("its plan.json is missing", where=bank, fix="restore it from a copy")
+    plan = planned(bank)
     refuse_missing_shards(bank, plan)
-    units = [unit for unit in range(len(plan.units)) if committed(bank, unit)]
-    commits = [read_commit(shard_path(bank, unit)) for unit in units]
+    commits = read_commits(bank, plan)
     for commit in commits:
         shard = bank / "shards" / commit.shard
         if commit.samples and shard.stat().st_size != commit.nbytes:
@@ -156,9 +151,10 @@ def _refuse_common(parts: Sequence[Part]) -> None:
 
 def _bring_shards(
     parts: Sequence[Part], out: Path, seen: Callable[[int], object]
-) -> list[list[ClipSource]]:
-    """Link or copy the shards, write their commit records; return the units of the new plan."""
+) -> tuple[list[list[ClipSource]], list[CommitRecord]]:
+    """Link or copy the shards, write their commit records; return the units of the new plan, too."""
     units: list[list[ClipSource]] = []
+    commits: list[CommitRecord] = []
     for part in parts:
         for commit in part.commits:
             old, new = part.bank / "shards" / commit.shard, shard_path(out, len(units))
@@ -166,9 +162,10 @@ def _bring_shards(
                 _bring(old, new)
                 _bring(index_path(old), index_path(new))
                 seen(commit.nbytes)
-            write_commit(new, replace(commit, shard=new.name, unit=len(units)))
+            commits.append(replace(commit, shard=new.name, unit=len(units)))
+            write_commit(new, commits[-1])
             units.append(part.plan.units[commit.unit])
-    return units
+    return units, commits
 
 
 def _bring(old: Path, new: Path) -> None:

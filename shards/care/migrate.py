@@ -78,7 +78,7 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
     if (bank / "bank.json").exists():
         try:
             commits = read_commits(bank, plan)
-            finish(bank, plan, TowerFacts.of(plan, commits))
+            finish(bank, plan, TowerFacts.of(plan, commits), commits=commits)
             written += ["index.zarr", "bank.json"]
         except (UserError, FileNotFoundError):  # repair writes it when the shards are whole again
             (bank / "bank.json").unlink()

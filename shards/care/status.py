@@ -8,6 +8,7 @@ Nothing is locked or changed: files that come and go meanwhile are counted as th
 import calendar
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,13 +74,14 @@ def status(bank: Path) -> Status:
     inventory = read_inventory(bank)
     writer, workers = writer_of(bank), list(holders(bank).values())
     began = min(map(_began, filter(None, [writer, *workers])), default=None)
-    entries = _failures(inventory)
+    begun = _begun(inventory)
+    entries = _failures(inventory, begun)
     failed = {entry.key for entry in entries}
     found = Status(
         bank=bank,
         features=inventory.features,
         manifest=inventory.manifest,
-        progress=_progress(inventory, failed, began),
+        progress=_progress(inventory, begun, failed, began),
         nbytes=sum(_size(path) for path in bank.glob("shards/*")),
         writer=writer,
         workers=workers,
@@ -104,54 +106,70 @@ def _began(writer: Writer) -> float:
     return calendar.timegm(time.strptime(writer.started, "%Y-%m-%dT%H:%M:%SZ"))
 
 
-def _failures(inventory: Inventory) -> list[QuarantineEntry]:
+@dataclass(frozen=True)
+class Begun:
+    """A unit that is not finished: what is written of it."""
+
+    written: Written
+    """As the journal tells that tells most, if there are several."""
+    moment: float
+    """When one was last written to; 0 of none."""
+
+
+def _begun(inventory: Inventory) -> dict[int, Begun]:
+    """Return the units of the plan that are not finished."""
+    units = range(len(inventory.plan.units) if inventory.plan else 0)
+    return {
+        unit: _begun_unit(inventory.bank / "shards" / shard_name(unit))
+        for unit in units
+        if inventory.commits.get(shard_name(unit)) is None
+    }
+
+
+def _begun_unit(shard: Path) -> Begun:
+    found, moment = [Written()], 0.0
+    for token in tokens(shard):
+        try:
+            found.append(written_of(journal_lines(shard, token)))
+            moment = max(moment, journal_path(shard, token).stat().st_mtime)
+        except FileNotFoundError:
+            continue
+    return Begun(max(found, key=lambda written: len(written.keys)), moment)
+
+
+def _failures(inventory: Inventory, begun: Mapping[int, Begun]) -> list[QuarantineEntry]:
     """Return the clips that have failed: of earlier runs, of units made since, of units begun."""
     found = {entry.id: entry for entry in read_quarantine(inventory.bank)}
-    plan = inventory.plan
-    if plan:
-        since = untold_failures(inventory.bank, plan, inventory.sound_commits())
-        for unit in range(len(plan.units)):
-            if inventory.commits.get(shard_name(unit)) is None:
-                since += _written(inventory, unit).failures
+    if inventory.plan:
+        since = untold_failures(inventory.bank, inventory.plan, inventory.sound_commits())
+        since += [entry for unit in begun.values() for entry in unit.written.failures]
         found |= {entry.id: entry for entry in since}
     return list(found.values())
 
 
-def _written(inventory: Inventory, unit: int) -> Written:
-    """Return what the journal of a unit that is not finished tells of: its longest, if of several."""
-    shard, found = inventory.bank / "shards" / shard_name(unit), [Written()]
-    for token in tokens(shard):
-        try:
-            found.append(written_of(journal_lines(shard, token)))
-        except FileNotFoundError:
-            continue
-    return max(found, key=lambda written: len(written.keys))
-
-
-def _progress(inventory: Inventory, failed: set[str], began: float | None) -> Progress:
+def _progress(
+    inventory: Inventory, begun: Mapping[int, Begun], failed: set[str], began: float | None
+) -> Progress:
     found = Progress()
-    if not inventory.plan:
-        return found
-    for unit, work in enumerate(inventory.plan.work()):
+    for unit, work in enumerate(inventory.plan.work() if inventory.plan else ()):
         name, todo = shard_name(unit), {clip.key for clip in work}
-        path = inventory.bank / "shards" / name
         commit = inventory.commits.get(name)
         if commit:
             banked = [sample for sample in commit.samples if sample.key in todo]
             found.units_done += 1
             found.clips += len(banked)
             found.frames += sum(sample.frames for sample in banked)
-            if began is not None and _moment(done_path(path)) >= began:
+            moment = _moment(done_path(inventory.bank / "shards" / name))
+            if began is not None and moment >= began:
                 found.clips_new += len(banked)
             continue
-        samples = [entry.sample for entry in _written(inventory, unit).samples]
+        samples = [entry.sample for entry in begun[unit].written.samples]
         found.units_begun += bool(samples)
         found.units_left += not samples
         found.clips_begun += len(samples)
         found.frames_begun += sum(sample.frames for sample in samples)
         found.clips_left += max(len(todo - failed) - len(samples), 0)
-        moments = [_moment(journal_path(path, token)) for token in tokens(path)]
-        if began is not None and max(moments) >= began:
+        if began is not None and begun[unit].moment >= began:
             found.clips_new += len(samples)
     return found
 

@@ -107,15 +107,7 @@ class Manifest:
         cls, plan: Plan, commits: Sequence[CommitRecord], columns: Columns, tower: NamedTower
     ) -> "Manifest":
         """Return the manifest of these finished shards. columns: their catalogue."""
-        served = plan.served()
-        banked: list[SampleRecord] = []
-        superseded: dict[str, list[str]] = {}
-        for commit in commits:
-            for sample in commit.samples:
-                if served.get(sample.key) == commit.unit:
-                    banked.append(sample)
-                else:
-                    superseded.setdefault(commit.shard, []).append(sample.key)
+        banked, superseded = sorted_out(plan, commits)
         quality = plan.quality or {}
         ratios = compression(banked, plan.features.strides)
         return cls(
@@ -125,9 +117,7 @@ class Manifest:
             clips=len(columns["shard"]),
             frames=len(columns["timestamps"]),
             nbytes=sum(commit.nbytes for commit in commits),
-            shards=[
-                ShardEntry(one.shard, one.nbytes, one.sha256) for one in commits if one.samples
-            ],
+            shards=entries_of(commits),
             catalogue=checksums(columns),
             superseded=superseded,
             codec=CodecFacts(
@@ -147,6 +137,13 @@ class Manifest:
                 encoded=distinct([commit.provenance for commit in commits]),
             ),
         )
+
+    def is_of(self, plan: Plan, commits: Sequence[CommitRecord]) -> bool:
+        """Whether it tells of these finished shards, and of what a plan serves of them."""
+        banked, superseded = sorted_out(plan, commits)
+        told = self.features, self.calibration, self.clips, self.superseded, self.shards
+        now = plan.features, plan.calibration, len(banked), superseded, entries_of(commits)
+        return told == now
 
     @property
     def dead_samples(self) -> int:
@@ -168,6 +165,27 @@ class Manifest:
         refuse_other_version(data, bank, "bank.json")
         fields = {name: value for name, value in data.items() if name != "format_version"}
         return parse(cls, fields, f"{bank}/bank.json")
+
+
+def entries_of(commits: Sequence[CommitRecord]) -> list[ShardEntry]:
+    """Return the shards that there are; a unit without samples has none."""
+    return [ShardEntry(one.shard, one.nbytes, one.sha256) for one in commits if one.samples]
+
+
+def sorted_out(
+    plan: Plan, commits: Sequence[CommitRecord]
+) -> tuple[list[SampleRecord], dict[str, list[str]]]:
+    """Return the samples that a plan serves; and by shard, the keys of those that it does not."""
+    served = plan.served()
+    banked: list[SampleRecord] = []
+    superseded: dict[str, list[str]] = {}
+    for commit in commits:
+        for sample in commit.samples:
+            if served.get(sample.key) == commit.unit:
+                banked.append(sample)
+            else:
+                superseded.setdefault(commit.shard, []).append(sample.key)
+    return banked, superseded
 
 
 def compression(samples: Sequence[SampleRecord], strides: Sequence[int]) -> dict[str, float | None]:

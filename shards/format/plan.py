@@ -84,6 +84,12 @@ class TowerSettings:
     threads: int = TOWER_THREADS
     name: str = ""
     """Where the tower was found: a folder, or a name on the Hub."""
+    device: str | None = None
+    """What computes it, as far as the last bits hang on that: the same kind for every worker."""
+    reason: str | None = None
+    """Why the features' `tower_dtype` is what it is, where it was chosen and not asked for."""
+    files: str | None = None
+    """What its files are, by name, size and time: the same say the same without a look inside."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Plan:
             "features": self.features.to_json(),
             "calibration": self.calibration,
             "quality": self.quality,
-            "tower": asdict(self.tower),
+            "tower": {k: v for k, v in asdict(self.tower).items() if v is not None},
             "decoder": self.decoder,
             "pruned": sorted(self.pruned),
             "units": [[clip.to_json() for clip in unit] for unit in self.units],
@@ -184,12 +190,12 @@ def read_plan(bank: Path) -> Plan | None:
     return Plan.from_json(read_signed_json(path), bank)
 
 
-def planned(bank: Path) -> Plan:
-    """Return a bank's plan; raises UserError where there is none."""
+def planned(bank: Path, missing: str = "no plan here") -> Plan:
+    """Return a bank's plan; raises UserError where there is none, which is `missing` then."""
     plan = read_plan(bank)
     if plan is None:
         raise UserError(
-            "no plan here (plan.json is missing)",
+            f"{missing} (plan.json is missing)",
             where=bank,
             fix=f"make one with `preprocess plan INPUT --out {bank} --tower NAME`",
         )

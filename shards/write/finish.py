@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.format.catalogue import build_columns, write_columns
+from shards.format.catalogue import build_columns, read_columns, write_columns
 from shards.format.commits import (
     CommitRecord,
     committed,
@@ -17,6 +17,7 @@ from shards.format.manifest import Manifest, NamedTower, TowerFacts, read_manife
 from shards.format.plan import Plan, planned
 from shards.format.quarantine import QuarantineEntry, settle
 from shards.signed import signed_json, write_atomic
+from shards.storage import open_files
 from shards.text import counted, some
 from shards.write.lease import holders, sweep
 from shards.write.lock import folder_lock
@@ -29,17 +30,24 @@ def finish_alone(bank: Path) -> Manifest:
         plan = planned(bank)
         refuse_unfinished(bank, plan, f"run `preprocess work {bank}`, and this when it is done")
         refuse_missing_shards(bank, plan)
-        return finish(bank, plan, TowerFacts.of(plan, read_commits(bank, plan)))
+        commits = read_commits(bank, plan)
+        return finish(bank, plan, TowerFacts.of(plan, commits), commits=commits)
 
 
 def finish(
-    out: Path, plan: Plan, tower: NamedTower, failed: Iterable[QuarantineEntry] = ()
+    out: Path,
+    plan: Plan,
+    tower: NamedTower,
+    failed: Iterable[QuarantineEntry] = (),
+    commits: Sequence[CommitRecord] | None = None,
 ) -> Manifest:
     """Write the catalogue, bring the quarantine up to date, and write the manifest last.
 
-    failed: clips that no commit record tells of. Banked clips leave the quarantine.
+    failed: clips that no commit record tells of. Banked clips leave the quarantine. commits: the
+    records of the units, where they have been read.
     """
-    commits, served = read_commits(out, plan), plan.served()
+    commits = read_commits(out, plan) if commits is None else commits
+    served = plan.served()
     columns = build_columns(out / "shards", commits, plan.features.strides, served)
     write_columns(out / "index.zarr", columns)
     banked = {key for one in commits for key in one.keys if served.get(key) == one.unit}
@@ -48,6 +56,19 @@ def finish(
     write_atomic(out / "bank.json", signed_json(manifest.to_json()))
     sweep(out)
     return manifest
+
+
+def is_finished(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> bool:
+    """Whether quarantine, catalogue and manifest are as `finish` would write them now.
+
+    commits: of all units.
+    """
+    try:
+        manifest = read_manifest(bank)
+        read_columns(open_files(bank), manifest.catalogue)
+    except UserError:
+        return False
+    return manifest.is_of(plan, commits) and not untold_failures(bank, plan, commits)
 
 
 def untold_failures(

@@ -28,8 +28,8 @@ PLANNED = (
 )
 OPTIONS = {
     "plan": f"{PLANNED} --no-estimate",
-    "encode": f"{PLANNED} --procs",
-    "work": "--share --procs --tower --video-root --device --template --help",
+    "encode": f"{PLANNED} --procs --decoders",
+    "work": "--share --procs --decoders --tower --video-root --device --template --help",
     "finish": "--help",
     "merge": "--out --help",
     "retry": (

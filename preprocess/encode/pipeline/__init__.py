@@ -1,0 +1,1 @@
+"""Decoding ahead of the tower, writing behind it, and what the time went to."""

@@ -1,0 +1,76 @@
+"""Processes that decode clips ahead of the tower, several clips at a time.
+
+    with Decoders(4, bank) as decoders, closing(decoders.events(jobs, together=16)) as events:
+        for source, event in events: ...        # clip after clip, in the order of the jobs
+
+The parts of one file are one process's, which reads on from one to the next; a member of an archive is
+unpacked in the order of the jobs, so that a compressed archive is read once.
+"""
+
+import os
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import groupby
+
+import numpy as np
+
+from preprocess.decode.archive import Unpacker
+from preprocess.decode.child import DecodeChild
+from preprocess.decode.frames import Begin, ClipFacts
+from preprocess.decode.request import ReadRequest
+from preprocess.decode.source import Outcome, SourceReader
+from preprocess.encode.pipeline.ahead import ahead
+from shards.format.plan import ClipSource
+
+HELD_BYTES = 32 << 20
+"""Of frames that wait for the tower, for each process."""
+
+Job = tuple[ClipSource, ReadRequest]
+SourceEvent = tuple[ClipSource, Begin | np.ndarray | Outcome[ClipFacts]]
+
+
+def decoders_for(towers: int) -> int:
+    """Return how many processes decode for each of so many towers on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // towers)
+
+
+class Decoders(ExitStack):
+    """Decode processes, started when there are clips for them."""
+
+    def __init__(self, count: int, unpacker: Unpacker) -> None:
+        super().__init__()
+        self.enter_context(unpacker)
+        self.readers = [
+            self.enter_context(SourceReader(DecodeChild(), unpacker)) for _ in range(count)
+        ]
+
+    def events(self, jobs: Sequence[Job], together: int) -> Generator[SourceEvent]:
+        """Yield the frames of each clip, `together` at a time, and what came of it last.
+
+        Raises what `SourceReader.events` raises, when all that comes before is taken.
+        """
+        files = groupby(jobs, key=lambda job: (job[0].path, job[0].offset))
+        workers = [partial(read_file, reader, together) for reader in self.readers]
+        return ahead(
+            [list(group) for _, group in files],
+            workers,
+            HELD_BYTES * len(self.readers),
+            self._interrupt,
+        )
+
+    def _interrupt(self) -> None:
+        for reader in self.readers:
+            reader.child.interrupt()
+
+
+def read_file(reader: SourceReader, together: int, jobs: Sequence[Job]) -> Generator[SourceEvent]:
+    """Return the events of the parts of one file; its bytes are brought here at once."""
+    reader.bring(jobs[0][0])
+
+    def events() -> Generator[SourceEvent]:
+        for source, request in jobs:
+            for event in reader.events(source, request, together):
+                yield source, event
+
+    return events()

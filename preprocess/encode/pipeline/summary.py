@@ -1,0 +1,81 @@
+"""What a run did, and where its time went: what the bar shows and the last lines say."""
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from shards.format.quarantine import QuarantineEntry
+
+STAGES = ("decode", "tower", "write")
+MUCH = 0.2
+"""The share of its time that a tower may wait before it is worth more than a word."""
+ADVICE = {
+    "decode": "the tower waited {} of the time for decoding: more --decoders or cores",
+    "write": "the tower waited {} of the time for writing: a faster disk",
+    "tower": "the tower was at work {} of the time: a faster device, or more of them",
+}
+
+
+def progress_bar(total: int | None = None) -> "tqdm[Any]":
+    return tqdm(
+        total=total,
+        unit="clip",
+        desc="encode",
+        mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants few lines
+    )
+
+
+@dataclass
+class Summary:
+    """What a run did."""
+
+    clips: int = 0
+    frames: int = 0
+    nbytes: int = 0
+    skipped: int = 0
+    """Clips that were in the bank already."""
+    seconds: float = 0.0
+    failures: list[QuarantineEntry] = field(default_factory=list)
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    """Seconds, of all towers together: that they waited for decoding, worked, waited for writing."""
+
+    def copy(self) -> "Summary":
+        return replace(self, failures=[*self.failures], spent=dict(self.spent))
+
+    @classmethod
+    def of(cls, parts: "list[Summary]") -> "Summary":
+        """Return what several processes did together; their seconds are left out."""
+        total = cls()
+        for part in parts:
+            total.clips += part.clips
+            total.frames += part.frames
+            total.nbytes += part.nbytes
+            total.failures += part.failures
+            for stage in STAGES:
+                total.spent[stage] += part.spent[stage]
+        return total
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the time, for each stage; nothing where nothing was encoded."""
+        whole = sum(self.spent.values())
+        return {stage: spent / whole for stage, spent in self.spent.items()} if whole else {}
+
+    @property
+    def advice(self) -> str | None:
+        """What the next hour should be bought with; None where no frame was encoded."""
+        shares = self.shares
+        if not shares or not self.frames:
+            return None
+        waited = max(("decode", "write"), key=lambda stage: shares[stage])
+        stage = waited if shares[waited] > MUCH else "tower"
+        return ADVICE[stage].format(f"{shares[stage]:.0%}")
+
+
+def show_pace(bar: "tqdm[Any]", summary: Summary) -> None:
+    """Show beside a bar how fast it goes, and where the time of the towers goes."""
+    rate = summary.frames / max(bar.format_dict["elapsed"], 1e-9)
+    shown = {stage: f"{share:.0%}" for stage, share in summary.shares.items()}
+    bar.set_postfix({"frames/s": f"{rate:.1f}"} | shown, refresh=False)

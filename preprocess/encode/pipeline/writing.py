@@ -1,0 +1,99 @@
+"""A shard is written behind the tower, in a thread of its own: tar, checksums, disk.
+
+with Writing(writer) as writing:
+    writing.write(key, meta, arrays, underflowed)       # returns when there is room for it
+    writing.wait()                                      # until all of it is on the disk
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+
+import numpy as np
+
+from shards.format.quarantine import QuarantineEntry
+from shards.format.samples import SampleMeta
+from shards.write.shard import ShardWriter
+
+HELD_BYTES = 64 << 20
+"""Of features that wait to be written; one clip's may be more."""
+
+
+class Writing:
+    """Has a `ShardWriter` do what it is asked to, in this order; an error is raised by the next call."""
+
+    def __init__(self, writer: ShardWriter, most_bytes: int = HELD_BYTES) -> None:
+        self._writer, self._most_bytes = writer, most_bytes
+        self._waiting: deque[tuple[Callable[[], None], int]] = deque()
+        self._bytes = 0
+        """Of what waits and of what is being written."""
+        self._change = threading.Condition()
+        self._over = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Writing":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        with self._change:
+            self._over = True
+            if kind is not None:
+                self._waiting.clear()
+            self._change.notify_all()
+        self._thread.join()
+
+    def write(
+        self, key: str, meta: SampleMeta, arrays: dict[int, np.ndarray], underflowed: int
+    ) -> None:
+        """Have a clip's features written."""
+        nbytes = sum(array.nbytes for array in arrays.values())
+        self._put(lambda: self._writer.write(key, meta, arrays, underflowed), nbytes)
+
+    def fail(self, entry: QuarantineEntry) -> None:
+        """Have it noted that there are none."""
+        self._put(lambda: self._writer.fail(entry), 0)
+
+    def wait(self) -> None:
+        """Return when all is written."""
+        with self._change:
+            self._change.wait_for(lambda: self._error or not (self._waiting or self._bytes))
+        self._raise()
+
+    def _put(self, do: Callable[[], None], nbytes: int) -> None:
+        with self._change:
+            self._change.wait_for(lambda: self._error or not self._bytes or self._has_room(nbytes))
+            self._raise()
+            self._waiting.append((do, nbytes + 1))
+            self._bytes += nbytes + 1
+            self._change.notify_all()
+
+    def _has_room(self, nbytes: int) -> bool:
+        return self._bytes + nbytes < self._most_bytes
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._waiting or self._over)
+                if not self._waiting:
+                    return
+                do, nbytes = self._waiting.popleft()
+            try:
+                do()
+            except BaseException as error:
+                with self._change:
+                    self._error = error
+                    self._change.notify_all()
+                return
+            del do
+            with self._change:
+                self._bytes -= nbytes
+                self._change.notify_all()

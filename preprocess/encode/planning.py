@@ -1,0 +1,227 @@
+"""What a run is to make: its inputs against the plan of its bank, and the plan that follows.
+
+survey = Survey.of(out, clips, options, known)      # without torch
+survey.of_nothing(out, options, prune=False)        # where nothing is left to encode or to write
+changes, options = make_plan(out, clips, tower, options)
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tqdm import tqdm
+
+from model.tower.faults import GpuMemoryError
+from preprocess.decode.child import DecodeChild
+from preprocess.decode.source import SourceReader
+from preprocess.encode.features import EncodeOptions, feature_config, predicted_bytes
+from preprocess.encode.tower import measured, tower_files
+from preprocess.sources.changes import Changes, compare
+from preprocess.sources.probe import probe
+from shards.errors import UserError
+from shards.format.commits import CommitRecord, committed, read_commits, refuse_missing_shards
+from shards.format.features import FeatureConfig
+from shards.format.plan import (
+    READER,
+    ClipSource,
+    Plan,
+    TowerSettings,
+    read_plan,
+    refuse_other_features,
+    write_plan,
+)
+from shards.format.quarantine import read_entries, settle
+from shards.write.finish import is_finished, untold_failures
+
+if TYPE_CHECKING:
+    from model.tower.tower import Tower
+
+ASKED = ("layer", "dtype", "tower_dtype", "sampling", "strides", "pool", "codec")
+"""The features that options name; the others are the tower's."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A run's clips as they are now, and what its bank holds."""
+
+    known: Plan | None
+    commits: list[CommitRecord]
+    """Of the units that are made."""
+    probed: list[ClipSource]
+
+    @classmethod
+    def of(
+        cls,
+        out: Path,
+        clips: Sequence[ClipSource],
+        options: EncodeOptions,
+        known: Plan | None,
+        probed: list[ClipSource] | None = None,
+    ) -> "Survey":
+        """Look at the clips, of which `probed` were looked at before there was a bank."""
+        if known is None:
+            return cls(None, [], probe(clips, {}, options.sampling) if probed is None else probed)
+        refuse_missing_shards(out, known)
+        planned = {clip.key: clip for clip in known.clips}
+        probed = probe(clips, planned, known.features.sampling)
+        return cls(known, read_commits(out, known), probed)
+
+    def changes(self, out: Path, plan: Plan) -> Changes:
+        """Return what the clips are to a plan."""
+        return compare(out, plan, self.probed, lost_keys(out, plan, self.commits))
+
+    def of_nothing(self, out: Path, options: EncodeOptions, *, prune: bool) -> Changes | None:
+        """Return the changes, where none is left to make: of just these features, by the same files of
+        the tower, all clips are in a bank that is finished."""
+        plan = self.known
+        if plan is None or plan.quality is None or plan.tower.files is None:
+            return None
+        if any(getattr(options, name) != getattr(plan.features, name) for name in ASKED):
+            return None
+        same_tower = options.tower == plan.tower.name
+        if not same_tower or tower_files(options.tower) != plan.tower.files:
+            return None
+        changes = self.changes(out, plan)
+        if changes.todo or changed_of(changes, options, prune) != plan or units_left(out, plan):
+            return None
+        return changes if is_finished(out, plan, self.commits) else None
+
+
+def units_left(out: Path, plan: Plan) -> dict[int, list[ClipSource]]:
+    """Return the units that are not made, with the clips to bank in them."""
+    return {unit: clips for unit, clips in enumerate(plan.work()) if not committed(out, unit)}
+
+
+def changed_of(changes: Changes, options: EncodeOptions, prune: bool) -> Plan:
+    """Return the plan of some changes as the options want it, without new units."""
+    plan = changes.plan
+    if prune:
+        plan = replace(plan, pruned=plan.pruned | {clip.key for clip in changes.removed})
+    return replace(plan, allow_truncated=options.allow_truncated or None)
+
+
+def make_plan(
+    out: Path,
+    clips: Sequence[ClipSource],
+    tower: "Tower",
+    options: EncodeOptions,
+    *,
+    prune: bool = False,
+    survey: Survey | None = None,
+) -> tuple[Changes, EncodeOptions]:
+    """Return what the clips are to the bank, with its plan, written before any decoding; and the
+    options: with the arithmetic that was chosen, and `batch_frames` halved where the GPU had no memory
+    for calibrating."""
+    survey = survey or Survey.of(out, clips, options, read_plan(out))
+    known = survey.known
+    choice = measured(tower, options, known)
+    if choice:
+        options = replace(options, tower_dtype=choice.dtype)
+    features = feature_config(tower, options)
+    plan = known or new_plan(tower, options, features, choice.reason if choice else None)
+    if known is not None:
+        refuse_other_features(out, features, known.features)
+    if plan.decoder not in (None, READER):
+        raise UserError(
+            f"{out}: its videos are read by {plan.decoder}, which this version cannot; encode with the "
+            "version that began the bank, or into another folder"
+        )
+    if options.tower == plan.tower.name:
+        files = tower_files(options.tower)
+        plan = replace(plan, tower=replace(plan.tower, files=files))
+    changes = survey.changes(out, plan)
+    plan = changed_of(changes, options, prune)
+    clip_bytes = predicted_bytes(tower, options)
+    plan = plan.extended(changes.todo, options.shard_bytes, clip_bytes)
+    settle(out, {clip.key for clip in changes.changed})  # they are to be tried again
+    if plan != known:
+        write_plan(out, plan)
+    if choice and known is None:
+        note(f"the tower computes in {choice.dtype}: {choice.reason}")
+    plan, options = fitting(
+        out, plan, options, lambda plan, options: calibrated(out, plan, tower, options)
+    )
+    return replace(changes, plan=plan), options
+
+
+def new_plan(
+    tower: "Tower", options: EncodeOptions, features: FeatureConfig, reason: str | None
+) -> Plan:
+    """Return the plan of a bank without clips; UserError for a tower that cannot be run."""
+    from model.tower.precision import arithmetic
+    from model.tower.trial import check_size
+
+    check_size(tower)
+    settings = TowerSettings(
+        options.batch_frames,
+        options.tower_threads,
+        tower.name,
+        arithmetic(options.device, options.tower_dtype),
+        reason,
+    )
+    return Plan(features, [], settings, decoder=READER)
+
+
+T = TypeVar("T")
+
+
+def fitting(
+    out: Path, plan: Plan, options: EncodeOptions, do: Callable[[Plan, EncodeOptions], T]
+) -> tuple[T, EncodeOptions]:
+    """Return what `do` makes, if need be at the second try with half the frames together; and the
+    options that it was made with."""
+    try:
+        return do(plan, options), options
+    except GpuMemoryError as error:
+        if not error.fewer or any((out / "shards").glob("*")):
+            raise
+        plan = _with_fewer_frames(out, plan, error.fewer)
+    options = replace(options, batch_frames=plan.tower.batch_frames)
+    return do(plan, options), options
+
+
+def _with_fewer_frames(out: Path, plan: Plan, frames: int) -> Plan:
+    """Write and return the plan of a bank that holds nothing, with frames that there is memory for."""
+    import torch
+
+    torch.cuda.empty_cache()
+    plan = replace(plan, tower=replace(plan.tower, batch_frames=frames))
+    write_plan(out, plan)
+    note(f"the GPU has no memory for so many frames; the bank is made with --batch-frames {frames}")
+    return plan
+
+
+def note(words: str) -> None:
+    tqdm.write(f"note: {words}", file=sys.stderr)
+
+
+def calibrated(out: Path, plan: Plan, tower: "Tower", options: EncodeOptions) -> Plan:
+    """Return the plan with what its codec needs to know, measured once and kept there."""
+    if plan.quality is not None or not plan.units:
+        return plan
+    from preprocess.encode.calibrate import calibrate
+
+    with SourceReader(DecodeChild(), out) as reader:
+        found = calibrate(plan.clips, tower, options, reader)
+    scales = {str(stride): scale.tolist() for stride, scale in found.channel_scale.items()}
+    quality = {str(stride): facts for stride, facts in found.quality.items()}
+    plan = replace(plan, calibration=scales or None, quality=quality)
+    write_plan(out, plan)
+    return plan
+
+
+def lost_keys(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> set[str]:
+    """Return the clips that a finished unit should hold or have put into quarantine, and did not.
+
+    It had been pruned then, or its line was taken out of the quarantine since.
+    """
+    banked = {commit.unit: commit.keys for commit in commits}
+    failed = {entry.key for entry in read_entries(bank).values()}
+    failed |= {entry.key for entry in untold_failures(bank, plan, commits)}
+    return {
+        key
+        for key, unit in plan.counts.items()
+        if unit in banked and key not in banked[unit] and key not in failed
+    }

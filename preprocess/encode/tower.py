@@ -1,0 +1,148 @@
+"""The tower of a run: in which arithmetic it computes, on which device, and whether a bank knows it.
+
+    options = as_banked(options, known)       # what a bank has chosen once stays
+    loading = Loading(options)                # in a thread, torch and all, while clips are looked at
+    tower = loading.tower()
+
+Light: torch comes with the tower.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from preprocess.encode.features import EncodeOptions, load_tower
+from shards.errors import UserError
+from shards.format.plan import Plan
+from shards.hub import cached_file
+from shards.signed import digest
+
+if TYPE_CHECKING:
+    from model.tower.precision import Choice
+    from model.tower.tower import Tower
+
+TOWER_FILES = (".json", ".safetensors", ".bin")
+"""Endings of the files that a tower is read from."""
+MEASURED = "auto"
+"""The `tower_dtype` that is still to be measured."""
+
+
+def start_torch(device: str) -> str:
+    """Import torch, quietly and with idle threads asleep; return the device that is meant.
+
+    Spinning threads take the cores that the decoder needs: on two cores with one more busy process
+    encoding took eight times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+class Loading:
+    """A tower that is being loaded in a thread of its own."""
+
+    def __init__(self, options: EncodeOptions, *, here: bool = True) -> None:
+        """here: whether it is to encode here; to plan, the CPU stands in for a GPU that is elsewhere."""
+        self._options, self._here = options, here
+        self._tower: Tower | None = None
+        self._error: BaseException | None = None
+        # no daemon: an interpreter that ends in the middle of an import may crash
+        self._thread = threading.Thread(target=self._load)
+        self._thread.start()
+
+    def _load(self) -> None:
+        try:
+            device = start_torch(self._options.device)
+            self._options = on_device(self._options, device)
+            loaded = self._options
+            if not self._here and is_elsewhere(device):
+                loaded = replace(loaded, device="cpu")
+            self._tower = load_tower(loaded)
+        except BaseException as error:
+            self._error = error
+
+    def tower(self) -> "tuple[Tower, EncodeOptions]":
+        """Return the tower, and the options with the device that it is on; raises what loading raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._tower is not None
+        return self._tower, self._options
+
+
+def is_elsewhere(device: str) -> bool:
+    """Whether CUDA is asked for on a machine without."""
+    import torch
+
+    return device.startswith("cuda") and not torch.cuda.is_available()
+
+
+def as_banked(options: EncodeOptions, known: Plan | None) -> EncodeOptions:
+    """Return the options with the arithmetic of the bank that there is, where none is asked for."""
+    if known is None or known.tower.device is None or options.tower_dtype != MEASURED:
+        return options
+    return replace(options, tower_dtype=known.features.tower_dtype)
+
+
+def on_device(options: EncodeOptions, device: str) -> EncodeOptions:
+    """Return the options with a device that is known; on another than a CPU nothing is measured."""
+    dtype = options.tower_dtype
+    if dtype == MEASURED and device.partition(":")[0] != "cpu":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return replace(options, device=device, tower_dtype=dtype)
+
+
+def measured(tower: "Tower", options: EncodeOptions, known: Plan | None) -> "Choice | None":
+    """Return the arithmetic of a new bank, where it is left open, and bring the tower to it."""
+    if options.tower_dtype != MEASURED:
+        return None
+    from model.tower.precision import Choice, fastest, retype
+
+    # a bank that does not say is of a time when this was not chosen
+    old = Choice("float32", "as it was")
+    choice = old if known else fastest(tower, options.tower_threads)
+    retype(tower, choice.dtype)
+    return choice
+
+
+def refuse_other_device(bank: Path, plan: Plan, options: EncodeOptions) -> None:
+    """Raise UserError where a bank's features are computed by another kind of device than this."""
+    from model.tower.precision import arithmetic
+
+    here = arithmetic(options.device, options.tower_dtype)
+    if plan.tower.device in (None, here):
+        return
+    raise UserError(
+        "its features are computed by another kind of device, which rounds in another way",
+        got=here,
+        expected=plan.tower.device,
+        where=bank,
+        fix="work on such a machine, or make another bank here",
+    )
+
+
+def tower_files(name: str) -> str | None:
+    """Return a hash of the names, sizes and times of a tower's files; None where they are not here."""
+    folder = Path(name)
+    if not folder.is_dir():
+        config = cached_file(name, "config.json")
+        if config is None:
+            return None
+        folder = Path(config).parent
+    facts = sorted(_facts(folder))
+    return digest(repr(facts).encode()) if facts else None
+
+
+def _facts(folder: Path) -> Iterator[tuple[str, int, int]]:
+    for path in folder.iterdir():
+        if path.suffix in TOWER_FILES:
+            stat = path.stat()
+            yield path.name, stat.st_size, stat.st_mtime_ns
