@@ -1,0 +1,100 @@
+"""What `tests.bench.encoding` runs in processes of their own: a plain loop, and our stages alone.
+
+python -m tests.bench._encoding loop TOWER FRAMES DTYPE OUT CLIP...     # prints nothing
+python -m tests.bench._encoding stages TOWER FRAMES DTYPE OUT CLIP...   # prints their CPU seconds as JSON
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+STRIDES = (4, 8)
+T = TypeVar("T")
+
+
+def loop(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> None:
+    """Decode, process, encode, pool and save a clip at a time, as everybody's first script does."""
+    import decord
+    from transformers import AutoImageProcessor, AutoModel
+
+    processor = AutoImageProcessor.from_pretrained(tower)
+    model = AutoModel.from_pretrained(tower, dtype=getattr(torch, dtype)).eval()
+    for clip in clips:
+        reader = decord.VideoReader(clip, num_threads=1)
+        index = np.linspace(0, len(reader) - 1, min(frames, len(reader))).round().astype(int)
+        pictures = reader.get_batch(index.tolist()).asnumpy()
+        del reader
+        pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            output = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True)
+            patches = output.hidden_states[-2][:, 1:].float().transpose(1, 2)
+            side = round(patches.shape[2] ** 0.5)
+            planes = patches.unflatten(2, (side, side))
+            pooled = {s: F.avg_pool2d(planes, s, s, ceil_mode=True).half() for s in STRIDES}
+        torch.save(pooled, out / f"{Path(clip).stem}.pt")
+
+
+def stages(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> dict[str, float]:
+    """Return the CPU seconds of decoding, tower and writing, one after the other, start-up left out."""
+    from preprocess.decode.child import DecodeChild
+    from preprocess.decode.source import SourceReader
+    from preprocess.encode.features import (
+        EncodeOptions,
+        describe,
+        encode_frames,
+        feature_config,
+        load_tower,
+    )
+    from preprocess.sources.find import find_clips
+    from shards.format.features import Sampling
+    from shards.write.shard import ShardWriter
+
+    options = EncodeOptions(tower, STRIDES, Sampling(num_frames=frames), tower_dtype=dtype)
+    loaded = load_tower(options)
+    sources = find_clips(clips).clips
+    encode_frames(loaded, np.zeros((1, 224, 224, 3), np.uint8), options)  # loads kernels
+    spent = dict.fromkeys(("decode", "tower", "write"), 0.0)
+
+    def clocked(stage: str, pid: int | None, work: Callable[[], T]) -> T:
+        clocks = [time.CLOCK_PROCESS_CPUTIME_ID] + ([~pid << 3 | 2] if pid else [])
+        began = sum(map(time.clock_gettime, clocks))
+        found = work()
+        spent[stage] += sum(map(time.clock_gettime, clocks)) - began
+        return found
+
+    fingerprint = feature_config(loaded, options).fingerprint
+    with (
+        SourceReader(DecodeChild(), out) as reader,
+        ShardWriter(out / "shards" / "bank-000000.tar", 0, fingerprint) as writer,
+    ):
+        for source in sources:
+            request = options.request(source, loaded.pixels)
+            reader.child.ready()
+            pid = reader.child.pid
+            outcome = clocked("decode", pid, lambda s=source, r=request: reader.read(s, r))
+            clip = outcome.clip
+            assert clip, outcome.error
+            arrays, lost = clocked(
+                "tower", None, lambda c=clip: encode_frames(loaded, c.frames, options)
+            )
+            meta = describe(source, outcome, clip, loaded, arrays)
+            clocked(
+                "write",
+                None,
+                lambda k=source.key, m=meta, a=arrays, n=lost: writer.write(k, m, a, n),
+            )
+        clocked("write", None, writer.commit)
+    return spent
+
+
+if __name__ == "__main__":
+    what, tower, frames, dtype, out, *clips = sys.argv[1:]
+    run = {"loop": loop, "stages": stages}[what]
+    print(json.dumps(run(tower, int(frames), dtype, Path(out), clips)))
