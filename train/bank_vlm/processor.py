@@ -9,7 +9,7 @@ stamps and positions are those that the processor gives for the frames in the ba
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.video_utils import VideoMetadata
 
+from model.tower.pixels import Pixels
 from preprocess.decode.child import DecodeChild
 from shards.errors import UserError
+from shards.format.features import differences
 from shards.read.bank import Bank
 from train.ask import encoded, find_tower, load_tower
 from train.bank_vlm.kinds import Kind, bank_problem, find_kind
@@ -49,8 +51,26 @@ def bank_processor(
     opened = Bank.open(bank)
     if problem := bank_problem(kind, model_config.to_dict(), opened.config):
         raise UserError(problem, where=opened.where)
+    if lines := differences(*(pixels_of(one) for one in _both(processor.video_processor, opened))):
+        raise UserError(
+            f"the processor makes other pixels than the bank was made of: {'; '.join(lines)}",
+            where=opened.where,
+            fix="encode with a tower folder whose preprocessor_config.json has the processor's values",
+        )
     source = Source(opened, kind, Path(media_dir), missing)
     return _made(processor, source)
+
+
+def _both(video_processor: Any, bank: Bank) -> tuple[Pixels, Pixels]:
+    return Pixels.from_processor(video_processor), Pixels.from_json(bank.config.processor)
+
+
+def pixels_of(pixels: Pixels) -> dict[str, Any]:
+    """Return what there is to compare of two ways to make pixels, clip by clip sizes left out."""
+    crop = None if pixels.crop == (pixels.height, pixels.width) else pixels.crop
+    values = asdict(replace(pixels, crop=pixels.crop if pixels.shortest_edge else crop))
+    multiple = pixels.own_size.multiple if pixels.own_size else None
+    return values | {"own_size": multiple}
 
 
 def _made(processor: Any, source: "Source") -> Any:
@@ -78,6 +98,17 @@ class FromBank:
     def prepare_inputs_layout(self, images: Any = None, **others: Any) -> Any:
         _, *rest = super().prepare_inputs_layout(images=None, **others)  # type: ignore[misc]
         return images, *rest  # names, not pictures that are fetched
+
+    def validate_inputs(self, images: Any = None, **others: Any) -> None:
+        # pictures are only counted there, and names are none
+        standing_in = None if images is None else [np.zeros((1, 1, 3))] * len(names_of(images))
+        super().validate_inputs(images=standing_in, **others)  # type: ignore[misc]
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> Any:
+        return self.plain.save_pretrained(folder, **kwargs)
+
+    def to_dict(self) -> Any:
+        return self.plain.to_dict()
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
         given = _given(self.image_processor, kwargs)
@@ -294,7 +325,7 @@ def check_size(found: Taken, patches: int, expected: int, bank: Bank) -> None:
 def _given(plain: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a processor's settings, its own where a call does not give them."""
     own = {name: getattr(plain, name, None) for name in plain.valid_kwargs.__annotations__}
-    return own | {name: value for name, value in kwargs.items() if value is not None}
+    return {name: value for name, value in (own | kwargs).items() if value is not None}
 
 
 def names_of(media: Any) -> list[str]:

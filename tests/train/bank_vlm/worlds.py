@@ -169,6 +169,9 @@ def make_world(root: Path, kind: str, tokenizer: Path) -> World:
     options = EncodeOptions(
         tower=str(where), strides=(1,), sampling=Sampling(num_frames=6), layer=layer
     )
-    summary = encode([str(root / "videos")], place / "bank", options)
-    assert (summary.clips, summary.failures) == (3, [])
+    stills = [
+        str(path) for path in (root / "videos").glob("*.png")
+    ]  # of a folder with videos, none
+    summary = encode([str(root / "videos"), *stills], place / "bank", options)
+    assert (summary.clips, summary.failures) == (3, []), summary
     return World(kind, place / "model", place / "bank", root / "videos")
