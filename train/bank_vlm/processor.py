@@ -325,7 +325,7 @@ def check_size(found: Taken, patches: int, expected: int, bank: Bank) -> None:
 def _given(plain: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a processor's settings, its own where a call does not give them."""
     own = {name: getattr(plain, name, None) for name in plain.valid_kwargs.__annotations__}
-    return {name: value for name, value in (own | kwargs).items() if value is not None}
+    return {name: value for name, value in {**own, **kwargs}.items() if value is not None}
 
 
 def names_of(media: Any) -> list[str]:
