@@ -51,7 +51,14 @@ def bank_processor(
     opened = Bank.open(bank)
     if problem := bank_problem(kind, model_config.to_dict(), opened.config):
         raise UserError(problem, where=opened.where)
-    if lines := differences(*(pixels_of(one) for one in _both(processor.video_processor, opened))):
+    theirs, banked = (
+        pixels_of(one)
+        for one in (
+            Pixels.from_processor(processor.video_processor),
+            Pixels.from_json(opened.config.processor),
+        )
+    )
+    if lines := differences(theirs, banked):
         raise UserError(
             f"the processor makes other pixels than the bank was made of: {'; '.join(lines)}",
             where=opened.where,
@@ -59,10 +66,6 @@ def bank_processor(
         )
     source = Source(opened, kind, Path(media_dir), missing)
     return _made(processor, source)
-
-
-def _both(video_processor: Any, bank: Bank) -> tuple[Pixels, Pixels]:
-    return Pixels.from_processor(video_processor), Pixels.from_json(bank.config.processor)
 
 
 def pixels_of(pixels: Pixels) -> dict[str, Any]:

@@ -289,3 +289,91 @@ def test_names_may_stand_below_a_folder_and_it_is_saved_as_the_plain_one(
             assert json.loads(same.read_text()) == json.loads(path.read_text()), path.name
         else:
             assert same.read_bytes() == path.read_bytes(), path.name
+
+
+class Talks(torch.utils.data.Dataset[Any]):
+    """Talks about the two clips, in turn."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return talk({"type": "video", "video": list(FRAMES)[index % 2]})
+
+
+@inside
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava_onevision"])
+def test_transformers_trainer_trains_from_the_bank(
+    worlds: Callable[[str], World], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps, a checkpoint and its resumption: losses and weights of training with the tower."""
+    world = worlds(kind)
+    plain = processor_of(world)
+    opened: list[str] = []
+
+    def collate_banked(talks: list[Any]) -> Any:
+        inputs = ours.apply_chat_template(talks, **ASK)
+        inputs["labels"] = inputs["input_ids"].clone()
+        return inputs
+
+    def collate_live(talks: list[Any]) -> Any:
+        names = [own[0]["content"][0]["video"] for own in talks]
+        pixels, facts = zip(*(banked_frames(world, name) for name in names), strict=True)
+        opened.extend(names)
+        inputs = plain(
+            text=[plain.apply_chat_template(own) for own in talks],
+            videos=list(pixels),
+            video_metadata=list(facts),
+            do_sample_frames=False,
+            return_tensors="pt",
+            padding=True,
+        )
+        inputs["labels"] = inputs["input_ids"].clone()
+        return inputs
+
+    def run(model: Any, collate: Any, folder: Path, steps: int = 3, resume: bool = False) -> Any:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_steps=2,
+            report_to="none",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=Talks(), data_collator=collate
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    live = model_of(world, plain)
+    tower = live.model.visual if kind.startswith("qwen") else live.model.vision_tower
+    tower.requires_grad_(False)
+    expected = run(live, collate_live, tmp_path / "live")
+    assert opened
+
+    # from here on no video may be opened
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a video was opened")
+
+    monkeypatch.setattr(av, "open", refused)
+    ours = bank_processor(plain, world.bank, model_config=world.model().config)
+    banked = use_bank(model_of(world, plain), world.bank)
+    assert not any(
+        ".visual." in name or ".vision_tower." in name for name, _ in banked.named_parameters()
+    )
+    losses = run(banked, collate_banked, tmp_path / "banked")
+    np.testing.assert_allclose(losses, expected, rtol=5e-3)
+    again = use_bank(model_of(world, plain), world.bank)
+    rest = run(again, collate_banked, tmp_path / "banked", resume=True)
+    assert rest[-1] == pytest.approx(losses[-1], rel=1e-5)
+    saved = type(live).from_pretrained(tmp_path / "banked" / "checkpoint-3")
+    fresh = dict(world.model().named_parameters())
+    for name, weight in saved.named_parameters():
+        if ".visual." in name or ".vision_tower." in name:
+            assert torch.equal(weight, fresh[name]), name
