@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_with_torchvision(tmp_path: Path) -> None:
         pytest.skip(f"which torchvision belongs to torch {torch.__version__} is not known here")
     place = tmp_path / "torchvision"
     flags = ["--quiet", "--no-deps", "--disable-pip-version-check", "--target", str(place)]
-    pip = [sys.executable, "-m", "pip", "install", *flags, f"torchvision=={version}"]
+    wanted = [f"torchvision=={version}", "trl==1.16.0"]
+    pip = [sys.executable, "-m", "pip", "install", *flags, *wanted]
     if subprocess.run(pip, capture_output=True, check=False).returncode:
         pytest.skip("no package registry, or none with torchvision")
     paths = [str(place), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -291,32 +293,38 @@ def test_names_may_stand_below_a_folder_and_it_is_saved_as_the_plain_one(
             assert same.read_bytes() == path.read_bytes(), path.name
 
 
-class Talks(torch.utils.data.Dataset[Any]):
-    """Talks about the two clips, in turn."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return talk({"type": "video", "video": list(FRAMES)[index % 2]})
-
-
 @inside
+@pytest.mark.parametrize("package", ["transformers", "trl"])
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava_onevision"])
-def test_transformers_trainer_trains_from_the_bank(
-    worlds: Callable[[str], World], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_trainer_trains_from_the_bank(
+    worlds: Callable[[str], World],
+    kind: str,
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three steps, a checkpoint and its resumption: losses and weights of training with the tower."""
     world = worlds(kind)
     plain = processor_of(world)
     opened: list[str] = []
+    clips = [{"type": "video", "video": name} for name in FRAMES]
+    rows = [{"talk": json.dumps(talk(clips[k % 2]))} for k in range(6)]
+    made: dict[str, Any] = {"arguments": transformers.TrainingArguments, "more": {}}
+    made["trainer"] = transformers.Trainer
+    if package == "trl":
+        import trl
 
-    def collate_banked(talks: list[Any]) -> Any:
+        made = {"arguments": trl.SFTConfig, "trainer": trl.SFTTrainer}
+        made["more"] = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+
+    def collate_banked(rows: list[Any]) -> Any:
+        talks = [json.loads(row["talk"]) for row in rows]
         inputs = ours.apply_chat_template(talks, **ASK)
         inputs["labels"] = inputs["input_ids"].clone()
         return inputs
 
-    def collate_live(talks: list[Any]) -> Any:
+    def collate_live(rows: list[Any]) -> Any:
+        talks = [json.loads(row["talk"]) for row in rows]
         names = [own[0]["content"][0]["video"] for own in talks]
         pixels, facts = zip(*(banked_frames(world, name) for name in names), strict=True)
         opened.extend(names)
@@ -332,7 +340,7 @@ def test_transformers_trainer_trains_from_the_bank(
         return inputs
 
     def run(model: Any, collate: Any, folder: Path, steps: int = 3, resume: bool = False) -> Any:
-        arguments = transformers.TrainingArguments(
+        arguments = made["arguments"](
             output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=2,
@@ -344,9 +352,14 @@ def test_transformers_trainer_trains_from_the_bank(
             remove_unused_columns=False,
             disable_tqdm=True,
             use_cpu=True,
+            **made["more"],
         )
-        trainer = transformers.Trainer(
-            model=model, args=arguments, train_dataset=Talks(), data_collator=collate
+        trainer = made["trainer"](
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            data_collator=collate,
+            processing_class=plain,
         )
         trainer.train(resume_from_checkpoint=resume)
         return [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -377,3 +390,20 @@ def test_transformers_trainer_trains_from_the_bank(
     for name, weight in saved.named_parameters():
         if ".visual." in name or ".vision_tower." in name:
             assert torch.equal(weight, fresh[name]), name
+
+
+@inside
+def test_the_lines_of_the_readme_run(worlds: Callable[[str], World], tmp_path: Path) -> None:
+    world = worlds("qwen2_5_vl")
+    plain = processor_of(world)
+    model_of(world, plain).save_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path)
+    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
+    part = readme.partition("**Behind a trainer of transformers' own video models**")[2]
+    code = re.findall(r"```python\n(.*?)```", part, re.DOTALL)[0]
+    names = {"checkpoint": str(tmp_path), "bank": str(world.bank)}
+    exec(compile(code, "README.md", "exec"), names)
+    one = talk({"type": "video", "video": "a.mp4"})
+    inputs = names["processor"].apply_chat_template(one, **ASK)  # type: ignore[attr-defined]
+    logits = names["model"](**inputs).logits  # type: ignore[operator]
+    assert torch.isfinite(logits).all()
