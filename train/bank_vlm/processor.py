@@ -23,6 +23,7 @@ from model.tower.pixels import Pixels
 from preprocess.decode.child import DecodeChild
 from shards.errors import UserError
 from shards.format.features import differences
+from shards.format.quarantine import read_quarantine
 from shards.read.bank import Bank
 from train.ask import encoded, find_tower, load_tower
 from train.bank_vlm.kinds import Kind, bank_problem, find_kind
@@ -241,17 +242,13 @@ class Source:
 
     def _live(self, name: str) -> Taken:
         """Return a file's features, made now by the bank's own tower."""
-        config, tower = self.bank.config, self.bank.manifest.provenance.tower
+        config = self.bank.config
         if self.missing != "live":
-            strides = ",".join(map(str, config.strides))
-            raise UserError(
-                f"the clip {self._id(name)!r} is not in the bank",
-                where=self.bank.where,
-                fix=f"add it with preprocess encode VIDEOS --tower {tower} --layer {config.layer} "
-                f"--stride {strides} --out {self.bank.where}, or say missing='live'",
-            )
+            raise self._absent(self._id(name))
         if self._tower is None:
-            self._tower = load_tower(config, find_tower(tower, self.bank.path))
+            self._tower = load_tower(
+                config, find_tower(self.bank.manifest.provenance.tower, self.bank.path)
+            )
         with DecodeChild() as child:
             clip, stored = encoded(Path(name), config, self._tower, child)
         self.live += 1
@@ -283,6 +280,24 @@ class Source:
             frames_indices=frames,
         )
         return Taken(name, features, metadata, size)
+
+    def _absent(self, id_: str) -> UserError:
+        failed = {entry.id: entry for entry in read_quarantine(self.bank.where)}
+        if id_ in failed:
+            return UserError(
+                f"the clip {id_!r} is in quarantine: {failed[id_].reason}",
+                where=self.bank.where,
+                fix="leave it out, or mend the file and encode again",
+            )
+        tower, layer = self.bank.manifest.provenance.tower, self.bank.config.layer
+        strides = ",".join(map(str, self.bank.config.strides))
+        return UserError(
+            f"the clip {id_!r} is not in the bank",
+            where=self.bank.where,
+            fix=f"add it with preprocess encode VIDEOS --tower {tower} --layer {layer} --stride "
+            f"{strides} --out {self.bank.where}, say by media_dir what comes before ids in names, or say "
+            "missing='live'",
+        )
 
     def _id(self, name: str) -> str:
         path = Path(name)

@@ -36,8 +36,14 @@ def use_bank(model: Model, bank: "str | Path | Bank") -> Model:
     opened = bank if isinstance(bank, Bank) else Bank.open(bank)
     config: Any = model.config
     kind = find_kind(config.model_type)
-    inner: Any = model.model
-    tower = getattr(inner, kind.tower)
+    inner: Any = getattr(model, "model", None)
+    tower = getattr(inner, kind.tower, None)
+    if tower is None:
+        raise UserError(
+            "has no tower where its class has one",
+            where=type(model).__name__,
+            fix="call use_bank on the model itself, before PEFT or DDP wraps it",
+        )
     if isinstance(tower, BankedTower):
         raise UserError("its tower was taken out before", where=type(model).__name__)
     if problem := bank_problem(kind, config.to_dict(), opened.config):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -214,6 +215,9 @@ def test_what_a_bank_does_not_hold_is_refused(worlds: Callable[[str], World]) ->
     ours = use_bank(world.model(), world.bank)
     with pytest.raises(UserError, match="taken out before"):
         use_bank(ours, world.bank)
+    wrapped = get_peft_model(world.model(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="before PEFT or DDP wraps it"):
+        use_bank(wrapped, world.bank)
     pixels, _ = rows(world, True)
     with pytest.raises(UserError, match="this is not what its bank holds"):
         ours(**pixels)
