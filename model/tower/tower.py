@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,7 @@ AS_PILLOW: dict[str, tuple[str, dict[str, Any]]] = {
 where its values differ if a file does not say them. DINOv3's resizes without rounding to whole levels,
 as Pillow does to and fro: one level, at most, is between the two."""
 IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, "resample": 2}
+PROCESSOR_FILES = "preprocessor_config.json", "video_preprocessor_config.json"
 STEPS = {"size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std"}
 
 
@@ -282,24 +284,29 @@ def _load_processor(name: str) -> Any:
 
 def _as_pillow(name: str) -> Any:
     """Return the processor in the place of one that there is with torchvision alone; None of others."""
-    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        written = {} if path is None else json.loads(Path(path).read_text())
-        kind = written.get("image_processor_type") or written.get("video_processor_type") or ""
-        if kind.removesuffix("Fast") in AS_PILLOW:
-            with_pillow, differing = AS_PILLOW[kind.removesuffix("Fast")]
-            given = {
-                key: value
-                for key, value in written.items()
-                if value is not None and (key in STEPS or key.startswith("do_"))
-            }
-            values = IMAGENET | differing | given
-            if kind.startswith("VJEPA2"):  # whatever its file says
-                crop = values["crop_size"]
-                edge = crop if isinstance(crop, int) else crop["height"]
-                values["size"] = {"shortest_edge": int(edge * 256 / 224)}
-            return getattr(transformers, with_pillow)(**values)
-    return None
+    written = next(filter(None, map(partial(_written, name), PROCESSOR_FILES)), {})
+    kind = written.get("image_processor_type") or written.get("video_processor_type") or ""
+    if kind.removesuffix("Fast") not in AS_PILLOW:
+        return None
+    with_pillow, differing = AS_PILLOW[kind.removesuffix("Fast")]
+    given = {
+        key: value
+        for key, value in written.items()
+        if value is not None and (key in STEPS or key.startswith("do_"))
+    }
+    values = IMAGENET | differing | given
+    if kind.startswith("VJEPA2"):  # whatever its file says
+        crop = values["crop_size"]
+        edge = crop if isinstance(crop, int) else crop["height"]
+        values["size"] = {"shortest_edge": int(edge * 256 / 224)}
+    return getattr(transformers, with_pillow)(**values)
+
+
+def _written(name: str, file: str) -> dict[str, Any]:
+    """Return what a JSON file of a tower says; nothing where there is none, or none can be asked for."""
+    quietly = ("missing_entries", "connection_errors")
+    path = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quietly})
+    return dict(json.loads(Path(path).read_text())) if path else {}
 
 
 def _check_layer(name: str, kind: TowerKind, layer: Layer, vision: Any) -> None:

@@ -56,7 +56,15 @@ def test_each_section_encodes_trains_and_asks() -> None:
 
 
 @pytest.mark.parametrize(("title", "words"), LINES, ids=lambda x: x if isinstance(x, str) else x[0])
-def test_every_line_is_understood(title: str, words: list[str], features: FeatureConfig) -> None:
+def test_every_line_is_understood(
+    title: str,
+    words: list[str],
+    features: FeatureConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where there are records, and a folder of the stage's name."""
+    monkeypatch.chdir(tmp_path)
     encode, launch, _ = SECTIONS[title]
     if words is encode:
         command = preprocess.commands["encode"]  # type: ignore[attr-defined]
@@ -66,6 +74,8 @@ def test_every_line_is_understood(title: str, words: list[str], features: Featur
         FeatureConfig(**{**vars(features), "sampling": sampling, **{n: flags[n] for n in names}})
     elif words is launch:
         assert words[:3] == ["accelerate", "launch", "train/run.py"]
+        Path("train.json").touch()
+        Path(launch[launch.index("--stage_path") + 1]).mkdir(parents=True)
         config = parse(words[3:], {})
         assert config.bank == [encode[encode.index("--out") + 1]]
     else:
