@@ -40,7 +40,7 @@ FLOORS: dict[str, list[str]] = {
         "model.grid model.mask model.projector model.llm",
         "model.batch model.lape.tables",
         "model.frame_causal model.lape.head",
-        "model.family.windows model.family.mrope",
+        "model.family.windows model.family.mrope model.family.deepstack",
         "model.family.masks model.family.head",
         "model.vlm",
         "model.generate model.tower",
