@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model.family.qwen_vl import deepstack_of
 from shards.errors import UserError
 from shards.format.features import MERGED, FeatureConfig
 from train.start.pooled import features_problem
@@ -27,14 +28,17 @@ class Kind:
 KINDS = (
     Kind("qwen2_vl", "visual", True),
     Kind("qwen2_5_vl", "visual", True),
+    Kind("qwen3_vl", "visual", True),
     Kind("llava_onevision", "vision_tower", False),
     Kind("llava_next_video", "vision_tower", False),
 )
-REFUSED = {
-    "qwen3_vl": "its LLM takes features of three more layers of the tower (DeepStack)",
-    "qwen3_vl_moe": "its LLM takes features of three more layers of the tower (DeepStack)",
-}
+REFUSED = {"qwen3_vl_moe": "its experts' weights have not been tried"}
 """`model_type` -> why no bank can stand in for the tower."""
+
+
+def layer_of(config: Json) -> str:
+    """Return the layer of a bank that holds what the tower of a Qwen-VL gives its LLM."""
+    return ",".join(map(str, (*deepstack_of(config), MERGED)))
 
 
 def find_kind(model_type: str) -> Kind:
@@ -62,10 +66,10 @@ def bank_problem(kind: Kind, config: Json, features: FeatureConfig) -> str | Non
         )
     if not kind.is_merged:
         return features_problem(config, features.to_json())
-    if features.layer != MERGED:
+    if features.layer != layer_of(config):
         return (
             f"the bank holds layer {features.layer} of a tower, and the model takes merged tokens; "
-            "encode with --tower CHECKPOINT --layer merged --stride 1"
+            f"encode with --tower CHECKPOINT --layer {layer_of(config)} --stride 1"
         )
     expected = kind.model_type, config["vision_config"]["model_type"]
     if features.tower_type not in expected:

@@ -25,7 +25,7 @@ from shards.errors import UserError
 from shards.format.features import differences
 from shards.format.quarantine import read_quarantine
 from shards.read.bank import Bank
-from train.ask import encoded, find_tower, load_tower
+from train.ask import encoded, load_tower, tower_places
 from train.bank_vlm.kinds import Kind, bank_problem, find_kind
 
 MISSING = ("refuse", "live")
@@ -196,7 +196,8 @@ class Source:
 
     def video(self, name: str, plain: Any, given: Mapping[str, Any]) -> Taken:
         """Return a clip; UserError where the processor would take other frames or pixels."""
-        if given.get("cap_pixels_per_frame"):
+        # Qwen3-VL's count of patches knows of it
+        if given.get("cap_pixels_per_frame") and self.kind.model_type != "qwen3_vl":
             raise UserError(
                 "the pixels of a frame depend on how many there are, and a bank's do not",
                 where="cap_pixels_per_frame",
@@ -246,9 +247,8 @@ class Source:
         if self.missing != "live":
             raise self._absent(self._id(name))
         if self._tower is None:
-            self._tower = load_tower(
-                config, find_tower(self.bank.manifest.provenance.tower, self.bank.path)
-            )
+            places = tower_places(self.bank.manifest.provenance.tower, self.bank.path)
+            self._tower = load_tower(config, places)
         with DecodeChild() as child:
             clip, stored = encoded(Path(name), config, self._tower, child)
         self.live += 1

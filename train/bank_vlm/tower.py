@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from model.family.qwen_vl import deepstack_of
 from model.llm import tower_digest
 from shards import Bank
 from shards.errors import UserError
@@ -77,6 +78,7 @@ class BankedTower(nn.Module):
         self.train(tower.training)
         if kind.is_merged:
             self.spatial_merge_size = tower.spatial_merge_size
+            self.layers = len(deepstack_of(config.to_dict())) + 1
         else:
             self.has_cls = config.vision_feature_select_strategy == "default"
             size = tower.config.image_size
@@ -97,8 +99,8 @@ class BankedTower(nn.Module):
     ) -> BaseModelOutputWithPooling:
         """Return features as the tower's outputs hold them.
 
-        features: of a merging tower `(tokens, width)` of all media, grid_thw: their patches, `(media,
-        3)`; of another `(frames, rows, cols, width)`.
+        features: of a merging tower `(tokens, layers width)` of all media, grid_thw: their patches,
+        `(media, 3)`; of another `(frames, rows, cols, width)`.
         """
         given = tuple(features.shape)
         features = features.to(self.like)
@@ -107,7 +109,11 @@ class BankedTower(nn.Module):
             tokens = int(grid_thw.prod(dim=1).sum()) // self.spatial_merge_size**2
             if given[0] != tokens:
                 raise _not_features(given, f"{tokens} tokens of their grids")
-            return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
+            *earlier, merged = features.chunk(self.layers, dim=-1)
+            out = BaseModelOutputWithPooling(last_hidden_state=merged, pooler_output=merged)
+            if earlier:
+                out["deepstack_features"] = earlier
+            return out
         if given[1:] != self.features:
             raise _not_features(given, f"(frames, {', '.join(map(str, self.features))})")
         cells = features.flatten(1, 2)

@@ -96,7 +96,14 @@ def processor_of(world: World, **video: Any) -> Any:
     if merged:
         parts["image_processor"] = transformers.Qwen2VLImageProcessor(patch_size=PATCH, size=size)
         video_processor = transformers.Qwen2VLVideoProcessor(patch_size=PATCH, size=size, **video)
-        made = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}[world.kind]
+        made = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}.get(world.kind)
+        if world.kind == "qwen3_vl":  # its limits are of all frames together
+            made, size = "Qwen3VLProcessor", {"shortest_edge": 256, "longest_edge": 6 * 64 * 64}
+            mean = {"image_mean": [0.48145466, 0.4578275, 0.40821073]}
+            mean["image_std"] = [0.26862954, 0.26130258, 0.27577711]
+            video_processor = transformers.Qwen3VLVideoProcessor(
+                patch_size=PATCH, size=size, do_sample_frames=False, **(mean | video)
+            )
     elif world.kind == "llava_onevision":
         parts["image_processor"] = transformers.LlavaOnevisionImageProcessor(size=side)
         half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # as in its published checkpoints
@@ -192,7 +199,7 @@ def test_its_inputs_are_those_of_the_plain_one_for_the_frames_in_the_bank(
 
 
 @inside
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_pictures_and_videos_in_one_talk(worlds: Callable[[str], World], kind: str) -> None:
     world = worlds(kind)
     plain = processor_of(world)

@@ -23,6 +23,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
@@ -30,6 +32,7 @@ from transformers import (
 from preprocess.encode.run import EncodeOptions, encode
 from shards import Bank
 from shards.format.features import Sampling
+from train.bank_vlm.kinds import layer_of
 
 PATCH, WIDTH, ROWS = 4, 32, 512
 IMAGE, VIDEO, FIRST, LAST = 510, 509, 508, 507
@@ -85,6 +88,24 @@ def qwen2_5_vl() -> Any:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def qwen3_vl() -> Any:
+    """Its LLM's two layers add what two layers of its tower give."""
+    vision = QWEN_VISION | {
+        "hidden_size": 24,
+        "out_hidden_size": WIDTH,
+        "intermediate_size": 20,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    rope = MROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = {k: v for k, v in TEXT.items() if k not in ("bos_token_id", "eos_token_id")}
+    text |= {"head_dim": 8, "rope_parameters": rope}
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False, **TOKENS, **ENDS
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
 def onevision() -> Any:
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**LLAVA_VISION),
@@ -108,6 +129,7 @@ def next_video() -> Any:
 MAKE: Mapping[str, Callable[[], Any]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
     "llava_onevision": onevision,
     "llava_next_video": next_video,
 }
@@ -156,7 +178,7 @@ def make_world(root: Path, kind: str, tokenizer: Path) -> World:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(place / "model")
     if kind.startswith("qwen"):
         Qwen2VLImageProcessorPil(**LIMITS, patch_size=PATCH).save_pretrained(place / "model")
-        where, layer = place / "model", "merged"
+        where, layer = place / "model", layer_of(model.config.to_dict())
     else:
         where = place / "tower"
         tower.save_pretrained(where)
