@@ -14,10 +14,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.tower.pixels import Pixels
-from model.tower.trial import check_size, test_picture
+from model.tower.trial import Tried, check_size, test_picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FEWEST_WEIGHTS = 5_000_000
@@ -33,19 +32,8 @@ UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "sve_bf16": "SVE", "bf16":
 """What torch calls the units that multiply bfloat16, and what they are; the fastest first."""
 
 
-class Retyped(Protocol):
+class Retyped(Tried, Protocol):
     """What `Tower` is here."""
-
-    name: str
-    pixels: Pixels
-    patch: int
-    frames_per_unit: int
-    dtype: str
-    model: nn.Module
-
-    def normalise(self, frames: np.ndarray) -> Tensor: ...
-
-    def patches(self, pixels: Tensor) -> Tensor: ...
 
     def encode_batch(self, frames: np.ndarray, shape: int) -> Tensor: ...
 

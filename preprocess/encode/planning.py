@@ -78,6 +78,8 @@ class Survey:
         plan = self.known
         if plan is None or plan.quality is None or plan.tower.files is None:
             return None
+        if options.fit is not None:  # what it makes of the processor's values the tower says
+            return None
         if any(getattr(options, name) != getattr(plan.features, name) for name in ASKED):
             return None
         same_tower = options.tower == plan.tower.name

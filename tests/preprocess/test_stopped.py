@@ -27,15 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six clips, the last ones so long that nobody waits for their end."""
+    """Four clips, of which the first is soon done."""
     folder = tmp_path_factory.mktemp("videos")
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (16, 240, 320, 3), np.uint8)
-    for number in range(6):
+    pictures = rng.integers(0, 256, (16, 72, 96, 3), np.uint8)
+    for number in range(4):
         with av.open(str(folder / f"{number}.mp4"), "w") as container:
             stream = container.add_stream("mpeg4", rate=25)
-            stream.width, stream.height = 320, 240
-            for k in range(8 if number < 2 else 600):
+            stream.width, stream.height = 96, 72
+            for k in range(8 if number < 1 else 150):
                 frame = av.VideoFrame.from_ndarray(pictures[k % 16], format="rgb24")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
@@ -47,9 +47,18 @@ def test_a_run_that_is_stopped_ends_at_once_and_goes_on_later(
     toy: Path, videos: Path, tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
     bank = tmp_path / "bank"
-    words = ["encode", videos, "--out", bank, "--tower", toy / "tower", "--frames", "600"]
+    words = ["encode", videos, "--out", bank, "--tower", toy / "tower", "--frames", "150"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "preprocess", *map(str, words), "--decoders", "2"],
+        [
+            sys.executable,
+            "-m",
+            "preprocess",
+            *map(str, words),
+            "--decoders",
+            "2",
+            "--tower-threads",
+            "1",
+        ],
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
@@ -74,13 +83,13 @@ def test_a_run_that_is_stopped_ends_at_once_and_goes_on_later(
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if is_of(path, process.pid)]
     assert not left
     assert not (bank / "bank.json").exists()
-    sampling = Sampling(num_frames=600)
-    options = EncodeOptions(str(toy / "tower"), (4, 8), sampling)
+    sampling = Sampling(num_frames=150)
+    options = EncodeOptions(str(toy / "tower"), (4, 8), sampling, tower_threads=1)
     summary = encode([str(videos)], bank, options)
-    assert summary.clips < 6, "what was written is not done again"
+    assert summary.clips < 4, "what was written is not done again"
     whole = tmp_path / "whole"
     encode([str(videos)], whole, options)
-    assert len(Bank.open(bank)) == 6
+    assert len(Bank.open(bank)) == 4
     assert shard_path(bank, 0).read_bytes() == shard_path(whole, 0).read_bytes()
 
 
