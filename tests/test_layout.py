@@ -74,6 +74,7 @@ MAY_IMPORT: dict[str, str] = {
     "preprocess": "preprocess shards model",
     "train": "train shards model",
     "train.ask": "train shards model preprocess.decode",
+    "train.bank_vlm.processor": "train shards model preprocess.decode",
     "train.lmms_adapter": "train shards model preprocess.decode",
     "train.shown": "train shards model preprocess.decode preprocess.show",
 }
@@ -81,7 +82,9 @@ MAY_IMPORT: dict[str, str] = {
 
 `shown` draws an answer about a raw video over its frames, as `preprocess show` draws them."""
 
-ONLY_FOR: dict[str, str] = {"model.tower": "model.tower preprocess train.ask"}
+ONLY_FOR: dict[str, str] = {
+    "model.tower": "model.tower preprocess train.ask train.bank_vlm.processor"
+}
 """Modules that others than these may not import: training needs no tower."""
 
 LIGHT = (

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from model.tower.tower import Tower
     from model.vlm import VLM
+    from preprocess.decode.frames import Clip
     from train.batches.chat import Chat
     from train.batches.collate import Row
 
@@ -297,17 +298,8 @@ def fresh_clip(
     video: Path, features: FeatureConfig, tower: "Tower", child: DecodeChild
 ) -> FreshClip:
     """Return a video's features exactly as `preprocess encode` would bank them."""
-    if not video.exists():
-        raise UserError("no such file", where=video)
-    clip = child.read_clip(ReadRequest(video, features.sampling, pixels=tower.pixels))
+    clip, stored = encoded(video, features, tower, child)
     height, width = clip.display_size
-    stored, _ = tower.features(
-        clip.frames,
-        features.strides,
-        pool_mode=features.pool,
-        dtype=features.dtype,
-        threads=TOWER_THREADS,
-    )
     timestamps, frame_index = of_units(clip.timestamps, clip.frame_index, tower.frames_per_unit)
     info = ClipInfo(
         id=str(video),
@@ -320,6 +312,23 @@ def fresh_clip(
         covered=tower.covered(height, width),
     )
     return FreshClip(info, stored)
+
+
+def encoded(
+    video: Path, features: FeatureConfig, tower: "Tower", child: DecodeChild
+) -> tuple["Clip", dict[int, np.ndarray]]:
+    """Return a video's frames, and per stride what `preprocess encode` would bank of them."""
+    if not video.exists():
+        raise UserError("no such file", where=video)
+    clip = child.read_clip(ReadRequest(video, features.sampling, pixels=tower.pixels))
+    stored, _ = tower.features(
+        clip.frames,
+        features.strides,
+        pool_mode=features.pool,
+        dtype=features.dtype,
+        threads=TOWER_THREADS,
+    )
+    return clip, stored
 
 
 if __name__ == "__main__":
