@@ -85,7 +85,7 @@ class Bank:
             int(stride): np.asarray(scale, np.float32)
             for stride, scale in (manifest.calibration or {}).items()
         }
-        self._codec = Codec(self.config.codec, self.config.dtype, scales)
+        self.codec = Codec(self.config.codec, self.config.dtype, scales)
         self._sorted_hashes = columns["key_hash"][columns["key_order"]]
         self._checked = self._none_checked()
 
@@ -179,7 +179,7 @@ class Bank:
         total, *cells = self.shape(row, stride)
         wanted = range(total) if frames is None else frames
         assert all(0 <= frame < total for frame in wanted), (wanted, total)
-        codec, name = self._codec, f"stride{stride}"
+        codec, name = self.codec, f"stride{stride}"
         if out is None:
             out = np.empty((len(wanted), *cells), codec.stored_dtype)
         assert out.shape == (len(wanted), *cells), (out.shape, len(wanted), cells)

@@ -123,6 +123,6 @@ class BankedClip:
 
 
 def joint(config: FeatureConfig) -> Json:
-    """What banks joined in one run must share; sampling and codec may differ."""
-    own = ("sampling", "codec", "dtype", "format_version")
+    """What banks joined in one run must share; sampling, codec and what was derived may differ."""
+    own = ("sampling", "codec", "dtype", "format_version", "derived")
     return {name: value for name, value in config.to_json().items() if name not in own}
