@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,12 +95,17 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
+    from train.arithmetic import with_arithmetic
     from train.loop.loop import train
     from train.loop.signals import StopSignals
 
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    on_cpu = not torch.accelerator.is_available()
+    if config.bf16 == "auto":
+        config, note = with_arithmetic(config, dataset, on_cpu)
+        dataset = replace(dataset, notes=(*dataset.notes, note))
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes on the CPU do not find each other
+        cpu=on_cpu,  # else processes on the CPU do not find each other
         mixed_precision="bf16" if config.bf16 else "no",
         # ours alone, which have taken in what the launcher was asked for
         dynamo_backend="no",
