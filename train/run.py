@@ -95,9 +95,9 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
-    from train.arithmetic import with_arithmetic
     from train.loop.loop import train
     from train.loop.signals import StopSignals
+    from train.measured.arithmetic import with_arithmetic
 
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     on_cpu = not torch.accelerator.is_available()

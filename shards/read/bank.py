@@ -213,11 +213,11 @@ class Bank:
         total, *cells = self.shape(row, stride)
         wanted = range(total) if frames is None else frames
         assert all(0 <= frame < total for frame in wanted), (wanted, total)
-        name, count = f"stride{stride}", len(wanted)
-        values = np.empty((count, *cells), np.int8)
+        name = f"stride{stride}"
+        values = np.empty((len(wanted), *cells), np.int8)
         scale = np.empty(values.shape[:-1], np.float32)
         for array, part in ((values, name), (scale, f"{name}_scale")):
-            edges = _even(total, array[:1].nbytes if count else 0)
+            edges = _even(total, int(np.prod(array.shape[1:])) * array.itemsize)
             self._fill(array, self._place(row, stride, part, edges), wanted)
         self._checked[stride][row] = True
         return Int8(values, scale, self.codec.channel_scale[stride], self.codec.dtype)

@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from shards.signed import Json
-from train.arithmetic import CLEAR, decide, has_units, is_clear, measure, paces, with_arithmetic
 from train.data.dataset import open_dataset
+from train.measured.arithmetic import (
+    CLEAR,
+    decide,
+    has_units,
+    is_clear,
+    measure,
+    paces,
+    with_arithmetic,
+)
 from train.settings.config import TrainConfig, parse
 
 
