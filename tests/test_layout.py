@@ -52,6 +52,7 @@ FLOORS: dict[str, list[str]] = {
         "preprocess.sources",
         "preprocess.toy_models preprocess.real_models preprocess.world",
         "preprocess.encode preprocess.show preprocess.toyworld preprocess.footage",
+        "preprocess.derive",
         "preprocess.cli",
         "preprocess",
     ],

@@ -8,11 +8,13 @@ Settings -> banks and records -> the run itself (`train/loop/loop.py`). Everythi
 refused is refused before torch is imported. `--plan` prints what the run would be, and stops.
 """
 
+import gc
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,13 +38,24 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     holding = holders()  # before minutes of loading, in which they may end
     config = parse(argv, os.environ, accelerate_words(argv))
-    dataset = open_inputs(config)
-    config = as_its_stage(config)
-    if config.plan:
-        show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
-    else:
+    with no_garbage():
+        dataset = open_inputs(config)
+        config = as_its_stage(config)
+        if config.plan:
+            show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
+    if not config.plan:
         with only_run_in(config.output_dir, argv):
             start(config, dataset, holding)
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Collect none: records stay, and looking for garbage among them takes a fifth of reading them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def open_inputs(config: TrainConfig) -> Dataset:
@@ -84,10 +97,15 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
 
     from train.loop.loop import train
     from train.loop.signals import StopSignals
+    from train.measured.arithmetic import with_arithmetic
 
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    on_cpu = not torch.accelerator.is_available()
+    if config.bf16 == "auto":
+        config, note = with_arithmetic(config, dataset, on_cpu)
+        dataset = replace(dataset, notes=(*dataset.notes, note))
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes on the CPU do not find each other
+        cpu=on_cpu,  # else processes on the CPU do not find each other
         mixed_precision="bf16" if config.bf16 else "no",
         # ours alone, which have taken in what the launcher was asked for
         dynamo_backend="no",

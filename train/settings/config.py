@@ -128,7 +128,12 @@ class LlmSettings:
         ),
     )
     compile: bool = setting(False, "torch.compile the LLM's layers; pays with pack_tokens")
-    bf16: bool = setting(False, "bf16 arithmetic; trained weights stay fp32")
+    bf16: bool | str = setting(
+        False,
+        "bf16 arithmetic, trained weights stay fp32; auto: where a CPU's step is clearly faster, as "
+        "measured when the run begins",
+        choices=("auto",),
+    )
     tf32: bool = setting(True, "TF32 matrix products on CUDA")
 
 

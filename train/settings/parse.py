@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from model.settings import expected, problem_of
+from model.settings import SWITCH, expected, problem_of
 from train.settings.foreign import (
     ENVIRONMENT,
     FOREIGN,
@@ -107,7 +107,7 @@ def read_flags(
             following.insert(0, value)
         if name != "config" and name not in names:
             found.append((name, following, f"--{name}"))
-        elif not following and typing.get_type_hints(settings).get(name) is bool:
+        elif not following and typing.get_type_hints(settings).get(name) in (bool, SWITCH):
             found.append((name, "true", f"--{name}"))
         elif not following:
             problems.append(f"--{name}: needs a value")
@@ -202,6 +202,8 @@ def _convert(raw: Any, kind: Any) -> Any:
         return [word for text in words for word in str(text).split(",") if word]
     if isinstance(raw, list):
         raise ValueError(raw)
+    if kind == SWITCH:
+        return BOOLEANS.get(raw.lower(), raw.lower())
     if kind is bool:
         if raw.lower() not in BOOLEANS:
             raise ValueError(raw)
