@@ -105,7 +105,6 @@ class Builder:
         for own in self.sweep.variants:
             names = [(name, where) for name, _, where in own.settings]
             names += [("seed", f"{self.sweep.path} seeds")] * bool(own.seeds)
-            names += [("stage_path", f"{own.origin} stage")] * bool(own.stage)
             self.problems.extend(
                 f"--{name}: {where} says it for the run {own.name}: take one of them out"
                 for name, where in names

@@ -84,6 +84,8 @@ def page(sweep: Sweep, runs: Sequence[Run], command: str, failed: Mapping[str, s
     done = [run for run in runs if records[run.name]]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     lines = [f"# {sweep.name}", "", *([sweep.about, ""] if sweep.about else [])]
+    lines += [f"- {v.name}: {v.about}" for v in sweep.variants if v.about]
+    lines += [""] * any(v.about for v in sweep.variants)
     lines += [f"{today}: {len(done)} of {len(runs)} runs. `{command}`", ""]
     for test in distinct_names(sweep.test_path) if sweep.test_path else []:
         scored = [
@@ -126,20 +128,15 @@ def tables_of(sweep: Sweep, test: str, scored: Sequence[Scored], runs: Sequence[
         grid_of(rows),
         "",
     ]
-    if base := groups.get(sweep.baseline):
-        rows = [[f"less {sweep.baseline}", *(METRICS[m] for m in metrics)]]
-        rows += [
-            [name, *(difference(own, base, m) for m in metrics)]
-            for name, own in groups.items()
-            if own is not base
-        ]
-        if len(rows) > 1:
-            lines += [
-                "Difference from the baseline on the same clips and seeds [95 % of the draws].",
-                "",
-                grid_of(rows),
-                "",
-            ]
+    rows = [["", *(METRICS[m] for m in metrics)]]
+    for name, own in groups.items():
+        other = own[0].run.variant.against or sweep.baseline
+        if other != name and other in groups:
+            cells = [difference(own, groups[other], m) for m in metrics]
+            rows.append([f"{name} less {other}", *cells])
+    if len(rows) > 1:
+        words = "Difference from another run on the same clips and seeds [95 % of the draws]."
+        lines += [words, "", grid_of(rows), ""]
     return [*lines, "Each run.", "", grid_of(each_run(sweep, scored, metrics)), ""]
 
 
@@ -210,29 +207,32 @@ def number(value: float | None) -> str:
 
 
 def settings_of(runs: Sequence[Run], sweep: Sweep) -> dict[str, str]:
-    """Return, by run, the settings in which it differs from the baseline; of that, what the others do.
+    """Return, by run, the settings in which it differs from the one that it is compared with.
 
-    A run that starts from another one's model says so.
+    Of the baseline those in which the others do, where they are few. A run that starts from another
+    one's model says so.
     """
     configs: dict[str, Json] = {}
     for run in runs:
         config = plain(asdict(run.config)) | {"stage_path": run.variant.stage or "the stage"}
         configs.setdefault(run.variant.name, config)
-    base = configs[sweep.baseline]
-    differing = [
-        name
-        for name in base
-        if name != "seed" and any(other[name] != base[name] for other in configs.values())
-    ]
+    against = {run.variant.name: run.variant.against or sweep.baseline for run in runs}
     out = {}
     for name, config in configs.items():
-        own = (
-            differing
-            if name == sweep.baseline and len(differing) <= 4
-            else [setting for setting in differing if config[setting] != base[setting]]
-        )
+        own = differing(config, [configs[against[name]]])
+        if name == against[name] and len(few := differing(config, list(configs.values()))) <= 4:
+            own = few
         out[name] = ", ".join(f"{setting} {shown(config[setting])}" for setting in own)
     return out
+
+
+def differing(config: Json, others: Sequence[Json]) -> list[str]:
+    """Return the settings that any of some others has otherwise; the seed is none."""
+    return [
+        name
+        for name in config
+        if name != "seed" and any(other[name] != config[name] for other in others)
+    ]
 
 
 def shown(value: Any) -> str:

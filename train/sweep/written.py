@@ -7,7 +7,8 @@
     runs:
       off: {enable_lape: false}
       long: {max_steps: 800, seeds: [0], cpu_hours: 0.2, about: twice the steps}
-      tuned: {stage: long}                # starts from the model of another run with the same seed
+      tuned: {stage: long, against: long} # starts from that run's model, with the same seed; is
+                                          # compared with that one, not with the baseline
     grid: {lape_sigma: [1, 2]}            # each of the runs with each value
     baseline: off                         # what the others are compared with [the first]
     test_path: "${WORLD}/test.jsonl"      # what they are evaluated on
@@ -33,7 +34,7 @@ KEYS = (
     *("about", "config", "settings", "seeds", "runs", "grid"),
     *("baseline", "test_path", "controls", "max_records", "cpu_hours"),
 )
-OF_A_RUN = ("about", "seeds", "stage", "cpu_hours")
+OF_A_RUN = ("about", "seeds", "stage", "cpu_hours", "against")
 """Keys of a run that are no settings."""
 NOT_OF_A_RUN = {
     "seed": "list it under seeds",
@@ -62,6 +63,8 @@ class Variant:
     cpu_hours: float = 0.0
     """As once measured; 0 where that is not said."""
     about: str = ""
+    against: str = ""
+    """The run that it is compared with; empty: the baseline."""
     origin: Origin = ""
 
 
@@ -168,6 +171,7 @@ class Reader:
             stage=self.text(nodes.get("stage")),
             cpu_hours=self.number(nodes.get("cpu_hours"), f"{name} cpu_hours") or hours,
             about=self.text(nodes.get("about")),
+            against=self.text(nodes.get("against")),
             origin=origin,
         )
 
@@ -198,6 +202,8 @@ class Reader:
                     f"{own.origin} stage: {own.stage} is no run above {own.name}, whose model it "
                     "would start from"
                 )
+            if own.against and own.against not in {other.name for other in variants}:
+                self.problems.append(f"{own.origin} against: no run is called {own.against}")
             above.add(own.name)
 
     # -- nodes
