@@ -9,7 +9,8 @@ READY := $(VENV)/.ready
 
 # One process on all cores, said explicitly: `accelerate launch` gives it one thread otherwise, and
 # prints a page of warnings about its defaults.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(shell nproc) \
+THREADS := $(shell nproc)
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(THREADS) \
     --num_machines 1 --mixed_precision no --dynamo_backend no
 ASKED := demo/toy/videos/test/clip-00000.mp4
 QUESTION := "When is the red square visible?"

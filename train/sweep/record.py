@@ -36,9 +36,9 @@ class Record:
     inputs: Json
     """What it learned from: {"bank": ..., "plan": {"records": ..., "clips": ...}}."""
     seconds: float = 0.0
-    """From its last start to its end, loading and saving too."""
+    """Of its training, from its last start to its end, loading and saving too."""
     cpu_seconds: float = 0.0
-    """Of all its processes and threads, in that time."""
+    """Of all its processes and threads in that time, and in its evaluations."""
     scored: dict[str, Json] = field(default_factory=dict)
     """Control (empty: none) -> what the scores are of."""
 

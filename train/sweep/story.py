@@ -172,6 +172,7 @@ def take(run: Run, inputs: Inputs, children: Children) -> str | None:
         if ended.code or children.stopped:
             return f"evaluation {control or 'as it is'}, exit {ended.code}: {ended.last_error}"
         record.scored[control] = asked
+        record.cpu_seconds += ended.cpu_seconds
         record.write(run.folder)
     return None
 
