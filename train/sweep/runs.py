@@ -166,14 +166,18 @@ def flags_of(settings: Sequence[Setting]) -> list[str]:
 
 
 def clashes(runs: Sequence[Run]) -> list[str]:
-    """Return a line for each folder that two runs with other settings would write in."""
+    """Return a line for each folder that two runs would write in that differ."""
     lines = []
     first: dict[Path, Run] = {}
     for run in runs:
         other = first.setdefault(run.folder, run)
-        if other.config != run.config:
+        what = "settings" if other.config != run.config else ""
+        if run.sweep.test_path and other.sweep.test_path:
+            asked = [(own.sweep.test_path, own.sweep.max_records) for own in (run, other)]
+            what = what or "test records" * (asked[0] != asked[1])
+        if what:
             lines.append(
                 f"{run.sweep.path} {run.variant.name}: {other.sweep.path} has a run of this name with "
-                "other settings, which would write in the same folder; name one of them otherwise"
+                f"other {what}, which would write in the same folder; name one of them otherwise"
             )
     return lines

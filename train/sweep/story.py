@@ -89,19 +89,26 @@ def listing(runs: Sequence[Run]) -> str:
     """Return the runs in order, how far each is, and what it costs in CPU-hours."""
     measured = {run.name: record_of(run.folder) for run in runs}
     rows, left, known = [], 0.0, True
-    for run in runs:
-        record, hours = measured[run.name], hours_of(run, runs, measured)
+    for name, run in first_of_each(runs).items():
+        record, hours = measured[name], hours_of(run, runs, measured)
         state = "finished" if record else "begun" if is_begun(run.folder) else "to do"
         shown = f"{hours:.2f} CPU-h" if hours else "?"
-        rows.append(f"  {run.sweep.name:12} {run.name:44} {state:9} {shown:>11}".rstrip())
+        rows.append(f"  {run.sweep.name:12} {name:44} {state:9} {shown:>11}".rstrip())
         if not record:
             left, known = left + hours, known and hours > 0
     done = sum(record is not None for record in measured.values())
-    begun = len(runs) - done
-    sum_line = f"{counted(len(runs), 'run')}: {done} finished, {begun} to do"
+    last = f"{counted(len(rows), 'run')}: {done} finished, {len(rows) - done} to do"
     if left:
-        sum_line += f", {'about' if known else 'at least'} {left:.1f} CPU-hours"
-    return "\n".join([*rows, sum_line])
+        last += f", {'about' if known else 'at least'} {left:.1f} CPU-hours"
+    return "\n".join([*rows, last])
+
+
+def first_of_each(runs: Sequence[Run]) -> dict[str, Run]:
+    """Return the runs by name, one that several sweeps have where it comes first."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        found.setdefault(run.name, run)
+    return found
 
 
 def hours_of(run: Run, runs: Sequence[Run], measured: Mapping[str, Record | None]) -> float:

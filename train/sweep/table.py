@@ -11,6 +11,7 @@ from typing import Any
 
 from shards.errors import UserError
 from shards.signed import Json, write_atomic
+from shards.text import counted
 from train.scores.results import CONTROLS, distinct_names, predictions_beside, read_report
 from train.scores.spread import Answers, Metric, difference_interval, mean_interval, read_answers
 from train.sweep.record import Record, plain, record_of
@@ -122,7 +123,7 @@ def tables_of(sweep: Sweep, test: str, scored: Sequence[Scored], runs: Sequence[
         row = [name, differ[name], str(len(own)), *(cell(own, m) for m in metrics)]
         rows.append([*row, skill, f"{seconds:.0f}"])
     lines = [
-        f"Test set {test}, {clips} clips: mean over seeds ± standard deviation between them, "
+        f"Test set {test}, {counted(clips, 'clip')}: mean over seeds ± standard deviation between them, "
         "[95 % of 2,000 draws of the clips].",
         "",
         grid_of(rows),
