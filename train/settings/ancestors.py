@@ -59,7 +59,9 @@ class Process:
 
     def is_sweep(self) -> bool:
         """Tell whether it starts runs, one after the other: `train/run.py --sweep`."""
-        return any(word.partition("=")[0] == "--sweep" for word in self.words)
+        program, *following = self._program() or ("",)
+        named = any(word.partition("=")[0] == "--sweep" for word in following)
+        return named and program in ("run.py", "train.run")
 
     def is_accelerate(self) -> bool:
         return (self._program() or ("",))[0].startswith("accelerate")

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
 from shards.signed import Json, write_atomic
 from shards.text import counted
 from train.scores.results import CONTROLS, distinct_names, predictions_beside, read_report
@@ -172,8 +171,15 @@ def cell(own: Sequence[Scored], metric: Metric) -> str:
     values = [value for one in own if (value := score_of(one.report, metric)) is not None]
     if not values:
         return NONE
+    if not alike(own):
+        return spread_of(values)
     low, high = mean_interval([one.answers for one in own], metric)
     return f"{spread_of(values)} [{low:.3f}, {high:.3f}]"
+
+
+def alike(scored: Sequence[Scored]) -> bool:
+    """Tell whether runs were scored on the same clips, and may be drawn together."""
+    return len({one.answers.clips for one in scored}) == 1
 
 
 def difference(own: Sequence[Scored], base: Sequence[Scored], metric: Metric) -> str:
@@ -183,8 +189,8 @@ def difference(own: Sequence[Scored], base: Sequence[Scored], metric: Metric) ->
     lists = [[score_of(one.report, metric) for one in group] for group in (ours, theirs)]
     if not both or any(value is None for values in lists for value in values):
         return NONE
-    if {one.answers.clips for one in [*ours, *theirs]} != {ours[0].answers.clips}:
-        raise UserError("the answers of its runs are on other clips", where=ours[0].run.folder)
+    if not alike([*ours, *theirs]):
+        return "other clips"
     means = [math.fsum(v for v in values if v is not None) / len(values) for values in lists]
     low, high = difference_interval(
         [one.answers for one in ours], [one.answers for one in theirs], metric
