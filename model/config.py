@@ -43,8 +43,9 @@ OLDER = {1: "its frame predictor is not told the seconds until the next frame"}
 """What models of older formats lack."""
 FRAME_ATTENTION = ("block", "token")
 PREDICTORS = ("resample", "xattn")
-FRAME_TIME = ("none", "text")
-"""Whether a time stamp is written before each frame."""
+FRAME_TIME = ("auto", "none", "text", "seconds")
+TIME_FORMS = {"text": "{:.1f}s", "seconds": "<{:.1f} seconds>"}
+"""What is written before a frame: as times in text are, or as Qwen3-VL writes them."""
 FRAME_POSITIONS = ("auto", "plain", "mrope")
 FRAME_MARKS = ("frames", "media", "none")
 POOLED = 2
@@ -81,7 +82,10 @@ class ModelSettings:
     )
     max_frames_num: int = setting(16, "frames of a clip that are used, uniformly", least=1)
     frame_time: str = setting(
-        "none", "text writes the time before each frame, like 12.5s", choices=FRAME_TIME
+        "auto",
+        "the time before each frame: text, 12.5s; seconds, <12.5 seconds> with media_tags around each "
+        "frame (Qwen3-VL); none; auto, as the stage was trained",
+        choices=FRAME_TIME,
     )
     frame_positions: str = setting(
         "auto",
@@ -154,8 +158,22 @@ class ModelSettings:
     @property
     def around_media(self) -> tuple[str, str] | None:
         """The control tokens before and behind each medium; None where there are none."""
+        return None if self.frame_time == "seconds" else self._tags
+
+    @property
+    def around_frames(self) -> tuple[str, str] | None:
+        """The control tokens before and behind each frame; None where there are none."""
+        return self._tags if self.frame_time == "seconds" else None
+
+    @property
+    def _tags(self) -> tuple[str, str] | None:
         before, _, behind = self.media_tags.partition(",")
         return (before, behind) if behind else None
+
+    @property
+    def time_form(self) -> str:
+        """How the time before each frame is written; empty where it is not."""
+        return TIME_FORMS.get(self.frame_time, "")
 
     @property
     def pooled(self) -> int:
@@ -172,6 +190,7 @@ class ModelSettings:
 class VLMConfig(ModelSettings):
     """What a trained model is, beside its weights: everything that must agree to use them."""
 
+    frame_time: str = setting("none", "none, text or seconds", choices=FRAME_TIME[1:])
     frame_positions: str = setting("plain", "plain or mrope", choices=FRAME_POSITIONS[1:])
     media_tags: str = setting(
         "none",
@@ -183,6 +202,12 @@ class VLMConfig(ModelSettings):
     mrope_sections: str = setting("", "rotary frequencies by time, row, column, such as 16,24,24")
     mrope_tokens_per_second: float = setting(
         0.0, "positions of time per second (Qwen2.5-VL); 0 counts frames (Qwen2-VL)", least=0
+    )
+    mrope_interleaved: bool = setting(False, "frequencies of the three take turns (Qwen3-VL)")
+    deepstack: int = setting(
+        0,
+        "layers of the tower whose features are added at the LLM's first layers (Qwen3-VL)",
+        least=0,
     )
     turns: str = setting(
         "dialogue", "how the questions of its records saw each other", choices=(*TURNS, "mixed")

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from model.batch import Batch
+from model.family.deepstack import Added
 from model.family.head import decoder_of
 from model.family.limits import check_context, context_length
 from model.lape.tokens import TIME
@@ -81,7 +82,8 @@ class Cached:
         """Return the last hidden state of each row's prompt, under the batch's own mask."""
         model, batch = self.model, self.batch
         mask = model.attention_mask(batch)
-        states = self._decode(model.embed(batch), mask, batch.position_ids, batch.rope)
+        told = batch.position_ids, batch.rope, model.added(batch)
+        states = self._decode(model.embed(batch), mask, *told)
         return states[torch.arange(len(states), device=states.device), batch.lengths - 1]
 
     def read(self, embeds: Tensor) -> Tensor:
@@ -98,8 +100,14 @@ class Cached:
         return self._decode(embeds[:, None], mask, at[:, None], rope)[:, 0]
 
     def _decode(
-        self, embeds: Tensor, mask: Any, positions: Tensor, rope: Tensor | None = None
+        self,
+        embeds: Tensor,
+        mask: Any,
+        positions: Tensor,
+        rope: Tensor | None = None,
+        added: Added | None = None,
     ) -> Tensor:
+        known: dict[str, Any] = {} if added is None else {"deepstack": added}
         with self.model.turning_by(rope):
             states: Tensor = decoder_of(self.model.llm)(
                 inputs_embeds=embeds,
@@ -107,6 +115,7 @@ class Cached:
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
+                **known,
             ).last_hidden_state
         return states
 
@@ -116,6 +125,7 @@ class Reread:
 
     def __init__(self, model: VLM, batch: Batch) -> None:
         assert batch.rope is None, "M-RoPE is of LLMs whose keys are kept"
+        assert not model.config.deepstack, "so is DeepStack"
         self.model, self.lengths = model, batch.lengths
         self.embeds = model.embed(batch)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, FrameGroup
 from model.config import FORMAT, POOLED, VLMConfig, read_model_config
+from model.family import deepstack
 from model.family.head import decoder_of, own_head, seen_embeddings, seen_head
 from model.family.limits import load_tokenizer
 from model.family.masks import batch_masks, step_masks
@@ -79,12 +80,18 @@ class VLM(nn.Module):
         self._no_split_modules = list(
             llm._no_split_modules or ()
         )  # FSDP2's units: the decoder layers
-        self.projector = build_projector(config.mm_projector_type, width, llm_width)
+        # of several layers of a tower the last one's channels enter as tokens
+        self.projector = build_projector(
+            config.mm_projector_type, width // (config.deepstack + 1), llm_width
+        )
         self.visual = VisualTokens(llm_width)
         if config.frame_marks == "none":
             self.visual.requires_grad_(False)  # which no token takes
         if config.frame_positions == "mrope":
-            install(decoder_of(llm), [int(n) for n in config.mrope_sections.split(",") if n])
+            sections = [int(n) for n in config.mrope_sections.split(",") if n]
+            install(decoder_of(llm), sections, interleaved=config.mrope_interleaved)
+        if config.deepstack:
+            deepstack.install(decoder_of(llm), config.deepstack)
         self.frame_causal = (
             FrameCausal(llm_width, width, config.predictor) if config.loss_weight > 0 else None
         )
@@ -139,7 +146,10 @@ class VLM(nn.Module):
 
     def projected(self, group: FrameGroup) -> Tensor:
         """Return the projector's tokens, one per cell: `(frames, cell_rows, cell_cols, width)`."""
-        tokens: Tensor = self.projector(group.projected.to(self.visual.frame_end.dtype))
+        cells = group.projected.to(self.visual.frame_end.dtype)
+        if self.config.deepstack:
+            cells = cells.chunk(self.config.deepstack + 1, dim=-1)[-1]
+        tokens: Tensor = self.projector(cells)
         if self.config.pool_after_projector:
             tokens = pool(tokens, POOLED, "bilinear").to(tokens.dtype)
         return tokens
@@ -154,6 +164,10 @@ class VLM(nn.Module):
                 group.grid, group.covered, group.time, group.timed
             )
         return tokens
+
+    def added(self, batch: Batch) -> deepstack.Added | None:
+        """Return what the LLM's first layers add to the frames' tokens; None where they add nothing."""
+        return deepstack.added(batch.groups, self.config.deepstack)
 
     def attention_mask(self, batch: Batch) -> Any:
         """Return the batch's mask in the form that the LLM's attention implementation reads."""
@@ -174,7 +188,8 @@ class VLM(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the LLM's last hidden states after its final norm: `(rows * length, width)`."""
         mask = self.attention_mask(batch)
-        return self.decode(self.embed(batch), mask, batch.position_ids, batch.rope).flatten(0, 1)
+        told = batch.position_ids, batch.rope, self.added(batch)
+        return self.decode(self.embed(batch), mask, *told).flatten(0, 1)
 
     def turning_by(self, rope: Tensor | None) -> AbstractContextManager[None]:
         """Let the LLM's next forward turn by time, row and column: int64 `(3, rows, length)`."""
@@ -185,7 +200,12 @@ class VLM(nn.Module):
         return rotary.at(rope)
 
     def decode(
-        self, embeds: Tensor, mask: Any, positions: Tensor, rope: Tensor | None = None
+        self,
+        embeds: Tensor,
+        mask: Any,
+        positions: Tensor,
+        rope: Tensor | None = None,
+        added: deepstack.Added | None = None,
     ) -> Tensor:
         """Return the last hidden states of embedded rows, without a cache: `(rows, length, width)`."""
         decoder = decoder_of(self.llm)
@@ -194,6 +214,8 @@ class VLM(nn.Module):
         if self.llm.config._attn_implementation == "flex_attention":
             # its kernel for rows under 128 tokens, meant for decoding, has no form for grouped heads
             known["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
+        if added is not None:
+            known["deepstack"] = added
         with self.turning_by(rope):
             states: Tensor = decoder(
                 inputs_embeds=embeds, attention_mask=mask, use_cache=False, **known

@@ -9,6 +9,7 @@ moves along a straight or bouncing line and vanishes, and no colour occurs twice
     videos/{train,test}/clip-00000.mp4   h264, 64x64, 8 frames per second, 4 to 6 seconds
     train.jsonl                          one conversation of several turns per clip
     test.jsonl                           one question per record
+    places/{train,test}-{still,clip,moment}.jsonl   questions of place alone, see toy_places.py
     tower/  llm/                         a random SigLIP and a random Qwen2 with its tokenizer
     world.json                           the truth about every clip; written last
 
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from preprocess.toy_models import SIZE, save_llm, save_tower
+from preprocess.toy_places import place_records
 from preprocess.world import (
     Json,
     Turn,
@@ -119,18 +121,18 @@ def make_toyworld(
     for split in splits:
         (out / "videos" / split).mkdir(parents=True)
     which = [(split, index) for split, count in splits.items() for index in range(count)]
-    records: dict[str, list[Json]] = {split: [] for split in splits}
+    records: dict[str, list[Json]] = {}
     truth: list[Json] = []
     # x264 and NumPy leave the interpreter to others: two cores draw nearly twice as fast as one.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         clips = pool.map(lambda these: make_clip(out, seed, *these), which)
-        for (split, _), (rows, described) in zip(
-            which, tqdm(clips, "drawing", len(which), unit="clip"), strict=True
-        ):
-            records[split] += rows
+        for made, described in tqdm(clips, "drawing", len(which), unit="clip"):
+            for name, rows in made.items():
+                records.setdefault(name, []).extend(rows)
             truth.append(described)
-    for split, rows in records.items():
-        write_rows(out / f"{split}.jsonl", rows)
+    (out / "places").mkdir()
+    for name, rows in records.items():
+        write_rows(out / f"{name}.jsonl", rows)
     logging.disable_progress_bar()  # transformers draws one for each model that it saves
     save_tower(out / "tower", seed)
     save_llm(out / "llm", texts_of(records["train"]), seed)
@@ -138,8 +140,8 @@ def make_toyworld(
     (out / "world.json").write_text(json.dumps(world), encoding="utf-8")
 
 
-def make_clip(out: Path, seed: int, split: str, index: int) -> tuple[list[Json], Json]:
-    """Draw one clip; return its records and the truth about it.
+def make_clip(out: Path, seed: int, split: str, index: int) -> tuple[dict[str, list[Json]], Json]:
+    """Draw one clip; return its records by file and the truth about it.
 
     It depends on (seed, split, index) alone, never on how many there are.
     """
@@ -149,7 +151,11 @@ def make_clip(out: Path, seed: int, split: str, index: int) -> tuple[list[Json],
     things = plan_things(rng, frames)
     write_video(out / "videos" / video, draw(rng, things, frames), FPS)
     ask = train_records if split == "train" else test_records
-    return ask(rng, video, things, frames), describe(video, things, frames)
+    records = {split: ask(rng, video, things, frames)}
+    rng = np.random.default_rng([seed, SPLITS.index(split), index, 1])
+    steps = place_records(rng, video, things, frames, FPS, is_test=split == "test")
+    records |= {f"places/{split}-{step}": rows for step, rows in steps.items()}
+    return records, describe(video, things, frames)
 
 
 def plan_things(rng: np.random.Generator, frames: int) -> list[Thing]:

@@ -40,7 +40,7 @@ FLOORS: dict[str, list[str]] = {
         "model.grid model.mask model.projector model.llm",
         "model.batch model.lape.tables",
         "model.frame_causal model.lape.head",
-        "model.family.windows model.family.mrope",
+        "model.family.windows model.family.mrope model.family.deepstack",
         "model.family.masks model.family.head",
         "model.vlm",
         "model.generate model.tower",
@@ -74,6 +74,7 @@ MAY_IMPORT: dict[str, str] = {
     "preprocess": "preprocess shards model",
     "train": "train shards model",
     "train.ask": "train shards model preprocess.decode",
+    "train.bank_vlm.processor": "train shards model preprocess.decode",
     "train.lmms_adapter": "train shards model preprocess.decode",
     "train.shown": "train shards model preprocess.decode preprocess.show",
 }
@@ -81,7 +82,9 @@ MAY_IMPORT: dict[str, str] = {
 
 `shown` draws an answer about a raw video over its frames, as `preprocess show` draws them."""
 
-ONLY_FOR: dict[str, str] = {"model.tower": "model.tower preprocess train.ask"}
+ONLY_FOR: dict[str, str] = {
+    "model.tower": "model.tower preprocess train.ask train.bank_vlm.processor"
+}
 """Modules that others than these may not import: training needs no tower."""
 
 LIGHT = (

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from model.tower.tower import Tower
     from model.vlm import VLM
+    from preprocess.decode.frames import Clip
     from train.batches.chat import Chat
     from train.batches.collate import Row
 
@@ -65,6 +66,30 @@ class FreshClip:
 
 @command
 def main(argv: list[str]) -> None:
+    args = arguments().parse_args(argv)
+    if args.max_new_tokens < 1:
+        raise UserError("must be at least 1", got=args.max_new_tokens, where="--max_new_tokens")
+    if args.bank and args.tower:
+        raise UserError(
+            "a banked clip needs no tower", where="--tower", fix="leave out --tower or --bank"
+        )
+    if args.bank and args.show:
+        raise UserError("frames are drawn of a file", where="--show", fix="leave out --bank")
+    if args.truth and not args.show:
+        raise UserError("--truth is drawn, and nothing is", fix="name a picture with --show")
+    told = (args.question, args.model)
+    if args.bank:
+        said = ask_banked(args.video, *told, args.bank, args.max_new_tokens)
+    else:
+        video = Path(args.video)
+        picture = Picture.of(args.show, args.truth, video, args.question) if args.show else None
+        said = ask(video, *told, args.tower, args.max_new_tokens, picture)
+    print(said)  # noqa: T201
+    if args.show:
+        print(args.show)  # noqa: T201
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,27 +112,7 @@ def main(argv: list[str]) -> None:
         help="drawn too: the right answer, such as 'from <t:1.5> to <t:2.875>', or a file of records "
         "in which this video is asked this question",
     )
-    args = parser.parse_args(argv)
-    if args.max_new_tokens < 1:
-        raise UserError("must be at least 1", got=args.max_new_tokens, where="--max_new_tokens")
-    if args.bank and args.tower:
-        raise UserError(
-            "a banked clip needs no tower", where="--tower", fix="leave out --tower or --bank"
-        )
-    if args.bank and args.show:
-        raise UserError("frames are drawn of a file", where="--show", fix="leave out --bank")
-    if args.truth and not args.show:
-        raise UserError("--truth is drawn, and nothing is", fix="name a picture with --show")
-    told = (args.question, args.model)
-    if args.bank:
-        said = ask_banked(args.video, *told, args.bank, args.max_new_tokens)
-    else:
-        video = Path(args.video)
-        picture = Picture.of(args.show, args.truth, video, args.question) if args.show else None
-        said = ask(video, *told, args.tower, args.max_new_tokens, picture)
-    print(said)  # noqa: T201
-    if args.show:
-        print(args.show)  # noqa: T201
+    return parser
 
 
 def ask(
@@ -185,7 +190,8 @@ class Answerer:
 
     def load_tower(self, name: str | None = None) -> "Tower":
         """Return the tower of the model's features, where it lies now or by its name."""
-        return load_tower(self.features, name or find_tower(self.model.tower, self.folder))
+        places = [name] if name else tower_places(self.model.tower, self.folder)
+        return load_tower(self.features, places)
 
     def answer(self, clips: Sequence[Medium], turns: Sequence[Turn], max_new_tokens: int) -> str:
         """Return the answer that the last turn, an empty one, stands for: text with markup.
@@ -233,14 +239,12 @@ def asked(question: str, clip: ClipInfo, answer: str = "") -> list[Turn]:
     return list(record.turns)
 
 
-def find_tower(name: str, folder: Path) -> str:
-    """Return where a tower lies that was named from another working directory, else its name.
+def tower_places(name: str, folder: Path) -> list[str]:
+    """Return where a tower of this name may lie, likeliest first: there, and where it was moved to.
 
-    It is looked for from here, then from the folders above the model and above the banks of its run.
-    The digest tells later whether it is the one.
+    It is looked for under as much of its path as is found in the folders above the model and above the
+    banks of its run: model, banks and tower may have been moved together, or be seen from elsewhere.
     """
-    if Path(name).exists() or Path(name).is_absolute():
-        return name
     above = [folder.resolve(), *folder.resolve().parents]
     runs = [place / "run.json" for place in above[:2]]
     run: Json = next((json.loads(path.read_text()) for path in runs if path.is_file()), {})
@@ -248,11 +252,25 @@ def find_tower(name: str, folder: Path) -> str:
     for bank in banks:
         if bank.is_dir():
             above += [place for place in bank.resolve().parents if place not in above]
-    return next((str(base / name) for base in above if (base / name).is_dir()), name)
+    parts = Path(name).parts
+    tails = [parts[k:] for k in range(1, len(parts))] if Path(name).is_absolute() else [parts]
+    found = [str(base.joinpath(*tail)) for tail in tails for base in above]
+    found = [place for place in found if Path(place).is_dir()]
+    return list(dict.fromkeys([name, *found] if Path(name).exists() or not found else found))
 
 
-def load_tower(features: FeatureConfig, name: str) -> "Tower":
-    """Load the tower that made some features; UserError where it is another one."""
+def load_tower(features: FeatureConfig, places: Sequence[str]) -> "Tower":
+    """Load the tower that made some features from where it lies; UserError where it lies nowhere."""
+    problems = []
+    for place in places:
+        try:
+            return _load_tower(features, place)
+        except UserError as error:  # another tower, or a folder of the same name
+            problems.append(error)
+    raise problems[0]
+
+
+def _load_tower(features: FeatureConfig, name: str) -> "Tower":
     from model.tower.tower import Tower
 
     if why := absent(name):
@@ -267,6 +285,7 @@ def load_tower(features: FeatureConfig, name: str) -> "Tower":
             where=f"tower {name}",
             fix="name it with --tower",
         )
+    tower.fit_like(features.processor)
     if tower.pixels.to_json() != features.processor:
         raise UserError(
             f"tower {name}: its image processor has other values than when the bank was made: "
@@ -279,17 +298,8 @@ def fresh_clip(
     video: Path, features: FeatureConfig, tower: "Tower", child: DecodeChild
 ) -> FreshClip:
     """Return a video's features exactly as `preprocess encode` would bank them."""
-    if not video.exists():
-        raise UserError("no such file", where=video)
-    clip = child.read_clip(ReadRequest(video, features.sampling, pixels=tower.pixels))
+    clip, stored = encoded(video, features, tower, child)
     height, width = clip.display_size
-    stored, _ = tower.features(
-        clip.frames,
-        features.strides,
-        pool_mode=features.pool,
-        dtype=features.dtype,
-        threads=TOWER_THREADS,
-    )
     timestamps, frame_index = of_units(clip.timestamps, clip.frame_index, tower.frames_per_unit)
     info = ClipInfo(
         id=str(video),
@@ -302,6 +312,23 @@ def fresh_clip(
         covered=tower.covered(height, width),
     )
     return FreshClip(info, stored)
+
+
+def encoded(
+    video: Path, features: FeatureConfig, tower: "Tower", child: DecodeChild
+) -> tuple["Clip", dict[int, np.ndarray]]:
+    """Return a video's frames, and per stride what `preprocess encode` would bank of them."""
+    if not video.exists():
+        raise UserError("no such file", where=video)
+    clip = child.read_clip(ReadRequest(video, features.sampling, pixels=tower.pixels))
+    stored, _ = tower.features(
+        clip.frames,
+        features.strides,
+        pool_mode=features.pool,
+        dtype=features.dtype,
+        threads=TOWER_THREADS,
+    )
+    return clip, stored
 
 
 if __name__ == "__main__":

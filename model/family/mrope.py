@@ -4,9 +4,10 @@
     rotary = install(llm_decoder, (16, 24, 24))
     with rotary.at(positions): llm_decoder(...)
 
-The formula is transformers' for Qwen2-VL and Qwen2.5-VL (`get_rope_index`): of a run of frames, the
-positions count on from the text before it in three directions; the text behind it goes on as many
-places later as its frames have rows or columns, whichever are more, however long it lasts.
+The formula is transformers' for Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`get_rope_index`): of a run of
+frames, the positions count on from the text before it in three directions; the text behind it goes on
+as many places later as its frames have rows or columns, whichever are more, however long it lasts. In
+Qwen3-VL, which writes the time between frames, each is a run of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -145,10 +146,11 @@ def time_positions(seconds: Sequence[float], tokens_per_second: float) -> list[i
 class MRope(nn.Module):
     """An LLM's rotary embedding that takes three positions where it is given them."""
 
-    def __init__(self, rotary: nn.Module, sections: Sequence[int]) -> None:
+    def __init__(self, rotary: nn.Module, sections: Sequence[int], interleaved: bool) -> None:
         super().__init__()
         self.rotary = rotary
-        self.sections = tuple(sections)
+        self.axes = axes_of(sections, interleaved)
+        """Which of the three each frequency turns by."""
         self.positions: Tensor | None = None
 
     @contextmanager
@@ -169,17 +171,33 @@ class MRope(nn.Module):
         return tuple(self._joined(part.unflatten(0, (AXES, -1))) for part in every)
 
     def _joined(self, part: Tensor) -> Tensor:
-        """`(3, rows, length, head_dim)` -> each frequency of the axis that its section turns by."""
-        half = part[..., : part.shape[-1] // 2].split(self.sections, dim=-1)
-        chosen = torch.cat([section[k % AXES] for k, section in enumerate(half)], dim=-1)
+        """`(3, rows, length, head_dim)` -> each frequency of the axis that it turns by."""
+        half = part[..., : part.shape[-1] // 2]
+        axes = torch.tensor(self.axes, device=half.device).expand(1, *half.shape[1:])
+        chosen = half.gather(0, axes)[0]
         return torch.cat([chosen, chosen], dim=-1)
 
 
-def install(decoder: Any, sections: Sequence[int]) -> MRope:
+def axes_of(sections: Sequence[int], interleaved: bool) -> list[int]:
+    """Return which axis each rotary frequency turns by.
+
+    sections: how many turn by time, row, column. Interleaved ones take turns while rows and columns
+    have some left, and time has all the others (`recomposition_frequencies` of Qwen3-VL).
+    """
+    if not interleaved:
+        return [axis for axis, count in enumerate(sections) for _ in range(count)]
+    axes = [0] * sum(sections)
+    for axis in range(1, AXES):
+        for place in range(axis, min(AXES * sections[axis], len(axes)), AXES):
+            axes[place] = axis
+    return axes
+
+
+def install(decoder: Any, sections: Sequence[int], *, interleaved: bool = False) -> MRope:
     """Put an M-RoPE in the place of a decoder's rotary embedding, once; UserError where none fits."""
     rotary = getattr(decoder, "rotary_emb", None)
     if isinstance(rotary, MRope):
-        assert rotary.sections == tuple(sections)
+        assert rotary.axes == axes_of(sections, interleaved)
         return rotary
     frequencies = getattr(rotary, "inv_freq", None)
     count = None if frequencies is None else len(frequencies)
@@ -188,9 +206,9 @@ def install(decoder: Any, sections: Sequence[int]) -> MRope:
             f"frame_positions mrope: sections {', '.join(map(str, sections))} do not fit "
             f"{type(decoder).__name__}",
             got=f"{count or 'no'} rotary frequencies",
-            fix="set frame_positions: plain, or start from a Qwen2-VL or Qwen2.5-VL checkpoint",
+            fix="set frame_positions: plain, or start from a Qwen-VL checkpoint",
         )
     assert isinstance(rotary, nn.Module)
-    wrapped = MRope(rotary, sections)
+    wrapped = MRope(rotary, sections, interleaved)
     decoder.rotary_emb = wrapped
     return wrapped

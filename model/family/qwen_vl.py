@@ -1,7 +1,8 @@
 """What is in a Qwen-VL checkpoint beside its tower, read from its config.json; torch-free.
 
-Its language model is a Qwen2 whose rotary positions, of frames alone, are three: time, row, column
-(M-RoPE). On text the three are one, and it is Qwen2 itself.
+Its language model is a Qwen2, or Qwen3, whose rotary positions, of frames alone, are three: time, row,
+column (M-RoPE). On text the three are one, and it is Qwen2, or Qwen3, itself. Qwen3-VL's first layers
+add features of several layers of its tower, too (DeepStack), and the time is written before each frame.
 """
 
 from collections.abc import Mapping
@@ -12,19 +13,18 @@ from shards.errors import UserError
 
 Json = Mapping[str, Any]
 
-INNER = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}
+INNER = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
 """`model_type` of a checkpoint -> the family of the LLM inside."""
 REFUSED = {
-    "qwen3_vl": "adds features of three layers of its tower to the LLM's first layers (DeepStack), and a "
-    "bank holds those of one",
-    "qwen3_vl_moe": "adds features of three layers of its tower to the LLM's first layers (DeepStack), "
-    "and a bank holds those of one",
+    "qwen3_vl_moe": "has experts, whose weights lie otherwise in it than in the LLM alone",
     "qwen2_5_omni": "hears, too: its positions of frames and of sound are interleaved",
     "qwen2_5_omni_thinker": "hears, too: its positions of frames and of sound are interleaved",
 }
 """`model_type` of the same house -> why its checkpoints cannot be started from."""
-SECTIONS = 16, 24, 24
+SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen2_5_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 """Of a config that does not name them, as in transformers."""
+DEEPSTACK = 8, 16, 24
+"""The layers of Qwen3-VL's tower, counted from 0, whose features its LLM takes, likewise."""
 TOKENS_PER_SECOND = 4.0
 MEDIA_TAGS = "<|vision_start|>,<|vision_end|>"
 
@@ -37,15 +37,20 @@ class MRopeFacts:
     """Frequencies that turn by time, by row, by column."""
     tokens_per_second: float
     """Positions of time per second; 0 where they count frames."""
+    interleaved: bool = False
+    """Whether frequencies of the three take turns, time, row, column, time ...; else they are apart."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"sections": list(self.sections), "tokens_per_second": self.tokens_per_second}
+        facts = {"sections": list(self.sections), "tokens_per_second": self.tokens_per_second}
+        return facts | ({"interleaved": True} if self.interleaved else {})
 
 
 def mrope_of(config: Json) -> MRopeFacts | None:
     """Return the M-RoPE that a config.json tells of: a checkpoint's, or of the LLM taken out of one."""
     if "mrope" in config:
-        return MRopeFacts(tuple(config["mrope"]["sections"]), config["mrope"]["tokens_per_second"])
+        facts = config["mrope"]
+        seconds, interleaved = facts["tokens_per_second"], facts.get("interleaved", False)
+        return MRopeFacts(tuple(facts["sections"]), seconds, interleaved)
     kind = config.get("model_type")
     if kind not in INNER:
         return None
@@ -55,7 +60,23 @@ def mrope_of(config: Json) -> MRopeFacts | None:
     if kind == "qwen2_5_vl":
         vision = config.get("vision_config") or {}
         seconds = float(vision.get("tokens_per_second", TOKENS_PER_SECOND))
-    return MRopeFacts(tuple(rope.get("mrope_section", SECTIONS)), seconds)
+    sections = tuple(rope.get("mrope_section", SECTIONS[kind]))
+    return MRopeFacts(sections, seconds, interleaved=kind == "qwen3_vl")
+
+
+def deepstack_of(config: Json) -> tuple[int, ...]:
+    """Return the layers of its tower whose features an LLM takes at its first layers, if it does any.
+
+    config: a checkpoint's, or of the LLM taken out of one.
+    """
+    if config.get("model_type") == "qwen3_vl":
+        return tuple((config.get("vision_config") or {}).get("deepstack_visual_indexes", DEEPSTACK))
+    return tuple(config.get("deepstack", ()))
+
+
+def writes_times(config: Json) -> bool:
+    """Tell whether a checkpoint was trained with the time before each frame, and tags around each."""
+    return config.get("model_type") == "qwen3_vl"
 
 
 def config_problem(config: Json) -> str | None:
@@ -63,7 +84,8 @@ def config_problem(config: Json) -> str | None:
     kind = str(config.get("model_type", ""))
     if kind in REFUSED:
         return (
-            f"{kind} {REFUSED[kind]}; start from Qwen2-VL or Qwen2.5-VL, or from a causal LLM alone"
+            f"{kind} {REFUSED[kind]}; start from Qwen2-VL, Qwen2.5-VL or a Qwen3-VL without experts, or "
+            "from a causal LLM alone"
         )
     if kind not in INNER:
         return None
@@ -86,10 +108,13 @@ def inner_config(whole: Any, written: Json) -> dict[str, Any]:
     if problem := config_problem(written):
         raise UserError(problem)
     text = whole.text_config.to_dict()
-    rope = {k: v for k, v in text["rope_parameters"].items() if k not in ("mrope_section", "type")}
+    ours = ("mrope_section", "mrope_interleaved", "type")
+    rope = {k: v for k, v in text["rope_parameters"].items() if k not in ours}
     left_out = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype")
     facts = {name: value for name, value in text.items() if name not in left_out}
     mrope = mrope_of(written)
     assert mrope is not None
     facts |= {"rope_parameters": rope, "mrope": mrope.to_json()}
+    if layers := deepstack_of(written):
+        facts["deepstack"] = list(layers)
     return facts | {"tie_word_embeddings": bool(whole.tie_word_embeddings)}

@@ -5,7 +5,7 @@ it needs no torch, so a decoding process can do it before frames travel.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,13 @@ from PIL import Image
 
 from shards.errors import UserError
 
+FITS = ("crop", "pad", "stretch")
+"""How a frame gets the one size that a tower takes: what is too long is cut off on both sides, the frame
+is shrunk until it fits and framed in the mean colour, or its sides are scaled apart."""
 MOST_ELONGATED = 200
 """Longer side / shorter side of a frame that Qwen's resizing takes."""
+BISECTED = 1e-5
+"""How exactly NaFlex finds its scale."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,38 @@ class OwnSize:
 
 
 @dataclass(frozen=True)
+class MostPatches:
+    """A size that follows the frame's own, as SigLIP 2 NaFlex resizes: both sides are scaled alike and
+    rounded up to whole patches, by the largest scale that makes no more than so many."""
+
+    multiple: int
+    """Pixels on a side of a patch."""
+    patches: int
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that a frame of this size is resized to.
+
+        The scale is bisected for between the same bounds, and as finely, as transformers does.
+        """
+
+        def grid(scale: float) -> tuple[int, int]:
+            rows, cols = (
+                max(1, math.ceil(side * scale / self.multiple)) for side in (height, width)
+            )
+            return rows, cols
+
+        fits, too_much = BISECTED / 10, 100.0
+        while too_much - fits >= BISECTED:
+            scale = (fits + too_much) / 2
+            if math.prod(grid(scale)) <= self.patches:
+                fits = scale
+            else:
+                too_much = scale
+        rows, cols = grid(fits)
+        return rows * self.multiple, cols * self.multiple
+
+
+@dataclass(frozen=True)
 class Pixels:
     """The resolved values of an image processor: what it does to a frame, in this order."""
 
@@ -62,8 +99,11 @@ class Pixels:
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    own_size: OwnSize | None = None
+    own_size: OwnSize | MostPatches | None = None
     """Where frames of different sizes make different patch grids."""
+    pad: bool = False
+    """Whether resizing keeps the aspect ratio and the rest of `height` and `width` is filled up with the
+    mean colour, the frame in the middle."""
 
     @classmethod
     def from_processor(cls, processor: Any) -> "Pixels":
@@ -76,6 +116,9 @@ class Pixels:
             "mean": tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
             "std": tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
         }
+        if not size and hasattr(processor, "max_num_patches") and processor.do_resize:
+            most = MostPatches(processor.patch_size, processor.max_num_patches)
+            return cls(0, 0, False, crop=None, own_size=most, **values)
         edge = size.get("shortest_edge")
         if processor.do_resize and edge and "longest_edge" in size:
             if not hasattr(processor, "merge_size"):
@@ -102,10 +145,12 @@ class Pixels:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values as a bank's fingerprint has them: no `own_size` where there is none."""
+        """Return the values as a bank's fingerprint has them: `own_size` and `pad` where there is one."""
         values = asdict(self)
         if self.own_size is None:
             del values["own_size"]
+        if not self.pad:
+            del values["pad"]
         return (
             values
             | {name: list(values[name]) for name in ("mean", "std")}
@@ -119,17 +164,54 @@ class Pixels:
             name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
         }
         if "own_size" in values:
-            values["own_size"] = OwnSize(**values["own_size"])
+            size: dict[str, int] = values["own_size"]
+            values["own_size"] = MostPatches(**size) if "patches" in size else OwnSize(**size)
         return cls(**values)
+
+    def fitted(self, fit: str) -> "Pixels":
+        """Return the values that bring frames to the same size in another way, one of `FITS`.
+
+        UserError where frames keep a size of their own, or would be cut to what is no square.
+        """
+        if self.own_size:
+            raise UserError(
+                f"--fit {fit}: its frames keep a shape of their own, and nothing is cut",
+                fix="leave out --fit",
+            )
+        height, width = self.crop or (self.height, self.width)
+        whole = replace(self, height=height, width=width, shortest_edge=False, crop=None, pad=False)
+        if fit == "stretch":
+            return whole
+        if fit == "pad":
+            return replace(whole, pad=True)
+        assert fit == "crop", fit
+        if self.crop:  # as its own processor does
+            return self
+        if height != width:
+            raise UserError(
+                f"--fit crop: cuts squares, and its frames are {height}x{width}",
+                fix="use --fit pad or stretch",
+            )
+        return replace(whole, shortest_edge=True, crop=(height, width))
+
+    def cut_away(self, height: int, width: int, patch: int) -> float:
+        """Return the share of such a frame that no whole patch lies on, in [0, 1)."""
+        y0, x0, y1, x1 = self.covered(height, width, patch)
+        return 1 - (min(y1, 1) - max(y0, 0)) * (min(x1, 1) - max(x0, 0))
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) of what the tower gets of a frame."""
+        if self.pad:
+            return self.height, self.width
         return self.crop or self.resized(height, width)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that a frame is resized to, before the crop."""
         if self.own_size:
             return self.own_size.of(height, width)
+        if self.pad:
+            scale = min(self.height / height, self.width / width)
+            return max(1, round(height * scale)), max(1, round(width * scale))
         if not self.shortest_edge:
             return self.height, self.width
         if height <= width:
@@ -140,7 +222,8 @@ class Pixels:
         """Return the part of a frame that whole patches lie on: y0, x0, y1, x1 as fractions of it.
 
         patch: pixels on a side. A tower takes as many as fit, from the upper left: what is left of
-        the crop below and to the right (of 384 pixels 6, where patches have 14) enters no feature.
+        the crop below and to the right (of 384 pixels 6, where patches have 14) enters no feature. Of a
+        frame that is padded they lie beyond it, too: below 0 and above 1.
         """
         rows, cols = self.resized(height, width)
         kept_rows, kept_cols = self.output_size(height, width)
@@ -151,24 +234,33 @@ class Pixels:
 
     def check(self, height: int, width: int) -> None:
         """Raise UserError for a frame size that cannot be made to fit."""
-        if self.own_size and max(height, width) > MOST_ELONGATED * min(height, width):
+        if isinstance(self.own_size, OwnSize) and max(height, width) > MOST_ELONGATED * min(
+            height, width
+        ):
             raise UserError(
                 f"a frame of {height}x{width} is more than {MOST_ELONGATED} times as long as wide, "
                 "which the tower's processor refuses"
             )
+        if self.pad:
+            return
         rows, cols = self.resized(height, width)
         least = self.output_size(height, width)
         if min(rows, cols) < 1 or rows < least[0] or cols < least[1]:
             raise UserError(f"a crop of {self.crop} does not fit a frame resized to {rows}x{cols}")
 
     def resize(self, frames: np.ndarray) -> np.ndarray:
-        """Resize and crop: uint8 `(frames, height, width, 3)` -> uint8 at `output_size`."""
+        """Resize, and crop or pad: uint8 `(frames, height, width, 3)` -> uint8 at `output_size`."""
         height, width = frames.shape[1:3]
         self.check(height, width)
         rows, cols = self.resized(height, width)
         out = np.empty((len(frames), *self.output_size(height, width), 3), np.uint8)
         top, left = (rows - out.shape[1]) // 2, (cols - out.shape[2]) // 2
+        if self.pad:
+            out[:] = [round(level / self.scale) for level in self.mean]
         for place, frame in enumerate(frames):
             image = Image.fromarray(frame).resize((cols, rows), Image.Resampling(self.resample))
+            if self.pad:
+                out[place, -top : rows - top, -left : cols - left] = np.asarray(image)
+                continue
             out[place] = np.asarray(image)[top : top + out.shape[1], left : left + out.shape[2]]
         return out

@@ -71,6 +71,7 @@ class Pooling:
         self.stored: dict[int, np.ndarray] = {}
         """float16, or uint16 that holds bfloat16."""
         self.underflowed = 0
+        self._frames = frames
         self._units = -(-frames // tower.frames_per_unit)
         self._done = 0
 
@@ -84,8 +85,8 @@ class Pooling:
         try:
             self._add(frames)
         except torch.OutOfMemoryError:
-            each = self.tower.frames_per_unit
-            raise GpuMemoryError(self.shape, self.shape // each // 2 * each) from None
+            fewer = self.tower.batch_shape(self._frames, self.shape // 2)
+            raise GpuMemoryError(self.shape, fewer if fewer < self.shape else 0) from None
 
     def add_all(self, frames: np.ndarray) -> tuple[dict[int, np.ndarray], int]:
         """Take the whole clip; return what a bank stores of it, and how many values underflowed."""

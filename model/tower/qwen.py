@@ -1,4 +1,4 @@
-"""The vision towers of Qwen2-VL and Qwen2.5-VL, as they are before the merger, and behind it.
+"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, as they are before the merger, and behind it.
 
 A patch here is `temporal_patch_size` (2) frames deep: frames go in by such units, and no attention
 passes from one unit to another. The merger behind the tower joins `spatial_merge_size` x the same
@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.tower_kinds import MERGED, Layer
+from model.tower_kinds import Layer, named_layers
 
 
 def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     """Return the hidden states of each unit: `(units, patch_rows, patch_cols, width)`.
 
-    Of the layer `merged` the tokens that the merger makes for the LLM, a cell for each block.
+    Of the layer `merged` the tokens that the merger makes for the LLM, a cell for each block; of
+    `5,11,17,merged` those of all of Qwen3-VL's mergers, the last one's in the last channels.
 
     pixels: `(frames, 3, height, width)`, whole units of whole blocks.
     """
@@ -27,8 +28,10 @@ def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     patches = patchify(pixels, deep, side, merge)
     units, rows, cols = len(pixels) // deep, pixels.shape[2] // side, pixels.shape[3] // side
     sizes = torch.tensor([[units, rows, cols]], device=pixels.device)
-    if layer == MERGED:
-        tokens: Tensor = model(patches, grid_thw=sizes).pooler_output
+    if isinstance(layer, str):
+        output = model(patches, grid_thw=sizes)
+        earlier = output.deepstack_features if named_layers(layer) else []
+        tokens = torch.cat([*earlier, output.pooler_output], dim=-1)
         return tokens.reshape(units, rows // merge, cols // merge, -1)
     output = model(patches, grid_thw=sizes, output_hidden_states=True)
     hidden = output.hidden_states[layer].unflatten(0, (units, rows * cols))
@@ -37,6 +40,13 @@ def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     in_rows = torch.empty_like(hidden)
     in_rows[:, places] = hidden
     return in_rows.unflatten(1, (rows, cols))
+
+
+def lay_out(config: Any, pixels: Tensor) -> Tensor:
+    """Return the patches of one frame as its processor makes them of a picture, which is there twice."""
+    deep = config.temporal_patch_size
+    frames = pixels.expand(deep, -1, -1, -1)
+    return patchify(frames, deep, config.patch_size, config.spatial_merge_size)
 
 
 def patchify(pixels: Tensor, deep: int, side: int, merge: int) -> Tensor:

@@ -4,10 +4,12 @@ tower = Tower.load("google/siglip-so400m-patch14-384", layer=-2)
 patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 1152)
 """
 
-import importlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,14 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, logging
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import cached_file
 
 from model.llm import tower_digest
 from model.tower.pixels import Pixels
 from model.tower.pooling import Pooling
 from model.tower.trial import check_processor
-from model.tower_kinds import MERGED, Layer, TowerKind, find_kind
+from model.tower_kinds import Layer, TowerKind, find_kind, named, patch_of
 from shards.errors import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,7 +41,8 @@ class Tower:
     digest: str
     """blake2b of the vision configuration and weights, wherever they lie."""
     layer: Layer
-    """The hidden state that is taken, or `merged`: what the tower's merger makes of the last."""
+    """The hidden state that is taken, or `merged`: what the tower's merger makes of the last; behind the
+    numbers of layers that have a merger of their own, what these make, too."""
     dtype: str
     attention: str
     pixels: Pixels
@@ -49,6 +54,8 @@ class Tower:
     kind: TowerKind
     frames_per_unit: int = 1
     """Frames that the tower sees as one: 2 for Qwen's."""
+    window: int = 0
+    """Frames that see each other, where some do: a clip passes in windows of so many, each alone."""
 
     @classmethod
     def load(
@@ -64,7 +71,7 @@ class Tower:
         kind, config = _read_config(name)
         processor, model = _load_vision(name, kind, config, attention)
         vision = model.config
-        _check_layer(name, kind, layer, getattr(vision, kind.depth))
+        _check_layer(name, kind, layer, vision)
         pixels = _pixels_of(name, processor, kind.side_of(vision))
         digest = tower_digest(vision.to_dict(), model.state_dict())
         _to_device(model, dtype, device)
@@ -76,15 +83,33 @@ class Tower:
             dtype=dtype,
             attention=attention,
             pixels=pixels,
-            patch=vision.patch_size * kind.joined(vision, layer),
-            width=getattr(vision, kind.merged_width if layer == MERGED else kind.width),
+            patch=patch_of(vision.to_dict()) * kind.joined(vision, layer),
+            width=kind.width_of(vision, layer),
             model=model,
             device=torch.device(device),
             kind=kind,
             frames_per_unit=kind.frames_of(vision),
+            window=kind.window_of(vision),
         )
         check_processor(tower, processor)
         return tower
+
+    def fit(self, how: str) -> None:
+        """Bring frames to the tower's size in another way than its processor does, see `FITS`."""
+        try:
+            self.pixels = self.pixels.fitted(how)
+        except UserError as error:
+            raise UserError(error.what, where=f"tower {self.name}", fix=error.fix) from None
+
+    def fit_like(self, processor: Mapping[str, Any]) -> None:
+        """Bring frames to size as a bank's fingerprint has it (`processor`), if one of `FITS` does so."""
+        if self.pixels.own_size or self.pixels.to_json() == processor:
+            return
+        fitted = [self.pixels.fitted(how) for how in ("pad", "stretch")]
+        if self.pixels.height == self.pixels.width:
+            fitted.append(self.pixels.fitted("crop"))
+        found = [pixels for pixels in fitted if pixels.to_json() == processor]
+        self.pixels = found[0] if found else self.pixels
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Return the patch (rows, columns) of a frame that is displayed at this size."""
@@ -112,21 +137,25 @@ class Tower:
         """Return how many frames pass through the tower together for a clip of so many.
 
         A power of two of units, the least that holds the clip, up to `batch_frames` for all longer
-        ones. A unit is a frame, or `frames_per_unit` of them.
+        ones. A unit is a frame, or `frames_per_unit` of them. Where frames see each other it is their
+        window, whatever `batch_frames` is.
         """
         units = -(-frames // self.frames_per_unit)
+        if self.window:
+            return min(units * self.frames_per_unit, self.window)
         most = max(1, batch_frames // self.frames_per_unit)
         return min(1 << (units - 1).bit_length(), most) * self.frames_per_unit
 
     def encode_batch(self, frames: np.ndarray, shape: int) -> Tensor:
         """Return the patch grids of up to `shape` frames, as `encode` does: fp32.
 
-        The batch is filled up with black to its shape; the last frame is repeated where a unit lacks
-        one.
+        The batch is filled up with black to its shape, but where that would be seen; the last frame is
+        repeated where a unit lacks one.
         """
         assert 1 <= len(frames) <= shape
         each = self.frames_per_unit
         units = -(-len(frames) // each)
+        shape = units * each if self.window else shape
         filled = np.zeros((shape, *frames.shape[1:]), np.uint8)
         filled[: len(frames)] = frames
         filled[len(frames) : units * each] = frames[-1]
@@ -178,19 +207,13 @@ class Tower:
     def patches(self, pixels: Tensor) -> Tensor:
         """Return the patch grids of pixels that are normalised: fp32 `(units, rows, cols, width)`."""
         if self.kind.encode:
-            encode = _import_named(self.kind.encode)
+            encode = named(self.kind.encode)
             return encode(self.model, pixels, self.layer).float()
         output = self.model(pixel_values=pixels, output_hidden_states=True)
         hidden = output.hidden_states[self.layer]
         prefix = self.kind.prefix_tokens + getattr(self.model.config, "num_register_tokens", 0)
         grid = [side // self.patch for side in pixels.shape[2:]]
         return hidden[:, prefix:].unflatten(1, grid).float()  # frames, rows, cols, width
-
-
-def _import_named(name: str) -> Any:
-    """Return what `module:name` means."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _read_config(name: str) -> tuple[TowerKind, Any]:
@@ -213,7 +236,7 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
     try:
         processor = _load_processor(name)
         with _without_report():
-            model, found = _import_named(kind.model).from_pretrained(
+            model, found = named(kind.model).from_pretrained(
                 name,
                 dtype=torch.float32,
                 attn_implementation=attention,
@@ -230,24 +253,75 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
     return processor, model.requires_grad_(False).eval()
 
 
+AS_PILLOW: dict[str, tuple[str, dict[str, Any]]] = {
+    "DINOv3ViTImageProcessor": ("ViTImageProcessorPil", {}),
+    "VJEPA2VideoProcessor": ("BitImageProcessorPil", {"crop_size": {"height": 256, "width": 256}}),
+}
+"""Image processors that there are with torchvision alone -> the one with Pillow that does the same, and
+where its values differ if a file does not say them. DINOv3's resizes without rounding to whole levels,
+as Pillow does to and fro: one level, at most, is between the two."""
+IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, "resample": 2}
+PROCESSOR_FILES = "preprocessor_config.json", "video_preprocessor_config.json"
+STEPS = {"size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std"}
+
+
 def _load_processor(name: str) -> Any:
     """Return a tower's image processor, for its values: what they mean is Pillow's arithmetic."""
+    if processor := _as_pillow(name):
+        return processor
     try:
-        return AutoImageProcessor.from_pretrained(name, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
     except ImportError:  # transformers before 5.9
         raise UserError(
             f"transformers {transformers.__version__} reads no image processor without torchvision",
             where=f"tower {name}",
             fix="pip install torchvision, or 'transformers>=5.9'",
         ) from None
+    if getattr(processor, "crop_to_patches", False):  # of pictures: a frame of a video is one tile
+        processor.crop_to_patches = False
+    return processor
 
 
-def _check_layer(name: str, kind: TowerKind, layer: Layer, layers: int) -> None:
+def _as_pillow(name: str) -> Any:
+    """Return the processor in the place of one that there is with torchvision alone; None of others."""
+    written = next(filter(None, map(partial(_written, name), PROCESSOR_FILES)), {})
+    kind = written.get("image_processor_type") or written.get("video_processor_type") or ""
+    if kind.removesuffix("Fast") not in AS_PILLOW:
+        return None
+    with_pillow, differing = AS_PILLOW[kind.removesuffix("Fast")]
+    given = {
+        key: value
+        for key, value in written.items()
+        if value is not None and (key in STEPS or key.startswith("do_"))
+    }
+    values = IMAGENET | differing | given
+    if kind.startswith("VJEPA2"):  # whatever its file says
+        crop = values["crop_size"]
+        edge = crop if isinstance(crop, int) else crop["height"]
+        values["size"] = {"shortest_edge": int(edge * 256 / 224)}
+    return getattr(transformers, with_pillow)(**values)
+
+
+def _written(name: str, file: str) -> dict[str, Any]:
+    """Return what a JSON file of a tower says; nothing where there is none, or none can be asked for."""
+    quietly = ("missing_entries", "connection_errors")
+    path = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quietly})
+    return dict(json.loads(Path(path).read_text())) if path else {}
+
+
+def _check_layer(name: str, kind: TowerKind, layer: Layer, vision: Any) -> None:
+    layers = getattr(vision, kind.depth)
     if isinstance(layer, str):
-        if layer != MERGED or not kind.merge:
+        merged = kind.merged_layers(vision)
+        if layer not in merged:
             raise UserError(
-                f"tower {name}: has no layer {layer}: merged tokens are those of Qwen2-VL and Qwen2.5-VL",
-                fix=f"use a number, -1 to {-layers - 1}",
+                f"tower {name}: has no layer {layer}"
+                + (
+                    ""
+                    if merged
+                    else ": merged tokens are those of Qwen2-VL, Qwen2.5-VL and Qwen3-VL"
+                ),
+                fix=f"use a number, -1 to {-layers - 1}" + "".join(f", or {own}" for own in merged),
             )
         return
     if not -layers - 1 <= layer <= layers:

@@ -120,6 +120,7 @@ def prepared(
         tower_dtype=tower_dtype,
         batch_frames=batch_frames or tower.batch_frames,
         tower_threads=tower_threads or tower.threads,
+        processor=known.features.processor if known else None,
         shard_bytes=shard_size * 1024**2,
         find=find,
         **rest,

@@ -10,7 +10,15 @@ import click
 from tqdm import tqdm
 
 from shards.errors import UserError
-from shards.format.features import CODECS, DTYPES, MERGED, POOL_MODES, Sampling, check_strides
+from shards.format.features import (
+    CODECS,
+    DTYPES,
+    MERGED,
+    MERGED_LAYER,
+    POOL_MODES,
+    Sampling,
+    check_strides,
+)
 from shards.storage import refuse_url
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -39,12 +47,12 @@ class Strides(click.ParamType):
 
 
 class Layer(click.ParamType):
-    """`-2` -> -2, `merged` as it is."""
+    """`-2` -> -2, `merged` and `5,11,17,merged` as they are."""
 
     name = "integer|merged"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
-        if value == MERGED or isinstance(value, int):
+        if isinstance(value, int) or MERGED_LAYER.fullmatch(value):
             return value
         try:
             return int(value)
@@ -151,7 +159,13 @@ PLANNED = _all(
         type=Layer(),
         default="-2",
         show_default=True,
-        help="Hidden layer of the tower; merged: what Qwen-VL's gives its LLM (--stride 1).",
+        help="Hidden layer of the tower; merged: what Qwen-VL's gives its LLM (--stride 1), "
+        "5,11,17,merged: Qwen3-VL's.",
+    ),
+    click.option(
+        "--fit",
+        type=click.Choice(("crop", "pad", "stretch")),
+        help="How frames get the one size of the tower.  [default: as at first, as its processor does]",
     ),
     click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True),
     click.option(

@@ -1,6 +1,7 @@
 """What a plan will cost: clips, frames, bytes, shards, and hours measured on a few of its clips."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from shards.format.plan import ClipSource, Plan
 from shards.format.quarantine import read_entries
 from shards.text import counted, in_bytes, some
 
+LEAST_TOLD = 0.005
+"""Share of a frame that rounds to a per cent."""
 TRIED = 3
 NAMED = 5
 
@@ -55,6 +58,7 @@ def forecast(
         f"  new: {len(changes.new)} clips; changed: {len(changes.changed)}; "
         f"gone: {len(changes.removed)}; pruned: {len(plan.pruned)}",
         *gone(changes),
+        *cut_away(clips, tower),
     ]
     closed = [clip.id for clip in clips if clip.frames == 0]
     if closed:
@@ -66,6 +70,23 @@ def forecast(
     if hours:
         lines.append(f"  {_told(measure(bank, todo, tower, options))}")
     return lines
+
+
+def cut_away(clips: Sequence[ClipSource], tower: Tower) -> list[str]:
+    """Return a line about what the tower does not see of frames, by their size, where that is much."""
+    sizes = Counter((clip.height, clip.width) for clip in clips if clip.height and clip.width)
+    told = []
+    for (height, width), count in sizes.most_common():
+        share = tower.pixels.cut_away(height or 1, width or 1, tower.patch)
+        if share >= LEAST_TOLD:
+            told.append(f"{share:.0%} of {width}x{height} ({counted(count, 'clip')})")
+    if not told:
+        return []
+    crops = tower.pixels.crop is not None
+    return [
+        f"  cut away of each frame: {some(told, NAMED)}"
+        + ("; --fit pad or --fit stretch keeps the whole" if crops else "")
+    ]
 
 
 def gone(changes: Changes) -> list[str]:

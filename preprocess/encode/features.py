@@ -46,6 +46,10 @@ class EncodeOptions:
     batch_frames: int = 16
     tower_threads: int = TOWER_THREADS
     """While the tower runs: sums in another number of threads may round otherwise."""
+    fit: str | None = None
+    """How frames get the tower's size (`FITS`), if not as its image processor does it."""
+    processor: Json | None = None
+    """Of a bank's fingerprint: frames are to get the tower's size as there, where `fit` does not say."""
     allow_truncated: bool = False
     """Take what comes of a truncated or damaged video; its flags say so."""
     find: FindOptions = FindOptions()
@@ -61,6 +65,7 @@ class EncodeOptions:
             "batch_frames": tower.batch_frames,
             "tower_threads": tower.threads,
             "allow_truncated": bool(plan.allow_truncated),
+            "processor": features.processor,
         }
         for name in ("strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"):
             same[name] = getattr(features, name)
@@ -82,9 +87,14 @@ class EncodeOptions:
 def load_tower(options: EncodeOptions) -> Tower:
     if why := absent(options.tower):
         raise UserError(why, where=f"tower {options.tower}")
-    return Tower.load(
+    tower = Tower.load(
         options.tower, layer=options.layer, dtype=options.tower_dtype, device=options.device
     )
+    if options.fit:
+        tower.fit(options.fit)
+    elif options.processor:
+        tower.fit_like(options.processor)
+    return tower
 
 
 def plan_codec(plan: Plan) -> Codec:

@@ -25,10 +25,13 @@ CPU_SECONDS = 5
 
 
 class Header(NamedTuple):
-    """What a source says of its length, None where it does not."""
+    """What a source says of its length and of its frames' size, None where it does not."""
 
     seconds: float | None
     fps: float | None
+    height: int | None = None
+    width: int | None = None
+    """As it is stored: how it is turned for display, a header does not tell."""
 
 
 class HeaderChild(ChildProcess):
@@ -71,18 +74,19 @@ def read_header(path: Path, picture_fps: str) -> Header:
     """Return what a source says of its length; raises VideoError if it cannot be opened."""
     if holds_pictures(path):
         scan = scan_pictures(path, picture_fps)
-        return Header(float(scan.duration), scan.fps)
+        return Header(float(scan.duration), scan.fps, scan.height, scan.width)
     with opened(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
+        size = stream.height or None, stream.width or None
         if stream.duration:
             seconds = float(stream.duration * stream.time_base)
         elif container.duration:
             seconds = container.duration / 1e6  # in FFmpeg's AV_TIME_BASE
         else:
-            return Header(None, None)
+            return Header(None, None, *size)
         if stream.frames and seconds > 0:
-            return Header(seconds, stream.frames / seconds)
-        return Header(seconds, float(rate) if rate else None)
+            return Header(seconds, stream.frames / seconds, *size)
+        return Header(seconds, float(rate) if rate else None, *size)
 
 
 def _read(request: Json, _: object) -> Iterator[Json]:

@@ -67,8 +67,11 @@ def probe(
         facts = probed.get(_source(clip))
         if facts is None:
             old = known[clip.key]
-            found.append(replace(clip, digest=old.digest, frames=old.frames))
+            same = {name: getattr(old, name) for name in ("digest", "frames", "height", "width")}
+            found.append(replace(clip, **same))
             continue
+        header = facts.header or Header(None, None)
+        clip = replace(clip, height=header.height, width=header.width)
         frames = 0
         if facts.header is not None:
             frames = predicted_frames(facts.header, sampling, clip.start, clip.end)

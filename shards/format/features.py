@@ -5,6 +5,7 @@ fingerprint. Worker counts, shard sizes, library versions and hardware are prove
 enter it. `SampleMeta` is the json beside each clip's arrays.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -19,6 +20,8 @@ FORMAT_VERSION = 3
 
 POOL_MODES = ("average", "average_floor", "max", "bilinear")
 MERGED = "merged"
+MERGED_LAYER = re.compile(r"([0-9]+,)*merged")
+"""What `layer` may be beside a number: merged tokens, behind those of earlier layers (Qwen3-VL's)."""
 DTYPES = ("float16", "bfloat16")
 CODECS = ("none", "blosc", "int8")
 
@@ -72,7 +75,8 @@ class FeatureConfig:
     """blake2b of the tower's configuration and weights, independent of where they lie."""
     layer: int | str
     """Index into the tower's hidden states, -1 the last, -2 the one before it; or `merged`: the tokens
-    that the tower's merger makes for its LLM."""
+    that the tower's merger makes for its LLM. `5,11,17,merged`: the channels of a cell are, one after the
+    other, what those layers' own mergers make for the LLM, and the merged tokens."""
     processor: Json
     """The tower's resolved image-processor values: sizes, filter, mean, std, crop."""
     dtype: str
@@ -91,11 +95,12 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         check_strides(self.strides)
-        if isinstance(self.layer, str) and self.layer != MERGED:
+        if isinstance(self.layer, str) and not MERGED_LAYER.fullmatch(self.layer):
             raise UserError(f"layer must be an integer or {MERGED}, got {self.layer!r}")
-        if self.layer == MERGED and self.strides[0] != 1:
+        if isinstance(self.layer, str) and self.strides[0] != 1:
             raise UserError(
-                "layer merged: merged tokens are banked as they come, with coarser strides beside them",
+                f"layer {self.layer}: merged tokens are banked as they come, with coarser strides beside "
+                "them",
                 got=f"a finest stride of {self.strides[0]}",
                 fix=f"use --stride {','.join(map(str, (1, *self.strides)))}, or --stride 1",
             )

@@ -45,6 +45,11 @@ class TowerFacts:
         return cls(plan.tower.name, first.shape[-1] if first else 0)
 
 
+def lying_at(name: str) -> str:
+    """Return a tower's name so that it means the same in every folder: the whole path of one here."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """One finished shard."""
@@ -139,7 +144,7 @@ class Manifest:
             ),
             calibration=plan.calibration,
             provenance=Provenance(
-                tower=tower.name,
+                tower=lying_at(tower.name),
                 torch=installed("torch"),
                 python=platform.python_version(),
                 machine=platform.machine(),

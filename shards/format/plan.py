@@ -52,6 +52,9 @@ class ClipSource:
     """As in the sample's json; None for a source that could not be read."""
     frames: int | None = None
     """How many are predicted to be banked: none of a source that cannot be opened."""
+    height: int | None = None
+    width: int | None = None
+    """Of its frames as they are stored, in pixels; None where its header was not read."""
 
     @property
     def where(self) -> str:

@@ -3,6 +3,7 @@
 pytest tests/model/test_covered.py
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessorPil,
@@ -21,10 +23,19 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     Qwen2VLImageProcessorPil,
+    Siglip2ImageProcessorPil,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
+    VJEPA2Config,
+    VJEPA2Model,
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -32,10 +43,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from model.tower.pixels import Pixels
+from model.tower.pixels import FITS, MostPatches, Pixels
 from model.tower.tower import Tower
-from model.tower_kinds import KINDS, find_kind
+from model.tower_kinds import KINDS, find_kind, patch_of
+from shards.errors import UserError
 
 SMALL = {
     "hidden_size": 8,
@@ -76,6 +90,21 @@ def of_own_size(shape: Shape) -> Any:
     )
 
 
+def of_own_shape(shape: Shape) -> Any:
+    return Siglip2ImageProcessorPil(patch_size=shape.patch, max_num_patches=4)
+
+
+def naflex(shape: Shape) -> Any:
+    return Siglip2VisionModel(Siglip2VisionConfig(**SMALL, patch_size=shape.patch, num_patches=4))
+
+
+def vjepa2(shape: Shape) -> Any:
+    predictor = {"pred_hidden_size": 6, "pred_num_attention_heads": 1, "pred_num_hidden_layers": 1}
+    sizes = {k: v for k, v in SMALL.items() if k != "intermediate_size"} | {"hidden_size": 12}
+    shapes = {"patch_size": shape.patch, "crop_size": shape.side, "frames_per_clip": 2}
+    return VJEPA2Model(VJEPA2Config(**sizes, **predictor, **shapes, mlp_ratio=1))
+
+
 def plain(config: Any, model: Any, **more: Any) -> Callable[[Shape], Any]:
     return lambda shape: model(
         config(**SMALL, image_size=shape.side, patch_size=shape.patch, **more)
@@ -97,6 +126,12 @@ def qwen2_5(shape: Shape) -> Any:
     )
 
 
+def qwen3(shape: Shape) -> Any:
+    sizes = QWEN | {"hidden_size": 8, "out_hidden_size": 8, "intermediate_size": 8}
+    sizes |= {"num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    return Qwen3VLVisionModel(Qwen3VLVisionConfig(**sizes, patch_size=shape.patch))
+
+
 MADE: dict[str, list[tuple[Callable[[Shape], Any], Callable[[Shape], Any]]]] = {
     "siglip": [
         (plain(SiglipVisionConfig, SiglipVisionModel), squeezed),
@@ -113,8 +148,18 @@ MADE: dict[str, list[tuple[Callable[[Shape], Any], Callable[[Shape], Any]]]] = {
             cropped(BitImageProcessorPil),
         )
     ],
+    "dinov3_vit": [
+        (
+            plain(DINOv3ViTConfig, DINOv3ViTModel, num_register_tokens=1),
+            cropped(BitImageProcessorPil),
+        )
+    ],
+    "internvl": [(plain(InternVLVisionConfig, InternVLVisionModel), squeezed)],
+    "siglip2": [(naflex, of_own_shape)],
+    "vjepa2": [(vjepa2, cropped(BitImageProcessorPil))],
     "qwen2_vl": [(qwen2, of_own_size)],
     "qwen2_5_vl": [(qwen2_5, of_own_size)],
+    "qwen3_vl": [(qwen3, of_own_size)],
 }
 """By model type, towers of it and what makes their pixels."""
 ROWS = [(name, *pair) for name, pairs in MADE.items() for pair in pairs]
@@ -133,12 +178,13 @@ def tower_of(kind: str, model: Any, processor: Any) -> Tower:
         dtype="float32",
         attention="sdpa",
         pixels=Pixels.from_processor(processor),
-        patch=config.patch_size,
+        patch=patch_of(config.to_dict()),
         width=getattr(config, row.width),
         model=model,
         device=torch.device("cpu"),
         kind=row,
         frames_per_unit=row.frames_of(config),
+        window=row.window_of(config),
     )
 
 
@@ -152,7 +198,10 @@ def seen_by_trying(tower: Tower, height: int, width: int, seed: int) -> list[tup
             line = tried[place].swapaxes(0, axis)[place]
             line[:] = np.where(line < 128, 255, 0)  # far from what it was
         frames = tower.pixels.resize(tried).repeat(tower.frames_per_unit, axis=0)
-        found = tower.encode(frames, batch_frames=len(frames))
+        # frames that see each other are tried alone
+        each = tower.frames_per_unit if tower.window else len(frames)
+        parts = [frames[k : k + each] for k in range(0, len(frames), each)]
+        found = torch.cat([tower.encode(part, batch_frames=len(part)) for part in parts])
         change = (found - found[-1]).abs().amax(dim=(1, 2, 3))[:-1]
         places = torch.nonzero(change > 1e-4).flatten().tolist()
         assert places == list(range(places[0], places[-1] + 1))
@@ -187,6 +236,8 @@ def test_the_covered_part_is_that_of_the_pixels_that_change_a_feature(
     if tower.pixels.own_size:
         multiple = tower.pixels.own_size.multiple
         size = multiple, multiple * (1 + longer % 4)
+        if isinstance(tower.pixels.own_size, MostPatches):
+            size = multiple, multiple * tower.pixels.own_size.patches
     height, width = size[::-1] if tall else size
     assert tower.pixels.resized(height, width) == (height, width)
     y0, x0, y1, x1 = tower.covered(height, width)
@@ -197,14 +248,24 @@ def test_the_covered_part_is_that_of_the_pixels_that_change_a_feature(
         assert (y0, x0, y1, x1) == (0, 0, 1, 1)
 
 
-@pytest.mark.parametrize(("kind", "make", "processor"), ROWS)
-@pytest.mark.parametrize(("height", "width"), [(31, 57), (57, 31), (90, 45), (21, 21)])
+SIZES = [(31, 57), (57, 31), (90, 45), (21, 21)]
+FITTED = [(*row, None) for row in ROWS] + [
+    (*row, fit) for row in ROWS if row[2] not in (of_own_size, of_own_shape) for fit in FITS
+]
+
+
+@pytest.mark.parametrize(("kind", "make", "processor", "fit"), FITTED)
+@pytest.mark.parametrize(("height", "width"), SIZES)
 def test_it_is_so_of_frames_of_any_size(
-    kind: str, make: Any, processor: Any, height: int, width: int
+    kind: str, make: Any, processor: Any, fit: str | None, height: int, width: int
 ) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tower = tower_of(kind, make(Shape(7, 20, 23)), processor(Shape(7, 20, 23)))
+    if fit:
+        own = tower.grid_of(height, width)
+        tower.fit(fit)
+        assert tower.grid_of(height, width) == own
     y0, x0, y1, x1 = tower.covered(height, width)
     resized = tower.pixels.resized(height, width)
     spans = zip(
@@ -216,8 +277,92 @@ def test_it_is_so_of_frames_of_any_size(
     )
     for (first, last), (begin, end), length, pixels in spans:
         reach = 2 * max(1.0, length / pixels) + 1  # of a bicubic filter, in pixels of the frame
+        begin, end = max(begin, 0), min(end, length)  # of a frame that is padded
         assert begin - reach <= first <= begin + 1
         assert end - 1 <= last <= end + reach
+
+
+@pytest.mark.parametrize(("kind", "make", "processor", "fit"), FITTED)
+@pytest.mark.parametrize(("height", "width"), [(68, 160), (160, 68), (90, 120)])
+def test_a_mark_is_seen_where_the_covered_part_says(
+    kind: str, make: Any, processor: Any, fit: str | None, height: int, width: int
+) -> None:
+    """A small mark changes the patches over it alone, so that cells and answers mean one place."""
+    shape = Shape(4, 40, 44)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tower = tower_of(kind, make(shape), processor(shape))
+    if fit:
+        tower.fit(fit)
+    tower.layer = 0  # before patches see each other
+    y0, x0, y1, x1 = tower.covered(height, width)
+    rows, cols = tower.grid_of(height, width)
+    grey = np.full((1, height, width, 3), 128, np.uint8)
+    each = tower.frames_per_unit
+    before = tower.encode(tower.pixels.resize(grey).repeat(each, axis=0))
+    side, seen = 6, 0
+    for y, x in np.ndindex(4, 4):
+        top, left = (height - side) * y // 3, (width - side) * x // 3
+        marked = grey.copy()
+        marked[:, top : top + side, left : left + side] = 255
+        after = tower.encode(tower.pixels.resize(marked).repeat(each, axis=0))
+        change = (after - before).abs().sum(dim=-1)[0].double()
+        centre = (top + side / 2) / height, (left + side / 2) / width
+        inside = y0 <= centre[0] <= y1 and x0 <= centre[1] <= x1
+        if change.max() < 1e-3:
+            assert not inside
+            continue
+        seen += 1
+        places = [
+            (torch.arange(count, dtype=torch.float64) + 0.5) / count for count in (rows, cols)
+        ]
+        row = y0 + (y1 - y0) * float(change.sum(dim=1) @ places[0] / change.sum())
+        col = x0 + (x1 - x0) * float(change.sum(dim=0) @ places[1] / change.sum())
+        # to a patch, and what of the mark is cut off
+        assert abs(row - centre[0]) < (y1 - y0) / rows + side / 2 / height
+        assert abs(col - centre[1]) < (x1 - x0) / cols + side / 2 / width
+    assert seen >= 4
+    share = tower.pixels.cut_away(height, width, tower.patch)
+    kept = (min(y1, 1) - max(y0, 0)) * (min(x1, 1) - max(x0, 0))
+    assert share == pytest.approx(1 - kept)
+    assert fit in (None, "crop") or share < 1e-9
+
+
+@pytest.mark.parametrize(("kind", "make", "processor"), ROWS)
+@pytest.mark.parametrize("fit", FITS)
+def test_what_keeps_its_own_shape_is_not_fitted_and_a_bank_knows_how_others_were(
+    kind: str, make: Any, processor: Any, fit: str
+) -> None:
+    def made() -> Tower:
+        return tower_of(kind, make(Shape(7, 20, 23)), processor(Shape(7, 20, 23)))
+
+    tower, again = made(), made()
+    if tower.pixels.own_size:
+        with pytest.raises(
+            UserError, match=r"keep a shape of their own, and nothing is cut; leave"
+        ):
+            tower.fit(fit)
+        return
+    tower.fit(fit)
+    processor_of_bank = json.loads(json.dumps(tower.pixels.to_json()))
+    assert Pixels.from_json(processor_of_bank) == tower.pixels
+    again.fit_like(processor_of_bank)
+    assert again.pixels == tower.pixels
+    again.fit_like({"mean": "of another processor"})
+    assert again.pixels == tower.pixels
+
+
+def test_padding_has_the_mean_colour_and_the_frame_in_its_middle() -> None:
+    pixels = Pixels.from_processor(squeezed(Shape(4, 20, 20))).fitted("pad")
+    frame = np.random.default_rng(0).integers(0, 256, (2, 50, 100, 3), dtype=np.uint8)
+    seen = pixels.resize(frame)
+    assert seen.shape == (2, 20, 20, 3)
+    assert (seen[:, :5] == 128).all()
+    assert (seen[:, 15:] == 128).all()
+    for k in range(2):
+        resized = Image.fromarray(frame[k]).resize((20, 10), Image.Resampling(pixels.resample))
+        assert np.array_equal(seen[k, 5:15], np.asarray(resized))
+    assert pixels.covered(50, 100, 4) == (-0.5, 0.0, 1.5, 1.0)
 
 
 def test_so400m_leaves_six_of_384_pixels() -> None:

@@ -284,7 +284,10 @@ def brute_force_positions(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("covered", [WHOLE, (0.0, 0.21875, 1.0, 0.78125), (0.25, 0.0, 0.9, 1.0)])
+@pytest.mark.parametrize(
+    "covered",
+    [WHOLE, (0.0, 0.21875, 1.0, 0.78125), (0.25, 0.0, 0.9, 1.0), (-0.4, 0.0, 1.4, 1.0)],
+)
 @pytest.mark.parametrize(
     ("rows", "cols", "stride", "mode"),
     [

@@ -1,4 +1,4 @@
-"""M-RoPE: three positions of each token, against transformers' own of Qwen2-VL and Qwen2.5-VL."""
+"""M-RoPE: three positions of each token, against transformers' own of Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,15 +14,22 @@ from transformers import (
     Qwen2_5_VLModel,
     Qwen2VLConfig,
     Qwen2VLModel,
+    Qwen3VLConfig,
+    Qwen3VLModel,
 )
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from model.family.mrope import install, mrope_positions, time_positions
-from model.family.qwen_vl import mrope_of
+from model.family.qwen_vl import MRopeFacts, deepstack_of, mrope_of
 from model.grid import Grid
 from shards.errors import UserError
 
 TEXT, VIDEO = 0, 2
 MERGE = 2
+
+
+MODELS = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def their_positions(
     """Return `get_rope_index` of transformers for one row; grids: units, patch rows and columns."""
     vision = {"spatial_merge_size": MERGE, "tokens_per_second": per_second}
     config = SimpleNamespace(vision_config=SimpleNamespace(**vision))
-    model_class: Any = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel}[kind]
+    model_class: Any = MODELS[kind]
     model = SimpleNamespace(config=config)
     model.get_vision_position_ids = model_class.get_vision_position_ids.__get__(model)
     given: dict[str, Any] = {"video_grid_thw": torch.tensor(grids)}
@@ -52,14 +59,20 @@ def their_positions(
     return found[:, 0].numpy()
 
 
-def drawn(seed: int, seconds: float) -> tuple[list[int], list[list[int]], list[Span]]:
-    """Return a row of text and videos: the type of each token, grids, and our spans."""
+def drawn(
+    seed: int, seconds: float, *, timed: bool = False
+) -> tuple[list[int], list[list[int]], list[Span]]:
+    """Return a row of text and videos: the type of each token, grids, and our spans.
+
+    timed: with text before each frame.
+    """
     rng = np.random.default_rng(seed)
     types, grids, spans = [TEXT] * int(rng.integers(0, 5)), [], []
     for clip in range(int(rng.integers(1, 4))):
         units, rows, cols = (int(n) for n in rng.integers(1, (20, 5, 6)))
         grids.append([units, MERGE * rows, MERGE * cols])
         for unit in range(units):
+            types += [TEXT] * (int(rng.integers(1, 9)) if timed else 0)
             grid = Grid(rows, cols, 1)
             spans.append(Span(len(types), grid.cells, grid, clip, 7.25 + unit * seconds))
             types += [VIDEO] * grid.cells
@@ -71,12 +84,13 @@ SECONDS = [0.5, 1.0, 2.0, 0.25, 2 / 3, 1 / 3, 2 / 30, 2 / 29.97, 0.1, 1.3]
 
 
 @pytest.mark.parametrize(
-    ("kind", "per_second"), [("qwen2_vl", 0), ("qwen2_5_vl", 2), ("qwen2_5_vl", 25)]
+    ("kind", "per_second"),
+    [("qwen2_vl", 0), ("qwen2_5_vl", 2), ("qwen2_5_vl", 25), ("qwen3_vl", 0)],
 )
 def test_positions_are_those_of_transformers(kind: str, per_second: int) -> None:
     for seed in range(40):
         seconds = SECONDS[seed % len(SECONDS)]
-        types, grids, spans = drawn(seed, seconds)
+        types, grids, spans = drawn(seed, seconds, timed=kind == "qwen3_vl")
         theirs = their_positions(kind, types, grids, [seconds] * len(grids), per_second)
         place, sample = np.arange(len(types)), np.zeros(len(types), np.int64)
         ours = mrope_positions(place, sample, spans, 1, per_second)
@@ -129,6 +143,22 @@ def test_a_rotary_embedding_turns_each_frequency_by_its_own_axis() -> None:
             install(LlamaForCausalLM(config).model, wrong)
 
 
+@pytest.mark.parametrize("sections", [(2, 1, 1), (4, 2, 2), (2, 3, 3), (24, 20, 20), (3, 4, 1)])
+def test_frequencies_take_turns_as_in_qwen3_vl(sections: tuple[int, int, int]) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 2 * sum(sections)}
+    theirs = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(**shape, rope_parameters=rope))
+    plain = {"num_hidden_layers": 1, "vocab_size": 8, "rope_theta": 1e4}
+    decoder = LlamaForCausalLM(LlamaConfig(**shape, **plain)).model
+    rotary = install(decoder, sections, interleaved=True)
+    positions = torch.randint(0, 50, (3, 2, 7), generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(2, 7, 64)
+    with rotary.at(positions):
+        found = rotary(x, torch.arange(7).expand(2, -1))
+    for ours, own in zip(found, theirs(x, positions), strict=True):
+        torch.testing.assert_close(ours, own)
+
+
 def test_a_config_tells_its_sections() -> None:
     text: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}}
     for kind, config in (("qwen2_vl", Qwen2VLConfig), ("qwen2_5_vl", Qwen2_5_VLConfig)):
@@ -138,4 +168,11 @@ def test_a_config_tells_its_sections() -> None:
         assert found.sections == (4, 6, 6)
         assert found.tokens_per_second == (4.0 if kind == "qwen2_5_vl" else 0.0)
         assert mrope_of({"model_type": "qwen2", "mrope": found.to_json()}) == found
+    newest = Qwen3VLConfig(text_config=text, vision_config={"deepstack_visual_indexes": [5, 11]})
+    found = mrope_of(newest.to_dict())
+    assert found == MRopeFacts((4, 6, 6), 0.0, interleaved=True)
+    assert mrope_of({"model_type": "qwen3", "mrope": found.to_json()}) == found
+    assert deepstack_of(newest.to_dict()) == (5, 11)
+    assert deepstack_of({"model_type": "qwen3", "deepstack": [5, 11]}) == (5, 11)
+    assert deepstack_of({"model_type": "qwen3"}) == ()
     assert mrope_of({"model_type": "qwen2"}) is None

@@ -17,6 +17,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -60,7 +62,21 @@ def qwen2_5() -> Any:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-MAKE: dict[str, Callable[[], Any]] = {"qwen2_vl": qwen2, "qwen2_5_vl": qwen2_5}
+def qwen3() -> Any:
+    """Two of its three layers have mergers of their own; positions are those of a 4x4 grid."""
+    text = {k: v for k, v in TEXT.items() if k not in ("bos_token_id", "eos_token_id")}
+    vision = VISION | {
+        "hidden_size": WIDTH,
+        "out_hidden_size": LLM_WIDTH,
+        "intermediate_size": 20,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    config = Qwen3VLConfig(text_config=text | {"head_dim": 8}, vision_config=vision)
+    return Qwen3VLForConditionalGeneration(config)
+
+
+MAKE: dict[str, Callable[[], Any]] = {"qwen2_vl": qwen2, "qwen2_5_vl": qwen2_5, "qwen3_vl": qwen3}
 
 
 def qwen_processor(**values: Any) -> Any:
@@ -138,7 +154,8 @@ def test_every_layer_can_be_taken(
     visual, place = models[kind].model.visual, torch.from_numpy(patch_order(6, 10, 2, 0))
     with torch.no_grad():
         embedded = visual.patch_embed(patchify(tower.normalise(frames), 2, PATCH, 2))
-    torch.testing.assert_close(found[0].reshape(-1, WIDTH)[place], embedded)
+    if kind != "qwen3_vl":  # which adds positions to them
+        torch.testing.assert_close(found[0].reshape(-1, WIDTH)[place], embedded)
     for before, after in pairwise(found):
         assert not torch.allclose(before, after)
     with pytest.raises(UserError, match="layer 4 of 3 layers; use -1 to -4"):
@@ -236,14 +253,14 @@ def test_the_vision_part_is_the_same_tower_wherever_it_lies(
 ) -> None:
     whole = Tower.load(str(folders[kind]))
     assert whole.model_type == f"{kind}_vision"
-    names = load_file(folders[kind] / "model.safetensors")
-    assert any(name.startswith("visual.") for name in names)
-    newer = renamed(folders[kind], tmp_path / "newer", lambda name: f"model.{name}")
+    older = renamed(folders[kind], tmp_path / "older", lambda name: name.removeprefix("model."))
+    assert any(n.startswith("visual.") for n in load_file(older / "model.safetensors"))
+    newer = renamed(older, tmp_path / "newer", lambda name: f"model.{name}")
     half = tmp_path / "half"
     models[kind].model.visual.save_pretrained(half)
     qwen_processor().save_pretrained(half)
     frames = frames_of(6, 16, 24, 2)
-    for folder in (newer, half):
+    for folder in (older, newer, half):
         tower = Tower.load(str(folder))
         assert (tower.digest, tower.model_type) == (whole.digest, whole.model_type)
         assert torch.equal(tower.encode(frames), whole.encode(frames))
@@ -305,16 +322,33 @@ def test_the_layer_merged_is_what_the_whole_model_gives_its_llm(
     torch.testing.assert_close(tokens.reshape(-1, LLM_WIDTH), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_merged_tokens_of_several_layers_are_those_that_are_added_to_the_llms_first_layers(
+    folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    tower = Tower.load(str(folders["qwen3_vl"]), layer="0,1,merged")
+    assert (tower.width, tower.patch) == (3 * LLM_WIDTH, 2 * PATCH)
+    frames = frames_of(3, 24, 40, 6)
+    given = patchify(tower.normalise(frames), 2, PATCH, 2)
+    with torch.no_grad():
+        theirs = models["qwen3_vl"].model.visual(given, grid_thw=torch.tensor([[3, 6, 10]]))
+    expected = torch.cat([*theirs.deepstack_features, theirs.pooler_output], dim=1)
+    found = tower.encode(frames).reshape(-1, 3 * LLM_WIDTH)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"no layer 0,merged; use .* -1 to -4, or merged, or 0,1,m"):
+        Tower.load(str(folders["qwen3_vl"]), layer="0,merged")
+    with pytest.raises(UserError, match=r"no layer 0,1,merged; use a number, -1 to -4, or merged$"):
+        Tower.load(str(folders["qwen2_vl"]), layer="0,1,merged")
+
+
 def test_other_towers_have_no_merged_tokens(folders: dict[str, Path], tmp_path: Path) -> None:
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = SiglipVisionConfig(**small, num_attention_heads=2, image_size=24, patch_size=4)
     SiglipVisionModel(config).save_pretrained(tmp_path)
     SiglipImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path)
-    for folder, layer in ((tmp_path, "merged"), (folders["qwen2_vl"], "pooled")):
-        with pytest.raises(
-            UserError, match=f"has no layer {layer}: merged tokens are those of Qwen"
-        ):
-            Tower.load(str(folder), layer=layer)
+    with pytest.raises(UserError, match="has no layer merged: merged tokens are those of Qwen"):
+        Tower.load(str(tmp_path), layer="merged")
+    with pytest.raises(UserError, match="has no layer pooled; use a number, -1 to -4, or merged"):
+        Tower.load(str(folders["qwen2_vl"]), layer="pooled")
 
 
 @pytest.mark.parametrize("kind", MAKE)

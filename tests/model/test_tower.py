@@ -1,5 +1,6 @@
 """Towers on disk, loaded and checked against transformers' own processors and models."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
     BitImageProcessorPil,
@@ -23,8 +25,13 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
-    Siglip2VisionConfig,
-    Siglip2VisionModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -97,6 +104,16 @@ KINDS = {
     ),
     "dinov2": Kind(
         lambda: Dinov2Model(Dinov2Config(**VISION)), crop_processor(BitImageProcessorPil, 64), 1
+    ),
+    "dinov3": Kind(
+        lambda: DINOv3ViTModel(DINOv3ViTConfig(**VISION, num_register_tokens=3)),
+        crop_processor(BitImageProcessorPil, 64),
+        4,
+    ),
+    "internvl_vision": Kind(
+        lambda: InternVLVisionModel(InternVLVisionConfig(**VISION)),
+        lambda: GotOcr2ImageProcessorPil(size=SQUARE),
+        1,
     ),
     "dinov2_with_registers": Kind(
         lambda: Dinov2WithRegistersModel(
@@ -310,15 +327,63 @@ def test_towers_that_mix_frames_are_refused(
             VivitConfig(**SMALL, image_size=SIDE, num_frames=2, tubelet_size=[2, PATCH, PATCH])
         )
     save(tmp_path, model, siglip_processor() if with_processor else None)
-    with pytest.raises(UserError, match=rf"{tmp_path}: {kind} mixes frames.*use SigLIP"):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: {kind} mixes frames, .* of them; use SigLIP"
+    ):
         Tower.load(str(tmp_path))
 
 
-def test_siglip_2_of_any_resolution_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    config = Siglip2VisionConfig(**SMALL, patch_size=PATCH, num_patches=16)
-    folder = save(tmp_path, Siglip2VisionModel(config), siglip_processor())
-    with pytest.raises(UserError, match=r"NaFlex.* a SigLIP 2 of fixed resolution"):
-        Tower.load(str(folder))
+def test_towers_of_timm_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    """As the vision part of PerceptionLM is: a Perception Encoder."""
+    (tmp_path / "config.json").write_text('{"model_type": "perception_lm"}')
+    with pytest.raises(UserError, match=r"tower of timm \(Perception Encoder .* use SigLIP 2 or D"):
+        Tower.load(str(tmp_path))
+
+
+def test_the_tower_inside_an_internvl_is_the_same_tower(tmp_path: Path) -> None:
+    """Whose processor cuts pictures into tiles; a frame of a video is one."""
+    text = SMALL | {"vocab_size": 20, "num_key_value_heads": 2, "model_type": "qwen2"}
+    config = InternVLConfig(
+        vision_config=VISION, text_config=text | {"bos_token_id": 0, "eos_token_id": 1}
+    )
+    whole = InternVLForConditionalGeneration(config)
+    tiles = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True)
+    tower = Tower.load(str(save(tmp_path / "whole", whole, tiles)))
+    half = Tower.load(str(save(tmp_path / "half", whole.model.vision_tower, tiles)))
+    assert (tower.digest, tower.model_type) == (half.digest, "internvl_vision")
+    frames = frames_of(8, 90, 60)
+    pixels = tower.normalise(tower.pixels.resize(frames))
+    one_tile = GotOcr2ImageProcessorPil(size=SQUARE)
+    theirs = one_tile(images=[Image.fromarray(f) for f in frames], return_tensors="pt")
+    assert torch.equal(pixels, theirs["pixel_values"])
+
+
+def test_patches_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    config = InternVLVisionConfig(**VISION | {"patch_size": (8, 14)})
+    processor = GotOcr2ImageProcessorPil(size=SQUARE)
+    with pytest.raises(UserError, match="its patches are not square"):
+        Tower.load(str(save(tmp_path, InternVLVisionModel(config), processor)))
+
+
+def test_a_processor_that_needs_torchvision_is_read_as_its_like_with_pillow(
+    tmp_path: Path,
+) -> None:
+    """DINOv3's own: levels are resized without rounding there, as by torch's interpolation."""
+    model = DINOv3ViTModel(DINOv3ViTConfig(**VISION))
+    written: dict[str, Any] = {"image_processor_type": "DINOv3ViTImageProcessorFast"}
+    written |= {"size": SQUARE, "resample": 2, "do_center_crop": None, "crop_size": None}
+    written |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    tower = Tower.load(str(tmp_path))
+    frames = frames_of(9, 101, 157)
+    levels = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+    exact = F.interpolate(levels, (SIDE, SIDE), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (tower.pixels.mean, tower.pixels.std))
+    assert tower.pixels.mean == (0.485, 0.456, 0.406)
+    ours = tower.normalise(tower.pixels.resize(frames)) * std + mean
+    assert (ours - exact).abs().max() <= 1.0001 / 255
+    assert (ours - exact).abs().mean() < 0.4 / 255
 
 
 def test_weights_that_are_not_there_are_refused(towers: dict[str, Path], tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from shards.format.plan import read_plan
 from shards.read.bank import Bank
 
 PLANNED = (
-    "--out --tower --stride --frames --fps --max-frames --video-root --layer --pool --dtype --codec "
-    "--tower-dtype --batch-frames --tower-threads --device --allow-truncated --folder-fps "
+    "--out --tower --stride --frames --fps --max-frames --video-root --layer --fit --pool --dtype "
+    "--codec --tower-dtype --batch-frames --tower-threads --device --allow-truncated --folder-fps "
     "--allow-outside --missing --on-bad-record --follow-links --archive-ids --shard-size --prune --help"
 )
 OPTIONS = {

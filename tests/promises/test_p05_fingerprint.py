@@ -61,8 +61,10 @@ def test_how_a_bank_is_made_is_no_part_of_its_identity(
 
 def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
     hashed = {"tower", "strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"}
+    hashed |= {"fit"}
     free = {"device", "batch_frames", "tower_threads", "shard_bytes"}
     free |= {"allow_truncated", "find"}  # which clips there are
+    free |= {"processor"}  # how it is in the bank
     assert {field.name for field in fields(EncodeOptions)} == hashed | free
 
 
@@ -80,6 +82,8 @@ def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
         ({"codec": "int8"}, "codec: 'int8' here, 'none' there"),
         ({"sampling": Sampling(fps="2", max_frames=9)}, "sampling.max_frames: 9 here, None there"),
         ({"tower_dtype": "bfloat16"}, "tower_dtype: 'bfloat16' here, 'float32' there"),
+        ({"fit": "pad"}, "processor.pad: True here, None there"),
+        ({"fit": "crop"}, "processor.shortest_edge: True here, False there"),
         ({"tower": "other"}, "tower_digest: "),
         ({"tower": "darker"}, "processor.mean: [0.4, 0.4, 0.4] here, [0.5, 0.5, 0.5] there"),
     ],

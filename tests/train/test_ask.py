@@ -30,10 +30,10 @@ from train.ask import (
     ask_banked,
     asked,
     banked,
-    find_tower,
     fresh_clip,
     load_tower,
     main,
+    tower_places,
 )
 from train.batches.chat import Chat
 from train.batches.collate import collate, lay_out
@@ -52,7 +52,7 @@ def model(trained_run: Path) -> VLM:
 @pytest.fixture(scope="module")
 def fresh(toy: Path, model: VLM) -> FreshClip:
     features = FeatureConfig.from_json(model.features)
-    tower = load_tower(features, str(toy / "tower"))
+    tower = load_tower(features, [str(toy / "tower")])
     with DecodeChild() as child:
         return fresh_clip(toy / "videos" / CLIP, features, tower, child)
 
@@ -251,18 +251,18 @@ def test_the_tower_is_found_from_any_working_directory(
     monkeypatch.chdir(elsewhere)
     there = str(project / "demo" / "tower")
     for folder in ("runs/a", "runs/a/checkpoint-4"):
-        assert find_tower("demo/tower", project / folder) == there
+        assert tower_places("demo/tower", project / folder) == [there]
     # a run that lies elsewhere knows its bank, by a path from where it began or an absolute one
     (project / "demo" / "bank").mkdir()
     for number, bank in enumerate(("../project/demo/bank", str(project / "demo" / "bank"))):
         run = elsewhere / f"run{number}"
         run.mkdir()
         (run / "run.json").write_text(json.dumps({"config": {"bank": [bank]}}))
-        assert find_tower("demo/tower", run) == there
-    assert find_tower("google/siglip", project / "runs" / "a") == "google/siglip"
-    assert find_tower("/none/tower", project / "runs" / "a") == "/none/tower"
+        assert tower_places("demo/tower", run) == [there]
+    assert tower_places("google/siglip", project / "runs" / "a") == ["google/siglip"]
+    assert tower_places("/none/tower", project / "runs" / "a") == ["/none/tower"]
     monkeypatch.chdir(project)
-    assert find_tower("demo/tower", elsewhere) == "demo/tower"
+    assert tower_places("demo/tower", elsewhere) == ["demo/tower"]
 
 
 def test_a_moved_projects_model_answers_from_another_directory(
@@ -284,6 +284,28 @@ def test_a_moved_projects_model_answers_from_another_directory(
     monkeypatch.chdir(tmp_path)
     main([*argv, str(tmp_path / "p" / "runs" / "a")])
     assert capsys.readouterr().out == said
+
+
+def test_a_tower_is_known_by_its_digest_wherever_it_was_moved_to(
+    toy: Path, toy_bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the same name lies nearer; the whole path of the right one is that of another machine."""
+    features = Banks.open([str(toy_bank)]).config
+    (tmp_path / "moved" / "run").mkdir(parents=True)
+    save_tower(tmp_path / "moved" / "tower", seed=1)
+    (tmp_path / "moved" / "models").mkdir()
+    shutil.copytree(toy / "tower", tmp_path / "moved" / "models" / "tower")
+    run, there = tmp_path / "moved" / "run", "/elsewhere/models/tower"
+    places = tower_places(there, run)
+    assert places == [str(tmp_path / "moved" / name) for name in ("models/tower", "tower")]
+    assert load_tower(features, places[::-1]).name == places[0]
+    monkeypatch.chdir(tmp_path / "moved")
+    assert (
+        load_tower(features, tower_places("tower", tmp_path / "moved" / "models" / "a")).name
+        == (places[0])
+    )
+    with pytest.raises(UserError, match="not the tower that the model was trained on"):
+        load_tower(features, tower_places("tower", run))
 
 
 def test_the_answer_is_drawn_over_the_frames_and_the_true_one_with_it(

@@ -8,7 +8,7 @@ empty think block, a channel) is in the prompt exactly as it was in training.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -30,6 +30,8 @@ VERSION = 3
 """Raised whenever `Chat.encode` makes other tokens of the same text: cached lengths are then stale."""
 MEDIA = -1
 """Stands in `Encoded.ids` for all tokens of one medium."""
+Stamp = Callable[[float], tuple[list[int], list[int]]]
+"""Seconds of a clip -> the tokens before a frame, and those behind it."""
 MARKER = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
 """Stands for a turn's text in a template, between blanks that a template which trims texts takes off."""
 OWN_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
@@ -138,10 +140,12 @@ class Chat:
         anchors: LapeTokens | None,
         today: str = TEMPLATE_DATE,
         around: tuple[str, str] | None = None,
+        frames: tuple[str, tuple[str, str] | None] = ("", None),
     ) -> None:
         """today: the date, as 2024-07-26, that a template is told which asks for it.
 
-        around: control tokens before and behind each medium.
+        around: control tokens before and behind each medium. frames: how the time before each frame is
+        written (`TIME_FORMS`), and control tokens before and behind each.
 
         Raises UserError where the tokenizer has no chat template, or one that cannot be learned.
         """
@@ -152,7 +156,9 @@ class Chat:
                 fix=f"set chat_template to one of {', '.join(filter(None, CHAT_TEMPLATES))}",
             )
         self.tokenizer, self.anchors, self.around = tokenizer, anchors, around
-        if unknown := [token for token in around or () if token not in tokenizer.get_added_vocab()]:
+        self.time_form, self.around_frames = frames
+        tags = [*(around or ()), *(self.around_frames or ())]
+        if unknown := [token for token in tags if token not in tokenizer.get_added_vocab()]:
             raise UserError(
                 f"media_tags: {', '.join(unknown)} is no control token of its tokenizer",
                 where=tokenizer.name_or_path,
@@ -177,7 +183,8 @@ class Chat:
         """Return the chat of a model: its tokenizer, its anchors, the date that it was trained on."""
         anchors = model.lape.tokens if model.lape else None
         config = model.config
-        return cls(model.tokenizer, anchors, config.template_date, config.around_media)
+        frames = config.time_form, config.around_frames
+        return cls(model.tokenizer, anchors, config.template_date, config.around_media, frames)
 
     def encode(
         self, turns: Sequence[Turn], durations: Sequence[float], *, answer: int | None = None
@@ -297,12 +304,16 @@ class Chat:
             )
         return anchor / (bins - 1)
 
-    def stamp(self, seconds: float) -> list[int]:
-        """Return the tokens of a time written before a frame, such as 12.5s, as times in text are."""
-        return self._stamped(f"{seconds:.1f}s")
+    def stamp(self, seconds: float) -> tuple[list[int], list[int]]:
+        """Return the tokens before a frame, of its time and its tag, and those behind it."""
+        return self._stamped(self.time_form.format(seconds))
 
-    def _stamp(self, text: str) -> list[int]:
-        return self.segments.ids([Segment(((text, False),), "")])[0]
+    def _stamp(self, text: str) -> tuple[list[int], list[int]]:
+        before, behind = self.around_frames or ("", "")
+        stretches = ((text, False), (before, True)), ((behind, True),)
+        parts = [tuple(part for part in parts if part[0]) for parts in stretches]
+        first, last = (self.segments.ids([Segment(own, "")])[0] if own else [] for own in parts)
+        return first, last
 
     def _render(self, roles: tuple[str, ...]) -> list[str]:
         """Return the template's own text around turns of these roles, cut by `MARKER`.

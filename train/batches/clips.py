@@ -154,7 +154,7 @@ class Clips:
 
 @dataclass(frozen=True)
 class Stamps:
-    """The tokens of the time written before each frame."""
+    """The tokens of the time written before each frame, and of the tags around it."""
 
     tokens: np.ndarray
     """int64, of every banked frame of every use of a clip, one use after the other."""
@@ -164,7 +164,7 @@ class Stamps:
     @classmethod
     def joined(cls, seconds: np.ndarray, frames: np.ndarray, chat: Chat) -> "Stamps":
         """Count what is written before frames; seconds: of all; frames: how many each medium has."""
-        tokens = [len(chat.stamp(time)) for time in seconds.tolist()]
+        tokens = [sum(map(len, chat.stamp(time))) for time in seconds.tolist()]
         return cls(np.asarray(tokens, np.int64), np.cumsum(frames) - frames)
 
     def taken(self, banked: np.ndarray, taken: np.ndarray) -> np.ndarray:

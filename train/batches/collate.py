@@ -5,7 +5,7 @@ alone, as the row's sample and frame numbers say. Turns that do not see each oth
 the end of what they share.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, repeat
 from typing import Any
@@ -33,7 +33,7 @@ from model.vlm import VLMConfig
 from shards.read.bank import ClipInfo
 from shards.read.timeline import ClipFeatures, Medium, part_count, parts_of, place_of
 from train.batches.augment import Look
-from train.batches.chat import MEDIA, Encoded
+from train.batches.chat import MEDIA, Encoded, Stamp
 from train.batches.turns import counted_on, numbered
 
 
@@ -115,12 +115,12 @@ def lay_out(
     config: VLMConfig,
     pool: str,
     most: int | None = None,
-    stamp: Callable[[float], Sequence[int]] | None = None,
+    stamp: Stamp | None = None,
     looks: Sequence[Look] | None = None,
 ) -> Row:
     """Return the row of a conversation: every medium becomes its frames' cells and closing tokens.
 
-    stamp: seconds of a clip -> the tokens before a frame, of `frame_time: text`. looks: of each medium.
+    stamp: of times before frames, which are not learned. looks: of each medium.
     """
     columns: list[list[Any]] = [[], [], [], [], []]
     ids, axis, coord, supervised, block = columns
@@ -138,19 +138,19 @@ def lay_out(
 
     begin, tags = 0, [place for place, id_ in enumerate(encoded.ids) if id_ == MEDIA]
     assert len(tags) == len(infos), f"{len(infos)} media, {len(tags)} tags"
+    assert stamp or not config.time_form
     for tag, info, look in zip(tags, infos, looks or repeat(None), strict=False):
         said(begin, tag)
         begin = tag + 1
         for frame, stream, grid in choose_frames(info, config, pool, most, look):
             seconds = float(info.timestamps[frame])
-            if config.frame_time == "text":
-                assert stamp is not None
-                # plain text that is not learned; a frame sees its own time, as it sees all before it
-                unlearned(stamp(seconds - info.start), -1)
+            before, behind = stamp(seconds - info.start) if stamp else ([], [])
+            unlearned(before, -1)
             part, own, _ = place_of(info, frame)
             tokens, first = grid.cells + config.closing_tokens, len(ids)
             frames.append(PlacedFrame(clips + part, own, stream, grid, first, tokens, seconds))
             unlearned([0] * tokens, len(frames) - 1)
+            unlearned(behind, -1)
         clips += part_count(info)
         newlines += [len(ids)] * config.newline_tokens
         unlearned([0] * config.newline_tokens, -1)
@@ -177,7 +177,7 @@ def frames_within(
     config: VLMConfig,
     pool: str,
     limit: int,
-    stamp: Callable[[float], Sequence[int]] | None = None,
+    stamp: Stamp | None = None,
 ) -> int:
     """Return the most frames of a clip with which a conversation has at most `limit` tokens.
 

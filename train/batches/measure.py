@@ -50,10 +50,10 @@ class Measure:
         counts = settings.num_temporal_tokens, spatial, spatial
         self.anchors = LapeTokens(counts, axes) if settings.enable_lape else None
         template, date = settings.chat_template, settings.template_date
-        around = settings.around_media
+        around, frames = settings.around_media, (settings.time_form, settings.around_frames)
         self.template = f"{tokenizer} {template} {date}" + (f" {around}" if around else "")
         self.chat = lru_cache(
-            lambda: Chat(load_with_template(llm, template), self.anchors, date, around)
+            lambda: Chat(load_with_template(llm, template), self.anchors, date, around, frames)
         )
         self.in_words = self.anchors is None or 0 not in self.anchors.axes
 
@@ -70,7 +70,7 @@ class Measure:
                 [lot.clips for lot in lots], [len(lot.counts) for lot in lots], digest
             )
         written = None
-        if settings.frame_time == "text":
+        if settings.time_form:
             seconds = np.concatenate([lot.seconds for lot in lots])
             written = Stamps.joined(seconds, clips.banked, self.chat())
         looks = Looks.of_epoch(dataset, settings, number)
@@ -100,7 +100,7 @@ class Measure:
             first += media * part.repeats
             own = text_lengths(part, *told, lenient=self.lenient)
             counts.append(np.tile(own, (part.repeats, 1)))
-        stamped = self.settings.frame_time == "text"
+        stamped = bool(self.settings.time_form)
         return Lot(clips, widened(counts), frame_times(records) if stamped else NO_TIMES)
 
     def _spliced(self, part: Part, epoch: int) -> "Lot":
@@ -122,7 +122,7 @@ class Measure:
         counts = kept_counts(
             key.hexdigest(), shape, lambda: self._count(talks, seconds, independent=apart)
         )
-        stamped = self.settings.frame_time == "text"
+        stamped = bool(self.settings.time_form)
         return Lot(clips, counts, splice.frame_times(laid) if stamped else NO_TIMES)
 
     def _count(
@@ -159,7 +159,8 @@ class Measure:
 
 def layout_facts(settings: ModelSettings) -> Json:
     """Return what a plan depends on where frames are laid out in another way: nothing elsewhere."""
-    facts: Json = {"media_tags": settings.media_tags} if settings.around_media else {}
+    tagged = settings.around_media or settings.around_frames
+    facts: Json = {"media_tags": settings.media_tags} if tagged else {}
     if settings.frame_marks != "frames":
         facts["frame_marks"] = settings.frame_marks
     if settings.pool_after_projector:

@@ -182,7 +182,7 @@ def banner(
         f"frames    {draw_pattern(pattern)} (S: stride {dataset.slow_stride}, "
         f"{'x'.join(map(str, cells[dataset.slow_stride]))} cells; F: stride {dataset.fast_stride}, "
         f"{'x'.join(map(str, cells[dataset.fast_stride]))}), {tokens} tokens of a clip"
-        + (", and the time before each frame" if config.frame_time == "text" else ""),
+        + (", and the time before each frame" if config.time_form else ""),
         *([f"          {plan.frames_line}"] if plan.frames_line else []),
         f"steps     {plan.num_steps} of {plan.rows_per_step} {rows_line(plan)}: "
         f"{plan.rows_per_pack} x {plan.packs_per_step} micro-batches on {world} "

@@ -77,7 +77,7 @@ def limits_line(limits: Json) -> str:
         f"frames as in training: {limits['max_frames_num']} of a clip at most, "
         f"{limits['frame_sampling_strategy']} {limits['slow_frame_ratio']}"
     )
-    if limits["frame_time"] == "text":
+    if limits["frame_time"] != "none":
         line += ", with their times"
     if limits["max_tokens"]:
         line += f"; of records of {limits['max_tokens']} tokens at most"

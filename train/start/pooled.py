@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from model.config import JOINED, ModelSettings
+from model.tower_kinds import mixes_frames
 from shards.format.features import MERGED
 
 Json = Mapping[str, Any]
@@ -25,7 +26,14 @@ def tokens_problem(settings: ModelSettings, features: Json, strides: Collection[
 
     features: as of `FeatureConfig.to_json`; strides: those that are read.
     """
-    if settings.mm_projector_type == "identity" and features.get("layer") != MERGED:
+    if settings.loss_weight > 0 and mixes_frames(str(features.get("tower_type"))):
+        return (
+            f"loss_weight {settings.loss_weight:g}: frames of the bank's tower "
+            f"({features['tower_type']}) see later ones, and what the frame-causal loss predicts would "
+            "stand in what it reads; set loss_weight: 0, or bank features of a tower that sees frames "
+            "alone, such as SigLIP"
+        )
+    if settings.mm_projector_type == "identity" and isinstance(features.get("layer"), int):
         return (
             f"mm_projector_type identity: takes a tower's merged tokens as they are, and the bank holds "
             f"layer {features.get('layer')}; set bank to one of preprocess encode --tower CHECKPOINT "
@@ -43,6 +51,32 @@ def tokens_problem(settings: ModelSettings, features: Json, strides: Collection[
             f"{AFTER}: the bank's pool mode is {features.get('pool')}, whose coarser grids leave "
             "patches out; read stride 1 alone, or encode with --pool average"
         )
+    return None
+
+
+def deepstack_problem(
+    settings: ModelSettings, layers: Collection[int], features: Json
+) -> str | None:
+    """Return why a bank does not hold just what an LLM takes of its tower, if it does not.
+
+    layers: of its tower, whose features it adds at its own first layers (DeepStack); none, as a rule.
+    """
+    if settings.mm_projector_type != "identity":
+        return None
+    held, needed = features.get("layer"), ",".join(map(str, (*layers, MERGED)))
+    if held != needed:
+        what = (
+            f"adds features of the layers {', '.join(map(str, layers))} of its tower (DeepStack)"
+            if layers
+            else "takes merged tokens alone"
+        )
+        return (
+            f"mm_projector_type identity: its LLM {what}, and the bank holds layer {held}; set bank to "
+            f"one of preprocess encode --tower CHECKPOINT --layer {needed} --stride 1, or take another "
+            "mm_projector_type, which starts anew"
+        )
+    if layers and settings.pool_after_projector:
+        return f"{AFTER}: what DeepStack adds would not be pooled; leave it out"
     return None
 
 

@@ -5,7 +5,7 @@
     a VILA / NVILA stage          folders llm/, mm_projector/, vision_tower/
     a LLaVA checkpoint            of transformers (LLaVA-OneVision, LLaVA-NeXT, -Video), or of LLaVA
                                   itself (`llava_qwen`): the LLM, the projector, LLaVA-ST's tables
-    a Qwen2-VL, Qwen2.5-VL checkpoint    the LLM; its tower's merged tokens are banked
+    a Qwen2-VL, Qwen2.5-VL, Qwen3-VL checkpoint    the LLM; its tower's merged tokens are banked
 
 Weights are read from safetensors alone. Whatever is loaded, new or ignored is said, a line each; a
 tensor of another shape is refused by name.
@@ -22,17 +22,17 @@ from model.family import qwen_vl
 from model.family.limits import context_length
 from shards.errors import UserError
 from train.settings.config import LlmSettings, TrainConfig
-from train.start.pooled import tokens_problem
+from train.start.pooled import deepstack_problem, tokens_problem
 from train.start.stage_parts import load_parts, load_qwen
 from train.start.templates import load_with_template
 
 if TYPE_CHECKING:
     from model.llm import LlmBase
-    from model.vlm import VLM
+    from model.vlm import VLM, VLMConfig
     from train.data.dataset import Dataset
 
 Settings = TypeVar("Settings", bound=ModelSettings)
-AUTOMATIC = ("frame_positions", "media_tags")
+AUTOMATIC = ("frame_positions", "frame_time", "media_tags")
 """Settings that are as the stage was trained, unless they are set."""
 Json = dict[str, Any]
 Say = Callable[[str], None]
@@ -70,11 +70,11 @@ def llm_name(stage_path: str) -> str:
 
 
 def as_its_stage(settings: Settings) -> Settings:
-    """Return settings in which what is `auto` is as the stage was trained: positions, tokens of media."""
+    """Return settings in which what is `auto` is as the stage was trained: positions, times, tags."""
     automatic = [name for name in AUTOMATIC if getattr(settings, name) == "auto"]
     if not automatic:
         return settings
-    found = {"frame_positions": "plain", "media_tags": "none"}
+    found = {"frame_positions": "plain", "frame_time": "none", "media_tags": "none"}
     stage = settings.stage_path  # type: ignore[attr-defined]
     kind = kind_of(stage)
     if kind == "run":
@@ -83,6 +83,8 @@ def as_its_stage(settings: Settings) -> Settings:
         found["frame_positions"] = "mrope"
         if kind == "qwen_vl" and has_tokens(stage, qwen_vl.MEDIA_TAGS.split(",")):
             found["media_tags"] = qwen_vl.MEDIA_TAGS
+            if qwen_vl.writes_times(read_config(stage) or {}):
+                found["frame_time"] = "seconds"
     values: Any = {name: found[name] for name in automatic}
     return replace(settings, **values)
 
@@ -98,7 +100,11 @@ def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
     """Return why the projector cannot join cells of these banks, if it cannot."""
     side = joined_cells(settings.mm_projector_type)
     strides = {dataset.slow_stride, dataset.fast_stride}
-    if problem := tokens_problem(settings, dataset.banks.config.to_json(), strides):
+    features = dataset.banks.config.to_json()
+    if problem := tokens_problem(settings, features, strides):
+        return problem
+    stage: str = settings.stage_path  # type: ignore[attr-defined]
+    if problem := deepstack_problem(settings, deepstack_of(stage), features):
         return problem
     if side == 1:
         return None
@@ -161,6 +167,8 @@ def assemble(
     config = VLMConfig(**facts)
     if problem := tokens_problem(config, features, {config.slow_stride, config.fast_stride}):
         raise UserError(problem)
+    if problem := deepstack_problem(config, deepstack_of(settings.stage_path), features):
+        raise UserError(problem)
     torch.manual_seed(seed)
     kind = kind_of(settings.stage_path)
     folder = (
@@ -182,8 +190,7 @@ def assemble(
     )
     model.base = llm_base(settings)
     lines = [f"LLM: {type(llm).__name__} from {llm_path}"]
-    if config.frame_positions == "mrope":
-        lines.append("positions: frames at their time, row and column (M-RoPE), text by its place")
+    lines += told_of_frames(config)
     if kind == "qwen_vl":
         lines += load_qwen(model, folder)
     elif kind == "run":
@@ -194,6 +201,17 @@ def assemble(
     for line in lines:
         say(f"stage     {line}")
     return model
+
+
+def told_of_frames(config: "VLMConfig") -> list[str]:
+    """Return what there is to say of frames in an LLM that was trained with them."""
+    lines = []
+    if config.frame_positions == "mrope":
+        lines.append("positions: frames at their time, row and column (M-RoPE), text by its place")
+    if config.deepstack:
+        layers = f"{config.deepstack} layers of the tower"
+        lines.append(f"DeepStack: {layers} are added at the LLM's first layers")
+    return lines
 
 
 def llm_base(settings: LlmSettings) -> "LlmBase | None":
@@ -221,12 +239,20 @@ def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
             raise UserError(
                 "frame_positions mrope: its LLM was not trained with M-RoPE",
                 where=stage,
-                fix="set frame_positions: plain, or start from a Qwen2-VL or Qwen2.5-VL checkpoint",
+                fix="set frame_positions: plain, or start from a Qwen-VL checkpoint",
             )
         facts["mrope_sections"] = ",".join(map(str, mrope.sections))
         facts["mrope_tokens_per_second"] = mrope.tokens_per_second
+        facts["mrope_interleaved"] = mrope.interleaved
+    if settings.mm_projector_type == "identity":
+        facts["deepstack"] = len(deepstack_of(settings.stage_path))  # type: ignore[attr-defined]
     facts |= {"slow_stride": dataset.slow_stride, "fast_stride": dataset.fast_stride}
     return VLMConfig(turns=dataset.turns, **facts)
+
+
+def deepstack_of(stage_path: str) -> tuple[int, ...]:
+    """Return the layers of its tower whose features a stage's LLM adds at its first layers."""
+    return qwen_vl.deepstack_of(read_config(llm_name(stage_path)) or {})
 
 
 def refuse_other_tower(folder: Path, model: "VLM") -> None:

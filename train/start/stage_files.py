@@ -37,6 +37,12 @@ CLASSIFIERS = re.compile(
 PARTS = {"run": ("", "llm", "llm/lora", "lape"), "vila": ("llm", "mm_projector")}
 """The folders of a stage whose files are read."""
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+WHOLE = {
+    "internvl": ", over a bank of its tower (preprocess encode --tower)",
+    "perception_lm": ", over a bank of SigLIP 2 or DINOv3",
+    "video_llama_3": ", over a bank of SigLIP 2",
+}
+"""`model_type` of whole models that no stage is -> which bank an LLM alone may then have."""
 QUANTISED_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 QUANTISED_TENSOR = re.compile(
     r".*\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|SCB|absmax|quant_map)$"
@@ -142,6 +148,11 @@ def _config_problem(where: str, config: Json) -> str | None:
     kind, names = str(config.get("model_type", "")), config.get("architectures") or []
     if problem := qwen_vl.config_problem(config):
         return f"{where}: {problem}"
+    if kind in WHOLE:
+        return (
+            f"{where}: a whole model of vision and language ({kind}), whose LLM is not taken out; start "
+            f"from an LLM alone ({LLM.removeprefix('name a causal LLM, such as ')}){WHOLE[kind]}"
+        )
     if kind.startswith("llava"):
         return None
     if TOWERS.fullmatch(kind) or any(str(name).endswith("VisionModel") for name in names):

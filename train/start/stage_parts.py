@@ -100,7 +100,8 @@ def load_qwen(model: "VLM", folder: Path) -> list[str]:
                 got=f"a bank of {model.tower} (digest {features['tower_digest'][:12]})",
                 expected=f"its own (digest {own[:12]})",
                 where=folder,
-                fix=f"set bank to one of preprocess encode --tower {folder} --layer merged --stride 1",
+                fix=f"set bank to one of preprocess encode --tower {folder} --layer {features['layer']} "
+                "--stride 1",
             )
         line = (
             "projector: none (identity): the bank holds the merged tokens of the stage's own tower"

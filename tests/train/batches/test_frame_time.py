@@ -55,7 +55,8 @@ def test_a_time_is_written_before_each_frame_and_nothing_else_changes(
     frames.sort()
     chat = Chat.of(model)
     for second, (first, _) in enumerate(frames):
-        stamp = chat.stamp(second)
+        stamp, behind = chat.stamp(second)
+        assert behind == []
         place = slice(first - len(stamp), first)
         assert row[place] == stamp
         written.append(model.tokenizer.decode(row[place]))
@@ -207,9 +208,9 @@ def test_a_prompt_is_laid_out_like_a_training_row(
 
 
 def test_a_stamp_is_plain_text(make_model: Any) -> None:
-    model = make_model()
+    model = make_model(frame_time="text")
     chat = Chat.of(model)
-    assert model.tokenizer.decode(chat.stamp(12.46)) == "12.5s"
+    assert model.tokenizer.decode(chat.stamp(12.46)[0]) == "12.5s"
     own = chat.encode([Turn("user", "12.5s"), Turn("assistant", "x")], []).ids
-    stamp = chat.stamp(12.5)
+    stamp = chat.stamp(12.5)[0]
     assert any(own[k : k + len(stamp)] == stamp for k in range(len(own)))

@@ -5,9 +5,9 @@ features, rounded as the bank rounds them.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,102 +16,31 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    LlavaNextVideoConfig,
-    LlavaNextVideoForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
     SiglipImageProcessorPil,
-    SiglipVisionConfig,
 )
 
-from model.batch import Batch
 from model.grid import pool
 from model.tower.tower import Tower
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
-from shards.read.banks import Banks
 from shards.read.timeline import Medium
-from train.batches.chat import Chat
-from train.batches.collate import Row, collate, lay_out, pack
+from tests.train.start.checkpoints import World, as_theirs, batch_of, laid_out, our_logits
+from tests.train.start.tiny import (
+    LLAVA_VIDEO,
+    PATCH,
+    SIDE,
+    WIDTH,
+    next_video,
+    onevision,
+    save_llava,
+)
+from train.batches.collate import Row, collate
 from train.batches.measure import measure
 from train.data.dataset import open_dataset
-from train.data.records import Turn
-from train.settings.config import TrainConfig
-from train.start.stage import bank_problem, build
+from train.start.stage import bank_problem
 
-PATCH, WIDTH, ROWS = 4, 16, 512
-SIDE = 5
-"""Patches on a side: of an odd number, pooling by two leaves half a cell, or a row."""
-VIDEO = 511
-VISION = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": SIDE * PATCH,
-    "patch_size": PATCH,
-}
-TEXT = {
-    "vocab_size": ROWS,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "tie_word_embeddings": False,
-}
-EXACT: Mapping[str, Any] = {
-    "frame_attention": "token",
-    "enable_lape": False,
-    "loss_weight": 0.0,
-    "slow_frame_ratio": "1",
-    "max_frames_num": 64,
-}
 FRAMES = {"a": 4, "b": 1, "c": 7}
-
-
-def onevision(**values: Any) -> Any:
-    config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**VISION), text_config=Qwen2Config(**TEXT), **values
-    )
-    return LlavaOnevisionForConditionalGeneration(config)
-
-
-def next_video(**values: Any) -> Any:
-    config = LlavaNextVideoConfig(
-        vision_config=CLIPVisionConfig(**VISION), text_config=Qwen2Config(**TEXT), **values
-    )
-    return LlavaNextVideoForConditionalGeneration(config)
-
-
-@dataclass(frozen=True)
-class World:
-    """A checkpoint on disk, transformers' model of it, and a bank of features of its tower's kind."""
-
-    folder: Path
-    theirs: Any
-    bank: Path
-    data: Path
-
-    def start(self, **settings: Any) -> tuple[VLM, str]:
-        config = self.config(**settings)
-        lines: list[str] = []
-        return build(config, open_dataset(config), lines.append).eval(), "\n".join(lines)
-
-    def config(self, **settings: Any) -> TrainConfig:
-        values = dict(EXACT) | {"stage_path": str(self.folder)} | settings
-        return TrainConfig(bank=[str(self.bank)], data_path=[str(self.data)], **values)
-
-    def clips(self, names: str) -> list[Medium]:
-        banks = Banks.open([str(self.bank)])
-        return [place.clip() for name in names if (place := banks.find(name))]
 
 
 MakeWorld = Callable[..., World]
@@ -131,14 +60,7 @@ def make_world(
         tower = theirs.config.vision_config.model_type
         processor = {"height": SIDE * PATCH, "width": SIDE * PATCH, "crop": None}
         config = replace(features, tower_type=tower, processor=processor, **values)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for name, weight in theirs.named_parameters():
-                if "multi_modal_projector" in name or "newline" in name:
-                    weight.data.normal_(std=0.3)
-        theirs.config.video_token_id = VIDEO
-        theirs.eval().save_pretrained(tmp_path / "stage")
-        AutoTokenizer.from_pretrained(toy / "llm").save_pretrained(tmp_path / "stage")
+        save_llava(tmp_path / "stage", theirs, toy)
         clips = {}
         for number, (name, frames) in enumerate(FRAMES.items()):
             steps = np.random.default_rng(number).integers(-64, 65, (frames, SIDE, SIDE, WIDTH))
@@ -152,26 +74,6 @@ def make_world(
         return World(tmp_path / "stage", theirs, bank, tmp_path / "data.jsonl")
 
     return make
-
-
-def laid_out(model: VLM, clips: Sequence[Medium], *texts: str) -> Row:
-    turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
-    infos, chat = [clip.info for clip in clips], Chat.of(model)
-    encoded = chat.encode(turns, [info.duration for info in infos])
-    return lay_out(encoded, infos, model.config, model.features["pool"], stamp=chat.stamp)
-
-
-def batch_of(model: VLM, *rows: tuple[Row, Sequence[Medium]], packed: bool = False) -> Batch:
-    if packed:
-        media = [clip for _, clips in rows for clip in clips]
-        return collate([pack([row for row, _ in rows])], [media], model.config, ["packed"])
-    names = [f"record-{k}" for k in range(len(rows))]
-    return collate([row for row, _ in rows], [clips for _, clips in rows], model.config, names)
-
-
-def our_logits(model: VLM, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return model.logits(model.hidden_states(batch)).view(*batch.input_ids.shape, -1)
 
 
 @contextmanager
@@ -194,18 +96,12 @@ def banked_patches(world: World, patches: Tensor, cls: bool) -> Iterator[None]:
 
 def their_logits(world: World, row: Row, patches: Tensor, cls: bool) -> Tensor:
     ids = torch.from_numpy(row.ids).clone()
-    ids[torch.from_numpy(row.block) >= 0] = VIDEO
-    ids[list(row.newlines)] = VIDEO
+    ids[torch.from_numpy(row.block) >= 0] = LLAVA_VIDEO
+    ids[list(row.newlines)] = LLAVA_VIDEO
     side = SIDE * PATCH
     with torch.no_grad(), banked_patches(world, patches, cls):
         given = {"pixel_values_videos": torch.zeros(1, len(patches), 3, side, side)}
         return world.theirs(input_ids=ids[None], **given).logits[0]
-
-
-def close(ours: Tensor, theirs: Tensor) -> None:
-    """Assert that logits are equal to 1e-4 of their RMS."""
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < 1e-4 * theirs.square().mean().sqrt()
 
 
 def check(world: World, model: VLM, patches: Callable[[Medium], Tensor], cls: bool) -> None:
@@ -215,12 +111,7 @@ def check(world: World, model: VLM, patches: Callable[[Medium], Tensor], cls: bo
         clips = world.clips(name)
         rows.append((laid_out(model, clips, "<video>\nWhen is it?", "from 1.5 to 2.25"), clips))
         theirs.append(their_logits(world, rows[-1][0], patches(clips[0]), cls))
-        close(our_logits(model, batch_of(model, rows[-1]))[0], theirs[-1])
-    for own, (row, _), expected in zip(
-        our_logits(model, batch_of(model, *rows)), rows, theirs, strict=True
-    ):
-        close(own[: len(row)], expected)
-    close(our_logits(model, batch_of(model, *rows, packed=True))[0], torch.cat(theirs))
+    as_theirs(model, rows, theirs)
 
 
 def patches_of(clip: Medium) -> Tensor:

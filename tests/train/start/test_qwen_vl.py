@@ -9,8 +9,10 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,15 +22,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
 )
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from model.batch import Batch
 from model.family.conformance import admit
 from model.generate import Cached, generate
 from model.tower.qwen import patchify
@@ -37,97 +33,54 @@ from model.vlm import VLM
 from preprocess.encode.run import EncodeOptions, encode
 from shards.errors import UserError
 from shards.format.features import Sampling
-from shards.read.banks import Banks
 from shards.read.timeline import Medium
+from tests.train.start.checkpoints import (
+    EXACT,
+    World,
+    as_theirs,
+    batch_of,
+    close,
+    laid_out,
+    our_logits,
+)
+from tests.train.start.tiny import (
+    LLM_WIDTH,
+    PATCH,
+    TAGS,
+    qwen2,
+    qwen2_5,
+    qwen3,
+    save_qwen,
+)
 from train.batches.chat import Chat
-from train.batches.collate import Row, collate, lay_out, pack
+from train.batches.collate import Row
 from train.data.dataset import open_dataset
-from train.data.records import Turn
 from train.export import export
-from train.settings.config import TrainConfig
+from train.start.prepare_llm import checkpoint_activations
 from train.start.stage import bank_problem, build, kind_of
 from train.start.stage_files import stage_problem
 
-PATCH, LLM_WIDTH, ROWS = 4, 32, 512
 VIDEO = -1
 """Stands for their video token."""
-TAGS = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
-TEXT = {
-    "hidden_size": LLM_WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": ROWS,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-}
-VISION = {"depth": 2, "num_heads": 2, "patch_size": PATCH}
-EXACT: Mapping[str, Any] = {
+MERGED: Mapping[str, Any] = dict(EXACT) | {
     "mm_projector_type": "identity",
-    "frame_attention": "token",
     "frame_marks": "none",
-    "enable_lape": False,
-    "loss_weight": 0.0,
-    "slow_frame_ratio": "1",
-    "max_frames_num": 64,
+    "fast_stride": 1,
 }
 SIZES = {"a": (24, 40), "b": (40, 24), "c": (8, 56)}
 """Height and width of each clip: merged grids of 3x5, 5x3 and 1x7."""
 FRAMES = {"a": 6, "b": 14, "c": 2}
 
 
-def qwen2(tied: bool) -> Any:
-    vision = VISION | {"embed_dim": 24, "hidden_size": LLM_WIDTH, "mlp_ratio": 2}
-    config = Qwen2VLConfig(text_config=TEXT, vision_config=vision, tie_word_embeddings=tied)
-    return Qwen2VLForConditionalGeneration(config)
-
-
-def qwen2_5(tied: bool) -> Any:
-    vision = VISION | {
-        "hidden_size": 24,
-        "out_hidden_size": LLM_WIDTH,
-        "intermediate_size": 20,
-        "window_size": 4 * PATCH,
-        "fullatt_block_indexes": [1],
-        "tokens_per_second": 3,
-    }
-    config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=vision, tie_word_embeddings=tied)
-    return Qwen2_5_VLForConditionalGeneration(config)
-
-
-MAKE: Mapping[str, tuple[Callable[[bool], Any], bool]] = {
-    "qwen2_vl": (qwen2, False),
-    "qwen2_vl tied": (qwen2, True),
-    "qwen2_5_vl": (qwen2_5, False),
+MAKE: Mapping[str, tuple[Callable[[bool], Any], bool, str]] = {
+    "qwen2_vl": (qwen2, False, "merged"),
+    "qwen2_vl tied": (qwen2, True, "merged"),
+    "qwen2_5_vl": (qwen2_5, False, "merged"),
+    "qwen3_vl": (qwen3, False, "0,1,merged"),
+    "qwen3_vl tied": (qwen3, True, "0,1,merged"),
 }
-
-
-@dataclass(frozen=True)
-class World:
-    """A checkpoint on disk, transformers' model of it, and a bank of its merged tokens."""
-
-    folder: Path
-    theirs: Any
-    bank: Path
-    data: Path
-
-    def start(self, **settings: Any) -> tuple[VLM, list[str]]:
-        """Return the model that a run starts with, and what is said of it."""
-        config = self.config(**settings)
-        lines: list[str] = []
-        return build(config, open_dataset(config), lines.append).eval(), lines
-
-    def config(self, **settings: Any) -> TrainConfig:
-        values = dict(EXACT) | {"fast_stride": 1, "stage_path": str(self.folder)} | settings
-        return TrainConfig(bank=[str(self.bank)], data_path=[str(self.data)], **values)
-
-    def clips(self, names: str) -> list[Medium]:
-        banks = Banks.open([str(self.bank)])
-        places = [banks.find(name) for name in names]
-        return [place.clip() for place in places if place]
+"""Kind -> what makes a checkpoint, whether its head is its table of words, the layer that is banked."""
+KINDS = [kind for kind in MAKE if "tied" not in kind]
 
 
 @pytest.fixture(scope="module")
@@ -143,27 +96,17 @@ def worlds(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Wor
     return {name: make_world(root, name, *made, toy) for name, made in MAKE.items()}
 
 
-def make_world(root: Path, name: str, make: Callable[[bool], Any], tied: bool, toy: Path) -> World:
+def make_world(
+    root: Path, name: str, make: Callable[[bool], Any], tied: bool, layer: str, toy: Path
+) -> World:
     place = root / name.replace(" ", "-")
     folder = place / "stage"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        theirs = make(tied).eval()
-        for weight in theirs.model.visual.parameters():
-            weight.data.normal_(std=0.3)
-    tokenizer = AutoTokenizer.from_pretrained(toy / "llm")
-    tokenizer.add_special_tokens({"additional_special_tokens": list(TAGS)})
-    assert len(tokenizer) <= ROWS
-    theirs.config.video_token_id = tokenizer.convert_tokens_to_ids(TAGS[-1])
-    theirs.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    limits = {"min_pixels": 16 * 16, "max_pixels": 64 * 64}
-    Qwen2VLImageProcessorPil(**limits, patch_size=PATCH).save_pretrained(folder)
+    theirs = save_qwen(folder, lambda: make(tied), toy)
     options = EncodeOptions(
         tower=str(folder),
         strides=(1, 2),
         sampling=Sampling(fps="2", max_frames=64),
-        layer="merged",
+        layer=layer,
     )
     summary = encode([str(root / "videos")], place / "bank", options)
     assert (summary.clips, summary.failures) == (3, [])
@@ -171,30 +114,7 @@ def make_world(root: Path, name: str, make: Callable[[bool], Any], tied: bool, t
     lines = [json.dumps({"id": k, "video": k, "conversations": talk}) for k in SIZES]
     data = place / "data.jsonl"
     data.write_text("\n".join(lines))
-    return World(folder, theirs, place / "bank", data)
-
-
-def laid_out(model: VLM, clips: Sequence[Medium], *texts: str, prompt: bool = False) -> Row:
-    """Return a conversation's row; each clip is one `<video>` in the texts."""
-    turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
-    turns += [Turn("assistant", "")] * prompt
-    infos, chat = [clip.info for clip in clips], Chat.of(model)
-    durations = [info.duration for info in infos]
-    encoded = chat.encode(turns, durations, answer=len(turns) - 1 if prompt else None)
-    return lay_out(encoded, infos, model.config, model.features["pool"], stamp=chat.stamp)
-
-
-def batch_of(model: VLM, *rows: tuple[Row, Sequence[Medium]], packed: bool = False) -> Batch:
-    if packed:
-        media = [clip for _, clips in rows for clip in clips]
-        return collate([pack([row for row, _ in rows])], [media], model.config, ["packed"])
-    names = [f"record-{k}" for k in range(len(rows))]
-    return collate([row for row, _ in rows], [clips for _, clips in rows], model.config, names)
-
-
-def our_logits(model: VLM, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return model.logits(model.hidden_states(batch)).view(*batch.input_ids.shape, -1)
+    return World(folder, theirs, place / "bank", data, MERGED)
 
 
 def their_inputs(world: World, row: Row, clips: Sequence[Medium]) -> dict[str, Any]:
@@ -223,8 +143,13 @@ def banked_tokens(world: World, clips: Sequence[Medium]) -> Iterator[None]:
     tokens = torch.cat([torch.from_numpy(own).float().flatten(0, 2) for own in stored])
 
     def hook(module: Any, args: Any, output: Any) -> Any:
-        torch.testing.assert_close(output.pooler_output, tokens, rtol=2e-3, atol=2e-3)
-        output.pooler_output = tokens
+        *earlier, merged = tokens.split(LLM_WIDTH, dim=-1)
+        own = getattr(output, "deepstack_features", [])
+        for ours, theirs in zip([*earlier, merged], [*own, output.pooler_output], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+        output.pooler_output = merged
+        if earlier:
+            output.deepstack_features = earlier
         return output
 
     handle = world.theirs.model.visual.register_forward_hook(hook)
@@ -240,12 +165,6 @@ def their_logits(world: World, row: Row, clips: Sequence[Medium]) -> Tensor:
         return world.theirs(**their_inputs(world, row, clips)).logits[0]
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
-    """Assert that logits are equal to 1e-4 of their RMS."""
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < 1e-4 * theirs.square().mean().sqrt()
-
-
 TALKS = [
     ("a", ("<video>\nWhen is it?", "from 1.5 to 2.25")),
     ("b", ("Look: <video>", "at 0.5", "and 0.25 ?", "red")),
@@ -258,23 +177,17 @@ TALKS = [
 @pytest.mark.parametrize("kind", MAKE)
 def test_logits_are_those_of_the_checkpoint(worlds: dict[str, World], kind: str) -> None:
     world = worlds[kind]
-    model, lines = world.start()
-    assert "projector: none (identity): the bank holds the merged tokens" in "\n".join(lines)
+    model, said = world.start()
+    assert "projector: none (identity): the bank holds the merged tokens" in said
     assert model.config.frame_positions == "mrope"
-    assert model.config.around_media == TAGS[:2]
-    rows = []
+    assert (model.config.around_media or model.config.around_frames) == TAGS[:2]
+    rows, theirs = [], []
     for names, texts in TALKS:
         clips = world.clips(names)
-        row = laid_out(model, clips, *texts)
-        theirs = their_logits(world, row, clips) if names else text_logits(world, row)
-        rows.append(((row, clips), theirs))
-        close(our_logits(model, batch_of(model, (row, clips)))[0], theirs)
-    # in a batch, padded, and packed in one row, each is what it is alone
-    batch = our_logits(model, batch_of(model, *(row for row, _ in rows)))
-    for own, ((row, _), theirs) in zip(batch, rows, strict=True):
-        close(own[: len(row)], theirs)
-    joined = our_logits(model, batch_of(model, *(row for row, _ in rows), packed=True))[0]
-    close(joined, torch.cat([theirs for _, theirs in rows]))
+        rows.append((laid_out(model, clips, *texts), clips))
+        given = rows[-1][0]
+        theirs.append(their_logits(world, given, clips) if names else text_logits(world, given))
+    as_theirs(model, rows, theirs)
 
 
 def text_logits(world: World, row: Row) -> Tensor:
@@ -305,7 +218,7 @@ def test_answers_are_those_of_the_checkpoint(worlds: dict[str, World], kind: str
         assert [piece.token for piece in pieces] == ids[0, len(row) :].tolist()
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_cached_decoding_is_the_whole_row(worlds: dict[str, World], kind: str) -> None:
     """Prompts of two lengths, read on for longer than a clip lasts in positions of time."""
     world = worlds[kind]
@@ -371,10 +284,11 @@ def test_positions_begin_anew_with_each_record_and_clip(worlds: dict[str, World]
     assert kept[0][:, first + 45].tolist() == [first + 5] * 3
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_the_model_comes_back_from_disk_and_a_run_starts_from_it(
-    worlds: dict[str, World], tmp_path: Path
+    worlds: dict[str, World], kind: str, tmp_path: Path
 ) -> None:
-    world = worlds["qwen2_5_vl"]
+    world = worlds[kind]
     model, _ = world.start()
     clips = world.clips("b")
     row = laid_out(model, clips, *TALKS[1][1])
@@ -395,10 +309,13 @@ def test_the_model_comes_back_from_disk_and_a_run_starts_from_it(
         close(plain(torch.from_numpy(said.ids)[None]).logits[0], text_logits(world, said))
 
 
-def test_training_settings_of_all_kinds_take_such_a_stage(worlds: dict[str, World]) -> None:
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_training_settings_of_all_kinds_take_such_a_stage(
+    worlds: dict[str, World], kind: str
+) -> None:
     """LAPE, the frame-causal loss, closing vectors and frames that see themselves go with M-RoPE."""
-    world = worlds["qwen2_5_vl"]
-    model, lines = world.start(
+    world = worlds[kind]
+    model, said = world.start(
         enable_lape=True,
         loss_weight=0.15,
         frame_marks="frames",
@@ -407,13 +324,15 @@ def test_training_settings_of_all_kinds_take_such_a_stage(worlds: dict[str, Worl
         slow_frame_ratio="0.5",
     )
     admit(model)
-    assert "stage     lape: new, the stage has no coordinate tables" in lines
+    assert "stage     lape: new, the stage has no coordinate tables" in said
     clips = world.clips("b")
     row = laid_out(model, clips, "<video>\nWhen?", "from <t:1.5>")
     batch = batch_of(model, (row, clips))
     losses = model(batch)
     (losses["ce"] + losses["ar"].sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    if kind == "qwen3_vl":  # where each frame stands alone
+        return
     # a coarser frame's rows lie where the finer one's do; its closing token is beside its last cell
     assert batch.rope is not None
     fast = next(frame for frame in row.frames if frame.grid.stride == 2)
@@ -431,6 +350,54 @@ def test_plain_positions_are_a_setting(worlds: dict[str, World]) -> None:
     assert batch_of(model, (row, clips)).rope is None
 
 
+def test_times_are_written_as_the_checkpoint_was_trained(worlds: dict[str, World]) -> None:
+    """As its own processor writes them, of whose text the tokens between the tags are the cells'."""
+    world = worlds["qwen3_vl"]
+    model, said = world.start()
+    assert "DeepStack: 2 layers of the tower" in said
+    clips = world.clips("a")
+    row = laid_out(model, clips, "<video>\nWhen?", prompt=True)
+    processor = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        vision_start_token=TAGS[0],
+        vision_end_token=TAGS[1],
+        video_token=TAGS[2],
+        _calculate_timestamps=partial(Qwen3VLProcessor._calculate_timestamps, None),
+    )
+    metadata = SimpleNamespace(fps=2, frames_indices=list(range(FRAMES["a"])))
+    grids = torch.tensor([[3, 24 // PATCH, 40 // PATCH]])
+    video = {"video_grid_thw": grids, "video_metadata": [metadata]}
+    written = Qwen3VLProcessor.replace_video_token(processor, video, 0)
+    tokenizer = model.tokenizer
+    talk = [{"role": "user", "content": f"{written}\nWhen?"}]
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    pad = tokenizer.convert_tokens_to_ids(TAGS[2])
+    ours = np.where(row.block < 0, row.ids, pad).tolist()
+    assert ours == tokenizer(text, add_special_tokens=False).input_ids
+    plain, _ = world.start(frame_time="none", media_tags="none")
+    assert (plain.config.time_form, plain.config.around_frames) == ("", None)
+    alone = laid_out(plain, clips, "<video>\nWhen?", prompt=True)
+    stamps = [Chat.of(model).stamp(time) for time in (0.25, 1.25, 2.25)]
+    assert len(alone) == len(row) - sum(len(part) for stamp in stamps for part in stamp)
+
+
+def test_layers_that_are_computed_again_add_the_same(worlds: dict[str, World]) -> None:
+    world = worlds["qwen3_vl"]
+    found = []
+    for again in (0, 1):
+        model, _ = world.start()
+        model.train()
+        if again:
+            checkpoint_activations(model.llm, again)
+        clips = world.clips("a")
+        batch = batch_of(model, (laid_out(model, clips, "<video>\nWhen?", "from 1.5"), clips))
+        model(batch)["ce"].backward()
+        model.eval()
+        found.append({name: p.grad.clone() for name, p in model.llm.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
 def test_what_is_not_the_checkpoints_own_is_refused_by_name(
     worlds: dict[str, World], toy: Path, toy_bank: Path, tmp_path: Path
 ) -> None:
@@ -439,6 +406,15 @@ def test_what_is_not_the_checkpoints_own_is_refused_by_name(
         UserError, match=r"reads the merged tokens of its own tower, expected its own"
     ):
         world.start(stage_path=str(other.folder))
+    newest = worlds["qwen3_vl"]
+    with pytest.raises(UserError, match=r"adds features of the layers 0, 1 .*--layer 0,1,merged"):
+        world.start(stage_path=str(newest.folder))
+    with pytest.raises(
+        UserError, match=r"takes merged tokens alone, and the bank holds layer 0,1,m"
+    ):
+        newest.start(stage_path=str(world.folder))
+    with pytest.raises(UserError, match=r"what DeepStack adds would not be pooled"):
+        newest.start(pool_after_projector=True)
     with pytest.raises(UserError, match=r"got features of width 32; take a bank of the checkpoint"):
         world.start(stage_path=str(toy / "llm"))
     with pytest.raises(
@@ -460,7 +436,7 @@ def test_what_is_not_the_checkpoints_own_is_refused_by_name(
     with pytest.raises(UserError, match=r"its weights are quantised"):
         world.start(stage_path=str(tmp_path / "rounded"))
     for change, why in (
-        ({"model_type": "qwen3_vl"}, "DeepStack"),
+        ({"model_type": "qwen3_vl_moe"}, "experts"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
         (
             {"text_config": facts["text_config"] | {"rope_parameters": {"rope_type": "yarn"}}},
@@ -476,18 +452,18 @@ def test_what_is_not_the_checkpoints_own_is_refused_by_name(
         assert len(problem.splitlines()) == 1
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_a_run_trains_from_it_and_answers(
-    worlds: dict[str, World], train_here: Callable[..., Path], tmp_path: Path
+    worlds: dict[str, World], kind: str, train_here: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The plan counts the tokens around media; packed steps; trained, saved, loaded and exported it is
     what transformers computes with its weights."""
-    world = worlds["qwen2_5_vl"]
-    settings: dict[str, Any] = dict(EXACT) | {
+    world = worlds[kind]
+    settings: dict[str, Any] = dict(MERGED) | {
         "stage_path": world.folder,
         "bank": world.bank,
         "data_path": world.data,
-        "fast_stride": 1,
-        "pack_tokens": 160,
+        "pack_tokens": 300,
         "max_steps": 2,
         "num_train_epochs": 4,
     }
@@ -495,7 +471,7 @@ def test_a_run_trains_from_it_and_answers(
     said = (out / "train.log").read_text()
     assert "positions: frames at their time, row and column (M-RoPE)" in said
     model = VLM.load(out).eval()
-    assert model.config.mrope_sections == "1,1,2"
+    assert model.config.mrope_sections == {"qwen3_vl": "2,1,1"}.get(kind, "1,1,2")
     admit(model)
     clips = world.clips("b")
     prompt = laid_out(model, clips, "<video>\nWhen?", prompt=True)

@@ -1,0 +1,38 @@
+"""The vision tower of SigLIP 2 NaFlex: any shape of picture, as a row of patches beside its grid's sides.
+
+All frames of a clip are of one shape, so nothing is padded here and no patch masked.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.tower_kinds import Layer
+
+
+def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
+    """Return the hidden states of each frame: `(frames, patch_rows, patch_cols, width)`.
+
+    pixels: `(frames, 3, height, width)`, whole patches.
+    """
+    side = model.config.patch_size
+    grid = [length // side for length in pixels.shape[2:]]
+    patches = lay_out(model.config, pixels)
+    shapes = torch.tensor([grid] * len(pixels), device=pixels.device)
+    every = torch.ones(patches.shape[:2], dtype=torch.int32, device=pixels.device)
+    output = model(
+        pixel_values=patches,
+        pixel_attention_mask=every,
+        spatial_shapes=shapes,
+        output_hidden_states=True,
+    )
+    hidden: Tensor = output.hidden_states[layer]
+    return hidden.unflatten(1, grid)
+
+
+def lay_out(config: Any, pixels: Tensor) -> Tensor:
+    """Return patches row by row, each by rows, columns and channels: `(frames, patches, 3 side side)`."""
+    side = config.patch_size
+    blocks = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # f, c, rows, y, cols, x
+    return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

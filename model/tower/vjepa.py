@@ -1,0 +1,19 @@
+"""The vision tower of V-JEPA 2: patches two frames deep, which see all that they are given with."""
+
+from typing import Any
+
+from torch import Tensor
+
+from model.tower_kinds import Layer
+
+
+def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
+    """Return the hidden states of each unit: `(units, patch_rows, patch_cols, width)`.
+
+    pixels: `(frames, 3, height, width)`, whole units, all of which see each other.
+    """
+    config = model.config
+    rows, cols = (length // config.patch_size for length in pixels.shape[2:])
+    output = model(pixel_values_videos=pixels[None], skip_predictor=True, output_hidden_states=True)
+    hidden: Tensor = output.hidden_states[layer][0]
+    return hidden.unflatten(0, (len(pixels) // config.tubelet_size, rows, cols))

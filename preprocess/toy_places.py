@@ -1,0 +1,79 @@
+"""Questions of place about a toy world, from easy to hard: what a model has to learn in this order.
+
+    still    where a thing is in one banked frame, which is all that is shown
+    clip     where it is in a clip, in the middle of the time that it is visible
+    moment   where it is in a clip at a given time
+
+Learned at once, or from few clips, none of them is; `train/presets/evidence/space.yaml` climbs them. A
+still is a medium of one frame cut from the bank, so the bank has to hold the clip's BANKED frames.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from model.slow_fast import uniform_indices
+from preprocess.world import Json, Turn, one_each, places, seconds, shuffled, together
+
+if TYPE_CHECKING:
+    from preprocess.toyworld import Thing
+
+STEPS = ("still", "clip", "moment")
+BANKED = 16
+"""Frames that `preprocess encode --frames 16` takes of a clip."""
+STILLS = 2
+"""Of a clip."""
+
+
+def place_records(
+    rng: np.random.Generator,
+    video: str,
+    things: Sequence["Thing"],
+    frames: int,
+    fps: int,
+    *,
+    is_test: bool,
+) -> dict[str, list[Json]]:
+    """Return a clip's records by step: of training one with all questions, of a test one for each."""
+    asked = one_each if is_test else lambda video, turns: [together(video, turns)]
+    shown = [
+        (frame, seen)
+        for frame in uniform_indices(frames, BANKED)
+        if (seen := [thing for thing in things if thing.shown(frame)])
+    ]
+    stills: list[Json] = []
+    for frame, seen in shuffled(rng, shown)[:STILLS]:
+        # a folder's worth of name, so that ids differ
+        rows = asked(f"{video.removesuffix('.mp4')}/still-{frame}", _turns(rng, seen, frame))
+        cut = {"video": video, "start": frame / fps, "end": (frame + 1) / fps - 1e-3}
+        stills += [{"timeline": [cut]} | _without_video(row) for row in rows]
+    middles = [((thing.first + thing.last) // 2, thing) for thing in things]
+    turns = [turn for frame, thing in middles for turn in _turns(rng, [thing], frame)]
+    moments = [(int(rng.integers(t.first, t.last + 1)), t) for t in things for _ in range(2)]
+    at = [turn for frame, thing in moments for turn in _turns(rng, [thing], frame, frame / fps)]
+    return {
+        "still": stills,
+        "clip": asked(video, shuffled(rng, turns)),
+        "moment": asked(video, shuffled(rng, at)),
+    }
+
+
+def _turns(
+    rng: np.random.Generator, things: Sequence["Thing"], frame: int, time: float | None = None
+) -> list[Turn]:
+    """Return the place and the box of each thing in a frame, in any order."""
+    at = "" if time is None else f" at {seconds(time)}"
+    turns = [
+        turn
+        for thing in things
+        for turn in (
+            Turn("point", f"Where is the {thing.name}{at}?", places(thing.centre(frame))),
+            Turn("box", f"Give the box of the {thing.name}{at}.", places(thing.box(frame))),
+        )
+    ]
+    return shuffled(rng, turns)
+
+
+def _without_video(row: Json) -> Json:
+    return {name: value for name, value in row.items() if name != "video"}
