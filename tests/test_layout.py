@@ -61,7 +61,7 @@ FLOORS: dict[str, list[str]] = {
         "train.data",
         "train.start train.cost train.scores",
         "train.batches",
-        "train.loop",
+        "train.loop train.sweep",
         "train",
     ],
 }
