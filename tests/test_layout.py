@@ -51,6 +51,7 @@ FLOORS: dict[str, list[str]] = {
         "preprocess.decode",
         "preprocess.sources",
         "preprocess.toy_models preprocess.real_models preprocess.world",
+        "preprocess.toy_places",
         "preprocess.encode preprocess.show preprocess.toyworld preprocess.footage",
         "preprocess.derive",
         "preprocess.cli",
