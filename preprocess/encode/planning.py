@@ -78,7 +78,8 @@ class Survey:
         plan = self.known
         if plan is None or plan.quality is None or plan.tower.files is None:
             return None
-        if options.fit is not None:  # what it makes of the processor's values the tower says
+        # what --fit makes of the processor's values the tower says
+        if options.fit is not None or plan.features.derived is not None:
             return None
         if any(getattr(options, name) != getattr(plan.features, name) for name in ASKED):
             return None

@@ -37,7 +37,13 @@ from preprocess.sources.find import Found, clips_under, find_clips
 from preprocess.sources.probe import probe
 from preprocess.sources.skips import write_skips
 from shards.errors import UserError
-from shards.format.plan import ClipSource, Plan, read_plan, refuse_other_features
+from shards.format.plan import (
+    ClipSource,
+    Plan,
+    read_plan,
+    refuse_derived,
+    refuse_other_features,
+)
 from shards.format.quarantine import read_entries
 from shards.write.finish import finish, refuse_unfinished
 from shards.write.lease import sweep
@@ -191,6 +197,7 @@ def work(
     refused. roots: where videos may lie here that are not where they lay. start: the part of the units
     after which to begin, so that others begin elsewhere.
     """
+    refuse_derived(bank, plan.features)
     left = units_left(bank, plan)
     if not left:
         return Summary()
