@@ -88,7 +88,7 @@ def work(
 
     start, plan = start_of(share, os.environ), planned(bank)
     summary = encode_left(
-        bank, plan, tower, roots, device, procs=procs, decoders=decoders, start=start
+        bank, tower, roots, device, plan=plan, procs=procs, decoders=decoders, start=start
     )
     click.echo(
         f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "

@@ -40,6 +40,7 @@ from shards.errors import UserError
 from shards.format.plan import (
     ClipSource,
     Plan,
+    planned,
     read_plan,
     refuse_derived,
     refuse_other_features,
@@ -182,11 +183,11 @@ def _told(
 
 def work(
     bank: Path,
-    plan: Plan,
     tower: str | None = None,
     roots: Sequence[str] = (),
     device: str = "cpu",
     *,
+    plan: Plan | None = None,
     procs: int = 1,
     decoders: int | None = None,
     start: float = 0.0,
@@ -195,8 +196,9 @@ def work(
 
     tower: where it lies on this machine, if not where it lay when the bank was planned; another one is
     refused. roots: where videos may lie here that are not where they lay. start: the part of the units
-    after which to begin, so that others begin elsewhere.
+    after which to begin, so that others begin elsewhere. plan: of the bank, where it has been read.
     """
+    plan = plan or planned(bank)
     refuse_derived(bank, plan.features)
     left = units_left(bank, plan)
     if not left:

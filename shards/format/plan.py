@@ -200,7 +200,8 @@ def planned(bank: Path, missing: str = "no plan here") -> Plan:
         raise UserError(
             f"{missing} (plan.json is missing)",
             where=bank,
-            fix=f"make one with `preprocess plan INPUT --out {bank} --tower NAME`",
+            fix=f"make one with `preprocess plan INPUT --out {bank} --tower NAME`, or a bank with "
+            "`preprocess encode`",
         )
     return plan
 
