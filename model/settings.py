@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import Field, field
 from typing import Any
 
+SWITCH = bool | str
+"""The type of a setting that is on, off, or one of some words."""
 LARGEST_INTEGER = 2**31 - 1
 """Of integers without a bound of their own: what NumPy and torch count in without overflow."""
 
@@ -29,8 +31,8 @@ def setting(
 ) -> Any:
     """Declare a dataclass field. Bounds are inclusive (`least`, `most`) or exclusive.
 
-    choices: the texts it may be. finite: whether infinity is refused; NaN always is. valid: of other
-    texts, a test and what passes it, in words.
+    choices: the texts it may be; beside true and false, of a `SWITCH`. finite: whether infinity is
+    refused; NaN always is. valid: of other texts, a test and what passes it, in words.
     """
     facts = {
         "help": help_,
@@ -53,7 +55,7 @@ def problem_of(item: Field[Any], value: object) -> str | None:
     wrong = f"must be {expected(item)}"
     if not _is_of(value, item.type):
         return wrong
-    if facts["choices"] and value not in facts["choices"]:
+    if facts["choices"] and not isinstance(value, bool) and value not in facts["choices"]:
         return wrong
     if facts["valid"] and not facts["valid"][0](value):
         return wrong
@@ -71,6 +73,8 @@ def problem_of(item: Field[Any], value: object) -> str | None:
 def expected(item: Field[Any]) -> str:
     """Return in words which values a setting takes: `an integer in [2, 1000]`, `true or false`."""
     kind, facts = item.type, item.metadata
+    if kind == SWITCH:
+        return f"true, false or {' or '.join(facts['choices'])}"
     if facts["choices"]:
         return f"one of {', '.join(facts['choices'])}"
     if facts["valid"]:

@@ -123,7 +123,7 @@ def memory_bytes(settings: LlmSettings, shape: LlmShape, tower_width: int, place
     trained = heads + (llm if settings.tune_llm == "full" else 0)
     if settings.tune_llm == "lora":
         trained += 2 * settings.lora_r * shape.layers * (6 * shape.width + 3 * shape.mlp)
-    small = 2 if settings.bf16 else 4
+    small = 2 if settings.bf16 is True else 4
     frozen = 0 if settings.tune_llm == "full" else llm * small
     every = checkpoint_every(settings.gradient_checkpointing)
     whole = shape.layers if not every else shape.layers - -(-shape.layers // every) + 1

@@ -3,16 +3,19 @@
     accelerate launch train/run.py --config train/presets/toy.yaml --output_dir runs/a
     accelerate launch --multi_gpu --num_processes 2 train/run.py --config ...   # also on CPU
     torchrun --nproc_per_node 2 -m train.run --config ...
+    accelerate launch train/run.py --sweep sweep.yaml --output_dir runs   # many, see train/sweep
 
 Settings -> banks and records -> the run itself (`train/loop/loop.py`). Everything that can be
 refused is refused before torch is imported. `--plan` prints what the run would be, and stops.
 """
 
+import gc
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +27,7 @@ from train.settings.config import TrainConfig, parse
 from train.settings.exits import command
 from train.start.stage import as_its_stage, bank_problem
 from train.start.stage_files import stage_problem
+from train.sweep.story import run_sweeps
 
 SHOWN = 160
 """Characters of a command that others are told of, who may not start theirs beside it."""
@@ -34,15 +38,29 @@ if TYPE_CHECKING:
 
 @command
 def main(argv: list[str]) -> None:
+    if any(word.partition("=")[0] == "--sweep" for word in argv):
+        run_sweeps(argv, os.environ, accelerate_words(argv))
+        return
     holding = holders()  # before minutes of loading, in which they may end
     config = parse(argv, os.environ, accelerate_words(argv))
-    dataset = open_inputs(config)
-    config = as_its_stage(config)
-    if config.plan:
-        show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
-    else:
+    with no_garbage():
+        dataset = open_inputs(config)
+        config = as_its_stage(config)
+        if config.plan:
+            show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
+    if not config.plan:
         with only_run_in(config.output_dir, argv):
             start(config, dataset, holding)
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Collect none: records stay, and looking for garbage among them takes a fifth of reading them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def open_inputs(config: TrainConfig) -> Dataset:
@@ -84,10 +102,15 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
 
     from train.loop.loop import train
     from train.loop.signals import StopSignals
+    from train.measured.arithmetic import with_arithmetic
 
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    on_cpu = not torch.accelerator.is_available()
+    if config.bf16 == "auto":
+        config, note = with_arithmetic(config, dataset, on_cpu)
+        dataset = replace(dataset, notes=(*dataset.notes, note))
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes on the CPU do not find each other
+        cpu=on_cpu,  # else processes on the CPU do not find each other
         mixed_precision="bf16" if config.bf16 else "no",
         # ours alone, which have taken in what the launcher was asked for
         dynamo_backend="no",

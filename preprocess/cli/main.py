@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from preprocess.cli.care import gc, repair, status, verify
+from preprocess.cli.derive import derive
 from preprocess.cli.encode import encode, plan, retry
 from preprocess.cli.export import export
 from preprocess.cli.look import diff, footage, realmodels, show, toyworld
@@ -70,6 +71,7 @@ def main() -> None:
     preprocess encode VIDEOS --out BANK ...  run a frozen vision tower over videos, once
     preprocess work BANK                     encode what is planned, on many machines; then `finish`
     preprocess retry BANK                    encode what failed again, and nothing else
+    preprocess derive BANK --out NEW ...     coarser cells, fewer frames, another codec: no video
     preprocess verify BANK                   find what is damaged; `repair` encodes only that
 
     \b
@@ -82,7 +84,7 @@ def main() -> None:
 
 for command in (
     *(toyworld, footage, realmodels, plan, encode, retry),
-    *(work, finish, merge),
+    *(work, finish, merge, derive),
     *(status, show, verify, repair),
     *(diff, export, gc),
 ):

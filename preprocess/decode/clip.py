@@ -11,7 +11,7 @@ ever: `preprocess.decode.child` runs all this in a process that can be killed.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -64,6 +64,9 @@ def sample_indices(times: np.ndarray, end: float, sampling: Sampling) -> list[in
     times: float64 `(shown frames,)`, sorted seconds from the clip's start; end: its length. A time
     before the first frame takes the first, so that no clip is empty.
     """
+    if sampling.kept is not None:
+        taken = sample_indices(times, end, replace(sampling, kept=None))
+        return [taken[k] for k in uniform_indices(len(taken), sampling.kept)]
     if sampling.num_frames is not None:
         return uniform_indices(len(times), sampling.num_frames)
     assert sampling.fps is not None

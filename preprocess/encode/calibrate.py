@@ -9,7 +9,7 @@ from all of their folders. Half of them give the scales, the others show what th
 The lossless codecs need none of this and lose nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,18 +49,33 @@ def calibrate(
     Raises UserError where none can.
     """
     if options.codec != "int8":
-        return Calibration({}, {s: _quality(np.ones(1), np.zeros(1)) for s in options.strides})
+        return lossless(options.strides)
     found = list(_encoded(clips, tower, options, reader))
     if not found:
         raise UserError(
             f"--codec int8: none of {min(len(clips), TRIED)} clips can be encoded, to calibrate on; "
             "look at the videos, or use --codec none to have each named in the quarantine"
         )
+    return measured(found, options.strides, options.dtype)
+
+
+def lossless(strides: Sequence[int]) -> Calibration:
+    """Return what the codecs need that lose nothing."""
+    return Calibration({}, {stride: _quality(np.ones(1), np.zeros(1)) for stride in strides})
+
+
+def measured(
+    found: Sequence[Mapping[int, np.ndarray]], strides: Sequence[int], dtype: str
+) -> Calibration:
+    """Return the scales for int8 from every second clip, and what they lose of the others.
+
+    found: of each clip, per stride, features of a `dtype` `(frames, rows, cols, dim)`; one at least.
+    """
     used, held_out = found[::2], found[1::2] or found
-    scales = {stride: channel_rms(arrays[stride] for arrays in used) for stride in options.strides}
-    codec = Codec(options.codec, options.dtype, scales)
+    scales = {stride: channel_rms(arrays[stride] for arrays in used) for stride in strides}
+    codec = Codec("int8", dtype, scales)
     quality = {}
-    for stride in options.strides:
+    for stride in strides:
         exact = [arrays[stride] for arrays in held_out]
         decoded = [_round_trip(codec, stride, array) for array in exact]
         cosines = [token_cosine(a, b).ravel() for a, b in zip(exact, decoded, strict=True)]
@@ -68,12 +83,17 @@ def calibrate(
     return Calibration(scales, quality)
 
 
+def drawn(clips: Iterable[ClipSource]) -> list[ClipSource]:
+    """Return clips in the order in which they are tried."""
+    return sorted(clips, key=lambda clip: (clip.key[-16:], clip.key))
+
+
 def _encoded(
     clips: Sequence[ClipSource], tower: Tower, options: EncodeOptions, reader: SourceReader
 ) -> Iterator[dict[int, np.ndarray]]:
     """Yield the features of up to twice `CLIPS` clips: per stride `(frames, rows, cols, dim)`."""
     good = 0
-    for source in sorted(clips, key=lambda clip: (clip.key[-16:], clip.key))[:TRIED]:
+    for source in drawn(clips)[:TRIED]:
         outcome = reader.read(source, options.request(source, tower.pixels))
         if outcome.clip is None:
             continue

@@ -50,7 +50,7 @@ from shards.format.commits import (
     write_commit,
 )
 from shards.format.manifest import TowerFacts
-from shards.format.plan import ClipSource, Plan, read_plan, refuse_other_features
+from shards.format.plan import ClipSource, Plan, read_plan, refuse_derived, refuse_other_features
 from shards.format.quarantine import read_quarantine
 from shards.format.samples import SampleMeta
 from shards.signed import Json, write_atomic
@@ -127,6 +127,10 @@ def repair(
                 if shard_name(unit) in inventory.commits
             ]
             for shard in sorted(shards, key=lambda shard: f"shards/{shard.name}" in to_encode):
+                if f"shards/{shard.name}" in to_encode:
+                    refuse_derived(
+                        bank, plan.features, "remove damaged shards, each with its .done"
+                    )
                 if shard.files() & damaged:
                     shard.run()
         inventory = read_inventory(bank)

@@ -31,6 +31,7 @@ from shards.format.plan import (
     Plan,
     cut_units,
     read_plan,
+    refuse_derived,
     refuse_other_features,
     write_plan,
 )
@@ -59,6 +60,7 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
     refuse_missing_shards(bank, plan)
     if not all(committed(bank, unit) for unit in range(len(plan.units))):
         raise UserError(f"{bank}: its run is not over; finish `preprocess encode` before a retry")
+    refuse_derived(bank, plan.features)
     sources = [clip for clip in plan.clips if clip.id in failed and clip.key not in plan.pruned]
     if not sources:
         return Summary()

@@ -46,6 +46,7 @@ from shards.format.plan import (
     TowerSettings,
     planned,
     read_plan,
+    refuse_derived,
     refuse_other_features,
     write_plan,
 )
@@ -257,6 +258,7 @@ def work(
     after which to begin, so that others begin elsewhere.
     """
     plan = planned(bank)
+    refuse_derived(bank, plan.features)
     if not _units_left(bank, plan):
         return Summary()
     if plan.quality is None:

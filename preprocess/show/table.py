@@ -81,6 +81,8 @@ def facts(bank: Bank) -> list[str]:
     many = f"{config.sampling.fps} frames per second, at most {config.sampling.max_frames}"
     if config.sampling.num_frames:
         many = f"{config.sampling.num_frames} frames of each clip, uniformly"
+    if config.sampling.kept:
+        many += f"; of these {config.sampling.kept}, uniformly"
     lines = {
         "bank": str(bank.path),
         "tower": f"{manifest.provenance.tower} ({tower})",
@@ -93,6 +95,12 @@ def facts(bank: Bank) -> list[str]:
         "frames": f"{len(bank.columns['timestamps']):,}",
         "bytes": f"{in_bytes(manifest.nbytes)}, shards {len(manifest.shards):,}",
     }
+    if config.derived:
+        strides = ",".join(map(str, config.derived.strides))
+        lines["derived"] = (
+            f"from {', '.join(sources(manifest))} (strides {strides}, codec {config.derived.codec}, "
+            f"fingerprint {config.derived.fingerprint[:12]})"
+        )
     for stride in config.strides:
         shapes = bank.columns[f"stride{stride}_shape"].reshape(-1, 4)
         grids = Counter(f"{rows}x{columns} cells" for _, rows, columns, _ in shapes.tolist())
@@ -102,6 +110,12 @@ def facts(bank: Bank) -> list[str]:
         if config.codec != "none":
             lines[f"stride {stride}"] += f", {codec_quality(manifest, stride)}"
     return [f"{name:<12} {printable(value)}" for name, value in lines.items()]
+
+
+def sources(manifest: Manifest) -> list[str]:
+    """Return where the banks lay that a bank was derived from."""
+    places = {record.get("derived_from") for record in manifest.provenance.encoded}
+    return sorted(str(place) for place in places if place)
 
 
 def codec_quality(manifest: Manifest, stride: int) -> str:

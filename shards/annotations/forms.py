@@ -259,7 +259,7 @@ def turn_of(turn: Any, media: Media) -> Json:
     ]
     if len(pairs) != 1 or pairs[0][1] not in turn:
         raise RowError(TURNS, f"{needs}, or `role` and `content`, got {short(turn)}")
-    if more := [name for name in TURN_FIELDS if not is_empty(turn.get(name))]:
+    if more := [name for name in TURN_FIELDS if name in turn and not is_empty(turn[name])]:
         raise RowError(
             "a field that nothing reads", f"a turn's `{more[0]}`", got=short(turn[more[0]])
         )

@@ -21,6 +21,7 @@ WORDS = {
     "pool": "pooling",
     "codec": "codec of the stored bytes",
     "format_version": "format of the bank",
+    "derived": "what it was derived from",
 }
 
 
@@ -69,10 +70,10 @@ def read_features(path: Path) -> Json:
 
 
 def flat(data: Json, prefix: str = "") -> dict[str, object]:
-    """Return nested fields by dotted name."""
+    """Return nested fields by dotted name; `derived`, which most banks have not, as a whole."""
     fields: dict[str, object] = {}
     for name, value in data.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "derived":
             fields |= flat(value, f"{prefix}{name}.")
         else:
             fields[f"{prefix}{name}"] = value

@@ -221,14 +221,11 @@ def _state(found: Status) -> str:
         who = some([f"process {one.pid} on {one.host}" for one in found.workers])
         return f"being written by {counted(len(found.workers), 'worker')}: {printable(who)}"
     killed = " (its writer was killed)" if lock_path(found.bank).exists() else ""
+    command = "derive" if found.features and found.features.derived else "encode"
     if left:
-        return (
-            f"{left} units to do and nobody writes{killed}; run `preprocess encode` again to go on"
-        )
+        return f"{left} units to do and nobody writes{killed}; run `preprocess {command}` again to go on"
     if found.manifest is None:
-        return (
-            f"all units are finished, bank.json is not written{killed}; `preprocess encode` again"
-        )
+        return f"all units are finished, bank.json is not written{killed}; `preprocess {command}` again"
     return f"finished{killed}"
 
 

@@ -43,6 +43,20 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Int8:
+    """Features as `int8` stores them, with what makes floats of them: half the bytes to move."""
+
+    values: np.ndarray
+    """int8 `(frames, cell_rows, cell_cols, dim)`."""
+    token_scale: np.ndarray
+    """float32 `(frames, cell_rows, cell_cols)`."""
+    channel_scale: np.ndarray
+    """float32 `(dim)`."""
+    dtype: str
+    """Of the floats: float16 or bfloat16."""
+
+
+@dataclass(frozen=True)
 class Codec:
     """How one bank stores features."""
 

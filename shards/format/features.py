@@ -39,11 +39,13 @@ class Sampling:
     fps: str | None = None
     """An exact decimal or ratio, frames per second: "1", "0.5", "30000/1001"."""
     max_frames: int | None = None
+    kept: int | None = None
+    """Of the frames so found, this many uniformly: of a bank that was derived with fewer frames."""
 
     def __post_init__(self) -> None:
         if (self.num_frames is None) == (self.fps is None):
             raise UserError("sampling takes either --frames N or --fps F --max-frames N, not both")
-        for name in ("num_frames", "max_frames"):
+        for name in ("num_frames", "max_frames", "kept"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be a positive integer, got {value}")
@@ -62,7 +64,17 @@ class Sampling:
         """The largest number of frames that one clip can give."""
         limit = self.num_frames or self.max_frames
         assert limit is not None
-        return limit
+        return limit if self.kept is None else min(limit, self.kept)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """That features were made of another bank's, whose stored values they are pooled from."""
+
+    fingerprint: str
+    """Of that bank's features."""
+    strides: tuple[int, ...]
+    codec: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,8 @@ class FeatureConfig:
     codec: str = "none"
     """How features are stored: `none`, `blosc` or `int8`."""
     format_version: int = FORMAT_VERSION
+    derived: Derived | None = None
+    """None of features that come from the tower."""
 
     def __post_init__(self) -> None:
         check_strides(self.strides)
@@ -112,7 +126,15 @@ class FeatureConfig:
             raise UserError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
 
     def to_json(self) -> Json:
-        return asdict(self) | {"strides": list(self.strides)}
+        """Return the fields as json; those that only a derived bank has are left out elsewhere."""
+        data = asdict(self) | {"strides": list(self.strides)}
+        if self.sampling.kept is None:
+            del data["sampling"]["kept"]
+        if self.derived is None:
+            del data["derived"]
+        else:
+            data["derived"]["strides"] = list(self.derived.strides)
+        return data
 
     @classmethod
     def from_json(cls, data: Json) -> "FeatureConfig":

@@ -212,9 +212,10 @@ def read_manifest(place: str | Path | Files) -> Manifest:
     plan = read_small(files, "plan.json")
     if plan is not None:
         refuse_other_version(plan, path, "plan.json")
+        command = "derive" if plan.get("features", {}).get("derived") else "encode"
         raise UserError(
             f"{path}: its run is not over (plan.json is there, bank.json is not); let "
-            "`preprocess encode` finish, or open what is done with allow_partial=True"
+            f"`preprocess {command}` finish, or open what is done with allow_partial=True"
         )
     raise UserError(
         f"{path}: no bank here (bank.json is missing); make one with "

@@ -203,11 +203,33 @@ def write_plan(bank: Path, plan: Plan) -> None:
     write_atomic(bank / "plan.json", signed_json(plan.to_json()))
 
 
+def refuse_derived(
+    bank: Path, features: FeatureConfig, first: str = "encode or retry in that bank"
+) -> None:
+    """Raise UserError for a bank that was derived: videos and tower would give it other values.
+
+    first: what a person does before the same derivation, which brings the bank up to date.
+    """
+    if features.derived:
+        raise UserError(
+            "was derived from another bank, and holds what was stored there",
+            where=bank,
+            fix=f"{first}, then run the same `preprocess derive` again",
+        )
+
+
 def refuse_other_features(bank: Path, asked: FeatureConfig, banked: FeatureConfig) -> None:
     """Raise UserError naming each field in which a bank differs from what is asked of it."""
+    if not asked.derived:
+        refuse_derived(bank, banked)
     lines = differences(asked.to_json(), banked.to_json())
     if lines:
+        nests = all(any(s % finer == 0 for finer in banked.strides) for s in asked.strides)
+        strides = ",".join(map(str, asked.strides))
         raise UserError(
             f"{bank}: holds other features; write to another folder, or ask for the same. "
-            f"Asked here, banked there: {'; '.join(lines)}"
+            f"Asked here, banked there: {'; '.join(lines)}",
+            fix=f"`preprocess derive {bank} --stride {strides} --out NEW` needs no tower"
+            if nests and [line.partition(":")[0] for line in lines] == ["strides"]
+            else None,
         )

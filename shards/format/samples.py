@@ -75,7 +75,9 @@ def clip_id(path: str, start: float | None = None, end: float | None = None) -> 
     Seconds are written to the millisecond without trailing zeros; an open end is left empty.
     `./a.mp4` and `a.mp4` are one clip.
     """
-    path = PurePosixPath(path).as_posix()
+    # most are written that way already, and a PurePosixPath is slow
+    if path[:1] in ("", ".") or path[-1:] == "/" or "/." in path or "//" in path:
+        path = PurePosixPath(path).as_posix()
     if start is None and end is None:
         return path
     return f"{path}#{_seconds(start or 0.0)}-{'' if end is None else _seconds(end)}"

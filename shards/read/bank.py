@@ -15,7 +15,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.format.catalogue import Columns, TextColumn, id_hash
-from shards.format.codec import Codec
+from shards.format.codec import Codec, Int8
 from shards.format.manifest import Manifest
 from shards.read.opening import load, load_partial, refuse_missing_shards
 from shards.storage import Files, LocalFiles, open_files
@@ -85,7 +85,7 @@ class Bank:
             int(stride): np.asarray(scale, np.float32)
             for stride, scale in (manifest.calibration or {}).items()
         }
-        self._codec = Codec(self.config.codec, self.config.dtype, scales)
+        self.codec = Codec(self.config.codec, self.config.dtype, scales)
         self._sorted_hashes = columns["key_hash"][columns["key_order"]]
         self._checked = self._none_checked()
 
@@ -179,13 +179,17 @@ class Bank:
         total, *cells = self.shape(row, stride)
         wanted = range(total) if frames is None else frames
         assert all(0 <= frame < total for frame in wanted), (wanted, total)
-        codec, name = self._codec, f"stride{stride}"
+        codec, name = self.codec, f"stride{stride}"
         if out is None:
             out = np.empty((len(wanted), *cells), codec.stored_dtype)
         assert out.shape == (len(wanted), *cells), (out.shape, len(wanted), cells)
         assert out.dtype == codec.stored_dtype
         assert out.flags.c_contiguous
-        scale = frame_nbytes = None
+        if codec.name == "int8":
+            some = self.read_int8(row, stride, wanted)
+            np.copyto(out, codec.decode(stride, some.values, cells, scale=some.token_scale))
+            return out
+        frame_nbytes = None
         if codec.name == "blosc":
             begin, end = self.columns[f"{name}_frame_nbytes_offsets"][row : row + 2].tolist()
             sizes = self.columns[f"{name}_frame_nbytes"][begin:end].tolist()
@@ -193,20 +197,30 @@ class Bank:
             data = np.empty(sum(frame_nbytes), np.uint8)
             edges = [0, *np.cumsum(sizes).tolist()]
         else:
-            data = out if codec.name == "none" else np.empty(out.shape, np.int8)
-            edges = _even(total, int(np.prod(cells)) * data.itemsize)
+            data, edges = out, _even(total, int(np.prod(cells)) * out.itemsize)
         self._fill(data, self._place(row, stride, name, edges), wanted)
-        if codec.name == "int8":
-            scale = np.empty(out.shape[:-1], np.float32)
-            edges = _even(total, int(np.prod(cells[:-1])) * scale.itemsize)
-            self._fill(scale, self._place(row, stride, f"{name}_scale", edges), wanted)
         self._checked[stride][row] = True
-        if codec.name != "none":
+        if codec.name == "blosc":
             try:
-                np.copyto(out, codec.decode(stride, data, cells, frame_nbytes, scale))
+                np.copyto(out, codec.decode(stride, data, cells, frame_nbytes))
             except ValueError as error:
                 raise self._damaged(row, stride, str(error)) from None
         return out
+
+    def read_int8(self, row: int, stride: int, frames: Sequence[int] | None = None) -> Int8:
+        """Return the features of some frames of an int8 bank as they are stored, as `read` does."""
+        assert self.codec.name == "int8", self.codec.name
+        total, *cells = self.shape(row, stride)
+        wanted = range(total) if frames is None else frames
+        assert all(0 <= frame < total for frame in wanted), (wanted, total)
+        name = f"stride{stride}"
+        values = np.empty((len(wanted), *cells), np.int8)
+        scale = np.empty(values.shape[:-1], np.float32)
+        for array, part in ((values, name), (scale, f"{name}_scale")):
+            edges = _even(total, int(np.prod(array.shape[1:])) * array.itemsize)
+            self._fill(array, self._place(row, stride, part, edges), wanted)
+        self._checked[stride][row] = True
+        return Int8(values, scale, self.codec.channel_scale[stride], self.codec.dtype)
 
     def _place(self, row: int, stride: int, name: str, edges: list[int]) -> _Place:
         begin, crc = self.columns[f"{name}_offset"][row], self.columns[f"{name}_crc32c"][row]

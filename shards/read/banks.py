@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.errors import UserError
+from shards.format.codec import Int8
 from shards.format.features import FeatureConfig, differences
 from shards.format.manifest import Manifest
 from shards.format.quarantine import read_quarantine
@@ -117,12 +118,14 @@ class BankedClip:
     row: int
     info: ClipInfo
 
-    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
-        """Return features as `Bank.read` does; raises DamagedSample."""
+    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray | Int8:
+        """Return features as `Bank.read` does, of an int8 bank as stored; raises DamagedSample."""
+        if self.bank.codec.name == "int8":
+            return self.bank.read_int8(self.row, stride, frames)
         return self.bank.read(self.row, stride, frames)
 
 
 def joint(config: FeatureConfig) -> Json:
-    """What banks joined in one run must share; sampling and codec may differ."""
-    own = ("sampling", "codec", "dtype", "format_version")
+    """What banks joined in one run must share; sampling, codec and what was derived may differ."""
+    own = ("sampling", "codec", "dtype", "format_version", "derived")
     return {name: value for name, value in config.to_json().items() if name not in own}

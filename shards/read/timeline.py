@@ -17,6 +17,7 @@ import numpy as np
 
 from shards.annotations.fault import RowError
 from shards.annotations.timeline import REASON, Cut
+from shards.format.codec import Int8
 from shards.read.bank import ClipInfo
 from shards.read.banks import Place
 
@@ -33,8 +34,8 @@ class ClipFeatures(Protocol):
     @property
     def info(self) -> ClipInfo: ...
 
-    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
-        """Return `(frames, cell_rows, cell_cols, dim)`: float16, or uint16 that holds bfloat16."""
+    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray | Int8:
+        """Return `(frames, cell_rows, cell_cols, dim)`: float16, uint16 that holds bfloat16, or Int8."""
         ...
 
 
@@ -48,7 +49,7 @@ class PartOfClip:
     info: ClipInfo
     """Its bounds are those of the medium, its frames those of the part."""
 
-    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
+    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray | Int8:
         return self.whole.read(stride, [self.first + frame for frame in frames])
 
 

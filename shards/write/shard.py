@@ -156,17 +156,30 @@ class ShardWriter:
         arrays: stride -> float16 or uint16 `(frames, cell_rows, cell_cols, dim)`. underflowed: how
         many of their values were rounded to zero.
         """
+        assert all(array.ndim == 4 for array in arrays.values()), key
+        stored = {stride: self.codec.encode(stride, array) for stride, array in arrays.items()}
+        shapes = {stride: array.shape for stride, array in arrays.items()}
+        self.write_stored(key, meta, stored, shapes, underflowed)
+
+    def write_stored(
+        self,
+        key: str,
+        meta: SampleMeta,
+        stored: Mapping[int, Stored],
+        shapes: Mapping[int, tuple[int, ...]],
+        underflowed: int = 0,
+    ) -> None:
+        """Append one clip as the codec stores it; shapes: of the features that were stored."""
         assert KEY_PATTERN.fullmatch(key), key
         assert key not in self.keys, key
-        assert all(array.ndim == 4 for array in arrays.values()), key
-        stored = {stride: self.codec.encode(stride, arrays[stride]) for stride in sorted(arrays)}
+        stored = {stride: stored[stride] for stride in sorted(stored)}
         frames = {str(s): one.frame_nbytes for s, one in stored.items() if one.frame_nbytes}
         sample = _Sample(self.nbytes)
         place = sample.add(
             f"{key}.json", canonical_json(replace(meta, frame_nbytes=frames).to_json())
         )
         streams = {
-            stride: _add_stream(sample, key, stride, arrays[stride].shape, one)
+            stride: _add_stream(sample, key, stride, shapes[stride], one)
             for stride, one in stored.items()
         }
         blob = sample.blob()

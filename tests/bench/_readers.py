@@ -70,6 +70,26 @@ def ours(folder: Path, codec: str = "none", reuse: bool = True) -> Passes:
     return [read(0), read(1)]
 
 
+def ours_trained(folder: Path) -> Passes:
+    """int8 as training takes it: read as it is stored, made floats in torch, on one thread."""
+    import torch
+
+    from model.batch import as_tensor
+    from shards.read.banks import Banks
+
+    torch.set_num_threads(1)
+    clips = Banks.open([folder / "int8"])
+    ids = list(clips.banks[0].ids)
+
+    def read(seed: int) -> Iterator[int]:
+        for id_ in random.Random(seed).sample(ids, len(ids)):
+            clip = clips.clip(id_)
+            frames = range(len(clip.info.timestamps))
+            yield sum(as_tensor(clip.read(stride, frames)).nbytes for stride in (4, 8))
+
+    return [read(0), read(1)]
+
+
 def webdataset(folder: Path, decode: bool) -> Passes:
     import webdataset as wds
 
@@ -175,6 +195,7 @@ READERS: dict[str, Callable[[Path], Passes]] = {
     "ours new arrays": lambda folder: ours(folder, reuse=False),
     "ours blosc": lambda folder: ours(folder, codec="blosc"),
     "ours int8": lambda folder: ours(folder, codec="int8"),
+    "ours int8 in torch": ours_trained,
     "webdataset raw": lambda folder: webdataset(folder, decode=False),
     "webdataset decoded": lambda folder: webdataset(folder, decode=True),
     "HF datasets": hugging_face,

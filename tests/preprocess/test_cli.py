@@ -32,6 +32,7 @@ OPTIONS = {
     "work": "--share --procs --tower --video-root --device --template --help",
     "finish": "--help",
     "merge": "--out --help",
+    "derive": "--out --stride --codec --frames --shard-size --help",
     "retry": (
         "--tower --video-root --device --batch-frames --tower-threads --allow-truncated --help"
     ),

@@ -66,7 +66,7 @@ def test_a_bad_environment_override_says_which_and_what(
 YAML_CASES = [
     ("lr_shedule: 3", ["x.yaml:1 lr_shedule: unknown setting"]),
     ("learning_rat: 3", ["did you mean learning_rate?"]),
-    ("bf16: maybe", ["x.yaml:1 bf16 must be true or false, got 'maybe'"]),
+    ("bf16: maybe", ["x.yaml:1 bf16 must be true, false or auto, got 'maybe'"]),
     ("seed: 1\nmax_frames_num: many", ["x.yaml:2 max_frames_num must be a positive integer"]),
     ("seed: 1\nseed: 2", ["x.yaml:2 seed: already set in line 1"]),
     ("slow_frame_ratio: 1.5", ["x.yaml:1 slow_frame_ratio must be a number in [0, 1], got '1.5'"]),

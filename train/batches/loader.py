@@ -6,7 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
-from model.batch import Batch, pinned
+import torch
+
+from model.batch import Batch, pinned, to_device
 from model.vlm import VLMConfig
 from shards.read.timeline import Medium
 from train.batches.augment import Look, Looks
@@ -165,7 +167,8 @@ class Loader:
             length=self.row_length,
             tasks=[task for row in rows for record, _ in row for task in tasks_of(record)],
         )
-        return pinned(batch) if self.pin else batch
+        # to a device as it is stored; made floats here, beside the steps, where there is none
+        return pinned(batch) if self.pin else to_device(batch, torch.device("cpu"))
 
     def packs(
         self, plan: RunPlan, share: Share, step: int, *, with_copy: bool = False

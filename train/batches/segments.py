@@ -14,6 +14,7 @@ those of the whole text, and are prevented here:
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -53,6 +54,9 @@ class Segments:
         """Finds the control tokens in a template."""
         self.controls = frozenset(controls.values())
         """Ids that only the template may put into a row."""
+        # of the template's own texts, of which there are few
+        self._last_control = lru_cache(self._find_last_control)
+        self._controls_of = lru_cache(lambda text: len(self.controls_in.findall(text)))
         self._one_at_a_time = Lock()
         newline, both = self._tokenise(["\n", "\na"], split=False)
         (alone,) = self._tokenise(["a"], split=False)
@@ -61,6 +65,8 @@ class Segments:
 
     def cut(self, text: str) -> list[tuple[str, bool]]:
         """Return a turn's text as (piece, whether it spells a control token)."""
+        if text and not self._spelled.search(text):
+            return [(text, False)]
         pieces, at = [], 0
         for match in self._spelled.finditer(text):
             pieces += [(text[at : match.start()], False), (match.group(), True)]
@@ -68,7 +74,10 @@ class Segments:
         return [(piece, spells) for piece, spells in [*pieces, (text[at:], False)] if piece]
 
     def last_control(self, text: str) -> str:
-        """Return the control token that a text ends with, empty where it ends otherwise."""
+        """Return the control token that a template's text ends with, empty where it ends otherwise."""
+        return self._last_control(text)
+
+    def _find_last_control(self, text: str) -> str:
         found = [match for match in self.controls_in.finditer(text) if match.end() == len(text)]
         return found[-1].group() if found else ""
 
@@ -91,8 +100,7 @@ class Segments:
     def _is_true(self, segment: Segment, ids: Sequence[int]) -> bool:
         """Whether a segment's control tokens are those of the template."""
         template = "\n".join(text for text, of_template in segment.parts if of_template)
-        wanted = len(self.controls_in.findall(template))
-        return sum(id_ in self.controls for id_ in ids) == wanted
+        return sum(id_ in self.controls for id_ in ids) == self._controls_of(template)
 
     def _piecewise(self, segment: Segment) -> list[int]:
         """Return the ids of a segment whose texts would give control tokens: part by part."""

@@ -3,11 +3,18 @@
 A span that ends behind its clip may be clipped to it; nothing else is changed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from shards.annotations.fault import RowError
-from train.data.markup import MARKUP, MEDIA_TAGS, SHARE, Coordinate, split_markup
+from train.data.markup import (
+    MARKUP,
+    MEDIA_TAGS,
+    SHARE,
+    Coordinate,
+    coordinate_of,
+    split_markup,
+)
 from train.data.records import Record, Turn
 from train.data.spans import spans, unit_of, value_of
 
@@ -41,19 +48,29 @@ def rewritten(
     record: Record, durations: Sequence[float], change: Callable[[Turn, float], str]
 ) -> Record:
     """Return a record whose text is changed: each stretch between media, with its clip's seconds."""
+    turns = []
+    for turn, parts in zip(record.turns, stretches(record, durations), strict=True):
+        texts = (
+            part if duration is None else change(Turn(turn.role, part), duration)
+            for part, duration in parts
+        )
+        turns.append(Turn(turn.role, "".join(texts)))
+    return replace(record, turns=tuple(turns))
+
+
+def stretches(
+    record: Record, durations: Sequence[float]
+) -> Iterator[list[tuple[str, float | None]]]:
+    """Yield each turn as (stretch between media, seconds of its clip) and (tag of a medium, None)."""
     media = iter(durations)
     duration = durations[0] if durations else 0.0
-    turns = []
     for turn in record.turns:
-        text = ""
+        parts: list[tuple[str, float | None]] = []
         for place, part in enumerate(MEDIA_TAGS.split(turn.text)):
             if place % 2:
                 duration = next(media)
-                text += part
-            else:
-                text += change(Turn(turn.role, part), duration)
-        turns.append(Turn(turn.role, text))
-    return replace(record, turns=tuple(turns))
+            parts.append((part, None if place % 2 else duration))
+        yield parts
 
 
 def _share_in_seconds(turn: Turn, duration: float) -> str:
@@ -71,16 +88,14 @@ def _clipped(turn: Turn, duration: float) -> str:
 
 def check_coordinates(record: Record, durations: Sequence[float]) -> list[RowError]:
     """Return a fault for each coordinate of a record that lies outside its clip or frame."""
-    faults: list[RowError] = []
-
-    def check(turn: Turn, duration: float) -> str:
-        for piece in split_markup(turn.text):
-            if isinstance(piece, Coordinate) and (fault := _outside(piece, duration)):
-                faults.append(fault.at(record.where, record.id))
-        return turn.text
-
-    rewritten(record, durations, check)
-    return faults
+    return [
+        fault.at(record.where, record.id)
+        for turn in stretches(record, durations)
+        for part, duration in turn
+        if duration is not None
+        for match in MARKUP.finditer(part)
+        if (fault := _outside(coordinate_of(match), duration))
+    ]
 
 
 def repeating(record: Record) -> bool:

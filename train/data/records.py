@@ -9,6 +9,7 @@ such as `<TEMP-037>`.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -233,17 +234,19 @@ def join(
     """
     kept = []
     quarantined = banks.quarantined()
+    find = lru_cache(maxsize=None)(banks.find)
     dropped = [] if dropped is None else dropped
     for record in records:
         named = f"{record.where} (id {record.id})"
         try:
             ids = [
-                known_id(id_, record.source, banks, quarantined, folders) for id_ in record.clips
+                id_ if find(id_) else known_id(id_, record.source, banks, quarantined, folders)
+                for id_ in record.clips
             ]
         except UserError as error:
             problems.append(f"{named}: {error}")
             continue
-        places = [banks.find(id_) if id_ is not None else None for id_ in ids]
+        places = [find(id_) if id_ is not None else None for id_ in ids]
         found = replace(
             record,
             clips=tuple(id_ for id_ in ids if id_ is not None),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from shards.errors import UserError
+from shards.format.codec import Int8
 from shards.read.banks import BankedClip, Place
 from shards.read.timeline import SplicedClip, Timeline, places_of, splice
 from train.data.dataset import Dataset
@@ -23,7 +24,7 @@ class ForeignClip(BankedClip):
     theirs: int
     """Frames that the other clip has; `info` is of the clip that it stands for."""
 
-    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
+    def read(self, stride: int, frames: Sequence[int]) -> np.ndarray | Int8:
         own = len(self.info.timestamps)
         return super().read(stride, [frame * self.theirs // own for frame in frames])
 

@@ -53,6 +53,8 @@ def refuse_misspelt(turns: Sequence[tuple[str, str]]) -> None:
 def spans(text: str, *, answer: bool) -> Iterator[tuple[re.Match[str], re.Match[str]]]:
     """Yield the two times of each span in a turn: both seconds, both shares, or both anchors."""
     times = list(TIME.finditer(text))
+    if len(times) < 2:
+        return
     rest = TIME.sub("", text)
     alone = answer and len(times) == 2 and len(rest) <= FEW and not MARKUP.search(rest)
     for first, second in pairwise(times):

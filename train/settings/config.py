@@ -128,7 +128,12 @@ class LlmSettings:
         ),
     )
     compile: bool = setting(False, "torch.compile the LLM's layers; pays with pack_tokens")
-    bf16: bool = setting(False, "bf16 arithmetic; trained weights stay fp32")
+    bf16: bool | str = setting(
+        False,
+        "bf16 arithmetic, trained weights stay fp32; auto: where a CPU's step is clearly faster, as "
+        "measured when the run begins",
+        choices=("auto",),
+    )
     tf32: bool = setting(True, "TF32 matrix products on CUDA")
 
 
@@ -324,6 +329,7 @@ def help_text() -> str:
     lines = [
         "accelerate launch train/run.py [STAGE_PATH [DATA_MIXTURE [OUTPUT_DIR]]] --config X.yaml "
         "[--setting value ...]",
+        "accelerate launch train/run.py --sweep SWEEP.yaml ... [--setting value ...]",
         "",
         "Trains LAPE, projector and LLM on banked features; no video and no tower is touched.",
         f"Settings are merged: defaults < YAML < environment ({', '.join(ENVIRONMENT)}) < flags.",

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from model.settings import expected, problem_of
+from model.settings import SWITCH, expected, problem_of
 from train.settings.foreign import (
     ENVIRONMENT,
     FOREIGN,
@@ -35,11 +35,16 @@ Origin = str
 
 
 def merge(
-    settings: type, argv: Sequence[str], environ: Mapping[str, str], problems: list[str]
+    settings: type,
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    problems: list[str],
+    written: Sequence[tuple[str, Any, Origin]] = (),
 ) -> dict[str, tuple[Any, Origin]]:
     """Return setting -> (value, where it was written), and add what is wrong to `problems`.
 
-    settings: the dataclass that declares them.
+    settings: the dataclass that declares them. written: those of a sweep's run (name, raw, where), over
+    all but the flags.
     """
     flags = read_flags(settings, argv, problems)
     values: dict[str, tuple[Any, Origin]] = {}
@@ -50,6 +55,8 @@ def merge(
     for variable, name in ENVIRONMENT.items():
         if environ.get(variable):  # a variable that is set to nothing is unset, as shells have it
             _set(settings, values, name, environ[variable], variable, problems)
+    for name, value, origin in written:
+        _set(settings, values, name, value, origin, problems)
     for name, value, origin in flags:
         if name != "config":
             _set(settings, values, name, value, origin, problems)
@@ -107,7 +114,7 @@ def read_flags(
             following.insert(0, value)
         if name != "config" and name not in names:
             found.append((name, following, f"--{name}"))
-        elif not following and typing.get_type_hints(settings).get(name) is bool:
+        elif not following and typing.get_type_hints(settings).get(name) in (bool, SWITCH):
             found.append((name, "true", f"--{name}"))
         elif not following:
             problems.append(f"--{name}: needs a value")
@@ -202,6 +209,8 @@ def _convert(raw: Any, kind: Any) -> Any:
         return [word for text in words for word in str(text).split(",") if word]
     if isinstance(raw, list):
         raise ValueError(raw)
+    if kind == SWITCH:
+        return BOOLEANS.get(raw.lower(), raw.lower())
     if kind is bool:
         if raw.lower() not in BOOLEANS:
             raise ValueError(raw)

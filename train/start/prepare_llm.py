@@ -78,7 +78,7 @@ def admit_llm(
 def llm_dtype(settings: LlmSettings) -> torch.dtype:
     """Return the LLM's own type: trained weights are fp32, frozen ones as small as asked."""
     frozen = settings.tune_llm != "full"
-    return torch.bfloat16 if frozen and settings.bf16 else torch.float32
+    return torch.bfloat16 if frozen and settings.bf16 is True else torch.float32
 
 
 def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch.device) -> None:

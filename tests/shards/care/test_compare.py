@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from preprocess.cli.main import main
 from shards.care.compare import WORDS, diff
 from shards.errors import UserError
-from shards.format.features import FeatureConfig, Sampling
+from shards.format.features import Derived, FeatureConfig, Sampling
 from shards.format.plan import Plan, refuse_other_features, write_plan
 
 
@@ -46,6 +46,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "pool": ("max", "pool"),
     "codec": ("int8", "codec"),
     "format_version": (4, "format_version"),
+    "derived": (Derived("11" * 16, (2, 4), "none"), "derived"),
 }
 
 

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shards.errors import UserError
-from shards.format.features import FeatureConfig, Sampling, check_strides, differences
+from shards.format.features import Derived, FeatureConfig, Sampling, check_strides, differences
 from shards.format.samples import SampleMeta, clip_id, sample_key
 
 CONFIG = FeatureConfig(
@@ -42,11 +42,13 @@ OTHER: dict[str, Any] = {
     "pool": "max",
     "codec": "int8",
     "format_version": 4,
+    "derived": Derived("02" * 16, (2, 4), "none"),
 }
 OTHER_SAMPLING = {
     "fps": Sampling(fps="1/2", max_frames=64),
     "max_frames": Sampling(fps="1", max_frames=63),
     "num_frames": Sampling(num_frames=8),
+    "kept": Sampling(fps="1", max_frames=64, kept=8),
 }
 OTHER_PROCESSOR: dict[str, Any] = {
     "height": 65,
@@ -104,7 +106,7 @@ def test_the_fingerprint_does_not_depend_on_the_order_of_the_processor_values() 
 
 @pytest.mark.parametrize("sampling", OTHER_SAMPLING.values())
 def test_a_config_survives_json(sampling: Sampling) -> None:
-    config = replace(CONFIG, sampling=sampling)
+    config = replace(CONFIG, sampling=sampling, derived=OTHER["derived"])
     again = FeatureConfig.from_json(json.loads(json.dumps(config.to_json())))
     assert again == config
     assert again.fingerprint == config.fingerprint

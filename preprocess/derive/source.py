@@ -1,0 +1,116 @@
+"""The clips of a finished bank, each read whole and checked against its commit record.
+
+with BankSource(Path("bank")) as source:
+    clip = source.sample(plan_clip)         # None for one in quarantine
+    clip.meta, clip.stored[4], clip.shapes[4]
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from shards.care.tar_scan import Tar
+from shards.errors import UserError
+from shards.format.codec import Stored
+from shards.format.commits import SampleRecord, StreamRecord, read_commits, shard_path
+from shards.format.plan import ClipSource, planned
+from shards.format.quarantine import read_entries
+from shards.format.samples import SampleMeta
+from shards.read.bank import Bank
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """One sample, as it lies in a shard."""
+
+    meta: SampleMeta
+    stored: dict[int, Stored]
+    shapes: dict[int, Shape]
+    """(frames, cell_rows, cell_cols, dim) of the features that were stored."""
+
+    @property
+    def entries(self) -> int:
+        """How many entries axis 0 of its streams has: frames, or units of them."""
+        return next(iter(self.shapes.values()))[0]
+
+
+class BankSource(ExitStack):
+    """A finished bank of this machine, clip by clip. Holds one shard open."""
+
+    def __init__(self, bank: Path) -> None:
+        """Raises UserError where there is no bank, or one whose run is not over."""
+        super().__init__()
+        self.bank = bank
+        opened = Bank.open(bank)
+        self.manifest, self.columns, self.plan = opened.manifest, opened.columns, planned(bank)
+        self.failed = read_entries(bank)
+        """By id, what is in its quarantine."""
+        served = self.plan.served()
+        self._samples: dict[str, tuple[int, SampleRecord]] = {
+            sample.key: (commit.unit, sample)
+            for commit in read_commits(bank, self.plan)
+            for sample in commit.samples
+            if served.get(sample.key) == commit.unit
+        }
+        self.codec = opened.codec
+        self._open: tuple[int, Tar] | None = None
+
+    @property
+    def clips(self) -> list[ClipSource]:
+        """Those that are served, and those that have failed."""
+        pruned = self.plan.pruned
+        return [
+            clip
+            for clip in self.plan.clips
+            if clip.key not in pruned and (clip.key in self._samples or clip.id in self.failed)
+        ]
+
+    def __contains__(self, clip: ClipSource) -> bool:
+        """Whether a clip's features are served."""
+        return clip.key in self._samples
+
+    def record(self, clip: ClipSource) -> SampleRecord:
+        """Return where a clip that is served lies in its shard."""
+        return self._samples[clip.key][1]
+
+    def sample(self, clip: ClipSource) -> StoredClip:
+        """Read a clip that is served; raises UserError where its bytes are not those committed."""
+        unit, record = self._samples[clip.key]
+        blob = self._tar(unit).read(record.offset, record.nbytes)
+        if google_crc32c.value(blob) != record.crc32c:
+            raise UserError(
+                f"sample {record.key}: checksum does not match",
+                where=shard_path(self.bank, unit),
+                fix=f"`preprocess repair {self.bank}`, then run this again",
+            )
+        begin = record.json[0] - record.offset
+        meta = SampleMeta.from_json(json.loads(blob[begin : begin + record.json[1]]))
+        streams = record.streams.items()
+        stored = {stride: self._stored(blob, record, stream) for stride, stream in streams}
+        return StoredClip(meta, stored, {stride: stream.shape for stride, stream in streams})
+
+    def _stored(self, blob: bytes, record: SampleRecord, stream: StreamRecord) -> Stored:
+        """Return a stream without copying its bytes."""
+        name, shape = self.codec.name, stream.shape
+        kinds = {"none": self.codec.stored_dtype, "blosc": np.dtype("u1"), "int8": np.dtype("i1")}
+        at = stream.offset - record.offset
+        data = np.frombuffer(blob, np.uint8, stream.nbytes, at).view(kinds[name])
+        if name == "blosc":
+            return Stored(data, frame_nbytes=stream.frame_nbytes)
+        if stream.scale is None:
+            return Stored(data.reshape(shape))
+        at = stream.scale.offset - record.offset
+        scale = np.frombuffer(blob, np.uint8, stream.scale.nbytes, at).view(np.float32)
+        return Stored(data.reshape(shape), scale=scale.reshape(shape[:3]))
+
+    def _tar(self, unit: int) -> Tar:
+        if self._open is None or self._open[0] != unit:
+            self.close()
+            self._open = unit, self.enter_context(Tar(shard_path(self.bank, unit)))
+        return self._open[1]

@@ -1,0 +1,1 @@
+"""What a run measures on its machine before it begins, and keeps."""

@@ -1,0 +1,123 @@
+"""`bf16: auto`: whether a run's steps are clearly faster in bfloat16, measured once when it begins.
+
+config, note = with_arithmetic(config, dataset, on_cpu=True)     # bf16 is now true or false
+
+The answer stands in run.json and in every checkpoint as the run's bf16, and a run that goes on keeps it:
+measured a second time it could be another, and the weights with it.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from model.batch import Batch
+from model.vlm import VLM
+from train.batches.chat import Chat
+from train.batches.loader import Loader
+from train.batches.plan import plan_run, rows_per_step
+from train.data.dataset import Dataset
+from train.loop.checkpoint import find_resume
+from train.settings.config import TrainConfig
+from train.settings.recorded import token_limit, trained_with
+from train.start.prepare_llm import admit_llm, prepare_llm
+from train.start.stage import build
+
+CLEAR = 1.25
+"""How many times as fast bfloat16 has to be: less is noise, and not worth its rounding."""
+ROUNDS = 3
+
+
+def with_arithmetic(config: TrainConfig, dataset: Dataset, on_cpu: bool) -> tuple[TrainConfig, str]:
+    """Return the settings with bf16 decided, the same on all processes, and why in a line."""
+    state = PartialState(cpu=on_cpu)
+    found: list[tuple[bool, str] | None] = [None]
+    if state.is_main_process:
+        found = [decide(config, dataset, on_cpu)]
+    ((bf16, why),) = broadcast_object_list(found)
+    return replace(config, bf16=bf16), f"bf16 {str(bf16).lower()} (auto): {why}"
+
+
+def decide(config: TrainConfig, dataset: Dataset, on_cpu: bool) -> tuple[bool, str]:
+    """Return whether to take bfloat16, and why."""
+    before = recorded(config)
+    if before is not None:
+        return before, "as the run began"
+    if not on_cpu:
+        return True, "an accelerator is here"
+    if not has_units():
+        return False, "this CPU has no units for it"
+    pace = measure(config, dataset)
+    told = f"a step's first pack takes {pace[False]:.3g} CPU s in float32, {pace[True]:.3g} in bfloat16"
+    return is_clear(pace), told
+
+
+def is_clear(pace: Mapping[bool, float]) -> bool:
+    """Whether bfloat16 is so much faster that it is worth its rounding."""
+    return pace[False] > CLEAR * pace[True]
+
+
+def recorded(config: TrainConfig) -> bool | None:
+    """Return the answer of the run that is gone on with; None where a run begins."""
+    folder = Path(config.output_dir)
+    if config.resume == "none":
+        return None
+    bf16 = (trained_with(find_resume(folder, config.resume) or folder) or {}).get("bf16")
+    return bf16 if isinstance(bf16, bool) else None
+
+
+def has_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in units of their own: AMX, or AVX-512-BF16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def measure(config: TrainConfig, dataset: Dataset) -> dict[bool, float]:
+    """Return the CPU seconds, forward and backward, of the run's first pack, without and with bfloat16.
+
+    On a model that is thrown away; the least of some rounds, which come in turn.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.num_threads or threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model, batch = first_pack(replace(config, bf16=False), dataset)
+            return paces(lambda bf16: step(model, batch, bf16))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def first_pack(config: TrainConfig, dataset: Dataset) -> tuple[VLM, Batch]:
+    """Return the run's model, as for its first step, and the first pack that it would see."""
+    world = PartialState().num_processes
+    plan = plan_run(config, dataset, rows_per_step(config, world, {}))
+    model = build(config, dataset, lambda line: None)
+    longest, apart = int(plan.tokens.max()), dataset.independent
+    attention, _ = admit_llm(model, config, "cpu", longest, torch.device("cpu"), apart=apart)
+    prepare_llm(model, config, attention, torch.device("cpu"))
+    loader = Loader(dataset, Chat.of(model), model.config, limit=token_limit(vars(config)))
+    return model, loader.pack(plan, 0, 0)
+
+
+def paces(take: Callable[[bool], None]) -> dict[bool, float]:
+    """Return the least CPU seconds of each kind; the first round, which loads kernels, does not count."""
+    least = dict.fromkeys((False, True), float("inf"))
+    for number in range(ROUNDS + 1):
+        for bf16 in least:
+            began = time.process_time()  # of others on a busy machine nothing counts
+            take(bf16)
+            if number:
+                least[bf16] = min(least[bf16], time.process_time() - began)
+    return least
+
+
+def step(model: VLM, batch: Batch, bf16: bool) -> None:
+    """Run a batch forward and backward, and forget it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = model(batch)
+    loss = out["ce"] + (out["ar"].sum() if "ar" in out else 0.0)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
