@@ -107,9 +107,8 @@ VIDEO_ROOTS = click.option(
     type=click.Path(),
     help="Folder that annotation files' videos lie under. Repeatable.",
 )
-PLANNED = _all(
-    click.argument("inputs", nargs=-1, required=True, type=click.Path()),
-    click.option("--out", required=True, type=LOCAL, help="The bank's folder."),
+INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path())
+WHAT = _all(
     click.option(
         "--tower", required=True, help="Hub name or folder of a SigLIP, CLIP or DINOv2 tower."
     ),
@@ -197,6 +196,12 @@ PLANNED = _all(
         show_default=True,
         help="Pictures per second of folders of frames.",
     ),
+)
+"""What to make of which clips, and how."""
+PLANNED = _all(
+    INPUTS,
+    click.option("--out", required=True, type=LOCAL, help="The bank's folder."),
+    WHAT,
     click.option(
         "--shard-size",
         type=click.IntRange(min=1),
