@@ -9,15 +9,12 @@ still is a medium of one frame cut from the bank, so the bank has to hold the cl
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from model.slow_fast import uniform_indices
 from preprocess.world import Json, Turn, one_each, places, seconds, shuffled, together
-
-if TYPE_CHECKING:
-    from preprocess.toyworld import Thing
 
 STEPS = ("still", "clip", "moment")
 BANKED = 16
@@ -26,10 +23,24 @@ STILLS = 2
 """Of a clip."""
 
 
+class Placed(Protocol):
+    """A thing that is somewhere in some of a clip's frames."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+    def shown(self, frame: int) -> bool: ...
+    def centre(self, frame: int) -> list[float]: ...
+    def box(self, frame: int) -> list[float]: ...
+
+
 def place_records(
     rng: np.random.Generator,
     video: str,
-    things: Sequence["Thing"],
+    things: Sequence[Placed],
     frames: int,
     fps: int,
     *,
@@ -60,7 +71,7 @@ def place_records(
 
 
 def _turns(
-    rng: np.random.Generator, things: Sequence["Thing"], frame: int, time: float | None = None
+    rng: np.random.Generator, things: Sequence[Placed], frame: int, time: float | None = None
 ) -> list[Turn]:
     """Return the place and the box of each thing in a frame, in any order."""
     at = "" if time is None else f" at {seconds(time)}"

@@ -51,6 +51,7 @@ FLOORS: dict[str, list[str]] = {
         "preprocess.decode",
         "preprocess.sources",
         "preprocess.toy_models preprocess.real_models preprocess.world",
+        "preprocess.toy_places",
         "preprocess.encode preprocess.show preprocess.toyworld preprocess.footage",
         "preprocess.derive",
         "preprocess.cli",
@@ -61,7 +62,7 @@ FLOORS: dict[str, list[str]] = {
         "train.data",
         "train.start train.cost train.scores",
         "train.batches",
-        "train.loop",
+        "train.loop train.sweep",
         "train",
     ],
 }

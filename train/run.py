@@ -3,6 +3,7 @@
     accelerate launch train/run.py --config train/presets/toy.yaml --output_dir runs/a
     accelerate launch --multi_gpu --num_processes 2 train/run.py --config ...   # also on CPU
     torchrun --nproc_per_node 2 -m train.run --config ...
+    accelerate launch train/run.py --sweep sweep.yaml --output_dir runs   # many, see train/sweep
 
 Settings -> banks and records -> the run itself (`train/loop/loop.py`). Everything that can be
 refused is refused before torch is imported. `--plan` prints what the run would be, and stops.
@@ -26,6 +27,7 @@ from train.settings.config import TrainConfig, parse
 from train.settings.exits import command
 from train.start.stage import as_its_stage, bank_problem
 from train.start.stage_files import stage_problem
+from train.sweep.story import run_sweeps
 
 SHOWN = 160
 """Characters of a command that others are told of, who may not start theirs beside it."""
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 @command
 def main(argv: list[str]) -> None:
+    if any(word.partition("=")[0] == "--sweep" for word in argv):
+        run_sweeps(argv, os.environ, accelerate_words(argv))
+        return
     holding = holders()  # before minutes of loading, in which they may end
     config = parse(argv, os.environ, accelerate_words(argv))
     with no_garbage():

@@ -119,7 +119,7 @@ def qwen3() -> Made:
 def naflex() -> Made:
     vision = SMALL | {"intermediate_size": 20, "patch_size": PATCH, "num_patches": 16}
     model = Siglip2VisionModel(Siglip2VisionConfig(**vision))
-    return model, Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=70)
+    return model, Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=71)
 
 
 def vjepa2() -> Made:
@@ -249,7 +249,7 @@ class Family:
     def _naflex_by_transformers(self, inputs: Any) -> np.ndarray:
         """All patches of a frame, and behind them what fills its row up."""
         rows, cols = inputs["spatial_shapes"][0].tolist()
-        assert inputs["pixel_values"].shape[1] == 70 > rows * cols > 50
+        assert inputs["pixel_values"].shape[1] == 71 > rows * cols > 50
         hidden = self.model(**inputs, output_hidden_states=True).hidden_states[LAYER]
         return hidden[:, : rows * cols].unflatten(1, (rows, cols)).numpy()
 

@@ -31,6 +31,7 @@ def script(tmp_path: Path) -> Path:
     (tmp_path / "script.py").write_text(HOLDERS)
     (tmp_path / "accelerate").write_text(LAUNCHER)
     (tmp_path / "torchrun").write_text(LAUNCHER)
+    (tmp_path / "run.py").write_text(LAUNCHER)
     return tmp_path
 
 
@@ -56,6 +57,9 @@ NAME = Path(sys.executable).name
         (f"nohup sh -c '{PYTHON} accelerate launch script.py; true'", f"['{NAME}'] ()"),
         (f"sh -c '{PYTHON} -u torchrun --a 2 script.py; true'", f"['{NAME}', 'sh'] None"),
         (f"{PYTHON} accelerate config script.py", "[] None"),
+        # a sweep holds its runs, whatever stands above it
+        (f"sh -c '{PYTHON} run.py --sweep s.yaml script.py; true'", f"['{NAME}'] None"),
+        (f"{PYTHON} run.py --config x.yaml script.py", "[] None"),
     ],
 )
 def test_launchers_hold_a_run_and_shells_that_wait_for_it(

@@ -57,6 +57,12 @@ class Process:
             return tuple(following[1:]) if following[:1] == ["launch"] else None
         return tuple(following) if program in LAUNCHERS else None
 
+    def is_sweep(self) -> bool:
+        """Tell whether it starts runs, one after the other: `train/run.py --sweep`."""
+        program, *following = self._program() or ("",)
+        named = any(word.partition("=")[0] == "--sweep" for word in following)
+        return named and program in ("run.py", "train.run")
+
     def is_accelerate(self) -> bool:
         return (self._program() or ("",))[0].startswith("accelerate")
 
@@ -86,7 +92,8 @@ def ancestors() -> Iterator[Process]:
 
 
 def holders() -> list[Process]:
-    """Return the processes above this one whose end is to end this one: launcher and shells around.
+    """Return the processes above this one whose end is to end this one: launcher and shells around, or
+    the sweep that it is a run of.
 
     None of them hands a signal on: `accelerate launch` of one process dies of SIGTERM and leaves its
     trainer running, a shell does the same to what it waits for. A shell counts where it waits for
@@ -101,6 +108,8 @@ def holders() -> list[Process]:
     for process in ancestors():
         if process.launches() is not None:
             group = process.group  # torchrun's workers are sessions of their own
+        elif process.is_sweep():
+            return [*found, process]
         elif not process.is_shell() or in_background or process.group != group:
             break
         found.append(process)

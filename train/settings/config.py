@@ -329,6 +329,7 @@ def help_text() -> str:
     lines = [
         "accelerate launch train/run.py [STAGE_PATH [DATA_MIXTURE [OUTPUT_DIR]]] --config X.yaml "
         "[--setting value ...]",
+        "accelerate launch train/run.py --sweep SWEEP.yaml ... [--setting value ...]",
         "",
         "Trains LAPE, projector and LLM on banked features; no video and no tower is touched.",
         f"Settings are merged: defaults < YAML < environment ({', '.join(ENVIRONMENT)}) < flags.",

@@ -11,7 +11,7 @@ from model.config import FORMAT, OLDER
 RUN = "run.json"
 """In a run's folder: what its weights were trained with."""
 WRITTEN = re.compile(
-    r"(llm|lape|logs|wandb|(run|config)\.json|(metrics|dropped)\.jsonl|train\.log|checkpoint-\d+.*|"
+    r"(llm|lape|logs|wandb|(run|config|sweep)\.json|(metrics|dropped)\.jsonl|train\.log|checkpoint-\d+.*|"
     r"(projector|visual|frame_causal|floor)\.safetensors)"
 )
 """What a run writes in its folder, and may replace."""

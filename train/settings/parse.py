@@ -35,11 +35,16 @@ Origin = str
 
 
 def merge(
-    settings: type, argv: Sequence[str], environ: Mapping[str, str], problems: list[str]
+    settings: type,
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    problems: list[str],
+    written: Sequence[tuple[str, Any, Origin]] = (),
 ) -> dict[str, tuple[Any, Origin]]:
     """Return setting -> (value, where it was written), and add what is wrong to `problems`.
 
-    settings: the dataclass that declares them.
+    settings: the dataclass that declares them. written: those of a sweep's run (name, raw, where), over
+    all but the flags.
     """
     flags = read_flags(settings, argv, problems)
     values: dict[str, tuple[Any, Origin]] = {}
@@ -50,6 +55,8 @@ def merge(
     for variable, name in ENVIRONMENT.items():
         if environ.get(variable):  # a variable that is set to nothing is unset, as shells have it
             _set(settings, values, name, environ[variable], variable, problems)
+    for name, value, origin in written:
+        _set(settings, values, name, value, origin, problems)
     for name, value, origin in flags:
         if name != "config":
             _set(settings, values, name, value, origin, problems)

@@ -20,6 +20,7 @@ Json = dict[str, Any]
 OTHER = {
     "tower_digest": "the bank is of another tower: other weights, or another config.json",
     "tokenizer": "the LLM that stage_path names has another tokenizer",
+    "stage": "the weights that stage_path names are others",
     "clips": "the bank holds other times or features of the records' clips: it was encoded again",
 }
 """What is known by a digest alone, in words."""

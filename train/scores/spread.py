@@ -1,0 +1,85 @@
+"""How far a mean score can be trusted: a bootstrap over the clips of a test set.
+
+Answers about one clip stand or fall together, so clips are drawn, with replacement, not answers
+(Efron, 1979); several runs on one test set are drawn alike, so that their differences are paired.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+DRAWS = 2000
+PERCENT = 2.5, 97.5
+"""The ends of an interval that 95 % of the draws lie in."""
+
+Metric = tuple[str, str]
+"""(kind of answer, score), as `("span", "iou")`."""
+Totals = dict[Metric, tuple[np.ndarray, np.ndarray]]
+"""Sum and count of a score over the answers about each clip: float64 `(clips,)` each."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The scores of a test set by clip."""
+
+    clips: tuple[str, ...]
+    totals: Totals
+
+    def mean(self, metric: Metric) -> float:
+        total, count = self.totals[metric]
+        return float(total.sum() / count.sum())
+
+
+def read_answers(path: Path) -> Answers:
+    """Read the scores of a `predictions-NAME.jsonl`."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    names = [" ".join(row["media"]) or row["record"] for row in rows]
+    clips = tuple(dict.fromkeys(names))
+    place = {name: k for k, name in enumerate(clips)}
+    totals: Totals = defaultdict(lambda: (np.zeros(len(clips)), np.zeros(len(clips))))
+    for name, row in zip(names, rows, strict=True):
+        for score, value in row["scores"].items():
+            total, count = totals[row["kind"], score]
+            total[place[name]] += value
+            count[place[name]] += 1
+    return Answers(clips, dict(totals))
+
+
+def drawn(clips: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Return how often each clip is in each draw, float64 `(draws, clips)`."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(clips, np.full(clips, 1 / clips), size=draws).astype(float)
+
+
+def means(answers: Answers, metric: Metric, draws: np.ndarray) -> np.ndarray:
+    """Return the mean score in each draw, float64 `(draws,)`; NaN where a draw has no such answer."""
+    total, count = answers.totals[metric]
+    with np.errstate(invalid="ignore"):
+        return np.asarray((draws @ total) / (draws @ count))
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends that 95 % of some values lie between."""
+    low, high = np.nanpercentile(values, PERCENT)
+    return float(low), float(high)
+
+
+def mean_interval(runs: Sequence[Answers], metric: Metric) -> tuple[float, float]:
+    """Return the interval of the mean over runs on the same clips."""
+    draws = drawn(len(runs[0].clips))
+    return interval(np.mean([means(run, metric, draws) for run in runs], axis=0))
+
+
+def difference_interval(
+    runs: Sequence[Answers], others: Sequence[Answers], metric: Metric
+) -> tuple[float, float]:
+    """Return the interval of the mean over runs less that over others, on the same clips."""
+    draws = drawn(len(runs[0].clips))
+    ours, theirs = (
+        np.mean([means(run, metric, draws) for run in own], axis=0) for own in (runs, others)
+    )
+    return interval(ours - theirs)

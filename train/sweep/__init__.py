@@ -1,0 +1,1 @@
+"""Many runs from one file: read, checked, trained one after the other, evaluated, compared."""

@@ -1,0 +1,102 @@
+"""What the runs of a sweep read: opened once before the first one trains, and known by digests."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from shards.errors import UserError
+from shards.read.banks import joint
+from shards.signed import Json
+from train.batches.clips import Clips
+from train.data.dataset import Dataset, open_dataset
+from train.data.records import Record
+from train.settings.config import DataSettings, TrainConfig
+from train.start.stage import bank_problem
+from train.start.stage_files import stage_problem
+from train.sweep.runs import Run
+
+ENDS = 1 << 20
+"""Bytes at either end of a file of weights that it is known by, beside its size."""
+
+Key = tuple[object, ...]
+
+
+class Inputs:
+    """Datasets that were opened, by the settings that make them."""
+
+    def __init__(self) -> None:
+        self._known: dict[Key, tuple[Dataset, Json]] = {}
+
+    def of(self, run: Run) -> Json:
+        """Return what a run learns from, and under `test` what it is scored on.
+
+        UserError with what is wrong with its stage, banks, records or test set.
+        """
+        config = run.config
+        problems = []
+        stage = None if run.stage else stage_problem(config.stage_path)
+        if stage:
+            problems.append(stage)
+        if run.sweep.test_path and not config.bank:
+            problems.append("bank: missing; the test set is read from it")
+        try:
+            dataset, facts = self._opened(config, run.sweep.test_path)
+            problems += filter(None, [bank_problem(config, dataset)])
+        except UserError as error:
+            problems += error.problems
+        if problems:
+            raise UserError.of(problems)
+        plan = facts["plan"] | {"stage": weights_digest(config.stage_path)}
+        return facts | {"plan": plan}
+
+    def _opened(self, config: TrainConfig, test_path: tuple[str, ...]) -> tuple[Dataset, Json]:
+        names = [item.name for item in fields(DataSettings)] + ["slow_frame_ratio"]
+        drawn = config.splice_path or config.data_config or config.augment
+        names += ["seed"] if drawn else []
+        key: Key = (test_path, *(repr(getattr(config, name)) for name in names))
+        if key not in self._known:
+            eval_path = [*config.eval_path, *(p for p in test_path if p not in config.eval_path)]
+            opened = open_dataset(replace(config, eval_path=eval_path))
+            self._known[key] = opened, facts_of(opened)
+        return self._known[key]
+
+
+def facts_of(dataset: Dataset) -> Json:
+    """Return what tells the inputs of a run from others: features, records and clips by digests."""
+    strides = dataset.slow_stride, dataset.fast_stride
+
+    def clips(records: Sequence[Record]) -> str:
+        return Clips.of(records, dataset.banks, *strides).digest
+
+    records = {
+        f"{k} {Path(part.path).name}": f"{part.digest} {part.count // part.repeats} x {part.repeats}"
+        for k, part in enumerate(dataset.parts)
+    }
+    kept = [record for part in dataset.parts for record in part.records]
+    held_out = hashlib.blake2b(repr([r.turns for r in dataset.held_out]).encode(), digest_size=16)
+    return {
+        "bank": joint(dataset.banks.config),
+        "plan": {"records": records, "clips": clips(kept)},
+        "test": {"records": held_out.hexdigest(), "clips": clips(dataset.held_out)},
+    }
+
+
+def weights_digest(stage: str) -> str:
+    """Return what the weights of a stage are known by; empty where they are not on this disk."""
+    folder = Path(stage)
+    files = sorted(
+        path
+        for path in folder.rglob("*.safetensors")
+        if not path.relative_to(folder).parts[0].startswith("checkpoint-")
+    )
+    whole = hashlib.blake2b(digest_size=16)
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            whole.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+            whole.update(file.read(ENDS))
+            file.seek(max(size - ENDS, 0), os.SEEK_SET)
+            whole.update(file.read(ENDS))
+    return whole.hexdigest() if files else ""
