@@ -68,7 +68,10 @@ def changes(run: Run, inputs: Json) -> list[str]:
     written = _json(run.folder / RUN)
     for number, part in enumerate([written, *written.get("before", [])]):
         if isinstance(part.get("config"), dict):
-            lines += was_now(plain(part["config"]), plain(asdict(as_its_stage(run.config))))
+            theirs, ours = plain(part["config"]), plain(asdict(as_its_stage(run.config)))
+            if ours["bf16"] == "auto":  # a run writes down what it measured
+                ours["bf16"] = theirs["bf16"]
+            lines += was_now(theirs, ours)
         if number == 0 and lines:
             break
     record = record_of(run.folder)

@@ -191,7 +191,7 @@ def test_other_records_are_other_inputs(
 def test_settings_that_say_nothing_about_weights_may_differ(
     done: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"logging_steps": 1, "save_steps": 3, "num_threads": 1, "prefetch": 3}
+    settings = {"logging_steps": 1, "save_steps": 3, "num_threads": 1, "bf16": "auto"}
     done.write({"a": settings})
     done.start()
     assert "1 run: 1 finished, 0 to do" in capsys.readouterr().out
