@@ -27,9 +27,12 @@ PLANNED = (
     "--allow-outside --missing --on-bad-record --follow-links --archive-ids --shard-size --prune --help"
 )
 OPTIONS = {
+    "bench": PLANNED.replace(
+        "--shard-size --prune", "--clips --decoders --devices --machines --price"
+    ),
     "plan": f"{PLANNED} --no-estimate",
-    "encode": f"{PLANNED} --procs",
-    "work": "--share --procs --tower --video-root --device --template --help",
+    "encode": f"{PLANNED} --procs --on --address",
+    "work": "--share --procs --tower --video-root --device --on --address --template --help",
     "finish": "--help",
     "merge": "--out --help",
     "derive": "--out --stride --codec --frames --shard-size --help",
