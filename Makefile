@@ -97,7 +97,7 @@ SWEEPS := small
 else
 EVIDENCE := evidence
 DRAWN := --train-clips 2048
-SWEEPS := lape frame-loss singles
+SWEEPS := lape frame-loss space singles
 endif
 # a bank and how it is encoded: $(call banked,NAME,FLAGS)
 banked = test -e $(EVIDENCE)/$(1)/bank.json || { set -o pipefail; $(BIN)/preprocess encode $(EVIDENCE)/toy/videos \
@@ -113,6 +113,12 @@ ifneq ($(filter singles,$(SWEEPS)),)
 	$(call banked,bank-int8,--frames 16 --codec int8)
 	$(call banked,bank-bf16,--frames 16 --dtype bfloat16)
 	$(call banked,bank-32,--frames 32)
+endif
+ifneq ($(filter space,$(SWEEPS)),)
+	test -e $(EVIDENCE)/space/world.json || { rm -rf $(EVIDENCE)/space && \
+	    $(BIN)/preprocess toyworld $(EVIDENCE)/space --train-clips 8192; }
+	test -e $(EVIDENCE)/bank-space/bank.json || $(BIN)/preprocess encode $(EVIDENCE)/space/videos \
+	    --stride 4,8 --frames 16 --tower $(EVIDENCE)/space/tower --out $(EVIDENCE)/bank-space
 endif
 	EVIDENCE=$(EVIDENCE) OMP_NUM_THREADS=$(THREADS) $(BIN)/python train/run.py --output_dir $(EVIDENCE)/runs \
 	    --sweep $(SWEEPS:%=train/presets/evidence/%.yaml); code=$$?; test $$code -gt 1 || \

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import click
 
-from preprocess.cli.encode import failed
+from preprocess.cli.encode import failed, held
 from preprocess.cli.options import BANK, LOCAL, Strides
-from preprocess.cli.work import held
 from shards.format.features import CODECS
 
 

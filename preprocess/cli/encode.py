@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from preprocess.cli.options import DECODERS, HOW, LOCAL, PLANNED, PROCS, given, make_sampling
+from preprocess.cli.options import (
+    DECODERS,
+    HOW,
+    LOCAL,
+    ON,
+    PLANNED,
+    given,
+    make_sampling,
+    refuse_address,
+)
 from shards.errors import UserError
 from shards.text import counted, in_bytes, printable
 
@@ -15,6 +24,7 @@ if TYPE_CHECKING:
     from preprocess.encode.features import EncodeOptions
     from preprocess.encode.pipeline.summary import Summary
     from preprocess.sources.find import Found
+    from shards.format.manifest import Manifest
     from shards.format.quarantine import QuarantineEntry
 
 
@@ -45,10 +55,18 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
 
 @click.command()
 @PLANNED
-@PROCS
+@click.option("--procs", type=click.IntRange(min=1),
+              help="Processes, each with tower and decoder, over all GPUs.  [default: 1]")  # fmt: skip
 @DECODERS
+@ON
 def encode(
-    inputs: tuple[str, ...], out: Path, procs: int, decoders: int | None, **flags: Any
+    inputs: tuple[str, ...],
+    out: Path,
+    procs: int | None,
+    decoders: int | None,
+    engine: str | None,
+    address: str | None,
+    **flags: Any,
 ) -> None:
     """Bank the features of INPUTS.
 
@@ -71,12 +89,26 @@ def encode(
     preprocess encode train.json --video-root videos/ --frames 16 --out bank --tower ./tower
     preprocess encode 0_30_s_academic_v0_1_videos_*.tar.gz --out bank --tower ./tower
     """
+    refuse_address(engine, address)
     found, options, rest = prepared(inputs, out, **flags)
 
     from preprocess.encode.estimate import gone
-    from preprocess.encode.run import encode_clips
+    from preprocess.encode.run import encode_clips, plan_clips
 
-    summary, changes = encode_clips(found, out, options, procs=procs, decoders=decoders, **rest)
+    if engine:
+        from preprocess.encode.on_ray import encode_on_ray
+        from shards.format.quarantine import read_quarantine
+        from shards.write.finish import finish_alone
+
+        plan_clips(found, out, options, **rest)
+        tell(found, out)
+        encode_on_ray(out, None, (), procs, address)
+        click.echo(held(out, finish_alone(out)))
+        failed(out, read_quarantine(out))
+        return
+    summary, changes = encode_clips(
+        found, out, options, procs=procs or 1, decoders=decoders, **rest
+    )
     for line in gone(changes):
         click.echo(line.strip())
     tell(found, out)
@@ -173,6 +205,14 @@ def report(bank: Path, summary: "Summary") -> None:
     if summary.advice:
         click.echo(f"  {summary.advice}")
     failed(bank, summary.failures)
+
+
+def held(bank: Path, manifest: "Manifest") -> str:
+    """Return what a bank holds, in a line."""
+    return (
+        f"{bank}: {counted(manifest.clips, 'clip')}, {counted(manifest.frames, 'frame')}, "
+        f"{in_bytes(manifest.nbytes)} in {counted(len(manifest.shards), 'shard')}"
+    )
 
 
 def failed(bank: Path, failures: "Sequence[QuarantineEntry]") -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from preprocess.cli.bench import bench
 from preprocess.cli.care import gc, repair, status, verify
 from preprocess.cli.derive import derive
 from preprocess.cli.encode import encode, plan, retry
@@ -99,6 +100,7 @@ def main() -> None:
     \b
     preprocess toyworld demo/toy             draw a small world of videos to try everything on
     preprocess footage CLIPS... OUT          cut a benchmark with exact answers from your own videos
+    preprocess bench VIDEOS --tower T        measure here, and tell hours and money elsewhere
     preprocess plan VIDEOS --out BANK ...    say what encoding will cost, and encode nothing
     preprocess encode VIDEOS --out BANK ...  run a frozen vision tower over videos, once
     preprocess work BANK                     encode what is planned, on many machines; then `finish`
@@ -116,7 +118,7 @@ def main() -> None:
 
 
 for command in (
-    *(toyworld, footage, realmodels, plan, encode, retry),
+    *(toyworld, footage, realmodels, bench, plan, encode, retry),
     *(work, finish, merge, derive),
     *(status, show, verify, repair),
     *(diff, export, gc),

@@ -73,13 +73,6 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."
 )
-PROCS = click.option(
-    "--procs",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Processes, each with its tower and decoders, over all GPUs.",
-)
 DECODERS = click.option(
     "--decoders",
     type=click.IntRange(min=1),
@@ -101,6 +94,17 @@ HOW = _all(
 )
 
 
+ON = _all(
+    click.option(
+        "--on",
+        "engine",
+        type=click.Choice(["ray"]),
+        help="Work on a Ray cluster, with one worker for each GPU or machine, or --procs of them.",
+    ),
+    click.option("--address", help="Of the Ray cluster.  [default: the one that Ray finds]"),
+)
+
+
 class LocalPath(click.Path):
     """A path of this machine; a URL is refused, of which a folder would be made."""
 
@@ -118,9 +122,8 @@ VIDEO_ROOTS = click.option(
     type=click.Path(),
     help="Folder that annotation files' videos lie under. Repeatable.",
 )
-PLANNED = _all(
-    click.argument("inputs", nargs=-1, required=True, type=click.Path()),
-    click.option("--out", required=True, type=LOCAL, help="The bank's folder."),
+INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path())
+WHAT = _all(
     click.option(
         "--tower", required=True, help="Hub name or folder of a SigLIP, CLIP or DINOv2 tower."
     ),
@@ -209,6 +212,12 @@ PLANNED = _all(
         show_default=True,
         help="Pictures per second of folders of frames.",
     ),
+)
+"""What to make of which clips, and how."""
+PLANNED = _all(
+    INPUTS,
+    click.option("--out", required=True, type=LOCAL, help="The bank's folder."),
+    WHAT,
     click.option(
         "--shard-size",
         type=click.IntRange(min=1),
@@ -228,6 +237,12 @@ def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -
         return Sampling(num_frames=frames)
     sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64)
     return Sampling(fps=str(Fraction(sampling.fps or "1")), max_frames=sampling.max_frames)
+
+
+def refuse_address(engine: str | None, address: str | None) -> None:
+    """Raise UserError for the address of a cluster that is not asked for."""
+    if address and not engine:
+        raise UserError("--address is of a Ray cluster", got=address, fix="add --on ray")
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,17 +4,13 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from preprocess.cli.encode import failed
-from preprocess.cli.options import BANK, DECODERS, DEVICE, LOCAL, PROCS, bytes_bar
+from preprocess.cli.encode import failed, held
+from preprocess.cli.options import BANK, DECODERS, DEVICE, LOCAL, ON, bytes_bar, refuse_address
 from preprocess.cli.share import start_of
 from shards.text import counted, in_bytes, printable, some
-
-if TYPE_CHECKING:
-    from shards.format.manifest import Manifest
 
 SLURM = """\
 #!/bin/bash
@@ -44,22 +40,26 @@ exec {work} --share auto
 @BANK
 @click.option("--share", default="auto", show_default=True,
               help="Where to begin among the units: K/N, or as a scheduler counts.")  # fmt: skip
-@PROCS
+@click.option("--procs", type=click.IntRange(min=1),
+              help="Processes, each with tower and decoder, over all GPUs.  [default: 1]")  # fmt: skip
 @DECODERS
 @click.option("--tower", help="Where the bank's tower lies here.  [default: where it was planned]")
 @click.option("--video-root", "roots", multiple=True, type=click.Path(),
               help="Where videos may lie here that lay elsewhere when planned. Repeatable.")  # fmt: skip
 @DEVICE
+@ON
 @click.option("--template", type=click.Choice(["slurm"]),
               help="Print a job script for this bank instead.")  # fmt: skip
 def work(
     bank: Path,
     share: str,
-    procs: int,
+    procs: int | None,
     decoders: int | None,
     tower: str | None,
     roots: tuple[str, ...],
     device: str,
+    engine: str | None,
+    address: str | None,
     template: str | None,
 ) -> None:
     """Encode what is left of the plan of BANK, beside any number of others that do so.
@@ -81,14 +81,27 @@ def work(
     if template:
         click.echo(slurm_script(bank), nl=False)
         return
-    from preprocess.encode.run import work as encode_left
-    from shards.format.commits import committed
     from shards.format.plan import planned
-    from shards.write.lease import holders
 
+    refuse_address(engine, address)
     start, plan = start_of(share, os.environ), planned(bank)
+    if engine:
+        from preprocess.encode.on_ray import encode_on_ray
+
+        encode_on_ray(bank, tower, roots, procs, address)
+        report_units(bank)
+        return
+    from preprocess.encode.run import work as encode_left
+
     summary = encode_left(
-        bank, tower, roots, device, plan=plan, procs=procs, decoders=decoders, start=start
+        bank,
+        tower,
+        roots,
+        device,
+        plan=plan,
+        procs=procs or 1,
+        decoders=decoders,
+        start=start,
     )
     click.echo(
         f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
@@ -97,7 +110,16 @@ def work(
     )
     if summary.advice:
         click.echo(f"  {summary.advice}")
-    units = range(len(plan.units))
+    report_units(bank)
+
+
+def report_units(bank: Path) -> None:
+    """Say how many units of a plan are made, and who is at the others."""
+    from shards.format.commits import committed
+    from shards.format.plan import planned
+    from shards.write.lease import holders
+
+    units = range(len(planned(bank).units))
     left = sum(not committed(bank, unit) for unit in units)
     who = some([printable(str(writer)) for writer in holders(bank).values()])
     click.echo(
@@ -131,14 +153,6 @@ def finish(bank: Path) -> None:
 
     click.echo(held(bank, finish_alone(bank)))
     failed(bank, read_quarantine(bank))
-
-
-def held(bank: Path, manifest: "Manifest") -> str:
-    """Return what a bank holds, in a line."""
-    return (
-        f"{bank}: {counted(manifest.clips, 'clip')}, {counted(manifest.frames, 'frame')}, "
-        f"{in_bytes(manifest.nbytes)} in {counted(len(manifest.shards), 'shard')}"
-    )
 
 
 @click.command()

@@ -27,9 +27,14 @@ PLANNED = (
     "--allow-outside --missing --on-bad-record --follow-links --archive-ids --shard-size --prune --help"
 )
 OPTIONS = {
+    "bench": PLANNED.replace(
+        "--shard-size --prune", "--clips --decoders --devices --machines --price"
+    ),
     "plan": f"{PLANNED} --no-estimate",
-    "encode": f"{PLANNED} --procs --decoders",
-    "work": "--share --procs --decoders --tower --video-root --device --template --help",
+    "encode": f"{PLANNED} --procs --decoders --on --address",
+    "work": (
+        "--share --procs --decoders --tower --video-root --device --template --on --address --help"
+    ),
     "finish": "--help",
     "merge": "--out --help",
     "derive": "--out --stride --codec --frames --shard-size --help",

@@ -1,0 +1,87 @@
+"""`preprocess bench`: what encoding will take, before a machine is paid for."""
+
+import os
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import click
+
+from preprocess.cli.encode import prepared, tell
+from preprocess.cli.options import INPUTS, LOCAL, WHAT
+from shards.errors import UserError
+
+
+class Counts(click.ParamType):
+    """`1,2,4` -> (1, 2, 4)."""
+
+    name = "n,n"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = value.split(",")
+        if not all(word.isascii() and word.isdecimal() and int(word) for word in words):
+            self.fail(f"positive integers such as 1,2,4 are needed, got {value!r}", param, ctx)
+        return tuple(map(int, words))
+
+
+@click.command()
+@INPUTS
+@WHAT
+@click.option("--out", type=LOCAL, help="Folder on the disk of the bank.  [default: temporary]")
+@click.option("--clips", "most", type=click.IntRange(min=1), default=8, show_default=True,
+              help="To measure on.")  # fmt: skip
+@click.option("--decoders", type=Counts(), default="1,2,4,8", show_default=True,
+              help="Of each device: rows of the table.")  # fmt: skip
+@click.option("--devices", type=Counts(), default="1,8", show_default=True,
+              help="Of each machine, and")  # fmt: skip
+@click.option("--machines", type=Counts(), default="1,4", show_default=True,
+              help="how many of these: columns of the table.")  # fmt: skip
+@click.option(
+    "--price", type=click.FloatRange(min=0), help="Of a device and an hour, in any money."
+)
+def bench(
+    inputs: tuple[str, ...],
+    out: Path | None,
+    most: int,
+    decoders: tuple[int, ...],
+    devices: tuple[int, ...],
+    machines: tuple[int, ...],
+    price: float | None,
+    **flags: Any,
+) -> None:
+    """Measure decoding, tower and writing of INPUTS apart, and print the hours of all of them.
+
+    Some clips of small to large files are decoded, encoded and written to a shard that is removed
+    again: each stage alone and warm, with one decoder and one device of this machine. The slowest stage
+    sets the pace of a run; from the three the table tells the hours for other numbers of decoders,
+    devices and machines like these, and the money with --price. Start-up, 5 to 10 s a process, is left
+    out. `preprocess plan` tells bytes and shards.
+
+    \b
+    preprocess bench videos/ --tower google/siglip-so400m-patch14-384 --price 2.5
+    preprocess bench videos/ --tower ./tower --frames 16 --decoders 1,4,16 --devices 8 --machines 1,2,4
+    """
+    folder = out or Path(gettempdir())
+    if not folder.is_dir():
+        raise UserError("no such folder", where=f"--out {folder}")
+    found, options, _ = prepared(inputs, folder, shard_size=1, prune=False, **flags)
+
+    from tqdm import tqdm
+
+    from preprocess.encode.bench import Asked, Job, measure_pace, table
+    from preprocess.encode.features import load_tower
+    from preprocess.sources.probe import probe
+
+    tower = load_tower(options)
+    clips = probe(found.clips, {}, options.sampling)
+    tell(found, folder)
+    cores = len(os.sched_getaffinity(0)) if tower.device.type == "cpu" else None
+    with tqdm(
+        total=min(most, len(clips)), desc="bench", unit="clip", leave=False, disable=None
+    ) as bar:
+        pace = measure_pace(clips, tower, options, folder, most, cores, bar.update)
+    job = Job(len(clips), sum(clip.frames or 0 for clip in clips))
+    for line in table(pace, job, Asked(decoders, devices, machines, price)):
+        click.echo(line)

@@ -1,0 +1,239 @@
+"""`preprocess bench`: each stage of encoding measured alone, and hours and money by what one would take.
+
+    pace = measure_pace(clips, tower, options, folder)
+    table(pace, Job(clips=178_510, frames=9_100_000), Grid(decoders=(1, 4), devices=(1, 8)), price=2.0)
+
+The slowest stage sets the pace of a run: decoders work beside each other and beside the tower, so that
+seconds a frame are the largest of decode / decoders, tower and write, over the devices. Where the tower
+runs on the CPU, all stages share its cores.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from model.tower.pooling import FeatureRangeError
+from model.tower.tower import Tower
+from preprocess.decode.child import DecodeChild
+from preprocess.decode.source import SourceReader
+from preprocess.encode.calibrate import measured
+from preprocess.encode.features import EncodeOptions, describe, encode_frames
+from shards.errors import UserError
+from shards.format.codec import Codec
+from shards.format.commits import shard_path
+from shards.format.plan import ClipSource
+from shards.format.samples import SampleMeta
+from shards.text import counted, duration, in_bytes
+from shards.write.shard import ShardWriter
+
+STAGES = ("decode", "tower", "write")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that each stage takes of a frame, alone and warm; and what a frame takes on the disk."""
+
+    decode: float
+    """In one decoder."""
+    tower: float
+    """On one device."""
+    write: float
+    nbytes: float
+    clips: int
+    """That were measured."""
+    frames: int
+    cores: int | None = None
+    """Of a CPU that decodes and is the device, too; None where the tower has a device of its own."""
+
+    def seconds(self, frames: int, decoders: int, devices: int) -> float:
+        """Return what so many frames take. decoders: of each device; devices: all that there are."""
+        slowest = max(self.decode / decoders, self.tower, self.write)
+        if self.cores is not None:
+            slowest = max(slowest, (self.decode + self.tower + self.write) / self.cores)
+        return frames * slowest / devices
+
+    @property
+    def decoders(self) -> int:
+        """How many decoders keep a device busy; of a CPU, as many as it has cores at most."""
+        enough = math.ceil(self.decode / max(self.tower, self.write))
+        return min(enough, self.cores or enough)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be encoded."""
+
+    clips: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to tell the hours of."""
+
+    decoders: tuple[int, ...]
+    """Of a device."""
+    devices: tuple[int, ...]
+    """Of a machine."""
+    machines: tuple[int, ...]
+    price: float | None = None
+    """Of a device and an hour."""
+
+
+def measure_pace(
+    clips: Sequence[ClipSource],
+    tower: Tower,
+    options: EncodeOptions,
+    folder: Path,
+    most: int,
+    cores: int | None,
+    seen: Callable[[], object] = lambda: None,
+) -> Pace:
+    """Measure the stages on up to `most` clips of ordinary sizes; UserError where none can be encoded.
+
+    folder: on the disk that the bank is to be on. cores: as of `Pace`. seen: told of each clip.
+    """
+    spent, frames = dict.fromkeys(STAGES, 0.0), 0
+    made: list[tuple[ClipSource, SampleMeta, dict[int, np.ndarray]]] = []
+    with SourceReader(DecodeChild(), folder) as reader:
+        for clip in spread(clips, most):
+            request = options.request(clip, tower.pixels)
+            if not made:  # the first time loads libraries and kernels
+                first = reader.read(clip, request)
+                if first.clip is not None:
+                    with suppress(FeatureRangeError):
+                        encode_frames(tower, first.clip.frames, options)
+            began = time.perf_counter()
+            outcome = reader.read(clip, request)
+            decoded = time.perf_counter()
+            seen()
+            if outcome.clip is None:
+                continue
+            try:
+                arrays, _ = encode_frames(tower, outcome.clip.frames, options)
+            except FeatureRangeError:
+                continue
+            spent["decode"] += decoded - began
+            spent["tower"] += time.perf_counter() - decoded
+            frames += len(outcome.clip.frames)
+            made.append((clip, describe(clip, outcome, outcome.clip, tower, arrays), arrays))
+    if not made:
+        raise UserError(
+            "none of the clips that were tried can be encoded; `preprocess plan` names some"
+        )
+    scales = {}
+    if options.codec == "int8":
+        found = [arrays for _, _, arrays in made]
+        scales = measured(found, options.strides, options.dtype).channel_scale
+    with TemporaryDirectory(prefix="framebank-bench-", dir=folder) as beside:
+        codec = Codec(options.codec, options.dtype, scales)
+        began = time.perf_counter()
+        with ShardWriter(shard_path(Path(beside), 0), 0, "bench", codec) as writer:
+            for clip, meta, arrays in made:
+                writer.write(clip.key, meta, arrays)
+            nbytes = writer.commit().nbytes
+        spent["write"] = time.perf_counter() - began
+    each = {stage: seconds / frames for stage, seconds in spent.items()}
+    return Pace(**each, nbytes=nbytes / frames, clips=len(made), frames=frames, cores=cores)
+
+
+def spread(clips: Sequence[ClipSource], most: int) -> list[ClipSource]:
+    """Return some of the clips that can be opened, of small, ordinary and large sizes alike."""
+    good = sorted((clip for clip in clips if clip.frames), key=lambda c: (c.size or 0, c.key))
+    places = (np.arange(min(most, len(good))) + 0.5) * len(good) / max(1, min(most, len(good)))
+    return [good[int(place)] for place in places]
+
+
+def table(pace: Pace, job: Job, asked: Asked) -> list[str]:
+    """Return the lines that `preprocess bench` prints."""
+    lines = [
+        f"{counted(job.clips, 'clip')}, {counted(job.frames, 'frame')}, "
+        f"{in_bytes(round(job.frames * pace.nbytes))} in the bank; measured on "
+        f"{counted(pace.clips, 'clip')}, {counted(pace.frames, 'frame')}",
+        "",
+        *_columns(
+            ["", "ms a frame", "frames/s", "all frames"],
+            [
+                [
+                    f"{stage}, {worker}",
+                    f"{1000 * each:.2f}",
+                    f"{1 / each:,.0f}" if each else "",
+                    duration(each * job.frames),
+                ]
+                for stage, worker in zip(
+                    STAGES, ("one decoder", "one device", "one disk"), strict=True
+                )
+                for each in [getattr(pace, stage)]
+            ],
+        ),
+        "",
+        *_columns(
+            ["hours by", *(f"{_many(devices, machines)}" for machines, devices in _fleets(asked))],
+            [
+                [
+                    f"{counted(decoders, 'decoder')} a device",
+                    *(
+                        _cost(
+                            pace.seconds(job.frames, decoders, machines * devices),
+                            machines * devices,
+                            asked,
+                        )
+                        for machines, devices in _fleets(asked)
+                    ),
+                ]
+                for decoders in asked.decoders
+            ],
+        ),
+        "",
+        _advice(pace),
+    ]
+    return lines
+
+
+def _fleets(asked: Asked) -> list[tuple[int, int]]:
+    return [(machines, devices) for machines in asked.machines for devices in asked.devices]
+
+
+def _many(devices: int, machines: int) -> str:
+    text = counted(devices, "device")
+    return text if machines == 1 else f"{machines} x {text}"
+
+
+def _cost(seconds: float, devices: int, asked: Asked) -> str:
+    hours = seconds / 3600
+    text = f"{hours:.1f}" if hours >= 0.1 else f"{hours:.2g}"
+    return text if asked.price is None else f"{text} ({hours * devices * asked.price:,.2f})"
+
+
+def _advice(pace: Pace) -> str:
+    """Return what sets the pace, and what would help."""
+    if pace.cores is not None:
+        return (
+            f"the {counted(pace.cores, 'core')} of this machine decode and run the tower: more "
+            "machines, or a GPU"
+        )
+    if pace.write > pace.tower:
+        return "the disk sets the pace: a faster one, or --codec int8"
+    if pace.decoders == 1:
+        return "the tower sets the pace: one decoder keeps a device busy, and more devices help"
+    return f"{pace.decoders} decoders, a core each, keep a device busy; fewer, and decoding sets the pace"
+
+
+def _columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    every = [list(head), *map(list, rows)]
+    widths = [max(len(row[k]) for row in every) for k in range(len(head))]
+    return [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        ).rstrip()
+        for row in every
+    ]

@@ -1,0 +1,90 @@
+"""`preprocess bench`: stages measured apart, hours that follow from them, one table.
+
+pytest tests/preprocess/encode/test_bench.py
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from preprocess.cli.main import main
+from preprocess.encode.bench import Asked, Job, Pace, spread, table
+from shards.format.plan import ClipSource
+
+GPU = Pace(decode=0.040, tower=0.010, write=0.001, nbytes=100_000, clips=8, frames=512)
+JOB = Job(clips=1_000, frames=36_000)
+
+
+def hours(pace: Pace, decoders: int, devices: int) -> float:
+    return pace.seconds(JOB.frames, decoders, devices) / 3600
+
+
+def test_the_slowest_stage_sets_the_pace() -> None:
+    assert hours(GPU, 1, 1) == pytest.approx(0.4)
+    assert hours(GPU, 2, 1) == pytest.approx(0.2)
+    assert hours(GPU, 4, 1) == hours(GPU, 64, 1) == pytest.approx(0.1)
+    assert hours(GPU, 4, 8) == pytest.approx(0.1 / 8)
+    assert GPU.decoders == 4
+
+
+def test_on_a_cpu_all_stages_share_its_cores() -> None:
+    cpu = Pace(decode=0.010, tower=0.060, write=0.010, nbytes=1, clips=1, frames=1, cores=1)
+    assert hours(cpu, 1, 1) == pytest.approx(0.8)
+    assert hours(cpu, 8, 1) == pytest.approx(0.8)
+    assert cpu.decoders == 1
+
+
+def test_the_table_tells_hours_and_money() -> None:
+    lines = table(GPU, JOB, Asked((1, 4), (1,), (1, 2), price=2.0))
+    assert lines[0] == (
+        "1,000 clips, 36,000 frames, 3.6 GB in the bank; measured on 8 clips, 512 frames"
+    )
+    text = "\n".join(lines)
+    assert re.search(r"decode, one decoder +40\.00 +25 +24m00s", text)
+    assert re.search(r"tower, one device +10\.00 +100 +6m00s", text)
+    assert re.search(r"hours by +1 device +2 x 1 device", text)
+    assert re.search(r"1 decoder a device +0\.4 \(0\.80\) +0\.2 \(0\.80\)", text)
+    assert re.search(r"4 decoders a device +0\.1 \(0\.20\) +0\.05 \(0\.20\)", text)
+    assert lines[-1].startswith("4 decoders, a core each, keep a device busy")
+    assert "(" not in table(GPU, JOB, Asked((1,), (1,), (1,)))[7]
+
+
+def test_clips_of_all_sizes_are_measured_and_none_that_cannot_be_opened() -> None:
+    clips = [ClipSource(str(k), str(k), "", "", size=k, frames=k and 8) for k in range(9)]
+    assert [clip.size for clip in spread(clips, 4)] == [2, 4, 6, 8]
+    assert len(spread(clips, 100)) == 8
+    assert spread(clips[:1], 3) == []
+
+
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_the_command_measures_and_leaves_nothing(toy: Path, tmp_path: Path, codec: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["bench", toy / "videos" / "test", "--tower", toy / "tower", "--out", disk]
+    words += ["--frames", 4, "--clips", 2, "--codec", codec, "--device", "cpu", "--price", 1]
+    result = CliRunner().invoke(main, [str(word) for word in words], prog_name="preprocess")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("3 clips, 12 frames, ")
+    assert "measured on 2 clips, 8 frames" in result.stdout
+    for stage in ("decode", "tower", "write"):
+        found = re.search(rf"^{stage}, one \w+ +([\d.]+)", result.stdout, re.MULTILINE)
+        assert found
+        assert float(found[1]) > 0
+    assert list(disk.iterdir()) == []
+
+
+def test_what_cannot_be_measured_is_said_in_a_line(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
+    for words, told in (
+        ([tmp_path / "bad.mp4"], "none of the clips that were tried can be encoded"),
+        ([tmp_path / "bad.mp4", "--out", tmp_path / "no"], "no such folder"),
+        ([tmp_path / "bad.mp4", "--decoders", "1,x"], "positive integers such as 1,2,4"),
+    ):
+        line = [str(w) for w in ("bench", *words, "--tower", toy / "tower", "--device", "cpu")]
+        result = CliRunner().invoke(main, line, prog_name="preprocess")
+        assert result.exit_code == 2
+        assert told in result.stderr.splitlines()[-1]
+    shutil.rmtree(tmp_path)
