@@ -93,16 +93,8 @@ def work(
         return
     from preprocess.encode.run import work as encode_left
 
-    summary = encode_left(
-        bank,
-        tower,
-        roots,
-        device,
-        plan=plan,
-        procs=procs or 1,
-        decoders=decoders,
-        start=start,
-    )
+    how = {"procs": procs or 1, "decoders": decoders, "start": start}
+    summary = encode_left(bank, tower, roots, device, plan=plan, **how)
     click.echo(
         f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
         f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "
