@@ -53,7 +53,7 @@ FLOORS: dict[str, list[str]] = {
         "preprocess.toy_models preprocess.real_models preprocess.world",
         "preprocess.toy_places",
         "preprocess.encode preprocess.show preprocess.toyworld preprocess.footage",
-        "preprocess.derive",
+        "preprocess.derive preprocess.care",
         "preprocess.cli",
         "preprocess",
     ],

@@ -93,7 +93,7 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     from preprocess.encode.tower import start_torch
 
     device = start_torch(device)
-    from preprocess.encode.repair import repair as run
+    from preprocess.care.repair import repair as run
 
     with bytes_bar([bank], "verify") as bar:
         done = run(bank, tower, device, video_roots, bar.update)

@@ -190,7 +190,7 @@ def retry(
     preprocess retry bank
     preprocess retry bank --allow-truncated
     """
-    from preprocess.encode.retry import retry as encode_again
+    from preprocess.care.retry import retry as encode_again
 
     report(bank, encode_again(bank, tower, roots, device=device, **given(how)))
 

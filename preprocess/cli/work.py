@@ -93,7 +93,7 @@ def work(
         return
     from preprocess.encode.run import work as encode_left
 
-    how = {"procs": procs or 1, "decoders": decoders, "start": start}
+    how: dict[str, Any] = {"procs": procs or 1, "decoders": decoders, "start": start}
     summary = encode_left(bank, tower, roots, device, plan=plan, **how)
     click.echo(
         f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "

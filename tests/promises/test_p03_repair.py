@@ -22,11 +22,11 @@ import google_crc32c
 import pytest
 from click.testing import CliRunner, Result
 
+from preprocess.care.repair import Repaired, repair
 from preprocess.cli.care import repair as repair_command
 from preprocess.cli.care import verify as verify_command
 from preprocess.cli.main import main
 from preprocess.encode.features import EncodeOptions
-from preprocess.encode.repair import Repaired, repair
 from preprocess.encode.run import encode
 from preprocess.toy_models import save_tower
 from shards.care.verify import verify
@@ -445,7 +445,7 @@ def test_features_that_round_otherwise_are_committed_and_told_of(
 SCRIPT = """
 import sys
 from pathlib import Path
-from preprocess.encode.repair import repair
+from preprocess.care.repair import repair
 print("ready", flush=True)
 repair(Path(sys.argv[1]))
 """

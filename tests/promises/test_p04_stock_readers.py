@@ -25,10 +25,10 @@ import zarr
 from click.testing import CliRunner
 from PIL import Image
 
+from preprocess.care.repair import repair
 from preprocess.cli.export import export
 from preprocess.cli.main import one_line_errors
 from preprocess.encode.features import EncodeOptions
-from preprocess.encode.repair import repair
 from preprocess.encode.run import encode
 from shards.care.verify import verify
 from shards.errors import UserError

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from preprocess.care.retry import retry
 from preprocess.cli.main import main
 from preprocess.encode.features import EncodeOptions
-from preprocess.encode.retry import retry
 from preprocess.encode.run import encode
 from preprocess.sources.find import clips_under
 from shards.format.plan import ClipSource, Plan, read_plan

@@ -22,8 +22,8 @@ import pytest
 import torch
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from preprocess.encode.covered import patch_sizes
-from preprocess.encode.repair import repair
+from preprocess.care.covered import patch_sizes
+from preprocess.care.repair import repair
 from preprocess.encode.run import EncodeOptions, encode
 from shards import Bank
 from shards.care.tar_scan import commit_of
@@ -193,7 +193,7 @@ def test_a_damaged_description_is_named_and_encoded_again(
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from preprocess.encode.repair import repair
+from preprocess.care.repair import repair
 old, work = Path(sys.argv[1]), Path(sys.argv[2])
 
 def die_at(number):

@@ -186,7 +186,7 @@ def test_a_merge_that_was_killed_is_made_again(bank: Make, tmp_path: Path) -> No
 def test_a_repair_of_the_merged_bank_leaves_the_old_ones_as_they_are(
     bank: Make, tmp_path: Path
 ) -> None:
-    from preprocess.encode.repair import repair
+    from preprocess.care.repair import repair
 
     a, b = bank(tmp_path / "a", "a1"), bank(tmp_path / "b", "b1")
     merge([a, b], tmp_path / "c")

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from preprocess.care.repair import repair
 from preprocess.cli.main import main
-from preprocess.encode.repair import repair
 from shards import Bank
 from shards.care.verify import verify
 from shards.errors import UserError

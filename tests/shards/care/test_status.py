@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from preprocess.care.repair import repair
 from preprocess.cli import care as cli_check
 from preprocess.encode.features import EncodeOptions
-from preprocess.encode.repair import repair
 from preprocess.encode.run import encode
 from shards.care.garbage import leftovers
 from shards.care.inventory import read_inventory

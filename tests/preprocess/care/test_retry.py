@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from preprocess.care.retry import retry
 from preprocess.cli.main import main
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import Clip
@@ -21,7 +22,6 @@ from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions
-from preprocess.encode.retry import retry
 from preprocess.encode.run import encode
 from preprocess.toy_models import save_tower
 from shards.errors import UserError
