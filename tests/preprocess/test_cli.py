@@ -339,7 +339,9 @@ def test_encode_says_what_it_did_and_a_rerun_that_it_was_done(toy: Path, tmp_pat
     words = encode_words(toy, tmp_path / "b", "--frames", 4)
     first = preprocess(*words)
     assert first.exit_code == 0
-    assert re.search(r"b: 3 clips, 12 frames, .*; 0 clips there already\n$", first.stdout)
+    assert re.search(
+        r"b: 3 clips, 12 frames, .*; 0 clips there already\n  the tower .*\n$", first.stdout
+    )
     second = preprocess(*words)
     assert second.exit_code == 0
     assert re.search(r"b: 0 clips, 0 frames, .*; 3 clips there already\n$", second.stdout)

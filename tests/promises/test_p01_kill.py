@@ -164,9 +164,11 @@ class Runs:
 
     @property
     def said(self) -> list[str]:
-        """The lines of the last run's log, without the progress bars."""
+        """The lines of the last run's log, without progress bars and notes."""
         lines = self.log.replace("\r", "\n").splitlines()
-        return [line for line in lines if line.strip() and not re.match(r"(probe|encode): ", line)]
+        return [
+            line for line in lines if line.strip() and not re.match(r"(probe|encode|note): ", line)
+        ]
 
 
 class Whole(NamedTuple):

@@ -77,7 +77,7 @@ def test_all_wrong_settings_come_before_torch_each_with_its_place(tmp_path: Path
     assert code == 2
     expected = [
         "x.yaml:2 learning_rat: unknown setting; did you mean learning_rate?",
-        "x.yaml:3 bf16 must be true or false, got 'maybe'",
+        "x.yaml:3 bf16 must be true, false or auto, got 'maybe'",
         "--max_steps must be",
         "NUM_SPATIAL_TOKENS must be an integer in [2, 1000], got 'x'",
     ]

@@ -73,7 +73,7 @@ POOLING = "model.tower.pooling.pool"
         (POOLING, KeyError),
         ("preprocess.decode.source.identity", ValueError),
         ("shards.write.shard.ShardWriter.write", KeyError),
-        ("preprocess.encode.run.compare", ValueError),
+        ("preprocess.encode.planning.compare", ValueError),
     ],
     ids=["tower", "pooling", "reader", "writer", "command"],
 )

@@ -50,7 +50,9 @@ def loader_of(config: TrainConfig, dataset: Dataset) -> Loader:
     vlm: VLMConfig = model_config(config, dataset)
     bins = config.num_temporal_tokens, config.num_spatial_tokens, config.num_spatial_tokens
     anchors = LapeTokens(bins, LAPE_AXES[config.lape_axes]) if config.enable_lape else None
-    return Loader(dataset, Chat(load_with_template(config.stage_path, ""), anchors), vlm)
+    frames = vlm.time_form, vlm.around_frames
+    chat = Chat(load_with_template(config.stage_path, ""), anchors, frames=frames)
+    return Loader(dataset, chat, vlm)
 
 
 KINDS: dict[str, dict[str, Any]] = {

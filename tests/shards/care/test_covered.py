@@ -126,11 +126,16 @@ def make_old(bank: Path, version: int = 2) -> None:
 
 
 def contents(bank: Path) -> dict[str, Any]:
-    return {
+    """Return what each file holds; of the plan not what no older plan says of its tower."""
+    found: dict[str, Any] = {
         path.relative_to(bank).as_posix(): path.read_bytes()
         for path in bank.rglob("*")
         if path.is_file() and path.name != ".lock"
     }
+    plan = json.loads(found["plan.json"])
+    tower = {k: v for k, v in plan["tower"].items() if k not in ("device", "files")}
+    found["plan.json"] = plan | {"tower": tower, "self_hash": None}
+    return found
 
 
 def old_copy(bank: Path, to: Path, version: int = 2) -> Path:

@@ -269,15 +269,16 @@ def config(toy: Path, toy_bank: Path, sources: Path) -> TrainConfig:
 
 def loader_of(config: TrainConfig, dataset: Dataset) -> Loader:
     anchors = LapeTokens((20, 20, 20), LAPE_AXES[config.lape_axes]) if config.enable_lape else None
-    chat = Chat(load_with_template(config.stage_path, ""), anchors)
     vlm = VLMConfig(
         slow_stride=4,
         fast_stride=8,
         max_frames_num=config.max_frames_num,
         frame_sampling_strategy=config.frame_sampling_strategy,
         slow_frame_ratio=config.slow_frame_ratio,
-        frame_time=config.frame_time,
+        frame_time=config.frame_time.replace("auto", "none"),
     )
+    frames = vlm.time_form, vlm.around_frames
+    chat = Chat(load_with_template(config.stage_path, ""), anchors, frames=frames)
     return Loader(dataset, chat, vlm)
 
 

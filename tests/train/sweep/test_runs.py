@@ -134,6 +134,7 @@ def test_the_sweeps_of_the_evidence_can_be_started(
     for name in ("train", "train-128", "train-512", "test"):
         (tmp_path / "toy" / f"{name}.jsonl").symlink_to(toy / "train.jsonl")
     (tmp_path / "toy" / "llm").symlink_to(toy / "llm")
+    (tmp_path / "space").symlink_to(toy)
     presets = sorted((ROOT / "train" / "presets" / "evidence").glob("*.yaml"))
     words = ["--sweep", *map(str, presets), "--output_dir", str(tmp_path / "runs")]
     # of one name with other settings, and with other steps: it stands alone
