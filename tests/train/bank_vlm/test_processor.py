@@ -17,6 +17,7 @@ MATCHING = {"2.11": "0.26.0", "2.12": "0.27.1", "2.13": "0.28.0"}
 """torch -> the torchvision that belongs to it."""
 
 
+@pytest.mark.slow
 @pytest.mark.registry
 def test_with_torchvision(tmp_path: Path) -> None:
     version = MATCHING.get(".".join(torch.__version__.split(".")[:2]))

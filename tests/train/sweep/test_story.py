@@ -71,6 +71,7 @@ def stop_after_two(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(lines[:3]))  # one step beyond its checkpoint
 
 
+@pytest.mark.slow
 def test_what_is_begun_goes_on_what_fails_is_named_and_what_is_done_is_left_alone(
     bench: Bench, train_here: Callable[..., Path], toy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
