@@ -3,12 +3,9 @@
 choice = fastest(tower, threads=2)      # tower: in float32, as it was loaded; left as it was
 retype(tower, choice.dtype)
 
-CPUs with matrix units for bfloat16 multiply two to eight times as many of them a second as of float32;
-others convert every number and are slower. Which it is here torch is asked, and then one unit of frames
-is timed, in CPU seconds, which other work on the machine hardly changes.
+Torch is asked for matrix units, and then one unit of frames is timed.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.cpu.matrix_units import least_seconds, matrix_units
 from model.tower.trial import Tried, check_size, test_picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,13 +21,10 @@ FEWEST_WEIGHTS = 5_000_000
 """A tower of fewer is not asked: what it gains is lost in starting its layers."""
 LEAST_GAIN = 1.5
 """CPU seconds in float32 over those in bfloat16: what is measured twice differs by less."""
-ROUNDS = 3
 LONG_SECONDS = 2.0
 """A round that takes longer is believed at once."""
 PICTURE = 480, 640
 """(height, width) of the frame that is timed, where the tower takes frames as large as they are."""
-UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "sve_bf16": "SVE", "bf16": "NEON"}
-"""What torch calls the units that multiply bfloat16, and what they are; the fastest first."""
 
 
 class Retyped(Tried, Protocol):
@@ -44,19 +39,6 @@ class Choice:
 
     dtype: str
     reason: str
-
-
-def matrix_units() -> str:
-    """Return which units of this CPU multiply bfloat16, "" where torch knows of none."""
-    asked = getattr(torch.cpu, "get_capabilities", None)
-    if asked:
-        has = asked()
-    else:  # torch before 2.11
-        has = {
-            "amx_bf16": getattr(torch.cpu, "_is_amx_tile_supported", bool)(),
-            "avx512_bf16": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(),
-        }
-    return next((shown for name, shown in UNITS.items() if has.get(name)), "")
 
 
 def arithmetic(device: str, dtype: str) -> str:
@@ -106,20 +88,20 @@ def timed(tower: Retyped, threads: int) -> tuple[float, float, float]:
     picture = tower.pixels.resize(test_picture(*PICTURE)[None])
     frames = np.repeat(picture, tower.frames_per_unit, 0)
     weights = [weight.data for weight in tower.model.parameters()]
-    spent: dict[str, float] = {}
     found: dict[str, Tensor] = {}
+
+    def take(dtype: str) -> None:
+        found[dtype] = tower.encode_batch(frames, len(frames))
+
     others = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for round_ in range(1 + ROUNDS):  # the first one loads kernels
-            for dtype in ("float32", "bfloat16"):
-                retype(tower, dtype, weights)
-                began = time.process_time()
-                found[dtype] = tower.encode_batch(frames, len(frames))
-                seconds = time.process_time() - began
-                spent[dtype] = seconds if round_ < 2 else min(spent[dtype], seconds)
-            if spent["float32"] > LONG_SECONDS:
-                break
+        spent = least_seconds(
+            ("float32", "bfloat16"),
+            take,
+            lambda dtype: retype(tower, dtype, weights),
+            LONG_SECONDS,
+        )
     finally:
         torch.set_num_threads(others)
         retype(tower, "float32", weights)

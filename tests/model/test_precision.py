@@ -11,13 +11,13 @@ import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from model.cpu.matrix_units import matrix_units
 from model.tower.precision import (
     FEWEST_WEIGHTS,
     LEAST_GAIN,
     arithmetic,
     decided,
     fastest,
-    matrix_units,
     retype,
     timed,
 )

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.cpu.matrix_units import least_seconds, matrix_units
 from shards.signed import Json
 from train.data.dataset import open_dataset
 from train.measured.arithmetic import (
     CLEAR,
     decide,
-    has_units,
     is_clear,
     measure,
-    paces,
     with_arithmetic,
 )
 from train.settings.config import TrainConfig, parse
@@ -40,7 +39,7 @@ def test_both_kinds_come_in_turn_and_the_first_round_does_not_count() -> None:
         work = 3_000_000 if len(said) <= 2 else 300_000 if bf16 else 30_000
         sum(range(work))
 
-    least = paces(take)
+    least = least_seconds((False, True), take)
     assert said == [False, True] * 4
     assert least[False] < least[True] < 0.05
 
@@ -89,7 +88,7 @@ def test_the_toy_run_stays_in_float32_bit_for_bit(
 
 @pytest.mark.slow
 def test_a_real_model_takes_the_matrix_units(toy_config: TrainConfig, real_models: Path) -> None:
-    if not (has_units() and torch.cpu._is_amx_tile_supported()):
+    if not (matrix_units() and torch.cpu._is_amx_tile_supported()):
         pytest.skip("this CPU has no matrix units")
     config = replace(toy_config, stage_path=str(real_models / "smollm2-135m"), bf16="auto")
     dataset = open_dataset(config)

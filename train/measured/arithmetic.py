@@ -6,8 +6,7 @@ The answer stands in run.json and in every checkpoint as the run's bf16, and a r
 measured a second time it could be another, and the weights with it.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from model.batch import Batch
+from model.cpu.matrix_units import least_seconds, matrix_units
 from model.vlm import VLM
 from train.batches.chat import Chat
 from train.batches.loader import Loader
@@ -28,8 +28,8 @@ from train.start.prepare_llm import admit_llm, prepare_llm
 from train.start.stage import build
 
 CLEAR = 1.25
-"""How many times as fast bfloat16 has to be: less is noise, and not worth its rounding."""
-ROUNDS = 3
+"""How many times as fast bfloat16 has to be: less is noise, and not worth its rounding. With AMX real
+LLMs train twice as fast in it, with AVX-512-BF16 alone a third slower than in float32."""
 
 
 def with_arithmetic(config: TrainConfig, dataset: Dataset, on_cpu: bool) -> tuple[TrainConfig, str]:
@@ -49,7 +49,7 @@ def decide(config: TrainConfig, dataset: Dataset, on_cpu: bool) -> tuple[bool, s
         return before, "as the run began"
     if not on_cpu:
         return True, "an accelerator is here"
-    if not has_units():
+    if not matrix_units():
         return False, "torch has no products of it on this CPU"
     pace = measure(config, dataset)
     told = f"a step's first pack takes {pace[False]:.3g} CPU s in float32, {pace[True]:.3g} in bfloat16"
@@ -70,14 +70,6 @@ def recorded(config: TrainConfig) -> bool | None:
     return bf16 if isinstance(bf16, bool) else None
 
 
-def has_units() -> bool:
-    """Whether torch multiplies bfloat16 matrices on this CPU itself; how fast is to be measured.
-
-    With AMX real LLMs train twice as fast, with AVX-512-BF16 alone a third slower than in float32.
-    """
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def measure(config: TrainConfig, dataset: Dataset) -> dict[bool, float]:
     """Return the CPU seconds, forward and backward, of the run's first pack, without and with bfloat16.
 
@@ -88,7 +80,7 @@ def measure(config: TrainConfig, dataset: Dataset) -> dict[bool, float]:
     try:
         with torch.random.fork_rng(devices=[]):
             model, batch = first_pack(replace(config, bf16=False), dataset)
-            return paces(lambda bf16: step(model, batch, bf16))
+            return least_seconds((False, True), lambda bf16: step(model, batch, bf16))
     finally:
         torch.set_num_threads(threads)
 
@@ -103,18 +95,6 @@ def first_pack(config: TrainConfig, dataset: Dataset) -> tuple[VLM, Batch]:
     prepare_llm(model, config, attention, torch.device("cpu"))
     loader = Loader(dataset, Chat.of(model), model.config, limit=token_limit(vars(config)))
     return model, loader.pack(plan, 0, 0)
-
-
-def paces(take: Callable[[bool], None]) -> dict[bool, float]:
-    """Return the least CPU seconds of each kind; the first round, which loads kernels, does not count."""
-    least = dict.fromkeys((False, True), float("inf"))
-    for number in range(ROUNDS + 1):
-        for bf16 in least:
-            began = time.process_time()  # of others on a busy machine nothing counts
-            take(bf16)
-            if number:
-                least[bf16] = min(least[bf16], time.process_time() - began)
-    return least
 
 
 def step(model: VLM, batch: Batch, bf16: bool) -> None:
