@@ -12,7 +12,7 @@ frame-causal loss, whose target would hold the future, is then refused.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,11 @@ merger of their own."""
 def named_layers(layer: Layer) -> list[int]:
     """Return the layers before `merged`: of `5,11,17,merged` 5, 11 and 17, counted from 0."""
     return [int(word) for word in layer.split(",")[:-1]] if isinstance(layer, str) else []
+
+
+def merged_layer(earlier: Iterable[int] = ()) -> str:
+    """Return the layer of merged tokens, with those of earlier layers before them: the other way."""
+    return ",".join(map(str, (*earlier, MERGED)))
 
 
 def named(name: str) -> Any:
@@ -118,7 +123,7 @@ class TowerKind:
         if not self.merge:
             return []
         earlier = getattr(config, self.deepstack) if self.deepstack else ()
-        return [MERGED, *([",".join(map(str, (*earlier, MERGED)))] if earlier else [])]
+        return [MERGED, *([merged_layer(earlier)] if earlier else [])]
 
     def side_of(self, config: Any) -> int | None:
         """Return what the sides of a frame are multiples of, where it keeps a size of its own."""

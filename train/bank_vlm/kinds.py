@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.family.qwen_vl import deepstack_of
+from model.tower_kinds import merged_layer
 from shards.errors import UserError
-from shards.format.features import MERGED, FeatureConfig
+from shards.format.features import FeatureConfig
 from train.start.pooled import features_problem
 
 Json = Mapping[str, Any]
@@ -38,7 +39,7 @@ REFUSED = {"qwen3_vl_moe": "its experts' weights have not been tried"}
 
 def layer_of(config: Json) -> str:
     """Return the layer of a bank that holds what the tower of a Qwen-VL gives its LLM."""
-    return ",".join(map(str, (*deepstack_of(config), MERGED)))
+    return merged_layer(deepstack_of(config))
 
 
 def find_kind(model_type: str) -> Kind:

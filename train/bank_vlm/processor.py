@@ -1,7 +1,8 @@
 """A processor of transformers that takes videos from a bank: names in, features out, no file opened.
 
-    processor = bank_processor(AutoProcessor.from_pretrained(checkpoint), "bank")
-    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    plain = AutoProcessor.from_pretrained(checkpoint)
+    processor = bank_processor(plain, "bank", model_config=model.config)
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
 
 Messages name videos as ever: {"type": "video", "video": "a.mp4"} is the clip of that id. Ids, grids, time
 stamps and positions are those that the processor gives for the frames in the bank.
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.video_utils import VideoMetadata
 
+from model.batch import as_tensor
 from model.tower.pixels import Pixels
 from preprocess.decode.child import DecodeChild
 from shards.errors import UserError
@@ -29,7 +31,6 @@ from train.ask import encoded, load_tower, tower_places
 from train.bank_vlm.kinds import Kind, bank_problem, find_kind
 
 MISSING = ("refuse", "live")
-BFLOAT16 = "bfloat16"
 
 
 def bank_processor(
@@ -94,7 +95,6 @@ class FromBank:
     source: "Source"
     plain: Any
     image_processor: Any
-    patch_size: int
 
     def __reduce__(self) -> Any:
         return _made, (self.plain, self.source)
@@ -265,9 +265,6 @@ class Source:
         fps: float,
         size: tuple[int, int],
     ) -> Taken:
-        features = torch.from_numpy(stored)
-        if self.bank.config.dtype == BFLOAT16:
-            features = features.view(torch.bfloat16)
         # of a part of a file, frames count from where it begins, as if it had been cut out
         frames = [int(k) - round(start * fps) for k in frame_index]
         metadata = VideoMetadata(
@@ -279,7 +276,7 @@ class Source:
             video_backend="framebank",
             frames_indices=frames,
         )
-        return Taken(name, features, metadata, size)
+        return Taken(name, as_tensor(stored), metadata, size)
 
     def _absent(self, id_: str) -> UserError:
         failed = {entry.id: entry for entry in read_quarantine(self.bank.where)}

@@ -1,7 +1,8 @@
 """Put a bank in the place of a model's vision tower.
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
-    processor = bank_processor(AutoProcessor.from_pretrained(checkpoint), "bank")
+    plain = AutoProcessor.from_pretrained(checkpoint)
+    processor = bank_processor(plain, "bank", model_config=model.config)
     use_bank(model, "bank")
 
 From then on `pixel_values_videos` (and `pixel_values` of Qwen's images) are banked features, which
@@ -81,9 +82,7 @@ class BankedTower(nn.Module):
             self.layers = len(deepstack_of(config.to_dict())) + 1
         else:
             self.has_cls = config.vision_feature_select_strategy == "default"
-            size = tower.config.image_size
-            self.pixels = (tower.config.num_channels, size, size)
-            side = size // tower.config.patch_size
+            side = tower.config.image_size // tower.config.patch_size
             self.features = (side, side, tower.config.hidden_size)
 
     @property

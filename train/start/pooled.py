@@ -8,8 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from model.config import JOINED, ModelSettings
-from model.tower_kinds import mixes_frames
-from shards.format.features import MERGED
+from model.tower_kinds import merged_layer, mixes_frames
 
 Json = Mapping[str, Any]
 NESTING = ("average", "bilinear")
@@ -63,7 +62,7 @@ def deepstack_problem(
     """
     if settings.mm_projector_type != "identity":
         return None
-    held, needed = features.get("layer"), ",".join(map(str, (*layers, MERGED)))
+    held, needed = features.get("layer"), merged_layer(layers)
     if held != needed:
         what = (
             f"adds features of the layers {', '.join(map(str, layers))} of its tower (DeepStack)"
