@@ -6,7 +6,6 @@ Its video processors need torchvision: `test_processor.py` runs these tests wher
 import json
 import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import AutoTokenizer
 from preprocess.world import write_video
 from shards import Bank
 from shards.errors import UserError
-from tests.train.bank_vlm.worlds import MAKE, PATCH, World, make_world
+from tests.train.bank_vlm.worlds import MAKE, PATCH, World, Worlds
 from train.bank_vlm.processor import bank_processor
 from train.bank_vlm.tower import use_bank
 
@@ -34,7 +33,7 @@ FRAMES, FPS = {"a.mp4": 12, "b.mp4": 9}, 8
 
 
 @pytest.fixture(scope="module")
-def worlds(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
+def worlds(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     root = tmp_path_factory.mktemp("processors")
     (root / "videos").mkdir()
     for number, (name, frames) in enumerate(FRAMES.items()):
@@ -43,14 +42,7 @@ def worlds(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     from PIL import Image
 
     Image.fromarray(pixels[0]).save(root / "videos" / "still.png")
-    made: dict[str, World] = {}
-
-    def world(kind: str) -> World:
-        if kind not in made:
-            made[kind] = make_world(root, kind, toy / "llm")
-        return made[kind]
-
-    return world
+    return Worlds(root, toy / "llm")
 
 
 def processor_of(world: World, **video: Any) -> Any:
@@ -128,7 +120,7 @@ ASK = {
 
 @pytest.mark.parametrize("kind", list(MAKE))
 def test_its_inputs_are_those_of_the_plain_one_for_the_frames_in_the_bank(
-    worlds: Callable[[str], World], kind: str
+    worlds: Worlds, kind: str
 ) -> None:
     world = worlds(kind)
     plain = processor_of(world)
@@ -168,7 +160,7 @@ def test_its_inputs_are_those_of_the_plain_one_for_the_frames_in_the_bank(
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_pictures_and_videos_in_one_talk(worlds: Callable[[str], World], kind: str) -> None:
+def test_pictures_and_videos_in_one_talk(worlds: Worlds, kind: str) -> None:
     world = worlds(kind)
     plain = processor_of(world)
     ours = bank_processor(plain, world.bank, model_config=world.model().config)
@@ -196,7 +188,7 @@ def test_pictures_and_videos_in_one_talk(worlds: Callable[[str], World], kind: s
     assert (logits - theirs).abs().max() < 0.02 * theirs.square().mean().sqrt()
 
 
-def test_what_it_would_take_otherwise_is_refused(worlds: Callable[[str], World]) -> None:
+def test_what_it_would_take_otherwise_is_refused(worlds: Worlds) -> None:
     world, llava = worlds("qwen2_5_vl"), worlds("llava_onevision")
     config = world.model().config
     one = talk({"type": "video", "video": "a.mp4"})
@@ -230,9 +222,7 @@ def test_what_it_would_take_otherwise_is_refused(worlds: Callable[[str], World])
         processor.apply_chat_template(talk({"type": "image", "image": "still.png"}), **ask)
 
 
-def test_a_clip_that_is_not_banked_is_made_live_and_counted(
-    worlds: Callable[[str], World], tmp_path: Path
-) -> None:
+def test_a_clip_that_is_not_banked_is_made_live_and_counted(worlds: Worlds, tmp_path: Path) -> None:
     world = worlds("qwen2_5_vl")
     settings = {"model_config": world.model().config, "missing": "live"}
     ours = bank_processor(processor_of(world), world.bank, **settings)
@@ -247,7 +237,7 @@ def test_a_clip_that_is_not_banked_is_made_live_and_counted(
 
 
 def test_names_may_stand_below_a_folder_and_it_is_saved_as_the_plain_one(
-    worlds: Callable[[str], World], tmp_path: Path
+    worlds: Worlds, tmp_path: Path
 ) -> None:
     world = worlds("qwen2_5_vl")
     plain = processor_of(world)
@@ -268,7 +258,7 @@ def test_names_may_stand_below_a_folder_and_it_is_saved_as_the_plain_one(
 @pytest.mark.parametrize("package", ["transformers", "trl"])
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava_onevision"])
 def test_a_trainer_trains_from_the_bank(
-    worlds: Callable[[str], World],
+    worlds: Worlds,
     kind: str,
     package: str,
     tmp_path: Path,
@@ -363,7 +353,7 @@ def test_a_trainer_trains_from_the_bank(
             assert torch.equal(weight, fresh[name]), name
 
 
-def test_the_lines_of_the_readme_run(worlds: Callable[[str], World], tmp_path: Path) -> None:
+def test_the_lines_of_the_readme_run(worlds: Worlds, tmp_path: Path) -> None:
     world = worlds("qwen2_5_vl")
     plain = processor_of(world)
     model_of(world, plain).save_pretrained(tmp_path)

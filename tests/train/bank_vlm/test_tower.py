@@ -4,7 +4,7 @@ The reference is the unchanged model, whose tower is made to give the same bank-
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,18 @@ from tests.train.bank_vlm.worlds import (
     MAKE,
     VIDEO,
     World,
+    Worlds,
     make_videos,
-    make_world,
 )
 from train.bank_vlm.kinds import find_kind
 from train.bank_vlm.tower import use_bank
 
 
 @pytest.fixture(scope="module")
-def worlds(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
+def worlds(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     root = tmp_path_factory.mktemp("bank-vlm")
     make_videos(root)
-    made: dict[str, World] = {}
-
-    def world(kind: str) -> World:
-        if kind not in made:
-            made[kind] = make_world(root, kind, toy / "llm")
-        return made[kind]
-
-    return world
+    return Worlds(root, toy / "llm")
 
 
 @contextmanager
@@ -141,7 +134,7 @@ def step(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", list(MAKE))
 def test_it_computes_learns_and_is_saved_as_the_unchanged_model(
-    worlds: Callable[[str], World], kind: str, checkpointing: bool, tmp_path: Path
+    worlds: Worlds, kind: str, checkpointing: bool, tmp_path: Path
 ) -> None:
     world = worlds(kind)
     theirs, ours = world.model(), use_bank(world.model(), world.bank)
@@ -178,9 +171,7 @@ def test_it_computes_learns_and_is_saved_as_the_unchanged_model(
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
-def test_a_checkpoint_of_its_training_is_taken_up_again(
-    worlds: Callable[[str], World], kind: str
-) -> None:
+def test_a_checkpoint_of_its_training_is_taken_up_again(worlds: Worlds, kind: str) -> None:
     world = worlds(kind)
     ours = use_bank(world.model(), world.bank)
     moved = {n: v + 1 if v.is_floating_point() else v for n, v in ours.state_dict().items()}
@@ -196,9 +187,7 @@ def test_a_checkpoint_of_its_training_is_taken_up_again(
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_an_answer_is_generated_as_by_the_unchanged_model(
-    worlds: Callable[[str], World], kind: str
-) -> None:
+def test_an_answer_is_generated_as_by_the_unchanged_model(worlds: Worlds, kind: str) -> None:
     world = worlds(kind)
     theirs, ours = world.model(), use_bank(world.model(), world.bank)
     (plain, calls), (banked, _) = rows(world, True), rows(world, False)
@@ -209,7 +198,7 @@ def test_an_answer_is_generated_as_by_the_unchanged_model(
     assert torch.equal(ours.generate(**banked, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_what_a_bank_does_not_hold_is_refused(worlds: Callable[[str], World]) -> None:
+def test_what_a_bank_does_not_hold_is_refused(worlds: Worlds) -> None:
     world, other = worlds("qwen2_5_vl"), worlds("llava_onevision")
     with pytest.raises(UserError, match="layer -1 of a tower, and the model takes merged tokens"):
         use_bank(world.model(), other.bank)
@@ -235,7 +224,7 @@ def test_what_a_bank_does_not_hold_is_refused(worlds: Callable[[str], World]) ->
         use_bank(other.model(), other.bank)(**pixels)
 
 
-def test_other_models_are_refused_by_name(worlds: Callable[[str], World]) -> None:
+def test_other_models_are_refused_by_name(worlds: Worlds) -> None:
     config = Qwen2Config(hidden_size=32, intermediate_size=8, num_hidden_layers=1, vocab_size=8)
     with pytest.raises(UserError, match="cannot stand in for the tower of qwen2"):
         use_bank(Qwen2ForCausalLM(config), worlds("qwen2_vl").bank)

@@ -1,6 +1,6 @@
 """Random tiny checkpoints of transformers' own classes, as stages on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +120,18 @@ def save_qwen(folder: Path, make: Callable[[], Any], toy: Path) -> Any:
     return theirs
 
 
-def onevision(**values: Any) -> Any:
+def onevision(vision: Mapping[str, int] = LLAVA_VISION, **values: Any) -> Any:
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**LLAVA_VISION),
+        vision_config=SiglipVisionConfig(**vision),
         text_config=Qwen2Config(**LLAVA_TEXT),
         **values,
     )
     return LlavaOnevisionForConditionalGeneration(config)
 
 
-def next_video(**values: Any) -> Any:
+def next_video(vision: Mapping[str, int] = LLAVA_VISION, **values: Any) -> Any:
     config = LlavaNextVideoConfig(
-        vision_config=CLIPVisionConfig(**LLAVA_VISION),
+        vision_config=CLIPVisionConfig(**vision),
         text_config=Qwen2Config(**LLAVA_TEXT),
         **values,
     )
