@@ -104,10 +104,7 @@ def make_plan(source: BankSource, out: Path, target: Target, shard_bytes: int) -
     there = {clip.key for clip in source.clips}
     plan = replace(plan, pruned=frozenset(c.key for c in plan.clips if c.key not in there))
     if plan.quality is None and plan.units:
-        found = calibration(source, target)
-        scales = {str(stride): scale.tolist() for stride, scale in found.channel_scale.items()}
-        quality = {str(stride): facts for stride, facts in found.quality.items()}
-        plan = replace(plan, calibration=scales or None, quality=quality)
+        plan = calibration(source, target).kept_in(plan)
     if plan != known:
         write_plan(out, plan)
     return plan

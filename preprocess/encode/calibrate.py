@@ -10,7 +10,7 @@ The lossless codecs need none of this and lose nothing.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions, encode_frames
 from shards.errors import UserError
 from shards.format.codec import Codec, channel_error, channel_rms, token_cosine
-from shards.format.plan import ClipSource
+from shards.format.plan import ClipSource, Plan
 
 CLIPS = 16
 """To calibrate on, and as many to measure on."""
@@ -39,6 +39,12 @@ class Calibration:
     quality: dict[int, dict[str, float]]
     """Per stride: cosine_mean, cosine_min (of a token and its decoded self), channel_error_median,
     channel_error_worst (relative to the channel's root mean square)."""
+
+    def kept_in(self, plan: Plan) -> Plan:
+        """Return a plan that holds this, for every process that makes its units."""
+        scales = {str(stride): scale.tolist() for stride, scale in self.channel_scale.items()}
+        quality = {str(stride): facts for stride, facts in self.quality.items()}
+        return replace(plan, calibration=scales or None, quality=quality)
 
 
 def calibrate(

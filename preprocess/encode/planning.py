@@ -207,10 +207,7 @@ def calibrated(out: Path, plan: Plan, tower: "Tower", options: EncodeOptions) ->
     from preprocess.encode.calibrate import calibrate
 
     with SourceReader(DecodeChild(), out) as reader:
-        found = calibrate(plan.clips, tower, options, reader)
-    scales = {str(stride): scale.tolist() for stride, scale in found.channel_scale.items()}
-    quality = {str(stride): facts for stride, facts in found.quality.items()}
-    plan = replace(plan, calibration=scales or None, quality=quality)
+        plan = calibrate(plan.clips, tower, options, reader).kept_in(plan)
     write_plan(out, plan)
     return plan
 
