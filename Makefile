@@ -99,26 +99,25 @@ EVIDENCE := evidence
 DRAWN := --train-clips 2048
 SWEEPS := lape frame-loss space singles
 endif
-# a bank and how it is encoded: $(call banked,NAME,FLAGS)
-banked = test -e $(EVIDENCE)/$(1)/bank.json || { set -o pipefail; $(BIN)/preprocess encode $(EVIDENCE)/toy/videos \
-    --stride 4,8 --tower $(EVIDENCE)/toy/tower --out $(EVIDENCE)/$(1) $(2) | tee $(EVIDENCE)/encode-$(1).txt; }
+# a drawn world of so many clips: $(call drawn,NAME,FLAGS); a bank of one: $(call banked,NAME,WORLD,FLAGS)
+drawn = test -e $(EVIDENCE)/$(1)/world.json || { rm -rf $(EVIDENCE)/$(1) && \
+    $(BIN)/preprocess toyworld $(EVIDENCE)/$(1) $(2); }
+banked = test -e $(EVIDENCE)/$(1)/bank.json || { set -o pipefail; $(BIN)/preprocess encode $(EVIDENCE)/$(2)/videos \
+    --stride 4,8 --tower $(EVIDENCE)/$(2)/tower --out $(EVIDENCE)/$(1) $(3) | tee $(EVIDENCE)/encode-$(1).txt; }
 
 evidence: $(READY)  ## what helps and what does not: a drawn world, its banks, all runs, their tables
 	mkdir -p $(EVIDENCE)
-	test -e $(EVIDENCE)/toy/world.json || { rm -rf $(EVIDENCE)/toy && \
-	    $(BIN)/preprocess toyworld $(EVIDENCE)/toy $(DRAWN); }
+	$(call drawn,toy,$(DRAWN))
 	for n in 128 512; do head -n $$n $(EVIDENCE)/toy/train.jsonl > $(EVIDENCE)/toy/train-$$n.jsonl; done
-	$(call banked,bank,--frames 16)
+	$(call banked,bank,toy,--frames 16)
 ifneq ($(filter singles,$(SWEEPS)),)
-	$(call banked,bank-int8,--frames 16 --codec int8)
-	$(call banked,bank-bf16,--frames 16 --dtype bfloat16)
-	$(call banked,bank-32,--frames 32)
+	$(call banked,bank-int8,toy,--frames 16 --codec int8)
+	$(call banked,bank-bf16,toy,--frames 16 --dtype bfloat16)
+	$(call banked,bank-32,toy,--frames 32)
 endif
 ifneq ($(filter space,$(SWEEPS)),)
-	test -e $(EVIDENCE)/space/world.json || { rm -rf $(EVIDENCE)/space && \
-	    $(BIN)/preprocess toyworld $(EVIDENCE)/space --train-clips 8192; }
-	test -e $(EVIDENCE)/bank-space/bank.json || $(BIN)/preprocess encode $(EVIDENCE)/space/videos \
-	    --stride 4,8 --frames 16 --tower $(EVIDENCE)/space/tower --out $(EVIDENCE)/bank-space
+	$(call drawn,space,--train-clips 8192)
+	$(call banked,bank-space,space,--frames 16)
 endif
 	EVIDENCE=$(EVIDENCE) OMP_NUM_THREADS=$(THREADS) $(BIN)/python train/run.py --output_dir $(EVIDENCE)/runs \
 	    --sweep $(SWEEPS:%=train/presets/evidence/%.yaml); code=$$?; test $$code -gt 1 || \

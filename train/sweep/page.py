@@ -23,7 +23,7 @@ from train.sweep.record import record_of
 
 ENCODED = re.compile(r"([\d,]+) clips, .* in ([\d.]+) s; ([\d,]+) clips there already")
 """How `preprocess encode` ends."""
-FIRST = ("lape", "frame-loss", "singles", "small")
+FIRST = ("lape", "frame-loss", "space", "singles", "small")
 """The order of the sweeps' tables; others follow."""
 
 
