@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -275,7 +276,7 @@ def test_make_evidence_in_small_ends_in_its_page(tmp_path: Path) -> None:
     page = (tmp_path / "evidence.md").read_text()
     assert "- encoded once: " in page
     assert "5 runs trained on that" in page
-    assert "| lape-plus less lape-off |" in page
+    assert "| lape-plus less lape-off |" in re.sub(" +", " ", page)  # columns are filled up
     assert page in first.stdout
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0
