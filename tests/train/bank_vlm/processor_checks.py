@@ -358,8 +358,8 @@ def test_the_lines_of_the_readme_run(worlds: Worlds, tmp_path: Path) -> None:
     plain = processor_of(world)
     model_of(world, plain).save_pretrained(tmp_path)
     plain.save_pretrained(tmp_path)
-    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
-    part = readme.partition("**Behind a trainer of transformers' own video models**")[2]
+    readme = (Path(__file__).resolve().parents[3] / "train" / "README.md").read_text()
+    part = readme.partition("### transformers' own video models\n")[2]
     code = re.findall(r"```python\n(.*?)```", part, re.DOTALL)[0]
     names = {"checkpoint": str(tmp_path), "bank": str(world.bank)}
     exec(compile(code, "README.md", "exec"), names)
