@@ -21,16 +21,16 @@ QUESTION := "When is the red square visible?"
 
 demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate, ask
 	rm -rf demo && mkdir demo
-	$(BIN)/preprocess toyworld demo/toy --train-clips 2048
+	$(BIN)/preprocess toyworld demo/toy --train-clips 1536
 	set -o pipefail; $(BIN)/preprocess encode demo/toy/videos --stride 4,8 --frames 16 \
 	    --out demo/bank --tower demo/toy/tower | tee demo/encode.txt
-	$(TRAIN_RUN) --config train/presets/toy.yaml --stage_path demo/toy/llm \
+	$(TRAIN_RUN) --config train/presets/toy.yaml --stage_path demo/toy/llm --max_steps 300 \
 	    --bank demo/bank --data_path demo/toy/train.jsonl --output_dir demo/run-a
-	$(EVALUATE) --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl --untrained --max_records 128
+	$(EVALUATE) --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl --untrained --max_records 64
 	$(EVALUATE) --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl
 	$(BIN)/python train/ask.py $(ASKED) $(QUESTION) --model demo/run-a
 	@echo "--- the next experiment: another slow/fast pattern on the same bank, no video is read"
-	$(TRAIN_RUN) --config train/presets/toy.yaml --stage_path demo/run-a --max_steps 100 \
+	$(TRAIN_RUN) --config train/presets/toy.yaml --stage_path demo/run-a --max_steps 60 \
 	    --frame_sampling_strategy uniform --slow_frame_ratio 0.25 \
 	    --bank demo/bank --data_path demo/toy/train.jsonl --output_dir demo/run-b
 	$(EVALUATE) --model demo/run-b --bank demo/bank --data_path demo/toy/test.jsonl

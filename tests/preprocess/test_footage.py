@@ -600,6 +600,7 @@ def test_without_phrases_a_video_goes_by_its_name_and_that_is_said(
 
 
 @pytest.mark.skipif(not CLIPS, reason="FRAMEBANK_CLIPS does not name the test videos")
+@pytest.mark.slow
 def test_real_clips_are_cut_at_their_times(tmp_path: Path) -> None:
     """Scenes are compared with frames that PyAV decodes from the start of each source."""
     names = (
