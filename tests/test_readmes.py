@@ -64,7 +64,7 @@ Shown = tuple[Command, list[str]]
 
 def transcript(block: Block) -> list[Shown]:
     found: list[Shown] = []
-    for line in block.text.splitlines():
+    for line in block.text.replace("\\\n", " ").splitlines():
         if line.startswith("$ "):
             (command,) = commands(line[2:])
             found.append((command, []))
@@ -372,3 +372,6 @@ def test_the_families_of_the_table_are_those_of_transformers() -> None:
 
     rows = tables.written("families").splitlines()[2:]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == families()
+    exact = sum(" | exact | " in row for row in rows)
+    assert f"see themselves: {exact} |" in text_of("model/README.md")
+    assert f"see themselves | {exact} (" in text_of("README.md")
