@@ -5,7 +5,7 @@ SHELL := /bin/bash
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo real evidence test test-all lint bench clean
+.PHONY: demo real evidence test test-all lint bench gpu clean
 
 # A small model trains 1.4 x as fast in two processes that share the cores as in one that has them all.
 # Said in full: `accelerate launch` prints a page of warnings about its defaults otherwise.
@@ -141,6 +141,9 @@ lint: $(READY)
 bench: $(READY)  ## the benchmarks; the peers of decoding are measured where they install
 	-$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m tests.bench
+
+gpu: $(READY)  ## what waits for a CUDA device, in pieces: MINUTES=9 stops in time, PIECES="demo fsdp" are these
+	$(BIN)/python -m tests.bench.gpu $(PIECES) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SMALL),--small)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "framebank needs Python >= 3.11: make PYTHON=python3.12 ...")'
