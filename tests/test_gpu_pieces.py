@@ -31,10 +31,7 @@ def test_pieces_are_run_once_kept_and_shown(tmp_path: Path) -> None:
     stopped = gpu(*words, "--minutes", "1.5")
     assert stopped.returncode == 1, stopped.stderr
     assert "left for the next time: training-0.5B" in stopped.stderr
-    assert (
-        list(json.loads(out.read_text()))
-        == ["attention", "live"][: len(json.loads(out.read_text()))]
-    )
+    assert "attention" in json.loads(out.read_text())
     done = gpu(*words)
     assert done.returncode == 0, done.stderr
     assert "== attention" not in done.stdout
