@@ -34,10 +34,10 @@ demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate,
 	    --frame_sampling_strategy uniform --slow_frame_ratio 0.25 \
 	    --bank demo/bank --data_path demo/toy/train.jsonl --output_dir demo/run-b
 	$(EVALUATE) --model demo/run-b --bank demo/bank --data_path demo/toy/test.jsonl
-	@cat demo/encode.txt
-	@$(BIN)/python -m train.report demo/run-a demo/run-b
 	@echo "--- what the second one answers, drawn over the clip's frames"
 	$(BIN)/python train/ask.py $(ASKED) $(QUESTION) --model demo/run-b --show demo/asked.png --truth demo/toy/test.jsonl
+	@cat demo/encode.txt
+	@$(BIN)/python -m train.report demo/run-a demo/run-b
 
 pictures: $(READY)  ## the pictures of the READMEs, from what `make demo` has left
 	rm -rf demo/four && $(BIN)/preprocess derive demo/bank --frames 4 --out demo/four
