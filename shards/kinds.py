@@ -99,6 +99,9 @@ def kind_of(head: bytes) -> Kind | None:
     return None
 
 
+# -- finders, tried in order
+
+
 def _nothing(head: bytes) -> Kind | None:
     if not head.strip():
         return Kind("none", "empty", "get it again")

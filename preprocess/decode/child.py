@@ -88,7 +88,7 @@ class DecodeChild(ChildProcess):
                 Reason.DECODER_CRASHED,
                 f"the decoder died {death}",
                 where=request.path,
-                fix="try again, then encode the file again or remove it",
+                fix="try again, then re-encode the video or remove it",
             ) from None
         self._served += 1
         if self._served >= self.clips_per_child:
@@ -130,7 +130,7 @@ class DecodeChild(ChildProcess):
                 f"decoding had not ended after {used - self._began:.1f} s of CPU "
                 f"(deadline {self._deadline:.1f})",
                 where=self._path,
-                fix="encode the file again or remove it",
+                fix="re-encode the video, or remove it",
             )
         if used > self._seen:
             self._seen, self._moved = used, now
@@ -141,7 +141,7 @@ class DecodeChild(ChildProcess):
                 Reason.TIMEOUT,
                 "the decoder's threads wait for each other",
                 where=self._path,
-                fix="encode the file again or remove it",
+                fix="re-encode the video, or remove it",
             )
         elif idle > STALL_FACTOR * self._deadline:
             raise VideoError(
@@ -150,6 +150,9 @@ class DecodeChild(ChildProcess):
                 where=self._path,
                 fix="check the disk and try again",
             )
+
+
+# -- frames in shared memory
 
 
 class FrameFiles:
@@ -199,6 +202,9 @@ def _is_deadlocked(pid: int) -> bool:
         return False
     elsewhere = [wait for wait in waits if "futex" not in wait]
     return len(elsewhere) <= 1 and all("pipe" in wait for wait in elsewhere)
+
+
+# -- the child's side
 
 
 def _facts(values: Json) -> ClipFacts:

@@ -55,6 +55,9 @@ def explained(error: VideoError, path: Path) -> VideoError:
     return _other_kind(kind, head, where) or error
 
 
+# -- the errors
+
+
 def _special(where: str) -> VideoError:
     return VideoError(
         Reason.CANNOT_OPEN, "a pipe, socket or device, not a file", where=where, fix="remove it"
@@ -94,6 +97,9 @@ def _cut_short(file: IO[bytes], where: str) -> VideoError | None:
         where=where,
         fix="fetch it again",
     )
+
+
+# -- signs of encryption in the bytes
 
 
 def _is_encrypted_mp4(file: IO[bytes]) -> bool:

@@ -101,6 +101,9 @@ def find_clips(inputs: Sequence[str], options: FindOptions = FindOptions()) -> F
     return found
 
 
+# -- ids that clash
+
+
 def _place(source: ClipSource, other: ClipSource) -> tuple[str, str, bool]:
     """Return two names that distinguish clips of one id, and whether they are in two archives."""
     if source.offset is None or other.offset is None:
@@ -118,6 +121,9 @@ def _clash(here: str, there: str, archived: bool, ids: Sequence[str]) -> str:
         f"{same}{more}; --archive-ids makes them {Path(here).name}/{ids[0]} and so on, else encode "
         "them into two banks"
     )
+
+
+# -- one input, by what it is
 
 
 def _sources(

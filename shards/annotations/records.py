@@ -115,6 +115,9 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
     return Row(id_, tuple(media), start, end, tuple(turns), str(data.get("task", "")), timeline)
 
 
+# -- turns
+
+
 def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:
     """Raise RowError for an empty answer, and for a last question without an answer."""
     blank = [k for k, (role, text) in enumerate(turns) if role == "assistant" and not text.strip()]
@@ -173,6 +176,9 @@ def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, s
             f"{sum(tags)} <video>/<image> tags for {media} media; write one tag per medium; {escape}",
         )
     return list(turns)
+
+
+# -- parts and paths
 
 
 def _part(data: Json) -> tuple[float | None, float | None]:

@@ -223,6 +223,9 @@ class Leases(ExitStack):
                     os.utime(self._mine.path)
 
 
+# -- lease files
+
+
 def _holder(path: Path) -> Holder | None:
     """Return the contents of a lease file; None if it does not exist or is not written yet."""
     try:
