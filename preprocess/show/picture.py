@@ -19,7 +19,7 @@ from preprocess.decode.source import SourceReader
 from preprocess.show.table import find, read_meta
 from shards.format.codec import as_float32
 from shards.format.features import Sampling
-from shards.format.plan import read_plan
+from shards.format.plan import ClipSource, read_plan
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
 from shards.text import printable
@@ -49,19 +49,26 @@ def source_frames(bank: Path, meta: SampleMeta, sampling: Sampling) -> np.ndarra
     """
     plan = read_plan(bank)
     source = next((clip for clip in plan.clips if clip.id == meta.id), None) if plan else None
+    with SourceReader(DecodeChild(), Path(gettempdir())) as reader:
+        return read_frames(reader, source, meta, sampling)
+
+
+def read_frames(
+    reader: SourceReader, source: ClipSource | None, meta: SampleMeta, sampling: Sampling
+) -> np.ndarray | str:
+    """Return what `source_frames` does, of a clip whose source is known."""
     if not source or not Path(source.path).exists():
         return "video missing"
     incomplete = not {"truncated", "damaged"}.isdisjoint(meta.flags)
-    with SourceReader(DecodeChild(), Path(gettempdir())) as reader:
-        request = ReadRequest(
-            Path(source.path),
-            sampling,
-            start=source.start,
-            end=source.end,
-            allow_truncated=incomplete,
-            picture_fps=source.picture_fps or PICTURE_FPS,
-        )
-        outcome = reader.read(source, request)
+    request = ReadRequest(
+        Path(source.path),
+        sampling,
+        start=source.start,
+        end=source.end,
+        allow_truncated=incomplete,
+        picture_fps=source.picture_fps or PICTURE_FPS,
+    )
+    outcome = reader.read(source, request)
     if outcome.clip is None:
         return f"video {outcome.error.reason if outcome.error else 'unreadable'}"
     if outcome.digest != meta.digest or outcome.clip.frame_index.tolist() != meta.frame_index:
