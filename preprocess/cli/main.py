@@ -53,7 +53,7 @@ def one_line_errors() -> Iterator[None]:
         raise
     except Exception:
         traceback.print_exc()
-        raise SystemExit(70) from None
+        raise SystemExit(70) from None  # EX_SOFTWARE of sysexits.h
     else:
         return
     for line in problems.splitlines():

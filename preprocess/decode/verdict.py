@@ -142,6 +142,7 @@ def _holds(data: bytes, at: int, end: int, path: tuple[int, ...]) -> bool:
 
 def _is_scrambled(head: bytes) -> bool:
     """Return whether the packets of a transport stream are scrambled (ISO/IEC 13818-1, 2.4.3.3)."""
+    # sizes of packets: plain, with a time code before each (M2TS), with error correction (DVB)
     for size, skip in ((188, 0), (192, 4), (204, 0)):
         packets = [head[at : at + 4] for at in range(skip, len(head) - 3, size)]
         if len(packets) > 2 and all(packet[0] == 0x47 for packet in packets):

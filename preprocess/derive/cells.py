@@ -24,6 +24,7 @@ def pool_cells(
     """
     assert mode in NESTING, mode
     assert stride % banked == 0, (banked, stride)
+    # Pooled in float32 and rounded once at the end, as patches are in `encode`.
     values = as_float32(features)
     for axis, patches in ((1, patch_grid[0]), (2, patch_grid[1])):
         values = _pool_axis(values, axis, patches, banked, stride, mode)

@@ -94,7 +94,7 @@ class Encoder(ExitStack):
             if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token):
                 self.bar.update(len(sources))
                 return True
-            before = self.summary.copy()
+            before = self.summary.copy()  # of a unit that is lost to another holder nothing counts
             with ShardWriter(
                 lease.shard,
                 lease.unit,

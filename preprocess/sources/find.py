@@ -66,6 +66,7 @@ def find_clips(inputs: Sequence[str], options: FindOptions = FindOptions()) -> F
     of the Hub, whose annotation files are read. Raises UserError that lists every input which is not
     found and every pair of different files with one id.
     """
+    # All problems are collected and listed at once, so that they need not be found one run at a time.
     found = Found()
     problems = [
         f"--video-root {root}: no such folder"

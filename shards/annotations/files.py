@@ -99,7 +99,11 @@ def read_rows(path: str | Path) -> Rows:
                 yield from _csv(file, text)
             else:
                 yield from _json(file, text)
-        except (OSError, csv.Error, RecursionError) as error:
+        except (
+            OSError,
+            csv.Error,
+            RecursionError,
+        ) as error:  # RecursionError: JSON nested too deeply
             raise UserError(f"not readable as records: {error}", where=file) from None
         except UnicodeDecodeError as error:
             raise UserError(f"not readable as records: not UTF-8: {error}", where=file) from None
@@ -192,6 +196,7 @@ def _json(file: Path, text: str) -> Rows:
         except json.JSONDecodeError as error:
             if begins != "{" and suffix_of(file) != ".jsonl":
                 raise unreadable(file, error) from None
+            # Data after a complete object: JSON lines under the name .json, which many datasets have.
             if begins == "{" and error.msg != "Extra data":
                 raise unreadable(file, error) from None
         else:

@@ -98,7 +98,7 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
                 f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
                 f"known are {', '.join(ROLES)}",
             )
-        turn["value"].encode()
+        turn["value"].encode()  # JSON may contain half of a surrogate pair, which is not text
         turns.append((role, turn["value"]))
     timeline = tuple(Cut(**part) for part in data.get("timeline", []))
     video = data.get("video", [cut.video for cut in timeline])

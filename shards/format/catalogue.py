@@ -29,6 +29,7 @@ from shards.text import some
 
 Columns = dict[str, np.ndarray]
 READERS = 8
+"""Threads that read columns: remote ones take a round trip each."""
 
 
 def build_columns(
@@ -133,6 +134,8 @@ def write_columns(path: Path, columns: Columns) -> None:
             compressors=None,
             config={"write_empty_chunks": True},  # our reader expects a chunk file, of zeros too
         )
+    # A folder cannot be replaced atomically: between the two renames there is none, and `read.opening`
+    # retries.
     if path.exists():
         path.rename(old)
     temporary.rename(path)

@@ -189,7 +189,9 @@ class Leases(ExitStack):
         elif (
             not journal_path(lease.shard, lease.token).exists()
             and not lease_path(lease.shard, lease.number + 1).exists()
-        ):  # no files to point to, and no later lease, whose number must follow this one
+        ):
+            # Nothing to continue from. With a later lease this one must stay: `take` looks for the first
+            # free number, and a gap would hand out a unit that is held.
             lease.path.unlink(missing_ok=True)
         else:
             with suppress(FileNotFoundError):

@@ -23,6 +23,7 @@ from preprocess.decode.source import Outcome, SourceReader
 from preprocess.encode.pipeline.ahead import ahead
 from shards.format.plan import ClipSource
 
+# Several processes per tower: with one, a GPU waited for one core.
 HELD_BYTES = 32 << 20
 """Bytes of frames that wait for the tower, per process."""
 
