@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from preprocess.cli.encode import prepared, tell
+from preprocess.cli.encode import prepared, print_skips
 from preprocess.cli.options import INPUTS, LOCAL, WHAT
 from shards.errors import UserError
 
@@ -76,7 +76,7 @@ def bench(
 
     tower = load_tower(options)
     clips = probe(found.clips, {}, options.sampling)
-    tell(found, folder)
+    print_skips(found, folder)
     cores = len(os.sched_getaffinity(0)) if tower.device.type == "cpu" else None
     with tqdm(
         total=min(most, len(clips)), desc="bench", unit="clip", leave=False, disable=None
