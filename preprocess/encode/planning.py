@@ -60,12 +60,13 @@ class Survey:
         known: Plan | None,
         probed: list[ClipSource] | None = None,
     ) -> "Survey":
-        """Look at the clips, of which `probed` were looked at before there was a bank."""
+        """Look at the clips, unless they were looked at already: `probed`."""
         if known is None:
             return cls(None, [], probe(clips, {}, options.sampling) if probed is None else probed)
         refuse_missing_shards(out, known)
-        planned = {clip.key: clip for clip in known.clips}
-        probed = probe(clips, planned, known.features.sampling)
+        if probed is None:
+            planned = {clip.key: clip for clip in known.clips}
+            probed = probe(clips, planned, known.features.sampling)
         return cls(known, read_commits(out, known), probed)
 
     def changes(self, out: Path, plan: Plan) -> Changes:

@@ -11,10 +11,11 @@ Torch comes with the tower: a run that finds nothing to do ends without.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from preprocess.encode.beside import first_plan, served, strides_beside
 from preprocess.encode.features import (
     EncodeOptions,
     feature_config,
@@ -27,6 +28,7 @@ from preprocess.encode.planning import (
     calibrated,
     fitting,
     make_plan,
+    note,
     units_left,
 )
 from preprocess.encode.tower import Loading, as_banked, refuse_other_device
@@ -37,15 +39,18 @@ from preprocess.sources.find import Found, clips_under, find_clips
 from preprocess.sources.probe import probe
 from preprocess.sources.skips import write_skips
 from shards.errors import UserError
+from shards.format.beside import parts_of, side_path
 from shards.format.plan import (
     ClipSource,
     Plan,
+    PlanAsRead,
+    plan_as_read,
     planned,
-    read_plan,
     refuse_derived,
     refuse_other_features,
 )
 from shards.format.quarantine import read_entries
+from shards.write.beside import pair
 from shards.write.finish import finish, refuse_unfinished
 from shards.write.lease import sweep
 from shards.write.lock import folder_lock
@@ -82,11 +87,47 @@ def encode_clips(
     procs: int = 1,
     decoders: int | None = None,
     prune: bool = False,
+    seen: PlanAsRead | None = None,
 ) -> tuple[Summary, Changes]:
-    """Do what `encode` does for clips that were found already; returns the changes, too."""
-    first, probed = _before_a_folder(out, found, options)
+    """Do what `encode` does for clips that were found already; returns the changes, too.
+
+    Strides that a bank has not are made beside it, after it is brought up to date. seen: the bank's
+    plan, where it has been read.
+    """
+    seen = plan_as_read(out, seen)
+    how: dict[str, Any] = {"procs": procs, "decoders": decoders, "prune": prune}
+    sides = strides_beside(out, seen.plan, options.strides)
+    own = options
+    if sides:
+        assert seen.plan
+        own = replace(options, strides=seen.plan.features.strides)
+    summary, changes = _encode_bank(found, out, own, seen, **how)
+    for strides in sides:
+        side, clips = side_path(out, strides), served(out, changes.plan, found)
+        of_side = replace(_run_as(options, changes.plan), strides=strides)
+        begun = plan_as_read(side, first=first_plan(changes.plan, strides))
+        more, _ = _encode_bank(clips, side, of_side, begun, probed=clips.clips, **how)
+        summary = summary.beside(more)
+    for why in pair(out, "preprocess encode"):
+        note(why)
+    return summary, changes
+
+
+def _encode_bank(
+    found: Found,
+    out: Path,
+    options: EncodeOptions,
+    seen: PlanAsRead,
+    probed: list[ClipSource] | None = None,
+    *,
+    procs: int,
+    decoders: int | None,
+    prune: bool,
+) -> tuple[Summary, Changes]:
+    """Make one bank of one plan. probed: the clips, where they have been looked at."""
+    first, probed = _before_a_folder(out, found, options, probed)
     with disk_errors(out), folder_lock(out, "preprocess encode"):
-        known = read_plan(out)
+        known = plan_as_read(out, seen).plan
         options = as_banked(options, known)
         loading = first
         if first is None and (known is None or units_left(out, known)):
@@ -103,36 +144,84 @@ def encode_clips(
         return execute(out, plan, found.clips, tower, options, procs, decoders), changes
 
 
+def _run_as(options: EncodeOptions, plan: Plan) -> EncodeOptions:
+    """Return the options with the tower run as a plan has it."""
+    tower = plan.tower
+    return replace(options, batch_frames=tower.batch_frames, tower_threads=tower.threads)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A bank, or a side of one, that was planned."""
+
+    bank: Path
+    tower: "Tower"
+    changes: Changes
+    options: EncodeOptions
+
+
 def plan_clips(
     found: Found,
     out: Path,
     options: EncodeOptions,
     *,
     prune: bool = False,
-) -> "tuple[Tower, Changes, EncodeOptions]":
-    """Write the plan that `encode_clips` would execute, and encode nothing."""
-    first, probed = _before_a_folder(out, found, options, here=False)
+    seen: PlanAsRead | None = None,
+) -> list[Planned]:
+    """Write the plans that `encode_clips` would execute, and encode nothing."""
+    seen = plan_as_read(out, seen)
+    sides = strides_beside(out, seen.plan, options.strides)
+    own = options
+    if sides:
+        assert seen.plan
+        own = replace(options, strides=seen.plan.features.strides)
+    made = [_plan_bank(found, out, own, seen, prune=prune)]
+    plan = made[0].changes.plan
+    for strides in sides:
+        side, clips = side_path(out, strides), served(out, plan, found)
+        of_side = replace(_run_as(options, plan), strides=strides)
+        begun = plan_as_read(side, first=first_plan(plan, strides))
+        made.append(_plan_bank(clips, side, of_side, begun, clips.clips, prune=prune))
+    return made
+
+
+def _plan_bank(
+    found: Found,
+    out: Path,
+    options: EncodeOptions,
+    seen: PlanAsRead,
+    probed: list[ClipSource] | None = None,
+    *,
+    prune: bool,
+) -> Planned:
+    first, probed = _before_a_folder(out, found, options, probed, here=False)
     with disk_errors(out), folder_lock(out, "preprocess plan"):
-        known = read_plan(out)
+        known = plan_as_read(out, seen).plan
         loading = first or Loading(as_banked(options, known), here=False)
         survey = Survey.of(out, found.clips, options, known, probed)
         tower, options = loading.tower()
         changes, options = make_plan(out, found.clips, tower, options, prune=prune, survey=survey)
         write_skips(out, found.skips)
-        return tower, changes, options
+        return Planned(out, tower, changes, options)
 
 
 def _before_a_folder(
-    out: Path, found: Found, options: EncodeOptions, *, here: bool = True
+    out: Path,
+    found: Found,
+    options: EncodeOptions,
+    probed: list[ClipSource] | None = None,
+    *,
+    here: bool = True,
 ) -> tuple[Loading | None, list[ClipSource] | None]:
     """Load the tower and look at the clips of a bank that is not there yet.
 
     What the tower cannot do is refused before there is a folder.
     """
     if out.exists():
-        return None, None
+        return None, probed
     loading = Loading(options, here=here)
-    probed = probe(found.clips, {}, options.sampling)
+    if probed is None:
+        probed = probe(found.clips, {}, options.sampling)
     predicted_bytes(*loading.tower())
     return loading, probed
 
@@ -194,27 +283,39 @@ def work(
 ) -> Summary:
     """Encode units of a plan until none is left to take; any number of processes may do so at once.
 
-    tower: where it lies on this machine, if not where it lay when the bank was planned; another one is
-    refused. roots: where videos may lie here that are not where they lay. start: the part of the units
-    after which to begin, so that others begin elsewhere. plan: of the bank, where it has been read.
+    Strides that are planned beside the bank come after it. tower: where it lies on this machine, if not
+    where it lay when the bank was planned; another one is refused. roots: where videos may lie here that
+    are not where they lay. start: the part of the units after which to begin, so that others begin
+    elsewhere. plan: of the bank, where it has been read.
     """
-    plan = plan or planned(bank)
-    refuse_derived(bank, plan.features)
-    left = units_left(bank, plan)
-    if not left:
-        return Summary()
+    summaries = []
+    for part in parts_of(bank):
+        of_part = plan if plan is not None and part == bank else planned(part)
+        refuse_derived(part, of_part.features)
+        if left := units_left(part, of_part):
+            how = {"tower": tower} if tower else {}
+            options = EncodeOptions.of_plan(of_part, device=device, **how)
+            work = _work(part, of_part, left, "preprocess work", start, decoders)
+            summaries.append(_work_on(work, of_part, options, roots, procs))
+    return replace(Summary.of(summaries), seconds=sum(one.seconds for one in summaries))
+
+
+def _work_on(
+    work: Work, plan: Plan, options: EncodeOptions, roots: Sequence[str], procs: int
+) -> Summary:
     if plan.quality is None:
         raise UserError(
-            "its plan was not measured to its end", where=bank, fix="run `preprocess plan` again"
+            "its plan was not measured to its end",
+            where=work.out,
+            fix="run `preprocess plan` again",
         )
-    how = {"tower": tower} if tower else {}
-    loading = Loading(EncodeOptions.of_plan(plan, device=device, **how))
+    loading = Loading(options)
     if roots:
-        left = {unit: clips_under(clips, roots) for unit, clips in left.items()}
-    loaded, options = loading.tower()
-    refuse_other_features(bank, feature_config(loaded, options), plan.features)
-    work = _work(bank, plan, left, "preprocess work", start, decoders)
-    return _encode_left(work, plan, loaded, options, procs)
+        units = {unit: clips_under(clips, roots) for unit, clips in work.units.items()}
+        work = replace(work, units=units)
+    tower, options = loading.tower()
+    refuse_other_features(work.out, feature_config(tower, options), plan.features)
+    return _encode_left(work, plan, tower, options, procs)
 
 
 def _work(

@@ -382,13 +382,14 @@ def choose_strides(
     banks: Banks, slow: int, fast: int, ratio: str, problems: list[str]
 ) -> tuple[int, int]:
     """Return the slow and the fast stride: as asked, or the bank's finest and coarsest."""
-    banked = banks.config.strides
+    banked, missing = banks.config.strides, banks.banks[0].missing
     for name, stride in (("mm_spatial_pool_stride", slow), ("fast_stride", fast)):
         if stride and stride not in banked:
             problems.append(
                 f"{name} {stride}: {banks.banks[0].where} holds the strides "
                 f"{', '.join(map(str, banked))}; ask for one of them, or encode with --stride "
                 f"{','.join(map(str, sorted({*banked, stride})))}"
+                + (f" ({missing[stride]})" if stride in missing else "")
             )
     slow, fast = slow or banked[0], fast or banked[-1]
     if slow > fast:
