@@ -50,8 +50,8 @@ class BankSource(ExitStack):
         super().__init__()
         self.bank = bank
         opened = Bank.open(bank)
-        self.manifest, self.columns, self.plan = opened.manifest, opened.columns, planned(bank)
-        self.features, self.codec = opened.config, opened.codec
+        self.manifest, self.columns, self.plan = opened.whole, opened.columns, planned(bank)
+        self.features, self.codec = opened.whole.features, opened.codec
         self.failed = read_entries(bank)
         """By id, what is in its quarantine."""
         read = set(self.features.strides)

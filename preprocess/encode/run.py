@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preprocess.encode.beside import first_plan, served, strides_beside
+from preprocess.encode.beside import shared_out
 from preprocess.encode.features import (
     EncodeOptions,
     feature_config,
@@ -39,7 +39,7 @@ from preprocess.sources.find import Found, clips_under, find_clips
 from preprocess.sources.probe import probe
 from preprocess.sources.skips import write_skips
 from shards.errors import UserError
-from shards.format.beside import parts_of, side_path
+from shards.format.beside import parts_of
 from shards.format.plan import (
     ClipSource,
     Plan,
@@ -96,17 +96,12 @@ def encode_clips(
     """
     seen = plan_as_read(out, seen)
     how: dict[str, Any] = {"procs": procs, "decoders": decoders, "prune": prune}
-    sides = strides_beside(out, seen.plan, options.strides)
-    own = options
-    if sides:
-        assert seen.plan
-        own = replace(options, strides=seen.plan.features.strides)
+    own, beside = shared_out(out, seen.plan, options)
     summary, changes = _encode_bank(found, out, own, seen, **how)
-    for strides in sides:
-        side, clips = side_path(out, strides), served(out, changes.plan, found)
-        of_side = replace(_run_as(options, changes.plan), strides=strides)
-        begun = plan_as_read(side, first=first_plan(changes.plan, strides))
-        more, _ = _encode_bank(clips, side, of_side, begun, probed=clips.clips, **how)
+    for side in beside:
+        clips, first = side.begun(changes.plan, found)
+        seen = plan_as_read(side.path, first=first)
+        more, _ = _encode_bank(clips, side.path, side.options, seen, clips.clips, **how)
         summary = summary.beside(more)
     for why in pair(out, "preprocess encode"):
         note(why)
@@ -144,12 +139,6 @@ def _encode_bank(
         return execute(out, plan, found.clips, tower, options, procs, decoders), changes
 
 
-def _run_as(options: EncodeOptions, plan: Plan) -> EncodeOptions:
-    """Return the options with the tower run as a plan has it."""
-    tower = plan.tower
-    return replace(options, batch_frames=tower.batch_frames, tower_threads=tower.threads)
-
-
 @dataclass(frozen=True)
 class Planned:
     """A bank, or a side of one, that was planned."""
@@ -170,18 +159,12 @@ def plan_clips(
 ) -> list[Planned]:
     """Write the plans that `encode_clips` would execute, and encode nothing."""
     seen = plan_as_read(out, seen)
-    sides = strides_beside(out, seen.plan, options.strides)
-    own = options
-    if sides:
-        assert seen.plan
-        own = replace(options, strides=seen.plan.features.strides)
+    own, beside = shared_out(out, seen.plan, options)
     made = [_plan_bank(found, out, own, seen, prune=prune)]
-    plan = made[0].changes.plan
-    for strides in sides:
-        side, clips = side_path(out, strides), served(out, plan, found)
-        of_side = replace(_run_as(options, plan), strides=strides)
-        begun = plan_as_read(side, first=first_plan(plan, strides))
-        made.append(_plan_bank(clips, side, of_side, begun, clips.clips, prune=prune))
+    for side in beside:
+        clips, first = side.begun(made[0].changes.plan, found)
+        seen = plan_as_read(side.path, first=first)
+        made.append(_plan_bank(clips, side.path, side.options, seen, clips.clips, prune=prune))
     return made
 
 

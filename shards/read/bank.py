@@ -78,12 +78,17 @@ class Bank:
         """Use `Bank.open`."""
         self.files, self.manifest, self.columns = files, beside.manifest, beside.columns
         self.config = self.manifest.features
-        self._shards, self.missing = beside.shards, beside.missing
+        """Of the bank's own strides: what a run depends on does not change when others come beside it."""
+        self.whole, self.strides = beside.whole, beside.whole.features.strides
+        """What the bank and the strides beside it are together; all strides that can be read."""
+        self.missing = beside.missing
+        """By stride, why one that lies beside the bank is not read."""
+        self._shards = beside.shards
         self.ids = TextColumn(self.columns, "id")
         """Of each row, decoded as it is asked for."""
         scales = {
             int(stride): np.asarray(scale, np.float32)
-            for stride, scale in (self.manifest.calibration or {}).items()
+            for stride, scale in (self.whole.calibration or {}).items()
         }
         self.codec = Codec(self.config.codec, self.config.dtype, scales)
         self._sorted_hashes = self.columns["key_hash"][self.columns["key_order"]]
@@ -268,7 +273,7 @@ class Bank:
 
     def _no_stride(self, stride: int) -> UserError:
         why = f" here: {self.missing[stride]}" if stride in self.missing else ""
-        banked = ", ".join(map(str, self.config.strides))
+        banked = ", ".join(map(str, self.strides))
         return UserError(f"holds the strides {banked}, and no {stride}{why}", where=self.where)
 
     def _damaged(self, row: int, stride: int, reason: str) -> DamagedSample:
@@ -280,7 +285,7 @@ class Bank:
         )
 
     def _none_checked(self) -> dict[int, np.ndarray]:
-        return {stride: np.zeros(len(self), np.bool_) for stride in self.config.strides}
+        return {stride: np.zeros(len(self), np.bool_) for stride in self.strides}
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_checked": self._none_checked()}

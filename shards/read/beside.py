@@ -24,7 +24,9 @@ class Beside:
     """What lies beside a bank."""
 
     manifest: Manifest
-    """Of the bank and all that is read with it."""
+    """Of the bank alone."""
+    whole: Manifest
+    """Of the bank and all that is read with it, as if it were one bank."""
     columns: Columns
     """The bank's, and those of the other strides."""
     shards: dict[int, tuple[list[str], np.ndarray]]
@@ -36,7 +38,8 @@ class Beside:
 def open_beside(files: Files, manifest: Manifest, columns: Columns) -> Beside:
     """Return a bank with what lies beside it. manifest, columns: of the bank alone."""
     own = [f"shards/{shard.name}" for shard in manifest.shards], columns["shard"]
-    found = Beside(manifest, dict(columns), dict.fromkeys(manifest.features.strides, own))
+    shards, missing = dict.fromkeys(manifest.features.strides, own), dict[int, str]()
+    columns_of_all = dict(columns)
     state, manifests = state_of(manifest), list[Manifest]()
     for side in read_sides(files):
         place = open_files(f"{files.where}/{side.folder}")
@@ -48,15 +51,15 @@ def open_beside(files: Files, manifest: Manifest, columns: Columns) -> Beside:
                 raise _behind(files.where, side)
             refuse_missing_shards(place, theirs.shards)
         except UserError as error:  # the bank's own strides can be read
-            found.missing.update(dict.fromkeys(side.strides, str(error)))
+            missing |= dict.fromkeys(side.strides, str(error))
             continue
         rows = rows_in(columns, beside)
         names = [f"{side.folder}/shards/{shard.name}" for shard in theirs.shards]
         for stride in side.strides:
-            found.columns.update(taken(beside, f"stride{stride}_", rows))
-            found.shards[stride] = names, beside["shard"][rows]
+            columns_of_all |= taken(beside, f"stride{stride}_", rows)
+            shards[stride] = names, beside["shard"][rows]
         manifests.append(theirs)
-    return Beside(joined(manifest, manifests), found.columns, found.shards, found.missing)
+    return Beside(manifest, joined(manifest, manifests), columns_of_all, shards, missing)
 
 
 def _behind(where: str, side: Side) -> UserError:

@@ -1,6 +1,7 @@
 """A new stride of the same tower, beside the shards of a bank that are not touched, and read with them.
 
 pytest tests/preprocess/encode/test_beside.py
+pytest tests/preprocess/encode/test_beside.py -m slow     killed on the way, other codecs, merged
 """
 
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from model.config import VLMConfig
 from preprocess.cli.main import main
 from preprocess.encode.beside import strides_beside
 from preprocess.encode.features import EncodeOptions
@@ -26,6 +28,9 @@ from shards.errors import UserError
 from shards.format.beside import parts_of
 from shards.format.plan import planned
 from shards.read.bank import Bank
+from shards.read.banks import Banks
+from train.ask import with_strides
+from train.data.dataset import choose_strides
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,9 +51,10 @@ def contents(bank: Path) -> dict[str, bytes]:
 def assert_one(bank: Path, whole: Path) -> None:
     """The bank, with what lies beside it, is read as the one that was encoded at once."""
     ours, theirs = Bank.open(bank), Bank.open(whole)
-    assert ours.config == theirs.config
-    assert ours.manifest.fingerprint == theirs.manifest.fingerprint
-    assert ours.manifest.calibration == theirs.manifest.calibration
+    assert ours.strides == theirs.strides == theirs.config.strides
+    assert ours.whole.features == theirs.whole.features
+    assert ours.whole.fingerprint == theirs.manifest.fingerprint
+    assert ours.whole.calibration == theirs.manifest.calibration
     assert not ours.missing
     assert sorted(ours.ids) == sorted(theirs.ids)
     for id_ in ours.ids:
@@ -92,9 +98,9 @@ def test_a_stride_beside_is_read_as_if_all_had_been_encoded_at_once(
     assert [verify(part, deep=True) for part in parts_of(paired)] == [[], []]
 
 
-@pytest.mark.parametrize("codec", ["blosc", "int8"])
+@pytest.mark.parametrize("codec", [pytest.param("blosc", marks=pytest.mark.slow), "int8"])
 def test_of_every_codec(toy: Path, toy_options: EncodeOptions, tmp_path: Path, codec: str) -> None:
-    videos, options = [str(toy / "videos")], replace(toy_options, codec=codec)
+    videos, options = [str(toy / "videos" / "test")], replace(toy_options, codec=codec)
     bank, whole = tmp_path / "bank", tmp_path / "whole"
     encode(videos, whole, replace(options, strides=(1, 2, 4)))
     encode(videos, bank, replace(options, strides=(2,)))
@@ -116,6 +122,7 @@ def test_a_rerun_makes_nothing_and_writes_nothing(
     assert after == before
 
 
+@pytest.mark.slow
 def test_several_sides_are_one_bank(
     toy: Path, paired: Path, toy_options: EncodeOptions, tmp_path: Path
 ) -> None:
@@ -127,6 +134,7 @@ def test_several_sides_are_one_bank(
     assert_one(bank, whole)
 
 
+@pytest.mark.slow
 def test_killed_in_between_it_goes_on_and_until_then_the_bank_is_as_it_was(
     toy: Path, toy_options: EncodeOptions, tmp_path: Path
 ) -> None:
@@ -150,7 +158,7 @@ def test_killed_in_between_it_goes_on_and_until_then_the_bank_is_as_it_was(
     process.wait()
     assert contents(bank) == before
     opened = Bank.open(bank)
-    assert opened.config.strides == (2,)
+    assert opened.strides == (2,)
     with pytest.raises(UserError, match="holds the strides 2, and no 1"):
         opened.read(0, 1)
     made = {path: path.stat().st_mtime_ns for path in done.glob("*.done")}
@@ -173,7 +181,7 @@ def test_half_the_clips_are_refused_in_words_until_the_others_have_followed(
     assert result.exit_code == 0, result.output
     assert "stride 2 is not read with the bank yet: it lacks 6 clips (train-clip-0" in result.output
     opened = Bank.open(bank)
-    assert opened.config.strides == (4, 8)
+    assert opened.strides == (4, 8)
     with pytest.raises(UserError, match="holds the strides 4, 8, and no 2"):
         opened.read(opened.row("test/clip-00000.mp4"), 2)
     result = command("encode", toy / "videos", "--stride", 2, *flags)
@@ -199,7 +207,7 @@ def test_what_was_added_or_changed_in_the_bank_alone_is_not_mixed_with_what_lies
     shutil.copy(videos / "clip-00001.mp4", videos / "clip-00000.mp4")
     encode([str(videos)], bank, toy_options)
     opened = Bank.open(bank)
-    assert opened.config.strides == (4, 8)
+    assert opened.strides == (4, 8)
     with pytest.raises(UserError, match=r"--stride 2 --out .* brings it up to date"):
         opened.shape(opened.row("clip-00001.mp4"), 2)
     shutil.copy(videos / "clip-00002.mp4", videos / "new.mp4")
@@ -208,6 +216,7 @@ def test_what_was_added_or_changed_in_the_bank_alone_is_not_mixed_with_what_lies
     assert_one(bank, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_side_that_holds_another_video_is_never_paired(
     own: tuple[Path, Path], toy_options: EncodeOptions
 ) -> None:
@@ -215,11 +224,20 @@ def test_a_side_that_holds_another_video_is_never_paired(
     shutil.copy(videos / "clip-00001.mp4", videos / "clip-00000.mp4")
     side = replace(toy_options, strides=(2,))
     encode([str(videos)], bank / "beside" / "2", side)  # as nobody should
-    assert Bank.open(bank).config.strides == (4, 8)
+    assert Bank.open(bank).strides == (4, 8)
     result = command("finish", bank)
     assert result.exit_code == 0, result.output
     assert "has other frames of clip-00000-mp4-" in result.output
-    assert Bank.open(bank).config.strides == (4, 8)
+    assert Bank.open(bank).strides == (4, 8)
+
+
+@pytest.mark.slow
+def test_the_tower_is_run_as_it_was(toy: Path, toy_options: EncodeOptions, tmp_path: Path) -> None:
+    videos, bank = [str(toy / "videos" / "test")], tmp_path / "bank"
+    encode(videos, bank, replace(toy_options, tower_dtype="bfloat16", batch_frames=4))
+    encode(videos, bank, replace(toy_options, tower_dtype="auto", strides=(2,)))
+    assert Bank.open(bank).strides == (2, 4, 8)
+    assert planned(bank / "beside" / "2").tower == planned(bank).tower
 
 
 @pytest.mark.parametrize(
@@ -262,6 +280,29 @@ def test_which_sides_are_asked_for(
     paired: Path, asked: Sequence[int], made: list[tuple[int, ...]]
 ) -> None:
     assert strides_beside(paired, planned(paired), asked) == made
+
+
+def test_a_run_takes_the_banks_own_strides_where_no_other_is_asked_for(
+    paired: Path, toy_bank: Path
+) -> None:
+    problems: list[str] = []
+    banks = Banks.open([paired])
+    assert banks.config == Banks.open([toy_bank]).config, "runs on it go on"
+    assert choose_strides(banks, 0, 0, "0.5", problems) == (4, 8)
+    assert choose_strides(banks, 2, 0, "0.5", problems) == (2, 8)
+    assert not problems
+    choose_strides(banks, 1, 0, "0.5", problems)
+    assert "holds the strides 2, 4, 8; ask for one of them, or encode with" in problems[0]
+    assert Banks([Bank.open(paired), Bank.open(toy_bank)], apart=True).strides == (4, 8)
+
+
+def test_a_model_of_a_stride_beside_its_bank_has_it_made_of_a_video(paired: Path) -> None:
+    features = Bank.open(paired).config
+    asked = with_strides(features, VLMConfig(slow_stride=2, fast_stride=8))
+    assert asked.strides == (2, 4, 8)
+    assert replace(asked, strides=features.strides) == features
+    joined = VLMConfig(slow_stride=4, fast_stride=8, mm_projector_type="mlp_downsample_2x2_fix")
+    assert with_strides(features, joined).strides == (2, 4, 8)
 
 
 def test_merged_tokens_are_derived(toy_bank: Path) -> None:
@@ -315,7 +356,7 @@ def test_damage_beside_is_found_and_repaired(
     assert_one(bank, whole)
     shutil.rmtree(bank / "beside" / "2")  # lost: the bank's own strides are read as ever
     opened = Bank.open(bank)
-    assert opened.config.strides == (4, 8)
+    assert opened.strides == (4, 8)
     with pytest.raises(UserError, match="no bank here"):
         opened.read(0, 2)
 
@@ -349,6 +390,7 @@ def test_a_bank_is_derived_of_all_its_strides(paired: Path, whole: Path, tmp_pat
     assert_one(tmp_path / "ours", tmp_path / "theirs")
 
 
+@pytest.mark.slow
 def test_banks_are_merged_with_what_lies_beside_them(
     toy: Path, toy_options: EncodeOptions, whole: Path, tmp_path: Path
 ) -> None:
