@@ -1,6 +1,6 @@
-"""The commands that look after a bank: verify, repair, status, gc."""
+"""The maintenance commands: verify, repair, status, gc."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from shards.errors import UserError
 
 if TYPE_CHECKING:
     from preprocess.care.repair import Repaired
+    from shards.care.inventory import Damage
+    from shards.write.lock import Writer
 
 
 @click.command()
@@ -20,22 +22,28 @@ if TYPE_CHECKING:
 def verify(bank: Path, deep: bool) -> None:
     """Find what in BANK is damaged, by file, clip and stream.
 
-    Without --deep: are all files there and of their size, do headers, descriptions, index,
-    catalogue and records agree. This finds what a broken copy, a deleted file or another tool did,
-    in seconds. With --deep every byte is read, at the speed of the disk: this finds a single
-    flipped bit. Nothing is changed; `preprocess repair BANK` puts right what is found.
+    Without --deep it checks that all files exist with their sizes, and that headers, descriptions,
+    index, catalogue and commit records agree. This finds the damage of a broken copy, a deleted file
+    or another tool, in seconds. With --deep every byte is read, at the speed of the disk, which finds
+    a single flipped bit. Nothing is changed; `preprocess repair BANK` repairs what is found.
 
-    Exit code 0: all is sound; 1: damage was found and is listed; 2: wrong usage.
+    Exit code 0: no damage; 1: damage was found and is listed; 2: wrong usage.
 
     \b
     preprocess verify bank
     preprocess verify bank --deep
     """
+    from shards.care.verify import verify as check
     from shards.format.beside import parts_of
+    from shards.write.lease import holders
+    from shards.write.lock import writer_of
 
-    parts = parts_of(bank)
+    parts, found = parts_of(bank), []
     with bytes_bar(parts, "verify") as bar:
-        sound = [_verify_part(part, deep, bar.update) for part in parts]
+        for part in parts:
+            writer = writer_of(part) or next(iter(holders(part).values()), None)
+            found.append((part, writer, check(part, deep, bar.update)))
+    sound = [_tell_verified(*one, deep=deep) for one in found]
     if len(parts) > 1:
         sound.append(_verify_beside(bank))
     if not all(sound):
@@ -60,17 +68,14 @@ def _verify_beside(bank: Path) -> bool:
     return True
 
 
-def _verify_part(bank: Path, deep: bool, seen: Callable[[int], object]) -> bool:
-    """Say what is damaged of a bank or of what lies beside one; return whether it is sound."""
+def _tell_verified(
+    bank: Path, writer: "Writer | None", damages: "Sequence[Damage]", *, deep: bool
+) -> bool:
+    """Print what is damaged in a bank; return whether it is sound. writer: who writes there."""
     from shards.care.garbage import leftovers
     from shards.care.inventory import read_inventory
-    from shards.care.verify import verify as check
     from shards.text import counted, printable
-    from shards.write.lease import holders
-    from shards.write.lock import writer_of
 
-    writer = writer_of(bank) or next(iter(holders(bank).values()), None)
-    damages = check(bank, deep, seen)
     if writer:
         click.echo(f"note: {writer} writes here; finished shards were checked")
     elif not any(damage.file in ("plan.json", "bank.json") for damage in damages):
@@ -98,24 +103,24 @@ def _verify_part(bank: Path, deep: bool, seen: Callable[[int], object]) -> bool:
 
 @click.command()
 @BANK
-@click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
+@click.option("--tower", help="The bank's tower: its folder or Hub name.  [default: as recorded]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option(
     "--video-root",
     "video_roots",
     multiple=True,
     type=click.Path(),
-    help="Folder under which videos lie that are not where they were. Repeatable.",
+    help="Folder that contains videos which have moved. Repeatable.",
 )
 def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, ...]) -> None:
-    """Put right what is damaged in BANK, and encode again only what must be.
+    """Repair what is damaged in BANK, encoding only the clips that must be.
 
-    BANK is verified, every byte. A clip whose bytes are in their place is copied as it is; it is
-    decoded and encoded again only if they are not. On the machine and libraries that made the bank
-    this gives the old bytes, which is checked. A video that is gone or was changed is named, its
-    sample stays damaged: `preprocess encode` banks the new video. Index, catalogue and manifest are
-    made from the shards, without a tower. A BANK of an older format gets the metadata of today's:
-    its features stay as they are, nothing is encoded.
+    Every byte of BANK is verified. A clip whose bytes are intact is copied; only others are decoded and
+    encoded once more. On the machine and libraries that made the bank this gives the same bytes, which
+    is checked. If a video is missing or was changed, it is named and its sample stays damaged;
+    `preprocess encode` banks the new video. Index, catalogue and manifest are rebuilt from the shards,
+    without a tower. A BANK of an older format gets the metadata of the current one: its features stay
+    as they are, nothing is encoded.
 
     Exit code 0: all is repaired; 1: some damage remains and is listed; 2: wrong usage.
 
@@ -158,17 +163,19 @@ def _tell_repaired(bank: Path, done: "Repaired") -> bool:
     for damage in done.remaining:
         click.echo(f"remains: {printable(str(damage))}")
     for key in done.lost:
-        click.echo(f"remains: {key}: is lost with its record; `preprocess encode` banks it again")
+        click.echo(
+            f"remains: {key}: lost with its commit record; `preprocess encode` banks it again"
+        )
     return not (done.remaining or done.lost)
 
 
 @click.command()
 @BANK
 def status(bank: Path) -> None:
-    """Tell how far BANK is: units, clips, rate, who writes it, what failed.
+    """Print the progress of BANK: units, clips, rate, who writes it, what failed.
 
-    May be asked at any time from another terminal, also while BANK is being written: nothing is
-    locked and nothing is changed.
+    May be run at any time from another terminal, also while BANK is being written: nothing is locked
+    and nothing is changed.
 
     \b
     preprocess status bank
@@ -185,11 +192,11 @@ def status(bank: Path) -> None:
 @BANK
 @click.option("--dry-run", is_flag=True, help="List what would be removed, and remove nothing.")
 def gc(bank: Path, dry_run: bool) -> None:
-    """Remove from BANK what nothing refers to.
+    """Remove files from BANK that nothing refers to.
 
-    That is what killed writers left: journals of finished shards, temporary files, shards that no
-    unit of the plan makes. Nothing that BANK/bank.json lists, or a run that goes on needs, is
-    touched. Shards of which every clip was superseded or pruned are told of and stay.
+    These were left by killed writers: journals of finished shards, temporary files, shards of no unit
+    of the plan. Nothing is removed that BANK/bank.json lists or that a run needs to continue. Shards
+    whose clips were all superseded or pruned are listed and kept.
 
     \b
     preprocess gc bank --dry-run

@@ -32,8 +32,8 @@ from shards.format.plan import (
     refuse_other_features,
     write_plan,
 )
-from shards.format.quarantine import read_entries, settle
-from shards.write.finish import is_finished, untold_failures
+from shards.format.quarantine import read_entries, update_quarantine
+from shards.write.finish import is_finished, new_failures
 
 if TYPE_CHECKING:
     from model.tower.tower import Tower
@@ -139,7 +139,7 @@ def make_plan(
     plan = changed_of(changes, options, prune)
     clip_bytes = predicted_bytes(tower, options)
     plan = plan.extended(changes.todo, options.shard_bytes, clip_bytes)
-    settle(out, {clip.key for clip in changes.changed})  # they are to be tried again
+    update_quarantine(out, {clip.key for clip in changes.changed})  # they are to be tried again
     if plan != known:
         write_plan(out, plan)
     if choice and known is None:
@@ -220,7 +220,7 @@ def lost_keys(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> set[st
     """
     banked = {commit.unit: commit.keys for commit in commits}
     failed = {entry.key for entry in read_entries(bank).values()}
-    failed |= {entry.key for entry in untold_failures(bank, plan, commits)}
+    failed |= {entry.key for entry in new_failures(bank, plan, commits)}
     return {
         key
         for key, unit in plan.counts.items()

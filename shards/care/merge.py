@@ -1,10 +1,10 @@
-"""`preprocess merge A B --out C`: banks of the same features, without a clip in common, become one.
+"""`preprocess merge A B --out C`: join banks of the same features, without a common clip.
 
 manifest = merge([Path("a"), Path("b")], Path("c"))
 
-The units of A that are made come first, then those of B, numbered anew: tars and indices are hard links
-to the old ones or copies, commit records say their new numbers. The new bank is made beside its place
-and moved there when it is whole.
+The finished units of A come first, then those of B, with new numbers: tars and indices are hard links
+to the old ones, or copies; commit records are written with the new numbers. The new bank is made in a
+temporary folder beside `--out` and renamed when it is complete.
 """
 
 import logging
@@ -58,13 +58,13 @@ class Part:
 def merge(
     banks: Sequence[Path], out: Path, seen: Callable[[int], object] = lambda nbytes: None
 ) -> Manifest:
-    """Make a bank of the units of several; returns its manifest.
+    """Join banks into a new one; return its manifest.
 
-    seen: told of the bytes of each shard as they are done. Raises UserError naming what differs, each
-    clip that two of them hold, a bank that is being written, and an `out` that is there.
+    seen: called with the bytes of each shard when it is done. Raises UserError naming each difference of
+    the features, the clips that two banks have, a bank that is being written, and an `out` that exists.
     """
     if out.exists() and not {path.name for path in out.iterdir()} <= {".lock"}:
-        raise UserError("is there already", where=out, fix="name a new folder for the merged bank")
+        raise UserError("exists already", where=out, fix="name a new folder for the merged bank")
     sides = _common_sides(banks)
     everything = [[_part(bank) for bank in banks]]
     everything += [[_part(side_path(bank, strides)) for bank in banks] for strides in sides]
@@ -126,7 +126,9 @@ def _part(bank: Path) -> Part:
     refuse_no_bank(bank)
     writer = writer_of(bank)
     if writer:
-        raise UserError(f"{writer} writes here", where=bank, fix="merge it when that is over")
+        raise UserError(
+            f"{writer} writes here", where=bank, fix="merge it when the writer has finished"
+        )
     plan = planned(bank)
     refuse_missing_shards(bank, plan)
     commits = read_commits(bank, plan)
@@ -144,14 +146,14 @@ def _part(bank: Path) -> Part:
 
 
 def _refuse_different(parts: Sequence[Part]) -> None:
-    """Raise UserError naming each thing in which the first bank and another differ."""
+    """Raise UserError naming each difference between the first bank and another."""
     first, problems = parts[0], []
     for part in parts[1:]:
         ours, theirs = first.plan.features.to_json(), part.plan.features.to_json()
         lines = differences(ours, theirs)
         if first.plan.calibration != part.plan.calibration:
             lines.append(
-                "the scales of int8, which were calibrated apart: plan once, and copy plan.json"
+                "the scales of int8, which were calibrated separately: plan once, and copy plan.json"
             )
         if first.plan.decoder != part.plan.decoder:
             lines.append(f"videos are read by {first.plan.decoder} here, {part.plan.decoder} there")
@@ -165,7 +167,7 @@ def _refuse_different(parts: Sequence[Part]) -> None:
 
 
 def _refuse_common(parts: Sequence[Part]) -> None:
-    """Raise UserError naming the clips that two banks hold."""
+    """Raise UserError naming the clips that two banks have."""
     problems, holder = [], dict[str, Part]()
     for part in parts:
         common: dict[Path, list[str]] = {}
@@ -185,7 +187,7 @@ def _refuse_common(parts: Sequence[Part]) -> None:
 def _bring_shards(
     parts: Sequence[Part], out: Path, seen: Callable[[int], object]
 ) -> tuple[list[list[ClipSource]], list[CommitRecord]]:
-    """Link or copy the shards, write their commit records; return the units of the new plan, too."""
+    """Link or copy the shards and write their commit records; return the new plan's units and records."""
     units: list[list[ClipSource]] = []
     commits: list[CommitRecord] = []
     for part in parts:

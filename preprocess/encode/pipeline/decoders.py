@@ -66,7 +66,7 @@ class Decoders(ExitStack):
 
 def read_file(reader: SourceReader, together: int, jobs: Sequence[Job]) -> Generator[SourceEvent]:
     """Return the events of the parts of one file; its bytes are brought here at once."""
-    reader.bring(jobs[0][0])
+    reader.unpack_ahead(jobs[0][0])
 
     def events() -> Generator[SourceEvent]:
         for source, request in jobs:

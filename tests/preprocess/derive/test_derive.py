@@ -310,7 +310,7 @@ def test_a_damaged_clip_is_named_and_nothing_is_made_of_it(bank: Make, tmp_path:
     assert result.exit_code == 2
     assert "checksum does not match; `preprocess repair" in result.stderr
     assert not (tmp_path / "new" / "bank.json").exists()
-    assert "`preprocess derive` again to go on" in command("status", tmp_path / "new").stdout
+    assert "`preprocess derive` again to continue" in command("status", tmp_path / "new").stdout
 
 
 def test_quarantine_and_growth_follow(bank: Make, tmp_path: Path) -> None:

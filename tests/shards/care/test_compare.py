@@ -102,8 +102,8 @@ def test_what_holds_no_features_is_refused_in_a_line(
         "nowhere": "no such file or folder",
         "empty": "neither a bank nor a plan",
         "text": "not a json file",
-        "list.json": "holds no feature config",
-        "other.json": "holds no feature config",
+        "list.json": "not a feature config",
+        "other.json": "not a feature config",
         "edited": "does not match its own hash",
         "newer.json": "newer framebank",
     }.items():
