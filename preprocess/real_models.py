@@ -103,6 +103,9 @@ def save_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(processor + "\n")
 
 
+# -- the LLM
+
+
 def convert_llm(gguf_file: Path, folder: Path) -> None:
     """Write an LLM and its tokenizer as a transformers folder: bfloat16, no longer quantised."""
     where: dict[str, Any] = {
@@ -117,6 +120,9 @@ def convert_llm(gguf_file: Path, folder: Path) -> None:
         del llm.config.quantization_config
     llm.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+# -- downloading
 
 
 @dataclass(frozen=True)

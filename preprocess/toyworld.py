@@ -108,6 +108,9 @@ class Thing:
         return [round(min(max(corner, 0.0), 1.0), 4) for corner in corners]
 
 
+# -- writing a world
+
+
 def make_toyworld(
     out: Path, *, train_clips: int = 384, test_clips: int = 64, seed: int = 0
 ) -> None:
@@ -156,6 +159,9 @@ def make_clip(out: Path, seed: int, split: str, index: int) -> tuple[dict[str, l
     steps = place_records(rng, video, things, frames, FPS, is_test=split == "test")
     records |= {f"places/{split}-{step}": rows for step, rows in steps.items()}
     return records, describe(video, things, frames)
+
+
+# -- what moves in a clip, and its pixels
 
 
 def plan_things(rng: np.random.Generator, frames: int) -> list[Thing]:
@@ -224,6 +230,9 @@ def describe(video: str, things: Sequence[Thing], frames: int) -> Json:
         for thing in things
     ]
     return {"video": video, "frames": frames, "duration": frames / FPS, "objects": objects}
+
+
+# -- questions with exact answers
 
 
 def train_records(

@@ -5,6 +5,9 @@ comes from the machine. `assert` and all other exceptions are bugs: a traceback,
 `preprocess`.
 """
 
+# Why a type of its own: as a ValueError, a bug in the tower would quarantine every clip, and a bug in a
+# command would look like wrong usage.
+
 from collections.abc import Iterable
 
 

@@ -52,8 +52,8 @@ def refusal(repo: str, kind: str = "model") -> str | None:
     except Exception as error:  # any type of its HTTP library: no network, unknown host, timeout
         if not cached:
             return f"the Hub does not answer ({type(error).__name__}: {place})"
-        constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True  # here, where the variable was read at import
+        os.environ["HF_HUB_OFFLINE"] = "1"  # in processes that are started from here
     return None
 
 

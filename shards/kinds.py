@@ -99,6 +99,9 @@ def kind_of(head: bytes) -> Kind | None:
     return None
 
 
+# -- finders, tried in order
+
+
 def _nothing(head: bytes) -> Kind | None:
     if not head.strip():
         return Kind("none", "empty", "get it again")
@@ -117,7 +120,9 @@ def _riff(head: bytes) -> Kind | None:
     if head[:4] != b"RIFF":
         return None
     if head[8:12] == b"WEBP":
-        moves = head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2
+        moves = (
+            head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2
+        )  # its flag (RFC 9649, 2.7)
         return Kind("animation" if moves else "picture", "a WebP picture")
     return RIFFS.get(head[8:12])
 
@@ -134,7 +139,9 @@ def _ogg(head: bytes) -> Kind | None:
 def _png(head: bytes) -> Kind | None:
     if not head.startswith(b"\x89PNG\r\n\x1a\n"):
         return None
-    moves = b"acTL" in head.partition(b"IDAT")[0]
+    moves = (
+        b"acTL" in head.partition(b"IDAT")[0]
+    )  # an APNG has this chunk, before the first picture's data
     return Kind("animation" if moves else "picture", "a PNG picture")
 
 
@@ -145,6 +152,8 @@ def _start(head: bytes) -> Kind | None:
 
 
 def _transport(head: bytes) -> Kind | None:
+    # Packets of 188 bytes (ISO/IEC 13818-1), 192 with a time code before each (M2TS), 204 with error
+    # correction (DVB); each begins with 0x47.
     for size, skip in ((188, 0), (192, 4), (204, 0)):
         syncs = head[skip : skip + 4 * size : size]
         if len(syncs) >= 2 and set(syncs) == {0x47}:

@@ -181,6 +181,7 @@ class RemoteFiles:
 
     def _system(self) -> tuple[Any, str]:
         """Return the file system, created once per process, and the bank's path in it."""
+        # fsspec's event loop runs in a thread, which does not survive a fork.
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 from fsspec.core import url_to_fs

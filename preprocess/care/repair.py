@@ -186,6 +186,7 @@ class ClipEncoder:
         if outcome.clip is None:
             return str(outcome.error)
         digest = clip.digest or (old or {}).get("digest")
+        # Features of another video under the same path would be a silent replacement.
         if digest and outcome.digest != digest:
             return (
                 f"{clip.where}: is not the video that was banked; `preprocess encode` banks the new "

@@ -55,6 +55,8 @@ def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how
 
 def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, Any]) -> Summary:
     plan, failed = planned(bank), read_entries(bank)
+    # A killed retry leaves an unfinished unit at the plan's end, of clips that are all in the quarantine
+    # still: they are put into new units below.
     plan = without_cut_off_retry(bank, plan, set(failed))
     refuse_missing_shards(bank, plan)
     if not all(committed(bank, unit) for unit in range(len(plan.units))):

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from preprocess.cli.encode import prepared, tell
+from preprocess.cli.encode import prepared, print_skips
 from preprocess.cli.options import INPUTS, LOCAL, WHAT
 from shards.errors import UserError
 
@@ -80,7 +80,7 @@ def bench(
     tower, options = loading.tower()
     if choice := measured(tower, options, None):  # as encode would take it
         options = replace(options, tower_dtype=choice.dtype)
-    tell(found, folder)
+    print_skips(found, folder)
     cores = len(os.sched_getaffinity(0)) if tower.device.type == "cpu" else None
     with tqdm(
         total=min(most, len(clips)), desc="bench", unit="clip", leave=False, disable=None

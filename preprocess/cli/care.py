@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def verify(bank: Path, deep: bool) -> None:
     """Find what in BANK is damaged, by file, clip and stream.
 
-    Without --deep it checks that all files exist with their sizes, and that headers, descriptions,
-    index, catalogue and commit records agree. This finds the damage of a broken copy, a deleted file
-    or another tool, in seconds. With --deep every byte is read, at the speed of the disk, which finds
-    a single flipped bit. Nothing is changed; `preprocess repair BANK` repairs what is found.
+    By default it checks that all files exist with their sizes, and that headers, descriptions, index,
+    catalogue and commit records agree. This finds the damage of a broken copy, a deleted file or
+    another tool, in seconds. To find a single flipped bit, too, --deep reads every byte, at the speed
+    of the disk. Nothing is changed; `preprocess repair BANK` repairs what is found.
 
     Exit code 0: no damage; 1: damage was found and is listed; 2: wrong usage.
 

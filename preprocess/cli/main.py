@@ -53,7 +53,7 @@ def one_line_errors() -> Iterator[None]:
         raise
     except Exception:
         traceback.print_exc()
-        raise SystemExit(70) from None
+        raise SystemExit(70) from None  # EX_SOFTWARE of sysexits.h
     else:
         return
     for line in problems.splitlines():
@@ -69,7 +69,7 @@ def ended_by_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         raise Stopped(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # where Python refuses handlers
         yield
         return
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
@@ -113,7 +113,7 @@ def main() -> None:
     Exit codes: 0 all is done
                 1 some clips failed and are listed, damage was found, features differ
                 2 wrong usage, or the machine failed; one line says what to do
-                70 a bug of ours, with its traceback; what is committed is intact
+                70 a bug in framebank, with its traceback; what is committed is intact
                 130, 143 stopped by Ctrl-C, by SIGTERM; run the same command to continue
     """
 

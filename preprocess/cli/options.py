@@ -127,7 +127,9 @@ VIDEO_ROOTS = click.option(
 INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path())
 WHAT = _all(
     click.option(
-        "--tower", required=True, help="Hub name or folder of a SigLIP, CLIP or DINOv2 tower."
+        "--tower",
+        required=True,
+        help="Hub name or folder of a vision tower: SigLIP, CLIP, DINOv2, Qwen-VL's ...",
     ),
     click.option(
         "--stride",
@@ -231,6 +233,9 @@ PLANNED = _all(
         "--prune", is_flag=True, help="Drop clips from the bank whose videos no longer exist."
     ),
 )
+
+
+# -- values of the options
 
 
 def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -> Sampling:

@@ -71,7 +71,7 @@ def work(
     with `preprocess finish`. The bytes are those of one process, on machines that compute alike.
 
     Exit code 0: no unit is left to take, even if clips were quarantined; 2: wrong usage, or the machine
-    failed; 70: a bug of ours. Finished units are kept.
+    failed; 70: a bug in framebank. Finished units are kept.
 
     \b
     preprocess plan videos/ --out bank --tower google/siglip-so400m-patch14-384

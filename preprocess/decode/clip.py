@@ -62,6 +62,9 @@ def scan_source(path: Path, picture_fps: str = PICTURE_FPS) -> Scan:
     return scan_pictures(path, picture_fps) if holds_pictures(path) else scan(path)
 
 
+# -- sampling: which frames of a clip are taken
+
+
 def sample_indices(times: np.ndarray, end: float, sampling: Sampling) -> list[int]:
     """Return the places of the sampled frames, ascending.
 
@@ -83,6 +86,7 @@ def sample_indices(times: np.ndarray, end: float, sampling: Sampling) -> list[in
     earlier = np.append(0, np.maximum.accumulate(_instants_before(times[1:], rate)))
     taken = np.flatnonzero(instants > earlier).tolist() or [0]
     if sampling.max_frames is not None and len(taken) > sampling.max_frames:
+        # as LLaVA-Video samples: 1 fps up to the limit, beyond it uniformly over the whole clip
         return uniform_indices(len(times), sampling.max_frames)
     return taken
 
@@ -97,6 +101,9 @@ def _instants_before(times: np.ndarray, rate: Fraction) -> np.ndarray:
         count += count * rate.denominator / rate.numerator < times
         count -= (count > 0) & ((count - 1) * rate.denominator / rate.numerator >= times)
     return count
+
+
+# -- reading: scan, choice of the reader, events
 
 
 class FileReader:
@@ -165,6 +172,9 @@ def _facts(scan: Scan, picked: "_Picked", reader: str) -> ClipFacts:
     )
 
 
+# -- parts of a file, and the frames that they take
+
+
 @dataclass(frozen=True)
 class _Picked:
     index: list[int]
@@ -201,7 +211,7 @@ def _refuse_incomplete(scan: Scan) -> None:
                 f"{reason}, {len(scan.pts)} frames come of {scan.promised_frames} "
                 "that the file promises",
                 where=scan.path,
-                fix="fetch or encode it again",
+                fix="fetch the video again, or re-encode it",
             )
 
 

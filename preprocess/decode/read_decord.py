@@ -82,7 +82,7 @@ def _native(scan: Scan, index: Sequence[int]) -> list[np.ndarray]:
     except (DECORDError, DECORDLimitReachedError, RuntimeError, IndexError) as error:
         raise Distrust(f"decord: {first_line(error)}") from None
     finally:
-        reader = None
+        reader = None  # closes it: decord has no method for that
     if counted != len(scan.pts):
         raise Distrust(f"decord counts {counted} frames, the packets {len(scan.pts)}")
     return frames

@@ -52,6 +52,8 @@ def read_seek(scan: Scan, index: Sequence[int], transform: Transform) -> Iterato
             errors = _av_errors()
             key = scan.key_pts[bisect_right(scan.key_pts, wanted) - 1]
             try:
+                # Decode on from the last frame unless a later keyframe is before the wanted one: a seek
+                # back to the same keyframe would decode its frames a second time.
                 if position is None or key > position:
                     container.seek(key, stream=stream)
                     decoded, entry = container.decode(stream), key
@@ -64,6 +66,7 @@ def read_seek(scan: Scan, index: Sequence[int], transform: Transform) -> Iterato
                 raise Distrust(f"no frame could be decoded for pts {wanted}") from None
             if _av_errors() != errors:
                 raise Distrust(f"FFmpeg reported an error on the way to pts {wanted}")
+            # A wrong seek raises nothing: only equal pts proves that this is the frame.
             if position != wanted:
                 raise Distrust(f"the seek for pts {wanted} gave pts {position}")
             yield transform(picture(frame, scan))
@@ -121,7 +124,7 @@ class WholeDecode:
                 Reason.DECODE_FAILED,
                 "no frame can be decoded",
                 where=scan.path,
-                fix="encode it again",
+                fix="re-encode the video",
             )
         last_duration = self._duration or scan.last_duration
         known = [value for value in pts if value is not None]

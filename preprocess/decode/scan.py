@@ -108,6 +108,9 @@ class Scan:
         return (self.width, self.height) if turned else (self.height, self.width)
 
 
+# -- scanning a file
+
+
 def scan(path: Path) -> Scan:
     """Return the scan of a file; decodes only what its first frame needs. Raises VideoError.
 
@@ -115,6 +118,7 @@ def scan(path: Path) -> Scan:
     """
     best, decodes, others = _scan_stream(path, None)
     found = best
+    # FFmpeg's best stream need not be decodable; then another one is better than none.
     for index in others:
         if decodes:
             break
@@ -144,7 +148,7 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
                 Reason.NO_PACKETS,
                 "the video stream is empty",
                 where=path,
-                fix="encode the file again",
+                fix="re-encode the video",
             )
             return empty, False, others
         # Used for packets without a duration, and for files without any times.
@@ -196,9 +200,12 @@ def _orientation(path: Path, frame: Any) -> Orientation:
             Reason.ODD_MATRIX,
             "its display matrix is neither a quarter turn nor a mirror image",
             where=path,
-            fix="encode it again, turned as it is to be seen",
+            fix="re-encode the video, turned as it should be shown",
         )
     return found
+
+
+# -- what is unusual about a stream
 
 
 def _flags(
@@ -207,14 +214,22 @@ def _flags(
     """Return the flags of what is unusual about a stream. order: places of its packets, by time."""
     rank = {place: nth for nth, place in enumerate(order)}
     flags = {
+        # An edit list hides packets: readers that count them return frames that are not shown.
         "discard": packets.discard,
+        # Without times there is nothing by which a seek could be checked.
         "nopts": None in packets.pts,
+        # The file begins within a group of pictures, whose first frames cannot be decoded.
         "first_not_key": packets.keys[:1] != [0],
+        # Open groups of pictures: leading frames are decoded after a keyframe and shown before it, which
+        # is where decord is one or two frames off.
         "key_order": any(rank[place] != place for place in packets.keys),
         "no_index": container.format.name not in INDEXED_CONTAINERS,
+        # An AVI stores no pts, so that with B-frames FFmpeg has to guess them.
         "avi_b": container.format.name == "avi" and stream.codec_context.has_b_frames,
+        # Two frames of one time: a seek cannot tell them apart.
         "dup": len(set(ticks)) < len(ticks),
         "corrupt": packets.corrupt,
+        # The header announces more frames than there are packets.
         "short": stream.frames > len(ticks),
     }
     return {name for name, is_set in flags.items() if is_set}
@@ -241,6 +256,9 @@ def _missing(container: Any, stream: Any, packets: Packets, delivered: Fraction)
     return max(Fraction(0), promised - max([delivered, *ends]))
 
 
+# -- opening a file
+
+
 @contextmanager
 def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
     """Yield PyAV's container and a video stream of it (by default FFmpeg's best), with one thread."""
@@ -259,7 +277,7 @@ def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
     with container:
         if index is not None and index >= len(container.streams):
             raise VideoError(
-                Reason.DECODE_FAILED, "its streams change", where=path, fix="encode it again"
+                Reason.DECODE_FAILED, "its streams change", where=path, fix="re-encode the video"
             )
         stream = chosen(container) if index is None else container.streams[index]
         if stream is None:
@@ -272,7 +290,7 @@ def opened(path: Path, index: int | None = None) -> Iterator[tuple[Any, Any]]:
             yield container, stream
         except av.error.FFmpegError as error:  # one that no reader handled: still the file's fault
             raise VideoError(
-                Reason.DECODE_FAILED, f"FFmpeg: {error}", where=path, fix="encode it again"
+                Reason.DECODE_FAILED, f"FFmpeg: {error}", where=path, fix="re-encode the video"
             ) from None
 
 

@@ -116,6 +116,7 @@ class SourceReader(ExitStack):
     def _named(self, source: ClipSource, request: ReadRequest, together: int) -> Iterator[Event]:
         """Yield the child's events; errors say what kind of file it is, and name an archive's member."""
         try:
+            # Before decoding: decoders return pictures of encrypted samples without an error.
             refuse_encrypted(request.path)
             yield from self.child.events(request, together)
         except VideoError as error:

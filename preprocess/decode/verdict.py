@@ -55,6 +55,9 @@ def explained(error: VideoError, path: Path) -> VideoError:
     return _other_kind(kind, head, where) or error
 
 
+# -- the errors
+
+
 def _special(where: str) -> VideoError:
     return VideoError(
         Reason.CANNOT_OPEN, "a pipe, socket or device, not a file", where=where, fix="remove it"
@@ -94,6 +97,9 @@ def _cut_short(file: IO[bytes], where: str) -> VideoError | None:
         where=where,
         fix="fetch it again",
     )
+
+
+# -- signs of encryption in the bytes
 
 
 def _is_encrypted_mp4(file: IO[bytes]) -> bool:
@@ -136,6 +142,7 @@ def _holds(data: bytes, at: int, end: int, path: tuple[int, ...]) -> bool:
 
 def _is_scrambled(head: bytes) -> bool:
     """Return whether the packets of a transport stream are scrambled (ISO/IEC 13818-1, 2.4.3.3)."""
+    # sizes of packets: plain, with a time code before each (M2TS), with error correction (DVB)
     for size, skip in ((188, 0), (192, 4), (204, 0)):
         packets = [head[at : at + 4] for at in range(skip, len(head) - 3, size)]
         if len(packets) > 2 and all(packet[0] == 0x47 for packet in packets):

@@ -1,4 +1,4 @@
-"""The clips of a finished bank, each read whole and checked against its commit record.
+"""Read the clips of a finished bank, each as a whole and checked against its commit record.
 
 with BankSource(Path("bank")) as source:
     clip = source.sample(plan_clip)         # None for one in quarantine
@@ -28,7 +28,7 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class StoredClip:
-    """One sample, as it lies in a shard."""
+    """One sample in stored form."""
 
     meta: SampleMeta
     stored: dict[int, Stored]
@@ -37,7 +37,7 @@ class StoredClip:
 
     @property
     def entries(self) -> int:
-        """How many entries axis 0 of its streams has: frames, or units of them."""
+        """Entries along axis 0 of its streams: frames, or units of several frames."""
         return next(iter(self.shapes.values()))[0]
 
 
@@ -46,7 +46,7 @@ class BankSource(ExitStack):
     open."""
 
     def __init__(self, bank: Path) -> None:
-        """Raises UserError where there is no bank, or one whose run is not over."""
+        """Raises UserError if there is no bank, or its run is not finished."""
         super().__init__()
         self.bank = bank
         opened = Bank.open(bank)
@@ -66,7 +66,7 @@ class BankSource(ExitStack):
 
     @property
     def clips(self) -> list[ClipSource]:
-        """Those that are served, and those that have failed."""
+        """The clips that are served, and those that failed."""
         pruned, first = self.plan.pruned, self._parts[0]
         return [
             clip
@@ -75,18 +75,18 @@ class BankSource(ExitStack):
         ]
 
     def __contains__(self, clip: ClipSource) -> bool:
-        """Whether a clip's features are served."""
+        """Return whether a clip's features are served."""
         return clip.key in self._parts[0].samples
 
     def streams(self, clip: ClipSource) -> dict[int, StreamRecord]:
-        """Return, of a clip that is served, how each stride of it is stored."""
+        """Return how each stride of a served clip is stored."""
         found: dict[int, StreamRecord] = {}
         for part in self._parts:
             found |= part.samples[clip.key][1].streams
         return found
 
     def sample(self, clip: ClipSource) -> StoredClip:
-        """Read a clip that is served; raises UserError where its bytes are not those committed."""
+        """Return a served clip; raises UserError if its bytes do not match their checksum."""
         first, *others = (part.sample(clip.key, self.codec) for part in self._parts)
         for other in others:
             first.stored.update(other.stored)
@@ -95,7 +95,7 @@ class BankSource(ExitStack):
 
 
 class _Part(ExitStack):
-    """A bank, or what lies beside one."""
+    """A bank alone, or one beside it."""
 
     def __init__(self, bank: Path, plan: Plan) -> None:
         super().__init__()
@@ -107,6 +107,7 @@ class _Part(ExitStack):
             for sample in commit.samples
             if served.get(sample.key) == commit.unit
         }
+        """By key, the unit and the record of each served sample."""
         self._open: tuple[int, Tar] | None = None
 
     def sample(self, key: str, codec: Codec) -> StoredClip:

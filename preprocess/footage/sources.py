@@ -126,6 +126,9 @@ def find_sources(inputs: Sequence[str], phrases: Path | None, longest: int) -> l
     return sources
 
 
+# -- phrases
+
+
 def read_phrases(path: Path) -> dict[str, tuple[str, ...]]:
     """Return the phrases of each source, by its name, its name without suffix, or its path.
 
@@ -187,6 +190,9 @@ def bad_phrase(text: str, where: str) -> UserError | None:
     return UserError(what, got=repr(text), where=where, fix="write another")
 
 
+# -- videos that cannot be used
+
+
 def too_short(source: Source, longest: int) -> list[str]:
     """Return a line if a part of a source is shorter than the longest scene."""
     if min(part.count for part in source.parts.values()) >= longest:
@@ -215,6 +221,9 @@ def twins(sources: Sequence[Source]) -> list[str]:
         for key, places in owners.items()
         if len(places) > 1
     ]
+
+
+# -- frames
 
 
 def read_parts(source: Source, reader: SourceReader, side: int) -> dict[str, np.ndarray]:

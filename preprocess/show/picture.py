@@ -87,10 +87,12 @@ def colours(features: Arrays) -> dict[int, np.ndarray]:
     cells = np.concatenate([array.reshape(-1, array.shape[-1]) for array in wide.values()])
     scale, centre = np.abs(cells).max(), cells.mean(axis=0)
     cells -= centre
+    # Of the (dim, dim) covariance: unlike an SVD of all cells, its cost depends on the width only.
     axes = np.linalg.eigh(cells.T @ cells).eigenvectors[:, :-4:-1]  # columns, largest first
     # The sign of an eigenvector is arbitrary: its largest entry is made positive.
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])
     axes = np.pad(axes, ((0, 0), (0, 3 - axes.shape[1])))
+    # Percentiles and not extremes: one outlier would leave a single grey to all other cells.
     low, high = np.percentile(cells @ axes, (1, 99), axis=0)
     varies = high - low > 1e-9 * scale
     gain, base = (
@@ -99,6 +101,9 @@ def colours(features: Arrays) -> dict[int, np.ndarray]:
     )
     shades = {stride: ((x - centre) @ axes - low) * gain + base for stride, x in wide.items()}
     return {stride: x.round().clip(0, 255).astype(np.uint8) for stride, x in shades.items()}
+
+
+# -- layout and text
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,7 @@ def shortened(text: str, size: int, width: int) -> str:
     def cut(keep: int) -> str:
         return f"{text[:keep]}…{text[-keep:]}"
 
+    # By bisection: trying one length after the other took a minute for a page of 400 lines.
     keeps = range(len(text) // 2, 0, -1)
     if not keeps or fits(text):
         return text
@@ -198,6 +204,9 @@ def shortened(text: str, size: int, width: int) -> str:
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
+
+
+# -- tiles
 
 
 def frame_tile(frame: np.ndarray | str, size: tuple[int, int], meta: SampleMeta) -> Image.Image:

@@ -47,18 +47,18 @@ def compare(
         if clip.key in known and clip.key not in lost and is_other(clip, known[clip.key])
     ]
     planned = {clip.key for clip in [*new, *changed]}
-    today = {clip.key: _refreshed(clip, known.get(clip.key)) for clip in clips}
+    current = {clip.key: _refreshed(clip, known.get(clip.key)) for clip in clips}
     units = [
-        [clip if clip.key in planned else today.get(clip.key, clip) for clip in unit]
+        [clip if clip.key in planned else current.get(clip.key, clip) for clip in unit]
         for unit in plan.units
     ]
     archives = {clip.path for clip in clips if clip.offset is not None}
     removed = [
         clip
         for clip in known.values()
-        if clip.key not in today and clip.key not in plan.pruned and _is_gone(clip, archives)
+        if clip.key not in current and clip.key not in plan.pruned and _is_gone(clip, archives)
     ]
-    refreshed = replace(plan, units=units, pruned=plan.pruned - set(today))
+    refreshed = replace(plan, units=units, pruned=plan.pruned - set(current))
     return Changes(refreshed, new, changed, removed)
 
 

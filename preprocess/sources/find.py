@@ -66,6 +66,7 @@ def find_clips(inputs: Sequence[str], options: FindOptions = FindOptions()) -> F
     of the Hub, whose annotation files are read. Raises UserError that lists every input which is not
     found and every pair of different files with one id.
     """
+    # All problems are collected and listed at once, so that they need not be found one run at a time.
     found = Found()
     problems = [
         f"--video-root {root}: no such folder"
@@ -101,6 +102,9 @@ def find_clips(inputs: Sequence[str], options: FindOptions = FindOptions()) -> F
     return found
 
 
+# -- ids that clash
+
+
 def _place(source: ClipSource, other: ClipSource) -> tuple[str, str, bool]:
     """Return two names that distinguish clips of one id, and whether they are in two archives."""
     if source.offset is None or other.offset is None:
@@ -118,6 +122,9 @@ def _clash(here: str, there: str, archived: bool, ids: Sequence[str]) -> str:
         f"{same}{more}; --archive-ids makes them {Path(here).name}/{ids[0]} and so on, else encode "
         "them into two banks"
     )
+
+
+# -- one input, by what it is
 
 
 def _sources(

@@ -102,6 +102,9 @@ def in_folder(root: Path, follow_links: bool) -> Contents:
     return found
 
 
+# -- walking
+
+
 class _Entries(NamedTuple):
     """The names in one folder."""
 
@@ -116,11 +119,13 @@ def _walk(root: Path, follow_links: bool, skips: list[Skip]) -> Iterator[tuple[P
         folder, above = waiting.pop()
         try:
             with os.scandir(folder) as scanned:
+                # sorted, because disks list names in any order, and skips are shown in this one
                 entries = sorted(scanned, key=lambda entry: entry.name)
             facts = os.stat(folder)
         except OSError as error:
             skips.append(Skip(Why.FOLDER, str(folder), error.strerror or ""))
             continue
+        # Device and inode of the folders above: a link to one of them would be followed for ever.
         here = above | {(facts.st_dev, facts.st_ino)}
         found = _Entries([], [])
         for entry in entries:
@@ -152,6 +157,9 @@ def _entry_kind(
     if (facts.st_dev, facts.st_ino) in above:
         return Why.LOOP
     return "folder" if follow_links else Why.LINK
+
+
+# -- what a file is
 
 
 def _clips_in(

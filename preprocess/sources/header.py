@@ -91,6 +91,8 @@ def read_header(path: Path, picture_fps: str) -> Header:
 
 def _read(request: Json, _: object) -> Iterator[Json]:
     """Answer a request in the child; the kernel kills it if the file takes too many CPU seconds."""
+    # RLIMIT_CPU counts the whole life of the process, so each request moves the limit. SIGXCPU ends the
+    # process inside of C code, too, which no Python handler can.
     limit = math.ceil(time.process_time()) + CPU_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
     header = read_header(Path(request["path"]), request["picture_fps"])
@@ -98,7 +100,7 @@ def _read(request: Json, _: object) -> Iterator[Json]:
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a killed child must not leave core files
     serve(_read)
 
 

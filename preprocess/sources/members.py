@@ -74,6 +74,9 @@ def _skip(why: Why, path: Path, member: Member) -> Skip:
     return Skip(why, f"{path}: {member.name}")
 
 
+# -- tar
+
+
 def _tar_entries(path: Path) -> Iterator[Entry]:
     with open_tar(path) as file:
         begin: int | None = 0
@@ -112,6 +115,9 @@ def _next_tar(file: IO[bytes], end: int) -> int | None:
     return None
 
 
+# -- zip
+
+
 def _zip_entries(path: Path) -> Iterator[Entry]:
     with zipfile.ZipFile(path) as opened:
         for info in opened.infolist():
@@ -137,6 +143,9 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
         return info.filename.encode("cp437").decode("utf-8")
     except UnicodeError:
         return info.filename
+
+
+# -- clips among the members
 
 
 def _plain(name: str) -> str:

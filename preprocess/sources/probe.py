@@ -27,6 +27,7 @@ from shards.format.features import Sampling
 from shards.format.plan import ClipSource
 
 CHILDREN = 4
+"""Header children at a time, at most."""
 FILES_PER_CHILD = 50
 """Files for which another child is worth its start."""
 

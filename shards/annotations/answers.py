@@ -74,6 +74,9 @@ def _refuse_unclear(name: str, answer: object, meant: int, letters: str) -> None
     )
 
 
+# -- options
+
+
 def _options(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return the options of a row (empty without any), and their numbers if their fields have them."""
     numbered, lettered = (sorted(n for n in row if kind.fullmatch(n)) for kind in COLUMNS)
@@ -112,6 +115,9 @@ def _option(option: Any, name: str) -> str:
     if isinstance(option, dict) and isinstance(option.get("choice"), str):
         option = option["choice"]
     return _text(option, name)
+
+
+# -- answers
 
 
 def _answers(row: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -129,6 +129,9 @@ def system_turn(fields: Fields, turns: Sequence[Json]) -> list[Json]:
     return [] if own else [{"from": "system", "value": text} for text in [*texts.values()][:1]]
 
 
+# -- media
+
+
 class Media:
     """The media of a row: those in its fields, and those in its messages."""
 
@@ -249,6 +252,9 @@ def path_of(medium: Any, field: str) -> str:
     return medium
 
 
+# -- turns
+
+
 def turn_of(turn: Any, media: Media) -> Json:
     """Return a turn `{from, value}` or `{role, content}` as `{from, value}`; a null answer is empty."""
     needs = "a turn needs `from` (human or gpt) and `value`"
@@ -332,6 +338,9 @@ FORMS: dict[str, Callable[[Json, Media], list[Json]]] = {
     "caption": caption,
 }
 """By the field that identifies a form: the function that returns its turns."""
+
+
+# -- LLaVA-ST's variables
 
 
 def filled_in(turns: Sequence[Json], variables: Any) -> list[Json]:

@@ -98,7 +98,7 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
                 f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
                 f"known are {', '.join(ROLES)}",
             )
-        turn["value"].encode()
+        turn["value"].encode()  # JSON may contain half of a surrogate pair, which is not text
         turns.append((role, turn["value"]))
     timeline = tuple(Cut(**part) for part in data.get("timeline", []))
     video = data.get("video", [cut.video for cut in timeline])
@@ -113,6 +113,9 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
     if any(role == "assistant" and text.strip() for role, text in turns):
         turns = with_tags(joined(turns), 1 if timeline else len(media))
     return Row(id_, tuple(media), start, end, tuple(turns), str(data.get("task", "")), timeline)
+
+
+# -- turns
 
 
 def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:
@@ -173,6 +176,9 @@ def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, s
             f"{sum(tags)} <video>/<image> tags for {media} media; write one tag per medium; {escape}",
         )
     return list(turns)
+
+
+# -- parts and paths
 
 
 def _part(data: Json) -> tuple[float | None, float | None]:

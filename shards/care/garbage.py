@@ -36,6 +36,7 @@ class Leftover:
 
 def collect(bank: Path) -> list[Leftover]:
     """Remove the leftovers of a bank and return them; raises UserError if it is being written."""
+    # Workers hold leases and not this lock, so both are checked.
     with folder_lock(bank, "preprocess gc"):
         if workers := holders(bank):
             raise UserError(

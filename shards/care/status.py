@@ -116,6 +116,9 @@ class Begun:
     """Time of the last write to a journal, in seconds since the epoch; 0 without any."""
 
 
+# -- unfinished units
+
+
 def _begun(inventory: Inventory) -> dict[int, Begun]:
     """Return the units of the plan that are not finished."""
     units = range(len(inventory.plan.units) if inventory.plan else 0)
@@ -186,6 +189,9 @@ def _moment(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
+
+
+# -- the text
 
 
 def table(found: Status) -> str:

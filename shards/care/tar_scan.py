@@ -175,6 +175,9 @@ class ShardScan:
         return data, "is not in its place" if self.names[member.name] else "is missing", False
 
 
+# -- faults
+
+
 def _fault_of_data(sample: SampleRecord, part: str, data: bytes, nbytes: int) -> str | None:
     if len(data) < nbytes:
         return f"is cut off after {len(data)} of {nbytes} bytes"
@@ -217,6 +220,9 @@ def npy_heads(stream: StreamRecord, part: str) -> list[bytes]:
         np.lib.format.write_array_header_1_0(head, facts)
         heads.append(head.getvalue())
     return heads
+
+
+# -- records of an undamaged shard, from its bytes
 
 
 def commit_of(

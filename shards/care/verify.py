@@ -56,6 +56,9 @@ def verify(
     return damages + check_catalogue(inventory, sound)
 
 
+# -- shards
+
+
 def check_shard(
     inventory: Inventory, name: str, deep: bool, seen: Callable[[int], object] = lambda nbytes: None
 ) -> list[Damage]:
@@ -111,6 +114,7 @@ def _check_commit(inventory: Inventory, name: str, commit: CommitRecord) -> list
 
 def _check_samples(path: Path, commit: CommitRecord, deep: bool) -> list[Damage]:
     with Tar(path) as tar:
+        # One pass recognises an undamaged shard; only others are examined member by member.
         sound = _is_sound(tar, commit) if deep else _is_in_shape(tar, commit.samples)
         if sound and tar.nbytes == commit.nbytes:
             return []
@@ -187,6 +191,9 @@ def _check_index(path: Path, samples: Sequence[SampleRecord]) -> list[Damage]:
     if content != index_bytes(samples):
         return [Damage(f"shards/{file.name}", "is not the index of its shard")]
     return []
+
+
+# -- catalogue
 
 
 def check_catalogue(inventory: Inventory, shards_are_sound: bool) -> list[Damage]:

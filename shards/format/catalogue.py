@@ -29,6 +29,7 @@ from shards.text import some
 
 Columns = dict[str, np.ndarray]
 READERS = 8
+"""Threads that read columns: remote ones take a round trip each."""
 
 
 def build_columns(
@@ -109,6 +110,9 @@ def _places(name: str, arrays: Sequence[ArrayRecord]) -> Columns:
     }
 
 
+# -- files
+
+
 def checksums(columns: Columns) -> dict[str, int]:
     """Return the crc32c of each column's bytes: the manifest's `catalogue`."""
     return {name: google_crc32c.value(columns[name]) for name in sorted(columns)}
@@ -128,8 +132,10 @@ def write_columns(path: Path, columns: Columns) -> None:
             data=columns[name],
             chunks=(max(1, len(columns[name])),),
             compressors=None,
-            config={"write_empty_chunks": True},
+            config={"write_empty_chunks": True},  # our reader expects a chunk file, of zeros too
         )
+    # A folder cannot be replaced atomically: between the two renames there is none, and `read.opening`
+    # retries.
     if path.exists():
         path.rename(old)
     temporary.rename(path)
@@ -190,6 +196,9 @@ def _read_column(files: Files, name: str) -> np.ndarray:
     if len(column) != rows:
         raise ValueError("is not as long as it says")
     return column
+
+
+# -- text and ragged columns
 
 
 class TextColumn(Sequence[str]):

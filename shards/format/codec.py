@@ -84,7 +84,9 @@ class Codec:
             return Stored(data, frame_nbytes=[len(frame) for frame in frames])
         relative = as_float32(features) / self.channel_scale[stride]
         largest = np.abs(relative).max(axis=-1)
-        scale = np.maximum(largest / INT8_MOST, np.finfo(np.float32).tiny)
+        scale = np.maximum(
+            largest / INT8_MOST, np.finfo(np.float32).tiny
+        )  # tokens of zeros: no 0 / 0
         quantised = np.rint(relative / scale[..., None]).astype(np.int8)
         return Stored(quantised, scale=scale.astype(np.float32))
 
@@ -113,6 +115,7 @@ class Codec:
         assert scale is not None
         values = data.reshape(-1, *cell_shape) * self.channel_scale[stride]
         values *= scale.reshape(values.shape[:-1])[..., None]
+        # Rounding up in int8 may pass the largest float16, which would become infinite.
         most = LARGEST[self.dtype]
         return from_float32(values.clip(-most, most, out=values), self.dtype)
 
@@ -129,6 +132,9 @@ def _decompress(data: np.ndarray, out: np.ndarray) -> None:
         BLOSC.decode(np.ascontiguousarray(data), out=out)
     except RuntimeError as error:
         raise ValueError(f"compressed frame: {error}; restore the shard or encode again") from None
+
+
+# -- calibration and error measures
 
 
 def channel_rms(arrays: Iterable[np.ndarray]) -> np.ndarray:
@@ -163,6 +169,9 @@ def token_cosine(features: np.ndarray, decoded: np.ndarray) -> np.ndarray:
     return np.where(sizes > 0, dots / np.where(sizes > 0, sizes, 1), 1.0).astype(np.float32)
 
 
+# -- float16 and bfloat16
+
+
 def as_float32(features: np.ndarray) -> np.ndarray:
     """Return float16, or uint16 that holds bfloat16, as float32."""
     if features.dtype == np.uint16:
@@ -174,5 +183,7 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     """Return float32 as float16, or rounded to even as uint16 that holds bfloat16."""
     if dtype == "float16":
         return values.astype(np.float16)
+    # bfloat16 is the upper half of float32. Round to nearest, ties to even (IEEE 754): add half of the
+    # dropped part, and one less if the kept part is even.
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -130,6 +130,9 @@ class CommitRecord:
         return parse(cls, data, where)
 
 
+# -- reading and writing records
+
+
 def end_of(samples: Sequence[SampleRecord]) -> int:
     """Return the offset at which the members of a tar end."""
     return samples[-1].end if samples else 0
@@ -156,13 +159,16 @@ def refuse_missing_shards(bank: Path, plan: Plan) -> None:
     """Raise UserError naming each finished shard whose tar no longer exists."""
     shards = [shard_path(bank, unit) for unit in range(len(plan.units)) if committed(bank, unit)]
     problems = [
-        f"{shard}: was finished and is gone; restore it, or remove {done_path(shard)} and run again "
+        f"{shard}: was finished and is missing; restore it, or remove {done_path(shard)} and run again "
         "to encode its clips again"
         for shard in shards
         if not shard.is_file() and read_commit(shard).samples
     ]
     if problems:
         raise UserError.of(problems)
+
+
+# -- files of a shard by name
 
 
 def shard_name(unit: int) -> str:
@@ -204,7 +210,10 @@ def attempt_files(shards: Path) -> Iterator[tuple[Path, Path, str]]:
 
 
 def index_path(shard: Path) -> Path:
-    """The index of a shard: uint64 little-endian offsets of each sample's first header, then the end."""
+    """The index of a shard: uint64 little-endian offsets of each sample's first header, then the end.
+
+    The layout of Megatron-Energon and Lhotse, so that they find samples without reading the tar.
+    """
     return shard.with_name(shard.name + ".idx")
 
 

@@ -14,6 +14,8 @@ from shards.errors import UserError
 from shards.format.fields import parse
 from shards.signed import Json, canonical_json, digest
 
+# 2: every field must be present, see `fields`. 3: `covered` counts whole patches only, `flags` are one
+# text, and a unit without samples has no tar. `care.migrate` converts older banks.
 FORMAT_VERSION = 3
 """Version of a bank's files; increased by any change of their layout or of a field's meaning."""
 

@@ -171,6 +171,9 @@ class Manifest:
         return parse(cls, fields, f"{bank}/bank.json")
 
 
+# -- parts of a manifest
+
+
 def entries_of(commits: Sequence[CommitRecord]) -> list[ShardEntry]:
     """Return the entries of the shards; a unit without samples has none."""
     return [ShardEntry(one.shard, one.nbytes, one.sha256) for one in commits if one.samples]
@@ -217,6 +220,9 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # reading a bank needs only NumPy
         return "none"
+
+
+# -- reading
 
 
 def read_manifest(place: str | Path | Files) -> Manifest:

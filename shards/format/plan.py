@@ -168,6 +168,9 @@ class Plan:
         return replace(self, units=[*self.units, *cut_units(clips, shard_bytes, clip_bytes)])
 
 
+# -- cutting units
+
+
 def cut_units(
     clips: Sequence[ClipSource], shard_bytes: int, clip_bytes: Callable[[ClipSource], int]
 ) -> list[list[ClipSource]]:
@@ -175,6 +178,7 @@ def cut_units(
 
     clip_bytes: returns the predicted bytes of a clip's features.
     """
+    # By order and predicted bytes alone, not by arrival: the same inputs give the same shards anywhere.
     units: list[list[ClipSource]] = []
     room = 0
     for clip in sorted(clips, key=lambda clip: clip.place):
@@ -185,6 +189,9 @@ def cut_units(
         units[-1].append(clip)
         room -= nbytes
     return units
+
+
+# -- plan.json
 
 
 def read_plan(bank: Path) -> Plan | None:
@@ -235,6 +242,9 @@ def planned(bank: Path, missing: str = "no plan here") -> Plan:
 
 def write_plan(bank: Path, plan: Plan) -> None:
     write_atomic(bank / "plan.json", signed_json(plan.to_json()))
+
+
+# -- refusals
 
 
 def refuse_derived(

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 from shards.signed import Json, digest
 
+# At most 80 characters: a ustar header has 100 bytes for a name, of which `.stride16_scale.npy` needs 19.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 

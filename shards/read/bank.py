@@ -142,7 +142,7 @@ class Bank:
         place = int(np.searchsorted(self._sorted_hashes, key))
         while place < len(self) and self._sorted_hashes[place] == key:
             row = int(self.columns["key_order"][place])
-            if self.ids[row] == id_:
+            if self.ids[row] == id_:  # hashes of 64 bits may collide
                 return row
             place += 1
         return None
@@ -243,6 +243,7 @@ class Bank:
         view = target.reshape(-1).view(np.uint8)
         edges = place.edges
         whole = len(view) == edges[-1] and list(frames) == list(range(len(edges) - 1))
+        # The checksum is over the whole stream, so the first touch reads all of it, once per process.
         if not self._checked[place.stride][place.row]:
             everything = view if whole else np.empty(edges[-1], np.uint8)
             if self._read(everything, place, 0, summed=True) != place.crc32c:
@@ -293,6 +294,7 @@ class Bank:
         return {stride: np.zeros(len(self), np.bool_) for stride in self.strides}
 
     def __getstate__(self) -> dict[str, object]:
+        # Checks are per process: another one may read through another mount or cache.
         return self.__dict__ | {"_checked": self._none_checked()}
 
 

@@ -62,6 +62,7 @@ class NearIds:
     def __init__(self, banks: Sequence[Bank]) -> None:
         self._banks = list(banks)
         self._first = np.cumsum([0, *map(len, banks)])
+        # Python salts `hash` in each process, so this index can only be used in the one that made it.
         hashes = np.fromiter(
             (hash(plain_name(id_)) for bank in banks for id_ in split_text(bank.columns, "id")),
             np.int64,

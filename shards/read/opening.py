@@ -16,7 +16,9 @@ from shards.write.lock import writer_of
 
 TRIES = 5
 PAUSE = 0.25
+"""Seconds between tries: a writer renames catalogue and manifest within moments of each other."""
 STATTERS = 8
+"""Threads that ask for the sizes of shards: on a network file system each is a round trip."""
 
 
 def load(files: Files) -> tuple[Manifest, Columns]:

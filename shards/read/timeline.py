@@ -142,6 +142,9 @@ def splice(clips: Sequence[ClipFeatures], stretches: Sequence[Stretch]) -> Splic
     return SplicedClip(tuple(parts))
 
 
+# -- from annotations to stretches
+
+
 def timeline_of(places: Sequence[Place], cuts: Sequence[Cut]) -> Timeline:
     """Return the timeline of cuts of banked clips; raises RowError for a cut beyond its clip."""
     infos = [place.clip().info for place in places]
@@ -177,6 +180,9 @@ def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, f
             fix="take a longer part, or encode with a higher --fps",
         )
     return first, last, start, end
+
+
+# -- parts of any medium
 
 
 def places_of(medium: Place | Timeline) -> list[Place]:

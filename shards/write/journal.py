@@ -138,6 +138,7 @@ def journal_lines(shard: Path, token: str = "") -> list[Json]:
     lines: list[Json] = []
     for line in journal_path(shard, token).read_bytes().splitlines(keepends=True):
         body, _, check = line.rpartition(b" ")
+        # A checksum per line: after a power loss the last one may be cut off, or have any bytes in it.
         if not line.endswith(b"\n") or f"{google_crc32c.value(body):08x}\n".encode() != check:
             break
         lines.append(json.loads(body))

@@ -189,7 +189,9 @@ class Leases(ExitStack):
         elif (
             not journal_path(lease.shard, lease.token).exists()
             and not lease_path(lease.shard, lease.number + 1).exists()
-        ):  # no files to point to, and no later lease, whose number must follow this one
+        ):
+            # Nothing to continue from. With a later lease this one must stay: `take` looks for the first
+            # free number, and a gap would hand out a unit that is held.
             lease.path.unlink(missing_ok=True)
         else:
             with suppress(FileNotFoundError):
@@ -221,6 +223,9 @@ class Leases(ExitStack):
             with self._guard, suppress(OSError):  # the file server may be unavailable for a while
                 if self._mine:
                     os.utime(self._mine.path)
+
+
+# -- lease files
 
 
 def _holder(path: Path) -> Holder | None:

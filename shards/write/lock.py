@@ -106,6 +106,9 @@ def _written(files: Files) -> Writer | None:
         return None
 
 
+# -- taking the lock
+
+
 @contextmanager
 def folder_lock(
     folder: Path, command: str, fix: str = "wait for its end, or end it"
@@ -173,6 +176,9 @@ def _taken(folder: Path, fix: str) -> UserError:
     writer = writer_of(folder)
     since = f" since {writer.started}" if writer else ""
     return UserError(f"{writer or 'another process'} writes here{since}", where=folder, fix=fix)
+
+
+# -- signs of life
 
 
 def _beat(path: Path, over: threading.Event) -> None:

@@ -249,6 +249,9 @@ class ShardWriter:
         drop_attempt(self.path, self.token)
 
 
+# -- publishing: from a part file to a committed shard
+
+
 def resume_commit(
     path: Path, fingerprint: str, wanted: Collection[str], attempts: Sequence[str], token: str
 ) -> CommitRecord | None:
@@ -305,6 +308,9 @@ def drop_attempt(path: Path, token: str) -> None:
         attempt_path(path, token, kind).unlink(missing_ok=True)
 
 
+# -- the bytes of a tar
+
+
 class _Sample:
     """The tar members of one sample; offset: at which it begins in the tar."""
 
@@ -316,6 +322,8 @@ class _Sample:
         """Append a member; return the offset of its data in the tar, and its length."""
         info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, mode 0644
         info.size = len(data)
+        # ustar: exactly one header block per member, which `care.tar_scan.layout` relies on; pax and GNU
+        # formats may add more.
         header = info.tobuf(tarfile.USTAR_FORMAT)
         begin = self.offset + len(header)
         self.pieces += [header, data, bytes(-len(data) % BLOCK)]

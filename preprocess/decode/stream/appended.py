@@ -31,8 +31,8 @@ def is_appended(path: Path, container: str) -> bool:
             after = names[names.index(b"moov") + 1 :] if b"moov" in names else []
             return b"moov" in after or b"ftyp" in after  # the index comes once, the type before it
         if container == "asf":
-            return _begins_again_asf(file)
-        return container == "flv" and _begins_again_flv(file)
+            return _has_second_header_asf(file)
+        return container == "flv" and _has_second_header_flv(file)
 
 
 def boxes(file: IO[bytes]) -> Iterator[Box]:
@@ -52,7 +52,7 @@ def boxes(file: IO[bytes]) -> Iterator[Box]:
         begin += length
 
 
-def _begins_again_asf(file: IO[bytes]) -> bool:
+def _has_second_header_asf(file: IO[bytes]) -> bool:
     """Return whether a second header follows the first one's data (ASF specification, 2.1)."""
     at = 0
     while len(head := file.read(24)) == 24:
@@ -65,7 +65,7 @@ def _begins_again_asf(file: IO[bytes]) -> bool:
     return False
 
 
-def _begins_again_flv(file: IO[bytes]) -> bool:
+def _has_second_header_flv(file: IO[bytes]) -> bool:
     """Return whether a second header follows a tag (FLV specification 10.1, E.2 to E.4)."""
     at = 9
     file.seek(at)

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 LONG_GAP = 10
-"""Seconds. FFmpeg treats a longer gap as a jump of the clock, in containers where it may restart."""
+"""Seconds. FFmpeg treats a longer gap as a jump of the clock, in containers where it may restart (default
+of its option -dts_delta_threshold)."""
 LONGEST_HOLD = 3600
 """Seconds. A packet whose duration explains a gap is believed up to this duration."""
 REORDERED = 16
-"""Packets by which decode order may differ from display order, in H.264 and HEVC."""
+"""Packets by which decode order may differ from display order: the largest number of pictures that a
+decoder of H.264 or HEVC keeps."""
 LONGEST_GAP = 30 * 3600
-"""Seconds. FFmpeg treats a longer gap as an error in any container."""
+"""Seconds. FFmpeg treats a longer gap as an error in any container (default of -dts_error_threshold)."""
 
 Jumps = tuple[tuple[int, int], ...]
 """Per jump: the number of the first packet after it, and the ticks to add from there on."""

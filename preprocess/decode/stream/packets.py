@@ -90,6 +90,7 @@ def read_packets(container: Any, stream: Any) -> Packets:
         found.durations.append(packet.duration or 0)
         found.discard |= packet.is_discard
         found.corrupt |= packet.is_corrupt
+        # One frame is decoded for its display matrix and its true size, which headers may lack.
         if found.first_frame is None:
             found.first_frame = _first_frame(decoder, packet)
     if found.first_frame is None and not all(found.hidden):

@@ -182,7 +182,7 @@ def test_a_shard_that_was_deleted_is_named_with_the_way_out(
     shard = bank / "shards" / "bank-000000.tar"
     before = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(UserError, match=r"bank-000000\.tar: was finished and is gone") as error:
+    with pytest.raises(UserError, match=r"bank-000000\.tar: was finished and is missing") as error:
         encode([str(videos)], bank, toy_options)
     assert "\n" not in str(error.value)
     shard.with_suffix(".done").unlink()
