@@ -117,7 +117,7 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
         raise UserError(
             "its weights are quantised, and only unquantised ones can be trained or trained over",
             where=folder,
-            fix="name the model that it was quantised from",
+            fix="name the model it was made from",
         )
     prefixes: tuple[tuple[str, str], ...]
     if written["model_type"] in INNER:

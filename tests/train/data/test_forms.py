@@ -566,7 +566,9 @@ def test_the_command_writes_records_of_ours(
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
-    assert lines[-1].startswith("error: 2 bad records are refused: mend them, or set on_bad_record")
+    assert lines[-1].startswith(
+        "error: 2 bad records are refused: correct them, or set on_bad_record"
+    )
     assert not (tmp_path / "none.jsonl").exists()
 
 

@@ -209,7 +209,9 @@ def test_all_problems_come_together_and_nothing_is_written(
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in lines[:2]] == [f"{path}:3", f"{path}:4"]
-    assert lines[2].startswith("error: 2 bad records are refused: mend them, or set on_bad_record")
+    assert lines[2].startswith(
+        "error: 2 bad records are refused: correct them, or set on_bad_record"
+    )
     assert not out.exists()
 
 
