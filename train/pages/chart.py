@@ -103,8 +103,9 @@ def line_chart(
     axes.margins(x=0.01)
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-    elif not log:
+    else:
         axes.yaxis.set_major_formatter(short_number)
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
     if drawn[0].style != "dots":
         axes.xaxis.set_major_formatter(short_number)
     key = [legend(line.name, line.colour, line.kind) for line in drawn]
@@ -189,7 +190,7 @@ def new_figure(
     below = (
         0.44 if labelled else 0.26
     )  # inches; a layout that is solved for takes longer than drawing
-    axes = figure.add_axes((left, below / height, 0.985 - left, 1 - (below + 0.08) / height))
+    axes = figure.add_axes((left, below / height, 0.95 - left, 1 - (below + 0.08) / height))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
