@@ -676,5 +676,3 @@ def test_each_promise_has_one_file_that_says_it() -> None:
         assert any(node.name.startswith("test_") for node in tests), path.name
         said[number] = path.name
     assert said.keys() == PROMISES
-    readme = (ROOT / "README.md").read_text()
-    assert {int(number) for number in re.findall(r"\bP(\d{1,2})\b", readme)} <= PROMISES

@@ -1,4 +1,4 @@
-"""Frames of one clip -> what a bank stores of them, a batch at a time.
+"""Frames of one clip -> the features that a bank stores, a batch at a time.
 
 pooling = Pooling(tower, frames=100, strides=(4, 8), threads=2)
 for batch in batches:                     # uint8, `pooling.shape` frames each, the last one fewer
@@ -21,7 +21,7 @@ LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
 class BatchEncoder(Protocol):
-    """What `Tower` is here: frames in batches of one shape -> patches."""
+    """The part of `Tower` that pooling uses: frames in batches of one shape -> patches."""
 
     frames_per_unit: int
 
@@ -31,7 +31,12 @@ class BatchEncoder(Protocol):
 
 
 class Pooling:
-    """The features of one clip, as they grow."""
+    """Collects the features of one clip, batch by batch.
+
+    Each batch is pooled and rounded on the device at once, so memory does not grow with the patches of a
+    long clip: 64 frames of SigLIP's 27x27 patches are 215 MB in fp32, their cells at strides 4 and 8 as
+    float16 9.6 MB.
+    """
 
     def __init__(
         self,
@@ -44,23 +49,28 @@ class Pooling:
         batch_frames: int = 16,
         threads: int,
     ) -> None:
-        """frames: of the whole clip. threads: of the CPU, while the tower runs."""
+        """frames: of the whole clip. dtype: stored, float16 or bfloat16. threads: of the CPU.
+
+        batch_frames: the most frames of a batch. threads is fixed because sums split over another number
+        of threads may round otherwise, and a clip's bytes must not depend on who encodes it.
+        """
         self.tower, self.strides = tower, strides
         self.pool_mode, self.dtype, self.threads = pool_mode, dtype, threads
         self.shape = tower.batch_shape(frames, batch_frames)
         self.stored: dict[int, np.ndarray] = {}
-        """float16, or uint16 that holds bfloat16."""
+        """Per stride `(units, cell_rows, cell_cols, width)`, float16, or uint16 with bfloat16's bits."""
         self.underflowed = 0
+        """Values that are 0 as float16 and were not before."""
         self._frames = frames
         self._units = -(-frames // tower.frames_per_unit)
         self._done = 0
 
     def add(self, frames: np.ndarray) -> None:
-        """Encode and pool the next batch: `shape` frames, fewer only at the end.
+        """Encode and pool the next batch: uint8 `(shape, height, width, 3)`, fewer frames at the end.
 
         Raises FeatureRangeError naming the first frame and stride whose values the type cannot hold,
-        GpuMemoryError where the batch is too large: no smaller one is tried, since the last bits of
-        features depend on its shape.
+        and GpuMemoryError where the batch is too large. No smaller batch is tried, since the last bits
+        of features depend on its shape.
         """
         try:
             self._add(frames)
@@ -69,7 +79,7 @@ class Pooling:
             raise GpuMemoryError(self.shape, fewer if fewer < self.shape else 0) from None
 
     def add_all(self, frames: np.ndarray) -> tuple[dict[int, np.ndarray], int]:
-        """Take the whole clip; return what a bank stores of it, and how many values underflowed."""
+        """Add all frames of the clip; return `stored` and `underflowed`."""
         for cut in range(0, len(frames), self.shape):
             self.add(frames[cut : cut + self.shape])
         return self.stored, self.underflowed

@@ -89,7 +89,7 @@ class BadRecords:
         one = len(self.refused) == 1
         mute = ", or unsupervised: drop for those without an answer" if self.mute else ""
         advice = (
-            f"mend {'it' if one else 'them'}, or set on_bad_record: drop, which leaves such records "
+            f"correct {'it' if one else 'them'}, or set on_bad_record: drop, which leaves such records "
             f"out, counts them and lists them in {LIST}{mute}"
         )
         if len(problems) == 1:

@@ -1,4 +1,4 @@
-"""What a step's sums mean, how fast it was, and where both are written: metrics.jsonl, train.log, logs/.
+"""A step's sums, and the metrics that are computed from them.
 
 `FIELDS` documents every field of metrics.jsonl, besides `step` and `kind` (train or eval).
 """
@@ -56,19 +56,22 @@ FIELDS = {
 SCALARS = ("ce", "coordinate_ce", "supervised", "coordinates", "tokens", "pairs")
 VECTORS = ("ar", "ar_count", "ar_copy", "ar_copy_count", "ar_affine", "ar_ridge")
 BASELINES = ("copy", "affine", "ridge")
-"""What the frame-causal loss is compared with, see `train/loop/floor.py`."""
+"""Baselines of the frame-causal loss, see `train/loop/floor.py`."""
 BY_TASK = ("task_ce", "task_count")
 NUM_SUMS = len(SCALARS) + len(PAIRS) * len(VECTORS) + len(TASKS) * len(BY_TASK)
 
 
 def sums_of(out: "dict[str, Tensor]", batch: "Batch") -> "Tensor":
-    """Return one flat fp64 tensor of a forward's sums and counts, to be added over the step."""
+    """Return a forward's sums and counts, to be added over the step: fp64 `(NUM_SUMS,)`.
+
+    fp64, so that counts are exact and sums over a large step lose nothing.
+    """
     import torch
 
     real, tokens = batch.mask_end - batch.mask_start, batch.lengths.sum()
     if batch.others is not None:
         real = real - (batch.others[1] - batch.others[0])
-    padding = real.numel() - tokens  # each of which sees itself alone
+    padding = real.numel() - tokens  # each padding token sees itself: one pair
     counts = {
         "supervised": torch.tensor(float(len(batch.labels))),
         "coordinates": (batch.label_axis >= 0).sum(),
@@ -90,10 +93,10 @@ def sums_of(out: "dict[str, Tensor]", batch: "Batch") -> "Tensor":
 
 
 def summarise(sums: "Tensor", loss_weight: float) -> Json:
-    """Return the metrics that global sums mean; a mean over nothing is left out.
+    """Return the metrics of sums over all ranks; a mean over nothing is left out.
 
-    `autoregressive_loss` weighs every transition the same; `ar_skill` = 1 - loss / the strongest
-    baseline's, above 0 where the prediction beats all of them. Without all there is none.
+    `autoregressive_loss` counts each transition the same; `ar_skill` = 1 - loss / the strongest
+    baseline's loss, above 0 where the model beats all of them, left out unless all were measured.
     """
     scalars, vectors, tasks = sums.tensor_split(
         [len(SCALARS), len(SCALARS) + len(VECTORS) * len(PAIRS)]

@@ -3,7 +3,7 @@
 An answer is searched for the reference's own words with numbers where its coordinates are; other
 numbers in those words, and ordinals, may be any. Where those words are not there, it is searched for
 the common ways to write the kind. What it says counts when it is said once and is the end of the
-answer: see `runs_on`. The README has a table of examples, which a test reads.
+answer: see `runs_on`. train/README.md has a table of examples, which a test reads.
 """
 
 import re
