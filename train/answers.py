@@ -1,6 +1,7 @@
-"""The questions of records, what limits them and their answers, and a model's answers to them."""
+"""The questions of records, what limits them and their answers, a model's answers to them, and the next
+frames that it predicts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ from train.data.dataset import Dataset
 from train.data.records import Record, Turn, duration_before
 from train.data.spans import forwards
 from train.loop.held_out import held_out_loss
+from train.pages.read.foreseen import MOST_CLIPS, MOST_FRAMES, Foreseen, NextFrame
 from train.scores.predictions import Prediction, report_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from model.batch import Batch
     from model.vlm import VLM
     from train.batches.chat import Chat
     from train.batches.loader import Loader
@@ -167,6 +170,56 @@ def answer(
         text = forwards(write_answer(model, pieces[:cap], blank.duration))
         out.append(replace(blank, answer=text, cut=len(pieces) >= cap))
     return out
+
+
+def foresee(
+    model: "VLM", loader: "Loader", records: Sequence[Record], accelerator: "Accelerator"
+) -> list[Foreseen]:
+    """Return the next frames that a model predicts in the first records' clips, beside what came.
+
+    Of records of one clip each, and no clip twice; none of a model without the frame-causal loss.
+    """
+    import torch
+
+    from model.batch import to_device
+
+    if model.frame_causal is None:
+        return []
+    chosen: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        if len(record.clips) == 1 and len(chosen) < MOST_CLIPS:
+            chosen.setdefault(record.clips, record)
+    found = []
+    for (clip,), record in chosen.items():
+        batch = to_device(loader.batch([record], with_copy=True), accelerator.device)
+        (medium,) = loader.dataset.clips(record)
+        with torch.no_grad(), accelerator.autocast():
+            frames = list(next_frames(model, batch, medium.info.duration))
+        frames.sort(key=lambda frame: frame.time)
+        found.append(Foreseen(clip, tuple(frames[:MOST_FRAMES])))
+    return found
+
+
+def next_frames(model: "VLM", batch: "Batch", duration: float) -> Iterator[NextFrame]:
+    """Yield what a model predicts of each frame but the first, in the order of the transitions."""
+    from model.frame_causal import frame_target, pair_of
+
+    assert model.frame_causal is not None
+    hidden = model.hidden_states(batch)
+    for pairs in batch.transitions:
+        source, target = batch.groups[pairs.source], batch.groups[pairs.target]
+        states = hidden[source.token_index[pairs.source_frame]]
+        times = target.time[pairs.target_frame]
+        guess = model.frame_causal.predict(states, source, target, times, pairs.gap)
+        assert pairs.copy is not None
+        truth = frame_target(target.features[pairs.target_frame])
+        three = (truth, guess.float(), frame_target(pairs.copy))
+        errors = [(t - truth).square().mean(dim=(1, 2)).tolist() for t in three[1:]]
+        grid = target.grid.rows, target.grid.cols
+        arrays = [tensor.unflatten(1, grid).cpu().numpy() for tensor in three]
+        for k, time in enumerate(times.tolist()):
+            told = (time * duration, pair_of(batch, pairs), errors[0][k], errors[1][k])
+            yield NextFrame(*told, *(array[k] for array in arrays))
 
 
 def device_of(model: "VLM") -> Any:

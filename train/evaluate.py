@@ -27,6 +27,7 @@ from train.answers import (
     FEWEST_NEW_TOKENS,
     check_lengths,
     evaluate,
+    foresee,
     loader_of,
     new_tokens,
     questions_of,
@@ -35,6 +36,7 @@ from train.data.dataset import Dataset, open_records
 from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.records import Record
 from train.data.shuffled import ShuffledDataset
+from train.pages.read.foreseen import foreseen_beside, write_foreseen
 from train.scores.captions import check_captions
 from train.scores.kinds import asked_of
 from train.scores.predictions import Prediction, read_predictions, report_of, write_predictions
@@ -116,6 +118,10 @@ def main(argv: list[str]) -> None:
             about: Json = {"test_set": place.name, "data_path": place.data_path}
             about |= {name: args.control == name for name in CONTROLS} | {"turns": settings.turns}
             write(place, loader.dataset, about | report, said, keep=args.output is None)
+            if not args.control:
+                write_foreseen(
+                    foreseen_beside(place.report), foresee(model, loader, own, accelerator)
+                )
     accelerator.end_training()
 
 

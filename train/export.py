@@ -29,6 +29,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @command
 def main(argv: list[str]) -> None:
+    args = arguments().parse_args(argv)
+    export(args.run, args.out, merge_lora=args.merge_lora, dtype=args.dtype)
+    print(f"written: {args.out}, see {args.out / 'README.md'}")  # noqa: T201
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -43,9 +49,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the LLM's weights [float32]"
     )
-    args = parser.parse_args(argv)
-    export(args.run, args.out, merge_lora=args.merge_lora, dtype=args.dtype)
-    print(f"written: {args.out}, see {args.out / 'README.md'}")  # noqa: T201
+    return parser
 
 
 def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "float32") -> None:

@@ -1,4 +1,4 @@
-"""The commands that look after a bank: verify, repair, status, gc."""
+"""The maintenance commands: verify, repair, status, gc."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from preprocess.cli.options import BANK, bytes_bar
 def verify(bank: Path, deep: bool) -> None:
     """Find what in BANK is damaged, by file, clip and stream.
 
-    Without --deep: are all files there and of their size, do headers, descriptions, index,
-    catalogue and records agree. This finds what a broken copy, a deleted file or another tool did,
-    in seconds. With --deep every byte is read, at the speed of the disk: this finds a single
-    flipped bit. Nothing is changed; `preprocess repair BANK` puts right what is found.
+    By default it checks that all files exist with their sizes, and that headers, descriptions, index,
+    catalogue and commit records agree. This finds the damage of a broken copy, a deleted file or
+    another tool, in seconds. To find a single flipped bit, too, --deep reads every byte, at the speed
+    of the disk. Nothing is changed; `preprocess repair BANK` repairs what is found.
 
-    Exit code 0: all is sound; 1: damage was found and is listed; 2: wrong usage.
+    Exit code 0: no damage; 1: damage was found and is listed; 2: wrong usage.
 
     \b
     preprocess verify bank
@@ -61,24 +61,24 @@ def verify(bank: Path, deep: bool) -> None:
 
 @click.command()
 @BANK
-@click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
+@click.option("--tower", help="The bank's tower: its folder or Hub name.  [default: as recorded]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option(
     "--video-root",
     "video_roots",
     multiple=True,
     type=click.Path(),
-    help="Folder under which videos lie that are not where they were. Repeatable.",
+    help="Folder that contains videos which have moved. Repeatable.",
 )
 def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, ...]) -> None:
-    """Put right what is damaged in BANK, and encode again only what must be.
+    """Repair what is damaged in BANK, encoding only the clips that must be.
 
-    BANK is verified, every byte. A clip whose bytes are in their place is copied as it is; it is
-    decoded and encoded again only if they are not. On the machine and libraries that made the bank
-    this gives the old bytes, which is checked. A video that is gone or was changed is named, its
-    sample stays damaged: `preprocess encode` banks the new video. Index, catalogue and manifest are
-    made from the shards, without a tower. A BANK of an older format gets the metadata of today's:
-    its features stay as they are, nothing is encoded.
+    Every byte of BANK is verified. A clip whose bytes are intact is copied; only others are decoded and
+    encoded once more. On the machine and libraries that made the bank this gives the same bytes, which
+    is checked. If a video is missing or was changed, it is named and its sample stays damaged;
+    `preprocess encode` banks the new video. Index, catalogue and manifest are rebuilt from the shards,
+    without a tower. A BANK of an older format gets the metadata of the current one: its features stay
+    as they are, nothing is encoded.
 
     Exit code 0: all is repaired; 1: some damage remains and is listed; 2: wrong usage.
 
@@ -109,7 +109,9 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     for damage in done.remaining:
         click.echo(f"remains: {printable(str(damage))}")
     for key in done.lost:
-        click.echo(f"remains: {key}: is lost with its record; `preprocess encode` banks it again")
+        click.echo(
+            f"remains: {key}: lost with its commit record; `preprocess encode` banks it again"
+        )
     if done.remaining or done.lost:
         raise SystemExit(1)
 
@@ -117,10 +119,10 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
 @click.command()
 @BANK
 def status(bank: Path) -> None:
-    """Tell how far BANK is: units, clips, rate, who writes it, what failed.
+    """Print the progress of BANK: units, clips, rate, who writes it, what failed.
 
-    May be asked at any time from another terminal, also while BANK is being written: nothing is
-    locked and nothing is changed.
+    May be run at any time from another terminal, also while BANK is being written: nothing is locked
+    and nothing is changed.
 
     \b
     preprocess status bank
@@ -136,11 +138,11 @@ def status(bank: Path) -> None:
 @BANK
 @click.option("--dry-run", is_flag=True, help="List what would be removed, and remove nothing.")
 def gc(bank: Path, dry_run: bool) -> None:
-    """Remove from BANK what nothing refers to.
+    """Remove files from BANK that nothing refers to.
 
-    That is what killed writers left: journals of finished shards, temporary files, shards that no
-    unit of the plan makes. Nothing that BANK/bank.json lists, or a run that goes on needs, is
-    touched. Shards of which every clip was superseded or pruned are told of and stay.
+    These were left by killed writers: journals of finished shards, temporary files, shards of no unit
+    of the plan. Nothing is removed that BANK/bank.json lists or that a run needs to continue. Shards
+    whose clips were all superseded or pruned are listed and kept.
 
     \b
     preprocess gc bank --dry-run

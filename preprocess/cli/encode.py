@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 @PLANNED
 @click.option("--no-estimate", is_flag=True, help="Do not encode a few clips to estimate hours.")
 def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) -> None:
-    """Write the plan that encode would execute, and say what it will cost.
+    """Write the plan that encode would execute, and estimate its cost.
 
-    INPUTS and flags are those of encode. Inputs are opened, none is decoded but a few to estimate
-    the hours, and of int8 some to calibrate on. `preprocess work BANK` on any number of machines makes
-    what is planned, `preprocess finish BANK` ends it; encode is the three in one. Exit code 2: wrong
+    INPUTS and options are those of encode. Inputs are opened, but only a few are decoded, to estimate the
+    hours, and for int8 some to calibrate on. `preprocess work BANK`, on any number of machines, makes the
+    planned units; `preprocess finish BANK` completes the bank. encode does all three. Exit code 2: wrong
     usage.
 
     \b
@@ -48,7 +48,7 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
     from preprocess.encode.run import plan_clips
 
     tower, changes, options = plan_clips(found, out, options, **rest)
-    tell(found, out)
+    print_skips(found, out)
     for line in forecast(out, changes, tower, options, hours=not no_estimate):
         click.echo(line)
 
@@ -56,7 +56,7 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
 @click.command()
 @PLANNED
 @click.option("--procs", type=click.IntRange(min=1),
-              help="Processes, each with tower and decoder, over all GPUs.  [default: 1]")  # fmt: skip
+              help="Processes with a tower each, spread over all GPUs.  [default: 1]")  # fmt: skip
 @DECODERS
 @ON
 def encode(
@@ -72,16 +72,16 @@ def encode(
 
     An input is a video, a folder, an archive (.zip; .tar, plain or packed with gzip, bzip2 or xz),
     or annotations as training reads them: .json, .jsonl, .csv or .parquet, a folder of these,
-    owner/name of the Hub. A folder gives its videos and animations at any depth, and each folder in
-    which there is nothing but pictures is one clip (its rate: --folder-fps). The `video` of an
-    annotation may be a video, a folder of pictures, an animation or a still picture. An archive
-    gives its videos, read one at a time and not unpacked; name archives themselves, not their
-    folder. What else there is is counted, and listed in BANK/skipped.jsonl.
+    owner/name of the Hub. A folder gives its videos and animations at any depth, and each folder that
+    contains nothing but pictures is one clip (its rate: --folder-fps). The `video` of an annotation
+    may be a video, a folder of pictures, an animation or a still picture. An archive gives its videos,
+    which are read one at a time and not unpacked; name archives themselves, not their folder. All other
+    files are counted, and listed in BANK/skipped.jsonl.
 
-    Rerunning skips what is done, encodes what is new, and encodes again videos that have changed.
+    Rerunning skips what is done, encodes new videos, and replaces those that have changed.
     A clip that cannot be read is named in BANK/quarantine.jsonl; `preprocess retry BANK` tries it
     again. Exit code 0: all done; 1: some clips failed and are listed; 2: wrong usage, or the
-    machine failed: what is committed stays, run the same command again; 70: a bug of ours, with its
+    machine failed: what is committed stays, run the same command again; 70: a bug in framebank, with its
     traceback: what is committed stays, and no clip is blamed.
 
     \b
@@ -101,7 +101,7 @@ def encode(
         from shards.write.finish import finish_alone
 
         plan_clips(found, out, options, **rest)
-        tell(found, out)
+        print_skips(found, out)
         encode_on_ray(out, None, (), procs, address)
         click.echo(held(out, finish_alone(out)))
         failed(out, read_quarantine(out))
@@ -111,7 +111,7 @@ def encode(
     )
     for line in gone(changes):
         click.echo(line.strip())
-    tell(found, out)
+    print_skips(found, out)
     report(out, summary)
 
 
@@ -130,7 +130,7 @@ def prepared(
     prune: bool,
     **rest: Any,
 ) -> tuple["Found", "EncodeOptions", dict[str, Any]]:
-    """Return the clips, how to encode them, and how to plan: what flags of plan and encode mean."""
+    """Return the clips, the options to encode them, and the options to plan, from the command's flags."""
     from preprocess.sources.find import FindOptions, find_clips
     from shards.format.plan import TowerSettings, read_plan
 
@@ -159,8 +159,8 @@ def prepared(
     return found, options, {"prune": prune}
 
 
-def tell(found: "Found", out: Path) -> None:
-    """Say what of the inputs is no clip."""
+def print_skips(found: "Found", out: Path) -> None:
+    """Print which inputs are not clips."""
     from preprocess.sources.skips import report as skipped
 
     for line in [*found.notes, *skipped(found.skips, out)]:
@@ -169,9 +169,9 @@ def tell(found: "Found", out: Path) -> None:
 
 @click.command()
 @click.argument("bank", type=LOCAL)
-@click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
+@click.option("--tower", help="The bank's tower: its folder or Hub name.  [default: as recorded]")
 @click.option("--video-root", "roots", multiple=True, type=click.Path(),
-              help="Where videos may lie that have moved. Repeatable.")  # fmt: skip
+              help="Folder that contains videos which have moved. Repeatable.")  # fmt: skip
 @HOW
 def retry(
     bank: Path,
@@ -180,23 +180,23 @@ def retry(
     device: str,
     **how: Any,
 ) -> None:
-    """Encode again the clips in BANK/quarantine.jsonl, and nothing else.
+    """Encode the clips in BANK/quarantine.jsonl once more, and nothing else.
 
-    Mend or replace the videos where they lie, then run this. Tower, frames and strides are those
-    of the bank. Clips that succeed are added in a new shard and leave the quarantine; the others
-    stay, with one attempt more. Exit codes are those of encode.
+    Repair or replace the videos in place, then run this. Tower, frames and strides are those of the
+    bank. Clips that succeed are added in a new shard and removed from the quarantine; the others stay,
+    with one more attempt. Exit codes are those of encode.
 
     \b
     preprocess retry bank
     preprocess retry bank --allow-truncated
     """
-    from preprocess.care.retry import retry as encode_again
+    from preprocess.care.retry import retry as retry_failed
 
-    report(bank, encode_again(bank, tower, roots, device=device, **given(how)))
+    report(bank, retry_failed(bank, tower, roots, device=device, **given(how)))
 
 
 def report(bank: Path, summary: "Summary") -> None:
-    """Say what a run did; exit with 1 if clips failed."""
+    """Print the summary of a run; exit with 1 if clips failed."""
     click.echo(
         f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
         f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "
@@ -208,7 +208,7 @@ def report(bank: Path, summary: "Summary") -> None:
 
 
 def held(bank: Path, manifest: "Manifest") -> str:
-    """Return what a bank holds, in a line."""
+    """Return the contents of a bank in one line."""
     return (
         f"{bank}: {counted(manifest.clips, 'clip')}, {counted(manifest.frames, 'frame')}, "
         f"{in_bytes(manifest.nbytes)} in {counted(len(manifest.shards), 'shard')}"
@@ -216,7 +216,7 @@ def held(bank: Path, manifest: "Manifest") -> str:
 
 
 def failed(bank: Path, failures: "Sequence[QuarantineEntry]") -> None:
-    """Say which clips failed, and exit with 1 if there are any."""
+    """Print which clips failed, and exit with 1 if there are any."""
     if failures:
         clips = counted(len(failures), "clip")
         click.echo(f"{clips} failed, listed in {bank / 'quarantine.jsonl'}:")

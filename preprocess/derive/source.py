@@ -1,4 +1,4 @@
-"""The clips of a finished bank, each read whole and checked against its commit record.
+"""Read the clips of a finished bank, each as a whole and checked against its commit record.
 
 with BankSource(Path("bank")) as source:
     clip = source.sample(plan_clip)         # None for one in quarantine
@@ -27,7 +27,7 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class StoredClip:
-    """One sample, as it lies in a shard."""
+    """One sample in stored form."""
 
     meta: SampleMeta
     stored: dict[int, Stored]
@@ -36,7 +36,7 @@ class StoredClip:
 
     @property
     def entries(self) -> int:
-        """How many entries axis 0 of its streams has: frames, or units of them."""
+        """Entries along axis 0 of its streams: frames, or units of several frames."""
         return next(iter(self.shapes.values()))[0]
 
 
@@ -44,7 +44,7 @@ class BankSource(ExitStack):
     """A finished bank of this machine, clip by clip. Holds one shard open."""
 
     def __init__(self, bank: Path) -> None:
-        """Raises UserError where there is no bank, or one whose run is not over."""
+        """Raises UserError if there is no bank, or its run is not finished."""
         super().__init__()
         self.bank = bank
         opened = Bank.open(bank)
@@ -63,7 +63,7 @@ class BankSource(ExitStack):
 
     @property
     def clips(self) -> list[ClipSource]:
-        """Those that are served, and those that have failed."""
+        """The clips that are served, and those that failed."""
         pruned = self.plan.pruned
         return [
             clip
@@ -72,15 +72,15 @@ class BankSource(ExitStack):
         ]
 
     def __contains__(self, clip: ClipSource) -> bool:
-        """Whether a clip's features are served."""
+        """Return whether a clip's features are served."""
         return clip.key in self._samples
 
     def record(self, clip: ClipSource) -> SampleRecord:
-        """Return where a clip that is served lies in its shard."""
+        """Return the record of a served clip: its place in its shard."""
         return self._samples[clip.key][1]
 
     def sample(self, clip: ClipSource) -> StoredClip:
-        """Read a clip that is served; raises UserError where its bytes are not those committed."""
+        """Return a served clip; raises UserError if its bytes do not match their checksum."""
         unit, record = self._samples[clip.key]
         blob = self._tar(unit).read(record.offset, record.nbytes)
         if google_crc32c.value(blob) != record.crc32c:

@@ -1,10 +1,10 @@
-"""`preprocess work --on ray`: the units of a plan over the machines of a Ray cluster.
+"""`preprocess work --on ray`: make the units of a plan on the machines of a Ray cluster.
 
 encode_on_ray(Path("/shared/bank"), tower=None, roots=(), workers=None, address="auto")
 
-Each worker is an actor that does what `preprocess work` does, under the same leases, so that nothing
-but counts goes through Ray. An actor or node that is lost is Ray's to start again elsewhere; what it
-had begun is taken over by whoever comes to it. All machines see the bank, and have framebank.
+Each worker is an actor that does what `preprocess work` does, under the same leases, so that features
+never pass through Ray's object store. Ray restarts a lost actor elsewhere; another worker continues its
+unit. All machines must share the bank and have framebank installed.
 """
 
 import sys
@@ -20,13 +20,13 @@ from shards.format.commits import committed
 from shards.format.plan import planned
 
 RESTARTS = 5
-"""Of a worker, and of what it was at."""
+"""Restarts of a worker, and of its task."""
 SECONDS = 1.0
-"""Between two looks at how many units are made."""
+"""Seconds between two counts of the finished units."""
 
 
 class Worker:
-    """An actor: takes units of a bank until none is left to take."""
+    """An actor: makes units of a bank until none is left to take."""
 
     def work(
         self, bank: str, tower: str | None, roots: Sequence[str], gpu: bool, start: float
@@ -85,7 +85,7 @@ def encode_on_ray(
 
 
 def _problem(ray: Any, ref: Any) -> str:
-    """Return why a worker ended before its time, empty where it did not; a bug keeps its traceback."""
+    """Return why a worker ended early, "" if it did not; a bug is raised with its traceback."""
     try:
         ray.get(ref)
     except ray.exceptions.RayTaskError as error:

@@ -6,8 +6,8 @@
 Finished shards are skipped on a rerun; other features in the same folder are refused; a clip that
 fails is named in `quarantine.jsonl` and never stops the run. `bank.json` is written last.
 
-The three are commands, too: one process plans, any number on any machines work, one finishes.
-Torch comes with the tower: a run that finds nothing to do ends without.
+The three steps are commands, too: one process plans, any number on any machines work, one finishes.
+Torch is imported with the tower, so a run that finds nothing to do ends without it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -65,10 +65,10 @@ def encode(
     decoders: int | None = None,
     prune: bool = False,
 ) -> Summary:
-    """Bank the features of every clip of the inputs; returns what was done and what failed.
+    """Bank the features of every clip of the inputs; return what was done and what failed.
 
-    procs: processes, each with a tower and decoders of its own. decoders: of each, None for as many as
-    there are cores for. prune: serve no longer the clips whose sources are gone.
+    procs: processes, each with its own tower and decoders. decoders: per process; None for cores /
+    towers. prune: stop serving clips whose sources no longer exist.
     """
     found = find_clips(inputs, options.find)
     return encode_clips(found, out, options, procs=procs, decoders=decoders, prune=prune)[0]
@@ -125,9 +125,9 @@ def plan_clips(
 def _before_a_folder(
     out: Path, found: Found, options: EncodeOptions, *, here: bool = True
 ) -> tuple[Loading | None, list[ClipSource] | None]:
-    """Load the tower and look at the clips of a bank that is not there yet.
+    """Load the tower and probe the clips if the bank does not exist yet; else (None, None).
 
-    What the tower cannot do is refused before there is a folder.
+    So what the tower cannot do is refused before a folder is made.
     """
     if out.exists():
         return None, None
@@ -146,11 +146,11 @@ def execute(
     procs: int = 1,
     decoders: int | None = None,
 ) -> Summary:
-    """Encode what is left of a plan. clips: of this run, whose old failures are told again.
+    """Encode what is left of a plan. clips: of this run, whose earlier failures are reported, too.
 
-    A tower that the GPU has no memory for is tried once more with half the frames together, while the
-    bank holds nothing: plan.json then says so, and all features are made alike. Else, and the second
-    time, GpuMemoryError is for the user.
+    If the GPU runs out of memory and the bank is still empty, this is repeated once with half the frames
+    per batch, and plan.json records it, so that all features are made with one batch shape. Otherwise
+    GpuMemoryError is raised.
     """
 
     def made(plan: Plan, options: EncodeOptions) -> Summary:
@@ -173,7 +173,7 @@ def _told(
     summary: Summary,
     undone: Collection[str] = (),
 ) -> Summary:
-    """Return what a run did, with the clips that were there already, and those in the quarantine."""
+    """Return a run's summary with the clips that were already banked, and those in the quarantine."""
     entries, asked = read_entries(out), {clip.id for clip in clips}
     served = plan.served()
     there = {clip.id for clip in plan.clips if clip.key in served}
@@ -194,9 +194,9 @@ def work(
 ) -> Summary:
     """Encode units of a plan until none is left to take; any number of processes may do so at once.
 
-    tower: where it lies on this machine, if not where it lay when the bank was planned; another one is
-    refused. roots: where videos may lie here that are not where they lay. start: the part of the units
-    after which to begin, so that others begin elsewhere. plan: of the bank, where it has been read.
+    tower: its path or name on this machine, if it differs from the plan; another tower is refused.
+    roots: folders to search for videos that are elsewhere than planned. start: the fraction of the units
+    after which to begin, so that workers begin at different units. plan: of the bank, if already read.
     """
     plan = plan or planned(bank)
     refuse_derived(bank, plan.features)
@@ -205,7 +205,7 @@ def work(
         return Summary()
     if plan.quality is None:
         raise UserError(
-            "its plan was not measured to its end", where=bank, fix="run `preprocess plan` again"
+            "its plan was not calibrated completely", where=bank, fix="run `preprocess plan` again"
         )
     how = {"tower": tower} if tower else {}
     loading = Loading(EncodeOptions.of_plan(plan, device=device, **how))
@@ -232,12 +232,12 @@ def _work(
 def _encode_left(
     work: Work, plan: Plan, tower: "Tower", options: EncodeOptions, procs: int
 ) -> Summary:
-    """Encode what nobody else has or is at."""
+    """Encode the units that no other process has made or holds."""
     if not work.units:
         return Summary()
     refuse_other_device(work.out, plan, options)
     procs = min(procs, len(work.units))
     if procs > 1:
-        tower.model.to("cpu")  # the workers need the room
+        tower.model.to("cpu")  # free the GPU's memory for the workers
         return encode_in_processes(work, options, procs)
     return encode_work(work, tower, options)

@@ -1,10 +1,10 @@
-"""`preprocess merge A B --out C`: banks of the same features, without a clip in common, become one.
+"""`preprocess merge A B --out C`: join banks of the same features, without a common clip.
 
 manifest = merge([Path("a"), Path("b")], Path("c"))
 
-The units of A that are made come first, then those of B, numbered anew: tars and indices are hard links
-to the old ones or copies, commit records say their new numbers. The new bank is made beside its place
-and moved there when it is whole.
+The finished units of A come first, then those of B, with new numbers: tars and indices are hard links
+to the old ones, or copies; commit records are written with the new numbers. The new bank is made in a
+temporary folder beside `--out` and renamed when it is complete.
 """
 
 import os
@@ -53,13 +53,13 @@ class Part:
 def merge(
     banks: Sequence[Path], out: Path, seen: Callable[[int], object] = lambda nbytes: None
 ) -> Manifest:
-    """Make a bank of the units of several; returns its manifest.
+    """Join banks into a new one; return its manifest.
 
-    seen: told of the bytes of each shard as they are done. Raises UserError naming what differs, each
-    clip that two of them hold, a bank that is being written, and an `out` that is there.
+    seen: called with the bytes of each shard when it is done. Raises UserError naming each difference of
+    the features, the clips that two banks have, a bank that is being written, and an `out` that exists.
     """
     if out.exists() and not {path.name for path in out.iterdir()} <= {".lock"}:
-        raise UserError("is there already", where=out, fix="name a new folder for the merged bank")
+        raise UserError("exists already", where=out, fix="name a new folder for the merged bank")
     parts = [_part(bank) for bank in banks]
     _refuse_different(parts)
     _refuse_common(parts)
@@ -93,7 +93,9 @@ def _part(bank: Path) -> Part:
     refuse_no_bank(bank)
     writer = writer_of(bank)
     if writer:
-        raise UserError(f"{writer} writes here", where=bank, fix="merge it when that is over")
+        raise UserError(
+            f"{writer} writes here", where=bank, fix="merge it when the writer has finished"
+        )
     plan = planned(bank)
     refuse_missing_shards(bank, plan)
     commits = read_commits(bank, plan)
@@ -111,14 +113,14 @@ def _part(bank: Path) -> Part:
 
 
 def _refuse_different(parts: Sequence[Part]) -> None:
-    """Raise UserError naming each thing in which the first bank and another differ."""
+    """Raise UserError naming each difference between the first bank and another."""
     first, problems = parts[0], []
     for part in parts[1:]:
         ours, theirs = first.plan.features.to_json(), part.plan.features.to_json()
         lines = differences(ours, theirs)
         if first.plan.calibration != part.plan.calibration:
             lines.append(
-                "the scales of int8, which were calibrated apart: plan once, and copy plan.json"
+                "the scales of int8, which were calibrated separately: plan once, and copy plan.json"
             )
         if first.plan.decoder != part.plan.decoder:
             lines.append(f"videos are read by {first.plan.decoder} here, {part.plan.decoder} there")
@@ -132,7 +134,7 @@ def _refuse_different(parts: Sequence[Part]) -> None:
 
 
 def _refuse_common(parts: Sequence[Part]) -> None:
-    """Raise UserError naming the clips that two banks hold."""
+    """Raise UserError naming the clips that two banks have."""
     problems, holder = [], dict[str, Part]()
     for part in parts:
         common: dict[Path, list[str]] = {}
@@ -152,7 +154,7 @@ def _refuse_common(parts: Sequence[Part]) -> None:
 def _bring_shards(
     parts: Sequence[Part], out: Path, seen: Callable[[int], object]
 ) -> tuple[list[list[ClipSource]], list[CommitRecord]]:
-    """Link or copy the shards, write their commit records; return the units of the new plan, too."""
+    """Link or copy the shards and write their commit records; return the new plan's units and records."""
     units: list[list[ClipSource]] = []
     commits: list[CommitRecord] = []
     for part in parts:
@@ -170,6 +172,7 @@ def _bring_shards(
 
 def _bring(old: Path, new: Path) -> None:
     try:
+        # Finished shards are never written to: a link is as safe as a copy, and takes no space.
         os.link(old, new)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(old, new)

@@ -76,7 +76,7 @@ def stages(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> 
     ):
         for source in sources:
             request = options.request(source, loaded.pixels)
-            reader.child.ready()
+            reader.child.ensure_running()
             pid = reader.child.pid
             outcome = clocked("decode", pid, lambda s=source, r=request: reader.read(s, r))
             clip = outcome.clip

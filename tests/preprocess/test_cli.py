@@ -119,12 +119,12 @@ def test_urls_are_refused_as_input_and_as_bank(
     monkeypatch.chdir(tmp_path)
     asked = ["--tower", toy / "tower"]
     line = refused(preprocess(command, toy / "videos", "--out", url, *asked))
-    assert f"{url}: out is a path of this machine, got a URL" in line
+    assert f"{url}: out must be a local path, got a URL" in line
     line = refused(preprocess(command, url, "--out", tmp_path / "bank", *asked))
     assert f"{url}: " in line
     assert way in line
     line = refused(preprocess("verify", url))
-    assert "is a path of this machine" in line
+    assert "must be a local path" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -80,7 +80,7 @@ def test_a_run_that_is_stopped_ends_at_once_and_goes_on_later(
     assert process.returncode == code, said
     assert time.monotonic() - began < 30  # 0.5 s on an idle machine
     assert "Traceback" not in said
-    assert "stopped; what is committed stays" in said
+    assert "stopped; committed work is kept" in said
     assert not lock_path(bank).exists()
     assert not holders(bank)
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if is_of(path, process.pid)]

@@ -146,7 +146,7 @@ def test_encode_beside_a_worker_that_lives_ends_by_naming_it(
         assert f"1 of them in work: bank-000000 by {leases.writer}" in ended.stderr
         worked = command("work", bank, "--device", "cpu")
         assert worked.exit_code == 0
-        assert f"1 of 1 units are in work elsewhere: {leases.writer}" in worked.stdout
+        assert f"1 of 1 units are being made elsewhere: {leases.writer}" in worked.stdout
         assert f"being written by 1 worker: process {os.getpid()}" in table(status(bank))
         swept = command("gc", bank)
         assert swept.exit_code == 2

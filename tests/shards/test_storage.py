@@ -204,7 +204,7 @@ def test_a_damaged_or_missing_part_of_a_url_is_named(
     with pytest.raises(UserError, match=r"bank-000001\.tar is missing"):
         Bank.open(url)
     system.rm("/lab/bank/index.zarr/end/c/0")
-    with pytest.raises(UserError, match="column end is not there"):
+    with pytest.raises(UserError, match="column end is missing"):
         Bank.open(url)
     system.rm("/lab/bank/bank.json")
     with pytest.raises(UserError, match="no bank here"):

@@ -69,6 +69,7 @@ class RunLog:
     ) -> None:
         self.active = active
         self._wandb: Any = None
+        self._bar: Any = None
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -84,11 +85,31 @@ class RunLog:
         """Print, and write to train.log."""
         if self.active:
             try:
+                if self._bar is not None:
+                    self._bar.clear()
                 print(text, file=sys.stderr, flush=True)  # noqa: T201
             except OSError:
                 _drop_stderr()
             self._text.write(text + "\n")
             self._text.flush()
+
+    def show(self, step: int, total: int, metrics: Json) -> None:
+        """Move the bar on a terminal; elsewhere there is none, and the lines of `say` are enough."""
+        if not self.active or not sys.stderr.isatty():
+            return
+        from tqdm import tqdm
+
+        try:
+            if self._bar is None:
+                first = step - 1
+                self._bar = tqdm(
+                    total=total, initial=first, unit="step", leave=False, file=sys.stderr
+                )
+            told = [shown.format(metrics[name]) for name, shown in LINE[0][:3] if name in metrics]
+            self._bar.set_postfix_str(" ".join(told), refresh=False)
+            self._bar.update(step - self._bar.n)
+        except OSError:
+            _drop_stderr()
 
     def record(self, step: int, metrics: Json, kind: str = "train") -> None:
         """Append a line to metrics.jsonl, the source of truth, and copy it to TensorBoard and W&B."""
@@ -105,6 +126,8 @@ class RunLog:
 
     def close(self) -> None:
         if self.active:
+            if self._bar is not None:
+                self._bar.close()
             self._board.close()
             self._text.close()
             if self._wandb is not None:

@@ -38,7 +38,8 @@ from train.loop.floor import Floor, floor_of_run
 from train.loop.gradients import Reduction, make_reduction, pin_threads
 from train.loop.held_out import held_out_loss
 from train.loop.log import RunLog, banner, closing, line_of
-from train.loop.optimizer import allocate, load_optimizer, make_optimizer, set_rates
+from train.loop.metrics import gammas_of
+from train.loop.optimizer import allocate, load_optimizer, make_optimizer, rates_of, set_rates
 from train.loop.signals import StopSignals
 from train.loop.speed import StepTimer, make_timer
 from train.loop.step import Losses, Step, run_step
@@ -344,11 +345,14 @@ def check_step(run: Run, updates: UpdateCheck, step: int, metrics: Json) -> None
 
 def log_step(run: Run, learner: Learner, timer: StepTimer, done: int, metrics: Json) -> Json:
     """Write a step's metrics down, print them every `logging_steps`, and return them."""
-    metrics = metrics | {"learning_rate": learner.optimizer.param_groups[0]["lr"]}
-    metrics |= timer.rates(done, metrics)
-    run.log.record(done, metrics)
     total = run.plan.num_steps
-    if done % run.config.logging_steps == 0 or done in (run.first + 1, total):
+    is_shown = done % run.config.logging_steps == 0 or done in (run.first + 1, total)
+    metrics = metrics | rates_of(learner.optimizer) | timer.rates(done, metrics)
+    if is_shown:
+        metrics |= gammas_of(learner.model)
+    run.log.record(done, metrics)
+    run.log.show(done, total, metrics)
+    if is_shown:
         run.log.say(line_of(done, total, metrics))
     return metrics
 

@@ -124,6 +124,13 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int, warmup_ra
         group["lr"] = group["peak"] * rate(step, total, warmup_ratio)
 
 
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rate of the first group, and by name those of others that have their own."""
+    first, *others = optimizer.param_groups
+    own = {f"learning_rate_{g['name']}": g["lr"] for g in others if g["lr"] != first["lr"]}
+    return {"learning_rate": first["lr"]} | own
+
+
 def rate(step: int, total: int, warmup_ratio: float) -> float:
     """Return the learning rate at a step as a share of its peak: linear warm-up, then cosine."""
     warmup = math.ceil(total * warmup_ratio)

@@ -3,8 +3,8 @@
 An answer is searched for the reference's own words with numbers in place of its coordinates; other
 numbers in those words, and ordinals, may differ. Where those words are missing, it is searched for the
 common ways to write the kind. A value counts when it is given once and ends the answer, see `runs_on`:
-else a model that lists many values would be scored by its luckiest. The README has a table of examples,
-which a test reads.
+else a model that lists many values would be scored by its luckiest. train/README.md has a table of
+examples, which a test reads.
 """
 
 import re

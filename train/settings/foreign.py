@@ -1,7 +1,8 @@
 """Settings of other trainers: the setting here of the same meaning, or why there is none.
 
 A line copied from a script of transformers, LLaVA-NeXT, VILA or lmms-engine is refused with an answer.
-The README's tables say the same of two guides; a test compares this list with the trainers' own.
+train/MIGRATING.md has this list, and tables of three scripts that say the same; a test compares it with
+the trainers' own.
 """
 
 import difflib
@@ -29,7 +30,7 @@ RENAMED = {
     "tune_llm": """tune_language_model lora_enable use_lora lora_llm freeze_backbone mm_tunable_parts
         freeze_modules unfreeze_language_model""",
     "lora_r": "lora_rank",
-    "projector_lr": "mm_projector_lr merger_lr",
+    "projector_lr": "mm_projector_lr merger_lr mm_vision_resampler_lr",
     "lape_lr": "lape_lr_multiplier",
     "learning_rate": "lr base_lr llm_lr",
     "adam_beta2": "beta2",
@@ -105,9 +106,9 @@ ELSEWHERE = {
         fsdp_transformer_layer_cls_to_wrap""",
     "not offered: the projector is an MLP over cells; leave it out": """
         tune_mm_vision_resampler freeze_mm_vision_resampler mm_perceiver_depth mm_perceiver_latents
-        mm_perceiver_ff_mult mm_perceiver_pretrained mm_qformer_depth mm_qformer_latents
-        mm_qformer_pretrained mm_mask_drop_mode mm_mask_drop_skip_percentage mm_mask_drop_ratio
-        mm_mask_drop_ratio_upper mm_mask_drop_ratio_lower""",
+        mm_perceiver_latents_fast mm_perceiver_ff_mult mm_perceiver_pretrained mm_qformer_depth
+        mm_qformer_latents mm_qformer_pretrained mm_mask_drop_mode mm_mask_drop_skip_percentage
+        mm_mask_drop_ratio mm_mask_drop_ratio_upper mm_mask_drop_ratio_lower""",
     "positions are the LLM's own; leave it out": """
         rope_scaling_factor rope_scaling_type use_pos_skipping pos_skipping_range""",
     "the LLM and its tokenizer are those of stage_path; leave it out": """
@@ -126,7 +127,8 @@ ELSEWHERE = {
     "LoRA is of all linear layers of the LLM, by lora_r and lora_alpha; leave it out": """
         lora_dropout lora_bias lora_weight_path lora_target_modules lora_modules use_dora""",
     "an earlier stage's parts are taken of stage_path: its projector and tables too; leave it out": """
-        pretrain_mm_mlp_adapter mlp_path pretrained_lape load_lape""",
+        pretrain_mm_mlp_adapter mlp_path pretrained_lape load_lape load_lora_path""",
+    "tune_llm, stage_path and the data make a stage; leave it out": "stage",
     "the whole micro-batch is tried before step 1, and memory is kept; leave it out": """
         torch_empty_cache_steps use_cache skip_memory_metrics""",
     "compile: true takes torch's own choice; leave it out": """

@@ -5,7 +5,6 @@ Its video processors need torchvision: `test_processor.py` runs these tests wher
 
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer
 from preprocess.world import write_video
 from shards import Bank
 from shards.errors import UserError
+from tests.readmes import python_block
 from tests.train.bank_vlm.worlds import MAKE, PATCH, World, Worlds
 from train.bank_vlm.processor import bank_processor
 from train.bank_vlm.tower import use_bank
@@ -358,9 +358,7 @@ def test_the_lines_of_the_readme_run(worlds: Worlds, tmp_path: Path) -> None:
     plain = processor_of(world)
     model_of(world, plain).save_pretrained(tmp_path)
     plain.save_pretrained(tmp_path)
-    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
-    part = readme.partition("**Behind a trainer of transformers' own video models**")[2]
-    code = re.findall(r"```python\n(.*?)```", part, re.DOTALL)[0]
+    code = python_block("train/README.md", "transformers' own video models")
     names = {"checkpoint": str(tmp_path), "bank": str(world.bank)}
     exec(compile(code, "README.md", "exec"), names)
     one = talk({"type": "video", "video": "a.mp4"})

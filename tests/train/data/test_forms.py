@@ -546,7 +546,7 @@ def test_a_hub_dataset_that_was_downloaded_is_read_from_the_cache(
     assert [row["id"] for _, row in read_rows(found)] == ["q"]
     with pytest.raises(UserError, match="no annotations under 'other/'"):
         local_copy("some/data:other")
-    with pytest.raises(UserError, match="behind the colon"):
+    with pytest.raises(UserError, match="after the colon"):
         local_copy("some/data:../../x")
 
 

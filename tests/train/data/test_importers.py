@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shards.annotations.fault import RowError
 from shards.annotations.forms import Json
+from tests.readmes import python_block
 from train import convert
 from train.convert import main
 from train.data import importers
@@ -18,7 +19,6 @@ from train.data.importers import box, imported
 from train.data.markup import kind_of
 from train.data.records import Record, parse_record, read_records
 
-ROOT = Path(__file__).resolve().parents[3]
 CHARADES = (
     "AO8RW 0.0 6.9##a person is putting a book on a shelf.\n"
     "Y6R7T 20.8 30.0##person begins to cook, ##5 times\n"
@@ -265,9 +265,8 @@ def test_a_box_in_any_writing_is_the_same_markup(
 def test_the_readmes_own_benchmark_is_one_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The code under "Add your own benchmark", run as it stands where it says."""
-    readme = (ROOT / "README.md").read_text().partition("**Add your own benchmark**")[2]
-    code = readme.partition("```python\n")[2].partition("```")[0]
+    """The code under "Add a benchmark", run as it stands where it says."""
+    code = python_block("train/README.md", "Add a benchmark")
     monkeypatch.setattr(importers, "IMPORTERS", dict(importers.IMPORTERS))
     monkeypatch.setattr(convert, "IMPORTERS", importers.IMPORTERS)
     exec(code, dict(vars(importers)))
