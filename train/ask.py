@@ -33,7 +33,7 @@ from shards.read.bank import ClipInfo, of_units
 from shards.read.banks import Banks
 from shards.read.timeline import Medium, timeline_of
 from shards.signed import Json
-from train.data.coordinates import settled
+from train.data.coordinates import resolved
 from train.data.records import Record, Turn
 from train.data.spans import forwards
 from train.evaluate import check_features
@@ -230,7 +230,7 @@ def asked(question: str, clip: ClipInfo, answer: str = "") -> list[Turn]:
     if MEDIA_TAG.search(question):  # the chat says that it has no medium for it
         return list(turns)
     asked_record = Record(clip.id, (clip.id,), turns, "", "the question")
-    record, _, problems = settled(asked_record, [clip.duration], clip=False)
+    record, _, problems = resolved(asked_record, [clip.duration], clip=False)
     if problems:
         raise UserError.of(
             f"{problem.where}: {problem.what}; times are seconds of the clip, which lasts "

@@ -38,7 +38,9 @@ def test_a_terminal_has_a_bar_and_whole_lines(
     assert "ce 1.5000 skill 0.250" in text
     # the line begins where the bar was wiped off
     (line,) = [piece for piece in text.split("\n") if "step 2/4 ce 0.7500" in piece]
-    assert line.split("\r")[-2] == "step 2/4 ce 0.7500" or line.strip().endswith("step 2/4 ce 0.7500")
+    assert line.split("\r")[-2] == "step 2/4 ce 0.7500" or line.strip().endswith(
+        "step 2/4 ce 0.7500"
+    )
     assert (tmp_path / "train.log").read_text() == "step 2/4 ce 0.7500\n"
 
 
