@@ -185,10 +185,7 @@ def banner(
     ratio: float,
     resumed: Path | None,
 ) -> str:
-    """Return the text that is printed before the first step: data, plan, parameters, rates, losses.
-
-    ratio: of positions to features at gamma 1, see `VLM.calibrate`; NaN if not measured.
-    """
+    """Return the text printed before the first step; ratio: that of `VLM.calibrate`, or NaN."""
     bank = dataset.banks.banks[0]
     units = -(-bank.config.sampling.most_frames // int(bank.columns["frames_per_unit"][0]))
     frames = min(units, config.max_frames_num)

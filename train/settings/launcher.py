@@ -1,8 +1,8 @@
-"""What Accelerate was asked for beside our own settings: obeyed, or refused by name; never ignored.
+"""Accelerate's own flags, file and variables: obeyed, or refused by name; never ignored.
 
-`accelerate launch` hands its flags and its configuration file on as environment variables, and drops
-those that its way of starting has no use for (accumulation without DeepSpeed, FSDP with --cpu). So
-both are read: the variables, and the command and file of the launcher above this process.
+`accelerate launch` passes its flags and configuration file on as environment variables, and drops those
+that its way of starting does not use (accumulation without DeepSpeed, FSDP with --cpu). So both are
+read: the variables, and the command and file of the launcher above this process.
 
 RULES is the whole policy, a row per variable.
 """
@@ -43,7 +43,7 @@ ALONE = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of a variable's value: nothing, a setting of ours, a refusal, or Accelerate obeys."""
+    """The treatment of a variable's value: none, a setting of ours, a refusal, or left to Accelerate."""
 
     unset: tuple[str, ...] = OFF
     """Values, in lower case, that ask for nothing here, or for what is done anyway."""

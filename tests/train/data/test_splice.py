@@ -187,7 +187,7 @@ def test_phrases_of_one_meaning_and_the_users_own_wordings(bank: Path, tmp_path:
 
 def test_a_phrase_of_two_meanings_is_refused(bank: Path, tmp_path: Path) -> None:
     rows = [*ROWS[:4], {"video": "d.mp4", "phrase": ["a dog", "a wolf"]}]
-    with pytest.raises(UserError, match="phrase 'a dog' stands in two different lists of phrases"):
+    with pytest.raises(UserError, match="phrase 'a dog' is in two different lists of phrases"):
         open_with(bank, tmp_path, rows)
 
 
