@@ -14,12 +14,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from model.config import VLMConfig, joined_cells
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from shards.annotations.forms import MEDIA_TAG, path_of
@@ -187,7 +188,7 @@ class Answerer:
             raise UserError(problem)
         model = VLM.load(folder).to(device).eval()
         admit(model)
-        features = FeatureConfig.from_json(model.features)
+        features = with_strides(FeatureConfig.from_json(model.features), model.config)
         limit = token_limit(trained_with(folder) or {})
         return cls(model, Chat.of(model), features, folder, limit)
 
@@ -260,6 +261,13 @@ def tower_places(name: str, folder: Path) -> list[str]:
     found = [str(base.joinpath(*tail)) for tail in tails for base in above]
     found = [place for place in found if Path(place).is_dir()]
     return list(dict.fromkeys([name, *found] if Path(name).exists() or not found else found))
+
+
+def with_strides(features: FeatureConfig, config: VLMConfig) -> FeatureConfig:
+    """Return a bank's features with all strides that a model reads: some may lie beside the bank."""
+    read = {config.slow_stride, config.fast_stride}
+    read |= {stride // joined_cells(config.mm_projector_type) for stride in read}
+    return replace(features, strides=tuple(sorted({*features.strides, *read})))
 
 
 def load_tower(features: FeatureConfig, places: Sequence[str]) -> "Tower":

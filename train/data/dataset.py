@@ -379,16 +379,16 @@ def file_digest(path: str, chosen: Selection = ALL) -> str:
 def choose_strides(
     banks: Banks, slow: int, fast: int, ratio: str, problems: list[str]
 ) -> tuple[int, int]:
-    """Return the slow and the fast stride: those asked for, or the bank's finest and coarsest."""
-    banked = banks.config.strides
+    """Return the slow and the fast stride: those asked for, or the bank's own finest and coarsest."""
+    banked, own, bank = banks.strides, banks.config.strides, banks.banks[0]
     for name, stride in (("mm_spatial_pool_stride", slow), ("fast_stride", fast)):
         if stride and stride not in banked:
+            more = f"{','.join(map(str, sorted((*banked, stride))))} {bank.missing.get(stride, '')}"
             problems.append(
-                f"{name} {stride}: {banks.banks[0].where} holds the strides "
-                f"{', '.join(map(str, banked))}; ask for one of them, or encode with --stride "
-                f"{','.join(map(str, sorted({*banked, stride})))}"
+                f"{name} {stride}: {bank.where} holds the strides {', '.join(map(str, banked))}; ask "
+                f"for one of them, or encode with --stride {more}".rstrip()
             )
-    slow, fast = slow or banked[0], fast or banked[-1]
+    slow, fast = slow or own[0], fast or own[-1]
     if slow > fast:
         problems.append(f"the slow stride {slow} must be finer than the fast stride {fast}")
     if slow == fast and float(ratio) not in (0.0, 1.0):

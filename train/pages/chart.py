@@ -27,6 +27,8 @@ COLOURS = tuple(f"run-{k}" for k in range(12))
 NAMES = ("ink", "faint", "grid", "good", "bad", *COLOURS)
 HEX = {name: f"#0e{k:02x}0f" for k, name in enumerate(NAMES, start=16)}
 """Colours that stand for the variables until the drawing is text."""
+MOST_NAME = 22
+"""Letters of a run's name beside an axis, its last ones."""
 DASHES: dict[str, str | tuple[float, tuple[float, ...]]] = {
     "line": "-",
     "dashed": (0, (4, 2)),
@@ -101,8 +103,9 @@ def line_chart(
     axes.margins(x=0.01)
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-    elif not log:
+    else:
         axes.yaxis.set_major_formatter(short_number)
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
     if drawn[0].style != "dots":
         axes.xaxis.set_major_formatter(short_number)
     key = [legend(line.name, line.colour, line.kind) for line in drawn]
@@ -149,7 +152,9 @@ def interval_chart(
     rows: (name, colour, score, interval or None). marks: (name, colour, score), vertical lines.
     most: the end of the axis, which begins at 0.
     """
-    figure, axes = new_figure(height=0.62 + 0.3 * len(rows))
+    longest = max(len(name) for name, *_ in rows)
+    left = min(0.06 + 0.019 * longest, 0.5)
+    figure, axes = new_figure(0.42 + 0.3 * len(rows), left, labelled=False)
     for k, (_, colour, value, interval) in enumerate(rows):
         if interval:
             axes.plot(interval, (k, k), color=HEX[colour], linewidth=2.5, solid_capstyle="butt")
@@ -157,7 +162,7 @@ def interval_chart(
     styles = ("dashed", "dotted", "dashdot")
     for (_, colour, value), style in zip(marks, styles * len(marks), strict=False):
         axes.axvline(value, color=HEX[colour], linewidth=1.2, linestyle=DASHES[style])
-    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axes.set_yticks(range(len(rows)), [name[-MOST_NAME:] for name, *_ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, most)
     if percent:
@@ -169,14 +174,23 @@ def interval_chart(
     return framed(title, unit, says, svg_of(figure, says), key)
 
 
-def new_figure(height: float = SIZE[1]) -> "tuple[Figure, Axes]":
-    """Return an empty figure in the style of the page."""
+def new_figure(
+    height: float = SIZE[1], left: float = 0.13, *, labelled: bool = True
+) -> "tuple[Figure, Axes]":
+    """Return an empty figure in the style of the page.
+
+    height: in inches; left: the share of the width for what stands beside the axis; labelled: whether
+    something stands below the numbers of the axis.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.fonttype"] = "none"
-    figure = Figure(figsize=(SIZE[0], height), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(SIZE[0], height))
+    below = (
+        0.44 if labelled else 0.26
+    )  # inches; a layout that is solved for takes longer than drawing
+    axes = figure.add_axes((left, below / height, 0.95 - left, 1 - (below + 0.08) / height))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +52,13 @@ def read_answers(path: Path) -> Answers:
     return Answers(clips, dict(totals))
 
 
+@lru_cache(maxsize=4)  # every score of a test set is drawn alike
 def drawn(clips: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Return how often each clip is in each draw, float64 `(draws, clips)`."""
+    """Return how often each clip is in each draw, float64 `(draws, clips)`; not to be written to."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(clips, np.full(clips, 1 / clips), size=draws).astype(float)
+    found = rng.multinomial(clips, np.full(clips, 1 / clips), size=draws).astype(float)
+    found.flags.writeable = False
+    return found
 
 
 def means(answers: Answers, metric: Metric, draws: np.ndarray) -> np.ndarray:

@@ -108,7 +108,7 @@ def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
         return problem
     if side == 1:
         return None
-    banked, pool = dataset.banks.config.strides, dataset.banks.config.pool
+    banked, pool = dataset.banks.strides, dataset.banks.config.pool
     name = f"mm_projector_type {settings.mm_projector_type}"
     if pool != "average":
         return (

@@ -151,14 +151,17 @@ class Page:
 
     def complaints(self) -> list[Json]:
         """Return what the console holds: errors, warnings, exceptions, refused requests."""
-        names = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
-        return [event for event in self.browser.events if event["method"] in names]
+        return self.events("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
 
     def requests(self) -> list[str]:
         """Return the addresses that the page asked for, pictures within itself left out."""
-        events = [e for e in self.browser.events if e["method"] == "Network.requestWillBeSent"]
+        events = self.events("Network.requestWillBeSent")
         addresses = [event["params"]["request"]["url"] for event in events]
         return [address for address in addresses if not address.startswith("data:")]
+
+    def events(self, *names: str) -> list[Json]:
+        own = [e for e in self.browser.events if e.get("sessionId") == self.session]
+        return [event for event in own if event["method"] in names]
 
     def picture(self, path: Path) -> None:
         """Write the whole page as a PNG."""
@@ -167,4 +170,3 @@ class Page:
 
     def close(self) -> None:
         self.browser.send("Target.closeTarget", targetId=self.target)
-        self.browser.events.clear()
