@@ -256,6 +256,7 @@ def join(
         )
         if len(found.places) == len(record.clips):
             kept.append(found)
+        # dropped, not refused: why the clip cannot be read is recorded in its bank's quarantine
         elif len(found.clips) == len(record.clips):
             dropped.append((record, "clip in quarantine"))
         elif missing == "drop":
@@ -280,6 +281,6 @@ def known_id(
         return id_
     names = folders.other_names(id_, source)
     found = [name for name in names if name in banks or name in quarantined]
-    if len(found) > 1:
+    if len(found) > 1:  # a guess could train on another clip
         raise several(id_, found)
     return found[0] if found else None

@@ -75,6 +75,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = output_dir / "metrics.jsonl"
+        # steps after the checkpoint are taken a second time: their lines go, TensorBoard's by purge_step
         keep_until(self._metrics, first_step)
         self._text = open(output_dir / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(output_dir / "logs", purge_step=first_step + 1)

@@ -85,6 +85,7 @@ def _kind_of_coordinates(reference: str, marks: Sequence[Coordinate], task: str)
     values = [mark.value for mark in marks]
     if letters in ("t", "xy"):
         return {"t": "time", "xy": "point"}[letters]
+    # a box that is not upper left, lower right is no box: scored as numbers in order, `mixed`
     if letters == "xyxy" and values[0] <= values[2] and values[1] <= values[3]:
         return "box"
     if re.fullmatch("(tt)+", letters) and _in_order(values) and _linked(reference):

@@ -20,6 +20,7 @@ def summarise_scores(asked: Sequence[Asked], said: Sequence[str], scores: Sequen
         out[kind] = {"count": len(entries)}
         for name in dict.fromkeys(name for entry in entries for name in entry if name != "kind"):
             values = [entry[name] for entry in entries if name in entry]
+            # fsum is exact: the same mean for any order of the answers, so for any number of ranks
             out[kind][name] = math.fsum(values) / len(values)
     captions = [
         (a.reference, text) for a, text in zip(asked, said, strict=True) if a.kind == "caption"

@@ -176,6 +176,7 @@ def assemble(
     )
     llm_path = llm_name(settings.stage_path)
     llm = load_llm(llm_path, llm_dtype(settings))
+    # a stage's adapter is trained on with lora, and becomes part of the weights otherwise
     if hasattr(llm, "peft_config") and settings.tune_llm != "lora":
         llm = llm.merge_and_unload()
     model = VLM.assemble(
