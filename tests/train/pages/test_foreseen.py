@@ -50,7 +50,9 @@ def test_the_directions_are_those_in_which_what_came_differs_most() -> None:
     kept = in_few_directions(clip)
     came = [kept[f"{k}.target"].reshape(-1, 3) for k in range(3)]
     cells = [frame.target.reshape(-1, 3) for frame in clip.frames]
-    distances = [np.linalg.norm(x[:, None] - x, axis=-1) for x in map(np.concatenate, (came, cells))]
+    distances = [
+        np.linalg.norm(x[:, None] - x, axis=-1) for x in map(np.concatenate, (came, cells))
+    ]
     assert distances[0] == pytest.approx(distances[1])
     wide = np.concatenate([f.target.reshape(-1, 7) for f in some_clip().frames])
     kept = in_few_directions(some_clip())
