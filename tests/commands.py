@@ -26,6 +26,7 @@ import train.convert
 import train.evaluate
 import train.export
 import train.probe
+import train.report
 from preprocess.cli.main import main as preprocess
 from preprocess.cli.options import make_sampling
 from tests.readmes import ROOT
@@ -217,7 +218,7 @@ SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
     "train.convert": lambda words: parsed(train.convert.parser(), words),
     "train.probe": train.probe.arguments,
     "train.export": _export,
-    "train.report": _runs,
+    "train.report": train.report.arguments,
     "train.sweep.page": _runs,
     "model.family": _runs,
     "tests.bench": _bench,

@@ -109,7 +109,8 @@ def families() -> str:
 
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     head = f"| family (transformers {transformers.__version__}) | verdict | back-ends, or why |"
-    rows = [row(family, found) for family, found in verdicts(all_families())]
+    found = verdicts(all_families())
+    rows = [row(family, verdict).replace("`", "'") for family, verdict in found]  # some are cut off
     return "\n".join([head, "|---|---|---|", *rows]) + "\n"
 
 

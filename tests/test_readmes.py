@@ -145,6 +145,7 @@ def test_a_transcript_is_what_the_commands_print(page: str, replayed: Replayed) 
             lines = printed.splitlines()
             assert plain(lines[0]) == plain(shown[0])
             assert len(lines) == len(shown)
+            assert lines[-1] == shown[-1]
         else:
             assert agrees(shown, printed), f"{command} prints\n{printed}"
 

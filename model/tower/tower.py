@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
 from model.llm import tower_digest
+from model.tower.inlet import Inlet
 from model.tower.pixels import Pixels
 from model.tower.pooling import Pooling
 from model.tower.precision import DTYPES
@@ -55,6 +56,8 @@ class Tower:
     """Frames in one temporal unit: 2 for Qwen's towers."""
     window: int = 0
     """Frames that attend to each other: a clip passes in windows of this many. 0: none do."""
+    inlet: Inlet | None = None
+    """Brings frames to a GPU; None for a tower on another device."""
 
     @classmethod
     def load(
@@ -89,6 +92,7 @@ class Tower:
             kind=kind,
             frames_per_unit=kind.frames_of(vision),
             window=kind.window_of(vision),
+            inlet=Inlet(torch.device(device)) if torch.device(device).type == "cuda" else None,
         )
         check_processor(tower, processor)
         return tower
@@ -192,14 +196,12 @@ class Tower:
 
     def normalise(self, frames: np.ndarray) -> Tensor:
         """Rescale and normalise: uint8 `(frames, h, w, 3)` -> the tower's `(frames, 3, h, w)`."""
-        values = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2)
-        mean, std = (
-            torch.tensor(v, device=self.device) for v in (self.pixels.mean, self.pixels.std)
+        there = self.inlet.bring(frames) if self.inlet else torch.from_numpy(frames).to(self.device)
+        pixels = self.pixels
+        levels, mean, std = _levels(
+            pixels.scale, tuple(pixels.mean), tuple(pixels.std), self.device
         )
-        # a table of the 256 levels: transformers rescales in double and rounds once, in float the last
-        # bit would differ
-        levels = (torch.arange(256, dtype=torch.float64) * self.pixels.scale).float()
-        values = levels.to(self.device)[values.long()]
+        values = levels[there.permute(0, 3, 1, 2).long()]
         values = (values - mean[:, None, None]) / std[:, None, None]
         return values.to(DTYPES[self.dtype])
 
@@ -214,6 +216,17 @@ class Tower:
         prefix = self.kind.prefix_tokens + getattr(self.model.config, "num_register_tokens", 0)
         grid = [side // self.patch for side in pixels.shape[2:]]
         return hidden[:, prefix:].unflatten(1, grid).float()  # frames, rows, cols, width
+
+
+@lru_cache(maxsize=4)
+def _levels(
+    scale: float, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a level of 0 to 255 is rescaled to, the mean and the deviation of each channel, kept on
+    the device: to bring them there each time would wait for all that it has still to do."""
+    # transformers rescales in double and rounds once; in float the last bit would differ
+    levels = (torch.arange(256, dtype=torch.float64) * scale).float()
+    return levels.to(device), torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 def _read_config(name: str) -> tuple[TowerKind, Any]:
@@ -350,6 +363,10 @@ def _to_device(model: nn.Module, dtype: str, device: str | torch.device) -> None
         raise UserError(
             f"device {device}: cannot hold the tower: {first_line(error)}; try --device cpu"
         ) from None
+    if torch.device(device).type == "cuda":  # as frames come: no copy before the convolution
+        for weight in model.parameters():
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager

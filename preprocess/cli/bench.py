@@ -1,6 +1,7 @@
 """`preprocess bench`: estimate the time and cost of encoding by measuring its stages."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -71,11 +72,14 @@ def bench(
     from tqdm import tqdm
 
     from preprocess.encode.bench import Asked, Job, measure_pace, table
-    from preprocess.encode.features import load_tower
+    from preprocess.encode.tower import Loading, measured
     from preprocess.sources.probe import probe
 
-    tower = load_tower(options)
+    loading = Loading(options)
     clips = probe(found.clips, {}, options.sampling)
+    tower, options = loading.tower()
+    if choice := measured(tower, options, None):  # as encode would take it
+        options = replace(options, tower_dtype=choice.dtype)
     print_skips(found, folder)
     cores = len(os.sched_getaffinity(0)) if tower.device.type == "cpu" else None
     with tqdm(

@@ -47,10 +47,11 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
     from preprocess.encode.estimate import forecast
     from preprocess.encode.run import plan_clips
 
-    tower, changes, options = plan_clips(found, out, options, **rest)
+    made = plan_clips(found, out, options, **rest)
     print_skips(found, out)
-    for line in forecast(out, changes, tower, options, hours=not no_estimate):
-        click.echo(line)
+    for one in made:
+        for line in forecast(one.bank, one.changes, one.tower, one.options, hours=not no_estimate):
+            click.echo(line)
 
 
 @click.command()
@@ -78,7 +79,9 @@ def encode(
     which are read one at a time and not unpacked; name archives themselves, not their folder. All other
     files are counted, and listed in BANK/skipped.jsonl.
 
-    Rerunning skips what is done, encodes new videos, and replaces those that have changed.
+    Rerunning skips what is done, encodes new videos, and replaces those that have changed. A --stride
+    that BANK does not have is encoded beside its shards, which stay as they are, and is read together
+    with them; the other flags must be those of BANK.
     A clip that cannot be read is named in BANK/quarantine.jsonl; `preprocess retry BANK` tries it
     again. Exit code 0: all done; 1: some clips failed and are listed; 2: wrong usage, or the
     machine failed: what is committed stays, run the same command again; 70: a bug in framebank, with its
@@ -88,6 +91,7 @@ def encode(
     preprocess encode videos/ --stride 4,8 --out bank --tower google/siglip-so400m-patch14-384
     preprocess encode train.json --video-root videos/ --frames 16 --out bank --tower ./tower
     preprocess encode 0_30_s_academic_v0_1_videos_*.tar.gz --out bank --tower ./tower
+    preprocess encode videos/ --stride 2 --out bank --tower google/siglip-so400m-patch14-384
     """
     refuse_address(engine, address)
     found, options, rest = prepared(inputs, out, **flags)
@@ -97,14 +101,11 @@ def encode(
 
     if engine:
         from preprocess.encode.on_ray import encode_on_ray
-        from shards.format.quarantine import read_quarantine
-        from shards.write.finish import finish_alone
 
         plan_clips(found, out, options, **rest)
         print_skips(found, out)
-        encode_on_ray(out, None, (), procs, address)
-        click.echo(held(out, finish_alone(out)))
-        failed(out, read_quarantine(out))
+        encode_on_ray(out, None, (), procs, address, decoders)
+        finish_parts(out)
         return
     summary, changes = encode_clips(
         found, out, options, procs=procs or 1, decoders=decoders, **rest
@@ -132,7 +133,7 @@ def prepared(
 ) -> tuple["Found", "EncodeOptions", dict[str, Any]]:
     """Return the clips, the options to encode them, and the options to plan, from the command's flags."""
     from preprocess.sources.find import FindOptions, find_clips
-    from shards.format.plan import TowerSettings, read_plan
+    from shards.format.plan import TowerSettings, plan_as_read
 
     sampling = make_sampling(frames, fps, max_frames)
     if out.exists() and not out.is_dir():
@@ -140,7 +141,8 @@ def prepared(
     rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps
     find = FindOptions(**{item.name: rest.pop(item.name) for item in fields(FindOptions)})
     found = find_clips(inputs, find)
-    known = read_plan(out)
+    seen = plan_as_read(out)
+    known = seen.plan
     tower = known.tower if known else TowerSettings()
 
     from preprocess.encode.features import EncodeOptions
@@ -156,7 +158,7 @@ def prepared(
         find=find,
         **rest,
     )
-    return found, options, {"prune": prune}
+    return found, options, {"prune": prune, "seen": seen}
 
 
 def print_skips(found: "Found", out: Path) -> None:
@@ -191,8 +193,35 @@ def retry(
     preprocess retry bank --allow-truncated
     """
     from preprocess.care.retry import retry as retry_failed
+    from shards.format.beside import parts_of
 
-    report(bank, retry_failed(bank, tower, roots, device=device, **given(how)))
+    summary = retry_failed(bank, tower, roots, device=device, **given(how))
+    for side in parts_of(bank)[1:]:
+        summary = summary.beside(retry_failed(side, tower, roots, device=device, **given(how)))
+    compare_sides(bank, "preprocess retry")
+    report(bank, summary)
+
+
+def finish_parts(bank: Path) -> None:
+    """Finish a bank and the banks beside it, and print what they hold; exit with 1 if clips failed."""
+    from shards.format.beside import parts_of
+    from shards.format.quarantine import read_entries
+    from shards.write.finish import finish_alone
+
+    entries: dict[str, QuarantineEntry] = {}
+    for part in parts_of(bank):
+        click.echo(held(part, finish_alone(part)))
+        entries = read_entries(part) | entries
+    compare_sides(bank, "preprocess finish")
+    failed(bank, [*entries.values()])
+
+
+def compare_sides(bank: Path, command: str) -> None:
+    """Record which strides beside a bank can be read with it, and print why others cannot."""
+    from shards.write.beside import pair
+
+    for why in pair(bank, command):
+        click.echo(f"note: {printable(why)}", err=True)
 
 
 def report(bank: Path, summary: "Summary") -> None:

@@ -19,12 +19,17 @@ def export(form: str, bank: Path) -> None:
     preprocess export wids bank     wids.json, for wids.ShardListDataset("bank/wids.json")
     preprocess export hf bank       README.md, for datasets.load_dataset("bank"), streaming or not
 
-    Stock webdataset, tarfile and GNU tar need no index.
+    Stock webdataset, tarfile and GNU tar need no index. Strides beside BANK get an index file of their
+    own.
     """
+    from shards.format.beside import parts_of
     from shards.format.manifest import read_manifest
     from shards.read.export import write_hf, write_wids
 
-    click.echo({"wids": write_wids, "hf": write_hf}[form](bank))
-    dead = read_manifest(bank).dead_samples
-    if dead:
-        click.echo(f"note: {dead} samples of older videos or pruned clips are still in the shards")
+    for part in parts_of(bank):
+        click.echo({"wids": write_wids, "hf": write_hf}[form](part))
+        dead = read_manifest(part).dead_samples
+        if dead:
+            click.echo(
+                f"note: {dead} samples of older videos or pruned clips are still in the shards"
+            )

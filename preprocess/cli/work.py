@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from preprocess.cli.encode import failed, held
+from preprocess.cli.encode import finish_parts, held
 from preprocess.cli.options import BANK, DECODERS, DEVICE, LOCAL, ON, bytes_bar, refuse_address
 from preprocess.cli.share import start_of
 from shards.text import counted, in_bytes, printable, some
@@ -89,7 +89,7 @@ def work(
     if engine:
         from preprocess.encode.on_ray import encode_on_ray
 
-        encode_on_ray(bank, tower, roots, procs, address)
+        encode_on_ray(bank, tower, roots, procs, address, decoders)
         report_units(bank)
         return
     from preprocess.encode.run import work as encode_left
@@ -108,13 +108,15 @@ def work(
 
 def report_units(bank: Path) -> None:
     """Print how many units of a plan are made, and who works on the others."""
+    from shards.format.beside import parts_of
     from shards.format.commits import committed
     from shards.format.plan import planned
     from shards.write.lease import holders
 
-    units = range(len(planned(bank).units))
-    left = sum(not committed(bank, unit) for unit in units)
-    who = some([printable(str(writer)) for writer in holders(bank).values()])
+    units = [(part, unit) for part in parts_of(bank) for unit in range(len(planned(part).units))]
+    left = sum(not committed(*unit) for unit in units)
+    workers = [writer for part in parts_of(bank) for writer in holders(part).values()]
+    who = some([printable(str(writer)) for writer in workers])
     click.echo(
         f"{left} of {len(units)} units are being made elsewhere: {who}"
         if left
@@ -141,11 +143,7 @@ def finish(bank: Path) -> None:
     \b
     preprocess finish bank
     """
-    from shards.format.quarantine import read_quarantine
-    from shards.write.finish import finish_alone
-
-    click.echo(held(bank, finish_alone(bank)))
-    failed(bank, read_quarantine(bank))
+    finish_parts(bank)
 
 
 @click.command()

@@ -9,7 +9,7 @@ source bank, so a derived bank can follow its source. Several processes may run 
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ def derive(bank: Path, out: Path, asked: Asked, shard_bytes: int, bar: "tqdm[Any
     for an `out` with other features, and if another process still holds some units.
     """
     with BankSource(bank) as source, disk_errors(out):
-        target = target_of(source.plan.features, asked, bank)
+        target = target_of(source.features, asked, bank)
         refuse_no_cells(source, target)
         if out.resolve() == bank.resolve():
             raise UserError("is the bank itself", where=f"--out {out}", fix="name another folder")
@@ -136,7 +136,7 @@ def clip_bytes(source: BankSource, target: Target) -> Callable[[ClipSource], int
     def nbytes(clip: ClipSource) -> int:
         if clip not in source:
             return 0
-        streams, total = source.record(clip).streams, 0
+        streams, total = source.streams(clip), 0
         for stride, finer in target.pooled.items():
             frames, rows, cols, dim = streams[finer or stride].shape
             together = stride // (finer or stride)
@@ -153,10 +153,10 @@ def calibration(source: BankSource, target: Target) -> Calibration:
     if features.codec != "int8":
         return lossless(features.strides)
     if target.as_stored:
-        quality = source.plan.quality or {}
+        facts = source.manifest.codec.strides
         return Calibration(
             {stride: source.codec.channel_scale[stride] for stride in features.strides},
-            {stride: dict(quality.get(str(stride), {})) for stride in features.strides},
+            {stride: _quality(facts.get(str(stride), {})) for stride in features.strides},
         )
     found = []
     for clip in [clip for clip in drawn(source.clips) if clip in source][: 2 * CLIPS]:
@@ -167,6 +167,11 @@ def calibration(source: BankSource, target: Target) -> Calibration:
     if not found:
         raise UserError("--codec int8: holds no clip to calibrate on", where=source.bank)
     return measured(found, features.strides, features.dtype)
+
+
+def _quality(facts: Mapping[str, float | None]) -> dict[str, float]:
+    """Return a codec's losses as a plan has them, from a manifest's facts."""
+    return {name: value for name, value in facts.items() if name != "ratio" and value is not None}
 
 
 # -- units

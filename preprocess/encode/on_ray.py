@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from preprocess.encode.unit import Summary
 from shards.errors import UserError
+from shards.format.beside import parts_of
 from shards.format.commits import committed
 from shards.format.plan import planned
 
@@ -29,7 +30,13 @@ class Worker:
     """An actor: makes units of a bank until none is left to take."""
 
     def work(
-        self, bank: str, tower: str | None, roots: Sequence[str], gpu: bool, start: float
+        self,
+        bank: str,
+        tower: str | None,
+        roots: Sequence[str],
+        gpu: bool,
+        decoders: int | None,
+        start: float,
     ) -> Summary:
         """Return what was done. UserError and OSError, of one line, as of `preprocess work`."""
         import os
@@ -37,7 +44,8 @@ class Worker:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from preprocess.encode.run import work
 
-        return work(Path(bank), tower, roots, "cuda" if gpu else "cpu", start=start)
+        device = "cuda" if gpu else "cpu"
+        return work(Path(bank), tower, roots, device, decoders=decoders, start=start)
 
 
 def encode_on_ray(
@@ -46,15 +54,17 @@ def encode_on_ray(
     roots: Sequence[str] = (),
     workers: int | None = None,
     address: str | None = None,
+    decoders: int | None = None,
 ) -> None:
     """Encode what is left of a plan on a Ray cluster.
 
     workers: how many actors; None is one for each GPU, or for each machine where there is none. address:
-    of the cluster; None is the one that Ray finds, or else this machine. Raises UserError, a line for
-    each reason, where units are left and every worker is at its end.
+    of the cluster; None is the one that Ray finds, or else this machine. decoders: processes of each
+    worker, None for as many as its machine has cores. Raises UserError, a line for each reason, where
+    units are left and every worker is at its end.
     """
     ray = _ray()
-    units = range(len(planned(bank).units))
+    units = [(part, unit) for part in parts_of(bank) for unit in range(len(planned(part).units))]
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -67,7 +77,7 @@ def encode_on_ray(
             scheduling_strategy="SPREAD",
             **resources,
         )(Worker)
-        words = str(bank.absolute()), tower, list(roots), bool(gpus)
+        words = str(bank.absolute()), tower, list(roots), bool(gpus), decoders
         actors = [actor.remote() for _ in range(count)]
         running = [one.work.remote(*words, k / count) for k, one in enumerate(actors)]
         problems: list[str] = []
@@ -75,8 +85,8 @@ def encode_on_ray(
             while running:
                 done, running = ray.wait(running, timeout=SECONDS)
                 problems += [problem for ref in done if (problem := _problem(ray, ref))]
-                bar.update(sum(committed(bank, unit) for unit in units) - bar.n)
-        if problems and not all(committed(bank, unit) for unit in units):
+                bar.update(sum(committed(*unit) for unit in units) - bar.n)
+        if problems and not all(committed(*unit) for unit in units):
             raise UserError.of(dict.fromkeys(problems))
         for problem in dict.fromkeys(problems):  # others have made its units
             tqdm.write(f"note: {problem}", file=sys.stderr)

@@ -60,12 +60,13 @@ class Survey:
         known: Plan | None,
         probed: list[ClipSource] | None = None,
     ) -> "Survey":
-        """Probe the clips, unless `probed` was made before the bank existed."""
+        """Probe the clips, unless they were probed already (`probed`)."""
         if known is None:
             return cls(None, [], probe(clips, {}, options.sampling) if probed is None else probed)
         refuse_missing_shards(out, known)
-        planned = {clip.key: clip for clip in known.clips}
-        probed = probe(clips, planned, known.features.sampling)
+        if probed is None:
+            planned = {clip.key: clip for clip in known.clips}
+            probed = probe(clips, planned, known.features.sampling)
         return cls(known, read_commits(out, known), probed)
 
     def changes(self, out: Path, plan: Plan) -> Changes:

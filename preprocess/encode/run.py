@@ -11,10 +11,11 @@ Torch is imported with the tower, so a run that finds nothing to do ends without
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from preprocess.encode.beside import shared_out
 from preprocess.encode.features import (
     EncodeOptions,
     feature_config,
@@ -27,6 +28,7 @@ from preprocess.encode.planning import (
     calibrated,
     fitting,
     make_plan,
+    note,
     units_left,
 )
 from preprocess.encode.tower import Loading, as_banked, refuse_other_device
@@ -37,15 +39,18 @@ from preprocess.sources.find import Found, clips_under, find_clips
 from preprocess.sources.probe import probe
 from preprocess.sources.skips import write_skips
 from shards.errors import UserError
+from shards.format.beside import parts_of
 from shards.format.plan import (
     ClipSource,
     Plan,
+    PlanAsRead,
+    plan_as_read,
     planned,
-    read_plan,
     refuse_derived,
     refuse_other_features,
 )
 from shards.format.quarantine import read_entries
+from shards.write.beside import pair
 from shards.write.finish import finish, refuse_unfinished
 from shards.write.lease import sweep
 from shards.write.lock import folder_lock
@@ -82,11 +87,42 @@ def encode_clips(
     procs: int = 1,
     decoders: int | None = None,
     prune: bool = False,
+    seen: PlanAsRead | None = None,
 ) -> tuple[Summary, Changes]:
-    """Do what `encode` does for clips that were found already; returns the changes, too."""
-    first, probed = _before_a_folder(out, found, options)
+    """Do what `encode` does for clips that were found already; returns the changes, too.
+
+    Strides that a bank has not are made beside it, after it is brought up to date. seen: the bank's
+    plan, where it has been read.
+    """
+    seen = plan_as_read(out, seen)
+    how: dict[str, Any] = {"procs": procs, "decoders": decoders, "prune": prune}
+    own, beside = shared_out(out, seen.plan, options)
+    summary, changes = _encode_bank(found, out, own, seen, **how)
+    for side in beside:
+        clips, first = side.begun(changes.plan, found)
+        seen = plan_as_read(side.path, first=first)
+        more, _ = _encode_bank(clips, side.path, side.options, seen, clips.clips, **how)
+        summary = summary.beside(more)
+    for why in pair(out, "preprocess encode"):
+        note(why)
+    return summary, changes
+
+
+def _encode_bank(
+    found: Found,
+    out: Path,
+    options: EncodeOptions,
+    seen: PlanAsRead,
+    probed: list[ClipSource] | None = None,
+    *,
+    procs: int,
+    decoders: int | None,
+    prune: bool,
+) -> tuple[Summary, Changes]:
+    """Make one bank of one plan. probed: the clips, where they have been looked at."""
+    first, probed = _before_a_folder(out, found, options, probed)
     with disk_errors(out), folder_lock(out, "preprocess encode"):
-        known = read_plan(out)
+        known = plan_as_read(out, seen).plan
         options = as_banked(options, known)
         loading = first
         if first is None and (known is None or units_left(out, known)):
@@ -103,36 +139,72 @@ def encode_clips(
         return execute(out, plan, found.clips, tower, options, procs, decoders), changes
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A bank, or a side of one, that was planned."""
+
+    bank: Path
+    tower: "Tower"
+    changes: Changes
+    options: EncodeOptions
+
+
 def plan_clips(
     found: Found,
     out: Path,
     options: EncodeOptions,
     *,
     prune: bool = False,
-) -> "tuple[Tower, Changes, EncodeOptions]":
-    """Write the plan that `encode_clips` would execute, and encode nothing."""
-    first, probed = _before_a_folder(out, found, options, here=False)
+    seen: PlanAsRead | None = None,
+) -> list[Planned]:
+    """Write the plans that `encode_clips` would execute, and encode nothing."""
+    seen = plan_as_read(out, seen)
+    own, beside = shared_out(out, seen.plan, options)
+    made = [_plan_bank(found, out, own, seen, prune=prune)]
+    for side in beside:
+        clips, first = side.begun(made[0].changes.plan, found)
+        seen = plan_as_read(side.path, first=first)
+        made.append(_plan_bank(clips, side.path, side.options, seen, clips.clips, prune=prune))
+    return made
+
+
+def _plan_bank(
+    found: Found,
+    out: Path,
+    options: EncodeOptions,
+    seen: PlanAsRead,
+    probed: list[ClipSource] | None = None,
+    *,
+    prune: bool,
+) -> Planned:
+    first, probed = _before_a_folder(out, found, options, probed, here=False)
     with disk_errors(out), folder_lock(out, "preprocess plan"):
-        known = read_plan(out)
+        known = plan_as_read(out, seen).plan
         loading = first or Loading(as_banked(options, known), here=False)
         survey = Survey.of(out, found.clips, options, known, probed)
         tower, options = loading.tower()
         changes, options = make_plan(out, found.clips, tower, options, prune=prune, survey=survey)
         write_skips(out, found.skips)
-        return tower, changes, options
+        return Planned(out, tower, changes, options)
 
 
 def _before_a_folder(
-    out: Path, found: Found, options: EncodeOptions, *, here: bool = True
+    out: Path,
+    found: Found,
+    options: EncodeOptions,
+    probed: list[ClipSource] | None = None,
+    *,
+    here: bool = True,
 ) -> tuple[Loading | None, list[ClipSource] | None]:
     """Load the tower and probe the clips if the bank does not exist yet; else (None, None).
 
     So what the tower cannot do is refused before a folder is made.
     """
     if out.exists():
-        return None, None
+        return None, probed
     loading = Loading(options, here=here)
-    probed = probe(found.clips, {}, options.sampling)
+    if probed is None:
+        probed = probe(found.clips, {}, options.sampling)
     predicted_bytes(*loading.tower())
     return loading, probed
 
@@ -194,27 +266,39 @@ def work(
 ) -> Summary:
     """Encode units of a plan until none is left to take; any number of processes may do so at once.
 
-    tower: its path or name on this machine, if it differs from the plan; another tower is refused.
-    roots: folders to search for videos that are elsewhere than planned. start: the fraction of the units
-    after which to begin, so that workers begin at different units. plan: of the bank, if already read.
+    Strides planned beside the bank come after it. tower: its path or name on this machine, if it
+    differs from the plan; another tower is refused. roots: folders to search for videos that are
+    elsewhere than planned. start: the fraction of the units after which to begin, so that workers begin
+    at different units. plan: of the bank, if already read.
     """
-    plan = plan or planned(bank)
-    refuse_derived(bank, plan.features)
-    left = units_left(bank, plan)
-    if not left:
-        return Summary()
+    summaries = []
+    for part in parts_of(bank):
+        of_part = plan if plan is not None and part == bank else planned(part)
+        refuse_derived(part, of_part.features)
+        if left := units_left(part, of_part):
+            how = {"tower": tower} if tower else {}
+            options = EncodeOptions.of_plan(of_part, device=device, **how)
+            work = _work(part, of_part, left, "preprocess work", start, decoders)
+            summaries.append(_work_on(work, of_part, options, roots, procs))
+    return replace(Summary.of(summaries), seconds=sum(one.seconds for one in summaries))
+
+
+def _work_on(
+    work: Work, plan: Plan, options: EncodeOptions, roots: Sequence[str], procs: int
+) -> Summary:
     if plan.quality is None:
         raise UserError(
-            "its plan was not calibrated completely", where=bank, fix="run `preprocess plan` again"
+            "its plan was not calibrated completely",
+            where=work.out,
+            fix="run `preprocess plan` again",
         )
-    how = {"tower": tower} if tower else {}
-    loading = Loading(EncodeOptions.of_plan(plan, device=device, **how))
+    loading = Loading(options)
     if roots:
-        left = {unit: clips_under(clips, roots) for unit, clips in left.items()}
-    loaded, options = loading.tower()
-    refuse_other_features(bank, feature_config(loaded, options), plan.features)
-    work = _work(bank, plan, left, "preprocess work", start, decoders)
-    return _encode_left(work, plan, loaded, options, procs)
+        units = {unit: clips_under(clips, roots) for unit, clips in work.units.items()}
+        work = replace(work, units=units)
+    tower, options = loading.tower()
+    refuse_other_features(work.out, feature_config(tower, options), plan.features)
+    return _encode_left(work, plan, tower, options, procs)
 
 
 def _work(

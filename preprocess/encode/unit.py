@@ -19,6 +19,8 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from model.tower.faults import FeatureRangeError, GpuMemoryError
 from preprocess.decode.archive import Unpacker
 from preprocess.decode.frames import Begin, ClipFacts
@@ -190,15 +192,24 @@ class Encoder(ExitStack):
                     lease.check()
                     taken = pooling_of(self.tower, event.frames, self.options)
                 elif isinstance(event, Outcome):
-                    yield source, event, taken
+                    yield source, event, self._taken_in(taken, None)
                     taken = None
-                elif taken is not None and not isinstance(taken, FeatureRangeError):
-                    try:
-                        with self._clocked("tower"):
-                            taken.add(event)
-                    except FeatureRangeError as error:
-                        taken = error
+                else:
+                    taken = self._taken_in(taken, event)
                 del event
+
+    def _taken_in(
+        self, taken: "Pooling | FeatureRangeError | None", frames: np.ndarray | None
+    ) -> "Pooling | FeatureRangeError | None":
+        """Have the tower take a clip's next frames, or end with it: None."""
+        if taken is None or isinstance(taken, FeatureRangeError):
+            return taken
+        try:
+            with self._clocked("tower"):
+                taken.end() if frames is None else taken.add(frames)
+        except FeatureRangeError as error:
+            return error
+        return taken
 
     def _jobs(self, sources: Sequence[ClipSource]) -> list[Job]:
         return [

@@ -37,7 +37,7 @@ def picture(path: Path, name: str) -> tuple[str, Image.Image]:
     bank = Bank.open(path)
     row = find(bank, name)
     meta = read_meta(bank, row)
-    features = {stride: bank.read(row, stride) for stride in bank.config.strides}
+    features = {stride: bank.read(row, stride) for stride in bank.strides}
     frames = source_frames(path, meta, bank.config.sampling)
     return sample_key(meta.id), page(meta, frames, features, bank.config.pool)
 

@@ -90,7 +90,7 @@ def facts(bank: Bank) -> list[str]:
         "pool": config.pool,
         "clips": f"{len(bank):,}",
         "frames": f"{len(bank.columns['timestamps']):,}",
-        "bytes": f"{in_bytes(manifest.nbytes)}, shards {len(manifest.shards):,}",
+        "bytes": f"{in_bytes(bank.whole.nbytes)}, shards {len(manifest.shards):,}",
     }
     if config.derived:
         strides = ",".join(map(str, config.derived.strides))
@@ -98,14 +98,14 @@ def facts(bank: Bank) -> list[str]:
             f"from {', '.join(sources(manifest))} (strides {strides}, codec {config.derived.codec}, "
             f"fingerprint {config.derived.fingerprint[:12]})"
         )
-    for stride in config.strides:
+    for stride in bank.strides:
         shapes = bank.columns[f"stride{stride}_shape"].reshape(-1, 4)
         grids = Counter(f"{rows}x{columns} cells" for _, rows, columns, _ in shapes.tolist())
         named = ", ".join(grid for grid, _ in grids.most_common(EXAMPLES)) or "no cells"
         nbytes = in_bytes(int(bank.columns[f"stride{stride}_nbytes"].sum()))
         lines[f"stride {stride}"] = f"{named}{' ...' * (len(grids) > EXAMPLES)}, {nbytes}"
         if config.codec != "none":
-            lines[f"stride {stride}"] += f", {codec_quality(manifest, stride)}"
+            lines[f"stride {stride}"] += f", {codec_quality(bank.whole, stride)}"
     return [f"{name:<12} {printable(value)}" for name, value in lines.items()]
 
 

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.format.beside import parts_of, together
 from shards.format.features import FeatureConfig
+from shards.format.plan import planned
 from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json
 
@@ -62,11 +64,13 @@ def read_features(path: Path) -> Json:
         data = read_signed_json(file)
         refuse_other_version(data, file.parent, file.name)
     try:
-        return FeatureConfig.from_json(data.get("features", data)).to_json()
+        features = FeatureConfig.from_json(data.get("features", data))
     except UserError as error:
         raise UserError(
             f"{file}: not a feature config ({error}); name a bank, a plan or a config"
         ) from None
+    beside = parts_of(path)[1:] if path.is_dir() else []
+    return together(features, [planned(side).features for side in beside]).to_json()
 
 
 def flat(data: Json, prefix: str = "") -> dict[str, object]:

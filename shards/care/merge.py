@@ -7,6 +7,7 @@ to the old ones, or copies; commit records are written with the new numbers. The
 temporary folder beside `--out` and renamed when it is complete.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from shards.care.inventory import refuse_no_bank
 from shards.errors import UserError
+from shards.format.beside import side_path, sides_of
 from shards.format.commits import (
     CommitRecord,
     index_path,
@@ -30,8 +32,11 @@ from shards.format.plan import ClipSource, Plan, planned, write_plan
 from shards.format.quarantine import read_entries
 from shards.signed import sync_folder
 from shards.text import counted, some
+from shards.write.beside import pair
 from shards.write.finish import finish
 from shards.write.lock import folder_lock, writer_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,33 +65,61 @@ def merge(
     """
     if out.exists() and not {path.name for path in out.iterdir()} <= {".lock"}:
         raise UserError("exists already", where=out, fix="name a new folder for the merged bank")
-    parts = [_part(bank) for bank in banks]
-    _refuse_different(parts)
-    _refuse_common(parts)
+    sides = _common_sides(banks)
+    everything = [[_part(bank) for bank in banks]]
+    everything += [[_part(side_path(bank, strides)) for bank in banks] for strides in sides]
+    for parts in everything:
+        _refuse_different(parts)
+        _refuse_common(parts)
     beside = out.with_name(f"{out.name}.merging")
     beside.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, "preprocess merge"):
         shutil.rmtree(beside, ignore_errors=True)
-        (beside / "shards").mkdir(parents=True)
-        units, commits = _bring_shards(parts, beside, seen)
-        plan = replace(
-            parts[0].plan,
-            units=units,
-            pruned=frozenset().union(*(part.plan.pruned & part.clips.keys() for part in parts)),
-        )
-        write_plan(beside, plan)
-        _bring_skips(parts, beside)
-        failed = [
-            entry
-            for part in parts
-            for entry in read_entries(part.bank).values()
-            if entry.key in part.clips
-        ]
-        manifest = finish(beside, plan, TowerFacts.of(plan, commits), failed, commits)
+        manifest = _join(everything[0], beside, seen)
+        for strides, parts in zip(sides, everything[1:], strict=True):
+            _join(parts, side_path(beside, strides), seen)
+        for why in pair(beside, "preprocess merge"):
+            log.warning(why)
     os.rmdir(out)
     os.replace(beside, out)
     sync_folder(out.parent)
     return manifest
+
+
+def _join(parts: Sequence[Part], out: Path, seen: Callable[[int], object]) -> Manifest:
+    """Make one bank in a new folder."""
+    (out / "shards").mkdir(parents=True)
+    units, commits = _bring_shards(parts, out, seen)
+    plan = replace(
+        parts[0].plan,
+        units=units,
+        pruned=frozenset().union(*(part.plan.pruned & part.clips.keys() for part in parts)),
+    )
+    write_plan(out, plan)
+    _bring_skips(parts, out)
+    failed = [
+        entry
+        for part in parts
+        for entry in read_entries(part.bank).values()
+        if entry.key in part.clips
+    ]
+    return finish(out, plan, TowerFacts.of(plan, commits), failed, commits)
+
+
+def _common_sides(banks: Sequence[Path]) -> list[tuple[int, ...]]:
+    """Return the strides of the sides that all banks have; UserError where some lack one."""
+    of_each = [[planned(side).features.strides for side in sides_of(bank)] for bank in banks]
+    problems = [
+        f"{bank}: has no stride {','.join(map(str, strides))} beside it, which {other} has; encode it "
+        "there first, or merge copies without the folder `beside`"
+        for bank, mine in zip(banks, of_each, strict=True)
+        for other, theirs in zip(banks, of_each, strict=True)
+        for strides in theirs
+        if strides not in mine
+    ]
+    if problems:
+        raise UserError.of(problems)
+    return of_each[0]
 
 
 def _part(bank: Path) -> Part:

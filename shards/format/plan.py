@@ -202,6 +202,31 @@ def read_plan(bank: Path) -> Plan | None:
     return Plan.from_json(read_signed_json(path), bank)
 
 
+@dataclass(frozen=True)
+class PlanAsRead:
+    """A bank's plan, and which file it was read from: of 100,000 clips that takes seconds."""
+
+    plan: Plan | None
+    stamp: tuple[int, ...] | None
+
+
+def plan_as_read(
+    bank: Path, before: PlanAsRead | None = None, first: Plan | None = None
+) -> PlanAsRead:
+    """Return a bank's plan, read again only where its file is another than `before`.
+
+    first: the plan where there is none yet.
+    """
+    try:
+        stat = (bank / "plan.json").stat()
+        stamp = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    except FileNotFoundError:
+        stamp = None
+    if before is not None and before.stamp == stamp:
+        return before
+    return PlanAsRead(read_plan(bank) or first, stamp)
+
+
 def planned(bank: Path, missing: str = "no plan here") -> Plan:
     """Return a bank's plan; raises UserError with the text `missing` if there is none."""
     plan = read_plan(bank)

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from shards.errors import UserError
-from shards.format.catalogue import Columns, TextColumn, id_hash
+from shards.format.catalogue import TextColumn, id_hash
 from shards.format.codec import Codec, Int8
-from shards.format.manifest import Manifest
+from shards.read.beside import Beside, open_beside
 from shards.read.opening import load, load_partial, refuse_missing_shards
 from shards.storage import Files, LocalFiles, open_files
 
@@ -78,18 +77,24 @@ class _Place:
 class Bank:
     """An opened bank. Safe to fork, to pickle and to share among threads."""
 
-    def __init__(self, files: Files, manifest: Manifest, columns: Columns) -> None:
+    def __init__(self, files: Files, beside: Beside) -> None:
         """Use `Bank.open`."""
-        self.files, self.manifest, self.columns = files, manifest, columns
-        self.config = manifest.features
-        self.ids = TextColumn(columns, "id")
-        """The id of each row, decoded on access."""
+        self.files, self.manifest, self.columns = files, beside.manifest, beside.columns
+        self.config = self.manifest.features
+        """Of the bank's own strides: what a run depends on does not change when others come beside it."""
+        self.whole, self.strides = beside.whole, beside.whole.features.strides
+        """What the bank and the strides beside it are together; all strides that can be read."""
+        self.missing = beside.missing
+        """By stride, why one that lies beside the bank is not read."""
+        self._shards = beside.shards
+        self.ids = TextColumn(self.columns, "id")
+        """Of each row, decoded as it is asked for."""
         scales = {
             int(stride): np.asarray(scale, np.float32)
-            for stride, scale in (manifest.calibration or {}).items()
+            for stride, scale in (self.whole.calibration or {}).items()
         }
         self.codec = Codec(self.config.codec, self.config.dtype, scales)
-        self._sorted_hashes = columns["key_hash"][columns["key_order"]]
+        self._sorted_hashes = self.columns["key_hash"][self.columns["key_order"]]
         self._checked = self._none_checked()
 
     @classmethod
@@ -105,7 +110,7 @@ class Bank:
         files = open_files(path)
         manifest, columns = (load_partial if allow_partial else load)(files)
         refuse_missing_shards(files, manifest.shards)
-        return cls(files, manifest, columns)
+        return cls(files, open_beside(files, manifest, columns))
 
     @property
     def path(self) -> Path:
@@ -164,7 +169,9 @@ class Bank:
         )
 
     def shape(self, row: int, stride: int) -> tuple[int, int, int, int]:
-        """Return (frames, cell_rows, cell_cols, dim) of a stored stream."""
+        """Return (frames, cell_rows, cell_cols, dim) of a stored stream; UserError for no such stride."""
+        if stride not in self._shards:
+            raise self._no_stride(stride)
         frames, rows, cols, dim = self.columns[f"stride{stride}_shape"][4 * row : 4 * row + 4]
         return int(frames), int(rows), int(cols), int(dim)
 
@@ -239,8 +246,7 @@ class Bank:
         # The checksum is over the whole stream, so the first touch reads all of it, once per process.
         if not self._checked[place.stride][place.row]:
             everything = view if whole else np.empty(edges[-1], np.uint8)
-            self._read(everything, place, 0)
-            if google_crc32c.value(everything) != place.crc32c:
+            if self._read(everything, place, 0, summed=True) != place.crc32c:
                 raise self._damaged(place.row, place.stride, "checksum does not match")
             if not whole:
                 _gather(view, everything, edges, frames)
@@ -251,27 +257,41 @@ class Bank:
             self._read(view[filled : filled + end - begin], place, begin)
             filled += end - begin
 
-    def _read(self, view: np.ndarray, place: _Place, begin: int) -> None:
+    def _read(
+        self, view: np.ndarray, place: _Place, begin: int, *, summed: bool = False
+    ) -> int | None:
+        """Fill `view` from `begin` of a place on; return its crc32c where it is asked for."""
+        shard, crc = self._shard(place.row, place.stride), None
         try:
-            got = self.files.read_into(self._shard(place.row), place.begin + begin, view)
+            if summed:
+                got, crc = self.files.read_summed(shard, place.begin + begin, view)
+            else:
+                got = self.files.read_into(shard, place.begin + begin, view)
         except FileNotFoundError:
             raise self._damaged(place.row, place.stride, "the shard is missing") from None
         if got != len(view):
             raise self._damaged(place.row, place.stride, "the shard ends early")
+        return crc
 
-    def _shard(self, row: int) -> str:
-        return f"shards/{self.manifest.shards[int(self.columns['shard'][row])].name}"
+    def _shard(self, row: int, stride: int) -> str:
+        names, of_row = self._shards[stride]
+        return names[of_row[row]]
+
+    def _no_stride(self, stride: int) -> UserError:
+        why = f" here: {self.missing[stride]}" if stride in self.missing else ""
+        banked = ", ".join(map(str, self.strides))
+        return UserError(f"holds the strides {banked}, and no {stride}{why}", where=self.where)
 
     def _damaged(self, row: int, stride: int, reason: str) -> DamagedSample:
         begin, end = self.columns["key_offsets"][row : row + 2]
         key = self.columns["key"][begin:end].tobytes().decode()
         return DamagedSample(
-            f"{self.where}/{self._shard(row)}: sample {key}, stride {stride}: {reason}; run "
+            f"{self.where}/{self._shard(row, stride)}: sample {key}, stride {stride}: {reason}; run "
             f"`preprocess repair {self.where}`, or copy the shard again"
         )
 
     def _none_checked(self) -> dict[int, np.ndarray]:
-        return {stride: np.zeros(len(self), np.bool_) for stride in self.config.strides}
+        return {stride: np.zeros(len(self), np.bool_) for stride in self.strides}
 
     def __getstate__(self) -> dict[str, object]:
         # Checks are per process: another one may read through another mount or cache.

@@ -66,6 +66,12 @@ class Banks:
         return self.banks[0].config
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Those that all of the banks can read, beside their own ones, too."""
+        every = [set(bank.strides) for bank in self.banks]
+        return tuple(sorted(set.intersection(*every)))
+
+    @property
     def manifest(self) -> Manifest:
         return self.banks[0].manifest
 

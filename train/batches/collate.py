@@ -251,8 +251,7 @@ def collate(
 
     block, sample = padded("block", -1, np.int64), padded("sample", -1, np.int64)
     position = padded("position", -1, np.int64)
-    # after a single conversation positions go on in the padding, as in a plain causal row; nothing reads
-    # those after several
+    # positions go on in the padding of a single conversation, as in a plain causal row
     position = np.where(position >= 0, position, 0 if packed else np.arange(length))
     attention = config.frame_attention
     bounds = [intervals(*row, attention) for row in zip(sample, block, strict=True)]

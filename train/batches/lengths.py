@@ -227,6 +227,7 @@ def kept_counts(
     """Return cached counts of records, or count and cache them."""
     file = cache_folder() / f"lengths-{key}.bin"
     counts = read_counts(file, shape)
+    # cached UNWRITABLE counts serve lenient callers only: others need the error of each record
     if counts is None or not (lenient or (counts >= 0).all()):
         counts = count()
         write_counts(file, counts)

@@ -75,6 +75,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = output_dir / "metrics.jsonl"
+        # steps after the checkpoint are taken a second time: their lines go, TensorBoard's by purge_step
         keep_until(self._metrics, first_step)
         self._text = open(output_dir / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(output_dir / "logs", purge_step=first_step + 1)
@@ -93,10 +94,14 @@ class RunLog:
             self._text.write(text + "\n")
             self._text.flush()
 
-    def show(self, step: int, total: int, metrics: Json) -> None:
-        """Move the bar on a terminal; elsewhere there is none, and the lines of `say` are enough."""
-        if not self.active or not sys.stderr.isatty():
-            return
+    def show(self, step: int, total: int, metrics: Json, *, line: bool) -> None:
+        """Tell of a step: on a terminal the bar moves; line: whether a line is written besides."""
+        if self.active and sys.stderr.isatty():
+            self._move(step, total, metrics)
+        if line:
+            self.say(line_of(step, total, metrics))
+
+    def _move(self, step: int, total: int, metrics: Json) -> None:
         from tqdm import tqdm
 
         try:
@@ -185,10 +190,7 @@ def banner(
     ratio: float,
     resumed: Path | None,
 ) -> str:
-    """Return the text that is printed before the first step: data, plan, parameters, rates, losses.
-
-    ratio: of positions to features at gamma 1, see `VLM.calibrate`; NaN if not measured.
-    """
+    """Return the text printed before the first step; ratio: that of `VLM.calibrate`, or NaN."""
     bank = dataset.banks.banks[0]
     units = -(-bank.config.sampling.most_frames // int(bank.columns["frames_per_unit"][0]))
     frames = min(units, config.max_frames_num)

@@ -176,7 +176,7 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     with accelerator.local_main_process_first():  # the other processes then find lengths cached
         plan = plan_run(config, dataset, rows_per_step(config, share.world, state))
     longest = int(plan.tokens.max())
-    # a back-end that cannot run these rows is refused here, before weights are loaded
+    # refuses a back-end that cannot run these rows, before weights are loaded
     choose_attention(config, accelerator.device.type, longest, apart=dataset.independent)
     facts = facts_of(config, dataset, plan)
     if resumed:
@@ -189,9 +189,8 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     for line in passed_over:
         log.say(line)
     has_weights = resumed is not None or (output_dir / "config.json").exists()
-    if is_main and not (
-        has_weights and (output_dir / RUN).exists()
-    ):  # else run.json is of the weights
+    # a run.json beside weights describes these, and stays
+    if is_main and not (has_weights and (output_dir / RUN).exists()):
         write_run(output_dir, state.get("config", settings), 0)
     if resumed and (changed := changed_settings(resumed, state, plan.num_steps, settings)):
         log.say(changed)
@@ -265,10 +264,7 @@ def calibrate(run: Run, model: VLM, loader: Loader) -> float:
 
 
 def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
-    """Return the loader of the run's batches; compiled: for rows of one length.
-
-    With a compiled model, each other length of row would be compiled on its own.
-    """
+    """Return the loader; compiled: rows of one length, as each other one is compiled on its own."""
     chat = Chat.of(model)
     # flex_attention cuts a row into blocks of 128
     row_length = -(-run.config.pack_tokens // 128) * 128 if compiled else 0
@@ -345,15 +341,12 @@ def check_step(run: Run, updates: UpdateCheck, step: int, metrics: Json) -> None
 
 def log_step(run: Run, learner: Learner, timer: StepTimer, done: int, metrics: Json) -> Json:
     """Write a step's metrics down, print them every `logging_steps`, and return them."""
-    total = run.plan.num_steps
-    is_shown = done % run.config.logging_steps == 0 or done in (run.first + 1, total)
+    total, every = run.plan.num_steps, run.config.logging_steps
+    is_shown = done % every == 0 or done in (run.first + 1, total)
     metrics = metrics | rates_of(learner.optimizer) | timer.rates(done, metrics)
-    if is_shown:
-        metrics |= gammas_of(learner.model)
+    metrics |= gammas_of(learner.model) if is_shown else {}
     run.log.record(done, metrics)
-    run.log.show(done, total, metrics)
-    if is_shown:
-        run.log.say(line_of(done, total, metrics))
+    run.log.show(done, total, metrics, line=is_shown)
     return metrics
 
 

@@ -1,7 +1,8 @@
-"""How far a mean score can be trusted: a bootstrap over the clips of a test set.
+"""Confidence intervals of mean scores: a bootstrap over the clips of a test set (Efron, 1979).
 
-Answers about one clip stand or fall together, so clips are drawn, with replacement, not answers
-(Efron, 1979); several runs on one test set are drawn alike, so that their differences are paired.
+Answers about one clip are correlated, so clips are drawn with replacement, not answers, which would give
+intervals that are too narrow. Several runs on one test set use the same draws, so that their differences
+are paired.
 """
 
 import json
@@ -15,7 +16,7 @@ import numpy as np
 
 DRAWS = 2000
 PERCENT = 2.5, 97.5
-"""The ends of an interval that 95 % of the draws lie in."""
+"""Percentiles that enclose 95 % of the draws."""
 
 Metric = tuple[str, str]
 """(kind of answer, score), as `("span", "iou")`."""
@@ -31,6 +32,7 @@ class Answers:
     totals: Totals
 
     def mean(self, metric: Metric) -> float:
+        """Return the mean score over all answers."""
         total, count = self.totals[metric]
         return float(total.sum() / count.sum())
 
@@ -67,7 +69,7 @@ def means(answers: Answers, metric: Metric, draws: np.ndarray) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the ends that 95 % of some values lie between."""
+    """Return the ends of the interval that holds 95 % of the values."""
     low, high = np.nanpercentile(values, PERCENT)
     return float(low), float(high)
 

@@ -1,7 +1,7 @@
-"""Names that other trainers have and this one has not: what each is here, or why there is none.
+"""Settings of other trainers: the setting here of the same meaning, or why there is none.
 
-Who pastes a line of a script of transformers, LLaVA-NeXT, VILA or lmms-engine is answered by name.
-train/MIGRATING.md has this list, and tables of three scripts that say the same; a test holds it against
+A line copied from a script of transformers, LLaVA-NeXT, VILA or lmms-engine is refused with an answer.
+train/MIGRATING.md has this list, and tables of three scripts that say the same; a test compares it with
 the trainers' own.
 """
 
@@ -53,7 +53,7 @@ RENAMED = {
     "enable_lape": "use_lape",
     "loss_weight": "ar_loss_weight autoregressive_loss_weight",
 }
-"""Setting here -> what it is called elsewhere."""
+"""Setting here -> its names elsewhere."""
 
 ELSEWHERE = {
     "no setting of a run: the tower's features are banked; it is of `preprocess encode`": """
@@ -163,7 +163,7 @@ ELSEWHERE = {
     "rows of a step are processes x per_device_train_batch_size x gradient_accumulation_steps; set "
     "those": "global_train_batch_size global_batch_size max_per_device_train_batch_size",
 }
-"""What there is to say -> the names elsewhere that it is said of."""
+"""Message -> the names elsewhere that it answers."""
 
 NESTS = (
     *(
@@ -178,7 +178,7 @@ NESTS = (
 """Keys under which other trainers nest theirs."""
 
 HERE = {name: ours for ours, names in RENAMED.items() for name in names.split()}
-"""A name elsewhere -> the setting that it is here."""
+"""A name elsewhere -> the setting here."""
 FOREIGN = {name: sentence for sentence, names in ELSEWHERE.items() for name in names.split()}
 FOREIGN |= dict.fromkeys(NESTS, "settings stand flat here: move its lines to the left")
 """A name elsewhere that is no setting here -> why."""
@@ -190,19 +190,20 @@ ENVIRONMENT = {
     "GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
     "PER_DEVICE_TRAIN_BATCH_SIZE": "per_device_train_batch_size",
 }
-"""Environment variables of the LAPE script, and the setting that each is."""
+"""Environment variable of the LAPE script -> setting."""
 NAMED = ("GLOBAL_TRAIN_BATCH_SIZE", "MAX_PER_DEVICE_TRAIN_BATCH_SIZE")
-"""Those of them that are no setting here."""
+"""Variables of the LAPE script without a setting here."""
 MISSPELT = ("ENABLE_LAPE", "NUM_SPATIAL_TOKENS", "NUM_TEMPORAL_TOKENS")
-"""Those whose near misses are somebody's mistake, and no other program's variable."""
+"""Variables whose near misses are typing errors, since no other program has similar ones."""
 
 
 def is_foreign(name: str) -> bool:
+    """Return whether a name is another trainer's setting."""
     return name in HERE or name in FOREIGN
 
 
 def unknown(name: str, known: Mapping[str, Field[Any]]) -> str:
-    """Return what to say of a setting that is not here: what it is called here, or why there is none."""
+    """Return the message for an unknown setting: its name here, or why there is none."""
     if name in HERE:
         return f"here it is {HERE[name]} ({known[HERE[name]].metadata['help']})"
     if name in FOREIGN:
@@ -219,7 +220,7 @@ def unknown(name: str, known: Mapping[str, Field[Any]]) -> str:
 
 
 def environment_problems(environ: Mapping[str, str]) -> list[str]:
-    """Return what is wrong with the names of environment variables that are meant for a run."""
+    """Return a line for each misspelt or unsupported environment variable of a run."""
     problems = [
         f"{name}: {FOREIGN[name.lower()]}, and unset it" for name in NAMED if environ.get(name)
     ]

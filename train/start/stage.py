@@ -108,7 +108,7 @@ def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
         return problem
     if side == 1:
         return None
-    banked, pool = dataset.banks.config.strides, dataset.banks.config.pool
+    banked, pool = dataset.banks.strides, dataset.banks.config.pool
     name = f"mm_projector_type {settings.mm_projector_type}"
     if pool != "average":
         return (
@@ -176,6 +176,7 @@ def assemble(
     )
     llm_path = llm_name(settings.stage_path)
     llm = load_llm(llm_path, llm_dtype(settings))
+    # a stage's adapter is trained on with lora, and becomes part of the weights otherwise
     if hasattr(llm, "peft_config") and settings.tune_llm != "lora":
         llm = llm.merge_and_unload()
     model = VLM.assemble(

@@ -57,6 +57,15 @@ class Summary:
                 total.spent[stage] += part.spent[stage]
         return total
 
+    def beside(self, more: "Summary") -> "Summary":
+        """Return what a run did to a bank and then beside it: clips are counted where they were made."""
+        told = {entry.id for entry in self.failures}
+        total = Summary.of([replace(self, failures=[]), replace(more, failures=[])])
+        total.failures = self.failures + [one for one in more.failures if one.id not in told]
+        total.seconds = self.seconds + more.seconds
+        total.skipped = self.skipped if not total.clips else more.skipped
+        return total
+
     @property
     def shares(self) -> dict[str, float]:
         """The share of the time of each stage; empty if nothing was encoded."""

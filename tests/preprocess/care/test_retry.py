@@ -155,7 +155,10 @@ def test_an_unfinished_bank_and_a_folder_without_one_are_refused(
     bank: Path, tmp_path: Path
 ) -> None:
     (bank / "shards" / "bank-000000.done").unlink()
-    for folder, said in ((bank, "its run is not over"), (tmp_path / "none", "no bank to retry")):
+    for folder, said in (
+        (bank, "its run is not finished"),
+        (tmp_path / "none", "no bank to retry"),
+    ):
         result = command("retry", folder)
         assert result.exit_code == 2
         (line,) = result.stderr.splitlines()

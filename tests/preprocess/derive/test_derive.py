@@ -249,7 +249,7 @@ def test_int8_is_calibrated_on_the_bank_and_its_losses_are_measured(
     [
         ({}, ["--stride", "6"], "not made of whole cells of the bank"),
         ({}, ["--stride", "2,8"], "`preprocess encode INPUT --stride 2 --out NEW` makes it"),
-        ({"pool": "bilinear"}, ["--stride", "16"], "pool bilinear reads between patches"),
+        ({"pool": "bilinear"}, ["--stride", "16"], "pool bilinear interpolates patches"),
         ({"pool": "max"}, ["--stride", "16"], "leaves no cell of a 11x13 patch grid"),
         ({"codec": "int8"}, ["--stride", "16"], "its features are already rounded to int8"),
         ({"codec": "int8"}, ["--codec", "none"], "its features are already rounded to int8"),

@@ -512,7 +512,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy: Path, tmp_path: Path) -> No
     process.wait()
     committed = len(list((killed / "shards").glob("*.done")))
     assert 1 <= committed < 9, "the run was over before it was killed"
-    with pytest.raises(UserError, match="its run is not over"):
+    with pytest.raises(UserError, match="its run is not finished"):
         Bank.open(killed)
     kept = moments(killed)
 

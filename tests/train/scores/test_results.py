@@ -39,7 +39,7 @@ def test_each_test_set_has_a_name_of_its_own(paths: list[str], names: list[str] 
 
 
 def test_a_test_set_that_is_there_twice_and_two_for_one_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl: is there twice; leave one out"):
+    with pytest.raises(UserError, match=r"a\.jsonl: is given twice; leave one out"):
         distinct_names(["a.jsonl", "./a.jsonl"])
     with pytest.raises(UserError, match="--output names one file, and there are 2 test sets"):
         results_of(tmp_path, ["a.jsonl", "b.jsonl"], tmp_path / "x.json")

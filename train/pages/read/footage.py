@@ -134,7 +134,7 @@ class Footage:
 
         source = self._sources.get(bank.where, {}).get(bank.ids[row])
         if source is None or not Path(source.path).exists():
-            return "video gone"
+            return "video missing"
         if self._opened >= MOST_CLIPS:
             return "enough videos read"
         self._opened += 1
