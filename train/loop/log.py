@@ -94,10 +94,14 @@ class RunLog:
             self._text.write(text + "\n")
             self._text.flush()
 
-    def show(self, step: int, total: int, metrics: Json) -> None:
-        """Move the bar on a terminal; elsewhere there is none, and the lines of `say` are enough."""
-        if not self.active or not sys.stderr.isatty():
-            return
+    def show(self, step: int, total: int, metrics: Json, *, line: bool) -> None:
+        """Tell of a step: on a terminal the bar moves; line: whether a line is written besides."""
+        if self.active and sys.stderr.isatty():
+            self._move(step, total, metrics)
+        if line:
+            self.say(line_of(step, total, metrics))
+
+    def _move(self, step: int, total: int, metrics: Json) -> None:
         from tqdm import tqdm
 
         try:

@@ -341,15 +341,12 @@ def check_step(run: Run, updates: UpdateCheck, step: int, metrics: Json) -> None
 
 def log_step(run: Run, learner: Learner, timer: StepTimer, done: int, metrics: Json) -> Json:
     """Write a step's metrics down, print them every `logging_steps`, and return them."""
-    total = run.plan.num_steps
-    is_shown = done % run.config.logging_steps == 0 or done in (run.first + 1, total)
+    total, every = run.plan.num_steps, run.config.logging_steps
+    is_shown = done % every == 0 or done in (run.first + 1, total)
     metrics = metrics | rates_of(learner.optimizer) | timer.rates(done, metrics)
-    if is_shown:
-        metrics |= gammas_of(learner.model)
+    metrics |= gammas_of(learner.model) if is_shown else {}
     run.log.record(done, metrics)
-    run.log.show(done, total, metrics)
-    if is_shown:
-        run.log.say(line_of(done, total, metrics))
+    run.log.show(done, total, metrics, line=is_shown)
     return metrics
 
 
