@@ -90,7 +90,7 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml", ".md", ".typed")
+        if path.suffix in (".py", ".yaml", ".md", ".typed", ".css", ".html")
     }
     assert files == tracked
     assert {name.split("/")[0] for name in files} == set(PACKAGES)

@@ -143,7 +143,7 @@ def test_encode_beside_a_worker_that_lives_ends_by_naming_it(
         assert leases.take(0)
         ended = command("encode", *words)
         assert ended.exit_code == 2
-        assert f"1 of them in work: bank-000000 by {leases.writer}" in ended.stderr
+        assert f"1 of them being made: bank-000000 by {leases.writer}" in ended.stderr
         worked = command("work", bank, "--device", "cpu")
         assert worked.exit_code == 0
         assert f"1 of 1 units are being made elsewhere: {leases.writer}" in worked.stdout

@@ -15,6 +15,7 @@ import torch
 
 from model.batch import Batch
 from model.vlm import VLMConfig
+from shards.errors import UserError
 from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
 from train.batches.plan import plan_run
@@ -118,7 +119,7 @@ def test_a_failure_while_preparing_reaches_the_caller(
     plan: RunPlan, dataset: Dataset, loader: Loader
 ) -> None:
     broken = Loader(dataset, loader.chat, replace(CONFIG, slow_stride=16))
-    with pytest.raises(KeyError, match="stride16"):
+    with pytest.raises(UserError, match="holds the strides 4, 8, and no 16"):
         list(broken.steps(plan, Share(0, 1), 0, copy_every=10))
 
 

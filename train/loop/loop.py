@@ -344,7 +344,8 @@ def log_step(run: Run, learner: Learner, timer: StepTimer, done: int, metrics: J
     total, every = run.plan.num_steps, run.config.logging_steps
     is_shown = done % every == 0 or done in (run.first + 1, total)
     metrics = metrics | rates_of(learner.optimizer) | timer.rates(done, metrics)
-    metrics |= gammas_of(learner.model) if is_shown else {}
+    # not where this process began: a resumed run writes the lines of one that never stopped
+    metrics |= gammas_of(learner.model) if done % every == 0 or done in (1, total) else {}
     run.log.record(done, metrics)
     run.log.show(done, total, metrics, line=is_shown)
     return metrics

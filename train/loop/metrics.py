@@ -39,7 +39,7 @@ FIELDS = {
     "pairs": "(query, key) pairs that the mask allows, without padding",
     "transitions": "from frame to frame",
     **{
-        f"gamma_{axis}": f"how strong LAPE's positions are, {axis}, where lines are printed"
+        f"gamma_{axis}": f"how strong LAPE's positions are, {axis}; every logging_steps"
         for axis in AXES
     },
     "learning_rate": "of the LLM",

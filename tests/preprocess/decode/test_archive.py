@@ -306,19 +306,23 @@ def test_a_zip_tells_what_it_cannot_give_and_its_names_are_utf8(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(99), "this is a 7-Zip archive, no video; unpack it"),
-        ("a.rar", b"Rar!\x1a\x07" + bytes(99), "this is a RAR archive, no video; unpack it"),
+        (
+            "a.7z",
+            b"7z\xbc\xaf\x27\x1c" + bytes(99),
+            "this is a 7-Zip archive, not a video; unpack it",
+        ),
+        ("a.rar", b"Rar!\x1a\x07" + bytes(99), "this is a RAR archive, not a video; unpack it"),
         (
             "a.tar.zst",
             b"\x28\xb5\x2f\xfd" + bytes(99),
-            "with zstandard, no video; unpack it: unzstd",
+            "with zstandard, not a video; unpack it: unzstd",
         ),
         (
             "a.mp4.gz",
             gzip.compress(b"x", mtime=0),
-            "this is compressed with gzip, no video; unpack it: gunzip",
+            "this is compressed with gzip, not a video; unpack it: gunzip",
         ),
-        ("a.bin", b"PK\x03\x04" + bytes(99), "this is a ZIP archive, no video; unpack it"),
+        ("a.bin", b"PK\x03\x04" + bytes(99), "this is a ZIP archive, not a video; unpack it"),
     ],
 )
 def test_an_archive_that_is_not_read_says_which_and_the_way_out(

@@ -112,7 +112,7 @@ def test_a_file_cut_before_its_index_says_how_much_is_there(
     assert whole.index(b"moov") > len(whole) // 2
     path.write_bytes(whole[: len(whole) // 2])
     error = str(read(reader, path).error)
-    assert f"cut short: {len(whole) // 2:,} bytes of at least " in error
+    assert f"cut short: it has {len(whole) // 2:,} bytes of at least " in error
     path.write_bytes(whole[: whole.index(b"moov") - 4])
     assert "bytes, and no index (moov)" in str(read(reader, path).error)
 

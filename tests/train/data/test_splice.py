@@ -368,7 +368,10 @@ def test_forms_of_a_timeline() -> None:
         ({"timeline": 3}, "`timeline` must be a list"),
         ({"timeline": ["a.mp4"]}, "part 1 of `timeline`, expected {"),
         ({"timeline": [{"start": 3}]}, "names no `video`"),
-        ({"timeline": [{"video": "a.mp4", "fps": 3}]}, "has `fps`, expected video, start and end"),
+        (
+            {"timeline": [{"video": "a.mp4", "fps": 3}]},
+            "has `fps`, expected only video, start and end",
+        ),
         (
             {"timeline": [{"video": "a.mp4", "start": -1}]},
             "start, expected seconds, not negative",

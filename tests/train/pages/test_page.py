@@ -128,7 +128,7 @@ def test_frames_are_of_the_videos_and_features_where_those_are_gone(
         gone = footage.look(CLIPS[0])
         assert footage.look("no/such.mp4") is None
     assert gone
-    assert (gone.of_video, gone.why, gone.what) == (False, "video gone", "features")
+    assert (gone.of_video, gone.why, gone.what) == (False, "video missing", "features")
     assert gone.pictures[0].startswith("data:image/png")
 
 
