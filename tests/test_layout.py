@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, str] = {
     "preprocess": "preprocess shards model",
     "train": "train shards model",
     "train.ask": "train shards model preprocess.decode",
-    "train.bank_vlm.processor": "train shards model preprocess.decode",
+    "train.bank_vlm.source": "train shards model preprocess.decode",
     "train.lmms_adapter": "train shards model preprocess.decode",
     "train.shown": "train shards model preprocess.decode preprocess.show",
 }
@@ -85,7 +85,7 @@ MAY_IMPORT: dict[str, str] = {
 `shown` draws an answer about a raw video over its frames, as `preprocess show` draws them."""
 
 ONLY_FOR: dict[str, str] = {
-    "model.tower": "model.tower preprocess train.ask train.bank_vlm.processor"
+    "model.tower": "model.tower preprocess train.ask train.bank_vlm.processor train.bank_vlm.source"
 }
 """Modules that others than these may not import: training needs no tower."""
 

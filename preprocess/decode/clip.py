@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from model.slow_fast import uniform_indices
+from model.tower.frames import processor_frames
 from model.tower.pixels import Pixels
 from preprocess.decode.frames import Begin, Clip, ClipFacts, Distrust, Event, Shape, collect
 from preprocess.decode.read_decord import read_decord
@@ -58,23 +59,28 @@ def scan_source(path: Path, picture_fps: str = PICTURE_FPS) -> Scan:
     return scan_pictures(path, picture_fps) if holds_pictures(path) else scan(path)
 
 
-def sample_indices(times: np.ndarray, end: float, sampling: Sampling) -> list[int]:
+def sample_indices(times: np.ndarray, end: float, rate: float, sampling: Sampling) -> list[int]:
     """Return which frames are taken, rising.
 
-    times: float64 `(shown frames,)`, sorted seconds from the clip's start; end: its length. A time
-    before the first frame takes the first, so that no clip is empty.
+    times: float64 `(shown frames,)`, sorted seconds from the clip's start; end: its length; rate: the
+    source's mean frames a second. A time before the first frame takes the first, so that no clip is
+    empty.
     """
     if sampling.kept is not None:
-        taken = sample_indices(times, end, replace(sampling, kept=None))
+        taken = sample_indices(times, end, rate, replace(sampling, kept=None))
         return [taken[k] for k in uniform_indices(len(taken), sampling.kept)]
+    if sampling.like is not None:
+        fps = None if sampling.fps is None else float(Fraction(sampling.fps))
+        asked = sampling.num_frames, fps, sampling.max_frames
+        return processor_frames(sampling.like, len(times), rate, *asked)
     if sampling.num_frames is not None:
         return uniform_indices(len(times), sampling.num_frames)
     assert sampling.fps is not None
-    rate = Fraction(sampling.fps)
+    wanted = Fraction(sampling.fps)
     # A frame is taken if an instant falls between its time and the next frame's.
     until = np.minimum(np.append(times[1:], end), end)
-    instants = _instants_before(until, rate)
-    earlier = np.append(0, np.maximum.accumulate(_instants_before(times[1:], rate)))
+    instants = _instants_before(until, wanted)
+    earlier = np.append(0, np.maximum.accumulate(_instants_before(times[1:], wanted)))
     taken = np.flatnonzero(instants > earlier).tolist() or [0]
     if sampling.max_frames is not None and len(taken) > sampling.max_frames:
         return uniform_indices(len(times), sampling.max_frames)
@@ -243,7 +249,7 @@ def _pick(scan: Scan, request: ReadRequest, start_: float | None, end_: float | 
     if start:
         ticks = scan.pts[first:stop]
         since_start = np.array([float((t - scan.pts[0]) * scan.time_base - start) for t in ticks])
-    taken = sample_indices(since_start, float(end - start), request.sampling)
+    taken = sample_indices(since_start, float(end - start), scan.fps, request.sampling)
     index = [first + place for place in taken]
     return _Picked(index, float(start), float(end), stop - first)
 

@@ -24,6 +24,8 @@ MERGED_LAYER = re.compile(r"([0-9]+,)*merged")
 """What `layer` may be beside a number: merged tokens, behind those of earlier layers (Qwen3-VL's)."""
 DTYPES = ("float16", "bfloat16")
 CODECS = ("none", "blosc", "int8")
+FRAMES_LIKE = ("qwen2_vl", "qwen3_vl", "llava")
+"""Whose video processor chooses frames; Qwen2.5-VL's does it as Qwen2-VL's."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Sampling:
 
     `num_frames` takes that many, uniformly. Otherwise `fps` takes, for each time k / fps from the
     clip's start, the last frame at or before it; a clip that gives more than `max_frames` is
-    sampled uniformly with `max_frames` instead. A clip is never padded with repeats.
+    sampled uniformly with `max_frames` instead. A clip is never padded with repeats. With `like`, they
+    are those that this processor of transformers takes at such settings.
     """
 
     num_frames: int | None = None
@@ -41,10 +44,15 @@ class Sampling:
     max_frames: int | None = None
     kept: int | None = None
     """Of the frames so found, this many uniformly: of a bank that was derived with fewer frames."""
+    like: str | None = None
+    """One of `FRAMES_LIKE`."""
 
     def __post_init__(self) -> None:
         if (self.num_frames is None) == (self.fps is None):
             raise UserError("sampling takes either --frames N or --fps F --max-frames N, not both")
+        if self.like not in (None, *FRAMES_LIKE):
+            known = ", ".join(FRAMES_LIKE)
+            raise UserError(f"frames can be taken like one of {known}", got=repr(self.like))
         for name in ("num_frames", "max_frames", "kept"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -128,8 +136,9 @@ class FeatureConfig:
     def to_json(self) -> Json:
         """Return the fields as json; those that only a derived bank has are left out elsewhere."""
         data = asdict(self) | {"strides": list(self.strides)}
-        if self.sampling.kept is None:
-            del data["sampling"]["kept"]
+        for name in ("kept", "like"):
+            if data["sampling"][name] is None:
+                del data["sampling"][name]
         if self.derived is None:
             del data["derived"]
         else:
