@@ -44,6 +44,13 @@ def refuse_decoding() -> None:
         )
 
 
+def of_tokenizer(processor: Any, name: str) -> Any:
+    """Return what a processor does not have, from its tokenizer."""
+    if name == "tokenizer" or name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(processor.tokenizer, name)
+
+
 class BankLoader:
     """What is otherwise in a loader of swift."""
 
@@ -51,7 +58,11 @@ class BankLoader:
         refuse_decoding()
         plain = super().get_processor(model_dir, config)  # type: ignore[misc]
         names = {"media_dir": named("framebank_media_dir"), "model_config": config}
-        return bank_processor(plain, named("framebank"), **names)
+        processor = bank_processor(plain, named("framebank"), **names)
+        # swift has a processor's class ask its tokenizer, in a way that no class below one survives
+        type(processor).__getattr__ = of_tokenizer
+        type(processor)._patch = True
+        return processor
 
     def get_model(self, *args: Any, **kwargs: Any) -> Any:
         model = super().get_model(*args, **kwargs)  # type: ignore[misc]

@@ -25,7 +25,7 @@ from tests.train.bank_vlm.worlds import IDS, MAKE
 from train.bank_vlm.kinds import layer_of
 
 ROOT = Path(__file__).resolve().parents[3]
-SIDES, FRAMES, STEPS = (56, 84), {"a": 6, "b": 4}, 3
+FRAMES, STEPS = {"a": 6, "b": 4}, 3
 PATCHES = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 """Of a side, as swift's reader has them."""
 
@@ -47,7 +47,7 @@ def checkpoint(folder: Path, kind: str, tokenizer: Path) -> Path:
     for weight in model.model.visual.parameters():
         weight.data.normal_(std=0.1)
     model.save_pretrained(folder)
-    size = {"shortest_edge": 16 * 16, "longest_edge": 6 * 128 * 128}
+    size = {"shortest_edge": 16 * 16, "longest_edge": 6 * 256 * 256}
     norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     video = "Qwen3VLVideoProcessor" if kind == "qwen3_vl" else "Qwen2VLVideoProcessor"
     made = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
@@ -58,7 +58,7 @@ def checkpoint(folder: Path, kind: str, tokenizer: Path) -> Path:
         chat_template=TEMPLATE.replace("MARK", ""),
     ).save_pretrained(folder)
     transformers.Qwen2VLImageProcessorPil(
-        patch_size=patch, min_pixels=16 * 16, max_pixels=128 * 128, **norm
+        patch_size=patch, min_pixels=16 * 16, max_pixels=256 * 256, **norm
     ).save_pretrained(folder)
     return folder
 
@@ -73,7 +73,7 @@ def draw(folder: Path, sides: tuple[int, int]) -> None:
 
 
 def rows(path: Path, videos: dict[str, Any]) -> str:
-    """Write records in swift's form, and one of text alone."""
+    """Write records in swift's form."""
     messages = [
         {"role": "user", "content": "<video>When is it?"},
         {"role": "assistant", "content": "from 1.5 to 2"},
@@ -83,15 +83,17 @@ def rows(path: Path, videos: dict[str, Any]) -> str:
     return str(path)
 
 
-def train(folder: Path, records: str, out: Path, *more: str) -> list[float]:
+def train(folder: Path, kind: str, records: str, out: Path, *more: str) -> list[float]:
     settings = {
-        "model": folder, "dataset": records, "output_dir": out, "tuner_type": "full",
+        "model": folder, "model_type": kind, "template": kind, "dataset": records,
+        "output_dir": out, "tuner_type": "full",
         "torch_dtype": "float32", "max_steps": STEPS, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1, "learning_rate": 0.1, "optim": "sgd",
         "lr_scheduler_type": "constant", "warmup_ratio": 0, "logging_steps": 1, "save_steps": STEPS,
         "report_to": "none", "freeze_vit": "true", "freeze_aligner": "true",
         "gradient_checkpointing": "false", "dataset_num_proc": 1, "dataloader_num_workers": 0,
-        "add_version": "false", "split_dataset_ratio": 0, "max_length": 2048, "strict": "true",
+        "dataset_shuffle": "false", "train_dataloader_shuffle": "false", "add_version": "false",
+        "split_dataset_ratio": 0, "max_length": 2048, "strict": "true",
         "use_hf": "true", "attn_impl": "sdpa", "max_grad_norm": 1e9,
     }  # fmt: skip
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -105,7 +107,7 @@ def test_swift_trains_from_the_bank(
 ) -> None:
     folder = checkpoint(tmp_path / "model", kind, toy / "llm")
     factor = 2 * PATCHES[kind]
-    draw(tmp_path / "videos", (2 * factor, 3 * factor))
+    draw(tmp_path / "videos", (4 * factor, 6 * factor))  # a size that swift's reader leaves alone
     options = EncodeOptions(
         tower=str(folder), strides=(1,), sampling=Sampling(num_frames=64),
         layer=layer_of(MAKE[kind]().config.to_dict()),
@@ -134,7 +136,7 @@ def test_swift_trains_from_the_bank(
         for media in ("image", "video"):
             token = words.convert_tokens_to_ids(f"<|{media}_pad|>")
             patch.setattr(Qwen2VLTemplate, f"{media}_token_id", token)
-        expected = train(folder, rows(tmp_path / "live.jsonl", pictures), tmp_path / "live")
+        expected = train(folder, kind, rows(tmp_path / "live.jsonl", pictures), tmp_path / "live")
     os.environ.pop("VIDEO_MIN_TOKEN_NUM", None)
 
     def refused(*args: Any, **kwargs: Any) -> Any:
@@ -145,7 +147,7 @@ def test_swift_trains_from_the_bank(
     plug = ["--external_plugins", str(ROOT / "train" / "recipes" / "swift_bank.py")]
     named = ["--model_kwargs", json.dumps({"framebank": str(tmp_path / "bank")})]
     records = rows(tmp_path / "banked.jsonl", {name: name for name in FRAMES})
-    losses = train(folder, records, tmp_path / "out", *plug, *named)
+    losses = train(folder, kind, records, tmp_path / "out", *plug, *named)
     assert len(set(losses)) == STEPS
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     monkeypatch.undo()
@@ -156,4 +158,4 @@ def test_swift_trains_from_the_bank(
     with pytest.raises(
         UserError, match="frames and their size are those of the bank, got VIDEO_MAX"
     ):
-        train(folder, records, tmp_path / "refused", *plug, *named)
+        train(folder, kind, records, tmp_path / "refused", *plug, *named)
