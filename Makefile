@@ -5,7 +5,7 @@ SHELL := /bin/bash
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo real evidence test test-all lint bench clean
+.PHONY: demo pictures real evidence test test-all lint bench gpu clean
 
 # A small model trains 1.4 x as fast in two processes that share the cores as in one that has them all.
 # Said in full: `accelerate launch` prints a page of warnings about its defaults otherwise.
@@ -21,23 +21,35 @@ QUESTION := "When is the red square visible?"
 
 demo: $(READY)  ## draw a toy world, bank it, train twice on the bank, evaluate, ask
 	rm -rf demo && mkdir demo
-	$(BIN)/preprocess toyworld demo/toy --train-clips 2048
+	$(BIN)/preprocess toyworld demo/toy --train-clips 1536
 	set -o pipefail; $(BIN)/preprocess encode demo/toy/videos --stride 4,8 --frames 16 \
 	    --out demo/bank --tower demo/toy/tower | tee demo/encode.txt
-	$(TRAIN_RUN) --config train/presets/toy.yaml --stage_path demo/toy/llm \
+	$(TRAIN_RUN) --config train/presets/toy.yaml --stage_path demo/toy/llm --max_steps 300 \
 	    --bank demo/bank --data_path demo/toy/train.jsonl --output_dir demo/run-a
-	$(EVALUATE) --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl --untrained --max_records 128
+	$(EVALUATE) --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl --untrained --max_records 64
 	$(EVALUATE) --model demo/run-a --bank demo/bank --data_path demo/toy/test.jsonl
 	$(BIN)/python train/ask.py $(ASKED) $(QUESTION) --model demo/run-a
 	@echo "--- the next experiment: another slow/fast pattern on the same bank, no video is read"
-	$(TRAIN_RUN) --config train/presets/toy.yaml --stage_path demo/run-a --max_steps 100 \
+	$(TRAIN_RUN) --config train/presets/toy.yaml --stage_path demo/run-a --max_steps 60 \
 	    --frame_sampling_strategy uniform --slow_frame_ratio 0.25 \
 	    --bank demo/bank --data_path demo/toy/train.jsonl --output_dir demo/run-b
 	$(EVALUATE) --model demo/run-b --bank demo/bank --data_path demo/toy/test.jsonl
-	@cat demo/encode.txt
-	@$(BIN)/python -m train.report demo/run-a demo/run-b
 	@echo "--- what the second one answers, drawn over the clip's frames"
 	$(BIN)/python train/ask.py $(ASKED) $(QUESTION) --model demo/run-b --show demo/asked.png --truth demo/toy/test.jsonl
+	@cat demo/encode.txt
+	@$(BIN)/python -m train.report demo/run-a demo/run-b
+
+pictures: $(READY)  ## the pictures of the READMEs, from what `make demo` has left
+	rm -rf demo/four && $(BIN)/preprocess derive demo/bank --frames 4 --out demo/four
+	$(BIN)/preprocess show demo/four test/clip-00000.mp4 --out demo/clip.png
+	$(BIN)/python -c "$$SMALL_PNG" demo/clip.png preprocess/show/clip.png
+	$(BIN)/python -c "$$SMALL_PNG" demo/asked.png preprocess/show/asked.png
+
+define SMALL_PNG
+import sys; from PIL import Image; picture = Image.open(sys.argv[1]).convert("RGB")
+picture.thumbnail((900, 900)); picture.quantize(128, dither=0).save(sys.argv[2], optimize=True)
+endef
+export SMALL_PNG
 
 # Pretrained weights and your own videos. What is there is not made again: after a stop, run it again.
 # Other runs on the same bank: make real RUN=seed-1 TRAIN="--seed 1"; the features of a tower that never
@@ -141,6 +153,9 @@ lint: $(READY)
 bench: $(READY)  ## the benchmarks; the peers of decoding are measured where they install
 	-$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m tests.bench
+
+gpu: $(READY)  ## what waits for a CUDA device, in pieces: MINUTES=9 stops in time, PIECES="demo fsdp" are these
+	$(BIN)/python -m tests.bench.gpu $(PIECES) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SMALL),--small)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "framebank needs Python >= 3.11: make PYTHON=python3.12 ...")'

@@ -1,7 +1,7 @@
-"""What the model is given: rows of tokens, and the frames that lie in them.
+"""The model's input: rows of tokens, and the frames whose tokens are in them.
 
-Frames are grouped by stream, grid and covered part, so that each group is one tensor. All
-indices are flat: row * length + position.
+A row is one packed sequence of records, `length` tokens with its padding. Frames are grouped by stream,
+grid and covered part, so that each group is one tensor. All indices are flat: row * length + position.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,20 +18,20 @@ from shards.errors import UserError
 
 SLOW, FAST = 0, 1
 VALUES_AT_ONCE = 1 << 16
-"""As fp32 they stay in a core's second-level cache."""
+"""int8 values decoded at a time on a CPU: 256 KiB in fp32, which a core's second-level cache holds."""
 STREAMS = "SF"
 
 
 @dataclass(frozen=True)
 class FrameGroup:
-    """Frames of one stream and one grid, with the tokens that they fill."""
+    """Frames of one stream and one grid, with the places of their tokens."""
 
     stream: int
     grid: Grid
     covered: tuple[float, float, float, float]
     features: Tensor
-    """As banked, `(frames, cell_rows, cell_cols, dim)`. Of an int8 bank a `Quantised`, as `finer` and
-    `copy` are, until `to_device`."""
+    """As banked, `(frames, cell_rows, cell_cols, dim)`. Those of an int8 bank are a `Quantised` until
+    `to_device`, here and in `finer` and `Transitions.copy`."""
     token_index: Tensor
     """int64 `(frames, cells)`: the flat place of each cell's token, row-major."""
     end_index: Tensor
@@ -41,11 +41,11 @@ class FrameGroup:
     timed: Tensor
     """fp32 `(frames,)`, 0 where the clip has no duration and so no time."""
     finer: Tensor | None = None
-    """As banked at the finer stride whose cells are joined in the projector or behind it, if any are."""
+    """As banked at the finer stride, where the projector, or pooling after it, joins its cells."""
 
     @property
     def projected(self) -> Tensor:
-        """What the projector is given."""
+        """The features that the projector takes."""
         return self.features if self.finer is None else self.finer
 
     def __post_init__(self) -> None:
@@ -58,17 +58,20 @@ class FrameGroup:
 
 @dataclass(frozen=True)
 class Transitions:
-    """Pairs of consecutive frames, from one group to another."""
+    """Pairs of consecutive frames of a medium: the source's hidden states predict the target."""
 
     source: int
+    """Index of the source frames' group in the batch."""
     target: int
+    """Likewise of the target frames."""
     source_frame: Tensor
     """int64 `(pairs,)` into the source group."""
     target_frame: Tensor
+    """int64 `(pairs,)` into the target group."""
     gap: Tensor
     """fp32 `(pairs,)`, seconds from the source frame to the target frame."""
     copy: Tensor | None = None
-    """The source frames' features on the target's grid, for the copy baseline."""
+    """The source frames' features on the target's grid, for the copy baseline; None on other steps."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,13 @@ class Batch:
     """Rows of tokens, right-padded. Without labels it is a prompt."""
 
     input_ids: Tensor
-    """int64 `(rows, length)`; anything at visual places."""
+    """int64 `(rows, length)`; any id at the places of frames, whose embeddings are overwritten."""
     axis: Tensor
     """int64 `(rows, length)`: 0 time, 1 height, 2 width at coordinate tokens, -1 elsewhere."""
     coord: Tensor
     """fp32 `(rows, length)`, the coordinate at those places."""
     position_ids: Tensor
+    """int64 `(rows, length)`: each token's position in its record."""
     mask_start: Tensor
     mask_end: Tensor
     """int32 `(rows, length)`: token q sees the keys [start, end) of its row."""
@@ -90,34 +94,37 @@ class Batch:
     labels: Tensor
     """int64 `(supervised,)`, the predicted token ids."""
     label_axis: Tensor
+    """int64 `(supervised,)`, as `axis`."""
     label_coord: Tensor
+    """fp32 `(supervised,)`, as `coord`."""
     lengths: Tensor
     """int64 `(rows,)`, tokens of each row without padding."""
     groups: tuple[FrameGroup, ...]
     transitions: tuple[Transitions, ...]
     record_ids: tuple[str, ...]
     label_task: Tensor | None = None
-    """int64 `(supervised,)`: what the answer of each label is, by which its loss is reported."""
+    """int64 `(supervised,)`: the task of each label's answer, by which its loss is logged."""
     rope: Tensor | None = None
-    """int64 `(3, rows, length)`: the time, row and column that tokens turn by, where frames have them."""
+    """int64 `(3, rows, length)`: rotary positions in time, row and column, with M-RoPE."""
     newline_index: Tensor | None = None
     """int64 `(media,)`: the flat place of the token that closes each medium, where one does."""
     causal: bool = False
-    """Whether plain causal attention over each row is its mask: one record a row, frames `token`."""
+    """Whether each row's mask is plain causal attention: one record a row, `frame_attention: token`."""
     others_start: Tensor | None = None
     others_end: Tensor | None = None
-    """int32 `(rows, length)`: but for the keys [start, end), which are of other turns of its record.
-    None where no record has turns that do not see each other."""
+    """int32 `(rows, length)`: token q does not see the keys [start, end), those of other turns of its
+    record. None where no record has turns that do not see each other."""
 
     @property
     def others(self) -> tuple[Tensor, Tensor] | None:
-        """The keys of other turns, as of `model.mask.other_turns`."""
+        """The keys of other turns, from `model.mask.other_turns`."""
         if self.others_start is None or self.others_end is None:
             return None
         return self.others_start, self.others_end
 
     @property
     def num_transitions(self) -> int:
+        """Transitions of the batch, what the frame-causal loss counts."""
         return sum(len(pairs.source_frame) for pairs in self.transitions)
 
 
@@ -125,12 +132,12 @@ T = TypeVar("T", bound="FrameGroup | Transitions | Batch | Quantised")
 
 
 def to_device(item: T, device: torch.device) -> T:
-    """Return a copy with every tensor on a device, where what was stored as int8 is made floats."""
+    """Return a copy with every tensor on a device, int8 features decoded to floats there."""
     return _moved(item, lambda tensor: tensor.to(device, non_blocking=True), floats=True)
 
 
 def pinned(item: T) -> T:
-    """Return a copy in page-locked memory, from which copies to a CUDA device run beside its work."""
+    """Return a copy in page-locked memory: copies from it to a CUDA device overlap with kernels."""
     return _moved(item, lambda tensor: tensor.pin_memory())
 
 
@@ -150,7 +157,7 @@ def _moved(item: T, place: Callable[[Tensor], Tensor], *, floats: bool = False) 
 
 
 class Int8(Protocol):
-    """Features as an int8 bank stores them, in NumPy arrays: what `Quantised` has of them in tensors."""
+    """Features as an int8 bank stores them, in NumPy arrays; the fields are those of `Quantised`."""
 
     @property
     def values(self) -> np.ndarray: ...
@@ -173,7 +180,7 @@ class Quantised:
     channel_scale: Tensor
     """fp32 `(dim,)`."""
     dtype: torch.dtype
-    """Of the floats."""
+    """Of the decoded floats."""
 
     @property
     def shape(self) -> torch.Size:
@@ -181,8 +188,8 @@ class Quantised:
 
     @classmethod
     def of(cls, reads: Sequence[Int8]) -> "Quantised":
-        """Join features of one bank and stride."""
-        one = len(reads) == 1  # which is not copied
+        """Join features of one bank and stride, that is of one `channel_scale`."""
+        one = len(reads) == 1  # a single read is not copied
         values = reads[0].values if one else np.concatenate([r.values for r in reads])
         scales = reads[0].token_scale if one else np.concatenate([r.token_scale for r in reads])
         return cls(
@@ -193,11 +200,14 @@ class Quantised:
         )
 
     def floats(self) -> Tensor:
-        """Return the features, to the bit those that the bank's codec decodes; on the CPU in pieces
-        that its caches hold, which is four times as fast."""
+        """Return the features `(frames, cell_rows, cell_cols, dim)`, bit for bit as the codec decodes.
+
+        On a CPU in pieces that its caches hold, which is four times as fast.
+        """
         tokens, scale = self.values.flatten(0, -2), self.token_scale.reshape(-1, 1)
         most, on_cpu = torch.finfo(self.dtype).max, tokens.device.type == "cpu"
         out = torch.empty(tokens.shape, dtype=self.dtype, device=tokens.device)
+        # clamping is another pass over the values: left out where no product can leave the dtype's range
         fits = on_cpu and len(tokens) and 127 * scale.max() * self.channel_scale.max() <= most
         at_once = max(1, VALUES_AT_ONCE // tokens.shape[1]) if on_cpu else max(1, len(tokens))
         for begin in range(0, len(tokens), at_once):
@@ -208,9 +218,9 @@ class Quantised:
 
 
 def joined(reads: Sequence[np.ndarray | Int8]) -> Tensor:
-    """Return stored features one after the other; those of banks of two types as floats of both.
+    """Return stored features joined along the frames; fp32 where their float dtypes differ.
 
-    Those of one int8 bank are a `Quantised`, which only `to_device` makes a tensor of.
+    Those of one int8 bank become a `Quantised`, which only `to_device` turns into a tensor.
     """
     arrays = [read for read in reads if isinstance(read, np.ndarray)]
     if not arrays:
@@ -226,7 +236,7 @@ def joined(reads: Sequence[np.ndarray | Int8]) -> Tensor:
 
 
 def as_tensor(features: np.ndarray | Int8) -> Tensor:
-    """Return stored features as floats: uint16 is how a bank holds bfloat16."""
+    """Return stored features as floats. NumPy has no bfloat16: a bank stores its bits as uint16."""
     if not isinstance(features, np.ndarray):
         return Quantised.of([features]).floats()
     tensor = torch.from_numpy(features)
@@ -234,7 +244,7 @@ def as_tensor(features: np.ndarray | Int8) -> Tensor:
 
 
 def pooled(finer: Tensor | None) -> Tensor:
-    """Return banked features on the grid of the tokens that are pooled behind the projector."""
+    """Return banked features on the grid of the tokens that are pooled after the projector."""
     assert finer is not None
     if isinstance(finer, Quantised):
         finer = finer.floats()
@@ -244,7 +254,7 @@ def pooled(finer: Tensor | None) -> Tensor:
 def padded_rows(
     values: Sequence[np.ndarray | None], length: int, fill: float, dtype: type[np.generic]
 ) -> np.ndarray:
-    """Return rows one below the other, filled up to a length; None is a row of nothing else."""
+    """Return rows padded to a length: `(rows, length)`; None is a row of padding alone."""
     out = np.full((len(values), length), fill, dtype)
     for number, own in enumerate(values):
         if own is not None:
@@ -253,6 +263,6 @@ def padded_rows(
 
 
 def flat_places(places: Sequence[Sequence[int]], length: int) -> Tensor | None:
-    """Return the flat places of some tokens of each row; None where there are none."""
+    """Return the flat places of tokens, given by their places in each row: int64; None if none are."""
     flat = [k * length + place for k, row in enumerate(places) for place in row]
     return torch.tensor(flat) if flat else None

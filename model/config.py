@@ -1,7 +1,7 @@
-"""What a trained model is, beside its weights: every model setting, once; torch-free.
+"""Every setting of a model, declared once, and the config.json of a saved model; torch-free.
 
-A run's settings (`train.settings.config`) take `ModelSettings` over as they are; a saved model's
-`config.json` is read back as a `VLMConfig`. Both refuse a value that `setting` does not allow.
+A run's settings (`train.settings.config`) inherit `ModelSettings`; a saved model's `config.json` is
+read back as a `VLMConfig`. Both refuse a value that `setting` does not allow.
 """
 
 import json
@@ -21,17 +21,18 @@ PROJECTORS = (
     "mlp_downsample_3x3_fix, identity"
 )
 JOINED = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
-"""Cells on a side that become one token. VILA's first two differ in the order of tokens alone: the
-older one's run down the columns; here tokens follow the rows in both."""
+"""Projector -> cells on a side that it joins to one token. VILA's two 2x2 projectors differ only in
+the order of their tokens: the older one's run down the columns; here both are row-major."""
 MLP = re.compile(r"(norm_)?mlp([1-9])x_gelu")
 
 
 def is_projector(kind: str) -> bool:
+    """Return whether a text names a projector, see `PROJECTORS`."""
     return kind in ("linear", "identity") or kind in JOINED or MLP.fullmatch(kind) is not None
 
 
 def joined_cells(kind: str) -> int:
-    """Return how many cells on a side a projector makes one token of; UserError if it is unknown."""
+    """Return how many cells on a side a projector joins to one token; UserError if it is unknown."""
     if not is_projector(kind):
         raise UserError(f"mm_projector_type must be one of {PROJECTORS}, got {kind!r}")
     return JOINED.get(kind, 1)
@@ -39,26 +40,28 @@ def joined_cells(kind: str) -> int:
 
 Json = dict[str, Any]
 FORMAT = 2
-OLDER = {1: "its frame predictor is not told the seconds until the next frame"}
-"""What models of older formats lack."""
+OLDER = {1: "its frame predictor does not take the seconds until the next frame"}
+"""Older format of a saved model -> what such models lack."""
 FRAME_ATTENTION = ("block", "token")
 PREDICTORS = ("resample", "xattn")
 FRAME_TIME = ("auto", "none", "text", "seconds")
 TIME_FORMS = {"text": "{:.1f}s", "seconds": "<{:.1f} seconds>"}
-"""What is written before a frame: as times in text are, or as Qwen3-VL writes them."""
+"""`frame_time` -> how seconds are written before a frame: as in answers, or as Qwen3-VL writes them."""
 FRAME_POSITIONS = ("auto", "plain", "mrope")
 FRAME_MARKS = ("frames", "media", "none")
 POOLED = 2
-"""Cells on a side that `pool_after_projector` makes one token of, as LLaVA-OneVision does."""
+"""Cells on a side that `pool_after_projector` pools to one token, as LLaVA-OneVision does."""
 MEDIA_TAGS = re.compile(r"auto|none|[^,\s]+,[^,\s]+")
 TURNS = ("dialogue", "independent")
-"""Whether the questions of a record see those before them, or the media and themselves alone."""
+"""Whether each turn of a record sees the turns before it, or only the media and itself."""
 CHAT_TEMPLATES = ("", "chatml", "plain", "vicuna", "llama2")
-"""Ours, in `train/start/templates.py`; empty for the tokenizer's own."""
+"""Those of `train/start/templates.py`; empty: the tokenizer's own."""
 TEMPLATE_DATE = "2024-07-26"
+"""A fixed day: templates that write today's (Llama 3.2's) would make every day's prompts different."""
 
 
 def is_date(text: str) -> bool:
+    """Return whether a text is an existing day in the form 2024-07-26."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
@@ -67,7 +70,7 @@ def is_date(text: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What a run chooses of its model, and what stays with the model."""
+    """The settings that a run chooses and that a saved model keeps."""
 
     mm_projector_type: str = setting(
         "mlp2x_gelu",
@@ -77,6 +80,7 @@ class ModelSettings:
     frame_sampling_strategy: str = setting(
         "interleave", "which frames are slow", choices=STRATEGIES
     )
+    # a text, so that 0.07 is the fraction 7/100: as floats 0.07 * 100 is above 7 and rounds up to 8
     slow_frame_ratio: str = setting(
         "0.5", "share of slow frames, in [0, 1]", valid=(is_ratio, "a number in [0, 1]")
     )
@@ -110,15 +114,17 @@ class ModelSettings:
     )
     pool_after_projector: bool = setting(
         False,
-        "2x2 banked cells become one token behind the projector, bilinearly, as in LLaVA-OneVision",
+        "pool 2x2 banked cells to one token after the projector, bilinearly, as LLaVA-OneVision does",
     )
     enable_lape: bool = setting(True, "coordinate tokens and positions (LAPE)")
+    # LLaVA-ST's number; more anchors buy little, since decoding is finer than one bin
     num_temporal_tokens: int = setting(100, "anchors on the time axis", least=2, most=MOST_ANCHORS)
     num_spatial_tokens: int = setting(
         100, "anchors on each of height and width", least=2, most=MOST_ANCHORS
     )
     lape_preset: str = setting("plus", "plus, or st for parity with LLaVA-ST", choices=PRESETS)
-    # a hundredth of a bin is one-hot already; far below it fp32 divides by zero
+    # In a toy regression (100 bins, 300 noisy samples) targets of one bin erred by 2.4 % of the axis,
+    # two-hot targets by 3.1 %. The lower bound: 0.01 is one-hot already, below it fp32 divides by zero.
     lape_sigma: float = setting(
         1.0, "width of coordinate targets in bins (plus)", least=0.01, most=MOST_ANCHORS
     )
@@ -128,41 +134,46 @@ class ModelSettings:
         choices=tuple(LAPE_AXES),
     )
     lape_positions: bool = setting(True, "add positions to the frames' tokens too")
+    # small: LLaVA-ST's random tables, at gamma 1, start as noise of 0.87 standard deviations a dimension
     lape_share: float = setting(
         0.1, "positions beside the projected features in a fresh model, by RMS (plus)", more_than=0
     )
+    # the target has variance 1, so the loss starts near 1 over any tower: 0.15 of it is about 5 to 15 %
+    # of a usual cross-entropy
     loss_weight: float = setting(0.15, "weight of the frame-causal loss; 0 builds no head", least=0)
     predictor: str = setting("resample", "frame predictor", choices=PREDICTORS)
     frame_attention: str = setting(
-        "block", "frames see themselves wholly, or token by token", choices=FRAME_ATTENTION
+        "block",
+        "attention inside a frame: block, each token sees the whole frame; token, causal",
+        choices=FRAME_ATTENTION,
     )
     chat_template: str = setting(
         "", "one of ours, for a tokenizer that brings none", choices=CHAT_TEMPLATES
     )
     template_date: str = setting(
         TEMPLATE_DATE,
-        "the day that a chat template is told which asks for it, kept with the model",
+        "the date that chat templates write which ask for one; kept with the model",
         valid=(is_date, f"a date such as {TEMPLATE_DATE}"),
     )
 
     @property
     def closing_tokens(self) -> int:
-        """Tokens behind the cells of each frame."""
+        """Number of tokens after the cells of each frame."""
         return int(self.frame_marks == "frames")
 
     @property
     def newline_tokens(self) -> int:
-        """Tokens behind the last frame of each medium."""
+        """Number of tokens after the last frame of each medium."""
         return int(self.frame_marks == "media")
 
     @property
     def around_media(self) -> tuple[str, str] | None:
-        """The control tokens before and behind each medium; None where there are none."""
+        """The control tokens before and after each medium; None where there are none."""
         return None if self.frame_time == "seconds" else self._tags
 
     @property
     def around_frames(self) -> tuple[str, str] | None:
-        """The control tokens before and behind each frame; None where there are none."""
+        """The control tokens before and after each frame; None where there are none."""
         return self._tags if self.frame_time == "seconds" else None
 
     @property
@@ -172,23 +183,26 @@ class ModelSettings:
 
     @property
     def time_form(self) -> str:
-        """How the time before each frame is written; empty where it is not."""
+        """The format of the time before each frame; empty where none is written."""
         return TIME_FORMS.get(self.frame_time, "")
 
     @property
     def pooled(self) -> int:
-        """Banked cells on a side that are pooled to one token behind the projector."""
+        """Banked cells on a side that are pooled to one token after the projector."""
         return POOLED if self.pool_after_projector else 1
 
     @property
     def finer(self) -> int:
-        """Cells on a side that become one token in the projector or behind it."""
+        """Cells on a side that become one token in the projector or after it."""
         return self.pooled if self.pool_after_projector else joined_cells(self.mm_projector_type)
 
 
 @dataclass(frozen=True)
 class VLMConfig(ModelSettings):
-    """What a trained model is, beside its weights: everything that must agree to use them."""
+    """The settings of a saved model: all that must agree for its weights to be used.
+
+    What a run may leave to its stage (`auto`) is decided here.
+    """
 
     frame_time: str = setting("none", "none, text or seconds", choices=FRAME_TIME[1:])
     frame_positions: str = setting("plain", "plain or mrope", choices=FRAME_POSITIONS[1:])
@@ -210,11 +224,11 @@ class VLMConfig(ModelSettings):
         least=0,
     )
     turns: str = setting(
-        "dialogue", "how the questions of its records saw each other", choices=(*TURNS, "mixed")
+        "dialogue", "how turns of a record saw each other in training", choices=(*TURNS, "mixed")
     )
 
     def __post_init__(self) -> None:
-        """Raise UserError for every setting that has a value it does not take."""
+        """Raise one UserError that lists every setting whose value is not allowed."""
         values = {item: getattr(self, item.name) for item in fields(self)}
         problems = [
             f"{item.name} {problem}, got {value!r}"
@@ -226,7 +240,7 @@ class VLMConfig(ModelSettings):
 
 
 def read_model_config(folder: Path) -> Json:
-    """Return a model folder's config.json with `model` as a VLMConfig; UserError if it is none."""
+    """Return a model folder's config.json, with `model` as a VLMConfig; UserError if there is none."""
     path = folder / "config.json"
     if not path.exists():
         raise UserError("no trained model here (config.json is missing)", where=folder)

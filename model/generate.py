@@ -1,4 +1,4 @@
-"""Answers, token by token: greedy, with coordinates decoded by their median and fed back exactly."""
+"""Greedy generation of answers; coordinates are decoded by their median and fed back unrounded."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ MARKUP = ("t", "y", "x")
 
 @dataclass(frozen=True)
 class Piece:
-    """A generated token: its id, or a coordinate in [0, 1] on an axis."""
+    """A generated token: a text token's id, or a coordinate in [0, 1] on an axis."""
 
     token: int
     axis: int = -1
@@ -34,8 +34,9 @@ def generate(
 ) -> list[list[Piece]]:
     """Return each row's answer to its prompt, without the token that ended it.
 
-    The prompt is read once under the batch's own mask; each new token then sees its row's prompt
-    and the tokens generated so far, never the padding between them.
+    batch: prompts, without labels. stop: ids that end an answer. The prompt passes once under the
+    batch's own mask; each new token then sees its row's prompt and the tokens generated so far, never
+    the padding between them. Raises UserError where the LLM's context is too short.
     """
     check_room(model, int(batch.lengths.max()), max_new_tokens)
     reader = (Cached if model.masked else Reread)(model, batch)
@@ -56,7 +57,7 @@ def generate(
 
 
 def check_room(model: VLM, prompt: int, new: int) -> None:
-    """Raise UserError where a prompt and an answer of so many tokens are longer than the LLM reads."""
+    """Raise UserError where `prompt` + `new` tokens are more than the LLM's context."""
     most = getattr(model.tokenizer, "model_max_length", None)
     limit = context_length(model.llm.config.to_dict(), most)
     fix = f"use fewer than {new} new tokens, or fewer frames (max_frames_num)"
@@ -64,16 +65,17 @@ def check_room(model: VLM, prompt: int, new: int) -> None:
 
 
 class Cached:
-    """Reads rows whose keys and values stay: the prompt at once, then a token of each at a time."""
+    """Runs rows over a cache of keys and values: the prompt at once, then one token of each row."""
 
     def __init__(self, model: VLM, batch: Batch) -> None:
         self.model, self.batch = model, batch
-        self.cache = DynamicCache()  # without a config it keeps what lies behind a window too
+        # without a config, so that it keeps keys beyond a sliding window too: the masks cut them off
+        self.cache = DynamicCache()
         length, device = batch.input_ids.shape[1], batch.input_ids.device
         self.seen = torch.arange(length, device=device)[None] < batch.lengths[:, None]
         self.positions = batch.position_ids
         self.rope_end = None
-        """What each row's last token turns by, the greatest of its three: int64 `(rows,)`."""
+        """The greatest of the three M-RoPE positions of each row's last token: int64 `(rows,)`."""
         if batch.rope is not None:
             rows = torch.arange(len(batch.lengths), device=device)
             self.rope_end = batch.rope[:, rows, batch.lengths - 1].amax(dim=0)
@@ -82,8 +84,8 @@ class Cached:
         """Return the last hidden state of each row's prompt, under the batch's own mask."""
         model, batch = self.model, self.batch
         mask = model.attention_mask(batch)
-        told = batch.position_ids, batch.rope, model.added(batch)
-        states = self._decode(model.embed(batch), mask, *told)
+        positions = batch.position_ids, batch.rope
+        states = self._decode(model.embed(batch), mask, *positions, model.added(batch))
         return states[torch.arange(len(states), device=states.device), batch.lengths - 1]
 
     def read(self, embeds: Tensor) -> Tensor:
@@ -121,11 +123,11 @@ class Cached:
 
 
 class Reread:
-    """Reads whole rows anew for each token: for LLMs that hold a state where others hold keys."""
+    """Runs whole rows from the start for each token: for LLMs with a recurrent state in place of keys."""
 
     def __init__(self, model: VLM, batch: Batch) -> None:
-        assert batch.rope is None, "M-RoPE is of LLMs whose keys are kept"
-        assert not model.config.deepstack, "so is DeepStack"
+        assert batch.rope is None, "LLMs with M-RoPE have keys to cache"
+        assert not model.config.deepstack, "LLMs with DeepStack have keys to cache"
         self.model, self.lengths = model, batch.lengths
         self.embeds = model.embed(batch)
 
@@ -139,15 +141,16 @@ class Reread:
         """Return the hidden state after one more token of each row, `(rows, width)`."""
         rows = torch.arange(len(embeds), device=embeds.device)
         self.embeds = F.pad(self.embeds, (0, 0, 0, 1))
-        self.embeds[rows, self.lengths] = embeds  # over what is padding there
+        self.embeds[rows, self.lengths] = embeds  # in place of the row's first padding
         self.lengths = self.lengths + 1
         return self.prompt()
 
 
 def choose(model: VLM, hidden: Tensor) -> list[Piece]:
-    """Return the next token of each row: a text token, or a coordinate of the likeliest axis.
+    """Return the next token of each row: the likeliest text token, or a coordinate of an axis.
 
-    An axis competes with its whole mass, since a coordinate's target is spread over anchors.
+    hidden: `(rows, width)`. An axis competes by the sum of its anchors' probabilities: a coordinate's
+    target is spread over several anchors, none of which need be likelier than a text token.
     """
     logits = model.logits(hidden)
     if model.lape is None:
@@ -171,7 +174,7 @@ def write_answer(model: VLM, pieces: list[Piece], duration: float) -> str:
 
     Six decimals: with four a box of a hundredth of the frame would lose 2 % of its IoU.
     """
-    # decoded after a line break, for SentencePiece drops the blank that its text begins with
+    # decoded after a line break: SentencePiece drops a blank at the beginning of its text
     before = model.tokenizer("\n", add_special_tokens=False).input_ids
     head = len(model.tokenizer.decode(before))
     text, run = "", list[int]()

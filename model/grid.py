@@ -1,4 +1,4 @@
-"""How a patch grid is cut into cells: pooling, cell spans and centres, maps between grids.
+"""Patch grids cut into cells: pooling, cell spans and centres, maps between grids.
 
 A grid is the tower's patches (rows, columns) cut with a stride; a cell is `stride` patches on a
 side, the last one smaller where the stride does not divide the grid. Grids need not be square.
@@ -34,29 +34,36 @@ class Grid:
 
     @property
     def rows(self) -> int:
+        """Number of cells along the height."""
         return num_cells(self.patch_rows, self.stride, self.mode)
 
     @property
     def cols(self) -> int:
+        """Number of cells along the width."""
         return num_cells(self.patch_cols, self.stride, self.mode)
 
     @property
     def cells(self) -> int:
+        """Number of cells of a frame, so of its tokens."""
         return self.rows * self.cols
 
     @property
     def row_spans(self) -> Tensor:
+        """`cell_spans` along the height."""
         return cell_spans(self.patch_rows, self.stride, self.mode)
 
     @property
     def col_spans(self) -> Tensor:
+        """`cell_spans` along the width."""
         return cell_spans(self.patch_cols, self.stride, self.mode)
 
 
 def num_cells(patches: int, stride: int, mode: str) -> int:
+    """Return the number of cells along an axis of so many patches; 0 if the stride leaves none."""
     return -(-patches // stride) if mode in ("average", "bilinear") else patches // stride
 
 
+# a run has a handful of frame sizes and two strides, but asks for their spans at every step
 @lru_cache(maxsize=256)
 def cell_spans(patches: int, stride: int, mode: str) -> Tensor:
     """Return each cell's (start, end) along one axis: float64 `(cells, 2)`, fractions of the axis.
@@ -73,7 +80,7 @@ def cell_spans(patches: int, stride: int, mode: str) -> Tensor:
 
 
 def cell_patches(patches: int, stride: int, mode: str) -> list[list[int]]:
-    """Return, for each cell of an axis, the patches whose centres lie in its span."""
+    """Return, for each cell of an axis, the indices of the patches whose centres are in its span."""
     centres = (torch.arange(patches, dtype=torch.float64) + 0.5) / patches
     return [
         torch.nonzero((centres >= start) & (centres < end)).flatten().tolist()
@@ -87,6 +94,8 @@ def pool(features: Tensor, stride: int, mode: str = "average") -> Tensor:
     features: `(frames, patch_rows, patch_cols, dim)` -> fp32 `(frames, cell_rows, cell_cols, dim)`.
     `average` is the mean of the patches that a cell really has, edge cells included.
     """
+    # `average` is the default because the others drop patches of a 27x27 grid (SigLIP at 384 pixels):
+    # at stride 4 `average_floor` and `max` lose 21 % of them, `bilinear` reads 23 % of them.
     grid = Grid(features.shape[1], features.shape[2], stride, mode)
     planes = features.float().permute(0, 3, 1, 2)  # frames, dim, rows, cols
     if mode == "average":
@@ -108,7 +117,10 @@ def resample_map(source: Grid, target: Grid) -> Tensor:
 
     Rows sum to 1. Towards a coarser or equal axis: the share of each source cell in the target
     cell. Towards a finer axis: linear interpolation between source centres, clamped at the borders.
+    With `average` the first is exact: where the coarser stride is a multiple of the finer one, the map
+    takes features pooled at the finer stride to those pooled at the coarser one.
     """
+    # both axes are independent, so the map over cells in row-major order is a Kronecker product
     rows = _resample_axis(source.row_spans, target.row_spans)
     cols = _resample_axis(source.col_spans, target.col_spans)
     return torch.kron(rows, cols).float()

@@ -1,7 +1,8 @@
 """A model folder's files: the LLM in Hugging Face form, the other parts as safetensors.
 
-What is missing, or has another shape than the config says, is refused by name. A checkpoint over an
-LLM that is not trained names it in `llm/base.json` instead of holding a copy.
+Weights that are missing, or that have another shape than the config says, are refused by name. A
+checkpoint over an LLM that is not trained names it in `llm/base.json` instead of holding a copy: a frozen
+7B in bfloat16 is 15 GB at each save.
 """
 
 import hashlib
@@ -22,44 +23,45 @@ from model.family.qwen_vl import INNER, config_problem, inner_config
 from shards.errors import UserError, first_line
 
 ORIGINAL_LLAVA = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
-"""The `model_type` of LLaVA's own checkpoints -> the family of the LLM that lies flat in them."""
+"""The `model_type` of LLaVA's own checkpoints -> the family of the LLM whose config they extend."""
 COPY = "copy or download it again"
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
-"""Of a tower's config: what says nothing of its features."""
+"""Fields of a tower's config that its features do not depend on."""
 PREFIXES = (("language_model.", ""), ("model.language_model.", "model."), ("lm_head.", "lm_head."))
-"""How the LLM's weights begin in a LLaVA checkpoint of transformers, older and newer, and alone."""
+"""Prefix of the LLM's weights in a LLaVA checkpoint of transformers, old or new -> in an LLM alone."""
 QWEN_PREFIXES = (
     ("model.language_model.", "model."),
     ("model.", "model."),
     ("lm_head.", "lm_head."),
 )
-"""In a Qwen-VL checkpoint, as transformers names them inside and as they are published."""
+"""Likewise in a Qwen-VL checkpoint: as transformers saves it, and as it is published."""
 
 
 @dataclass(frozen=True)
 class LlmBase:
-    """An LLM that is not trained, lying elsewhere: what a checkpoint names in place of a copy."""
+    """A reference to an LLM that is not trained, which a checkpoint holds in place of a copy."""
 
     path: str
     digest: str
-    """Of its files, see `llm_digest`."""
+    """sha256 of its files, see `llm_digest`."""
     dtype: str
-    """Which it was trained over in: `float32`, `bfloat16`."""
+    """The dtype that it had in training: `float32`, `bfloat16`."""
     merged: bool
-    """Whether the adapter that lies beside it was merged into it."""
+    """Whether the LoRA adapter in its `lora/` folder was merged into it first."""
 
 
 def load_llm(
     path: str | Path, dtype: torch.dtype = torch.float32, base: LlmBase | None = None
 ) -> Any:
-    """Load a causal LLM by hub name or folder, with its LoRA adapter where one lies inside.
+    """Load a causal LLM by Hub name or folder, with the LoRA adapter in its `lora/` if it has one.
 
-    base: where the LLM lies now that a checkpoint only names, [as when it was written]. A weight that
-    is not there is refused: transformers would draw it at random and warn.
+    base: the present place of the LLM that a checkpoint only names; without it, the place when it was
+    written. Raises UserError for a missing weight, which transformers would draw at random, and warn.
     """
     named = read_base(path)
     llm = _load_base(named, path, base) if named else _load_plain(path, dtype)
-    for weight in llm.parameters():  # not `llm.to`: the buffers of rotary positions stay fp32
+    # not `llm.to`, which rounds buffers too: rotary frequencies stay fp32
+    for weight in llm.parameters():
         weight.data = weight.data.to(dtype)
     if (Path(path) / "lora").exists():
         from peft import PeftModel
@@ -69,7 +71,7 @@ def load_llm(
 
 
 def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
-    logging.disable_progress_bar()  # its bar for every file drowns the run's own lines
+    logging.disable_progress_bar()  # a bar for each file would hide the run's own lines
     folder = Path(path)
     written = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     kind = written.get("model_type", "")
@@ -81,15 +83,14 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
     else:
         try:
             llm, found = AutoModelForCausalLM.from_pretrained(
-                # else it asks on the terminal whether a folder's own code may run
                 path,
                 dtype=dtype,
                 output_loading_info=True,
-                trust_remote_code=False,
+                trust_remote_code=False,  # unset, transformers asks on the terminal
             )
         except SafetensorError as error:
             raise UserError(f"its weights do not read ({error})", where=path, fix=COPY) from None
-        except ValueError as error:  # of many lines where the model is of another sort
+        except ValueError as error:  # many lines, for a model that is no causal LLM
             if "trust_remote_code" in str(error):
                 raise UserError(
                     "its model is code of its own, which is never run",
@@ -105,18 +106,18 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
         raise UserError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")
     if not isinstance(llm.get_input_embeddings(), nn.Embedding):
         raise UserError(
-            f"not an LLM of text: {type(llm).__name__} has no one table of words", where=path
+            f"not an LLM of text: {type(llm).__name__} has no single embedding table", where=path
         )
     return llm
 
 
 def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return the causal LLM inside a whole model, and transformers' report of what it lacks."""
+    """Return the causal LLM inside a vision-language model, and transformers' loading report."""
     if any(part.get("quantization_config") for part in (written, written.get("text_config") or {})):
         raise UserError(
-            "its weights are quantised, and only whole ones can be trained or trained over",
+            "its weights are quantised, and only unquantised ones can be trained or trained over",
             where=folder,
-            fix="name the model that it was made of",
+            fix="name the model it was made from",
         )
     prefixes: tuple[tuple[str, str], ...]
     if written["model_type"] in INNER:
@@ -145,7 +146,7 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
     wrong = shape_problems(weights, {name: own[name] for name in own if name in weights})
     if wrong:
         raise UserError(f"{folder}: {'; '.join(wrong)}; its config.json is of another model")
-    # not by `key_mapping`, which would name the weights the old way again when they are saved
+    # not by `key_mapping`, which renames the weights back when they are saved
     llm, found = type(empty).from_pretrained(
         None,
         config=config,
@@ -158,12 +159,15 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
 
 
 def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
-    """Return the tensors of a folder's safetensors files under their new names; None leaves one out."""
+    """Return the tensors of a folder's safetensors files under new names.
+
+    rename: old name -> new name, None to leave a tensor out. Raises UserError for an unreadable file.
+    """
     out: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt", device="cpu") as saved:
-                for name in saved.keys():  # noqa: SIM118 - it is no mapping
+                for name in saved.keys():  # noqa: SIM118 - a safetensors file is not iterable
                     new = rename(name)
                     if new is not None:
                         out[new] = saved.get_tensor(name)
@@ -178,7 +182,7 @@ def _load_base(named: LlmBase, named_in: str | Path, base: LlmBase | None) -> An
     if base.digest != named.digest:
         raise UserError(
             f"{base.path}: not the LLM that {named_in} was trained over (digest {base.digest[:12]}, "
-            f"expected {named.digest[:12]}: {named.path}); put that one back, or name it by stage_path"
+            f"expected {named.digest[:12]}: {named.path}); restore that one, or name it by stage_path"
         )
     dtype = getattr(torch, base.dtype)
     if base.merged:
@@ -187,22 +191,26 @@ def _load_base(named: LlmBase, named_in: str | Path, base: LlmBase | None) -> An
 
 
 def read_base(path: str | Path) -> LlmBase | None:
-    """Return what an `llm/` folder names in place of weights, None where it holds them itself."""
+    """Return the LLM that an `llm/` folder refers to; None where it holds weights itself."""
     file = Path(path) / "base.json"
     return LlmBase(**read_json(file)) if file.exists() else None
 
 
 def base_of(path: str | Path, dtype: torch.dtype, *, merged: bool) -> LlmBase:
-    """Return how to name an LLM, a folder or a Hub name, in place of a copy of its weights."""
+    """Return the reference to an LLM (a folder or Hub name) that stands in for its weights.
+
+    dtype: of the LLM in training. merged: whether its adapter was merged into it.
+    """
     named, kind = read_base(path), str(dtype).removeprefix("torch.")
     if named is not None and not merged:
-        return named if kind == "float32" else replace(named, dtype=kind)  # rounded is rounded
-    lies = str(Path(path).resolve()) if Path(path).exists() else str(path)
-    return LlmBase(lies, llm_digest(path, adapter=merged), kind, merged)
+        # weights that were once rounded to bfloat16 stay so when they are loaded as float32
+        return named if kind == "float32" else replace(named, dtype=kind)
+    place = str(Path(path).resolve()) if Path(path).exists() else str(path)
+    return LlmBase(place, llm_digest(path, adapter=merged), kind, merged)
 
 
 def tower_digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """Return blake2b over a vision tower's configuration and weights, in order of name."""
+    """Return blake2b (16 bytes, hex) over a vision tower's configuration and weights, sorted by name."""
     kept = {key: value for key, value in config.items() if key not in VOLATILE}
     total = hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=16)
     for name, weight in sorted(weights.items()):
@@ -212,9 +220,10 @@ def tower_digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> st
 
 
 def own_tower_digest(folder: Path, prefixes: Sequence[str]) -> str:
-    """Return the digest of the tower in a whole model's folder, as a bank of it names it.
+    """Return the digest of the tower in a vision-language model's folder, equal to that in its bank.
 
-    prefixes: what the names of its weights begin with.
+    prefixes: possible beginnings of its weights' names. Its weights are taken in fp32, as they are when
+    a bank is encoded.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).vision_config
 
@@ -226,7 +235,10 @@ def own_tower_digest(folder: Path, prefixes: Sequence[str]) -> str:
 
 
 def llm_digest(path: str | Path, *, adapter: bool) -> str:
-    """Return the sha256 over an LLM's config and weight files, and its adapter's if asked."""
+    """Return the sha256 over an LLM's config and weight files, with its adapter's if `adapter`.
+
+    path: a folder, or a Hub name that is in the local cache; UserError where neither is found.
+    """
     folder = Path(path)
     if not folder.exists():
         from huggingface_hub import snapshot_download
@@ -236,8 +248,8 @@ def llm_digest(path: str | Path, *, adapter: bool) -> str:
             folder = Path(snapshot_download(str(path), local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
             raise UserError(
-                f"{path}: no LLM here any more; name where it lies now by stage_path, or use the "
-                "output folder of the finished run, which is complete by itself"
+                f"{path}: no LLM here any more; give its new place by stage_path, or use the output "
+                "folder of the finished run, which is complete by itself"
             ) from None
     index = folder / "model.safetensors.index.json"
     shards = set(read_json(index)["weight_map"].values()) if index.exists() else ()
@@ -254,9 +266,9 @@ def llm_digest(path: str | Path, *, adapter: bool) -> str:
 
 
 def save_llm(llm: Any, path: Path, base: LlmBase | None = None) -> None:
-    """Save an LLM so that transformers alone loads it; an adapter lies beside it in `lora/`.
+    """Save an LLM so that transformers alone can load it, an adapter in `lora/` beside the weights.
 
-    With `base` only what that LLM lacks is written, and where it lies.
+    With `base`, its weights are not written but referred to by `base.json`.
     """
     adapted = hasattr(llm, "peft_config")
     if base is not None:
@@ -280,12 +292,12 @@ def save_llm(llm: Any, path: Path, base: LlmBase | None = None) -> None:
 
 
 def open_as_folder(file: Path) -> None:
-    """Let those read a file who may read its folder: safetensors writes for the owner alone."""
+    """Give a file its folder's read and write permissions: safetensors writes for the owner alone."""
     file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def check_adapter(llm: Any, rank: int, alpha: int) -> None:
-    """Raise UserError where an LLM's LoRA adapter is of another rank or scale than is asked."""
+    """Raise UserError where an LLM's LoRA adapter has another rank or alpha than the run's settings."""
     made = llm.peft_config["default"]
     if (made.r, made.lora_alpha) != (rank, alpha):
         raise UserError(
@@ -297,6 +309,7 @@ def check_adapter(llm: Any, rank: int, alpha: int) -> None:
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's state as a safetensors file, making its folder if needed."""
     path.parent.mkdir(exist_ok=True)
     weights = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
@@ -306,7 +319,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a part's weights; UserError lists every tensor that is missing, extra or of another shape."""
+    """Load a module's weights; UserError lists each tensor that is missing, extra or of another shape."""
     _require(path)
     try:
         saved, own = load_file(path), module.state_dict()
@@ -319,7 +332,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def shape_problems(saved: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
-    """Return a line for each tensor that only one of the two has, or that has another shape."""
+    """Return a line for each tensor that only one of the two has, or whose shapes differ."""
     return [
         f"{name} is {tuple(saved[name].shape)}, the config asks for {tuple(own[name].shape)}"
         if name in saved and name in own
@@ -330,14 +343,16 @@ def shape_problems(saved: dict[str, Tensor], own: dict[str, Tensor]) -> list[str
 
 
 def read_json(path: Path) -> Any:
+    """Return the content of a model folder's JSON file; UserError where it is missing."""
     _require(path)
     return json.loads(path.read_text())
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Write a model folder's JSON file, its keys sorted."""
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
 def _require(path: Path) -> None:
     if not path.exists():
-        raise UserError(f"{path}: missing; the model folder was copied in part, copy it again")
+        raise UserError(f"{path}: missing; the model folder was copied in part; copy all of it")

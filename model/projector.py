@@ -2,12 +2,12 @@
 
 `linear`; `mlpNx_gelu`, N linear layers; `identity`, for features of the LLM's own width; and VILA's
 `mlp_downsample` families, which join a block of 2x2 or 3x3 neighbouring cells before the first layer
-(`base_projector.py`, `DownSampleBlock`). What they join must be banked at a stride that is finer by that
-factor.
+(`base_projector.py`, `DownSampleBlock`). The cells that they join must be banked at a stride that is
+finer by that factor.
 
-`norm_mlpNx_gelu` is ours: the MLP on standardised channels. A tower's channels differ in size and lie
-far from 0 (the mean of a DINOv2 channel is up to four times its deviation); a fresh projector behind
-them sees nearly the same frame again and again, and takes long to learn what differs.
+`norm_mlpNx_gelu` is ours: the MLP on standardised channels. A tower's channels differ in scale and are
+far from 0 (the mean of a DINOv2 channel is up to four times its standard deviation), so that all frames
+look nearly the same to a fresh projector, which then takes long to learn their differences.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ from shards.errors import UserError
 def build_projector(kind: str, tower_width: int, llm_width: int) -> nn.Module:
     """Return a module that maps `(frames, rows, cols, tower_width)` to the LLM's width.
 
-    A downsampling one makes `(frames, ceil(rows / n), ceil(cols / n), llm_width)` of it.
+    One that joins n x n cells returns `(frames, ceil(rows / n), ceil(cols / n), llm_width)`. Raises
+    UserError for `identity` where the widths differ, and for an unknown kind.
     """
     if kind == "identity":
         if tower_width != llm_width:
@@ -53,18 +54,21 @@ def build_projector(kind: str, tower_width: int, llm_width: int) -> nn.Module:
     for place, (before, after) in enumerate(pairwise(widths)):
         if place:
             layers.append(nn.GELU())
-        if side == 3 and place == 1:
+        if side == 3 and place == 1:  # VILA's 3x3 projector normalises its hidden layer too
             layers.append(nn.LayerNorm(before))
         layers.append(nn.Linear(before, after))
     return nn.Sequential(*layers)
 
 
 LEAST_STD = 0.1
-"""Of the channels' median deviation."""
+"""Lower bound of a channel's standard deviation, as a share of the channels' median one."""
 
 
 class ChannelNorm(nn.Module):
-    """Standardises each channel by a mean and a deviation that are measured once and then fixed."""
+    """Standardises each channel by a mean and a standard deviation, measured once and then fixed.
+
+    Buffers, not running statistics: a batch norm would make a record's loss depend on its batch.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -75,12 +79,14 @@ class ChannelNorm(nn.Module):
 
     @property
     def measured(self) -> bool:
+        """Whether `measure` has set the buffers, in this run or in the one that saved them."""
         return bool((self.std != 1).any())
 
     def measure(self, features: Sequence[Tensor]) -> None:
-        """Set both from some features `(..., width)`.
+        """Set mean and standard deviation from features `(..., width)`.
 
-        A channel that hardly changes in them is not blown up: it may change more elsewhere.
+        The deviation has a lower bound (`LEAST_STD`): a channel that hardly varies in these few clips
+        may vary more in others, where it would be scaled up without limit.
         """
         cells = torch.cat([part.flatten(0, -2).double() for part in features])
         std = cells.std(dim=0, unbiased=False)
@@ -89,12 +95,13 @@ class ChannelNorm(nn.Module):
         self.std.copy_(std.clamp(min=least) if least > 0 else torch.ones_like(std))
 
     def forward(self, cells: Tensor) -> Tensor:
+        """Return the cells standardised, in their own dtype: `(..., width)`."""
         standard: Tensor = (cells - self.mean) / self.std
         return standard.to(cells.dtype)
 
 
 class JoinCells(nn.Module):
-    """Joins each block of `side` x `side` cells, row by row; blocks over the border are padded by 0."""
+    """Joins each block of `side` x `side` cells, row by row; blocks across the border are zero-padded."""
 
     def __init__(self, side: int) -> None:
         super().__init__()

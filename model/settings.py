@@ -1,8 +1,8 @@
-"""How a setting is declared, once: its default, what it means, which values it takes; torch-free.
+"""Declares a setting once: its default, its meaning, the values it takes; torch-free.
 
     learning_rate: float = setting(2e-5, "of the LLM", more_than=0)
 
-Whoever reads a value - flags, YAML, a model's config.json - asks `problem_of` whether it may be.
+Every reader of values (flags, YAML, a model's config.json) checks them by `problem_of`.
 """
 
 import math
@@ -12,9 +12,9 @@ from dataclasses import Field, field
 from typing import Any
 
 SWITCH = bool | str
-"""The type of a setting that is on, off, or one of some words."""
+"""The type of a setting that is true, false or one of its `choices`."""
 LARGEST_INTEGER = 2**31 - 1
-"""Of integers without a bound of their own: what NumPy and torch count in without overflow."""
+"""Bound of integers that have none of their own: above it NumPy and torch may overflow an int32."""
 
 
 def setting(
@@ -31,8 +31,9 @@ def setting(
 ) -> Any:
     """Declare a dataclass field. Bounds are inclusive (`least`, `most`) or exclusive.
 
-    choices: the texts it may be; beside true and false, of a `SWITCH`. finite: whether infinity is
-    refused; NaN always is. valid: of other texts, a test and what passes it, in words.
+    help_: its meaning, for `--help`. choices: the texts it may be, for a `SWITCH` beside true and false.
+    finite: whether infinity is refused; NaN always is. valid: a test of a text, and which texts pass it,
+    in words.
     """
     facts = {
         "help": help_,
@@ -50,7 +51,7 @@ def setting(
 
 
 def problem_of(item: Field[Any], value: object) -> str | None:
-    """Return what is wrong with a value of a setting, as `must be ...`; None if it may be."""
+    """Return what is wrong with a value of a setting, as `must be ...`; None if it is allowed."""
     facts = item.metadata
     wrong = f"must be {expected(item)}"
     if not _is_of(value, item.type):
@@ -71,7 +72,7 @@ def problem_of(item: Field[Any], value: object) -> str | None:
 
 
 def expected(item: Field[Any]) -> str:
-    """Return in words which values a setting takes: `an integer in [2, 1000]`, `true or false`."""
+    """Return the values that a setting takes, in words: `an integer in [2, 1000]`, `true or false`."""
     kind, facts = item.type, item.metadata
     if kind == SWITCH:
         return f"true, false or {' or '.join(facts['choices'])}"
@@ -99,7 +100,7 @@ def expected(item: Field[Any]) -> str:
 
 
 def _is_of(value: object, kind: Any) -> bool:
-    """Tell whether a value is of a setting's type; an integer is a number, true and false are not."""
+    """Return whether a value is of a setting's type; integers are numbers, true and false are not."""
     if isinstance(kind, types.GenericAlias):
         return isinstance(value, list)
     if kind in (int, float) and isinstance(value, bool):

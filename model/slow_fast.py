@@ -28,8 +28,9 @@ def slow_frames(strategy: str, ratio: float | str | Fraction, num_frames: int) -
     """Return, for each of `num_frames` frames in order of time, whether it is slow (finer grid).
 
     ceil(ratio * num_frames) frames are slow. `interleave` spreads them (1/2 gives SFSF, 1/4 SFFF:
-    for 1/k the rule of LLaVA-NeXT's `faster_token_stride`), `first_slow` puts them first,
+    for 1/k that is LLaVA-NeXT's `faster_token_stride`, `llava_arch.py`), `first_slow` puts them first,
     `uniform` places them by `uniform_indices`. The ratio is taken as the exact decimal written.
+    Raises UserError for an unknown strategy, a ratio outside [0, 1] and less than one frame.
     """
     rho = exact_ratio(ratio)
     if strategy not in STRATEGIES:
@@ -40,6 +41,7 @@ def slow_frames(strategy: str, ratio: float | str | Fraction, num_frames: int) -
         raise UserError(f"a slow/fast pattern needs at least one frame, got {num_frames}")
     num_slow = _ceil(rho * num_frames)
     if strategy == "interleave":
+        # frame i is slow where the running count ceil(i rho) rises: an even spread for any ratio
         return [_ceil((i + 1) * rho) > _ceil(i * rho) for i in range(num_frames)]
     if strategy == "first_slow":
         return [i < num_slow for i in range(num_frames)]
@@ -48,7 +50,7 @@ def slow_frames(strategy: str, ratio: float | str | Fraction, num_frames: int) -
 
 
 def exact_ratio(ratio: float | str | Fraction) -> Fraction:
-    """Return the ratio as the exact fraction that its decimal spelling means, checked for [0, 1]."""
+    """Return the exact fraction that a ratio's decimal text means; UserError outside [0, 1]."""
     try:
         rho = Fraction(str(ratio))
     except (ValueError, ZeroDivisionError):
@@ -59,7 +61,7 @@ def exact_ratio(ratio: float | str | Fraction) -> Fraction:
 
 
 def is_ratio(ratio: str) -> bool:
-    """Tell whether a text is a ratio that `exact_ratio` reads."""
+    """Return whether a text is a ratio that `exact_ratio` accepts."""
     try:
         exact_ratio(ratio)
     except UserError:

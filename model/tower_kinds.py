@@ -1,4 +1,4 @@
-"""The vision towers that can be taken, a row each; torch-free, so that training can count their FLOPs.
+"""The supported vision towers, a row each; torch-free, so that training can count their FLOPs.
 
 Add your own tower: a row of `KINDS` below. A vision transformer of transformers whose hidden states
 are a CLS token and then the patches, row by row, needs no more than
@@ -19,24 +19,24 @@ from typing import Any
 from shards.errors import UserError
 
 MERGED = "merged"
-"""The layer behind a tower's merger: tokens of several patches, as they go to the LLM."""
+"""The layer of a tower's merger: tokens of several patches, as they go to the LLM."""
 Layer = int | str
-"""Index into a tower's hidden states, -1 the last; or `MERGED`, behind the numbers of layers that have a
-merger of their own."""
+"""Index into a tower's hidden states, -1 the last; or `MERGED`, after the numbers of layers that have a
+merger of their own: `5,11,17,merged`."""
 
 
 def named_layers(layer: Layer) -> list[int]:
-    """Return the layers before `merged`: of `5,11,17,merged` 5, 11 and 17, counted from 0."""
+    """Return the layers before `merged`, counted from 0: 5, 11 and 17 of `5,11,17,merged`."""
     return [int(word) for word in layer.split(",")[:-1]] if isinstance(layer, str) else []
 
 
 def merged_layer(earlier: Iterable[int] = ()) -> str:
-    """Return the layer of merged tokens, with those of earlier layers before them: the other way."""
+    """Return the text that `named_layers` reads: `5,11,17,merged` for 5, 11 and 17."""
     return ",".join(map(str, (*earlier, MERGED)))
 
 
 def named(name: str) -> Any:
-    """Return what `module:name` means, importing the module."""
+    """Return the object that `module:name` names, importing the module."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -53,10 +53,12 @@ def patch_of(config: Mapping[str, Any]) -> int:
 def vit_flops(config: Mapping[str, Any], patches: int, layer: int) -> int:
     """Return the FLOPs of a plain vision transformer on one frame, up to a hidden state.
 
-    Later layers are not computed by a fair competitor, so they are not counted; nor is what comes
-    before the patches. Raises KeyError where the config lacks a size.
+    patches (8 w^2 + 4 w m + 4 patches w) a layer (width w, MLP m): four square matrices, two of the MLP,
+    scores and values of attention; and 6 side^2 w for each patch's projection. 2 FLOPs per multiply-add.
+    Layers after the one that is taken are not counted, since a fair competitor would not compute them;
+    nor are prefix tokens. Raises KeyError where the config lacks a size.
     """
-    if config.get("use_gated_mlp"):  # one matrix more
+    if config.get("use_gated_mlp"):  # a third matrix, which the formula does not have
         raise KeyError("use_gated_mlp")
     width, depth, side = config["hidden_size"], config["num_hidden_layers"], patch_of(config)
     mlp = config.get("intermediate_size") or width * config["mlp_ratio"]
@@ -67,10 +69,10 @@ def vit_flops(config: Mapping[str, Any], patches: int, layer: int) -> int:
 
 @dataclass(frozen=True)
 class TowerKind:
-    """What must be known of a family of towers; names of fields are those of its vision config."""
+    """The facts of a family of towers; names of fields are those of its vision config."""
 
     model_types: tuple[str, ...]
-    """`model_type` in config.json: of the tower alone and of whole models that it is part of."""
+    """`model_type` in config.json: of the tower alone and of the models that contain it."""
     model: str
     """The vision part's class, as `module:Name`; imported when such a tower is loaded."""
     prefix_tokens: int = 0
@@ -80,17 +82,17 @@ class TowerKind:
     depth: str = "num_hidden_layers"
     """The field with the number of layers."""
     frames_per_unit: str = ""
-    """The field with the frames that a patch is deep; without one, each frame stands for itself."""
+    """The field with the frames of a temporal unit; without one, a unit is a frame."""
     merge: str = ""
-    """The field with the patches on a side that a later merger joins, where a frame keeps a size of its
-    own, in multiples of them; without one, every frame is given the same size."""
+    """The field with the patches on a side that a merger joins; frames then keep a size of their own, in
+    multiples of these. Without one, all frames are brought to one size."""
     any_shape: bool = False
-    """Whether a frame keeps its shape, in multiples of a patch, where nothing merges them."""
+    """Whether frames keep their shape, in multiples of a patch, without a merger."""
     window: str = ""
-    """The field with the frames that see each other: a clip is encoded in windows of so many."""
+    """The field with the frames that attend to each other: a clip is encoded in windows of this many."""
     inside: tuple[str, ...] = ()
-    """What the tower's weights are prefixed with in a whole model, as patterns, where transformers does
-    not take the class's weights out of it by itself."""
+    """Patterns of the prefix of the tower's weights in a model that contains it, where transformers does
+    not find the class's weights by itself."""
     merged_width: str = ""
     """The field with the channels of a merged token, where there is a merger."""
     deepstack: str = ""
@@ -105,34 +107,34 @@ class TowerKind:
     """(config, patches of a frame, layer) -> FLOPs of a frame; None where they are not counted."""
 
     def frames_of(self, config: Any) -> int:
-        """Return how many frames make one unit."""
+        """Return the frames of one temporal unit."""
         return int(getattr(config, self.frames_per_unit)) if self.frames_per_unit else 1
 
     def joined(self, config: Any, layer: Layer) -> int:
-        """Return how many patches on a side make one of what a layer gives."""
+        """Return the patches on a side of one of a layer's tokens."""
         return int(getattr(config, self.merge)) if isinstance(layer, str) else 1
 
     def width_of(self, config: Any, layer: Layer) -> int:
-        """Return the channels of what a layer gives."""
+        """Return the channels of a layer's tokens."""
         if isinstance(layer, str):
             return int(getattr(config, self.merged_width)) * (len(named_layers(layer)) + 1)
         return int(getattr(config, self.width))
 
     def merged_layers(self, config: Any) -> list[str]:
-        """Return what `layer` may be beside a number."""
+        """Return the values of `layer` that are no number: merged tokens, if there is a merger."""
         if not self.merge:
             return []
         earlier = getattr(config, self.deepstack) if self.deepstack else ()
         return [MERGED, *([merged_layer(earlier)] if earlier else [])]
 
     def side_of(self, config: Any) -> int | None:
-        """Return what the sides of a frame are multiples of, where it keeps a size of its own."""
+        """Return the multiple of frames' sides, in pixels, where frames keep a size of their own."""
         if self.merge:
             return int(config.patch_size * getattr(config, self.merge))
         return int(config.patch_size) if self.any_shape else None
 
     def window_of(self, config: Any) -> int:
-        """Return how many frames see each other, in whole units; 0 where each unit stands for itself."""
+        """Return how many frames attend to each other, in whole units; 0 where units are independent."""
         frames = int(getattr(config, self.window)) if self.window else 0
         return frames - frames % self.frames_of(config)
 
@@ -212,7 +214,7 @@ MIXES_FRAMES = (
     "loss_weight: 0"
 )
 OF_TIMM = (
-    "is a tower of timm (Perception Encoder and others), which is not read; use SigLIP 2 or DINOv3"
+    "is a tower of timm (Perception Encoder and others), not supported here; use SigLIP 2 or DINOv3"
 )
 REFUSED = {
     "vivit": MIXES_FRAMES,
@@ -226,7 +228,7 @@ REFUSED = {
     "pe_": OF_TIMM,
     "intern_vit": "is code of its own, which is never run; use an InternVL in transformers' form (-hf)",
 }
-"""A part of a `model_type` -> why towers of such a type cannot serve."""
+"""A part of a `model_type` -> why towers of such a type are refused."""
 
 
 def find_kind(model_type: str) -> TowerKind:
@@ -242,15 +244,18 @@ def find_kind(model_type: str) -> TowerKind:
 
 
 def mixes_frames(model_type: str) -> bool:
-    """Tell whether a bank's features of a frame hold what later frames show; type: of its tower."""
+    """Return whether features of a frame depend on later frames, given the tower's `model_type`.
+
+    The frame-causal loss is then refused: its input would hold the target.
+    """
     return any(kind.window and model_type in kind.model_types for kind in KINDS)
 
 
 def frame_flops(config: Mapping[str, Any], patches: int, layer: Layer = -2) -> int | None:
     """Return the FLOPs of encoding one frame, or None where they are not known.
 
-    config: a tower's config.json, or that of a whole model which holds it. patches: of the whole
-    frame. layer: which hidden state is taken, as `preprocess encode --layer`.
+    config: config.json of a tower, or of a model that contains it. patches: of the whole frame. layer:
+    the hidden state that is taken, as in `preprocess encode --layer`.
     """
     kind = next((k for k in KINDS if config.get("model_type") in k.model_types), None)
     if kind is None or kind.flops is None or isinstance(layer, str):

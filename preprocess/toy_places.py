@@ -1,11 +1,12 @@
-"""Questions of place about a toy world, from easy to hard: what a model has to learn in this order.
+"""Questions of place about a toy world, in three steps from easy to hard.
 
-    still    where a thing is in one banked frame, which is all that is shown
+    still    where an object is in one banked frame, the only one shown
     clip     where it is in a clip, in the middle of the time that it is visible
     moment   where it is in a clip at a given time
 
-Learned at once, or from few clips, none of them is; `train/presets/evidence/space.yaml` climbs them. A
-still is a medium of one frame cut from the bank, so the bank has to hold the clip's BANKED frames.
+Trained all at once, or on few clips, none of them is learned; `train/presets/evidence/space.yaml` trains
+them in this order. A still is a medium of one frame cut from the bank, so the bank must hold the clip's
+BANKED frames.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,11 @@ STEPS = ("still", "clip", "moment")
 BANKED = 16
 """Frames that `preprocess encode --frames 16` takes of a clip."""
 STILLS = 2
-"""Of a clip."""
+"""Stills per clip."""
 
 
 class Placed(Protocol):
-    """A thing that is somewhere in some of a clip's frames."""
+    """An object that is visible in some of a clip's frames."""
 
     @property
     def name(self) -> str: ...
@@ -46,7 +47,7 @@ def place_records(
     *,
     is_test: bool,
 ) -> dict[str, list[Json]]:
-    """Return a clip's records by step: of training one with all questions, of a test one for each."""
+    """Return a clip's records by step: one with all questions, or for tests one per question."""
     asked = one_each if is_test else lambda video, turns: [together(video, turns)]
     shown = [
         (frame, seen)
@@ -55,7 +56,7 @@ def place_records(
     ]
     stills: list[Json] = []
     for frame, seen in shuffled(rng, shown)[:STILLS]:
-        # a folder's worth of name, so that ids differ
+        # the still's number becomes a folder in the id, so that ids differ
         rows = asked(f"{video.removesuffix('.mp4')}/still-{frame}", _turns(rng, seen, frame))
         cut = {"video": video, "start": frame / fps, "end": (frame + 1) / fps - 1e-3}
         stills += [{"timeline": [cut]} | _without_video(row) for row in rows]
@@ -73,7 +74,7 @@ def place_records(
 def _turns(
     rng: np.random.Generator, things: Sequence[Placed], frame: int, time: float | None = None
 ) -> list[Turn]:
-    """Return the place and the box of each thing in a frame, in any order."""
+    """Return questions for the centre and the box of each object in a frame, shuffled."""
     at = "" if time is None else f" at {seconds(time)}"
     turns = [
         turn

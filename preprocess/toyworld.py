@@ -2,9 +2,9 @@
 
     preprocess toyworld toy --train-clips 384 --test-clips 64 --seed 0
 
-Each clip shows two to four coloured shapes on a muted, textured ground. Every object appears,
+Each clip shows two to four coloured shapes on a muted, textured background. Every object appears,
 moves along a straight or bouncing line and vanishes, and no colour occurs twice in a clip, so that
-"the red circle" names one thing. Written under the given folder:
+"the red circle" names one object. Written under the given folder:
 
     videos/{train,test}/clip-00000.mp4   h264, 64x64, 8 frames per second, 4 to 6 seconds
     train.jsonl                          one conversation of several turns per clip
@@ -108,6 +108,9 @@ class Thing:
         return [round(min(max(corner, 0.0), 1.0), 4) for corner in corners]
 
 
+# -- writing a world
+
+
 def make_toyworld(
     out: Path, *, train_clips: int = 384, test_clips: int = 64, seed: int = 0
 ) -> None:
@@ -123,7 +126,7 @@ def make_toyworld(
     which = [(split, index) for split, count in splits.items() for index in range(count)]
     records: dict[str, list[Json]] = {}
     truth: list[Json] = []
-    # x264 and NumPy leave the interpreter to others: two cores draw nearly twice as fast as one.
+    # x264 and NumPy release the GIL: two threads on two cores draw nearly twice as fast as one.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         clips = pool.map(lambda these: make_clip(out, seed, *these), which)
         for made, described in tqdm(clips, "drawing", len(which), unit="clip"):
@@ -133,7 +136,7 @@ def make_toyworld(
     (out / "places").mkdir()
     for name, rows in records.items():
         write_rows(out / f"{name}.jsonl", rows)
-    logging.disable_progress_bar()  # transformers draws one for each model that it saves
+    logging.disable_progress_bar()  # transformers shows one for each model that it saves
     save_tower(out / "tower", seed)
     save_llm(out / "llm", texts_of(records["train"]), seed)
     world = {"seed": seed, "fps": FPS, "size": SIZE, "colours": COLOURS, "clips": truth}
@@ -143,7 +146,7 @@ def make_toyworld(
 def make_clip(out: Path, seed: int, split: str, index: int) -> tuple[dict[str, list[Json]], Json]:
     """Draw one clip; return its records by file and the truth about it.
 
-    It depends on (seed, split, index) alone, never on how many there are.
+    It depends on (seed, split, index) alone, not on the number of clips.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     video = f"{split}/clip-{index:05d}.mp4"
@@ -158,8 +161,11 @@ def make_clip(out: Path, seed: int, split: str, index: int) -> tuple[dict[str, l
     return records, describe(video, things, frames)
 
 
+# -- what moves in a clip, and its pixels
+
+
 def plan_things(rng: np.random.Generator, frames: int) -> list[Thing]:
-    """Return the objects of a clip in drawing order, none ever hidden by the ones above it."""
+    """Return the objects of a clip in drawing order; none is ever hidden by those drawn over it."""
     count = int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))
     colours = rng.permutation(list(COLOURS))[:count].tolist()
     things: list[Thing] = []
@@ -181,7 +187,7 @@ def plan_thing(rng: np.random.Generator, colour: str, frames: int) -> Thing:
 
 
 def apart(a: Thing, b: Thing) -> bool:
-    """Tell whether two objects may overlap only so far that each stays in sight.
+    """Return whether two objects overlap so little that both stay visible.
 
     Centres kept 1.1 larger radii apart leave both visible, though they still cross at the sides.
     """
@@ -194,7 +200,7 @@ def apart(a: Thing, b: Thing) -> bool:
 
 
 def draw(rng: np.random.Generator, things: Sequence[Thing], frames: int) -> np.ndarray:
-    """Return the clip, uint8 `(frames, height, width, rgb)`; later objects cover earlier ones."""
+    """Return the clip, uint8 `(frames, height, width, 3)`; later objects cover earlier ones."""
     tint = rng.uniform(118, 138) + rng.uniform(-6, 6, size=3)
     coarse = Image.fromarray(rng.integers(0, 256, size=(8, 8), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC), dtype=np.float64)
@@ -226,12 +232,16 @@ def describe(video: str, things: Sequence[Thing], frames: int) -> Json:
     return {"video": video, "frames": frames, "duration": frames / FPS, "objects": objects}
 
 
+# -- questions with exact answers
+
+
 def train_records(
     rng: np.random.Generator, video: str, things: Sequence[Thing], frames: int
 ) -> list[Json]:
-    """Return the clip's one record: the span of every object and some other questions, mixed.
+    """Return the clip's one record: the span of every object and some other questions, shuffled.
 
-    Mixed, because a kind of question that never comes first is not understood when it does.
+    Shuffled, because a model does not answer a kind of question as the first turn (as in tests) if it
+    never saw it as one.
     """
     spans = [ask_span(thing) for thing in things]
     others = [ask_place(rng, thing, task) for thing in things for task in ("point", "box")]
@@ -264,7 +274,7 @@ def ask_place(rng: np.random.Generator, thing: Thing, task: str) -> Turn:
 
 
 def ask_seen(rng: np.random.Generator, things: Sequence[Thing], frames: int) -> Turn:
-    """Ask at a frame away from all changes, with nothing, one or several objects alike often."""
+    """Ask at a frame away from all changes; no, one and several visible objects are equally likely."""
     edges = [edge for thing in things for edge in (thing.first, thing.last + 1)]
     shown = [sum(thing.shown(k) for thing in things) for k in range(frames)]
     # At most 8 edges rule out at most 24 of at least 32 frames.

@@ -1,4 +1,4 @@
-"""What worlds with exact answers are made of: questions as records, videos as files."""
+"""Parts shared by worlds with exact answers: questions as records, videos as files."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ class Turn:
 
 
 def check_empty(out: Path) -> None:
-    """Refuse a folder in which there is something."""
+    """Raise UserError for a path that exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: remove it or name another")
 
@@ -38,7 +38,7 @@ def record(id_: str, video: str, turns: Iterable[Turn]) -> Json:
 
 
 def one_each(video: str, turns: Sequence[Turn]) -> list[Json]:
-    """Return one record per question, as tests have them."""
+    """Return one record per question, for tests."""
     stem = video.removesuffix(".mp4")
     return [
         record(f"{stem}/{index}-{turn.task}", video, [turn]) | {"task": turn.task}
@@ -47,7 +47,7 @@ def one_each(video: str, turns: Sequence[Turn]) -> list[Json]:
 
 
 def together(video: str, turns: Sequence[Turn]) -> Json:
-    """Return one record of all the questions, as training has them."""
+    """Return one record with all questions, for training."""
     tasks = [turn.task for turn in turns]
     return record(video.removesuffix(".mp4"), video, turns) | {"tasks": tasks}
 
@@ -79,9 +79,9 @@ def shuffled(rng: np.random.Generator, items: Sequence[Any]) -> list[Any]:
 
 
 def bouncing(rng: np.random.Generator, room: float, most: float, steps: int) -> np.ndarray:
-    """Return float64 `(steps, 2)`: x and y along a straight line, folded at 0 and `room`.
+    """Return float64 `(steps, 2)`: x and y along a straight line, reflected at 0 and `room`.
 
-    most: of the distance per step, along each axis.
+    most: largest distance per step, along each axis.
     """
     start = rng.uniform(0, room, size=2)
     step = rng.uniform(-most, most, size=2)
@@ -90,9 +90,9 @@ def bouncing(rng: np.random.Generator, room: float, most: float, steps: int) -> 
 
 
 def write_video(path: Path, clip: np.ndarray, fps: int, crf: int = 12) -> None:
-    """Encode a clip with one thread, the condition for equal bytes on every run.
+    """Encode a clip with one thread, without which bytes may differ between runs.
 
-    clip: uint8 `(frames, height, width, rgb)` of even sides; frame k is shown from k / fps.
+    clip: uint8 `(frames, height, width, 3)`, height and width even; frame k is shown from k / fps.
     """
     import av
 

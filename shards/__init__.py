@@ -19,7 +19,7 @@ HOMES = {"Bank": "shards.read.bank", "Banks": "shards.read.banks"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a reader when it is asked for: `import shards.errors` alone takes no NumPy."""
+    """Import a reader on first use, so that `import shards.errors` does not import NumPy."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(HOMES[name]), name)

@@ -1,21 +1,25 @@
-"""The one error that is a person's to mend; every other exception is a bug and keeps its traceback.
+"""`UserError`: the one error that a user can fix; every other exception is a bug and keeps its traceback.
 
-A command prints it, a line for each problem, and exits with 2. An `OSError` is treated alike: it is
-the machine's. `assert` and all else are ours: a traceback, and exit 70 of `preprocess`.
+A command prints it, a line for each problem, and exits with 2. An `OSError` is treated alike, since it
+comes from the machine. `assert` and all other exceptions are bugs: a traceback, and exit 70 of
+`preprocess`.
 """
+
+# Why a type of its own: as a ValueError, a bug in the tower would quarantine every clip, and a bug in a
+# command would look like wrong usage.
 
 from collections.abc import Iterable
 
 
 def first_line(error: BaseException) -> str:
-    """Return an exception's first line, as part of a line of ours; its type where it says nothing."""
+    """Return the first line of an exception's text, for use in a message; its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class UserError(Exception):
     """What is wrong with an input, a setting, a bank or a model, and what to do about it.
 
-    Reads as `where: what, expected ..., got ...; fix`. Pickles, so that workers can hand it on.
+    Prints as `where: what, expected ..., got ...; fix`. It can be pickled, so that workers can raise it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Whether the Hub gives a repository: asked once, for a few seconds, before anything is downloaded.
+"""Check whether a repository of the Hub is available: one request of a few seconds, before any download.
 
-The Hub's own clients try again for minutes where a machine has no network; a name that is a mistyped
-path would wait so long.
+The Hub's own clients retry for minutes on a machine without a network; a mistyped path, which looks like
+a repository name, would wait that long.
 """
 
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TIMEOUT = 5.0
-"""Seconds that the Hub has to answer."""
+"""Seconds within which the Hub must answer."""
 PROBES = {"model": "config.json", "dataset": ".gitattributes"}
-"""A file of each kind of repository that is asked for; a gated one does not give it."""
+"""By kind of repository, the file that is requested; a gated repository refuses it."""
 
 
 def refusal(repo: str, kind: str = "model") -> str | None:
-    """Return why the Hub does not give a repository, None where it does or has been given before.
+    """Return why a repository is not available; None if it is, or was downloaded before.
 
-    Where the Hub cannot be reached, what was downloaded before serves: this process and those that it
-    starts are then offline, and ask no more.
+    If the Hub cannot be reached and the repository was downloaded before, HF_HUB_OFFLINE is set for this
+    process and those that it starts, so that they do not try the Hub again.
     """
     from huggingface_hub import constants, get_hf_file_metadata
     from huggingface_hub.errors import (
@@ -49,16 +49,16 @@ def refusal(repo: str, kind: str = "model") -> str | None:
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "no status"
         return None if cached else f"the Hub answers with an error ({code})"
-    except Exception as error:  # of its HTTP library: no network, no such host, no answer in time
+    except Exception as error:  # any type of its HTTP library: no network, unknown host, timeout
         if not cached:
             return f"the Hub does not answer ({type(error).__name__}: {place})"
-        constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True  # here, where the variable was read at import
+        os.environ["HF_HUB_OFFLINE"] = "1"  # in processes that are started from here
     return None
 
 
 def absent(name: str, kind: str = "model") -> str | None:
-    """Return why a name is neither a path here nor a repository; None where it is, or is no name."""
+    """Return why a name is neither a local path nor a repository; None if it is one, or is not a name."""
     if Path(name).exists() or not NAME.fullmatch(name):
         return None
     why = refusal(name, kind)
@@ -66,7 +66,7 @@ def absent(name: str, kind: str = "model") -> str | None:
 
 
 def is_cached(repo: str, kind: str) -> bool:
-    """Tell whether any snapshot of a repository has been downloaded."""
+    """Return whether any snapshot of a repository has been downloaded."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}" / "snapshots"
@@ -74,7 +74,7 @@ def is_cached(repo: str, kind: str) -> bool:
 
 
 def cached_file(repo: str, name: str) -> str | None:
-    """Return where a file of a model that was downloaded lies, None of what is no such thing."""
+    """Return the path of a file of a downloaded model; None if it was not downloaded."""
     if not NAME.fullmatch(repo):
         return None
     from huggingface_hub import try_to_load_from_cache

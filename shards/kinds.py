@@ -1,33 +1,33 @@
-"""What a file is, told by its first bytes: a video, a picture, or what lies there in its place.
+"""Identify a file by its first bytes: a video, a picture, or something else under that name.
 
     kind_of(b"\\x1aE\\xdf\\xa3...")     # Kind("video", "a Matroska or WebM file", None)
     kind_of(b"<!doctype html>")       # Kind("none", "a web page", "the download failed, get it again")
 
-Names lie: a failed download is called .mp4, a video of the Web has no ending at all. The tables are of
-what file formats call their magic numbers.
+Names mislead: a failed download is called .mp4, a video from the web has no suffix at all. The tables
+list the magic numbers of file formats.
 """
 
 import re
 from typing import NamedTuple
 
 HEAD = 1 << 16
-"""Bytes that are looked at."""
+"""Bytes that are read of a file."""
 LFS = b"version https://git-lfs"
-"""Begins what Git LFS leaves in place of a file."""
+"""First bytes of the pointer that Git LFS leaves in place of a file."""
 
 
 class Kind(NamedTuple):
-    """What a file is."""
+    """The kind of a file."""
 
     family: str
-    """video, animation, picture, sound, archive; none for all else."""
+    """video, animation, picture, sound or archive; none for everything else."""
     what: str
     fix: str | None = None
-    """What to do about it, where a video was due."""
+    """What to do about it, where a video was expected."""
 
 
 UNPACK = "unpack it and name what is in it"
-AGAIN = "the download failed, get it again"
+REDOWNLOAD = "the download failed, get it again"
 
 STARTS: tuple[tuple[bytes, Kind], ...] = (
     (b"\x1a\x45\xdf\xa3", Kind("video", "a Matroska or WebM file")),
@@ -67,7 +67,7 @@ STARTS: tuple[tuple[bytes, Kind], ...] = (
     (b"\xff\xfe", Kind("none", "UTF-16 text", "save it as UTF-8")),
     (b"\xfe\xff", Kind("none", "UTF-16 text", "save it as UTF-8")),
 )
-"""How a file begins, and what it is."""
+"""First bytes -> kind."""
 
 BRANDS = {
     **dict.fromkeys(
@@ -76,7 +76,7 @@ BRANDS = {
     **dict.fromkeys((b"avis", b"hevc", b"hevx", b"msf1"), Kind("animation", "a picture sequence")),
     **dict.fromkeys((b"M4A ", b"M4B "), Kind("sound", "sound (M4A)", "it has no picture")),
 }
-"""Of an ISO file's `ftyp` box, those that stand for no video."""
+"""Brands in the `ftyp` box of an ISO file that do not mean video."""
 MP4 = Kind("video", "an MP4 or QuickTime file")
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"pnot")
 RIFFS = {
@@ -85,11 +85,11 @@ RIFFS = {
     b"WAVE": Kind("sound", "sound (WAV)", "it has no picture"),
 }
 START_CODE = re.compile(rb"\x00{2,3}\x01(?:[\x09\x67\x27\x47\x40\x42]|\x01\xb6)")
-"""Of a bare H.264, HEVC or MPEG-4 stream: delimiter, or parameter sets."""
+"""First bytes of a bare H.264, HEVC or MPEG-4 stream: a delimiter, or parameter sets."""
 
 
 def kind_of(head: bytes) -> Kind | None:
-    """Return what a file is that begins so; None for what is in no table.
+    """Return the kind of a file by its first bytes; None for one that is in no table.
 
     head: the first `HEAD` bytes, or all of a shorter file.
     """
@@ -97,6 +97,9 @@ def kind_of(head: bytes) -> Kind | None:
         if found := find(head):
             return found
     return None
+
+
+# -- finders, tried in order
 
 
 def _nothing(head: bytes) -> Kind | None:
@@ -117,7 +120,9 @@ def _riff(head: bytes) -> Kind | None:
     if head[:4] != b"RIFF":
         return None
     if head[8:12] == b"WEBP":
-        moves = head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2
+        moves = (
+            head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2
+        )  # its flag (RFC 9649, 2.7)
         return Kind("animation" if moves else "picture", "a WebP picture")
     return RIFFS.get(head[8:12])
 
@@ -134,7 +139,9 @@ def _ogg(head: bytes) -> Kind | None:
 def _png(head: bytes) -> Kind | None:
     if not head.startswith(b"\x89PNG\r\n\x1a\n"):
         return None
-    moves = b"acTL" in head.partition(b"IDAT")[0]
+    moves = (
+        b"acTL" in head.partition(b"IDAT")[0]
+    )  # an APNG has this chunk, before the first picture's data
     return Kind("animation" if moves else "picture", "a PNG picture")
 
 
@@ -145,6 +152,8 @@ def _start(head: bytes) -> Kind | None:
 
 
 def _transport(head: bytes) -> Kind | None:
+    # Packets of 188 bytes (ISO/IEC 13818-1), 192 with a time code before each (M2TS), 204 with error
+    # correction (DVB); each begins with 0x47.
     for size, skip in ((188, 0), (192, 4), (204, 0)):
         syncs = head[skip : skip + 4 * size : size]
         if len(syncs) >= 2 and set(syncs) == {0x47}:
@@ -165,7 +174,7 @@ def _text(head: bytes) -> Kind | None:
     if start.startswith((b"<!doctype html", b"<html", b"<head")):
         title = re.search(rb"<title[^>]*>\s*(.*?)\s*</title", head, re.IGNORECASE | re.DOTALL)
         said = f" ({title[1][:60].decode('utf-8', 'replace')!a})" if title else ""
-        return Kind("none", f"a web page{said}", AGAIN)
+        return Kind("none", f"a web page{said}", REDOWNLOAD)
     if start.startswith(b"<"):
         return Kind("none", "XML", "if it is a server's error, get the file again")
     return None
@@ -175,10 +184,11 @@ LETTERS = re.compile(rb"[^\x00-\x08\x0e-\x1a\x1c-\x1f]*")
 
 
 def is_text(head: bytes) -> bool:
-    """Tell whether a file that begins so is text: no control letters, and UTF-8 but for a last cut."""
+    """Return whether a file with these first bytes is text: UTF-8 without control characters."""
     if not head or not LETTERS.fullmatch(head):
         return False
     try:
+        # a full head may end within a character, which has at most 4 bytes
         head[: -3 if len(head) == HEAD else None].decode("utf-8")
     except UnicodeDecodeError:
         return False

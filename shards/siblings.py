@@ -1,4 +1,4 @@
-"""The four packages are one product: another project's `model` or `train` must not pass for ours."""
+"""Refuse another project's package called `model`, `train` or `preprocess` in place of ours."""
 
 import importlib.util
 import sys
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def refuse_strangers(*packages: str) -> None:
-    """End with one line where Python would import another project's package of one of these names.
+    """Exit with one line if Python would import another project's package of one of these names.
 
-    `python -m` and `accelerate launch -m` put the folder one stands in first on the path, and plenty
-    of projects have a `model/` or a `train/` there. Called by the packages' `__init__`, since every
-    later import might already be of the stranger.
+    `python -m` and `accelerate launch -m` put the working directory first on the path, and many projects
+    have a `model/` or a `train/` there. Called by the packages' `__init__`, because any later import
+    might already be of the other project.
     """
     home = Path(__file__).resolve().parents[1]
     for name in packages:

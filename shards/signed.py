@@ -1,4 +1,4 @@
-"""Files that prove themselves: canonical json, its hash, and writes that are whole or not there."""
+"""Files that contain their own hash: canonical json, hashes, and atomic writes."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 
 def canonical_json(data: Json) -> bytes:
-    """Return the one spelling of `data` that hashes and shard members use."""
+    """Return `data` in the one serialisation that hashes and shard members use."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
@@ -25,7 +25,7 @@ def digest(data: bytes, size: int = 16) -> str:
 
 
 def write_synced(file: io.FileIO, data: bytes) -> None:
-    """Write all of the data, and see it on the disk."""
+    """Write all of the data and wait until it is on the disk."""
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
@@ -33,7 +33,7 @@ def write_synced(file: io.FileIO, data: bytes) -> None:
 
 
 def signed_json(record: Json) -> bytes:
-    """Return `record` as json with a `self_hash` of everything else in it."""
+    """Return `record` as json with a `self_hash` over all other fields."""
     return canonical_json(record | {"self_hash": digest(canonical_json(record))}) + b"\n"
 
 
@@ -43,7 +43,7 @@ def read_signed_json(path: Path) -> Json:
 
 
 def parse_signed_json(data: bytes, where: str) -> Json:
-    """Return what `signed_json` was given; `where` the bytes came from is for the message."""
+    """Return the record that `signed_json` was given; where: of the bytes, for the message."""
     try:
         record = json.loads(data)
         claimed = record.pop("self_hash")
@@ -55,16 +55,18 @@ def parse_signed_json(data: bytes, where: str) -> Json:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename, sync the folder: readers see the old file or the new one."""
+    """Write a temporary file, sync, rename, sync the folder: readers see the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb", buffering=0) as file:
+        # Before the rename: a file system may store the new name before the data, and a power loss in
+        # between would leave an empty file under the final name.
         write_synced(file, data)
     os.replace(temporary, path)
     sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
-    """See the names in a folder on the disk."""
+    """Wait until the names in a folder are on the disk: fsync of a file does not store its name."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -73,15 +75,17 @@ def sync_folder(path: Path) -> None:
 
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What a file system without hard links says."""
+"""Errors of file systems without hard links."""
 
 
 def give_name(source: Path, name: Path, *, never_empty: bool = False) -> bool:
-    """Give a file a name that no other file has, for all who try at once; False where one has it.
+    """Give a file a name exclusively: of several processes that try at once one succeeds; else False.
 
-    A server that was asked twice, its first answer being lost, finds the file itself there. Where there
-    are no hard links the name is taken by an empty file, in whose place the file is moved; or with
-    `never_empty` moved at once, so that only the last of two who try in the same moment has it.
+    By a hard link, which a file system makes exactly once, on NFS too; a rename would replace the
+    winner's file. If the server's first answer was lost and the request repeated, the link is found to be
+    the file itself: success. Without hard links the name is reserved by an empty file, which the file
+    then replaces; or with `never_empty` the file is moved at once, and of two processes in the same
+    moment the last one has the name.
     """
     try:
         os.link(source, name)

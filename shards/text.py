@@ -1,4 +1,4 @@
-"""How numbers, names and lists are written for people."""
+"""Format numbers, names and lists for messages."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def some(items: Sequence[object], most: int = 3, separator: str = ", ") -> str:
-    """Return the first items, and how many there are beside: `a, b, c and 4 more`."""
+    """Return the first items and the number of the others: `a, b, c and 4 more`."""
     shown = separator.join(map(str, items[:most]))
     return shown + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
@@ -33,5 +33,5 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text that cannot steer a terminal: what does not print is escaped."""
+    """Return text with non-printable characters escaped, so that it cannot control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

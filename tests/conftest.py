@@ -37,7 +37,7 @@ from shards.format.commits import shard_path
 from shards.format.features import FeatureConfig, Sampling
 from shards.format.manifest import TowerFacts
 from shards.format.plan import ClipSource, Plan
-from shards.format.quarantine import QuarantineEntry, Reason, settle
+from shards.format.quarantine import QuarantineEntry, Reason, update_quarantine
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import ClipInfo
 from shards.write.finish import finish
@@ -156,7 +156,7 @@ def make_bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> 
             QuarantineEntry(id_, sample_key(id_), id_, "decode", Reason.DAMAGED, "damaged", 1, 0.0)
             for id_ in quarantined
         ]
-        settle(out, [], failures)
+        update_quarantine(out, [], failures)
         return out
 
     return make

@@ -90,11 +90,12 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml", ".md")
+        if path.suffix in (".py", ".yaml", ".md", ".typed")
     }
     assert files == tracked
     assert {name.split("/")[0] for name in files} == set(PACKAGES)
     assert "train/presets/toy.yaml" in files
+    assert {f"{package}/py.typed" for package in PACKAGES} <= files
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

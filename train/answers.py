@@ -1,6 +1,7 @@
-"""The questions of records, what limits them and their answers, and a model's answers to them."""
+"""The questions of records, their token limits, a model's answers to them, and the next frames that it
+predicts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,22 +11,24 @@ from train.data.dataset import Dataset
 from train.data.records import Record, Turn, duration_before
 from train.data.spans import forwards
 from train.loop.held_out import held_out_loss
+from train.pages.read.foreseen import MOST_CLIPS, MOST_FRAMES, Foreseen, NextFrame
 from train.scores.predictions import Prediction, report_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from model.batch import Batch
     from model.vlm import VLM
     from train.batches.chat import Chat
     from train.batches.loader import Loader
     from train.loop.floor import Floor
 
 FEWEST_NEW_TOKENS = 96
-"""Tokens that an answer of any kind may have; those of longer references more."""
+"""Least token limit of an answer; kinds with longer references have more."""
 
 
 def loader_of(model: "VLM", dataset: Dataset, limit: int) -> "Loader":
-    """Return what makes a test set's batches: its records cut to `limit` tokens, as in training."""
+    """Return the loader of a test set, its records cut to `limit` tokens, as in training."""
     from train.batches.chat import Chat
     from train.batches.loader import Loader
 
@@ -35,7 +38,7 @@ def loader_of(model: "VLM", dataset: Dataset, limit: int) -> "Loader":
 def new_tokens(
     loader: "Loader", questions: Sequence[tuple[Record, int]], asked: int | None
 ) -> dict[str, int]:
-    """Return the tokens that an answer may have, by kind: so many, or twice its longest reference."""
+    """Return kind -> most tokens of an answer: `asked`, or twice the longest reference of the kind."""
     most: dict[str, int] = {}
     for record, turn in questions:
         blank = question_of(loader, record, turn)
@@ -48,7 +51,7 @@ def new_tokens(
 
 
 def reference_tokens(chat: "Chat", reference: str, duration: float) -> int:
-    """Return the tokens of an answer as the model would write it, with what ends it."""
+    """Return the number of tokens of an answer as the model would write it, its end included."""
     media = [duration] if duration > 0 else []
     said = Turn("assistant", MEDIA_TAG.sub("", reference))
     turns = [Turn("user", "<video>" * len(media)), said]
@@ -61,7 +64,7 @@ def check_lengths(
     questions: Sequence[tuple[Record, int]],
     most: dict[str, int],
 ) -> None:
-    """Raise UserError where a question and its answer are longer than the LLM reads."""
+    """Raise UserError where a question and its answer are longer than the LLM's context."""
     from model.generate import check_room
 
     for record, turn in questions:
@@ -80,7 +83,7 @@ def evaluate(
 ) -> tuple[Json, list[Prediction]]:
     """Return losses and scores of a model over records, and its answers, the same on every rank.
 
-    most: tokens of an answer at most, by kind. floor: what the frame-causal loss is read against.
+    most: kind -> most tokens of an answer. floor: the baselines of the frame-causal loss.
     """
     from accelerate.utils import gather_object
     from tqdm import tqdm
@@ -92,9 +95,9 @@ def evaluate(
     own = []
     shown = None if rank == 0 else True  # on a terminal alone
     for begin in tqdm(range(0, len(mine), batch_size), "answers", disable=shown):
-        with accelerator.autocast():  # as its losses: what Accelerate is asked for
+        with accelerator.autocast():  # the precision that Accelerate was asked for, as for losses
             own += answer(model, loader, mine[begin : begin + batch_size], most)
-    # dealt out in turn over the ranks, and put back into the order of the records
+    # rank r has answers r, r + world, ...: put back into the order of the records
     gathered = gather_object([(rank + k * world, said) for k, said in enumerate(own)])
     predictions = [said for _, said in sorted(gathered, key=lambda numbered: numbered[0])]
     report: Json = {"records": len(records), "losses": losses}
@@ -103,7 +106,7 @@ def evaluate(
 
 
 def limits_of(loader: "Loader", records: Sequence[Record]) -> Json:
-    """Return what a test set's records are limited to, and what that leaves out."""
+    """Return the limits of a test set's records, and the frames that these leave out."""
     config = loader.config
     names = ("max_frames_num", "frame_sampling_strategy", "slow_frame_ratio", "frame_time")
     frames = used = shortened = too_long = 0
@@ -131,7 +134,7 @@ def questions_of(records: Sequence[Record]) -> list[tuple[Record, int]]:
 
 
 def question_of(loader: "Loader", record: Record, turn: int) -> Prediction:
-    """Return a question with what its answer is scored against, and no answer yet."""
+    """Return a prediction without its answer: the question and its reference."""
     durations = [clip.info.duration for clip in loader.dataset.clips(record)]
     duration = duration_before(record, durations, turn)
     asked = [t.text for t in record.turns[:turn] if t.role == "user"]
@@ -167,6 +170,56 @@ def answer(
         text = forwards(write_answer(model, pieces[:cap], blank.duration))
         out.append(replace(blank, answer=text, cut=len(pieces) >= cap))
     return out
+
+
+def foresee(
+    model: "VLM", loader: "Loader", records: Sequence[Record], accelerator: "Accelerator"
+) -> list[Foreseen]:
+    """Return the next frames that a model predicts in the first records' clips, beside the true ones.
+
+    Only of records of one clip, and each clip once; none for a model without the frame-causal loss.
+    """
+    import torch
+
+    from model.batch import to_device
+
+    if model.frame_causal is None:
+        return []
+    chosen: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        if len(record.clips) == 1 and len(chosen) < MOST_CLIPS:
+            chosen.setdefault(record.clips, record)
+    found = []
+    for (clip,), record in chosen.items():
+        batch = to_device(loader.batch([record], with_copy=True), accelerator.device)
+        (medium,) = loader.dataset.clips(record)
+        with torch.no_grad(), accelerator.autocast():
+            frames = list(next_frames(model, batch, medium.info.duration))
+        frames.sort(key=lambda frame: frame.time)
+        found.append(Foreseen(clip, tuple(frames[:MOST_FRAMES])))
+    return found
+
+
+def next_frames(model: "VLM", batch: "Batch", duration: float) -> Iterator[NextFrame]:
+    """Yield a model's prediction of each frame but the first, in the order of the transitions."""
+    from model.frame_causal import frame_target, pair_of
+
+    assert model.frame_causal is not None
+    hidden = model.hidden_states(batch)
+    for pairs in batch.transitions:
+        source, target = batch.groups[pairs.source], batch.groups[pairs.target]
+        states = hidden[source.token_index[pairs.source_frame]]
+        times = target.time[pairs.target_frame]
+        guess = model.frame_causal.predict(states, source, target, times, pairs.gap)
+        assert pairs.copy is not None
+        truth = frame_target(target.features[pairs.target_frame])
+        three = (truth, guess.float(), frame_target(pairs.copy))
+        errors = [(t - truth).square().mean(dim=(1, 2)).tolist() for t in three[1:]]
+        grid = target.grid.rows, target.grid.cols
+        arrays = [tensor.unflatten(1, grid).cpu().numpy() for tensor in three]
+        for k, time in enumerate(times.tolist()):
+            facts = (time * duration, pair_of(batch, pairs), errors[0][k], errors[1][k])
+            yield NextFrame(*facts, *(array[k] for array in arrays))
 
 
 def device_of(model: "VLM") -> Any:

@@ -14,12 +14,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from model.config import VLMConfig, joined_cells
 from preprocess.decode.child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from shards.annotations.forms import MEDIA_TAG, path_of
@@ -32,7 +33,7 @@ from shards.read.bank import ClipInfo, of_units
 from shards.read.banks import Banks
 from shards.read.timeline import Medium, timeline_of
 from shards.signed import Json
-from train.data.coordinates import settled
+from train.data.coordinates import resolved
 from train.data.records import Record, Turn
 from train.data.spans import forwards
 from train.evaluate import check_features
@@ -55,12 +56,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FreshClip:
-    """A clip's features, just made by the tower."""
+    """A clip's features, computed by the tower just now."""
 
     info: ClipInfo
     features: dict[int, np.ndarray]
 
     def read(self, stride: int, frames: Sequence[int]) -> np.ndarray:
+        """Return the features of some frames, as a banked clip does."""
         return self.features[stride][list(frames)]
 
 
@@ -74,16 +76,18 @@ def main(argv: list[str]) -> None:
             "a banked clip needs no tower", where="--tower", fix="leave out --tower or --bank"
         )
     if args.bank and args.show:
-        raise UserError("frames are drawn of a file", where="--show", fix="leave out --bank")
+        raise UserError(
+            "frames can be drawn of a file only", where="--show", fix="leave out --bank"
+        )
     if args.truth and not args.show:
         raise UserError("--truth is drawn, and nothing is", fix="name a picture with --show")
-    told = (args.question, args.model)
+    question = (args.question, args.model)
     if args.bank:
-        said = ask_banked(args.video, *told, args.bank, args.max_new_tokens)
+        said = ask_banked(args.video, *question, args.bank, args.max_new_tokens)
     else:
         video = Path(args.video)
         picture = Picture.of(args.show, args.truth, video, args.question) if args.show else None
-        said = ask(video, *told, args.tower, args.max_new_tokens, picture)
+        said = ask(video, *question, args.tower, args.max_new_tokens, picture)
     print(said)  # noqa: T201
     if args.show:
         print(args.show)  # noqa: T201
@@ -102,7 +106,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bank", nargs="+", help="bank folders, one of which has the clip")
     parser.add_argument(
-        "--tower", help="where the vision tower lies now [as when the bank was made]"
+        "--tower", help="present place of the vision tower [that when the bank was made]"
     )
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--show", type=Path, metavar="PNG", help="draw the answer over the frames")
@@ -163,18 +167,18 @@ def ask_banked(
 
 @dataclass(frozen=True)
 class Answerer:
-    """A trained model that is asked about clips, with the frames that its training would give them."""
+    """A trained model, ready for questions about clips, with frames chosen as in its training."""
 
     model: "VLM"
     chat: "Chat"
     features: FeatureConfig
     folder: Path
     limit: int
-    """Tokens of a conversation at most; 0 for no limit, and where the folder does not say it."""
+    """Most tokens of a conversation; 0 for no limit, or where the folder does not record one."""
 
     @classmethod
     def load(cls, folder: Path, device: "torch.device | str" = "cpu") -> "Answerer":
-        """Load a model; UserError where there is none, or its LLM is not one that can be asked."""
+        """Load a model; UserError where there is none, or its LLM does not pass `conformance.admit`."""
         from model.family.conformance import admit
         from model.vlm import VLM, read_model_config
         from train.batches.chat import Chat
@@ -184,20 +188,20 @@ class Answerer:
             raise UserError(problem)
         model = VLM.load(folder).to(device).eval()
         admit(model)
-        features = FeatureConfig.from_json(model.features)
+        features = with_strides(FeatureConfig.from_json(model.features), model.config)
         limit = token_limit(trained_with(folder) or {})
         return cls(model, Chat.of(model), features, folder, limit)
 
     def load_tower(self, name: str | None = None) -> "Tower":
-        """Return the tower of the model's features, where it lies now or by its name."""
+        """Return the tower of the model's features, from its present place or by its name."""
         places = [name] if name else tower_places(self.model.tower, self.folder)
         return load_tower(self.features, places)
 
     def answer(self, clips: Sequence[Medium], turns: Sequence[Turn], max_new_tokens: int) -> str:
-        """Return the answer that the last turn, an empty one, stands for: text with markup.
+        """Return the answer for the last turn, which is empty: text with markup.
 
-        Its times are seconds of the last clip. Of a limit the question alone takes room: how long the
-        answer will be is not known, as it was in training.
+        Its times are seconds of the last clip. Of a token limit only the question is subtracted: the
+        length of the answer is not known, as it was in training.
         """
         from model.batch import to_device
         from model.generate import generate, write_answer
@@ -212,7 +216,7 @@ class Answerer:
         return forwards(write_answer(self.model, pieces, infos[-1].duration if infos else 0.0))
 
     def row(self, infos: Sequence[ClipInfo], turns: Sequence[Turn]) -> "Row":
-        """Return the question as tokens, with the frames that its limit leaves room for, one at least."""
+        """Return the question as tokens, with as many frames as the limit allows, one at least."""
         from train.batches.collate import frames_within, lay_out
 
         config, pool, stamp = self.model.config, self.features.pool, self.chat.stamp
@@ -229,7 +233,7 @@ def asked(question: str, clip: ClipInfo, answer: str = "") -> list[Turn]:
     if MEDIA_TAG.search(question):  # the chat says that it has no medium for it
         return list(turns)
     asked_record = Record(clip.id, (clip.id,), turns, "", "the question")
-    record, _, problems = settled(asked_record, [clip.duration], clip=False)
+    record, _, problems = resolved(asked_record, [clip.duration], clip=False)
     if problems:
         raise UserError.of(
             f"{problem.where}: {problem.what}; times are seconds of the clip, which lasts "
@@ -240,10 +244,10 @@ def asked(question: str, clip: ClipInfo, answer: str = "") -> list[Turn]:
 
 
 def tower_places(name: str, folder: Path) -> list[str]:
-    """Return where a tower of this name may lie, likeliest first: there, and where it was moved to.
+    """Return possible places of a tower of this name, the likeliest first: its own path, or a new one.
 
-    It is looked for under as much of its path as is found in the folders above the model and above the
-    banks of its run: model, banks and tower may have been moved together, or be seen from elsewhere.
+    A new one is searched for by the end of its path in the folders above the model and above the banks
+    of its run: model, banks and tower may have been moved together, or be mounted elsewhere.
     """
     above = [folder.resolve(), *folder.resolve().parents]
     runs = [place / "run.json" for place in above[:2]]
@@ -259,8 +263,15 @@ def tower_places(name: str, folder: Path) -> list[str]:
     return list(dict.fromkeys([name, *found] if Path(name).exists() or not found else found))
 
 
+def with_strides(features: FeatureConfig, config: VLMConfig) -> FeatureConfig:
+    """Return a bank's features with all strides that a model reads: some may lie beside the bank."""
+    read = {config.slow_stride, config.fast_stride}
+    read |= {stride // joined_cells(config.mm_projector_type) for stride in read}
+    return replace(features, strides=tuple(sorted({*features.strides, *read})))
+
+
 def load_tower(features: FeatureConfig, places: Sequence[str]) -> "Tower":
-    """Load the tower that made some features from where it lies; UserError where it lies nowhere."""
+    """Load the tower of some features from the first place that has it; UserError if none has."""
     problems = []
     for place in places:
         try:
@@ -274,7 +285,7 @@ def _load_tower(features: FeatureConfig, name: str) -> "Tower":
     from model.tower.tower import Tower
 
     if why := absent(name):
-        raise UserError(why, where=f"tower {name}", fix="say with --tower where it lies now")
+        raise UserError(why, where=f"tower {name}", fix="give its present place by --tower")
     tower = Tower.load(
         name, layer=features.layer, dtype=features.tower_dtype, attention=features.attention
     )
@@ -297,7 +308,7 @@ def _load_tower(features: FeatureConfig, name: str) -> "Tower":
 def fresh_clip(
     video: Path, features: FeatureConfig, tower: "Tower", child: DecodeChild
 ) -> FreshClip:
-    """Return a video's features exactly as `preprocess encode` would bank them."""
+    """Return a video's features exactly as `preprocess encode` banks them."""
     clip, stored = encoded(video, features, tower, child)
     height, width = clip.display_size
     timestamps, frame_index = of_units(clip.timestamps, clip.frame_index, tower.frames_per_unit)
@@ -317,7 +328,7 @@ def fresh_clip(
 def encoded(
     video: Path, features: FeatureConfig, tower: "Tower", child: DecodeChild
 ) -> tuple["Clip", dict[int, np.ndarray]]:
-    """Return a video's frames, and per stride what `preprocess encode` would bank of them."""
+    """Return a video's frames, and their features per stride as `preprocess encode` stores them."""
     if not video.exists():
         raise UserError("no such file", where=video)
     clip = child.read_clip(ReadRequest(video, features.sampling, pixels=tower.pixels))

@@ -72,10 +72,10 @@ class LlmShape:
 
 
 def attended_pairs(length: Number, *frames: tuple[Number, int]) -> Number:
-    """Return how many (query, key) pairs a record's mask allows: causal, and whole frames.
+    """Return how many (query, key) pairs a record's mask allows: causal ones, and whole frames.
 
-    length: tokens of the record. frames: (number of frames, tokens of each) per stream, where frames
-    see themselves wholly; a frame's closing token is among its tokens. NumPy arrays do as well.
+    length: tokens of the record. frames: (number of frames, tokens of each) per stream, under `block`
+    attention; a frame's closing token is one of its tokens. Ints or NumPy arrays.
     """
     return length * (length + 1) // 2 + sum(
         count * (size * (size - 1) // 2) for count, size in frames
@@ -108,16 +108,19 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def mfu(flops: float, seconds: float, devices: int, peak: float) -> float:
-    """Return the share of the devices' peak that a step's FLOPs are; all ranks' FLOPs together."""
+    """Return a step's FLOPs, over all ranks, as a share of the devices' peak."""
     return flops / (seconds * devices * peak)
 
 
 ACTIVATIONS = 34
-"""Bytes of half-precision activations per place and unit of width that a layer keeps."""
+"""Bytes of 16-bit activations that a layer keeps per token and unit of width (arXiv 2205.05198)."""
 
 
 def memory_bytes(settings: LlmSettings, shape: LlmShape, tower_width: int, places: int) -> float:
-    """Return an estimate of a device's peak: weights, gradients, moments, activations, logits."""
+    """Return an estimate of a device's peak memory: weights, gradients, moments, activations, logits.
+
+    places: tokens of a pack, padding included.
+    """
     llm = shape.layer_weights + 2 * shape.rows * shape.width
     heads = 4 * shape.width * (shape.width + tower_width)
     trained = heads + (llm if settings.tune_llm == "full" else 0)
@@ -129,4 +132,5 @@ def memory_bytes(settings: LlmSettings, shape: LlmShape, tower_width: int, place
     whole = shape.layers if not every else shape.layers - -(-shape.layers // every) + 1
     kept = small / 2 * shape.width * places * (ACTIVATIONS * whole + 2 * shape.layers)
     logits = 2 * 4 * min(1024, places) * shape.rows
+    # 16 bytes a trained weight: the weight, its gradient and two moments, all fp32
     return 16 * trained + frozen + kept + logits

@@ -1,8 +1,8 @@
-"""What a planned run will cost, as a table: from lengths and two config.json, before anything loads.
+"""The cost of a planned run as a table: from lengths and two config.json, before anything is loaded.
 
 Memory counts 4 bytes of each trained weight and 12 of its gradient and moments, and 34 activations of
 the LLM's width per place and layer in 2 or 4 bytes (Korthikanti et al., arXiv 2205.05198, without
-attention scores, which no implementation here keeps): an estimate, to be read as such.
+attention scores, which no implementation here keeps): an estimate.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from train.start.stage import llm_name, read_config
 
 
 def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> str:
-    """Return what a run would do and need, one line a fact."""
+    """Return the table of a run's records, steps, memory and time."""
     rows_of = f"rows of {plan.pack_tokens} tokens" if plan.pack_tokens else "rows of one record"
     step_tokens = plan.per_step(plan.tokens)
     records = len(plan.frames) - sum(
@@ -79,7 +79,7 @@ def costs(
     shape: LlmShape,
     places: int,
 ) -> list[tuple[str, str]]:
-    """Return the lines that need the LLM's sizes; places: of the heaviest pack."""
+    """Return the lines that depend on the LLM's sizes; places: tokens of the heaviest pack."""
     whole_frames = plan.frame_pairs if config.frame_attention == "block" else 0
     pairs = plan.causal_pairs + whole_frames
     flops = step_flops(
@@ -110,7 +110,7 @@ def costs(
 
 
 def teraflops(flops: float) -> str:
-    """Return FLOPs in units of 10^12, small models' too."""
+    """Return FLOPs in units of 10^12, with two significant digits for small models."""
     return f"{flops / 1e12:,.2f}" if flops >= 1e11 else f"{flops / 1e12:.2g}"
 
 
@@ -125,7 +125,7 @@ def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.n
 
 
 def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:
-    """Return what encoding each step's frames anew would take."""
+    """Return the FLOPs of encoding each step's frames, which the bank saves, as a line."""
     name = dataset.banks.manifest.provenance.tower
     config = read_config(name) if name else None
     patches = dataset.banks.banks[0].clip(0).patch_grid

@@ -3,10 +3,10 @@
     accelerate launch train/evaluate.py --model runs/a --bank bank --data_path test.jsonl
     python train/evaluate.py --rescore runs/a/predictions-test.jsonl     # no model is needed
 
-What is asked is read from the reference: two times are a span, x y a point, x y x y a box, and so on
-(`train/scores/kinds.py`). An answer that does not say it counts as 0. Each file of --data_path is a
-test set: its scores go to MODEL/eval-NAME.json, every answer to MODEL/predictions-NAME.jsonl. Records
-are cut as the model's training cut its own.
+The kind of answer follows from the reference: two times are a span, x y a point, x y x y a box, and so
+on (`train/scores/kinds.py`). An answer from which it cannot be read counts as 0. Each file of
+--data_path is a test set: its scores go to MODEL/eval-NAME.json, every answer to
+MODEL/predictions-NAME.jsonl. Records are cut to the token limits of the model's training.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from train.answers import (
     FEWEST_NEW_TOKENS,
     check_lengths,
     evaluate,
+    foresee,
     loader_of,
     new_tokens,
     questions_of,
@@ -35,6 +36,7 @@ from train.data.dataset import Dataset, open_records
 from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.records import Record
 from train.data.shuffled import ShuffledDataset
+from train.pages.read.foreseen import foreseen_beside, write_foreseen
 from train.scores.captions import check_captions
 from train.scores.kinds import asked_of
 from train.scores.predictions import Prediction, read_predictions, report_of, write_predictions
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
     from model.vlm import VLM
 
 SCORED = ("answers", "tasks", "cut", "constant_span_miou", "examples")
-"""What a report says of its answers, and scoring them again replaces."""
+"""Fields of a report that depend on its answers, which --rescore replaces."""
 
 
 @command
@@ -116,11 +118,15 @@ def main(argv: list[str]) -> None:
             about: Json = {"test_set": place.name, "data_path": place.data_path}
             about |= {name: args.control == name for name in CONTROLS} | {"turns": settings.turns}
             write(place, loader.dataset, about | report, said, keep=args.output is None)
+            if not args.control:
+                write_foreseen(
+                    foreseen_beside(place.report), foresee(model, loader, own, accelerator)
+                )
     accelerator.end_training()
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """Return what is asked for; UserError for numbers that make no sense."""
+    """Return the parsed arguments; UserError for numbers out of range."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -179,7 +185,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def rescore(path: Path, output: Path | None) -> None:
-    """Score answers again that are written down, and write both files anew."""
+    """Score the answers of a file, and write report and answers with the new scores."""
     predictions = read_predictions(path)
     report_path = output or report_beside(path)
     if problem := report_problem(report_path):
@@ -198,7 +204,7 @@ def strides_of(folder: Path) -> tuple[int, int]:
 
 
 def check_questions(records: Sequence[Record]) -> None:
-    """Raise UserError where nothing is asked, or captions are and the library for them is missing."""
+    """Raise UserError where no record has an answer, or pycocoevalcap is missing for captions."""
     questions = questions_of(records)
     if not questions:
         raise UserError("no record has an answer to be scored against")
@@ -207,22 +213,22 @@ def check_questions(records: Sequence[Record]) -> None:
 
 
 def turns_of(folder: Path) -> str:
-    """Return how the questions of a record saw each other in a model's training."""
+    """Return the kind of turns in a model's training: one of `TURNS`, or mixed."""
     return str(read_model_config(folder)["model"].turns)
 
 
 def check_turns(records: Sequence[Record], turns: str, folder: Path) -> None:
-    """Raise UserError where questions follow others, and training says both ways to ask them."""
+    """Raise UserError where records have several questions, and training had both kinds of turns."""
     if turns == "mixed" and any(record.questions > 1 for record in records):
         raise UserError(
             "some of its training's datasets had questions that see those before them, others not",
             where=folder,
-            fix="say how these are asked: --turns dialogue, or --turns independent",
+            fix="choose for these: --turns dialogue, or --turns independent",
         )
 
 
 def load(folder: Path, sets: Sequence[Dataset]) -> "VLM":
-    """Load a model and refuse banks that it was not made for."""
+    """Load a model; UserError for banks of other features than its training's."""
     from model.vlm import VLM
 
     model = VLM.load(folder)
@@ -243,7 +249,7 @@ def check_features(model: "VLM", banks: Banks, folder: Path) -> None:
 
 
 def untrained_config(folder: Path) -> TrainConfig:
-    """Return the settings of a model's run; UserError where its folder does not say them."""
+    """Return the settings of a model's run; UserError where its folder does not record them."""
     config = trained_with(folder)
     if config is None:
         raise UserError(
@@ -274,7 +280,7 @@ def untrained(folder: Path) -> "VLM":
 def write(
     place: Results, dataset: Dataset, report: Json, said: Sequence[Prediction], *, keep: bool
 ) -> None:
-    """Write a test set's results and print them; keep: what other records scored under this name."""
+    """Write and print a test set's results; keep: rename results of other records of this name."""
     report["dropped"] = dict(Counter(drop.reason for drop in dataset.drops))
     lines = [f"{place.name}: {table(report)}", *dataset.notes]
     if keep and (moved := place.set_aside()):

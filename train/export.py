@@ -1,9 +1,9 @@
-"""Hand a trained model on: `hf` writes a folder whose LLM transformers loads alone.
+"""Exports a trained model: `hf` writes a folder whose LLM transformers alone can load.
 
     python -m train.export hf runs/a out/a --merge_lora
 
-OUT is a model folder too (`VLM.load`, train/ask.py, train/evaluate.py), with a README.md that says what
-is where, and what other trainers would drop of it.
+OUT is a model folder too (`VLM.load`, train/ask.py, train/evaluate.py), with a README.md that lists its
+files and the parts that other trainers would drop.
 """
 
 import argparse
@@ -29,6 +29,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @command
 def main(argv: list[str]) -> None:
+    args = arguments().parse_args(argv)
+    export(args.run, args.out, merge_lora=args.merge_lora, dtype=args.dtype)
+    print(f"written: {args.out}, see {args.out / 'README.md'}")  # noqa: T201
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -43,9 +49,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the LLM's weights [float32]"
     )
-    args = parser.parse_args(argv)
-    export(args.run, args.out, merge_lora=args.merge_lora, dtype=args.dtype)
-    print(f"written: {args.out}, see {args.out / 'README.md'}")  # noqa: T201
+    return parser
 
 
 def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "float32") -> None:
@@ -69,7 +73,7 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
     for weight in model.llm.parameters():
         weight.data = weight.data.to(getattr(torch, dtype))
     limit = token_limit(trained_with(run) or {})
-    aside = out.resolve().with_name(f"{out.resolve().name}.tmp")  # until it is whole
+    aside = out.resolve().with_name(f"{out.resolve().name}.tmp")  # renamed once it is complete
     shutil.rmtree(aside, ignore_errors=True)
     model.save(aside)
     (aside / "README.md").write_text(readme(model, adapter=adapted and not merge_lora, limit=limit))
@@ -77,11 +81,11 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
 
 
 def readme(model: "VLM", *, adapter: bool, limit: int) -> str:  # long: it is the page itself
-    """Return what an exported folder says of itself; limit: tokens of a record in training."""
+    """Return the README.md of an exported folder; limit: tokens of a record in training."""
     config, features = model.config, model.features
     rows = model.llm.get_input_embeddings().num_embeddings
     with_adapter = (
-        "\nThe LLM's weights are those it was trained over; the adapter that was trained lies beside\n"
+        "\nThe LLM's weights are those it was trained over; the trained adapter is beside\n"
         'them: `PeftModel.from_pretrained(llm, "llm/lora")`, or export again with `--merge_lora`.\n'
     )
     coordinates = (

@@ -1,4 +1,4 @@
-r"""lmms-eval's door to a trained model: its published tasks, answered from raw videos and pictures.
+r"""Adapter of lmms-eval for a trained model: its published tasks, answered from raw videos and pictures.
 
     pip install 'framebank[lmms-eval]'
     python -m lmms_eval --model framebank --model_args pretrained=runs/a \
@@ -27,15 +27,15 @@ from train.data.records import Turn
 from train.scores.kinds import GROUPS
 
 KEPT = 8
-"""Clips whose features are kept: a benchmark asks about a video several times in a row."""
+"""Number of clips whose features are cached: benchmarks ask several questions in a row about a video."""
 RUN = re.compile(r"<[txy]:-?[\d.]+>(?:[\s,]*<[txy]:-?[\d.]+>)*")
 MARK = re.compile(r"<([txy]):(-?[\d.]+)>")
 BOX = re.compile(r"(?<![\d.\[])[01]\.\d{3}(?:\s+[01]\.\d{3}){3}(?![\d.])")
-"""How a model without tokens for places writes a box: four fractions of three decimals."""
+"""A box in plain numbers, from a model without tokens for places: four fractions of three decimals."""
 
 
 def manifest() -> Any:
-    """Return how lmms-eval knows the model: what the entry point names."""
+    """Return lmms-eval's description of the model; the entry point names this function."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("framebank", simple_class_path=f"{__name__}.Framebank")
@@ -56,10 +56,10 @@ class Framebank(lmms):
         max_batch_size: int | None = None,
         **others: object,
     ) -> None:
-        """pretrained: a run's folder or a checkpoint-N; tower: where its vision tower lies now.
+        """pretrained: a run's folder or a checkpoint-N. tower: present place of its vision tower.
 
-        max_new_tokens: of an answer, for tasks that set none. device: what this process uses where
-        lmms-eval was not told otherwise.
+        max_new_tokens: of an answer, for tasks that set none. device: that of a single process, from
+        lmms-eval's --device.
         """
         super().__init__()
         import torch
@@ -143,7 +143,7 @@ class Framebank(lmms):
 
 
 def with_media(context: str, count: int, where: str) -> str:
-    """Return a task's text with a tag for each medium, as records have them: first, if it has none."""
+    """Return a task's text with a tag for each medium, put first if it has none."""
     tags = len(MEDIA_TAG.findall(context))
     if tags == count:
         return context
@@ -153,7 +153,7 @@ def with_media(context: str, count: int, where: str) -> str:
 
 
 def check_greedy(settings: Mapping[str, Any], where: str) -> None:
-    """Raise UserError where a task wants answers drawn by chance or by beam search."""
+    """Raise UserError where a task asks for sampling or beam search."""
     drawn = settings.get("do_sample") and float(settings.get("temperature") or 0) > 0
     if drawn or int(settings.get("num_beams") or 1) > 1:
         raise UserError(
@@ -184,7 +184,7 @@ def in_plain_numbers(answer: str) -> str:
 
 
 def until(answer: str, ends: str | Sequence[str] | None) -> str:
-    """Return an answer up to the first of the strings that a task ends answers at."""
+    """Return an answer up to the first of a task's stop strings."""
     for end in [ends] if isinstance(ends, str) else (ends or []):
         answer = answer.split(end)[0] if end else answer
     return answer

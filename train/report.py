@@ -1,103 +1,104 @@
-"""A table over finished runs and their test sets: what differed, what they cost, what they reached.
+"""What runs did, whether they learned, and where they fail: a page of pictures, and a table.
 
-python -m train.report runs/a runs/b     # runs on one bank
+    python -m train.report runs/a runs/b         # -> runs/a/report.html, and a table in the terminal
+    python train/report.py --watch runs/a        # made anew while the run goes on, until it ends
+
+Reads the folders of runs and, for pictures, their banks and videos, as far as those are still there. The
+page is one file that fetches nothing.
 """
 
-import json
+import argparse
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.signed import Json
-from train.scores.results import CONTROLS, PREFIX, read_report
+from shards.signed import write_atomic
+from train.pages.chart import check_drawing
+from train.pages.read.runs import METRICS, goes_on, read_runs
+from train.pages.table import table
 from train.settings.exits import command
+from train.settings.output import file_problem
+
+PAGE = "report.html"
+PAUSE_SECONDS = 5
+"""Between two looks at a run that goes on."""
+SHARE = 0.1
+"""Of the time at most in which a page is made anew: a run has better use for the cores."""
 
 
 @command
 def main(argv: list[str]) -> None:
-    """Print the table of some runs."""
-    print(compare([Path(run) for run in argv]))  # noqa: T201
+    """Print the table of some runs, and write their page."""
+    args = arguments(argv)
+    place = args.output or (args.runs[0] / PAGE if args.runs else Path(PAGE))
+    if args.watch:
+        check_drawing()
+        watch(args.runs, place)
+    runs = read_runs(args.runs)
+    print(table(runs))  # noqa: T201
+    check_drawing()
+    write_report(args.runs, place)
+    print(f"written: {place}")  # noqa: T201
 
 
-def compare(runs: list[Path]) -> str:
-    """Return a table of finished runs: what differed, what they cost, what they reached."""
-    header = [
-        "run",
-        "pattern",
-        "LAPE",
-        "steps",
-        "train s",
-        "test set",
-        "ce_loss",
-        "ar_loss",
-        "strongest baseline",
-        "ar_skill",
-        "span mIoU",
-    ]
-    header += ["untrained", "shuffled", "probe", "constant"]
-    rows = [header]
-    for run in runs:
-        if not (run / "metrics.jsonl").exists():
-            raise UserError(
-                "no metrics.jsonl", where=str(run), fix="name the output_dir of a finished run"
-            )
-        config = json.loads((run / "run.json").read_text())["config"]
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        steps = [line for line in lines if line["kind"] == "train"]
-        trained = [
-            str(run),
-            f"{config['frame_sampling_strategy']} {config['slow_frame_ratio']}",
-            "on" if config["enable_lape"] else "off",
-            str(steps[-1]["step"]),
-            f"{sum(line['seconds'] for line in steps):.0f}",
-        ]
-        rows += [[*trained, *own] for own in _scores(run)]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "--output", type=Path, help=f"where to write the page [RUN/{PAGE}, the first]"
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="make the page anew while a run goes on, until all have ended",
+    )
+    return parser.parse_args(argv)
 
 
-def _scores(run: Path) -> list[list[str]]:
-    """Return the columns of each test set that a run's folder has scores of; of none, one without."""
-    reports: dict[str, dict[str, Json]] = {}
-    for path in sorted(run.glob(f"{PREFIX}*.json")):
-        report = read_report(path)
-        if "test_set" in report:
-            control = next((name for name in CONTROLS if report.get(name)), "")
-            reports.setdefault(report["data_path"], {})[control] = report
-    out = []
-    for own in reports.values() or [{}]:
-        scored, controls = own.get("", {}), [own.get(name, {}) for name in CONTROLS]
-        losses = scored.get("losses", {})
-        out.append(
-            [
-                next((r["test_set"] for r in (scored, *controls) if r), "-"),
-                _number(losses.get("ce_loss")),
-                _number(losses.get("autoregressive_loss")),
-                _strongest(losses),
-                _number(losses.get("ar_skill")),
-                *(
-                    _number(r.get("tasks", {}).get("span", {}).get("iou"))
-                    for r in (scored, *controls)
-                ),
-                _number(scored.get("constant_span_miou")),
-            ]
-        )
-    return out
+def write_report(folders: Sequence[Path], place: Path, refresh: int = 0) -> None:
+    """Write the page of some runs; a browser sees the old file or the new one."""
+    from train.pages.page import page
+
+    if problem := file_problem(place):
+        raise UserError(problem)
+    write_atomic(place, page(read_runs(list(folders)), refresh=refresh).encode())
 
 
-def _strongest(losses: Json) -> str:
-    """Return the lowest loss of those that `ar_skill` is read against, and whose it is."""
-    if "ar_skill" not in losses:
-        return "-"
-    loss, name = min((losses[f"ar_{name}_baseline"], name) for name in ("copy", "affine", "ridge"))
-    return f"{loss:.3f} {name}"
+def watch(folders: Sequence[Path], place: Path) -> None:
+    """Write the page again and again while a process trains in any of the folders."""
+    seen: list[int] = []
+    while any(goes_on(folder) for folder in folders):
+        begun = [folder for folder in folders if has_steps(folder)]
+        now = [(folder / METRICS).stat().st_mtime_ns for folder in begun]
+        pause = float(PAUSE_SECONDS)
+        if begun and now != seen:
+            began = time.monotonic()
+            write_report(begun, place, refresh=PAUSE_SECONDS)
+            if not seen:
+                print(f"written: {place}; it is made anew until the run ends", flush=True)  # noqa: T201
+            seen = now
+            pause = max(pause, (time.monotonic() - began) * (1 / SHARE - 1))
+        wait_while(folders, pause)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def has_steps(folder: Path) -> bool:
+    """Tell whether a run has written down a step."""
+    path = folder / METRICS
+    return path.is_file() and path.stat().st_size > 0
+
+
+def wait_while(folders: Sequence[Path], seconds: float) -> None:
+    """Wait for so long, or until no process trains in any of the folders."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(goes_on(folder) for folder in folders):
+        time.sleep(min(1.0, seconds))
 
 
 if __name__ == "__main__":

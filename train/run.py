@@ -1,4 +1,4 @@
-"""Train LAPE, projector and LLM on banked features: no video and no tower is touched.
+"""Train LAPE, projector and LLM on banked features, without videos or a vision tower.
 
     accelerate launch train/run.py --config train/presets/toy.yaml --output_dir runs/a
     accelerate launch --multi_gpu --num_processes 2 train/run.py --config ...   # also on CPU
@@ -6,7 +6,7 @@
     accelerate launch train/run.py --sweep sweep.yaml --output_dir runs   # many, see train/sweep
 
 Settings -> banks and records -> the run itself (`train/loop/loop.py`). Everything that can be
-refused is refused before torch is imported. `--plan` prints what the run would be, and stops.
+refused is refused before torch is imported. `--plan` prints the run's plan and cost, and stops.
 """
 
 import gc
@@ -30,7 +30,7 @@ from train.start.stage_files import stage_problem
 from train.sweep.story import run_sweeps
 
 SHOWN = 160
-"""Characters of a command that others are told of, who may not start theirs beside it."""
+"""Characters of this run's command in the message to a second run in the same folder."""
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""The picture of an answer about a raw video: its frames, what is said, and what is true."""
+"""The picture of an answer about a raw video: its frames, the answer, and the right answer."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +21,7 @@ from train.settings.output import file_problem
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is to be drawn."""
+    """A picture to draw."""
 
     path: Path
     truth: str
@@ -29,7 +29,7 @@ class Picture:
 
     @classmethod
     def of(cls, path: Path, truth: str | None, video: Path, question: str) -> "Picture":
-        """Return a picture that can be written; UserError for another, before a model is asked."""
+        """Return a picture that can be written; UserError else, before a model is loaded."""
         from PIL import Image
 
         if problem := file_problem(path):
@@ -41,7 +41,7 @@ class Picture:
     def draw(
         self, video: Path, info: ClipInfo, sampling: Sampling, question: str, said: str, truth: str
     ) -> None:
-        """Write the picture: the clip's frames as displayed, which are read once more.
+        """Write the picture: the clip's frames as displayed, which are decoded a second time.
 
         said, truth: with markup, times in seconds.
         """
@@ -51,8 +51,8 @@ class Picture:
         with DecodeChild() as child:
             clip = child.read_clip(ReadRequest(video, sampling))
         about = asked(truth, info.duration, question=question)
-        told = in_pixels(said, size) + shown_score(score(about, said) if truth else {})
-        layers = [Pointed(told, *pointed(said, question))]
+        title = in_pixels(said, size) + shown_score(score(about, said) if truth else {})
+        layers = [Pointed(title, *pointed(said, question))]
         if truth:
             layers.append(Pointed(in_pixels(truth, size), *pointed(truth, question)))
         times = (clip.timestamps - clip.start).tolist()

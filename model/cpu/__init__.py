@@ -1,1 +1,1 @@
-"""What this machine's CPU is good at."""
+"""What this machine's CPU computes fast, measured."""

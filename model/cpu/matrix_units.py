@@ -1,8 +1,8 @@
-"""Whether this CPU multiplies bfloat16 itself, and what timing two ways of computing takes.
+"""Whether this CPU multiplies bfloat16 in hardware, and a timer for two ways of computing the same.
 
-CPUs with matrix units for bfloat16 multiply two to eight times as many of them a second as of float32;
-others convert every number and are slower. Which it is here torch is asked, and then it is timed, in CPU
-seconds, which other work on the machine hardly changes.
+CPUs with matrix units for bfloat16 multiply two to eight times as many bfloat16 as float32 numbers a
+second; others convert each number and are slower. Torch reports the units; the gain is then measured, in
+CPU seconds, which other work on the machine hardly changes.
 """
 
 import time
@@ -14,12 +14,13 @@ import torch
 Kind = TypeVar("Kind")
 
 UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "sve_bf16": "SVE", "bf16": "NEON"}
-"""What torch calls the units that multiply bfloat16, and what they are; the fastest first."""
+"""Torch's name of a capability -> the units that multiply bfloat16; the fastest first."""
 ROUNDS = 3
+"""Timed rounds, after one that loads kernels."""
 
 
 def matrix_units() -> str:
-    """Return which units of this CPU multiply bfloat16, "" where torch knows of none."""
+    """Return the units of this CPU that multiply bfloat16, "" where torch reports none."""
     asked = getattr(torch.cpu, "get_capabilities", None)
     if asked:
         has = asked()
@@ -37,11 +38,12 @@ def least_seconds(
     prepare: Callable[[Kind], None] = lambda _: None,
     long: float = float("inf"),
 ) -> dict[Kind, float]:
-    """Return the CPU seconds of each kind, the least of some rounds, which come in turn.
+    """Return the least CPU seconds of each kind over `ROUNDS` rounds, the kinds taken in turn.
 
-    The first round loads kernels and does not count, unless one of the first kind took longer than
-    `long`: then it is believed at once. prepare: what is not timed.
+    take: the work, timed. prepare: called before it, not timed. The first round loads kernels and does
+    not count, unless the first kind took longer than `long` seconds: then it is the only round.
     """
+    # the least, not the mean: other work on the machine only ever adds
     spent: dict[Kind, float] = {}
     for number in range(1 + ROUNDS):
         for kind in kinds:

@@ -1,1 +1,1 @@
-"""What differs from one LLM family to another, and the proof that ours is each one's own forward."""
+"""Differences between LLM families, and the check that our forward equals each family's own."""

@@ -1,4 +1,4 @@
-"""The verdict on every causal LM family of this transformers, as a table in markdown.
+"""Prints which causal LM families of the installed transformers pass the checks, as a markdown table.
 
 python -m model.family [FAMILY ...]
 """
@@ -46,7 +46,7 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"use_sliding_window": True, "max_window_layers": 1},
     "smollm3": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4096},
 }
-"""What checkpoints of a family set where the class's own default is not one of them, or is easier."""
+"""Family -> values of its published checkpoints, where the class's defaults are invalid or easier."""
 
 
 def families() -> list[str]:
@@ -60,17 +60,17 @@ def class_and_config(family: str) -> tuple[type, Any]:
     llm_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not isinstance(
         config, llm_class.config_class
-    ):  # of a larger model, which it is loaded out of
+    ):  # the config of a larger model that contains the LLM
         config = config.get_text_config(decoder=True)
     return llm_class, config
 
 
 def verdicts(names: list[str]) -> Iterator[tuple[str, Verdict | str]]:
-    """Yield each family with its verdict, or with why there is none."""
+    """Yield each family with its verdict, or with the reason why there is none."""
     for family in names:
         try:
             llm_class, config = class_and_config(family)
-        except Exception as error:  # whatever a config's own defaults meet
+        except Exception as error:  # defaults of a config may raise anything
             yield family, said_by(error)
             continue
         found = verdict_of(llm_class, config)
@@ -97,6 +97,7 @@ def row(family: str, found: Verdict | str) -> str:
 
 
 def main(names: list[str]) -> None:
+    """Print the table for some families, all if none is named."""
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     print(f"| family (transformers {transformers.__version__}) | verdict | back-ends, or why |")  # noqa: T201
     print("|---|---|---|")  # noqa: T201

@@ -1,10 +1,13 @@
-"""At the door: our forward of an LLM is its own forward, or its family is refused by name.
+"""Checks that our forward of an LLM equals its own, before it trains or answers; else it is refused.
 
 A tiny twin of the LLM's class and config is run both ways: a text row of several windows, two records
-packed against each alone, frames that see themselves, turns that do not see each other against each
-alone, cached decoding against the whole row, and rows under the LLM's own causal mask. What fails
-decides what is allowed: back-ends of attention, packing, `frame_attention: block`, `turns: independent`.
-Then one row of the real weights is run both ways.
+packed against each alone, frames with attention both ways, independent turns against each alone, cached
+decoding against the whole row, and rows under the LLM's own causal mask. The checks that fail decide what
+is refused: attention back-ends, packing, `frame_attention: block`, `turns: independent`. Then one row of
+the real weights is run both ways.
+
+Why at all: transformers' attention silently ignores or reinterprets masks that a family does not know.
+Two examples: eager attention adds a boolean mask to its scores, and a 4-D mask replaces a sliding window.
 """
 
 import json
@@ -29,42 +32,43 @@ from model.vlm import VLM
 from shards.errors import UserError, first_line
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest difference of two logits of one token, over the RMS of all; of the twin, that of fp32."""
+"""dtype -> largest difference of a logit, over the RMS of all. The twin's is that of fp32."""
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.01, torch.float16: 0.002}
-"""Of the mean loss of a row, relative."""
+"""dtype -> largest relative difference of a row's mean loss."""
 IMPLEMENTATIONS = ("sdpa", "eager")
 KERNELS = {"flex_attention": "_supports_flex_attn", "flash_attention_2": "_supports_flash_attn"}
-"""Back-ends that run on CUDA alone -> how a class of transformers says that it takes them."""
+"""Back-ends that run on CUDA only -> the class attribute of transformers that says it supports them."""
 ROW = 5 * WINDOW
+"""Tokens of the twin's row: several windows, so that the first tokens are out of reach of the last."""
 REAL_ROW = 128
+"""Tokens of the real weights' row."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of a family is right, and why the rest is not."""
+    """Which checks a family passes under each back-end, and why others fail."""
 
     family: str
-    """As its config and class call it: `gemma2 (Gemma2ForCausalLM)`."""
+    """Model type and class: `gemma2 (Gemma2ForCausalLM)`."""
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
     """Back-end of attention -> check that failed -> the reason."""
     kernels: tuple[str, ...] = ()
-    """Back-ends that the family takes and that need CUDA: they are given what the others are."""
+    """Supported back-ends that need CUDA: the twin cannot try them, so other back-ends' results count."""
     unbuilt: str = ""
     """Why there is no twin, where there is none."""
     stateful: bool = False
     """Whether layers carry a state from token to token, which no mask cuts."""
 
     def masked(self, attention: str) -> bool:
-        """Tell whether layers take our masks, and their keys may be kept."""
+        """Return whether layers take our masks and allow cached keys."""
         return not {"alone", "cached"} & self._failed(attention).keys()
 
     def refusal(
         self, attention: str, *, packed: bool, block: bool, apart: bool = False
     ) -> str | None:
-        """Return why rows of a kind are not right under a back-end, in one line; None if they are.
+        """Return in one line why rows of a kind are wrong under a back-end; None if they are right.
 
-        packed: of several records; block: with frames that see themselves wholly; apart: with turns that
-        do not see each other.
+        packed: rows of several records. block: `frame_attention: block`. apart: `turns: independent`.
         """
         failed = self._failed(attention)
         if "plain" in failed:
@@ -78,13 +82,14 @@ class Verdict:
             return None
         what = next(words for name, words in ASKED_BY.items() if asked[name])
         why = STATE if self.stateful else reasons[0]
+        # setting that avoids the failure -> whether it would change anything
         otherwise = {"frame_attention: token": block or packed, "pack_tokens: 0": packed}
         otherwise["turns: dialogue"] = apart
         fix = " and ".join(setting for setting, on in otherwise.items() if on)
         return f"{self.family} is refused with {what}: {why}; use {fix}"
 
     def right(self, *, packed: bool, block: bool, apart: bool = False) -> list[str]:
-        """Return the back-ends under which rows of a kind are right, the first if asked none."""
+        """Return the back-ends under which rows of a kind are right, the preferred one first."""
         kinds = {"packed": packed, "block": block, "apart": apart}
         names = (*self.failed, *self.kernels)
         return [name for name in names if self.refusal(name, **kinds) is None]
@@ -92,7 +97,7 @@ class Verdict:
     def _failed(self, attention: str) -> dict[str, str]:
         if attention in self.failed:
             return self.failed[attention]
-        # the row of real weights tries these too
+        # a CUDA back-end is checked later, by the row of real weights
         return next((f for f in self.failed.values() if not f), self.failed.get("eager", {}))
 
 
@@ -115,12 +120,12 @@ def verdict(llm: Any) -> Verdict:
 
 
 def verdict_of(llm_class: type, config: Any) -> Verdict:
-    """Return the verdict on a class and config; made once a process."""
+    """Return the verdict on a class and config; computed once per process."""
     facts = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     key = f"{llm_class.__qualname__} {json.dumps(facts, sort_keys=True, default=str)}"
     if key not in _VERDICTS:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # so small a network is slower on more
+        torch.set_num_threads(1)  # on a network this small, more threads cost more than they save
         try:
             _VERDICTS[key] = try_twin(llm_class, config)
         finally:
@@ -129,11 +134,11 @@ def verdict_of(llm_class: type, config: Any) -> Verdict:
 
 
 def try_twin(llm_class: type, config: Any) -> Verdict:
-    """Run the checks on a tiny twin of a class and config; the caller's random numbers stay."""
+    """Run the checks on a tiny twin of a class and config; the caller's RNG is left as it was."""
     family = f"{config.model_type} ({llm_class.__name__})"
     try:
         twin = make_twin(llm_class, config)
-    except Exception as error:  # whatever a config that shrinks badly meets
+    except Exception as error:  # a config whose sizes no longer agree may raise anything
         reason = f"no tiny twin of it can be built to check it with: {said_by(error)}"
         failed = {name: {"plain": reason, "alone": reason} for name in IMPLEMENTATIONS}
         return Verdict(family, failed, unbuilt=said_by(error))
@@ -182,7 +187,7 @@ def _try(twin: Any, implementation: str) -> dict[str, str]:
             continue
         try:
             reason = check(model, ids, truth)
-        except Exception as error:  # of a family's own code, given what it does not know
+        except Exception as error:  # a family's own code, given arguments it does not expect
             reason = f"{WHAT[name]} fail: {said_by(error)}"
         if reason:
             failed[name] = reason
@@ -193,14 +198,15 @@ WHAT = {
     "plain": "rows under its own causal mask",
     "alone": "rows under our mask",
     "packed": "two records packed in a row",
-    "frames": "frames that see themselves wholly",
+    "frames": "frames with attention both ways",
     "turns": "turns that do not see each other",
-    "cached": "tokens read one by one over kept keys",
+    "cached": "tokens decoded one by one over cached keys",
 }
+"""Check -> what is run, for messages."""
 
 
 def _plain(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
-    """Rows of different lengths, under the LLM's own mask; then one token more at a time."""
+    """Check rows of different lengths under the LLM's own mask, then decoding without a cache."""
     was, model.masked = model.masked, False
     try:
         batch = text_batch(*([row] for row in ids), causal=True)
@@ -223,7 +229,7 @@ def _packed(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
 
 
 def _frames(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
-    """A change in a frame's last token reaches the frame's first, and nothing before the frame."""
+    """Check that a change in a frame's last token reaches the frame's first, and nothing before it."""
     row = ids[0]
     first, last = ROW // 2, ROW // 2 + WINDOW // 2
     block = np.full(len(row), -1)
@@ -246,7 +252,7 @@ def _frames(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
 
 
 def _turns(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
-    """Three turns behind what they share, of lengths beside the window's, against each alone."""
+    """Check three turns of a record, not multiples of the window long, against each turn alone."""
     row, shared = ids[0], 2 * WINDOW + 3
     turns = [row[shared:], ids[1][shared:], row[shared + 5 : -2]]
     batch = text_batch([torch.cat([row[:shared], *turns])], turns=[shared, *map(len, turns)])
@@ -266,7 +272,7 @@ def _cached(model: VLM, ids: list[Tensor], truth: list[Tensor]) -> str:
 def _one_by_one(
     what: str, reader_class: Any, model: VLM, ids: list[Tensor], truth: list[Tensor]
 ) -> str:
-    """Read prompts of two lengths, then one token of each at a time, past the window."""
+    """Decode after prompts of two lengths, for two windows' tokens, against the whole row."""
     prompts = [len(row) - 2 * WINDOW - 1 for row in ids]
     batch = text_batch(*([row[:n]] for row, n in zip(ids, prompts, strict=True)), causal=True)
     reader = reader_class(model, batch)
@@ -287,7 +293,7 @@ def _compare(what: str, ours: list[Tensor], theirs: list[Tensor]) -> str:
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference over the RMS; infinity where either is no number."""
+    """Return the largest difference over the RMS; infinity where either has NaN."""
     error = (ours.float() - theirs.float()).abs().max() / theirs.float().square().mean().sqrt()
     return float(error) if error.isfinite() else float("inf")
 
@@ -301,10 +307,11 @@ def admit(
     packed: bool = False,
     apart: bool = False,
 ) -> tuple[str, str]:
-    """Let a model train, or answer, or raise UserError in one line; return how its LLM attends, and why.
+    """Check a model's LLM and set its attention back-end; return that back-end and the reason.
 
-    attention, reason: the back-end that is best here; auto: whether another that is right may take
-    its place; packed, apart: rows as of `Verdict.refusal`. The row of real weights runs where they lie.
+    attention, reason: the back-end that suits this device best. auto: whether another that passes may
+    replace it. packed, apart: kinds of rows, as in `Verdict.refusal`. Raises UserError, in one line,
+    where no back-end is right. The real weights are run on the device that they are on.
     """
     found = verdict(model.llm)
     block = model.config.frame_attention == "block"
@@ -313,7 +320,7 @@ def admit(
     if right and attention not in right:
         if not auto:
             raise UserError(
-                f"attn {attention}: {found.family} is not right, or does not run, under it",
+                f"attn {attention}: {found.family} is wrong, or does not run, under it",
                 fix=f"use attn: auto or {right[0]}",
             )
         attention, reason = right[0], f"{found.family} has no {attention} that is right"
@@ -326,7 +333,7 @@ def admit(
 
 
 def named(llm: Any) -> str | None:
-    """Return where an LLM was loaded from."""
+    """Return the folder or Hub name that an LLM was loaded from; None if unknown."""
     return getattr(llm.config, "name_or_path", None) or None
 
 
@@ -335,13 +342,13 @@ def check_weights(model: VLM) -> None:
     llm = model.llm
     table, attention = llm.get_input_embeddings().weight, llm.config._attn_implementation
     if attention in KERNELS and table.device.type == "cpu":
-        return  # sharded over devices later
+        return  # with FSDP: CUDA kernels, and weights that are moved to the GPUs later
     rng = np.random.default_rng(0)
     length = min(REAL_ROW, context_length(llm.config.to_dict()) or REAL_ROW)
     rows = min(len(table), len(llm.get_output_embeddings().weight))
     ids = torch.from_numpy(rng.integers(0, rows, length)).to(table.device)
     training = llm.training
-    probe = around(llm)  # which sets it to eval
+    probe = around(llm)  # sets the LLM to eval mode
     probe.masked, probe.visual = model.masked, model.visual
     batch = text_batch([ids], causal=not model.masked or attention == "flash_attention_2")
     with torch.no_grad(), exact_products():
@@ -355,7 +362,7 @@ def check_weights(model: VLM) -> None:
         return
     raise UserError(
         f"{llm.config.model_type} is refused: "
-        f"on a row of {length} tokens our logits are off its own by {error:.1e} of their RMS "
+        f"on a row of {length} tokens our logits differ from its own by {error:.1e} of their RMS "
         f"(tolerated {TOLERANCE[table.dtype]}), the loss is {losses[0]:.4f}, its own {losses[1]:.4f}",
         where=named(llm),
     )
@@ -363,7 +370,7 @@ def check_weights(model: VLM) -> None:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply fp32 matrices in fp32: TF32 of an H200 puts equal computations 7e-3 of an RMS apart."""
+    """Multiply fp32 matrices in fp32: with an H200's TF32 equal computations differ by 7e-3 of an RMS."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -373,14 +380,14 @@ def exact_products() -> Iterator[None]:
 
 
 def around(llm: Any) -> VLM:
-    """Return the model that has nothing but an LLM; the caller's random numbers stay."""
+    """Return a model of nothing but an LLM, in eval mode; the caller's RNG is left as it was."""
     with torch.random.fork_rng(devices=[]):
         config = VLMConfig(mm_projector_type="linear", enable_lape=False, loss_weight=0)
         return VLM(config, llm, None, width=1, features={}, tower="").eval()
 
 
 def _kinds(llm: Any) -> str:
-    """Return the kinds of an LLM's layers for which there is no mask."""
+    """Return the kinds of an LLM's layers that no mask supports, in words."""
     return ", ".join(sorted(set(text_config(llm).layer_types) - set(KINDS)))
 
 

@@ -3,9 +3,10 @@
     install(llm_decoder, 3)                     # once
     llm_decoder(..., deepstack=(places, values))
 
-A frame's tokens enter the LLM as its tower's merged tokens; behind the LLM's first layer those of an
-earlier layer of the tower are added to them, behind the second those of the next, and so on. Which
-layers of the tower these are, a bank's `layer` says: `5,11,17,merged`.
+A frame's tokens enter the LLM as its tower's merged tokens; after the LLM's first layer those of an
+earlier layer of the tower are added to them, after the second those of the next, and so on. A bank's
+`layer` names these layers of the tower: `5,11,17,merged`. The formula is transformers'
+(`Qwen3VLTextModel`).
 """
 
 from collections.abc import Sequence
@@ -19,13 +20,13 @@ from model.batch import FrameGroup
 from shards.errors import UserError
 
 Added = tuple[Tensor, Tensor]
-"""int64 `(tokens,)`, flat places; `(layers, tokens, width)`, what is added there behind each layer."""
+"""int64 `(tokens,)`, flat places; `(layers, tokens, width)`, what is added there after each layer."""
 
 
 def added(groups: Sequence[FrameGroup], layers: int) -> Added | None:
-    """Return what so many layers add to a batch's frames; None where there is nothing to add.
+    """Return what the LLM's first `layers` add to a batch's frames; None without layers or frames.
 
-    The channels of their cells are those of the tower's layers, and then the tokens themselves.
+    A cell's channels are those of the tower's layers in turn, then those of the token itself.
     """
     if not layers or not groups:
         return None
@@ -35,10 +36,11 @@ def added(groups: Sequence[FrameGroup], layers: int) -> Added | None:
 
 
 def install(decoder: Any, layers: int) -> None:
-    """Let a decoder's first layers add what its forward is given as `deepstack`, if it is; once.
+    """Hook a decoder's first layers to add the `deepstack` argument of its forward, if there is one.
 
-    It goes to each layer among its arguments and is kept nowhere: a layer that is computed again for
-    the backward pass adds the same.
+    The argument travels among each layer's keyword arguments and is stored nowhere, so that a layer that
+    gradient checkpointing recomputes adds the same. Safe to call twice. Raises UserError for an LLM of
+    fewer layers.
     """
     if len(decoder.layers) < layers:
         raise UserError(

@@ -1,7 +1,7 @@
-"""The way from last hidden states to logits that an LLM's own forward takes, on chosen rows alone.
+"""An LLM's own computation from last hidden states to logits, on chosen rows alone.
 
-Families scale logits (Cohere, Granite), cap them (Gemma 2) or cast them there. Their forward is run
-as it stands, over a decoder that returns the rows it is given.
+Families scale logits there (Cohere, Granite), cap them (Gemma 2) or cast them. So their own forward is
+run unchanged, over a stand-in for the decoder that returns the chosen rows.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 def own_head(llm: Any) -> Callable[[Tensor], Tensor]:
-    """Return the function of an LLM, or of a PEFT model around one: `(n, width)` -> `(n, rows)`."""
+    """Return the head of an LLM, or of a PEFT model around one, as `(n, width)` -> `(n, rows)`."""
     plain, decoder = plain_llm(llm), decoder_of(llm)
 
     def logits(hidden: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def own_head(llm: Any) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def seen_embeddings(llm: Any) -> Tensor:
-    """Return the input vectors as the LLM's layers are given them: `(rows, width)`.
+    """Return the input vectors as the LLM's first layer sees them: `(rows, width)`.
 
     Gemma's table module scales its rows by the root of the width; elsewhere these are the weights.
     """
@@ -41,7 +41,7 @@ def seen_embeddings(llm: Any) -> Tensor:
 def seen_head(llm: Any) -> Tensor:
     """Return the head's rows at the scale of the logits that leave the LLM: `(rows, width)`.
 
-    What comes after the head (Cohere's and Granite's scales) is measured on states of unit RMS.
+    The factor after the head (Cohere's, Granite's) is fitted by least squares on 16 states of unit RMS.
     """
     head = llm.get_output_embeddings()
     weight: Tensor = head.weight.detach()
@@ -54,7 +54,7 @@ def seen_head(llm: Any) -> Tensor:
 
 
 def plain_llm(llm: Any) -> Any:
-    """Return the causal LM of transformers that a PEFT model may be around."""
+    """Return the causal LM of transformers, taken out of a PEFT model if it is in one."""
     return llm.get_base_model() if hasattr(llm, "peft_config") else llm
 
 
@@ -63,7 +63,7 @@ def decoder_of(llm: Any) -> Any:
     plain = plain_llm(llm)
     table = plain.get_input_embeddings()
     names = (plain.base_model_prefix, "model", "transformer")
-    # some families find another part by `get_decoder`, or themselves
+    # in some families `get_decoder` returns another part, or the whole LLM
     candidates = [plain.get_decoder(), *(getattr(plain, name, None) for name in names)]
     return next(
         c
@@ -75,7 +75,7 @@ def decoder_of(llm: Any) -> Any:
 
 
 class _Over:
-    """A module as it is, but for the decoder somewhere inside it: that returns given rows."""
+    """Proxy of a module whose decoder, somewhere inside it, returns given rows without computing."""
 
     def __init__(self, module: Any, decoder: Any, rows: Tensor) -> None:
         self._module, self._decoder, self._rows = module, decoder, rows
@@ -94,7 +94,7 @@ class _Over:
 
 
 class _Decoded(MoeModelOutputWithPast):
-    """What a decoder returns, without any of what it may return beside its states."""
+    """A decoder's output with hidden states only; every other field reads as None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):

@@ -1,4 +1,4 @@
-"""What an LLM can take at most: tokens of a row, and ids of its tokenizer; torch-free."""
+"""An LLM's limits, checked: tokens of a row, and ids of its tokenizer; torch-free."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from shards.errors import UserError, first_line
 SAMPLE = "When does it begin? From 12.5 s to 14, on the left."
 FIX = "put the tokenizer's files beside the weights: tokenizer.json, tokenizer_config.json"
 FEWEST_TOKENS = 32
-"""Of a vocabulary; transformers makes up one of a single token where a folder has no tokenizer."""
+"""Least vocabulary: transformers invents one of a single token where a folder has no tokenizer."""
 MOST_SANE = 10**9
 """Above it a tokenizer's `model_max_length` means that none is set."""
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
 def context_length(config: dict[str, Any], tokenizer_limit: float | None = None) -> int | None:
-    """Return how many tokens a row has at most, of an LLM's config.json; None where nothing says.
+    """Return an LLM's longest row in tokens; None where neither config nor tokenizer states one.
 
-    tokenizer_limit: its `model_max_length`. Rotary positions that are scaled reach further than
-    `max_position_embeddings` where that is still the length before scaling.
+    config: its config.json. tokenizer_limit: its `model_max_length`. Scaled rotary positions reach
+    further than `max_position_embeddings` where that still is the length before scaling.
     """
     inner = config.get("text_config") or config
     limits = [inner[name] for name in LENGTHS if isinstance(inner.get(name), int)]
@@ -32,9 +32,9 @@ def context_length(config: dict[str, Any], tokenizer_limit: float | None = None)
 
 
 def check_context(tokens: int, limit: int | None, what: str, fix: str) -> None:
-    """Raise UserError where a row has more tokens than an LLM reads.
+    """Raise UserError where a row has more tokens than the LLM's limit.
 
-    what: the row in words, of so many tokens; fix: what to change.
+    what: the row in words. fix: the change that helps.
     """
     if limit is not None and tokens > limit:
         raise UserError(
@@ -45,20 +45,20 @@ def check_context(tokens: int, limit: int | None, what: str, fix: str) -> None:
 
 
 def load_tokenizer(where: Any, rows: int | None = None) -> Any:
-    """Load a model folder's tokenizer, or a Hub model's; UserError where it is none for that LLM.
+    """Load the tokenizer of a model folder or Hub name; UserError where it does not fit the LLM.
 
-    rows: of the LLM's input matrix, where they are known.
+    rows: of the LLM's input matrix, where known.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except ValueError as error:  # of many lines where no tokenizer's files are found
+    except ValueError as error:  # many lines, where no tokenizer's files are found
         if "trust_remote_code" in str(error):
             raise UserError(
                 "its tokenizer is code of its own, which is never run",
                 where=where,
-                fix="put a tokenizer.json of the same words there, or take another LLM",
+                fix="put a tokenizer.json of the same vocabulary there, or take another LLM",
             ) from None
         said = f"its tokenizer does not load: {first_line(error)}"
         raise UserError(said, where=where, fix=FIX) from None
@@ -67,9 +67,9 @@ def load_tokenizer(where: Any, rows: int | None = None) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, rows: int | None, where: object) -> None:
-    """Raise UserError where a tokenizer is not one that an LLM of so many rows can be asked with.
+    """Raise UserError where a tokenizer is empty, loses text or has ids beyond the LLM's `rows`.
 
-    A folder without tokenizer files makes transformers build a tokenizer that knows one token.
+    transformers builds a tokenizer of one token, without an error, from a folder without its files.
     """
     if len(tokenizer) < FEWEST_TOKENS:
         raise UserError(

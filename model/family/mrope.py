@@ -1,13 +1,13 @@
-"""M-RoPE: tokens of frames turn by their time, row and column, text by its place alone.
+"""M-RoPE: rotary positions of frames' tokens are time, row and column; of text, its place alone.
 
     positions = mrope_positions(...)            # int64 (3, length), with the batch
     rotary = install(llm_decoder, (16, 24, 24))
     with rotary.at(positions): llm_decoder(...)
 
-The formula is transformers' for Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`get_rope_index`): of a run of
-frames, the positions count on from the text before it in three directions; the text behind it goes on
-as many places later as its frames have rows or columns, whichever are more, however long it lasts. In
-Qwen3-VL, which writes the time between frames, each is a run of its own.
+The formula is transformers' for Qwen2-VL, Qwen2.5-VL and Qwen3-VL (`get_rope_index`): the positions of a
+run of frames count on from the text before it in three directions; the text after it goes on as many
+places later as its frames have rows or columns, whichever are more, however long the run lasts. In
+Qwen3-VL, which writes the time between frames, each frame is a run of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,13 +25,13 @@ from shards.errors import UserError
 AXES = 3
 """Time, row, column."""
 NEARLY = 1e-6
-"""A place this little before a whole one is that: sums of floats are not exact."""
+"""Added before rounding down: sums of floats may be this little below a whole number."""
 EVEN = 1e-6
-"""Seconds by which frames that are evenly apart may be off."""
+"""Tolerance, in seconds, for frames to count as evenly spaced."""
 
 
 class FrameSpan(Protocol):
-    """Where a frame's tokens are in a row, and where it is in its clip."""
+    """The places of a frame's tokens in a row, and its time in its clip."""
 
     @property
     def first(self) -> int:
@@ -39,14 +39,14 @@ class FrameSpan(Protocol):
 
     @property
     def tokens(self) -> int:
-        """Cells, row by row, and behind them a closing token where there is one."""
+        """Number of cells, row-major, and after them a closing token where there is one."""
 
     @property
     def grid(self) -> Grid: ...
 
     @property
     def clip(self) -> int:
-        """Number of the clip in the row: positions of time begin with each."""
+        """Number of the clip in the row: time starts at 0 in each."""
 
     @property
     def seconds(self) -> float:
@@ -59,9 +59,9 @@ def mrope_rows(
     sample: np.ndarray,
     config: VLMConfig,
 ) -> Tensor | None:
-    """Return what the tokens of rows turn by, int64 `(3, rows, length)`; None where by their position.
+    """Return the three positions of each token, int64 `(3, rows, length)`; None without M-RoPE.
 
-    frames: of each row; position, sample: int `(rows, length)`, as of `mrope_positions`.
+    frames: of each row. position, sample: int `(rows, length)`, as in `mrope_positions`.
     """
     if config.frame_positions != "mrope":
         return None
@@ -82,13 +82,13 @@ def mrope_positions(
 ) -> np.ndarray:
     """Return the three positions of each token of a row: int64 `(3, length)`.
 
-    position: int `(length,)`, each token's place in its record; sample: the number of that record in
-    the row. Each record's positions begin anew.
+    position: int `(length,)`, each token's place in its record. sample: int `(length,)`, the number of
+    that record in the row; positions start at 0 in each record.
     frames: in order; those of a clip with no token between them are a run. unit: the stride whose
     cells rows and columns are counted in: a frame of a coarser grid has wider steps.
     tokens_per_second: see `MRopeFacts`.
     """
-    # how far the positions of text are from its places, behind the frames of its record
+    # position minus place of the text after the frames of its record
     shift = np.zeros(len(position), np.int64)
     out = np.zeros((AXES, len(position)), np.int64)
     for run in runs_of(frames):
@@ -115,7 +115,7 @@ def mrope_positions(
 
 
 def runs_of(frames: Sequence[FrameSpan]) -> list[list[FrameSpan]]:
-    """Return frames of one clip that stand next to each other, a list each."""
+    """Return the runs of frames: frames of one clip with no token between them, a list each."""
     runs: list[list[FrameSpan]] = []
     for frame in frames:
         last = runs[-1][-1] if runs else None
@@ -127,9 +127,9 @@ def runs_of(frames: Sequence[FrameSpan]) -> list[list[FrameSpan]]:
 
 
 def time_positions(seconds: Sequence[float], tokens_per_second: float) -> list[int]:
-    """Return where the frames of a run stand in time, from 0: their number, or by their seconds.
+    """Return the time positions of a run's frames, from 0: their number, or floor(seconds x rate).
 
-    Of frames that are evenly apart, as transformers counts them: in float32, cut off.
+    Evenly spaced frames are computed as transformers does it, in float32, to give its integers.
     """
     number = np.arange(len(seconds))
     if not tokens_per_second:
@@ -144,18 +144,18 @@ def time_positions(seconds: Sequence[float], tokens_per_second: float) -> list[i
 
 
 class MRope(nn.Module):
-    """An LLM's rotary embedding that takes three positions where it is given them."""
+    """An LLM's rotary embedding that turns by three positions inside `at`, by one elsewhere."""
 
     def __init__(self, rotary: nn.Module, sections: Sequence[int], interleaved: bool) -> None:
         super().__init__()
         self.rotary = rotary
         self.axes = axes_of(sections, interleaved)
-        """Which of the three each frequency turns by."""
+        """Axis of each frequency: 0 time, 1 row, 2 column."""
         self.positions: Tensor | None = None
 
     @contextmanager
     def at(self, positions: Tensor | None) -> Iterator[None]:
-        """Let the decoder's next forward turn by these: int64 `(3, rows, length)`."""
+        """Use these positions in forwards inside the context: int64 `(3, rows, length)`, or None."""
         self.positions = positions
         try:
             yield
@@ -171,7 +171,7 @@ class MRope(nn.Module):
         return tuple(self._joined(part.unflatten(0, (AXES, -1))) for part in every)
 
     def _joined(self, part: Tensor) -> Tensor:
-        """`(3, rows, length, head_dim)` -> each frequency of the axis that it turns by."""
+        """`(3, rows, length, head_dim)` -> `(rows, length, head_dim)`, each frequency from its axis."""
         half = part[..., : part.shape[-1] // 2]
         axes = torch.tensor(self.axes, device=half.device).expand(1, *half.shape[1:])
         chosen = half.gather(0, axes)[0]
@@ -179,10 +179,10 @@ class MRope(nn.Module):
 
 
 def axes_of(sections: Sequence[int], interleaved: bool) -> list[int]:
-    """Return which axis each rotary frequency turns by.
+    """Return the axis of each rotary frequency.
 
-    sections: how many turn by time, row, column. Interleaved ones take turns while rows and columns
-    have some left, and time has all the others (`recomposition_frequencies` of Qwen3-VL).
+    sections: number of frequencies for time, row, column. Interleaved ones alternate while rows and
+    columns have some left, and time has all the others (`recomposition_frequencies` of Qwen3-VL).
     """
     if not interleaved:
         return [axis for axis, count in enumerate(sections) for _ in range(count)]
@@ -194,7 +194,7 @@ def axes_of(sections: Sequence[int], interleaved: bool) -> list[int]:
 
 
 def install(decoder: Any, sections: Sequence[int], *, interleaved: bool = False) -> MRope:
-    """Put an M-RoPE in the place of a decoder's rotary embedding, once; UserError where none fits."""
+    """Replace a decoder's rotary embedding by an M-RoPE, once; UserError where sections do not fit."""
     rotary = getattr(decoder, "rotary_emb", None)
     if isinstance(rotary, MRope):
         assert rotary.axes == axes_of(sections, interleaved)

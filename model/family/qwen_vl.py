@@ -1,8 +1,8 @@
-"""What is in a Qwen-VL checkpoint beside its tower, read from its config.json; torch-free.
+"""The LLM of a Qwen-VL checkpoint, described by the checkpoint's config.json; torch-free.
 
-Its language model is a Qwen2, or Qwen3, whose rotary positions, of frames alone, are three: time, row,
-column (M-RoPE). On text the three are one, and it is Qwen2, or Qwen3, itself. Qwen3-VL's first layers
-add features of several layers of its tower, too (DeepStack), and the time is written before each frame.
+The LLM is a Qwen2 or Qwen3 whose rotary positions of frames are three: time, row, column (M-RoPE). On
+text the three are equal, and it is a plain Qwen2 or Qwen3. Qwen3-VL's first layers also add features of
+several layers of its tower (DeepStack), and it writes the time before each frame.
 """
 
 from collections.abc import Mapping
@@ -16,37 +16,38 @@ Json = Mapping[str, Any]
 INNER = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
 """`model_type` of a checkpoint -> the family of the LLM inside."""
 REFUSED = {
-    "qwen3_vl_moe": "has experts, whose weights lie otherwise in it than in the LLM alone",
-    "qwen2_5_omni": "hears, too: its positions of frames and of sound are interleaved",
-    "qwen2_5_omni_thinker": "hears, too: its positions of frames and of sound are interleaved",
+    "qwen3_vl_moe": "has experts, whose weights are stored differently than in the LLM alone",
+    "qwen2_5_omni": "takes sound, too: its positions of frames and of sound are interleaved",
+    "qwen2_5_omni_thinker": "takes sound, too: its positions of frames and of sound are interleaved",
 }
-"""`model_type` of the same house -> why its checkpoints cannot be started from."""
+"""`model_type` of a related checkpoint -> why a run cannot start from it."""
 SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen2_5_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
-"""Of a config that does not name them, as in transformers."""
+"""M-RoPE sections of a config that names none: transformers' defaults."""
 DEEPSTACK = 8, 16, 24
-"""The layers of Qwen3-VL's tower, counted from 0, whose features its LLM takes, likewise."""
+"""Layers of Qwen3-VL's tower, counted from 0, whose features its LLM adds: likewise."""
 TOKENS_PER_SECOND = 4.0
 MEDIA_TAGS = "<|vision_start|>,<|vision_end|>"
 
 
 @dataclass(frozen=True)
 class MRopeFacts:
-    """How an LLM's rotary frequencies are shared out, and what a position of time is."""
+    """An LLM's division of rotary frequencies between axes, and its unit of time."""
 
     sections: tuple[int, ...]
-    """Frequencies that turn by time, by row, by column."""
+    """Number of frequencies for time, row and column."""
     tokens_per_second: float
     """Positions of time per second; 0 where they count frames."""
     interleaved: bool = False
-    """Whether frequencies of the three take turns, time, row, column, time ...; else they are apart."""
+    """Whether the axes alternate over the frequencies; else each has a contiguous block of them."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the `mrope` field that the inner LLM's config.json keeps, see `inner_config`."""
         facts = {"sections": list(self.sections), "tokens_per_second": self.tokens_per_second}
         return facts | ({"interleaved": True} if self.interleaved else {})
 
 
 def mrope_of(config: Json) -> MRopeFacts | None:
-    """Return the M-RoPE that a config.json tells of: a checkpoint's, or of the LLM taken out of one."""
+    """Return the M-RoPE of a config.json, a checkpoint's or that of the LLM taken out of one, or None."""
     if "mrope" in config:
         facts = config["mrope"]
         seconds, interleaved = facts["tokens_per_second"], facts.get("interleaved", False)
@@ -65,9 +66,9 @@ def mrope_of(config: Json) -> MRopeFacts | None:
 
 
 def deepstack_of(config: Json) -> tuple[int, ...]:
-    """Return the layers of its tower whose features an LLM takes at its first layers, if it does any.
+    """Return the tower's layers whose features the LLM's first layers add; empty without DeepStack.
 
-    config: a checkpoint's, or of the LLM taken out of one.
+    config: a checkpoint's, or that of the LLM taken out of one.
     """
     if config.get("model_type") == "qwen3_vl":
         return tuple((config.get("vision_config") or {}).get("deepstack_visual_indexes", DEEPSTACK))
@@ -75,12 +76,12 @@ def deepstack_of(config: Json) -> tuple[int, ...]:
 
 
 def writes_times(config: Json) -> bool:
-    """Tell whether a checkpoint was trained with the time before each frame, and tags around each."""
+    """Return whether a checkpoint was trained with the time, and control tokens, around each frame."""
     return config.get("model_type") == "qwen3_vl"
 
 
 def config_problem(config: Json) -> str | None:
-    """Return why a Qwen-VL checkpoint cannot be started from, as far as its config tells."""
+    """Return why a run cannot start from a Qwen-VL checkpoint, by its config.json; None if it can."""
     kind = str(config.get("model_type", ""))
     if kind in REFUSED:
         return (
@@ -94,16 +95,17 @@ def config_problem(config: Json) -> str | None:
     scaled = rope.get("rope_type", rope.get("type", "default"))
     if scaled not in ("default", "mrope"):
         return (
-            f"its rotary positions are scaled ({scaled}), which is not known with M-RoPE; take the "
+            f"its rotary positions are scaled ({scaled}), which is not supported with M-RoPE; take the "
             "checkpoint as it is published"
         )
     return None
 
 
 def inner_config(whole: Any, written: Json) -> dict[str, Any]:
-    """Return the arguments of the config of the LLM inside; whole: the checkpoint's, of transformers.
+    """Return the arguments for the config of the LLM inside.
 
-    The M-RoPE goes along as `mrope`, so that a model trained from it still knows it.
+    whole: the checkpoint's config in transformers; written: its config.json. The M-RoPE is kept as a
+    field `mrope`, so that a model trained from it has it too.
     """
     if problem := config_problem(written):
         raise UserError(problem)

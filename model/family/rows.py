@@ -1,4 +1,4 @@
-"""Rows of text alone, as a batch: what a family is checked with."""
+"""Rows of text alone, as a batch, for checks of LLM families."""
 
 from collections.abc import Sequence
 
@@ -17,10 +17,10 @@ def text_batch(
     block: np.ndarray | None = None,
     turns: Sequence[int] = (),
 ) -> Batch:
-    """Return rows of token ids, each of one record or of several one after the other.
+    """Return a batch of rows of token ids, each row a list of records `(tokens,)`.
 
-    causal: as `Batch.causal`; block: of a single row, as `intervals` has it; turns: of a single record,
-    the tokens that its turns share, and of each turn that sees no other one.
+    causal: as `Batch.causal`. block: for a single row, as in `model.mask.intervals`. turns: for a single
+    record, the number of tokens that its turns share, then that of each independent turn.
     """
     length = max(sum(map(len, row)) for row in rows)
     device = rows[0][0].device

@@ -1,7 +1,7 @@
 """A tiny twin of an LLM: its class and config with small sizes, so that a check costs milliseconds.
 
-What makes a family what it is stays: which layers there are and in which order, scalings, soft-caps,
-rotary types, experts and their routing. What only makes it large shrinks.
+What characterises a family stays: its kinds of layers and their order, scalings, soft-caps, rotary types,
+experts and their routing. Sizes shrink.
 """
 
 from typing import Any
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 WINDOW = 8
-"""Tokens of a twin's sliding window or chunk."""
+"""Tokens of a twin's sliding window or chunk: short, so that a row of 40 tokens crosses several."""
 MOST_LAYERS = 8
-"""Where more are needed for one of each kind, one of each kind is all there is."""
+"""A twin keeps the LLM's first layers until all kinds are among them; where that would take more than
+this, it has one layer of each kind."""
 MOST_WEIGHTS = 20_000_000
+"""A larger twin is refused: a field that this file does not know kept its full size."""
 WIDTH, HEADS, HEAD_DIM = 64, 4, 16
 SIZES: dict[str, Any] = {
     # text
@@ -125,9 +127,10 @@ SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def make_twin(llm_class: type, config: Any, seed: int = 0) -> Any:
-    """Return a random LLM of a class, on the CPU in fp32 and in eval mode; the caller's RNG stays.
+    """Return a random LLM of a class, on the CPU, in fp32 and eval mode; the caller's RNG stays.
 
-    Its weights are spread wide: at the usual 0.02 so small a network hardly looks at its input.
+    Raises ValueError where it is still large. Its weights have a deviation of 0.2: at the usual 0.02 the
+    output of so small a network hardly depends on its input, and every check would pass.
     """
     small = type(config).from_dict(shrunk(config))
     small._attn_implementation = "eager"
@@ -150,19 +153,19 @@ def make_twin(llm_class: type, config: Any, seed: int = 0) -> Any:
 
 
 def shrunk(config: Any) -> dict[str, Any]:
-    """Return the fields of a twin's config, of those of an LLM's config."""
+    """Return the fields of the twin's config, made from an LLM's config."""
     own = {n: v for n, v in config.to_dict().items() if _is_set(config, n)}
     return _smaller(own, config)
 
 
 def _is_set(config: Any, name: str) -> bool:
-    """Tell whether a config's field is one of its own, none that it works out from others."""
+    """Return whether a config's field can be set, and is not computed from other fields."""
     known = getattr(type(config), getattr(config, "attribute_map", {}).get(name, name), None)
     return not isinstance(known, property) or known.fset is not None
 
 
 def _smaller(own: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Return fields with small sizes; fields that hold fields, as those of an inner LLM, likewise."""
+    """Return fields with small sizes, those of nested configs too."""
     less = dict(own)
     for name, value in own.items():
         if isinstance(value, dict):
@@ -175,11 +178,11 @@ def _smaller(own: dict[str, Any], config: Any) -> dict[str, Any]:
             less[name] = SIZES[name]
     for place, name in enumerate(SPECIAL):
         if own.get(name) is not None:
-            less[name] = place  # within the fewer rows
+            less[name] = place  # an id below the small vocabulary
     heads = next((own[n] for n in HEAD_COUNTS if isinstance(own.get(n), int)), 0)
     for name in KEY_HEADS:
         if isinstance(own.get(name), int) and heads:
-            groups = max(1, heads // own[name])  # grouped stays grouped, one for all stays so
+            groups = max(1, heads // own[name])  # grouped stays grouped, multi-query multi-query
             less[name] = HEADS if groups == 1 else 1 if own[name] == 1 else 2
     if own.get("head_dim") == own.get("qk_rope_head_dim") is not None:
         less["head_dim"] = less["qk_rope_head_dim"]  # that of the rotary part
@@ -191,7 +194,7 @@ def _smaller(own: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def _layers(own: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Return how many layers a twin has, and every per-layer list cut to them."""
+    """Return the twin's number of layers, and each per-layer list cut to these layers."""
     count = next((own[n] for n in LAYERS if isinstance(own.get(n), int)), 0)
     if not count:
         return {}

@@ -1,4 +1,4 @@
-"""How far back each kind of layer of an LLM sees, read from its config."""
+"""The reach of each kind of layer of an LLM (sliding windows, chunks), from its config."""
 
 import inspect
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 from model.mask import Reach
 
 KINDS = {"full_attention": None, "sliding_attention": "window", "chunked_attention": "chunk"}
-"""Kinds of layers whose mask can be made -> what limits them, as a field of `Reach`."""
+"""Kind of layer whose mask can be made -> the field of `Reach` that limits it; None: no limit."""
 
 
 def text_config(llm: Any) -> Any:
-    """Return the config of an LLM's own layers, which may lie inside that of a larger model."""
+    """Return the config of an LLM's own layers, which may be nested in that of a larger model."""
     inner = getattr(llm.config, "get_text_config", None)
     return inner(decoder=True) if inner is not None else llm.config
 
 
 def reaches(config: Any) -> dict[str, Reach] | None:
-    """Return the reach of each kind of layer; None where layers are of a kind that no mask reaches.
+    """Return kind of layer -> its reach; None where a kind of layer takes no masks.
 
-    Without `layer_types` all layers are of one kind, which has no name. This is how transformers
-    itself makes the masks of its own generation (`create_masks_for_generate`).
+    Without `layer_types` all layers are of one kind, named "". The rule is transformers' own
+    (`create_masks_for_generate`).
     """
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
@@ -39,6 +39,6 @@ def reaches(config: Any) -> dict[str, Reach] | None:
 
 
 def takes_positions(decoder: Any) -> bool:
-    """Tell whether a decoder is told the positions of its tokens."""
+    """Return whether a decoder's forward takes the positions of its tokens."""
     taken = inspect.signature(decoder.forward).parameters
     return "position_ids" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())

@@ -11,15 +11,18 @@ from torch.utils.checkpoint import checkpoint
 from model.lape.tables import Lape
 
 HEAD_ROWS = 1024
-"""Supervised tokens whose logits exist at once."""
+"""Supervised tokens whose logits are in memory at once."""
 
 
 @dataclass(frozen=True)
 class LanguageHead:
-    """Text and coordinates under one partition function; without LAPE, the LLM's own head."""
+    """Text and coordinates under one softmax; without LAPE, the LLM's own head.
+
+    One softmax at text positions too: else untrained anchors could win there when the model writes.
+    """
 
     text: Callable[[Tensor], Tensor]
-    """The LLM's own way to logits: `(n, width)` -> `(n, rows)`."""
+    """The LLM's own head, `model.family.head.own_head`: `(n, width)` -> `(n, rows)`."""
     lape: Lape | None
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -37,11 +40,12 @@ class LanguageHead:
     def loss(
         self, hidden: Tensor, labels: Tensor, label_axis: Tensor, label_coord: Tensor
     ) -> dict[str, Tensor]:
-        """Return `ce` and `coordinate_ce`, sums over tokens, and `token_ce`, each without gradient.
+        """Return `ce` and `coordinate_ce`, sums over tokens, and `token_ce` `(supervised,)`.
 
-        hidden: `(supervised, width)`; labels as of a `Batch`. Above `HEAD_ROWS` rows they pass in
-        chunks, whose logits are computed again in the backward pass: fp32 logits of 152k columns take
-        0.6 GB per 1024 rows, twice with their gradient.
+        Only `ce` has a gradient; it includes `coordinate_ce`, the part of coordinate tokens.
+        hidden: `(supervised, width)`; labels as in a `Batch`. More than `HEAD_ROWS` rows pass in chunks
+        whose logits are recomputed in the backward pass: fp32 logits of 152k columns take 0.6 GB per
+        1024 rows, twice with their gradient.
         """
         whole = (hidden, labels, label_axis, label_coord)
         if len(hidden) <= HEAD_ROWS:
@@ -59,7 +63,11 @@ class LanguageHead:
     def _loss_of_rows(
         self, rows: Tensor, labels: Tensor, label_axis: Tensor, label_coord: Tensor
     ) -> dict[str, Tensor]:
-        """Return the losses of hidden states `(n, width)`; n may be 0."""
+        """Return the losses of hidden states `(n, width)`; n may be 0.
+
+        Text: log Z - logit of the label. Coordinate: log Z - sum of target x logit over its axis, that
+        is cross-entropy against the soft target.
+        """
         logits = self.logits(rows)
         if self.lape is None:
             each = F.cross_entropy(logits, labels, reduction="none")

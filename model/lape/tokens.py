@@ -10,23 +10,23 @@ TIME, HEIGHT, WIDTH = range(3)
 NAMES = ("TEMP", "HEIGHT", "WIDTH")
 PRESETS = ("plus", "st")
 MOST_ANCHORS = 1000
-"""Of an axis: a token's name has three digits, `<TEMP-037>`."""
+"""Anchors on one axis: a token's name has three digits, `<TEMP-037>`."""
 LAPE_AXES = {"all": (0, 1, 2), "time": (0,), "space": (1, 2)}
 """The axes (time, height, width) whose coordinates are tokens; on the others numbers stay text."""
 
 
 @dataclass(frozen=True)
 class LapeTokens:
-    """How many anchors an axis has, and their ids; `LapeTokens(counts)` alone is to count tokens."""
+    """The anchors of each axis and their ids. `LapeTokens(counts)` without ids serves to count tokens."""
 
     counts: tuple[int, int, int]
-    """Of time, height and width."""
+    """Anchors on time, height and width."""
     axes: tuple[int, ...] = LAPE_AXES["all"]
-    """Those of which coordinates are tokens; the others' anchors are never likely."""
+    """The axes whose coordinates are tokens; anchors of the others get no probability."""
     first: tuple[int, int, int] = (0, 0, 0)
     """Id of anchor 0 per axis, where a tokenizer holds them."""
     placeholders: tuple[int, ...] = ()
-    """Ids of the six data-layer markers; none may reach the LLM."""
+    """Ids of LLaVA-ST's six markers for coordinates in its data; none may reach the LLM."""
 
     @classmethod
     def add_to(
@@ -36,7 +36,10 @@ class LapeTokens:
         num_spatial: int,
         axes: tuple[int, ...] = LAPE_AXES["all"],
     ) -> "LapeTokens":
-        """Add the placeholders and anchors to a tokenizer (again: finds them); return their ids."""
+        """Add the placeholders and anchors to a tokenizer, unless it has them; return their ids.
+
+        Raises UserError where the tokenizer has coordinate tokens of other counts.
+        """
         counts = (num_temporal, num_spatial, num_spatial)
         placeholders = [f"<{name}-{role}>" for name in NAMES for role in ("INPUT", "OUTPUT")]
         anchors = [[f"<{NAMES[a]}-{i:03d}>" for i in range(counts[a])] for a in range(3)]
@@ -61,12 +64,12 @@ class LapeTokens:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a tokenizer holds; which axes are used is the model's setting."""
+        """Return the ids for `lape/tokens.json`, without the axes, which are a setting of the model."""
         lists = {"first": self.first, "counts": self.counts, "placeholders": self.placeholders}
         return {name: list(values) for name, values in lists.items()}
 
     def check(self, saved: dict[str, Any], where: object) -> None:
-        """Raise UserError where a saved model's tokens are not those that its tokenizer holds."""
+        """Raise UserError where a saved model's token ids differ from its tokenizer's."""
         if saved != self.to_json():
             raise UserError(
                 f"token ids {saved} do not match the tokenizer's {self.to_json()}", where=where
@@ -78,9 +81,11 @@ class LapeTokens:
 
     @property
     def all_ids(self) -> list[int]:
+        """The ids of placeholders and anchors, which are consecutive."""
         last = self.first[WIDTH] + self.counts[WIDTH]
         return list(range(self.placeholders[0], last))
 
 
 def kappa_of(u: float, bins: int) -> float:
+    """Return a coordinate's place on an axis of anchors: clip(u, 0, 1) (bins - 1)."""
     return min(max(u, 0.0), 1.0) * (bins - 1)

@@ -1,17 +1,17 @@
-"""What may be wrong with the features of a clip, or with a batch of frames."""
+"""Errors of a tower at work: features that a type cannot hold, batches that a GPU cannot hold."""
 
 from shards.errors import UserError
 
 
 class FeatureRangeError(UserError):
-    """Features that the stored type cannot hold: of the clip, not of us."""
+    """Features that the stored type cannot hold: a fault of the clip, so it is quarantined."""
 
 
 class GpuMemoryError(UserError):
-    """A batch that the GPU cannot hold."""
+    """A batch of frames that the GPU has no memory for."""
 
     def __init__(self, frames: int, fewer: int) -> None:
-        """frames: of the batch. fewer: half of them, 0 where there is no smaller batch."""
+        """frames: in the batch. fewer: the next smaller batch, 0 if there is none."""
         fix = f"--batch-frames {fewer}" if fewer else "a smaller tower"
         super().__init__(
             "the GPU has no memory left for the tower",
@@ -19,5 +19,5 @@ class GpuMemoryError(UserError):
             expected="a batch that fits",
             fix=f"encode with {fix}, or on a GPU that nothing else uses",
         )
-        self.args = (frames, fewer)  # what pickle makes it again of
+        self.args = (frames, fewer)  # pickle calls __init__ with these in the parent process
         self.fewer = fewer

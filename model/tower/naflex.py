@@ -1,6 +1,6 @@
-"""The vision tower of SigLIP 2 NaFlex: any shape of picture, as a row of patches beside its grid's sides.
+"""The vision tower of SigLIP 2 NaFlex, which takes pictures of any shape: patches and their grid's sides.
 
-All frames of a clip are of one shape, so nothing is padded here and no patch masked.
+All frames of a clip have one shape, so no patch is padding and none is masked.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from model.tower_kinds import Layer
 def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     """Return the hidden states of each frame: `(frames, patch_rows, patch_cols, width)`.
 
-    pixels: `(frames, 3, height, width)`, whole patches.
+    pixels: `(frames, 3, height, width)`, sides multiples of the patch.
     """
     side = model.config.patch_size
     grid = [length // side for length in pixels.shape[2:]]
@@ -32,7 +32,7 @@ def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
 
 
 def lay_out(config: Any, pixels: Tensor) -> Tensor:
-    """Return patches row by row, each by rows, columns and channels: `(frames, patches, 3 side side)`."""
+    """Return patches, row-major, each flat as (y, x, channel): `(frames, patches, side * side * 3)`."""
     side = config.patch_size
     blocks = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # f, c, rows, y, cols, x
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Frames -> the tower's pixels, with the arithmetic of the tower's own image processor.
+"""Frames -> the tower's pixels, by the arithmetic of the tower's own image processor.
 
 Resizing and cropping are done by Pillow on uint8, exactly as transformers' Pillow processors do;
 it needs no torch, so a decoding process can do it before frames travel.
@@ -14,26 +14,28 @@ from PIL import Image
 from shards.errors import UserError
 
 FITS = ("crop", "pad", "stretch")
-"""How a frame gets the one size that a tower takes: what is too long is cut off on both sides, the frame
-is shrunk until it fits and framed in the mean colour, or its sides are scaled apart."""
+"""How a frame is brought to a tower's fixed size: its longer side is cut at both ends, it is shrunk until
+it fits and surrounded by the mean colour, or its sides are scaled by different factors."""
 MOST_ELONGATED = 200
-"""Longer side / shorter side of a frame that Qwen's resizing takes."""
+"""Largest longer side / shorter side that Qwen's image processors accept."""
 BISECTED = 1e-5
-"""How exactly NaFlex finds its scale."""
+"""Width of the interval at which NaFlex's bisection for its scale ends, as in transformers."""
 
 
 @dataclass(frozen=True)
 class OwnSize:
-    """A size that follows the frame's own, as Qwen2-VL and Qwen2.5-VL resize.
+    """A size that follows the frame's own: `smart_resize` of Qwen2-VL and Qwen2.5-VL.
 
     Both sides become multiples of `multiple` near their own length; a frame of more than `most`
-    pixels is shrunk and one of fewer than `least` is blown up, its sides in proportion.
+    pixels is shrunk and one of less than `least` is enlarged, its sides in proportion.
     """
 
     multiple: int
     """Patch size times merge size: whole merged patches."""
     least: int
+    """Pixels of a resized frame."""
     most: int
+    """Pixels of a resized frame."""
 
     def of(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that a frame of this size is resized to."""
@@ -52,8 +54,8 @@ class OwnSize:
 
 @dataclass(frozen=True)
 class MostPatches:
-    """A size that follows the frame's own, as SigLIP 2 NaFlex resizes: both sides are scaled alike and
-    rounded up to whole patches, by the largest scale that makes no more than so many."""
+    """A size that follows the frame's own, that of SigLIP 2 NaFlex: both sides are scaled alike and
+    rounded up to whole patches, by the largest scale that gives at most `patches` of them."""
 
     multiple: int
     """Pixels on a side of a patch."""
@@ -62,7 +64,7 @@ class MostPatches:
     def of(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that a frame of this size is resized to.
 
-        The scale is bisected for between the same bounds, and as finely, as transformers does.
+        The scale is found by transformers' own bisection, with its bounds and its tolerance.
         """
 
         def grid(scale: float) -> tuple[int, int]:
@@ -84,12 +86,13 @@ class MostPatches:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The resolved values of an image processor: what it does to a frame, in this order."""
+    """The resolved values of an image processor: its steps, in this order."""
 
     height: int
-    """Of the resized frame; with `shortest_edge`, the target of the shorter side alone; 0 where
-    frames keep a size of their own."""
+    """Of the resized frame, in pixels; with `shortest_edge`, the length of the shorter side alone; 0
+    where frames keep a size of their own."""
     width: int
+    """Likewise."""
     shortest_edge: bool
     """Whether resizing keeps the aspect ratio, `height` (= `width`) being the shorter side."""
     resample: int
@@ -97,17 +100,20 @@ class Pixels:
     crop: tuple[int, int] | None
     """(height, width) of the centre crop after resizing."""
     scale: float
+    """Factor on levels 0 to 255, such as 1 / 255."""
     mean: tuple[float, ...]
+    """Of each channel, subtracted after scaling."""
     std: tuple[float, ...]
+    """Of each channel, divided by after subtracting."""
     own_size: OwnSize | MostPatches | None = None
     """Where frames of different sizes make different patch grids."""
     pad: bool = False
-    """Whether resizing keeps the aspect ratio and the rest of `height` and `width` is filled up with the
+    """Whether resizing keeps the aspect ratio and the rest of `height` and `width` is filled with the
     mean colour, the frame in the middle."""
 
     @classmethod
     def from_processor(cls, processor: Any) -> "Pixels":
-        """Read the values of a transformers image processor; UserError for one we cannot follow."""
+        """Read the values of a transformers image processor; UserError for steps not supported here."""
         name = type(processor).__name__
         size = dict(processor.size or {})
         values: dict[str, Any] = {
@@ -122,7 +128,7 @@ class Pixels:
         edge = size.get("shortest_edge")
         if processor.do_resize and edge and "longest_edge" in size:
             if not hasattr(processor, "merge_size"):
-                raise UserError(f"{name}: resizes to {size}, a rule that is not known here")
+                raise UserError(f"{name}: resizes to {size}, a rule that is not supported")
             multiple = processor.patch_size * processor.merge_size
             own_size = OwnSize(multiple, least=int(edge), most=int(size["longest_edge"]))
             return cls(0, 0, False, crop=None, own_size=own_size, **values)
@@ -145,7 +151,10 @@ class Pixels:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values as a bank's fingerprint has them: `own_size` and `pad` where there is one."""
+        """Return the values as a bank's fingerprint has them.
+
+        `own_size` and `pad` only where set, so that other banks keep the fingerprint that they have.
+        """
         values = asdict(self)
         if self.own_size is None:
             del values["own_size"]
@@ -171,7 +180,7 @@ class Pixels:
     def fitted(self, fit: str) -> "Pixels":
         """Return the values that bring frames to the same size in another way, one of `FITS`.
 
-        UserError where frames keep a size of their own, or would be cut to what is no square.
+        Raises UserError where frames keep a size of their own, and for a crop that is not square.
         """
         if self.own_size:
             raise UserError(
@@ -195,12 +204,12 @@ class Pixels:
         return replace(whole, shortest_edge=True, crop=(height, width))
 
     def cut_away(self, height: int, width: int, patch: int) -> float:
-        """Return the share of such a frame that no whole patch lies on, in [0, 1)."""
+        """Return the share of a frame of this size that no whole patch covers, in [0, 1)."""
         y0, x0, y1, x1 = self.covered(height, width, patch)
         return 1 - (min(y1, 1) - max(y0, 0)) * (min(x1, 1) - max(x0, 0))
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) of what the tower gets of a frame."""
+        """Return the (height, width) of the pixels that the tower takes of a frame of this size."""
         if self.pad:
             return self.height, self.width
         return self.crop or self.resized(height, width)
@@ -219,11 +228,11 @@ class Pixels:
         return int(self.height * height / width), self.height
 
     def covered(self, height: int, width: int, patch: int) -> tuple[float, float, float, float]:
-        """Return the part of a frame that whole patches lie on: y0, x0, y1, x1 as fractions of it.
+        """Return the part of a frame that whole patches cover: y0, x0, y1, x1 as fractions of it.
 
-        patch: pixels on a side. A tower takes as many as fit, from the upper left: what is left of
-        the crop below and to the right (of 384 pixels 6, where patches have 14) enters no feature. Of a
-        frame that is padded they lie beyond it, too: below 0 and above 1.
+        patch: pixels on a side. A tower takes as many patches as fit, from the upper left: the rest of
+        the crop below and to the right (6 of 384 pixels, with patches of 14) enters no feature. Patches
+        of a padded frame extend beyond it: below 0 and above 1.
         """
         rows, cols = self.resized(height, width)
         kept_rows, kept_cols = self.output_size(height, width)
@@ -233,7 +242,7 @@ class Pixels:
         return top / rows, left / cols, bottom / rows, right / cols
 
     def check(self, height: int, width: int) -> None:
-        """Raise UserError for a frame size that cannot be made to fit."""
+        """Raise UserError for a frame size that the steps cannot bring to the tower's."""
         if isinstance(self.own_size, OwnSize) and max(height, width) > MOST_ELONGATED * min(
             height, width
         ):
@@ -249,7 +258,10 @@ class Pixels:
             raise UserError(f"a crop of {self.crop} does not fit a frame resized to {rows}x{cols}")
 
     def resize(self, frames: np.ndarray) -> np.ndarray:
-        """Resize, and crop or pad: uint8 `(frames, height, width, 3)` -> uint8 at `output_size`."""
+        """Resize, and crop or pad: uint8 `(frames, height, width, 3)` -> uint8 at `output_size`.
+
+        Raises UserError as `check` does.
+        """
         height, width = frames.shape[1:3]
         self.check(height, width)
         rows, cols = self.resized(height, width)

@@ -1,13 +1,18 @@
-"""Frames of one clip -> what a bank stores of them, a batch at a time.
+"""Frames of one clip -> the features that a bank stores, a batch at a time.
 
 pooling = Pooling(tower, frames=100, strides=(4, 8), threads=2)
 for batch in batches:                     # uint8, `pooling.shape` frames each, the last one fewer
     pooling.add(batch)
+pooling.end()
 pooling.stored                            # per stride `(units, cell_rows, cell_cols, width)`
+
+A GPU is given a batch before the last one is looked at, so that it does not wait for that.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +21,13 @@ from torch import Tensor
 
 from model.grid import pool
 from model.tower.faults import FeatureRangeError, GpuMemoryError
+from model.tower.inlet import brought_back
 
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
 class BatchEncoder(Protocol):
-    """What `Tower` is here: frames in batches of one shape -> patches."""
+    """The part of `Tower` that pooling uses: frames in batches of one shape -> patches."""
 
     frames_per_unit: int
 
@@ -30,8 +36,25 @@ class BatchEncoder(Protocol):
     def encode(self, frames: np.ndarray, *, shape: int) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """The cells of a batch and stride; on a GPU they are still being computed."""
+
+    stride: int
+    kept: Tensor
+    """As they are stored, on the host."""
+    largest: Tensor
+    """Of each unit, the largest absolute value before rounding."""
+    underflowed: Tensor
+
+
 class Pooling:
-    """The features of one clip, as they grow."""
+    """Collects the features of one clip, batch by batch.
+
+    Each batch is pooled and rounded on the device at once, so memory does not grow with the patches of a
+    long clip: 64 frames of SigLIP's 27x27 patches are 215 MB in fp32, their cells at strides 4 and 8 as
+    float16 9.6 MB.
+    """
 
     def __init__(
         self,
@@ -44,23 +67,29 @@ class Pooling:
         batch_frames: int = 16,
         threads: int,
     ) -> None:
-        """frames: of the whole clip. threads: of the CPU, while the tower runs."""
+        """frames: of the whole clip. dtype: stored, float16 or bfloat16. threads: of the CPU.
+
+        batch_frames: the most frames of a batch. threads is fixed because sums split over another number
+        of threads may round otherwise, and a clip's bytes must not depend on who encodes it.
+        """
         self.tower, self.strides = tower, strides
         self.pool_mode, self.dtype, self.threads = pool_mode, dtype, threads
         self.shape = tower.batch_shape(frames, batch_frames)
         self.stored: dict[int, np.ndarray] = {}
-        """float16, or uint16 that holds bfloat16."""
+        """Per stride `(units, cell_rows, cell_cols, width)`, float16, or uint16 with bfloat16's bits."""
         self.underflowed = 0
+        """Values that are 0 as float16 and were not before."""
         self._frames = frames
         self._units = -(-frames // tower.frames_per_unit)
         self._done = 0
+        self._computed: deque[tuple[list[Pooled], torch.cuda.Event | None]] = deque()
 
     def add(self, frames: np.ndarray) -> None:
-        """Encode and pool the next batch: `shape` frames, fewer only at the end.
+        """Encode and pool the next batch: uint8 `(shape, height, width, 3)`, fewer frames at the end.
 
-        Raises FeatureRangeError naming the first frame and stride whose values the type cannot hold,
-        GpuMemoryError where the batch is too large: no smaller one is tried, since the last bits of
-        features depend on its shape.
+        Raises FeatureRangeError naming the first frame and stride whose values the type cannot hold, of
+        this batch or the one before, GpuMemoryError where the batch is too large: no smaller one is
+        tried, since the last bits of features depend on its shape.
         """
         try:
             self._add(frames)
@@ -69,9 +98,10 @@ class Pooling:
             raise GpuMemoryError(self.shape, fewer if fewer < self.shape else 0) from None
 
     def add_all(self, frames: np.ndarray) -> tuple[dict[int, np.ndarray], int]:
-        """Take the whole clip; return what a bank stores of it, and how many values underflowed."""
+        """Add all frames of the clip; return `stored` and `underflowed`."""
         for cut in range(0, len(frames), self.shape):
             self.add(frames[cut : cut + self.shape])
+        self.end()
         return self.stored, self.underflowed
 
     def _add(self, frames: np.ndarray) -> None:
@@ -81,28 +111,47 @@ class Pooling:
             patches = self.tower.encode(frames, shape=self.shape)
         finally:
             torch.set_num_threads(others)
+        event = torch.cuda.Event() if patches.is_cuda else None
+        self._computed.append(([self._pooled(patches, stride) for stride in self.strides], event))
+        if event:
+            event.record(torch.cuda.current_stream(patches.device))
+        while len(self._computed) > (1 if event else 0):
+            self._keep()
+
+    def end(self) -> None:
+        """Take in what is still being computed; `stored` is whole then. Raises what `add` raises."""
+        while self._computed:
+            self._keep()
+
+    def _pooled(self, patches: Tensor, stride: int) -> Pooled:
+        cells = pool(patches, stride, self.pool_mode)
+        if self.dtype == "bfloat16":
+            kept, lost = cells.bfloat16().view(torch.uint16), torch.zeros((), dtype=torch.int64)
+        else:
+            kept = cells.half()
+            lost = ((kept == 0) & (cells != 0)).sum()
+        largest = cells.abs().amax(dim=(1, 2, 3))
+        return Pooled(stride, *map(brought_back, (kept, largest, lost)))
+
+    def _keep(self) -> None:
+        """Look at the first of the batches that are computed, and store it."""
+        batch, event = self._computed.popleft()
+        if event:
+            event.synchronize()
         most = math.inf if self.dtype == "bfloat16" else LARGEST_FLOAT16
-        until = self._done + len(patches)
-        for stride in self.strides:
-            cells = pool(patches, stride, self.pool_mode)
-            _refuse_too_large(cells, stride, most, self._done, self.tower.frames_per_unit)
-            if self.dtype == "bfloat16":
-                kept = cells.bfloat16().view(torch.uint16).cpu().numpy()
-            else:
-                half = cells.half()
-                self.underflowed += int(((half == 0) & (cells != 0)).sum())
-                kept = half.cpu().numpy()
-            if stride not in self.stored:
-                self.stored[stride] = np.empty((self._units, *kept.shape[1:]), kept.dtype)
-            self.stored[stride][self._done : until] = kept
-        self._done = until
+        for one in batch:
+            _refuse_too_large(one, most, self._done, self.tower.frames_per_unit)
+            self.underflowed += int(one.underflowed)
+            kept = one.kept.numpy()
+            if one.stride not in self.stored:
+                self.stored[one.stride] = np.empty((self._units, *kept.shape[1:]), kept.dtype)
+            self.stored[one.stride][self._done : self._done + len(kept)] = kept
+        self._done += len(batch[0].kept)
 
 
-def _refuse_too_large(
-    cells: Tensor, stride: int, most: float, done: int, frames_per_unit: int
-) -> None:
-    for unit, largest in enumerate(cells.abs().amax(dim=(1, 2, 3)).tolist()):
-        where = f"frame {(done + unit) * frames_per_unit}, stride {stride}"
+def _refuse_too_large(batch: Pooled, most: float, done: int, frames_per_unit: int) -> None:
+    for unit, largest in enumerate(batch.largest.tolist()):
+        where = f"frame {(done + unit) * frames_per_unit}, stride {batch.stride}"
         if not math.isfinite(largest):
             raise FeatureRangeError(
                 f"{where}: the tower's output holds NaN or infinity; try --tower-dtype float32"

@@ -1,9 +1,10 @@
-"""In which arithmetic a tower runs fastest here: bfloat16 where that is clearly faster than float32.
+"""Chooses a tower's arithmetic on a CPU: bfloat16 where that is clearly faster than float32.
 
 choice = fastest(tower, threads=2)      # tower: in float32, as it was loaded; left as it was
 retype(tower, choice.dtype)
 
-Torch is asked for matrix units, and then one unit of frames is timed.
+If torch reports matrix units for bfloat16, one unit of frames is timed in both. On a CPU with AMX
+DINOv2-S ran 79 frames/s in place of 18.6, with features 1.1 % of their norm apart.
 """
 
 from dataclasses import dataclass
@@ -18,33 +19,33 @@ from model.tower.trial import Tried, check_size, test_picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FEWEST_WEIGHTS = 5_000_000
-"""A tower of fewer is not asked: what it gains is lost in starting its layers."""
+"""Towers of fewer weights stay float32: their time goes into starting layers, not into products."""
 LEAST_GAIN = 1.5
-"""CPU seconds in float32 over those in bfloat16: what is measured twice differs by less."""
+"""Least ratio of CPU seconds, float32 / bfloat16: repeated measurements differ by less."""
 LONG_SECONDS = 2.0
-"""A round that takes longer is believed at once."""
+"""A first round that takes longer in float32 is not repeated."""
 PICTURE = 480, 640
-"""(height, width) of the frame that is timed, where the tower takes frames as large as they are."""
+"""(height, width) of the timed frame before resizing, which matters where frames keep their size."""
 
 
 class Retyped(Tried, Protocol):
-    """What `Tower` is here."""
+    """The part of `Tower` that is used here."""
 
     def encode_batch(self, frames: np.ndarray, shape: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The dtype of a tower's arithmetic, and why that one."""
+    """The dtype of a tower's arithmetic, and the reason in words."""
 
     dtype: str
     reason: str
 
 
 def arithmetic(device: str, dtype: str) -> str:
-    """Return what the last bits of features hang on beside dtype and tower: the kind of device.
+    """Return the kind of device, on which the last bits of features depend beside dtype and tower.
 
-    The units of CPUs round their sums of bfloat16 in ways of their own.
+    In bfloat16 the CPU's matrix units belong to it: each kind rounds its sums in its own way.
     """
     kind = device.partition(":")[0]
     if kind != "cpu" or dtype != "bfloat16":
@@ -53,10 +54,10 @@ def arithmetic(device: str, dtype: str) -> str:
 
 
 def fastest(tower: Retyped, threads: int) -> Choice:
-    """Return what a tower on the CPU, loaded in float32, computes fastest in.
+    """Return the faster dtype of a tower on the CPU, loaded in float32.
 
-    threads: of the CPU, while the tower runs. Raises UserError for a tower that cannot take what its
-    image processor makes.
+    threads: of the CPU, while the tower runs. Raises UserError for a tower that cannot take the pixels
+    of its image processor.
     """
     weights = sum(weight.numel() for weight in tower.model.parameters())
     if weights < FEWEST_WEIGHTS:
@@ -69,9 +70,9 @@ def fastest(tower: Retyped, threads: int) -> Choice:
 
 
 def decided(units: str, float32: float, bfloat16: float, error: float) -> Choice:
-    """Return the choice between so many CPU seconds of the same frames.
+    """Return the choice, from the CPU seconds that the same frames took in each dtype.
 
-    error: of the features in bfloat16, relative to their norm.
+    units: of the CPU, in words. error: of the features in bfloat16, relative to their norm.
     """
     gain = float32 / bfloat16
     if gain < LEAST_GAIN:
@@ -83,8 +84,8 @@ def decided(units: str, float32: float, bfloat16: float, error: float) -> Choice
 
 
 def timed(tower: Retyped, threads: int) -> tuple[float, float, float]:
-    """Return the least CPU seconds of a unit of frames in float32 and in bfloat16, and how far their
-    features lie apart, relative to the norm of those in float32."""
+    """Return the least CPU seconds of a unit of frames in float32 and in bfloat16, and the difference of
+    their features, relative to the norm of those in float32."""
     picture = tower.pixels.resize(test_picture(*PICTURE)[None])
     frames = np.repeat(picture, tower.frames_per_unit, 0)
     weights = [weight.data for weight in tower.model.parameters()]
@@ -110,9 +111,11 @@ def timed(tower: Retyped, threads: int) -> tuple[float, float, float]:
 
 
 def retype(tower: Retyped, dtype: str, weights: list[Tensor] | None = None) -> None:
-    """Bring a tower's arithmetic to another dtype, rounding its weights. weights: instead of its own."""
-    for place, weight in enumerate(
-        tower.model.parameters()
-    ):  # no buffers: rotary frequencies stay exact
+    """Convert a tower's weights to a dtype, in which it then computes.
+
+    weights: fp32 ones to convert in place of its own, which may be rounded already.
+    """
+    # parameters alone, no buffers: rotary frequencies stay exact
+    for place, weight in enumerate(tower.model.parameters()):
         weight.data = (weights[place] if weights else weight.data).to(DTYPES[dtype])
     tower.dtype = dtype

@@ -1,9 +1,9 @@
-"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, as they are before the merger, and behind it.
+"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, before and after their merger.
 
-A patch here is `temporal_patch_size` (2) frames deep: frames go in by such units, and no attention
-passes from one unit to another. The merger behind the tower joins `spatial_merge_size` x the same
-patches, so the tower has patches in order of these blocks, and Qwen2.5-VL's, while at work, in order
-of the windows that most of its layers attend in. What comes out here is row by row.
+A patch is `temporal_patch_size` (2) frames deep: frames go in by such units, and no attention passes
+from one unit to another, so features stay causal by unit. The merger after the tower joins blocks of
+`spatial_merge_size` x `spatial_merge_size` patches, so the tower has its patches in order of these
+blocks, and Qwen2.5-VL's inside in order of the windows of its attention. The output here is row-major.
 """
 
 from typing import Any
@@ -18,8 +18,8 @@ from model.tower_kinds import Layer, named_layers
 def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     """Return the hidden states of each unit: `(units, patch_rows, patch_cols, width)`.
 
-    Of the layer `merged` the tokens that the merger makes for the LLM, a cell for each block; of
-    `5,11,17,merged` those of all of Qwen3-VL's mergers, the last one's in the last channels.
+    For the layer `merged`: the merger's tokens, which go to the LLM, a cell for each block. For
+    `5,11,17,merged`: those of all of Qwen3-VL's mergers, the last one's in the last channels.
 
     pixels: `(frames, 3, height, width)`, whole units of whole blocks.
     """
@@ -43,14 +43,18 @@ def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
 
 
 def lay_out(config: Any, pixels: Tensor) -> Tensor:
-    """Return the patches of one frame as its processor makes them of a picture, which is there twice."""
+    """Return the patches of one frame as its processor lays out a picture, repeated to fill a unit."""
     deep = config.temporal_patch_size
     frames = pixels.expand(deep, -1, -1, -1)
     return patchify(frames, deep, config.patch_size, config.spatial_merge_size)
 
 
 def patchify(pixels: Tensor, deep: int, side: int, merge: int) -> Tensor:
-    """Return patches in order of units and blocks: `(patches, 3 * deep * side * side)`."""
+    """Return patches in order of units and blocks: `(patches, 3 * deep * side * side)`.
+
+    deep: frames of a unit; side: pixels of a patch; merge: patches on a side of a block. The layout is
+    that of transformers' Qwen2VLImageProcessor.
+    """
     frames, channels, height, width_ = pixels.shape
     blocks = pixels.reshape(
         frames // deep, deep, channels,
@@ -61,7 +65,7 @@ def patchify(pixels: Tensor, deep: int, side: int, merge: int) -> Tensor:
 
 
 def patch_order(rows: int, cols: int, merge: int, window: int) -> np.ndarray:
-    """Return each patch's place (row by row) in the order that the tower has them in: int64.
+    """Return the row-major index of each patch, in the tower's order: int64 `(patches,)`.
 
     By windows of `window` x `window` blocks where it is not 0, then by blocks, then by rows.
     """

@@ -1,4 +1,4 @@
-"""The frozen vision tower: load it, know exactly which it is, turn pixels into a patch grid.
+"""The frozen vision tower: loading, identity, and pixels -> patch grids.
 
 tower = Tower.load("google/siglip-so400m-patch14-384", layer=-2)
 patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 1152)
@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
 from model.llm import tower_digest
+from model.tower.inlet import Inlet
 from model.tower.pixels import Pixels
 from model.tower.pooling import Pooling
 from model.tower.precision import DTYPES
@@ -32,29 +33,31 @@ from shards.errors import UserError, first_line
 
 @dataclass
 class Tower:
-    """A frozen tower on a device, with everything that its output depends on."""
+    """A frozen tower on a device, with all that its output depends on."""
 
     name: str
     """As the user gave it: a Hub name or a folder."""
     model_type: str
     digest: str
-    """blake2b of the vision configuration and weights, wherever they lie."""
+    """blake2b of the vision configuration and weights, the same for every copy of them."""
     layer: Layer
-    """The hidden state that is taken, or `merged`: what the tower's merger makes of the last; behind the
-    numbers of layers that have a merger of their own, what these make, too."""
+    """Index of the hidden state whose patches are the features; or `merged`, the tokens of the tower's
+    merger; or `5,11,17,merged`, with the tokens of these layers' own mergers before them."""
     dtype: str
     attention: str
     pixels: Pixels
     patch: int
-    """Pixels on a side of a patch; of a merged token, of all the patches in it."""
+    """Pixels on a side of a patch, or of a merged token."""
     width: int
     model: nn.Module
     device: torch.device
     kind: TowerKind
     frames_per_unit: int = 1
-    """Frames that the tower sees as one: 2 for Qwen's."""
+    """Frames in one temporal unit: 2 for Qwen's towers."""
     window: int = 0
-    """Frames that see each other, where some do: a clip passes in windows of so many, each alone."""
+    """Frames that attend to each other: a clip passes in windows of this many. 0: none do."""
+    inlet: Inlet | None = None
+    """Brings frames to a GPU; None for a tower on another device."""
 
     @classmethod
     def load(
@@ -66,7 +69,7 @@ class Tower:
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
     ) -> "Tower":
-        """Load by Hub name or local folder; UserError names what cannot serve and why."""
+        """Load by Hub name or local folder; UserError says why a tower cannot be used."""
         kind, config = _read_config(name)
         processor, model = _load_vision(name, kind, config, attention)
         vision = model.config
@@ -89,19 +92,20 @@ class Tower:
             kind=kind,
             frames_per_unit=kind.frames_of(vision),
             window=kind.window_of(vision),
+            inlet=Inlet(torch.device(device)) if torch.device(device).type == "cuda" else None,
         )
         check_processor(tower, processor)
         return tower
 
     def fit(self, how: str) -> None:
-        """Bring frames to the tower's size in another way than its processor does, see `FITS`."""
+        """Choose how frames are brought to the tower's size, one of `FITS`; UserError if it cannot be."""
         try:
             self.pixels = self.pixels.fitted(how)
         except UserError as error:
             raise UserError(error.what, where=f"tower {self.name}", fix=error.fix) from None
 
     def fit_like(self, processor: Mapping[str, Any]) -> None:
-        """Bring frames to size as a bank's fingerprint has it (`processor`), if one of `FITS` does so."""
+        """Choose the one of `FITS` that gives the processor of a bank's fingerprint, if one does."""
         if self.pixels.own_size or self.pixels.to_json() == processor:
             return
         fitted = [self.pixels.fitted(how) for how in ("pad", "stretch")]
@@ -111,12 +115,12 @@ class Tower:
         self.pixels = found[0] if found else self.pixels
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Return the patch (rows, columns) of a frame that is displayed at this size."""
+        """Return the patch (rows, columns) of a frame of this displayed size, in pixels."""
         rows, cols = self.pixels.output_size(height, width)
         return rows // self.patch, cols // self.patch
 
     def covered(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Return the part of such a frame that the patches cover: y0, x0, y1, x1 as fractions of it."""
+        """Return the part of such a frame that its patches cover: y0, x0, y1, x1 as fractions of it."""
         return self.pixels.covered(height, width, self.patch)
 
     def encode(
@@ -124,20 +128,22 @@ class Tower:
     ) -> Tensor:
         """Return the patch grid of each unit: fp32 `(units, patch_rows, patch_cols, width)`.
 
-        frames: uint8 `(frames, height, width, 3)` at the tower's size. They pass in batches of the
-        shape that their number alone chooses, so that a unit's features do not depend on others.
-        shape: of batches, where these frames are some of a longer clip.
+        frames: uint8 `(frames, height, width, 3)` at the tower's size. shape: frames of a batch, given
+        where these frames are a part of a longer clip; else it follows from their number alone.
         """
+        # kernels round differently for other batch shapes: were clips mixed in a batch, a clip's features
+        # would depend on its neighbours
         shape = shape or self.batch_shape(len(frames), batch_frames)
         cuts = range(0, len(frames), shape)
         return torch.cat([self.encode_batch(frames[cut : cut + shape], shape) for cut in cuts])
 
     def batch_shape(self, frames: int, batch_frames: int) -> int:
-        """Return how many frames pass through the tower together for a clip of so many.
+        """Return the frames of a batch for a clip of `frames`.
 
-        A power of two of units, the least that holds the clip, up to `batch_frames` for all longer
-        ones. A unit is a frame, or `frames_per_unit` of them. Where frames see each other it is their
-        window, whatever `batch_frames` is.
+        The least power of two of units (`frames_per_unit` frames) that holds the clip, at most
+        `batch_frames`. Where frames attend to each other it is their window, whatever `batch_frames` is.
+        The clip's length alone decides, since features' last bits depend on the shape; powers of two, so
+        that a short clip is not padded to a full batch.
         """
         units = -(-frames // self.frames_per_unit)
         if self.window:
@@ -146,10 +152,10 @@ class Tower:
         return min(1 << (units - 1).bit_length(), most) * self.frames_per_unit
 
     def encode_batch(self, frames: np.ndarray, shape: int) -> Tensor:
-        """Return the patch grids of up to `shape` frames, as `encode` does: fp32.
+        """Return the patch grids of up to `shape` frames: fp32 `(units, rows, cols, width)`.
 
-        The batch is filled up with black to its shape, but where that would be seen; the last frame is
-        repeated where a unit lacks one.
+        The batch is filled with black frames to its shape, unless frames attend to each other; the last
+        frame is repeated to fill its unit.
         """
         assert 1 <= len(frames) <= shape
         each = self.frames_per_unit
@@ -170,14 +176,12 @@ class Tower:
         batch_frames: int = 16,
         threads: int,
     ) -> tuple[dict[int, np.ndarray], int]:
-        """Return what a bank stores of frames, and how many of its values underflowed to zero.
+        """Return the features that a bank stores, and how many of their values underflowed to zero.
 
-        Each batch is pooled at once: beside the result, no more is held than for one batch.
-        threads: of the CPU, while the tower runs: sums in another number of threads may round
-        otherwise, and a live clip is to have the features of a banked one.
-        frames: uint8 at the tower's size. Per stride: float16, or uint16 that holds bfloat16,
-        `(units, cell_rows, cell_cols, width)`. UserError names the first frame and stride whose
-        values the type cannot hold.
+        Per stride float16, or uint16 with bfloat16's bits, `(units, cell_rows, cell_cols, width)`.
+        frames: uint8 at the tower's size. threads: of the CPU, while the tower runs; sums in another
+        number of threads may round differently, and a live clip is to have a banked one's features.
+        Raises FeatureRangeError for the first frame and stride whose values the type cannot hold.
         """
         pooling = Pooling(
             self,
@@ -192,19 +196,18 @@ class Tower:
 
     def normalise(self, frames: np.ndarray) -> Tensor:
         """Rescale and normalise: uint8 `(frames, h, w, 3)` -> the tower's `(frames, 3, h, w)`."""
-        values = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2)
-        mean, std = (
-            torch.tensor(v, device=self.device) for v in (self.pixels.mean, self.pixels.std)
+        there = self.inlet.bring(frames) if self.inlet else torch.from_numpy(frames).to(self.device)
+        pixels = self.pixels
+        levels, mean, std = _levels(
+            pixels.scale, tuple(pixels.mean), tuple(pixels.std), self.device
         )
-        # transformers rescales in double and rounds once; in float the last bit would differ
-        levels = (torch.arange(256, dtype=torch.float64) * self.pixels.scale).float()
-        values = levels.to(self.device)[values.long()]
+        values = levels[there.permute(0, 3, 1, 2).long()]
         values = (values - mean[:, None, None]) / std[:, None, None]
         return values.to(DTYPES[self.dtype])
 
     @torch.inference_mode()
     def patches(self, pixels: Tensor) -> Tensor:
-        """Return the patch grids of pixels that are normalised: fp32 `(units, rows, cols, width)`."""
+        """Return the patch grids of normalised pixels: fp32 `(units, rows, cols, width)`."""
         if self.kind.encode:
             encode = named(self.kind.encode)
             return encode(self.model, pixels, self.layer).float()
@@ -215,8 +218,19 @@ class Tower:
         return hidden[:, prefix:].unflatten(1, grid).float()  # frames, rows, cols, width
 
 
+@lru_cache(maxsize=4)
+def _levels(
+    scale: float, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a level of 0 to 255 is rescaled to, the mean and the deviation of each channel, kept on
+    the device: to bring them there each time would wait for all that it has still to do."""
+    # transformers rescales in double and rounds once; in float the last bit would differ
+    levels = (torch.arange(256, dtype=torch.float64) * scale).float()
+    return levels.to(device), torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+
 def _read_config(name: str) -> tuple[TowerKind, Any]:
-    """Return which kind of tower a folder or Hub name holds, and its config."""
+    """Return the kind of tower in a folder or under a Hub name, and its config."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -228,7 +242,7 @@ def _read_config(name: str) -> tuple[TowerKind, Any]:
 
 
 def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tuple[Any, Any]:
-    """Return a tower's image processor and its vision part: frozen, fp32, no weight missing."""
+    """Return a tower's image processor and its vision part, frozen, in fp32; UserError if incomplete."""
     part = {}
     if kind.inside and getattr(config, "vision_config", None) is not None:
         part = {"config": config.vision_config, "key_mapping": dict.fromkeys(kind.inside, "")}
@@ -244,9 +258,9 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_loaded(name, error) from None
-    if found["missing_keys"]:  # transformers fills them with random numbers
+    if found["missing_keys"]:  # transformers would draw them at random, and warn
         raise UserError(
-            f"tower {name}: {len(found['missing_keys'])} of its weights are not there, such as "
+            f"tower {name}: {len(found['missing_keys'])} of its weights are missing, such as "
             f"{min(found['missing_keys'])}; download it again"
         )
     return processor, model.requires_grad_(False).eval()
@@ -256,16 +270,16 @@ AS_PILLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "DINOv3ViTImageProcessor": ("ViTImageProcessorPil", {}),
     "VJEPA2VideoProcessor": ("BitImageProcessorPil", {"crop_size": {"height": 256, "width": 256}}),
 }
-"""Image processors that there are with torchvision alone -> the one with Pillow that does the same, and
-where its values differ if a file does not say them. DINOv3's resizes without rounding to whole levels,
-as Pillow does to and fro: one level, at most, is between the two."""
+"""Image processors that exist with torchvision only -> a Pillow one of the same steps, and its defaults
+that differ. DINOv3's resizes without rounding to whole levels, which Pillow does: at most one level
+apart."""
 IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, "resample": 2}
 PROCESSOR_FILES = "preprocessor_config.json", "video_preprocessor_config.json"
 STEPS = {"size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std"}
 
 
 def _load_processor(name: str) -> Any:
-    """Return a tower's image processor, for its values: what they mean is Pillow's arithmetic."""
+    """Return a tower's image processor, whose values are read; its arithmetic is Pillow's."""
     if processor := _as_pillow(name):
         return processor
     try:
@@ -276,13 +290,13 @@ def _load_processor(name: str) -> Any:
             where=f"tower {name}",
             fix="pip install torchvision, or 'transformers>=5.9'",
         ) from None
-    if getattr(processor, "crop_to_patches", False):  # of pictures: a frame of a video is one tile
+    if getattr(processor, "crop_to_patches", False):  # tiles are for pictures: a frame is one tile
         processor.crop_to_patches = False
     return processor
 
 
 def _as_pillow(name: str) -> Any:
-    """Return the processor in the place of one that there is with torchvision alone; None of others."""
+    """Return the Pillow processor in place of one that exists with torchvision only, see `AS_PILLOW`."""
     written = next(filter(None, map(partial(_written, name), PROCESSOR_FILES)), {})
     kind = written.get("image_processor_type") or written.get("video_processor_type") or ""
     if kind.removesuffix("Fast") not in AS_PILLOW:
@@ -294,7 +308,7 @@ def _as_pillow(name: str) -> Any:
         if value is not None and (key in STEPS or key.startswith("do_"))
     }
     values = IMAGENET | differing | given
-    if kind.startswith("VJEPA2"):  # whatever its file says
+    if kind.startswith("VJEPA2"):  # its class computes the size, whatever its file says
         crop = values["crop_size"]
         edge = crop if isinstance(crop, int) else crop["height"]
         values["size"] = {"shortest_edge": int(edge * 256 / 224)}
@@ -302,7 +316,7 @@ def _as_pillow(name: str) -> Any:
 
 
 def _written(name: str, file: str) -> dict[str, Any]:
-    """Return what a JSON file of a tower says; nothing where there is none, or none can be asked for."""
+    """Return a tower's JSON file; empty where there is none, or where the Hub cannot be reached."""
     quietly = ("missing_entries", "connection_errors")
     path = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quietly})
     return dict(json.loads(Path(path).read_text())) if path else {}
@@ -328,7 +342,7 @@ def _check_layer(name: str, kind: TowerKind, layer: Layer, vision: Any) -> None:
 
 
 def _pixels_of(name: str, processor: Any, side: int | None) -> Pixels:
-    """Return what a processor does; side: what the tower's frames are multiples of, if of own size."""
+    """Return a processor's values; side: the multiple of frames' sides, None for a fixed size."""
     pixels = Pixels.from_processor(processor)
     given = pixels.own_size.multiple if pixels.own_size else None
     if given != side:
@@ -340,20 +354,24 @@ def _pixels_of(name: str, processor: Any, side: int | None) -> Pixels:
 
 
 def _to_device(model: nn.Module, dtype: str, device: str | torch.device) -> None:
-    """Bring a tower to its device, its weights in their type; UserError where it cannot be held."""
+    """Move a tower to a device, its weights in a dtype; UserError where it does not fit."""
     try:
         for weight in model.parameters():  # no buffers: rotary frequencies stay exact
             weight.data = weight.data.to(DTYPES[dtype])
         model.to(device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError where torch has no CUDA
         raise UserError(
             f"device {device}: cannot hold the tower: {first_line(error)}; try --device cpu"
         ) from None
+    if torch.device(device).type == "cuda":  # as frames come: no copy before the convolution
+        for weight in model.parameters():
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers from listing the weights of a text model: what is missing we see ourselves."""
+    """Silence transformers' list of unused weights (a text model's); missing ones are checked here."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,7 +1,7 @@
-"""What a tower is tried with before it is used: its own image processor against ours, and one picture.
+"""Checks of a tower before it is used: our pixels against its own image processor's, and one forward.
 
-A processor may do what its values do not say: exchange channels, shift the levels, crop in its own way.
-So a picture of each shape goes through transformers' processor and through ours.
+A processor may do more than its values say: swap channels, shift levels, crop in its own way. So a test
+picture of each shape passes through transformers' processor and through ours.
 """
 
 from typing import Any, Protocol
@@ -16,13 +16,14 @@ from model.tower_kinds import TowerKind, named
 from shards.errors import UserError, first_line
 
 SHAPES = ((90, 150), (211, 120))
-"""(height, width) of the test pictures: lying and standing."""
+"""(height, width) of the test pictures: landscape and portrait."""
 ROUNDING = 1e-4
-"""Of a normalised value: float32 keeps 1e-6 of it, and one level of 255 is 4e-3 before normalising."""
+"""Largest difference of normalised values: float32 is exact to about 1e-6 of them, and one level of 255
+is 4e-3 before normalising."""
 
 
 class Tried(Protocol):
-    """What `Tower` is here."""
+    """The part of `Tower` that the checks use."""
 
     name: str
     pixels: Pixels
@@ -38,27 +39,27 @@ class Tried(Protocol):
 
 
 def check_processor(tower: Tried, processor: Any) -> None:
-    """Raise UserError for an image processor that makes other pixels than ours.
+    """Raise UserError for an image processor whose pixels differ from ours on a test picture.
 
-    processor: of transformers, its Pillow backend.
+    processor: of transformers, with its Pillow backend.
     """
     kind = type(processor).__name__
     for shape in SHAPES:
         try:
             tower.pixels.check(*shape)
-        except UserError:  # a crop that fits no frame: each clip is refused for it, by name
+        except UserError:  # a crop larger than the frame: each such clip is refused by name
             continue
         picture = test_picture(*shape)
         try:
             theirs = processor(images=[Image.fromarray(picture)], return_tensors="np")
-        except Exception as error:  # whatever a processor of its own class meets
+        except Exception as error:  # a processor's own code may raise anything
             raise UserError(
                 f"tower {tower.name}: its image processor {kind} cannot read a picture of "
                 f"{shape[0]}x{shape[1]}: {first_line(error)}"
             ) from None
         values = np.asarray(theirs["pixel_values"], np.float32)
         ours = _ours(tower, picture)
-        if "pixel_attention_mask" in theirs:  # what fills a row up is not of the picture
+        if "pixel_attention_mask" in theirs:  # NaFlex pads its row of patches
             values = values[:, np.asarray(theirs["pixel_attention_mask"])[0] > 0]
         if values.shape != ours.shape or np.abs(values - ours).max() > ROUNDING:
             far = (
@@ -74,7 +75,7 @@ def check_processor(tower: Tried, processor: Any) -> None:
 
 
 def check_size(tower: Tried) -> None:
-    """Raise UserError where the tower cannot take what its image processor makes."""
+    """Raise UserError where the tower's forward fails on pixels of its image processor's size."""
     rows, cols = tower.pixels.output_size(*SHAPES[0])
     pixels = tower.normalise(np.zeros((tower.frames_per_unit, rows, cols, 3), np.uint8))
     try:
@@ -92,7 +93,7 @@ def check_size(tower: Tried) -> None:
 
 
 def test_picture(height: int, width: int) -> np.ndarray:
-    """Return uint8 `(height, width, 3)`: edges, slopes and noise, each channel another."""
+    """Return uint8 `(height, width, 3)`: edges, gradients and noise, different in each channel."""
     row, col = np.mgrid[:height, :width]
     picture = np.stack(
         [row * 255 // height, col * 255 // width, (row // 7 + col // 5) % 2 * 255], 2
@@ -103,10 +104,10 @@ def test_picture(height: int, width: int) -> np.ndarray:
 
 
 def _ours(tower: Tried, picture: np.ndarray) -> np.ndarray:
-    """Return what the tower gets of a picture, laid out as its processor lays it out."""
+    """Return our pixels of a picture, fp32, in the layout of the tower's image processor."""
     own = tower.dtype
     try:
-        tower.dtype = "float32"  # processors know no other
+        tower.dtype = "float32"  # that of the processor's pixels
         values = tower.normalise(tower.pixels.resize(picture[None]))
     finally:
         tower.dtype = own

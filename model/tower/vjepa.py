@@ -1,4 +1,4 @@
-"""The vision tower of V-JEPA 2: patches two frames deep, which see all that they are given with."""
+"""The vision tower of V-JEPA 2: patches two frames deep, with attention over all frames of a window."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from model.tower_kinds import Layer
 def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     """Return the hidden states of each unit: `(units, patch_rows, patch_cols, width)`.
 
-    pixels: `(frames, 3, height, width)`, whole units, all of which see each other.
+    pixels: `(frames, 3, height, width)`, whole units of one window: all of them attend to each other.
     """
     config = model.config
     rows, cols = (length // config.patch_size for length in pixels.shape[2:])

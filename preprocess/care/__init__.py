@@ -1,1 +1,1 @@
-"""Commands on a bank that exists: encode again what is damaged, or what failed."""
+"""Encode clips of an existing bank once more: those that are damaged (repair) or failed (retry)."""

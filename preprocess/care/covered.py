@@ -1,10 +1,10 @@
-"""What the patches of a bank's tower cover of a frame, for banks that were made with a wrong word on it.
+"""Correct `covered`, the part of a frame that the patches cover, in banks older than format 3.
 
     correct = corrected(bank, plan, load=...)     # SampleMeta -> SampleMeta
 
-Before format 3 a bank called the whole crop covered. A tower takes as many whole patches as fit: of
-384 pixels, patches of 14 leave 6. How large the patches are follows from the grid that they make, in
-most banks; else the tower has to say.
+Before format 3 `covered` was the whole crop. But a tower takes only whole patches: of 384 pixels, patches
+of 14 leave 6 uncovered. In most banks the patch size follows from the patch grid; otherwise the tower
+must be loaded for it.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from shards.format.samples import SampleMeta
 def corrected(
     bank: Path, plan: Plan, load: Callable[[], Tower]
 ) -> Callable[[SampleMeta], SampleMeta]:
-    """Return what gives a sample's description the part that is covered.
+    """Return a function that corrects `covered` in a sample's json.
 
-    load: returns the bank's own tower; called where the bank alone cannot tell the patch size.
+    load: returns the bank's tower; called if the patch size does not follow from the bank.
     """
     known: dict[tuple[tuple[int, int], tuple[int, int]], int] = {}
 
@@ -41,7 +41,7 @@ def corrected(
 
 
 def patch_sizes(size: tuple[int, int], grid: tuple[int, int]) -> list[int]:
-    """Return the patch sizes that make this grid (rows, columns) of so many pixels (height, width)."""
+    """Return the patch sizes that give this grid (rows, columns) for a size (height, width) in pixels."""
     return [
         patch
         for patch in range(1, min(size) + 1)
@@ -56,8 +56,8 @@ def _patch(
     grid: tuple[int, int],
     load: Callable[[], Tower],
 ) -> int:
-    """Return the pixels on a side of a patch."""
-    if pixels.own_size:  # whole patches, always
+    """Return the side of a patch in pixels."""
+    if pixels.own_size:  # frames are resized to whole patches
         return size[0] // grid[0]
     found = patch_sizes(size, grid)
     if len(found) == 1:
@@ -67,8 +67,8 @@ def _patch(
     except UserError as error:
         shown = f"{grid[0]}x{grid[1]} patches of {size[0]}x{size[1]} pixels"
         raise UserError(
-            f"{bank}: what part of a frame its patches cover cannot be told from the bank alone, as "
-            f"patches of {', '.join(map(str, found)) or 'no'} pixels make its {shown}; the tower knows, "
-            f"but: {error}",
+            f"{bank}: the covered part of its frames does not follow from the bank alone: patches of "
+            f"{', '.join(map(str, found)) or 'no'} pixels give its {shown}; the tower is needed, but: "
+            f"{error}",
             fix=f"`preprocess repair {bank} --tower FOLDER` with the folder of its tower",
         ) from None

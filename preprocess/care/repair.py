@@ -1,12 +1,12 @@
-"""`preprocess repair`: put right what `verify --deep` finds, and encode again only what must be.
+"""`preprocess repair`: repair the damages that `verify --deep` finds, encoding as few clips as possible.
 
     repaired = repair(Path("bank"))
-    repaired.remaining        # damages that are left, and why in `repaired.notes`
+    repaired.remaining        # damages that are left; `repaired.notes` says why
 
-A shard is written beside the old one: samples whose bytes are in their place are copied, the others
-are decoded and encoded again, in the old order. On the machine that made the bank that gives the old
-bytes. Index, commit record, catalogue and manifest come from the shards; a lost commit record only of
-a shard that bank.json proves. A bank of an older format is brought up to date, its features as they are.
+A new shard is written beside the old one: undamaged samples are copied, others are decoded and encoded
+once more, in the old order. On the machine that made the bank this gives the same bytes. Index, catalogue
+and manifest are rebuilt from the shards; so is a lost commit record, if bank.json has the shard's sha256.
+A bank of an older format is migrated, with its features unchanged.
 """
 
 import json
@@ -61,22 +61,22 @@ from shards.write.shard import ShardWriter, index_bytes
 
 @dataclass
 class Repaired:
-    """What a repair found and did."""
+    """The result of a repair."""
 
     damages: list[Damage] = field(default_factory=list)
     encoded: list[str] = field(default_factory=list)
-    """Keys of the samples that went through decoder and tower."""
+    """Keys of the samples that were encoded."""
     files: list[str] = field(default_factory=list)
-    """Below the bank, what was written."""
+    """Paths below the bank of the files that were written."""
     notes: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    """Keys of samples that are lost with their records; `preprocess encode` banks their videos."""
+    """Keys of samples lost with their commit record; `preprocess encode` banks their videos."""
     remaining: list[Damage] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Features:
-    """A clip that was encoded again."""
+    """The features of a clip that was encoded once more."""
 
     meta: SampleMeta
     arrays: dict[int, np.ndarray]
@@ -90,10 +90,11 @@ def repair(
     video_roots: Sequence[str] = (),
     seen: Callable[[int], object] = lambda nbytes: None,
 ) -> Repaired:
-    """Repair a bank; returns what was done, and what could not be.
+    """Repair a bank; return what was done and what could not be.
 
-    tower: where it is now, if not where it was; another one is refused, and none is loaded where
-    nothing has to be encoded. video_roots: where to look for videos that are not where they were.
+    tower: its current path or name, if it was moved; another tower is refused, and none is loaded unless
+    a clip must be encoded. video_roots: folders to search for videos that were moved. seen: called with
+    the bytes of each shard when it is verified.
     """
     refuse_no_bank(bank)
     with folder_lock(bank, "preprocess repair"):
@@ -120,7 +121,7 @@ def repair(
         damaged = {damage.file for damage in done.damages}
         to_encode = {damage.file for damage in done.damages if damage.remedy == "encode"}
         with ClipEncoder(bank, plan, tower, device, video_roots) as encoder:
-            # What needs no tower first: it is done even where there is none.
+            # First the shards that need no tower, so that they are repaired even if it cannot be loaded.
             shards = [
                 ShardRepair(inventory, unit, plan, encoder, done)
                 for unit in range(len(plan.units))
@@ -140,7 +141,7 @@ def repair(
 
 
 class ClipEncoder:
-    """Encodes single clips of a bank, with a tower that is loaded for the first of them."""
+    """Encodes single clips of a bank; loads the tower for the first of them."""
 
     def __init__(
         self, bank: Path, plan: Plan, tower: str | None, device: str, video_roots: Sequence[str]
@@ -151,7 +152,7 @@ class ClipEncoder:
             plan,
             tower=tower or plan.tower.name,
             device=device,
-            allow_truncated=True,  # what is asked for was banked once
+            allow_truncated=True,  # every clip here was banked before
         )
         self.tower: Tower | None = None
         self._reader: SourceReader | None = None
@@ -166,9 +167,9 @@ class ClipEncoder:
     def encode(
         self, clip: ClipSource, old: Json | None, provenance: Mapping[str, object]
     ) -> Features | str:
-        """Return the features of a clip, or why there are none.
+        """Return the features of a clip, or the reason why it cannot be encoded.
 
-        old: the sample's json, where it is there. provenance: of its shard.
+        old: the sample's json, if it is undamaged. provenance: of its shard.
         """
         tower = self.load()
         known = ("batch_frames", "tower_threads")
@@ -179,11 +180,13 @@ class ClipEncoder:
         (clip,) = clips_under([clip], self.video_roots)
         request = options.request(clip, tower.pixels)
         if old and old["decoder"] == "decord" and not decord_trouble():
-            request = replace(request, decoder="decord")  # to the same last bits
+            # Readers differ in the last bits, so a clip is repaired with the reader that first read it.
+            request = replace(request, decoder="decord")
         outcome = self._reader.read(clip, request)
         if outcome.clip is None:
             return str(outcome.error)
         digest = clip.digest or (old or {}).get("digest")
+        # Features of another video under the same path would be a silent replacement.
         if digest and outcome.digest != digest:
             return (
                 f"{clip.where}: is not the video that was banked; `preprocess encode` banks the new "
@@ -197,13 +200,13 @@ class ClipEncoder:
         return Features(meta, arrays, underflowed)
 
     def provenance(self, old: Mapping[str, object]) -> Json:
-        """Return the provenance of a shard that was written in part today."""
+        """Return the provenance of a shard that was partly encoded in this run."""
         return provenance(self.load(), self.options) | {
             name: old[name] for name in ("batch_frames", "tower_threads") if name in old
         }
 
     def load(self) -> Tower:
-        """Return the bank's tower; another one is refused."""
+        """Return the bank's tower; raises UserError for another one."""
         if self.tower is None:
             self.tower = load_tower(self.options)
             asked = feature_config(self.tower, self.options)
@@ -212,7 +215,7 @@ class ClipEncoder:
 
 
 class ShardRepair:
-    """One shard, and what is to be done with it."""
+    """The repair of one shard."""
 
     def __init__(
         self, inventory: Inventory, unit: int, plan: Plan, encoder: ClipEncoder, done: Repaired
@@ -229,7 +232,7 @@ class ShardRepair:
         return {f"shards/{path.name}" for path in paths}
 
     def run(self) -> None:
-        """Make tar, index and commit record what they were."""
+        """Restore tar, index and commit record."""
         damaged = any(damage.file == f"shards/{self.name}" for damage in self.done.damages)
         if self.commit is None and is_as_listed(self.inventory, self.name):
             fingerprint = self.plan.features.fingerprint
@@ -251,9 +254,9 @@ class ShardRepair:
             self.done.files.append(f"shards/{index.name}")
 
     def _rewrite(self) -> None:
-        """Write the shard beside its place, and move it there.
+        """Write the shard into `.repair`, and move it into place.
 
-        Of a kill between the renames a new repair finds whole samples, and goes on from them.
+        After a kill between the renames, the next repair finds undamaged samples and continues.
         """
         folder = self.path.parent / ".repair"
         shutil.rmtree(folder, ignore_errors=True)
@@ -278,8 +281,8 @@ class ShardRepair:
                     continue
                 self.done.notes.append(f"{self.name}: {key}: {features}")
                 if self.plan.served().get(key) != self.unit:
-                    continue  # nobody reads it
-                if sample and state:  # keeps its place, and is damaged still
+                    continue  # it is not served
+                if sample and state:  # keep the damaged sample, so that it stays listed as damaged
                     crc32c = google_crc32c.value(state.blob)
                     writer.copy(state.blob, replace(sample, crc32c=crc32c))
                     refused[key] = sample
@@ -290,7 +293,7 @@ class ShardRepair:
         self._move(folder, record, refused)
 
     def _wanted(self) -> dict[str, SampleRecord | None]:
-        """Return the samples that the shard should hold in their order, None of lost records."""
+        """Return the samples that the shard should have, in order; None for lost records."""
         if self.commit:
             return {sample.key: sample for sample in self.commit.samples}
         failed = {entry.key for entry in read_quarantine(self.inventory.bank)}
@@ -303,15 +306,15 @@ class ShardRepair:
         if clip is None:
             return "is not in the plan"
         if self.plan.served().get(key) != self.unit:
-            return "is served no more, and left out"
+            return "is no longer served, and left out"
         old = _json_of(sample, state) if sample and state else None
         return self.encoder.encode(clip, old, self.commit.provenance if self.commit else {})
 
     def _move(
         self, folder: Path, record: CommitRecord, refused: Mapping[str, SampleRecord]
     ) -> None:
-        """Put the new shard in the old one's place; keep the record where it holds for the new."""
-        # The checksum of what should be there.
+        """Replace the old shard by the new one; keep the commit record if it still holds."""
+        # A sample that could not be repaired keeps the checksum of its undamaged bytes.
         samples = [
             replace(one, crc32c=refused[one.key].crc32c) if one.key in refused else one
             for one in record.samples
@@ -329,21 +332,21 @@ class ShardRepair:
             write_commit(folder / self.name, record)
             if self.encoded and self.commit and not proven:
                 self.done.notes.append(
-                    f"{self.name}: is not byte for byte what it was, as another machine or library "
-                    f"made it; that these clips are the same cannot be proven: "
+                    f"{self.name}: its bytes differ from the old ones, since another machine or library "
+                    f"made them; that these clips are the same cannot be proven: "
                     f"{', '.join(self.encoded)}"
                 )
         for at in (lambda p: p, index_path, *([] if same else [done_path])):
             if at(folder / self.name).exists():
                 os.replace(at(folder / self.name), at(self.path))
-            else:  # no sample is left
+            else:  # the new shard has no samples, and so no tar
                 at(self.path).unlink(missing_ok=True)
             self.done.files.append(f"shards/{at(self.path).name}")
         shutil.rmtree(folder)
 
 
 def _json_of(sample: SampleRecord, state: SampleState) -> Json | None:
-    """Return a damaged sample's json, where that is whole."""
+    """Return a damaged sample's json; None if the json itself is damaged."""
     member = layout(sample)["json"]
     begin = member.data - sample.offset
     data = state.blob[begin : begin + member.nbytes]
@@ -354,7 +357,7 @@ def _json_of(sample: SampleRecord, state: SampleState) -> Json | None:
 
 
 def _rewrite_derived(inventory: Inventory, plan: Plan, done: Repaired, damaged: set[str]) -> None:
-    """Write catalogue and manifest where they are damaged, or tell of other shards than there are."""
+    """Rewrite catalogue and manifest if they are damaged, or do not match the shards."""
     commits = inventory.sound_commits()
     sums = {commit.shard: commit.sha256 for commit in commits}
     stale = any(entry.sha256 != sums.get(name) for name, entry in inventory.listed.items())

@@ -1,9 +1,9 @@
-"""`preprocess retry`: encode the clips of a bank's quarantine again, into new shards.
+"""`preprocess retry`: try the clips in a bank's quarantine once more, into new shards.
 
     summary = retry(Path("bank"), tower=None, device="cuda")
 
-What is banked stays where it is. A clip that succeeds leaves the quarantine, one that fails again
-stays there with one attempt more.
+Existing shards are not changed. A clip that succeeds is removed from the quarantine; one that fails
+stays, with one more attempt.
 """
 
 from collections.abc import Sequence
@@ -43,22 +43,26 @@ from shards.write.lock import folder_lock
 
 
 def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how: Any) -> Summary:
-    """Encode the failed clips again; `how` are the `EncodeOptions` that are no part of the plan.
+    """Encode the failed clips once more. how: the `EncodeOptions` that are not part of the plan.
 
-    tower: where it lies now, if not where it lay at first; another tower is refused. roots: where
-    videos may lie now whose paths are gone.
+    tower: its current path or name, if it was moved; another tower is refused. roots: folders to search
+    for videos that were moved.
     """
-    planned(bank, "no bank to retry")  # before there is a lock, and so a folder
+    planned(bank, "no bank to retry")  # first, because the lock would create a missing folder
     with folder_lock(bank, "preprocess retry"):
         return _retry(bank, tower, roots, how)
 
 
 def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, Any]) -> Summary:
     plan, failed = planned(bank), read_entries(bank)
+    # A killed retry leaves an unfinished unit at the plan's end, of clips that are all in the quarantine
+    # still: they are put into new units below.
     plan = without_cut_off_retry(bank, plan, set(failed))
     refuse_missing_shards(bank, plan)
     if not all(committed(bank, unit) for unit in range(len(plan.units))):
-        raise UserError(f"{bank}: its run is not over; finish `preprocess encode` before a retry")
+        raise UserError(
+            f"{bank}: its run is not finished; finish `preprocess encode` before a retry"
+        )
     refuse_derived(bank, plan.features)
     sources = [clip for clip in plan.clips if clip.id in failed and clip.key not in plan.pruned]
     if not sources:
@@ -82,7 +86,9 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
             unit, longer = len(plan.units), replace(plan, units=[*plan.units, clips])
             with closing(leases.left([unit])) as left:
                 for lease in left:
-                    write_plan(bank, longer)  # now that nobody else can take the unit
+                    write_plan(
+                        bank, longer
+                    )  # only after the lease: no other worker can take the unit
                     if not encoder.encode_unit(lease, clips, keep_empty=False):
                         break
             if committed(bank, unit):
@@ -93,7 +99,7 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
 
 
 def without_cut_off_retry(bank: Path, plan: Plan, failed: set[str]) -> Plan:
-    """Return the plan without the unit that a killed retry left: all its clips have failed before."""
+    """Return the plan without a killed retry's unfinished unit: all its clips had failed before."""
     units = list(plan.units)
     while units and not committed(bank, len(units) - 1) and {c.id for c in units[-1]} <= failed:
         units.pop()
@@ -101,7 +107,7 @@ def without_cut_off_retry(bank: Path, plan: Plan, failed: set[str]) -> Plan:
 
 
 def relocated(sources: Sequence[ClipSource]) -> list[ClipSource]:
-    """Return the clips with the places that members have in their archives now."""
+    """Return the clips with the current offsets of members in their archives."""
     archives = {source.path for source in sources if source.offset is not None}
     members = {
         (path, member.name): member

@@ -1,13 +1,14 @@
-"""`preprocess bench`: what encoding will take, before a machine is paid for."""
+"""`preprocess bench`: estimate the time and cost of encoding by measuring its stages."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
 import click
 
-from preprocess.cli.encode import prepared, tell
+from preprocess.cli.encode import prepared, print_skips
 from preprocess.cli.options import INPUTS, LOCAL, WHAT
 from shards.errors import UserError
 
@@ -20,10 +21,10 @@ class Counts(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        words = value.split(",")
-        if not all(word.isascii() and word.isdecimal() and int(word) for word in words):
+        parts = value.split(",")
+        if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
             self.fail(f"positive integers such as 1,2,4 are needed, got {value!r}", param, ctx)
-        return tuple(map(int, words))
+        return tuple(map(int, parts))
 
 
 @click.command()
@@ -31,15 +32,15 @@ class Counts(click.ParamType):
 @WHAT
 @click.option("--out", type=LOCAL, help="Folder on the disk of the bank.  [default: temporary]")
 @click.option("--clips", "most", type=click.IntRange(min=1), default=8, show_default=True,
-              help="To measure on.")  # fmt: skip
+              help="Clips to measure on.")  # fmt: skip
 @click.option("--decoders", type=Counts(), default="1,2,4,8", show_default=True,
-              help="Of each device: rows of the table.")  # fmt: skip
+              help="Decoders per device: rows of the table.")  # fmt: skip
 @click.option("--devices", type=Counts(), default="1,8", show_default=True,
-              help="Of each machine, and")  # fmt: skip
+              help="Devices per machine: columns of the table.")  # fmt: skip
 @click.option("--machines", type=Counts(), default="1,4", show_default=True,
-              help="how many of these: columns of the table.")  # fmt: skip
+              help="Machines: columns of the table.")  # fmt: skip
 @click.option(
-    "--price", type=click.FloatRange(min=0), help="Of a device and an hour, in any money."
+    "--price", type=click.FloatRange(min=0), help="Price per device and hour, in any currency."
 )
 def bench(
     inputs: tuple[str, ...],
@@ -51,13 +52,13 @@ def bench(
     price: float | None,
     **flags: Any,
 ) -> None:
-    """Measure decoding, tower and writing of INPUTS apart, and print the hours of all of them.
+    """Measure decoding, tower and writing separately on INPUTS, and estimate the hours for all of them.
 
-    Some clips of small to large files are decoded, encoded and written to a shard that is removed
-    again: each stage alone and warm, with one decoder and one device of this machine. The slowest stage
-    sets the pace of a run; from the three the table tells the hours for other numbers of decoders,
-    devices and machines like these, and the money with --price. Start-up, 5 to 10 s a process, is left
-    out. `preprocess plan` tells bytes and shards.
+    Some clips of small to large files are decoded, encoded and written to a temporary shard: each
+    stage alone and warmed up, with one decoder and one device of this machine. The slowest stage sets
+    the pace of a run; from the three the table derives the hours for other numbers of decoders,
+    devices and machines like these, and with --price the cost. Start-up, 5 to 10 s per process, is
+    not included. `preprocess plan` prints bytes and shards.
 
     \b
     preprocess bench videos/ --tower google/siglip-so400m-patch14-384 --price 2.5
@@ -71,12 +72,15 @@ def bench(
     from tqdm import tqdm
 
     from preprocess.encode.bench import Asked, Job, measure_pace, table
-    from preprocess.encode.features import load_tower
+    from preprocess.encode.tower import Loading, measured
     from preprocess.sources.probe import probe
 
-    tower = load_tower(options)
+    loading = Loading(options)
     clips = probe(found.clips, {}, options.sampling)
-    tell(found, folder)
+    tower, options = loading.tower()
+    if choice := measured(tower, options, None):  # as encode would take it
+        options = replace(options, tower_dtype=choice.dtype)
+    print_skips(found, folder)
     cores = len(os.sched_getaffinity(0)) if tower.device.type == "cpu" else None
     with tqdm(
         total=min(most, len(clips)), desc="bench", unit="clip", leave=False, disable=None

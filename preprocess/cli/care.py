@@ -1,10 +1,19 @@
-"""The commands that look after a bank: verify, repair, status, gc."""
+"""The maintenance commands: verify, repair, status, gc."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from preprocess.cli.encode import compare_sides
 from preprocess.cli.options import BANK, bytes_bar
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from preprocess.care.repair import Repaired
+    from shards.care.inventory import Damage
+    from shards.write.lock import Writer
 
 
 @click.command()
@@ -13,27 +22,60 @@ from preprocess.cli.options import BANK, bytes_bar
 def verify(bank: Path, deep: bool) -> None:
     """Find what in BANK is damaged, by file, clip and stream.
 
-    Without --deep: are all files there and of their size, do headers, descriptions, index,
-    catalogue and records agree. This finds what a broken copy, a deleted file or another tool did,
-    in seconds. With --deep every byte is read, at the speed of the disk: this finds a single
-    flipped bit. Nothing is changed; `preprocess repair BANK` puts right what is found.
+    By default it checks that all files exist with their sizes, and that headers, descriptions, index,
+    catalogue and commit records agree. This finds the damage of a broken copy, a deleted file or
+    another tool, in seconds. To find a single flipped bit, too, --deep reads every byte, at the speed
+    of the disk. Nothing is changed; `preprocess repair BANK` repairs what is found.
 
-    Exit code 0: all is sound; 1: damage was found and is listed; 2: wrong usage.
+    Exit code 0: no damage; 1: damage was found and is listed; 2: wrong usage.
 
     \b
     preprocess verify bank
     preprocess verify bank --deep
     """
-    from shards.care.garbage import leftovers
-    from shards.care.inventory import read_inventory
     from shards.care.verify import verify as check
-    from shards.text import counted, printable
+    from shards.format.beside import parts_of
     from shards.write.lease import holders
     from shards.write.lock import writer_of
 
-    writer = writer_of(bank) or next(iter(holders(bank).values()), None)
-    with bytes_bar([bank], "verify") as bar:
-        damages = check(bank, deep, bar.update)
+    parts, found = parts_of(bank), []
+    with bytes_bar(parts, "verify") as bar:
+        for part in parts:
+            writer = writer_of(part) or next(iter(holders(part).values()), None)
+            found.append((part, writer, check(part, deep, bar.update)))
+    sound = [_tell_verified(*one, deep=deep) for one in found]
+    if len(parts) > 1:
+        sound.append(_verify_beside(bank))
+    if not all(sound):
+        raise SystemExit(1)
+
+
+def _verify_beside(bank: Path) -> bool:
+    """Say which strides beside a bank are not read with it; return whether it can be told."""
+    from shards.format.beside import read_sides
+    from shards.read.bank import Bank
+    from shards.storage import LocalFiles
+    from shards.text import printable
+
+    try:
+        read_sides(LocalFiles(bank))
+        missing = Bank.open(bank).missing if (bank / "bank.json").exists() else {}
+    except UserError as error:
+        click.echo(printable(str(error)))
+        return False
+    for stride, why in missing.items():
+        click.echo(f"note: stride {stride} is not read with the bank: {printable(why)}")
+    return True
+
+
+def _tell_verified(
+    bank: Path, writer: "Writer | None", damages: "Sequence[Damage]", *, deep: bool
+) -> bool:
+    """Print what is damaged in a bank; return whether it is sound. writer: who writes there."""
+    from shards.care.garbage import leftovers
+    from shards.care.inventory import read_inventory
+    from shards.text import counted, printable
+
     if writer:
         click.echo(f"note: {writer} writes here; finished shards were checked")
     elif not any(damage.file in ("plan.json", "bank.json") for damage in damages):
@@ -46,7 +88,7 @@ def verify(bank: Path, deep: bool) -> None:
         click.echo(printable(str(damage)))
     if not damages:
         click.echo(f"{bank}: sound" + (", every byte" if deep else "; --deep reads every byte"))
-        return
+        return True
     keys = {(damage.file, damage.key) for damage in damages if damage.key}
     files = {damage.file for damage in damages}
     remedies = {damage.remedy for damage in damages}
@@ -56,29 +98,29 @@ def verify(bank: Path, deep: bool) -> None:
         f"`preprocess repair {bank}` "
         + ("encodes what must be encoded again" if "encode" in remedies else "needs no tower")
     )
-    raise SystemExit(1)
+    return False
 
 
 @click.command()
 @BANK
-@click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
+@click.option("--tower", help="The bank's tower: its folder or Hub name.  [default: as recorded]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option(
     "--video-root",
     "video_roots",
     multiple=True,
     type=click.Path(),
-    help="Folder under which videos lie that are not where they were. Repeatable.",
+    help="Folder that contains videos which have moved. Repeatable.",
 )
 def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, ...]) -> None:
-    """Put right what is damaged in BANK, and encode again only what must be.
+    """Repair what is damaged in BANK, encoding only the clips that must be.
 
-    BANK is verified, every byte. A clip whose bytes are in their place is copied as it is; it is
-    decoded and encoded again only if they are not. On the machine and libraries that made the bank
-    this gives the old bytes, which is checked. A video that is gone or was changed is named, its
-    sample stays damaged: `preprocess encode` banks the new video. Index, catalogue and manifest are
-    made from the shards, without a tower. A BANK of an older format gets the metadata of today's:
-    its features stay as they are, nothing is encoded.
+    Every byte of BANK is verified. A clip whose bytes are intact is copied; only others are decoded and
+    encoded once more. On the machine and libraries that made the bank this gives the same bytes, which
+    is checked. If a video is missing or was changed, it is named and its sample stays damaged;
+    `preprocess encode` banks the new video. Index, catalogue and manifest are rebuilt from the shards,
+    without a tower. A BANK of an older format gets the metadata of the current one: its features stay
+    as they are, nothing is encoded.
 
     Exit code 0: all is repaired; 1: some damage remains and is listed; 2: wrong usage.
 
@@ -87,7 +129,7 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     preprocess repair bank --tower ./tower --video-root /data/videos
     """
     from shards.care.inventory import refuse_no_bank
-    from shards.text import counted, printable
+    from shards.format.beside import parts_of
 
     refuse_no_bank(bank)  # before torch is imported
     from preprocess.encode.tower import start_torch
@@ -95,8 +137,20 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     device = start_torch(device)
     from preprocess.care.repair import repair as run
 
-    with bytes_bar([bank], "verify") as bar:
-        done = run(bank, tower, device, video_roots, bar.update)
+    whole = True
+    for part in parts_of(bank):
+        with bytes_bar([part], "verify") as bar:
+            done = run(part, tower, device, video_roots, bar.update)
+        whole = _tell_repaired(part, done) and whole
+    compare_sides(bank, "preprocess repair")
+    if not whole:
+        raise SystemExit(1)
+
+
+def _tell_repaired(bank: Path, done: "Repaired") -> bool:
+    """Say what a repair found and did; return whether nothing remains."""
+    from shards.text import counted, printable
+
     for damage in done.damages:
         click.echo(f"found: {printable(str(damage))}")
     for note in done.notes:
@@ -109,18 +163,19 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     for damage in done.remaining:
         click.echo(f"remains: {printable(str(damage))}")
     for key in done.lost:
-        click.echo(f"remains: {key}: is lost with its record; `preprocess encode` banks it again")
-    if done.remaining or done.lost:
-        raise SystemExit(1)
+        click.echo(
+            f"remains: {key}: lost with its commit record; `preprocess encode` banks it again"
+        )
+    return not (done.remaining or done.lost)
 
 
 @click.command()
 @BANK
 def status(bank: Path) -> None:
-    """Tell how far BANK is: units, clips, rate, who writes it, what failed.
+    """Print the progress of BANK: units, clips, rate, who writes it, what failed.
 
-    May be asked at any time from another terminal, also while BANK is being written: nothing is
-    locked and nothing is changed.
+    May be run at any time from another terminal, also while BANK is being written: nothing is locked
+    and nothing is changed.
 
     \b
     preprocess status bank
@@ -128,24 +183,32 @@ def status(bank: Path) -> None:
     """
     from shards.care.status import status as look
     from shards.care.status import table
+    from shards.format.beside import parts_of
 
-    click.echo(table(look(bank)))
+    click.echo("\n\n".join(table(look(part)) for part in parts_of(bank)))
 
 
 @click.command()
 @BANK
 @click.option("--dry-run", is_flag=True, help="List what would be removed, and remove nothing.")
 def gc(bank: Path, dry_run: bool) -> None:
-    """Remove from BANK what nothing refers to.
+    """Remove files from BANK that nothing refers to.
 
-    That is what killed writers left: journals of finished shards, temporary files, shards that no
-    unit of the plan makes. Nothing that BANK/bank.json lists, or a run that goes on needs, is
-    touched. Shards of which every clip was superseded or pruned are told of and stay.
+    These were left by killed writers: journals of finished shards, temporary files, shards of no unit
+    of the plan. Nothing is removed that BANK/bank.json lists or that a run needs to continue. Shards
+    whose clips were all superseded or pruned are listed and kept.
 
     \b
     preprocess gc bank --dry-run
     preprocess gc bank
     """
+    from shards.format.beside import parts_of
+
+    for part in parts_of(bank):
+        _collect_of(part, dry_run)
+
+
+def _collect_of(bank: Path, dry_run: bool) -> None:
     from shards.care.garbage import collect, dead_shards, leftovers
     from shards.care.inventory import read_inventory
     from shards.text import in_bytes, printable
@@ -160,7 +223,8 @@ def gc(bank: Path, dry_run: bool) -> None:
         name = printable(str(piece.path.relative_to(bank)))
         click.echo(f"{in_bytes(piece.nbytes):>10}  {name}: {piece.why}")
     total = in_bytes(sum(piece.nbytes for piece in pieces))
-    click.echo(f"{total:>10}  {'can be removed' if dry_run else 'removed'}, {len(pieces)} in all")
+    done = "can be removed" if dry_run else "removed"
+    click.echo(f"{total:>10}  {done}, {len(pieces)} in all")
     for name in dead_shards(inventory):
         click.echo(
             f"note: shards/{name} holds no clip that is served; bank.json lists it, it stays"

@@ -1,4 +1,4 @@
-"""`preprocess derive`: of a bank another one, without videos and tower."""
+"""`preprocess derive`: make a smaller bank from a bank, without videos or a tower."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from shards.format.features import CODECS
 @BANK
 @click.option("--out", required=True, type=LOCAL, help="The new bank's folder.")
 @click.option("--stride", "strides", type=Strides(),
-              help="Banked strides, or multiples of them.  [default: those of BANK]")  # fmt: skip
+              help="Strides of BANK, or multiples of them.  [default: those of BANK]")  # fmt: skip
 @click.option("--codec", type=click.Choice(CODECS),
               help="How features are stored.  [default: as in BANK]")  # fmt: skip
 @click.option("--frames", type=click.IntRange(min=1),
-              help="Of each clip at most, of those banked, uniformly.  [default: all]")  # fmt: skip
+              help="Largest number of frames of a clip, chosen uniformly.  [default: all]")  # fmt: skip
 @click.option("--shard-size", type=click.IntRange(min=1), default=512, show_default=True,
-              help="MB of a shard, at most.")  # fmt: skip
+              help="Largest size of a shard, in MB.")  # fmt: skip
 def derive(
     bank: Path,
     out: Path,
@@ -28,16 +28,16 @@ def derive(
     frames: int | None,
     shard_size: int,
 ) -> None:
-    """Make of BANK another one of coarser strides, fewer frames or another codec.
+    """Make a new bank from BANK, with coarser strides, fewer frames or another codec.
 
-    Neither a video nor the tower is needed. A stride that BANK has is copied; a multiple of one is
-    pooled from its cells, which were rounded when they were banked: the same as `encode` makes, within
-    that rounding (of pool max, exactly). Frames are chosen as training chooses them. What int8 has
-    rounded gives int8 alone, of the same strides.
+    Neither a video nor the tower is needed. A stride of BANK is copied; a multiple of one is pooled
+    from its cells, which were rounded when they were banked, so it equals what `encode` makes within
+    that rounding (exactly with pool max). Frames are chosen as training chooses them. From int8 only
+    int8 of the same strides can be made.
 
-    Rerunning goes on where it was stopped, and takes over what BANK has got since. The new bank has a
-    fingerprint of its own, trains as any other, and grows by this command only. Exit codes are those of
-    encode.
+    Rerunning continues where it was stopped, and adds clips that BANK has gained since. The new bank
+    has its own fingerprint, trains like any other, and is extended by this command only. Exit codes
+    are those of encode.
 
     \b
     preprocess derive bank --stride 8 --codec int8 --frames 8 --out small

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 @PLANNED
 @click.option("--no-estimate", is_flag=True, help="Do not encode a few clips to estimate hours.")
 def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) -> None:
-    """Write the plan that encode would execute, and say what it will cost.
+    """Write the plan that encode would execute, and estimate its cost.
 
-    INPUTS and flags are those of encode. Inputs are opened, none is decoded but a few to estimate
-    the hours, and of int8 some to calibrate on. `preprocess work BANK` on any number of machines makes
-    what is planned, `preprocess finish BANK` ends it; encode is the three in one. Exit code 2: wrong
+    INPUTS and options are those of encode. Inputs are opened, but only a few are decoded, to estimate the
+    hours, and for int8 some to calibrate on. `preprocess work BANK`, on any number of machines, makes the
+    planned units; `preprocess finish BANK` completes the bank. encode does all three. Exit code 2: wrong
     usage.
 
     \b
@@ -47,16 +47,17 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
     from preprocess.encode.estimate import forecast
     from preprocess.encode.run import plan_clips
 
-    tower, changes, options = plan_clips(found, out, options, **rest)
-    tell(found, out)
-    for line in forecast(out, changes, tower, options, hours=not no_estimate):
-        click.echo(line)
+    made = plan_clips(found, out, options, **rest)
+    print_skips(found, out)
+    for one in made:
+        for line in forecast(one.bank, one.changes, one.tower, one.options, hours=not no_estimate):
+            click.echo(line)
 
 
 @click.command()
 @PLANNED
 @click.option("--procs", type=click.IntRange(min=1),
-              help="Processes, each with tower and decoder, over all GPUs.  [default: 1]")  # fmt: skip
+              help="Processes with a tower each, spread over all GPUs.  [default: 1]")  # fmt: skip
 @DECODERS
 @ON
 def encode(
@@ -72,22 +73,25 @@ def encode(
 
     An input is a video, a folder, an archive (.zip; .tar, plain or packed with gzip, bzip2 or xz),
     or annotations as training reads them: .json, .jsonl, .csv or .parquet, a folder of these,
-    owner/name of the Hub. A folder gives its videos and animations at any depth, and each folder in
-    which there is nothing but pictures is one clip (its rate: --folder-fps). The `video` of an
-    annotation may be a video, a folder of pictures, an animation or a still picture. An archive
-    gives its videos, read one at a time and not unpacked; name archives themselves, not their
-    folder. What else there is is counted, and listed in BANK/skipped.jsonl.
+    owner/name of the Hub. A folder gives its videos and animations at any depth, and each folder that
+    contains nothing but pictures is one clip (its rate: --folder-fps). The `video` of an annotation
+    may be a video, a folder of pictures, an animation or a still picture. An archive gives its videos,
+    which are read one at a time and not unpacked; name archives themselves, not their folder. All other
+    files are counted, and listed in BANK/skipped.jsonl.
 
-    Rerunning skips what is done, encodes what is new, and encodes again videos that have changed.
+    Rerunning skips what is done, encodes new videos, and replaces those that have changed. A --stride
+    that BANK does not have is encoded beside its shards, which stay as they are, and is read together
+    with them; the other flags must be those of BANK.
     A clip that cannot be read is named in BANK/quarantine.jsonl; `preprocess retry BANK` tries it
     again. Exit code 0: all done; 1: some clips failed and are listed; 2: wrong usage, or the
-    machine failed: what is committed stays, run the same command again; 70: a bug of ours, with its
+    machine failed: what is committed stays, run the same command again; 70: a bug in framebank, with its
     traceback: what is committed stays, and no clip is blamed.
 
     \b
     preprocess encode videos/ --stride 4,8 --out bank --tower google/siglip-so400m-patch14-384
     preprocess encode train.json --video-root videos/ --frames 16 --out bank --tower ./tower
     preprocess encode 0_30_s_academic_v0_1_videos_*.tar.gz --out bank --tower ./tower
+    preprocess encode videos/ --stride 2 --out bank --tower google/siglip-so400m-patch14-384
     """
     refuse_address(engine, address)
     found, options, rest = prepared(inputs, out, **flags)
@@ -97,21 +101,18 @@ def encode(
 
     if engine:
         from preprocess.encode.on_ray import encode_on_ray
-        from shards.format.quarantine import read_quarantine
-        from shards.write.finish import finish_alone
 
         plan_clips(found, out, options, **rest)
-        tell(found, out)
-        encode_on_ray(out, None, (), procs, address)
-        click.echo(held(out, finish_alone(out)))
-        failed(out, read_quarantine(out))
+        print_skips(found, out)
+        encode_on_ray(out, None, (), procs, address, decoders)
+        finish_parts(out)
         return
     summary, changes = encode_clips(
         found, out, options, procs=procs or 1, decoders=decoders, **rest
     )
     for line in gone(changes):
         click.echo(line.strip())
-    tell(found, out)
+    print_skips(found, out)
     report(out, summary)
 
 
@@ -131,9 +132,9 @@ def prepared(
     prune: bool,
     **rest: Any,
 ) -> tuple["Found", "EncodeOptions", dict[str, Any]]:
-    """Return the clips, how to encode them, and how to plan: what flags of plan and encode mean."""
+    """Return the clips, the options to encode them, and the options to plan, from the command's flags."""
     from preprocess.sources.find import FindOptions, find_clips
-    from shards.format.plan import TowerSettings, read_plan
+    from shards.format.plan import TowerSettings, plan_as_read
 
     sampling = make_sampling(frames, fps, max_frames, frames_like)
     if out.exists() and not out.is_dir():
@@ -141,7 +142,8 @@ def prepared(
     rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps
     find = FindOptions(**{item.name: rest.pop(item.name) for item in fields(FindOptions)})
     found = find_clips(inputs, find)
-    known = read_plan(out)
+    seen = plan_as_read(out)
+    known = seen.plan
     tower = known.tower if known else TowerSettings()
 
     from preprocess.encode.features import EncodeOptions
@@ -157,11 +159,11 @@ def prepared(
         find=find,
         **rest,
     )
-    return found, options, {"prune": prune}
+    return found, options, {"prune": prune, "seen": seen}
 
 
-def tell(found: "Found", out: Path) -> None:
-    """Say what of the inputs is no clip."""
+def print_skips(found: "Found", out: Path) -> None:
+    """Print which inputs are not clips."""
     from preprocess.sources.skips import report as skipped
 
     for line in [*found.notes, *skipped(found.skips, out)]:
@@ -170,9 +172,9 @@ def tell(found: "Found", out: Path) -> None:
 
 @click.command()
 @click.argument("bank", type=LOCAL)
-@click.option("--tower", help="Where the bank's tower lies now.  [default: where it lay]")
+@click.option("--tower", help="The bank's tower: its folder or Hub name.  [default: as recorded]")
 @click.option("--video-root", "roots", multiple=True, type=click.Path(),
-              help="Where videos may lie that have moved. Repeatable.")  # fmt: skip
+              help="Folder that contains videos which have moved. Repeatable.")  # fmt: skip
 @HOW
 def retry(
     bank: Path,
@@ -181,23 +183,50 @@ def retry(
     device: str,
     **how: Any,
 ) -> None:
-    """Encode again the clips in BANK/quarantine.jsonl, and nothing else.
+    """Encode the clips in BANK/quarantine.jsonl once more, and nothing else.
 
-    Mend or replace the videos where they lie, then run this. Tower, frames and strides are those
-    of the bank. Clips that succeed are added in a new shard and leave the quarantine; the others
-    stay, with one attempt more. Exit codes are those of encode.
+    Repair or replace the videos in place, then run this. Tower, frames and strides are those of the
+    bank. Clips that succeed are added in a new shard and removed from the quarantine; the others stay,
+    with one more attempt. Exit codes are those of encode.
 
     \b
     preprocess retry bank
     preprocess retry bank --allow-truncated
     """
-    from preprocess.care.retry import retry as encode_again
+    from preprocess.care.retry import retry as retry_failed
+    from shards.format.beside import parts_of
 
-    report(bank, encode_again(bank, tower, roots, device=device, **given(how)))
+    summary = retry_failed(bank, tower, roots, device=device, **given(how))
+    for side in parts_of(bank)[1:]:
+        summary = summary.beside(retry_failed(side, tower, roots, device=device, **given(how)))
+    compare_sides(bank, "preprocess retry")
+    report(bank, summary)
+
+
+def finish_parts(bank: Path) -> None:
+    """Finish a bank and the banks beside it, and print what they hold; exit with 1 if clips failed."""
+    from shards.format.beside import parts_of
+    from shards.format.quarantine import read_entries
+    from shards.write.finish import finish_alone
+
+    entries: dict[str, QuarantineEntry] = {}
+    for part in parts_of(bank):
+        click.echo(held(part, finish_alone(part)))
+        entries = read_entries(part) | entries
+    compare_sides(bank, "preprocess finish")
+    failed(bank, [*entries.values()])
+
+
+def compare_sides(bank: Path, command: str) -> None:
+    """Record which strides beside a bank can be read with it, and print why others cannot."""
+    from shards.write.beside import pair
+
+    for why in pair(bank, command):
+        click.echo(f"note: {printable(why)}", err=True)
 
 
 def report(bank: Path, summary: "Summary") -> None:
-    """Say what a run did; exit with 1 if clips failed."""
+    """Print the summary of a run; exit with 1 if clips failed."""
     click.echo(
         f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
         f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "
@@ -209,7 +238,7 @@ def report(bank: Path, summary: "Summary") -> None:
 
 
 def held(bank: Path, manifest: "Manifest") -> str:
-    """Return what a bank holds, in a line."""
+    """Return the contents of a bank in one line."""
     return (
         f"{bank}: {counted(manifest.clips, 'clip')}, {counted(manifest.frames, 'frame')}, "
         f"{in_bytes(manifest.nbytes)} in {counted(len(manifest.shards), 'shard')}"
@@ -217,7 +246,7 @@ def held(bank: Path, manifest: "Manifest") -> str:
 
 
 def failed(bank: Path, failures: "Sequence[QuarantineEntry]") -> None:
-    """Say which clips failed, and exit with 1 if there are any."""
+    """Print which clips failed, and exit with 1 if there are any."""
     if failures:
         clips = counted(len(failures), "clip")
         click.echo(f"{clips} failed, listed in {bank / 'quarantine.jsonl'}:")

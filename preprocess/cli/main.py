@@ -1,6 +1,7 @@
-"""The group of commands, in the order in which they are needed, and how they end.
+"""The command group, its commands in the order of use, and its exit codes.
 
-Parsing only: torch, decoders and zarr are imported inside the commands.
+Parsing only: torch, decoders and zarr are imported inside the commands, so that `--help` and wrong usage
+answer at once (importing torch takes about 3 s).
 """
 
 import signal
@@ -23,7 +24,7 @@ from shards.errors import UserError
 
 
 class Commands(click.Group):
-    """A group whose usage errors are one line, as all our errors are."""
+    """A command group whose usage errors are one line, as all other errors are."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -39,7 +40,7 @@ class Commands(click.Group):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Say what is wrong, a line each, and exit with 2; a bug keeps its traceback and exits with 70."""
+    """Print user, usage and OS errors, a line each, and exit with 2; for a bug its traceback, and 70."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
@@ -52,7 +53,7 @@ def one_line_errors() -> Iterator[None]:
         raise
     except Exception:
         traceback.print_exc()
-        raise SystemExit(70) from None
+        raise SystemExit(70) from None  # EX_SOFTWARE of sysexits.h
     else:
         return
     for line in problems.splitlines():
@@ -62,20 +63,20 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """End at Ctrl-C and at SIGTERM as shells name it, 130 and 143, with what is begun tidied up."""
+    """Clean up at Ctrl-C and SIGTERM, and exit with 128 + the signal's number: 130 and 143."""
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         raise Stopped(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # where Python refuses handlers
         yield
         return
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except Stopped as stopped:
-        click.echo("stopped; what is committed stays: the same command goes on from it", err=True)
+        click.echo("stopped; committed work is kept: run the same command to continue", err=True)
         raise SystemExit(stopped.code) from None
     finally:
         for one, handler in before.items():
@@ -83,7 +84,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class Stopped(BaseException):
-    """A signal has come."""
+    """A signal was received; `BaseException`, so that no `except Exception` swallows it."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -100,11 +101,11 @@ def main() -> None:
     \b
     preprocess toyworld demo/toy             draw a small world of videos to try everything on
     preprocess footage CLIPS... OUT          cut a benchmark with exact answers from your own videos
-    preprocess bench VIDEOS --tower T        measure here, and tell hours and money elsewhere
-    preprocess plan VIDEOS --out BANK ...    say what encoding will cost, and encode nothing
+    preprocess bench VIDEOS --tower T        measure here, and estimate hours and money elsewhere
+    preprocess plan VIDEOS --out BANK ...    estimate what encoding will cost, and encode nothing
     preprocess encode VIDEOS --out BANK ...  run a frozen vision tower over videos, once
     preprocess work BANK                     encode what is planned, on many machines; then `finish`
-    preprocess retry BANK                    encode what failed again, and nothing else
+    preprocess retry BANK                    encode the clips that failed, and nothing else
     preprocess derive BANK --out NEW ...     coarser cells, fewer frames, another codec: no video
     preprocess verify BANK                   find what is damaged; `repair` encodes only that
 
@@ -112,8 +113,8 @@ def main() -> None:
     Exit codes: 0 all is done
                 1 some clips failed and are listed, damage was found, features differ
                 2 wrong usage, or the machine failed; one line says what to do
-                70 a bug of ours, with its traceback; what is committed is intact
-                130, 143 stopped by Ctrl-C, by SIGTERM; run the same command again to go on
+                70 a bug in framebank, with its traceback; what is committed is intact
+                130, 143 stopped by Ctrl-C, by SIGTERM; run the same command to continue
     """
 
 

@@ -1,4 +1,4 @@
-"""The flags that several commands share, and what they mean. Light: nothing heavy is imported."""
+"""The options that several commands share, and their parsing. Imports nothing heavy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ from shards.storage import refuse_url
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-ALLOW_TRUNCATED = "Bank what comes of truncated or damaged videos; their flags say so."
+ALLOW_TRUNCATED = "Bank the readable part of truncated or damaged videos; their flags record it."
 
 
 class Strides(click.ParamType):
@@ -48,7 +48,7 @@ class Strides(click.ParamType):
 
 
 class Layer(click.ParamType):
-    """`-2` -> -2, `merged` and `5,11,17,merged` as they are."""
+    """`-2` -> -2; `merged` and `5,11,17,merged` stay text."""
 
     name = "integer|merged"
 
@@ -62,7 +62,7 @@ class Layer(click.ParamType):
 
 
 def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Return what adds options to a command, in this order."""
+    """Return a decorator that adds options to a command, in this order."""
 
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -84,12 +84,12 @@ HOW = _all(
     click.option(
         "--batch-frames",
         type=click.IntRange(min=1),
-        help="Frames that pass through the tower together.  [default: as at first, 16]",
+        help="Frames per forward pass of the tower.  [default: the bank's, else 16]",
     ),
     click.option(
         "--tower-threads",
         type=click.IntRange(min=1),
-        help="CPU threads of the tower.  [default: as at first, 2]",
+        help="CPU threads of the tower.  [default: the bank's, else 2]",
     ),
     DEVICE,
     click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED),
@@ -103,12 +103,14 @@ ON = _all(
         type=click.Choice(["ray"]),
         help="Work on a Ray cluster, with one worker for each GPU or machine, or --procs of them.",
     ),
-    click.option("--address", help="Of the Ray cluster.  [default: the one that Ray finds]"),
+    click.option(
+        "--address", help="Address of the Ray cluster.  [default: the one that Ray finds]"
+    ),
 )
 
 
 class LocalPath(click.Path):
-    """A path of this machine; a URL is refused, of which a folder would be made."""
+    """A local path; a URL is refused, because it would be created as a folder named `https:`."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         refuse_url(value, "this" if param is None else param.human_readable_name)
@@ -122,12 +124,14 @@ VIDEO_ROOTS = click.option(
     "video_roots",
     multiple=True,
     type=click.Path(),
-    help="Folder that annotation files' videos lie under. Repeatable.",
+    help="Folder that contains the videos of annotation files. Repeatable.",
 )
 INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path())
 WHAT = _all(
     click.option(
-        "--tower", required=True, help="Hub name or folder of a SigLIP, CLIP or DINOv2 tower."
+        "--tower",
+        required=True,
+        help="Hub name or folder of a vision tower: SigLIP, CLIP, DINOv2, Qwen-VL's ...",
     ),
     click.option(
         "--stride",
@@ -135,7 +139,7 @@ WHAT = _all(
         type=Strides(),
         default="4,8",
         show_default=True,
-        help="Patches per cell side, each banked for every frame: finest slow, coarsest fast.",
+        help="Patches per cell side; each is banked for every frame: finest slow, coarsest fast.",
     ),
     click.option("--frames", type=click.IntRange(min=1), help="Frames of each clip, uniformly."),
     click.option("--fps", help="Frames per second of each clip, such as 1 or 0.5.  [default: 1]"),
@@ -161,16 +165,16 @@ WHAT = _all(
         type=click.Choice(("refuse", "drop")),
         default="refuse",
         show_default=True,
-        help="Rows of annotation files whose videos are not found: stop, or leave them out.",
+        help="What to do with annotation rows whose videos are not found: stop, or leave them out.",
     ),
     click.option(
         "--on-bad-record",
         type=click.Choice(("refuse", "drop")),
         default="refuse",
         show_default=True,
-        help="Rows that are damaged or cannot be read: stop, or leave them out.",
+        help="What to do with annotation rows that cannot be read: stop, or leave them out.",
     ),
-    click.option("--follow-links", is_flag=True, help="Enter links to folders, too."),
+    click.option("--follow-links", is_flag=True, help="Search linked folders, too."),
     click.option(
         "--archive-ids",
         is_flag=True,
@@ -181,13 +185,13 @@ WHAT = _all(
         type=Layer(),
         default="-2",
         show_default=True,
-        help="Hidden layer of the tower; merged: what Qwen-VL's gives its LLM (--stride 1), "
+        help="Hidden layer of the tower; merged: the input of Qwen-VL's LLM (--stride 1), "
         "5,11,17,merged: Qwen3-VL's.",
     ),
     click.option(
         "--fit",
         type=click.Choice(("crop", "pad", "stretch")),
-        help="How frames get the one size of the tower.  [default: as at first, as its processor does]",
+        help="How frames are fitted to the tower.  [default: the bank's, else its processor's way]",
     ),
     click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True),
     click.option(
@@ -195,22 +199,22 @@ WHAT = _all(
         type=click.Choice(DTYPES),
         default="float16",
         show_default=True,
-        help="Of the stored features.",
+        help="Data type of the stored features.",
     ),
     click.option(
         "--codec",
         type=click.Choice(CODECS),
         default="none",
         show_default=True,
-        help="none: as they are; blosc: compressed; int8: a byte a value, nearly the same.",
+        help="none: plain; blosc: lossless compression; int8: one byte per value, with a small error.",
     ),
     click.option(
         "--tower-dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         show_default=True,
-        help="Of the tower's arithmetic; auto: the bank's, of a new one bfloat16 on CUDA and where a "
-        "CPU is clearly faster with it, else float32.",
+        help="Data type of the tower's arithmetic; auto: the bank's; for a new bank bfloat16 on CUDA and "
+        "on CPUs that are clearly faster with it, else float32.",
     ),
     HOW,
     click.option(
@@ -221,7 +225,7 @@ WHAT = _all(
         help="Pictures per second of folders of frames.",
     ),
 )
-"""What to make of which clips, and how."""
+"""Options on which features to make of which clips, and how."""
 PLANNED = _all(
     INPUTS,
     click.option("--out", required=True, type=LOCAL, help="The bank's folder."),
@@ -231,18 +235,23 @@ PLANNED = _all(
         type=click.IntRange(min=1),
         default=512,
         show_default=True,
-        help="MB of a shard, at most.",
+        help="Largest size of a shard, in MB.",
     ),
-    click.option("--prune", is_flag=True, help="Drop clips whose videos are gone from the bank."),
+    click.option(
+        "--prune", is_flag=True, help="Drop clips from the bank whose videos no longer exist."
+    ),
 )
+
+
+# -- values of the options
 
 
 def make_sampling(
     frames: int | None, fps: str | None, max_frames: int | None, like: str | None = None
 ) -> Sampling:
-    """Return the sampling that the flags mean."""
+    """Return the sampling that the options ask for; raises UserError for a contradiction."""
     if frames is not None and (fps is not None or max_frames is not None):
-        raise UserError("--frames N stands alone; leave out --fps and --max-frames")
+        raise UserError("--frames N excludes --fps and --max-frames; leave them out")
     if frames is not None:
         return Sampling(num_frames=frames, like=like)
     sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64, like=like)
@@ -250,17 +259,17 @@ def make_sampling(
 
 
 def refuse_address(engine: str | None, address: str | None) -> None:
-    """Raise UserError for the address of a cluster that is not asked for."""
+    """Raise UserError for --address without --on ray."""
     if address and not engine:
-        raise UserError("--address is of a Ray cluster", got=address, fix="add --on ray")
+        raise UserError("--address needs --on ray", got=address, fix="add --on ray")
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that were given."""
+    """Return the options that were given: those that are not None."""
     return {name: value for name, value in flags.items() if value is not None}
 
 
 def bytes_bar(banks: Sequence[Path], what: str) -> "tqdm[Any]":
-    """Return a bar over the bytes of all shards."""
+    """Return a progress bar over the bytes of all shards."""
     total = sum(path.stat().st_size for bank in banks for path in bank.glob("shards/*.tar"))
     return tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=None)

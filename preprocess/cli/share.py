@@ -1,9 +1,9 @@
-"""`--share`: where among the units of a plan a worker begins, so that many do not ask for the same.
+"""`--share`: at which unit of a plan a worker begins, so that workers do not compete for the same one.
 
 start_of("3/8", os.environ)      # 0.375: after three eighths of them
-start_of("auto", os.environ)     # what the scheduler has told this process
+start_of("auto", os.environ)     # by the scheduler's environment variables
 
-It is only where a worker starts: each goes round and takes what is left, so that a share that is wrong
+This is only the start: each worker goes round all units and takes those that are left, so a wrong share
 costs a little time and loses nothing.
 """
 
@@ -14,20 +14,21 @@ from dataclasses import dataclass
 from shards.errors import UserError
 
 GOLDEN = 0.6180339887498949
-"""Multiples of it, without their whole part, lie apart from each other however many there are."""
+"""Golden ratio - 1: the fractional parts of its first n multiples are spread evenly over
+[0, 1) (Knuth, The Art of Computer Programming, 6.4)."""
 
 
 @dataclass(frozen=True)
 class Numbered:
-    """The variables by which a scheduler numbers the processes that it starts."""
+    """The environment variables in which a scheduler numbers its processes."""
 
     number: str
     count: str
     first: str = ""
-    """With the least number."""
+    """Variable of the lowest number."""
     step: str = ""
     least: int = 0
-    """Where no variable says."""
+    """The lowest number where no variable gives it."""
 
 
 SCHEDULERS = (
@@ -40,18 +41,18 @@ SCHEDULERS = (
     Numbered("RANK", "WORLD_SIZE"),
     Numbered("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
     Numbered("LSB_JOBINDEX", "LSB_JOBINDEX_END", least=1),
-    Numbered("JOB_COMPLETION_INDEX", ""),  # Kubernetes does not say of how many
+    Numbered("JOB_COMPLETION_INDEX", ""),  # Kubernetes does not give the count
 )
 
 
 def start_of(share: str, environ: Mapping[str, str]) -> float:
-    """Return the part of the units, in [0, 1), after which to begin.
+    """Return the fraction of the units, in [0, 1), after which to begin.
 
-    share: `K/N`, K from 0 to N - 1, or `auto`: of the first scheduler whose number is in `environ`, 0
+    share: `K/N`, K from 0 to N - 1, or `auto`: by the first scheduler whose number is in `environ`, 0
     without one. Raises UserError for anything else.
     """
     if share == "auto":
-        return next((_told(by, environ) for by in SCHEDULERS if _is_numbered(by, environ)), 0.0)
+        return next((_fraction(by, environ) for by in SCHEDULERS if _is_numbered(by, environ)), 0.0)
     match = re.fullmatch(r"(\d+)/(\d+)", share)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError("--share", got=repr(share), expected="auto, or K/N with K from 0 to N - 1")
@@ -60,10 +61,12 @@ def start_of(share: str, environ: Mapping[str, str]) -> float:
 
 def _is_numbered(by: Numbered, environ: Mapping[str, str]) -> bool:
     value = environ.get(by.number, "")
-    return bool(value) and not (by.number == "LSB_JOBINDEX" and value == "0")  # no array
+    return bool(value) and not (
+        by.number == "LSB_JOBINDEX" and value == "0"
+    )  # LSF sets 0 outside of job arrays
 
 
-def _told(by: Numbered, environ: Mapping[str, str]) -> float:
+def _fraction(by: Numbered, environ: Mapping[str, str]) -> float:
     first = _whole(by.first, environ) if by.first in environ else by.least
     step = _whole(by.step, environ) if by.step in environ else 1
     number = (_whole(by.number, environ) - first) // max(step, 1)

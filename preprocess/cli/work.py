@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from preprocess.cli.encode import failed, held
+from preprocess.cli.encode import finish_parts, held
 from preprocess.cli.options import BANK, DECODERS, DEVICE, LOCAL, ON, bytes_bar, refuse_address
 from preprocess.cli.share import start_of
 from shards.text import counted, in_bytes, printable, some
@@ -18,18 +18,18 @@ SLURM = """\
 # Make the bank {bank}: `bash THIS` submits the array, and after it the job that finishes.
 #SBATCH --job-name=framebank
 #SBATCH --array=0-3
-#   so many machines at once; any number will do, each takes what is left
+#   machines at once; any number works, each takes the units that are left
 #SBATCH --cpus-per-task=4
 # #SBATCH --gpus-per-task=1
 # #SBATCH --time=24:00:00
-#   take the first # of what you need; a task that is cut off goes on where it was when requeued
+#   remove the first # of the lines you need; an interrupted task continues where it was when requeued
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=framebank-%A_%a.log
 set -eu
 if [ -z "${{SLURM_ARRAY_TASK_ID:-}}" ]; then
     job=$(sbatch --parsable "$0")
-    # it ends as failed (1) where clips are in quarantine: they are listed in its log
+    # it ends as failed (1) if clips are in quarantine: they are listed in its log
     exec sbatch --job-name=framebank-finish --dependency="afterok:$job" \\
         --output=framebank-finish-%j.log --wrap={finish}
 fi
@@ -40,13 +40,13 @@ exec {work} --share auto
 @click.command()
 @BANK
 @click.option("--share", default="auto", show_default=True,
-              help="Where to begin among the units: K/N, or as a scheduler counts.")  # fmt: skip
+              help="Where to begin among the units: K/N, or by the scheduler's variables.")  # fmt: skip
 @click.option("--procs", type=click.IntRange(min=1),
-              help="Processes, each with tower and decoder, over all GPUs.  [default: 1]")  # fmt: skip
+              help="Processes with a tower each, spread over all GPUs.  [default: 1]")  # fmt: skip
 @DECODERS
-@click.option("--tower", help="Where the bank's tower lies here.  [default: where it was planned]")
+@click.option("--tower", help="The bank's tower on this machine.  [default: as planned]")
 @click.option("--video-root", "roots", multiple=True, type=click.Path(),
-              help="Where videos may lie here that lay elsewhere when planned. Repeatable.")  # fmt: skip
+              help="Folder of videos that are elsewhere than planned. Repeatable.")  # fmt: skip
 @DEVICE
 @ON
 @click.option("--template", type=click.Choice(["slurm"]),
@@ -63,15 +63,15 @@ def work(
     address: str | None,
     template: str | None,
 ) -> None:
-    """Encode what is left of the plan of BANK, beside any number of others that do so.
+    """Encode what is left of the plan of BANK, in parallel with any number of other workers.
 
-    Run it on as many machines as see BANK, all at once or one after the other: each unit (a shard) is
-    made by whoever takes it first, and by another where that one dies or hangs (known at once on the
-    same machine, after 45 s on another). Make the plan with `preprocess plan`, end with
-    `preprocess finish`. The bytes are those of one process, among machines that compute alike.
+    Run it on any machines that share BANK, all at once or one after the other: each unit (a shard) is
+    made by the first worker that takes it, and by another one if that worker dies or hangs (noticed
+    at once on the same machine, after 45 s on another). Make the plan with `preprocess plan`, and end
+    with `preprocess finish`. The bytes are those of one process, on machines that compute alike.
 
-    Exit code 0: nothing is left to take, whatever was quarantined; 2: wrong usage, or the machine
-    failed; 70: a bug of ours. What is made stays.
+    Exit code 0: no unit is left to take, even if clips were quarantined; 2: wrong usage, or the machine
+    failed; 70: a bug in framebank. Finished units are kept.
 
     \b
     preprocess plan videos/ --out bank --tower google/siglip-so400m-patch14-384
@@ -89,7 +89,7 @@ def work(
     if engine:
         from preprocess.encode.on_ray import encode_on_ray
 
-        encode_on_ray(bank, tower, roots, procs, address)
+        encode_on_ray(bank, tower, roots, procs, address, decoders)
         report_units(bank)
         return
     from preprocess.encode.run import work as encode_left
@@ -107,23 +107,25 @@ def work(
 
 
 def report_units(bank: Path) -> None:
-    """Say how many units of a plan are made, and who is at the others."""
+    """Print how many units of a plan are made, and who works on the others."""
+    from shards.format.beside import parts_of
     from shards.format.commits import committed
     from shards.format.plan import planned
     from shards.write.lease import holders
 
-    units = range(len(planned(bank).units))
-    left = sum(not committed(bank, unit) for unit in units)
-    who = some([printable(str(writer)) for writer in holders(bank).values()])
+    units = [(part, unit) for part in parts_of(bank) for unit in range(len(planned(part).units))]
+    left = sum(not committed(*unit) for unit in units)
+    workers = [writer for part in parts_of(bank) for writer in holders(part).values()]
+    who = some([printable(str(writer)) for writer in workers])
     click.echo(
-        f"{left} of {len(units)} units are in work elsewhere: {who}"
+        f"{left} of {len(units)} units are being made elsewhere: {who}"
         if left
         else f"all {len(units)} units are made; `preprocess finish {bank}`"
     )
 
 
 def slurm_script(bank: Path) -> str:
-    """Return a job script that makes a bank on a Slurm cluster, as it stands on this machine."""
+    """Return a job script that makes a bank on a Slurm cluster, with this machine's Python and path."""
     path = shlex.quote(str(bank.absolute()))
     command = f"{shlex.quote(sys.executable)} -m preprocess"
     finish = shlex.quote(f"{command} finish {path}")
@@ -135,28 +137,24 @@ def slurm_script(bank: Path) -> str:
 def finish(bank: Path) -> None:
     """Write the catalogue, the quarantine and bank.json of BANK, when all units of its plan are made.
 
-    Exit code 0: all done; 1: some clips failed and are listed; 2: units are left, or in work: by whom
-    is said; wrong usage.
+    Exit code 0: all done; 1: some clips failed and are listed; 2: wrong usage, or units are left, or
+    are being made (by whom is printed).
 
     \b
     preprocess finish bank
     """
-    from shards.format.quarantine import read_quarantine
-    from shards.write.finish import finish_alone
-
-    click.echo(held(bank, finish_alone(bank)))
-    failed(bank, read_quarantine(bank))
+    finish_parts(bank)
 
 
 @click.command()
 @click.argument("banks", nargs=-1, required=True, type=LOCAL)
 @click.option("--out", required=True, type=LOCAL, help="The new bank's folder.")
 def merge(banks: tuple[Path, ...], out: Path) -> None:
-    """Join BANKS into a new one: of the same features, and with no clip in common. Nothing is encoded.
+    """Join BANKS of the same features, without a common clip, into a new one. Nothing is encoded.
 
-    Shards are linked where they can be, so that they take no room twice, and copied elsewhere; BANKS
-    stay as they are. Of a bank whose plan is not done yet the units that are made are taken: so a plan
-    may be copied to machines without a common disk, and each made in part.
+    Shards are hard links where possible, so that they take no space twice, and copies elsewhere; BANKS
+    are not changed. Of a bank whose plan is not done yet the finished units are taken: a plan may be
+    copied to machines without a shared disk, each of which makes a part of it.
 
     \b
     preprocess merge bank-a bank-b --out bank

@@ -1,11 +1,11 @@
-"""Videos inside archives: one at a time to read, never unpacked to a name.
+"""Videos inside archives: unpacked one at a time, into a file without a name.
 
     with Unpacker(folder) as unpacker, unpacker.unpacked(path, offset, nbytes) as video: ...
 
-The plan keeps where each member lies: its bytes in the (uncompressed) tar, or its header in the zip. A
-.tar or .zip is read there. A compressed tar can only be read from its start, so units of archived clips
-are cut in the archive's order (see `plan.cut_units`): asked in that order, one pass over the archive
-serves all of a run.
+The plan records where each member starts: its bytes in the (uncompressed) tar, or its header in the
+zip. A .tar or .zip is read from there. A compressed tar can only be read from its start, so units of
+archived clips are cut in the archive's order (see `plan.cut_units`): in that order one pass over the
+archive is enough for a whole run.
 """
 
 import bz2
@@ -30,13 +30,14 @@ ARCHIVE_SUFFIXES = (
     *(".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tbz"),
     ".zip",
 )
-BROKEN = (
+UNREADABLE = (
     *(tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError),
-    *(NotImplementedError, RuntimeError),  # of zipfile: how a member is packed, a password
+    *(NotImplementedError, RuntimeError),  # zipfile: unknown compression; a password is needed
 )
+"""What the libraries raise for a damaged or unsupported archive."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of the disk that is written to, which are no archive's and no clip's fault."""
-ANOTHER = "another archive than when its clips were planned"
+"""Errors of the disk that is written to: they stop the run, since no archive or clip is at fault."""
+CHANGED = "the archive is not the one that was planned: its members are elsewhere"
 
 
 def is_archive(path: Path) -> bool:
@@ -49,7 +50,7 @@ def is_zip(path: Path) -> bool:
 
 
 def open_tar(path: Path) -> IO[bytes]:
-    """Open the uncompressed tar."""
+    """Return an open file that reads as an uncompressed tar; the compression is found by content."""
     with open(path, "rb") as file:
         head = file.read(6)
     if head.startswith(b"\x1f\x8b"):
@@ -60,7 +61,7 @@ def open_tar(path: Path) -> IO[bytes]:
 
 
 class Archive(AbstractContextManager["Archive"]):
-    """An open tar or zip, of which members are read at their places."""
+    """An open tar or zip whose members are read by their offsets."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,30 +77,33 @@ class Archive(AbstractContextManager["Archive"]):
 
     @contextmanager
     def member(self, offset: int, nbytes: int) -> Iterator[tuple[IO[bytes], int]]:
-        """Give a file that the member's bytes lie in, and where in it they begin.
+        """Yield a file that contains the member's bytes, and the offset at which they begin.
 
-        A compressed tar goes on from where it is, or for an earlier member again from the start.
+        offset: of the member's data in the tar, or of its header in the zip. A compressed tar is read
+        on from the last member; an earlier member makes it start over.
         """
         if self._zip:
             info = self._infos.get(offset)
             if info is None or info.file_size != nbytes:
-                raise zipfile.BadZipFile(ANOTHER)
+                raise zipfile.BadZipFile(CHANGED)
             with self._zip.open(info) as file:
                 yield file, 0
             return
         assert self._file
         self._file.seek(offset - tarfile.BLOCKSIZE)
         block = self._file.read(tarfile.BLOCKSIZE)
+        # The plan's offsets are only valid for the archive that was planned: a header of another size
+        # there means that the archive was replaced.
         if tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size != nbytes:
-            raise tarfile.ReadError(ANOTHER)
+            raise tarfile.ReadError(CHANGED)
         yield self._file, offset
 
 
 class Unpacker(AbstractContextManager["Unpacker"]):
-    """Gives members paths, without writing their names anywhere; one is unpacked at a time."""
+    """Gives archive members a path for as long as they are read; unpacks one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: on whose disk the member lies while it is read."""
+        """folder: on the disk that holds a member while it is read."""
         self.folder = folder
         self._archive: Archive | None = None
         self._one = threading.Lock()
@@ -109,7 +113,9 @@ class Unpacker(AbstractContextManager["Unpacker"]):
 
     @contextmanager
     def unpacked(self, archive: Path, offset: int, nbytes: int) -> Iterator[Path]:
-        """Copy a member into a file without a name, gone when the process is, and give its path."""
+        """Copy a member into an anonymous file and yield a path to it."""
+        # A file without a name cannot be left behind by `kill -9`, and FFmpeg can still open it by
+        # its /proc path, which a pipe would not allow: readers seek.
         with tempfile.TemporaryFile(dir=self.folder) as copy:
             with self._one:
                 self._unpack(archive, offset, nbytes, copy)
@@ -118,7 +124,7 @@ class Unpacker(AbstractContextManager["Unpacker"]):
     def _unpack(self, archive: Path, offset: int, nbytes: int, copy: IO[bytes]) -> None:
         try:
             self._copy(archive, offset, nbytes, copy)
-        except BROKEN as error:
+        except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise
             self._close()

@@ -1,16 +1,21 @@
-"""`read_clip` in a process of its own, which can be killed: decoders loop for ever and crash.
+"""`read_clip` in a child process that can be killed: decoders hang and crash.
 
     with DecodeChild() as child:
         clip = child.read_clip(ReadRequest(path, Sampling(fps="1", max_frames=64)))
         for event in child.events(request, together=16): ...   # never more than 16 frames at a time
 
 The child is this module run as a script, without torch. It answers with the scan, from which the
-deadline follows, then with some frames whenever it is told to go on, and last with the facts of the
-clip or the error. The frames, resized there where the request says so, lie in an anonymous memory
-file, gone with the two processes, and are not copied: the file serves other frames when the last
-array over it is gone. The deadline counts the child's CPU seconds, so a busy machine changes no
-outcome. Linux only.
+deadline follows, then with a block of frames for each line that the parent sends, and last with the
+facts of the clip or the error. Frames are resized in the child where the request says so, and are
+passed in an anonymous memory file without a copy; the file is reused when the last array over it has
+been freed, and disappears with the two processes. The deadline counts the child's CPU seconds, so a
+busy machine changes no outcome. Linux only.
 """
+
+# Why a process and not a thread: on `missing_first_keyframe.mp4` decord loops for ever, SIGALRM, SIGINT
+# and a Python handler of SIGTERM do not get through, and a thread cannot be ended; SIGKILL always works.
+# Why without torch: a child with decord and NumPy starts in 0.2 s and takes 34 MiB; torch takes 3 s.
+# Why shared memory: a clip of 27 MiB takes 10 ms that way, 41 ms as bytes over a pipe.
 
 import math
 import mmap
@@ -32,13 +37,14 @@ from shards.format.quarantine import Reason
 from shards.signed import Json
 
 STALL_FACTOR = 10
-"""A child that used no CPU for this many deadlines waits for a disk or the like."""
+"""A child that has used no CPU for this many deadlines is waiting for a disk or a network mount."""
 FRAME_FILES = 4
-"""Arrays of frames that a caller may hold at a time without a copy being made of each."""
+"""Arrays of frames that a caller may hold at a time before further ones are copied."""
 KEPT_BYTES = 64 << 20
-"""Of a memory file, kept between clips: faulting fresh pages in takes longer than filling them."""
+"""Bytes of a memory file kept between clips: faulting fresh pages in takes longer than filling them, and
+on small pictures made the child take up to 1.6 times the CPU time of the decoder alone."""
 TOGETHER = 16
-"""Frames that travel together where the caller holds all of them anyway."""
+"""Frames per block where the caller holds all of them anyway."""
 
 
 class DecodeChild(ChildProcess):
@@ -49,22 +55,24 @@ class DecodeChild(ChildProcess):
     """CPU seconds that a scan may take."""
     base_seconds = 10.0
     seconds_per_pixel = 100e-9
-    """Decoding may take so long, and `base_seconds`; it costs 1.6 to 7e-9 on the clips measured."""
+    """The deadline is `base_seconds` + this for each pixel of each packet, in CPU seconds. Decoding took
+    1.6 to 7e-9 on the clips measured (1080p slides to 720p HEVC), so there is over ten times slack. A
+    constant would not do: 64 frames of two minutes of 1080p take 12 s of CPU."""
     clips_per_child = 1000
-    """PyAV keeps some 50 kB of every file opened."""
+    """PyAV leaks some 50 kB for every file opened, so a child is replaced after 50 MB."""
 
     def read_clip(self, request: ReadRequest) -> Clip:
-        """Do what `clip.read_clip` does; raises what `events` raises."""
+        """Return the sampled frames of a source, as `clip.read_clip` does; raises as `events` does."""
         return collect(self.events(request, TOGETHER))
 
     def events(self, request: ReadRequest, together: int) -> Iterator[Event]:
-        """Yield a clip's frames, `together` at a time, the last ones fewer, and its facts.
+        """Yield a clip's frames, uint8 `(together, height, width, 3)` or fewer, and then its facts.
 
-        A child that hangs or dies is a `VideoError` too. Raises ChildBug for a bug of ours in the
-        child. The child works only while this is asked for the next event.
+        Raises VideoError, also where the child hangs or dies, and ChildBug for a bug of ours in the
+        child. The child works only while the next event is being waited for.
         """
         self._path = request.path
-        self.ready()
+        self.ensure_running()
         try:
             with self.exchange(request.to_json() | {"together": together}):
                 answer = self._first_answer()
@@ -81,7 +89,7 @@ class DecodeChild(ChildProcess):
                 Reason.DECODER_CRASHED,
                 f"the decoder died {death}",
                 where=request.path,
-                fix="try again, then encode the file again or remove it",
+                fix="try again, then re-encode the video or remove it",
             ) from None
         self._served += 1
         if self._served >= self.clips_per_child:
@@ -97,7 +105,7 @@ class DecodeChild(ChildProcess):
         self._served = 0
 
     def _first_answer(self) -> Json:
-        """Return the answer that follows the scan, which sets the deadline; or the error."""
+        """Set the deadline by the child's scan, and return the answer after it; or the error."""
         assert self.pid
         self._began = self._seen = _cpu_seconds(self.pid)
         self._moved = time.monotonic()
@@ -113,7 +121,7 @@ class DecodeChild(ChildProcess):
         return self.receive()
 
     def watch(self) -> None:
-        """Raise VideoError if the child has used its CPU seconds, or waits for what never comes."""
+        """Raise VideoError if the child has passed its deadline, is deadlocked, or has stalled."""
         assert self.pid
         used, now = _cpu_seconds(self.pid), time.monotonic()
         idle = now - self._moved
@@ -123,16 +131,18 @@ class DecodeChild(ChildProcess):
                 f"decoding had not ended after {used - self._began:.1f} s of CPU "
                 f"(deadline {self._deadline:.1f})",
                 where=self._path,
-                fix="encode the file again or remove it",
+                fix="re-encode the video, or remove it",
             )
         if used > self._seen:
             self._seen, self._moved = used, now
-        elif idle > min(self._deadline, self.base_seconds) and _waits_for_itself(self.pid):
-            raise VideoError(  # in decord it is chance which of these two a file meets
+        elif idle > min(self._deadline, self.base_seconds) and _is_deadlocked(self.pid):
+            # The same file makes decord either loop or deadlock, by chance; both get the same reason,
+            # so that the outcome of a run is reproducible.
+            raise VideoError(
                 Reason.TIMEOUT,
                 "the decoder's threads wait for each other",
                 where=self._path,
-                fix="encode the file again or remove it",
+                fix="re-encode the video, or remove it",
             )
         elif idle > STALL_FACTOR * self._deadline:
             raise VideoError(
@@ -143,8 +153,11 @@ class DecodeChild(ChildProcess):
             )
 
 
+# -- frames in shared memory
+
+
 class FrameFiles:
-    """Memory files that the child writes frames to; one serves again when its last array is gone."""
+    """Memory files that the child writes frames to; each is reused when its last array is freed."""
 
     def __init__(self) -> None:
         self.files = [os.memfd_create("framebank-frames") for _ in range(FRAME_FILES)]
@@ -158,13 +171,14 @@ class FrameFiles:
     def take(self, nbytes: int) -> np.ndarray:
         """Return the bytes that the child wrote: a view, or a copy where no other file is free."""
         file = self.files[self.next]
+        # The last free file is copied from instead of mapped: the child needs one for its next frames.
         if len(self._free) == 1 or nbytes > KEPT_BYTES or not nbytes:
             frames = np.empty(nbytes, np.uint8)
             view = frames.data
             while view:
                 view = view[os.preadv(file, [view], nbytes - len(view)) :]
             if nbytes > KEPT_BYTES:
-                os.ftruncate(file, 0)
+                os.ftruncate(file, 0)  # gives its memory back
             return frames
         mapped = mmap.mmap(file, nbytes)
         weakref.finalize(mapped, self._free.insert, 0, self._free.pop())
@@ -176,20 +190,23 @@ class FrameFiles:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU time of all threads of a process, ended ones too."""
-    # The name in the second field may hold spaces and brackets.
+    """Return the CPU seconds of all threads of a process, ended ones too (proc(5): utime, stime)."""
+    # Split after the last bracket: the command name in the second field may contain spaces and brackets.
     fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _waits_for_itself(pid: int) -> bool:
-    """Whether all threads wait for a lock, but for the one that listens to the parent."""
+def _is_deadlocked(pid: int) -> bool:
+    """Return whether all threads wait for a lock, except the one that listens to the parent."""
     try:
         waits = [task.joinpath("wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
         return False
     elsewhere = [wait for wait in waits if "futex" not in wait]
     return len(elsewhere) <= 1 and all("pipe" in wait for wait in elsewhere)
+
+
+# -- the child's side
 
 
 def _facts(values: Json) -> ClipFacts:
@@ -203,21 +220,21 @@ def _facts(values: Json) -> ClipFacts:
 
 
 def _read(
-    request: Json, told: Callable[[], Json], reader: FileReader, files: "list[_FrameFile]"
+    request: Json, next_line: Callable[[], Json], reader: FileReader, files: "list[_FrameFile]"
 ) -> Iterator[Json]:
-    """Answer a request in the child: with the scan, then with as much as it is told to."""
+    """Answer a request, in the child: the scan, then one block of frames for each line received."""
     together = request.pop("together")
     asked = ReadRequest.from_json(request)
     scanned = reader.scan(asked)
     yield {"scan": {name: getattr(scanned, name) for name in ("width", "height", "packets")}}
-    file = files[told()["file"]]
+    file = files[next_line()["file"]]
     events = reader.events(asked)
     left = taken = 0
     for event in events:
         if isinstance(event, Begin):
             left, taken = event.frames, 0
             yield {"begin": event.frames}
-            file = files[told()["file"]]
+            file = files[next_line()["file"]]
         elif isinstance(event, ClipFacts):
             yield {
                 "clip": vars(event)
@@ -233,11 +250,11 @@ def _read(
             if taken == many:
                 yield {"shape": [many, *event.shape]}
                 left, taken = left - many, 0
-                file = files[told()["file"]]
+                file = files[next_line()["file"]]
 
 
 class _FrameFile:
-    """A memory file and the child's view of it, which stays: its pages are faulted in once."""
+    """A memory file and the child's mapping of it, which is kept so that pages are faulted in once."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -255,7 +272,7 @@ class _FrameFile:
 def main(frame_files: list[int]) -> None:
     files = [_FrameFile(number) for number in frame_files]
     reader = FileReader()
-    serve(lambda request, told: _read(request, told, reader, files))
+    serve(lambda request, next_line: _read(request, next_line, reader, files))
 
 
 if __name__ == "__main__":

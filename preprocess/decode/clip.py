@@ -1,12 +1,12 @@
-"""One source, or a part of it, to a `Clip`: decoded frames and their true times.
+"""Read one source, or a part of it, as a `Clip`: decoded frames and their true times.
 
     clip = read_clip(ReadRequest(Path("bikes.mp4"), Sampling(fps="1", max_frames=64)))
 
 A source is a video file, a folder of pictures, an animation or a still picture. A packet scan,
 without decoding, chooses the reader: PyAV by seek checks the pts of every frame; PyAV from the start
-is always right, and slowest; Pillow reads pictures. decord is read with where it is asked for: on some
-files it returns wrong frames without a word. Every failure is one `VideoError`. A decoder can loop for
-ever: `preprocess.decode.child` runs all this in a process that can be killed.
+is always right, and slowest; Pillow reads pictures. decord is used only on request: on some files it
+returns wrong frames without an error. Every failure is one `VideoError`. A decoder can loop for ever,
+so `preprocess.decode.child` runs all this in a process that can be killed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ import numpy as np
 from model.slow_fast import uniform_indices
 from model.tower.frames import processor_frames
 from model.tower.pixels import Pixels
-from preprocess.decode.frames import Begin, Clip, ClipFacts, Distrust, Event, Shape, collect
+from preprocess.decode.frames import Begin, Clip, ClipFacts, Distrust, Event, Transform, collect
 from preprocess.decode.read_decord import read_decord
 from preprocess.decode.read_pictures import (
     PICTURE_FPS,
@@ -36,6 +36,10 @@ from shards.errors import UserError
 from shards.format.features import Sampling
 from shards.format.quarantine import Reason
 
+# Flags of files on which a seek is not to be trusted. Wrong frames raise nothing, so the reader is chosen
+# by flags and not by trying. Against a full decode by ffmpeg, on deliberately odd files, PyAV from the
+# start had 0 of 922 frames wrong; by seek 38 of 946, 36 of them in files with these flags; decord 129 of
+# 996, because it numbers keyframes in decode order and frames in display order.
 FROM_START = {
     "nopts",
     "no_index",
@@ -55,16 +59,19 @@ def read_clip(request: ReadRequest) -> Clip:
 
 
 def scan_source(path: Path, picture_fps: str = PICTURE_FPS) -> Scan:
-    """Return what there is to see in a file or a folder, before any frame is wanted."""
+    """Return the scan of a video file, a picture file or a folder of pictures; decodes one frame."""
     return scan_pictures(path, picture_fps) if holds_pictures(path) else scan(path)
 
 
-def sample_indices(times: np.ndarray, end: float, rate: float, sampling: Sampling) -> list[int]:
-    """Return which frames are taken, rising.
+# -- sampling: which frames of a clip are taken
 
-    times: float64 `(shown frames,)`, sorted seconds from the clip's start; end: its length; rate: the
-    source's mean frames a second. A time before the first frame takes the first, so that no clip is
-    empty.
+
+def sample_indices(times: np.ndarray, end: float, rate: float, sampling: Sampling) -> list[int]:
+    """Return the places of the sampled frames, ascending.
+
+    times: float64 `(shown frames,)`, sorted seconds from the clip's start; end: its length in seconds;
+    rate: the source's mean frames a second. At `fps` F the frame on screen at each of 0, 1/F, 2/F ... is
+    taken, once. A time before the first frame takes the first, so that no clip is empty.
     """
     if sampling.kept is not None:
         taken = sample_indices(times, end, rate, replace(sampling, kept=None))
@@ -77,18 +84,20 @@ def sample_indices(times: np.ndarray, end: float, rate: float, sampling: Samplin
         return uniform_indices(len(times), sampling.num_frames)
     assert sampling.fps is not None
     wanted = Fraction(sampling.fps)
-    # A frame is taken if an instant falls between its time and the next frame's.
+    # A frame is taken if an instant falls between its time and the next frame's. Instants are counted per
+    # frame and not listed: one far timestamp would make a list of any length.
     until = np.minimum(np.append(times[1:], end), end)
     instants = _instants_before(until, wanted)
     earlier = np.append(0, np.maximum.accumulate(_instants_before(times[1:], wanted)))
     taken = np.flatnonzero(instants > earlier).tolist() or [0]
     if sampling.max_frames is not None and len(taken) > sampling.max_frames:
+        # as LLaVA-Video samples: 1 fps up to the limit, beyond it uniformly over the whole clip
         return uniform_indices(len(times), sampling.max_frames)
     return taken
 
 
 def _instants_before(times: np.ndarray, rate: Fraction) -> np.ndarray:
-    """Return how many of the instants 0, 1 / rate, 2 / rate ... lie before each of the times.
+    """Return how many of the instants 0, 1 / rate, 2 / rate ... are before each of the times.
 
     An instant is rounded once, as the times are, so equal times stay equal.
     """
@@ -99,8 +108,11 @@ def _instants_before(times: np.ndarray, rate: Fraction) -> np.ndarray:
     return count
 
 
+# -- reading: scan, choice of the reader, events
+
+
 class FileReader:
-    """Reads clips; what it learned of a file serves the other parts of it that follow."""
+    """Reads clips; the scan and frames of a file are kept for the next parts of the same file."""
 
     def __init__(self) -> None:
         self._of: tuple[object, ...] = ()
@@ -108,7 +120,7 @@ class FileReader:
         self._whole: WholeFile | None = None
 
     def scan(self, request: ReadRequest) -> Scan:
-        """Return the scan of a request's file, kept from the part before."""
+        """Return the scan of a request's file, reused if the last request had the same file."""
         of = _identity(request)
         if self._scan is None or of != self._of:
             self._scan, self._whole = None, None
@@ -116,21 +128,21 @@ class FileReader:
         return self._scan
 
     def events(self, request: ReadRequest) -> Iterator[Event]:
-        """Yield the frames of a request, and what there is to know of them; raises VideoError."""
+        """Yield `Begin`, the frames of a request, then `ClipFacts`; raises VideoError."""
         scan = self.scan(request)
         if not request.allow_truncated:
             _refuse_incomplete(scan)
-        shape = _resizing(scan, request.pixels)
+        transform = _resizing(scan, request.pixels)
         distrust = ""
         for reader in _readers(scan, request.decoder):
             try:
                 if reader == "pyav-scan":
-                    self._whole = self._whole or WholeFile(scan, shape)
+                    self._whole = self._whole or WholeFile(scan, transform)
                     yield from _from_start(self._whole, request)
                     return
                 picked = _pick(scan, request, request.start, request.end)
                 yield Begin(len(picked.index))
-                yield from READERS[reader](scan, picked.index, shape)
+                yield from READERS[reader](scan, picked.index, transform)
             except Distrust as error:
                 distrust = str(error)  # the error itself would keep the reader open
                 continue
@@ -142,7 +154,7 @@ class FileReader:
 
 
 def _identity(request: ReadRequest) -> tuple[object, ...]:
-    """Return what a file is told apart by, for as long as one process reads it."""
+    """Return a key that changes when the file or the way of reading it does, within one process."""
     try:
         stat = request.path.stat()
     except OSError:
@@ -165,6 +177,9 @@ def _facts(scan: Scan, picked: "_Picked", reader: str) -> ClipFacts:
     )
 
 
+# -- parts of a file, and the frames that they take
+
+
 @dataclass(frozen=True)
 class _Picked:
     index: list[int]
@@ -173,8 +188,8 @@ class _Picked:
     frame_count: int
 
 
-def _resizing(scan: Scan, pixels: Pixels | None) -> Shape:
-    """Return what is done to each picture as it comes."""
+def _resizing(scan: Scan, pixels: Pixels | None) -> Transform:
+    """Return the function that resizes each picture as soon as it is decoded."""
     if pixels is None:
         return lambda picture: picture
     try:
@@ -201,32 +216,32 @@ def _refuse_incomplete(scan: Scan) -> None:
                 f"{reason}, {len(scan.pts)} frames come of {scan.promised_frames} "
                 "that the file promises",
                 where=scan.path,
-                fix="fetch or encode it again",
+                fix="fetch the video again, or re-encode it",
             )
 
 
 def _readers(scan: Scan, decoder: str) -> tuple[str, ...]:
-    """Return the readers to try, in order: by the scan alone, so that no run reads otherwise.
+    """Return the readers to try, in order. They depend on the scan alone, so every run reads alike.
 
-    decord is not among them but where it is asked for: on equal frames it took a seventh more CPU
-    time than PyAV by seek, on no clip less than 0.98 of it.
+    PyAV replaced decord here: on equal frames decord took a seventh more CPU time than PyAV by seek,
+    on no clip less than 0.98 of it, and is wrong on more files. It is used only on request.
     """
-    # Which stream was taken, and how long a frame is held, are no reasons to mistrust.
+    # Which stream was taken, and how long a frame is held, are no reasons to distrust a seek.
     flags = {flag for flag in scan.flags if flag not in ("short", "gap", Reason.APPENDED)}
     flags = {flag for flag in flags if not flag.startswith("stream")}
     if scan.codec == PICTURES:
         return ("pillow",)
     if decoder == "decord":
         return ("decord",)
-    # An AVI counts its frames: where some are missing, each reader counts on in its own way.
+    # An AVI addresses frames by number: where some are missing, each reader numbers the rest differently.
     miscounted = "short" in scan.flags and scan.container == "avi"
     return ("pyav-scan",) if flags & FROM_START or miscounted else ("pyav-seek", "pyav-scan")
 
 
 def _pick(scan: Scan, request: ReadRequest, start_: float | None, end_: float | None) -> _Picked:
-    """Return which of the file's frames a part takes: of those that are shown within it.
+    """Return the sampled frames among those that are shown within a part of the file.
 
-    The frame that is on the screen when the part starts is the first of them.
+    The frame that is on screen when the part starts is the first of them.
     """
     times, whole = scan.seconds, scan.duration
     start = Fraction(str(start_ or 0))
@@ -257,7 +272,8 @@ def _pick(scan: Scan, request: ReadRequest, start_: float | None, end_: float | 
 def _from_start(whole: WholeFile, request: ReadRequest) -> Iterator[Event]:
     """Yield the frames of a part of a file that is read from its start.
 
-    The packets say which to expect; what really came has the last word.
+    The frames that the packets promise are yielded while decoding. If other frames came (damage), a
+    second `Begin` follows with the frames sampled among those.
     """
     expected: list[int] = []
     if whole.came is None:
@@ -289,7 +305,7 @@ def _later(scan: Scan, order: Sequence[int], request: ReadRequest) -> set[int]:
     return wanted
 
 
-READERS: dict[str, Callable[[Scan, Sequence[int], Shape], Iterator[np.ndarray]]] = {
+READERS: dict[str, Callable[[Scan, Sequence[int], Transform], Iterator[np.ndarray]]] = {
     "pillow": read_pictures,
     "decord": read_decord,
     "pyav-seek": read_seek,

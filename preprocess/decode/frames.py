@@ -1,34 +1,37 @@
-"""What passes from a reader to whoever takes its frames: one event after the other.
+"""The events that a reader yields for a clip: `Begin`, its pictures, then `ClipFacts`.
 
-`Begin`, then pictures as many as it says, then `ClipFacts`. A reader that turns out to be wrong in
-the middle is followed by another `Begin`, and what came before is void.
+A reader that turns out to be wrong half-way is followed by another `Begin`; the pictures before it are
+discarded.
 """
+
+# Events rather than one array: a clip of any length can then be encoded with the memory of one block.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-Shape = Callable[[np.ndarray], np.ndarray]
-"""What is done to each picture as it comes: uint8 `(height, width, 3)`."""
+Transform = Callable[[np.ndarray], np.ndarray]
+"""Applied to each picture as soon as it is decoded: uint8 `(height, width, 3)` in and out."""
 
 
 @dataclass(frozen=True)
 class Begin:
-    """Frames follow, from the first one; those before are void."""
+    """The clip's frames follow, from the first one; discard any that came before."""
 
     frames: int
 
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What there is to know of the sampled frames of a video or of a part of it, without them."""
+    """Times and provenance of the sampled frames of a video or of a part of it, without the pixels."""
 
     display_size: tuple[int, int]
     """(height, width) of a frame as displayed, in pixels, before any resizing."""
     timestamps: np.ndarray
-    """float64 `(frames,)`, seconds from the file's first shown pts. A frame that is on the screen
-    already when a part starts has the part's start."""
+    """float64 `(frames,)`, seconds from the file's first shown pts. A frame that is already on screen
+    when a part starts has the part's start. Of pts, never index / mean rate: that was off by up to
+    0.5 s on a file of variable frame rate and 5 s on one with a gap."""
     frame_index: np.ndarray
     """int64 `(frames,)`, place among the frames that the file shows."""
     start: float
@@ -92,17 +95,17 @@ def collect(events: Iterator[Event]) -> Clip:
 
 
 class NoFacts(Exception):
-    """The events ended before the clip was whole."""
+    """The events ended before `ClipFacts`."""
 
 
 class Distrust(Exception):
-    """This reader may be wrong about this file: take the next."""
+    """This reader may return wrong frames of this file: use the next reader."""
 
 
 def over_white(picture: np.ndarray) -> np.ndarray:
-    """Lay transparent pixels over white: uint8 `(height, width, 4)` -> `(height, width, 3)`.
+    """Blend transparent pixels with white: uint8 `(height, width, 4)` -> `(height, width, 3)`.
 
-    The processors of transformers that lay pictures over a colour at all take white.
+    White, because the image processors of transformers that blend with a colour at all use white.
     """
     colour, opaque = picture[..., :3], picture[..., 3:]
     if opaque.min(initial=255) == 255:

@@ -1,18 +1,20 @@
-"""A child process that answers requests and can be killed, and that hands on the bugs it meets.
+"""A child process that answers requests, can be killed, and reports its bugs to the parent.
 
     class Echo(ChildProcess):
         program = ("-m", "echo")        # runs serve(lambda request, _: [{"said": request["say"]}])
 
     with Echo() as child:
-        child.ready()
+        child.ensure_running()
         with child.exchange({"say": "a"}):
             child.receive()                 # {"said": "a"}
 
 A request is one JSON line on the child's stdin, an answer one or more on its stdout. `VideoError`
-travels as `{"error": its arguments}`, and so do a disk that fails and memory that is full; any other
-exception comes back with its traceback as a `ChildBug`.
-Linux only.
+travels as `{"error": its arguments}`, and so do disk errors and lack of memory; any other exception
+comes back with its traceback as a `ChildBug`. Linux only.
 """
+
+# `subprocess`, not `multiprocessing`: workers of a data loader are daemonic and may not start children
+# through the latter, and a fresh interpreter starts without torch.
 
 import errno
 import json
@@ -42,13 +44,13 @@ class ChildBug(Exception):
 
 
 class ChildDied(Exception):
-    """The child ended without an answer; the text says how, and the last that it wrote."""
+    """The child ended without an answer; the text gives its exit code or signal, and its last output."""
 
 
 class ChildProcess(ExitStack):
-    """One child process, started at the first request and again after each that had to be killed.
+    """One child process, started at the first request and restarted after it had to be killed.
 
-    The stack holds what a running child needs: closing it kills the child and frees all of that.
+    The stack holds the resources of a running child: closing it kills the child and frees them.
     """
 
     program: ClassVar[tuple[str, ...]]
@@ -63,25 +65,25 @@ class ChildProcess(ExitStack):
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    def ready(self) -> None:
-        """Start the process where none runs; one that died while idle is no request's fault."""
+    def ensure_running(self) -> None:
+        """Start the process if none runs; one that died while idle is replaced without an error."""
         if self._process and self._process.poll() is not None:
             self.close()
         if not self._process:
             self.start()
 
     def interrupt(self) -> None:
-        """Kill the process, from another thread than the one that waits for its answer."""
+        """Kill the process; called from another thread than the one that waits for its answer."""
         process = self._process
         if process:
             process.kill()
 
     def start(self) -> None:
-        """Start the process; a child that needs more than its stdin and stdout says so here."""
+        """Start the process; subclasses that pass it more than stdin and stdout override this."""
         self._spawn()
 
     def watch(self) -> None:
-        """Raise if an answer has been waited for long enough; called every `POLL_SECONDS`."""
+        """Raise if the answer is overdue; called every `POLL_SECONDS` while waiting."""
 
     @contextmanager
     def exchange(self, request: Json) -> Iterator[None]:
@@ -132,7 +134,7 @@ class ChildProcess(ExitStack):
         self.callback(os.close, self._stderr)
         inherited = os.environ.get("PYTHONPATH")
         self._process = subprocess.Popen(
-            # -P: a folder called `shards` where the user stands must not be imported
+            # -P: a folder called `shards` in the working directory must not be imported
             [sys.executable, "-P", *self.program, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -141,7 +143,7 @@ class ChildProcess(ExitStack):
             pass_fds=files,
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join([str(ROOT), *([inherited] if inherited else [])])},
-            start_new_session=True,  # Ctrl-C is the parent's
+            start_new_session=True,  # so that Ctrl-C reaches only the parent, which then ends the child
         )
         self.callback(self._kill)
         self._unread = b""
@@ -156,7 +158,7 @@ class ChildProcess(ExitStack):
             pipe.close()
 
     def _death(self) -> ChildBug | ChildDied:
-        """Return why there will be no answer."""
+        """Return the error that explains why the child will not answer."""
         assert self._process
         try:
             code = self._process.wait(5)
@@ -164,7 +166,7 @@ class ChildProcess(ExitStack):
             code = 0
         size = os.fstat(self._stderr).st_size
         said = os.pread(self._stderr, 20_000, max(0, size - 20_000)).decode(errors="replace")
-        if code == 1:  # how Python leaves after an exception, as where a module is missing
+        if code == 1:  # Python's exit code after an exception, for example a missing module
             return ChildBug(said)
         how = signal.Signals(-code).name if code < 0 else f"exit {code}"
         last = " | ".join(said[-2000:].split("\n")[-4:]).strip(" |") or "nothing"
@@ -174,11 +176,11 @@ class ChildProcess(ExitStack):
 def serve(answers: Callable[[Json, Callable[[], Json]], Iterable[Json]]) -> NoReturn:
     """Answer requests until stdin closes: the child's side.
 
-    answers: gives the answers to a request, one after the other; it is also given what returns the
-    next line that the parent sends. What it raises ends the request.
+    answers: returns the answers to a request; its second argument returns the next line that the
+    parent sends. An exception ends the request, not the process.
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not pass for an answer
+    os.dup2(2, 1)  # output that a library prints must not be taken for an answer
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     while True:
@@ -190,14 +192,14 @@ def serve(answers: Callable[[Json, Callable[[], Json]], Iterable[Json]]) -> NoRe
         except VideoError as error:
             answer = {"error": error.args}
         except (OSError, MemoryError) as error:
-            answer = {"error": _of_the_machine(error, request.get("path")).args}
+            answer = {"error": _machine_error(error, request.get("path")).args}
         except Exception:
             answer = {"bug": f"with {json.dumps(request)}\n{traceback.format_exc()}"}
         print(json.dumps(answer), file=replies)
 
 
-def _of_the_machine(error: OSError | MemoryError, where: object) -> VideoError:
-    """Return what a disk that fails, or memory that is full, is to the clip that met it."""
+def _machine_error(error: OSError | MemoryError, where: object) -> VideoError:
+    """Return the VideoError for a clip whose reading failed by the disk or for lack of memory."""
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         fix = "try again with more memory"
         return VideoError(Reason.DECODER_CRASHED, "out of memory", where=where, fix=fix)
@@ -205,7 +207,8 @@ def _of_the_machine(error: OSError | MemoryError, where: object) -> VideoError:
 
 
 def _listen(requests: queue.SimpleQueue[str]) -> None:
-    """Leave the moment the parent does, even from an endless loop in a decoder."""
+    """Queue the parent's lines; end the process as soon as the parent has ended."""
+    # In a thread, because a decoder in an endless loop never returns to read stdin; it releases the GIL.
     for line in sys.stdin:
         requests.put(line)
     os._exit(0)

@@ -1,12 +1,12 @@
 """Pictures as clips: a folder of frames, an animated WebP or PNG, a still picture.
 
     scan = scan_pictures(Path("frames/clip-1"), fps="2")
-    frames = read_pictures(scan, [0, 5, 9], shape)
+    frames = read_pictures(scan, [0, 5, 9], transform)
 
 The frames of a folder are its picture files in natural order of name (frame2 before frame10),
 shown at a rate that the caller gives. An animation keeps the duration of each of its frames. A
 still picture is a clip of no duration. Colours are those of Pillow's `convert("RGB")`, as image
-datasets are read everywhere, over white where they are transparent; a picture is
+datasets are read everywhere, blended with white where they are transparent; a picture is
 turned as its EXIF orientation says.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from preprocess.decode.frames import Shape, over_white
+from preprocess.decode.frames import Transform, over_white
 from preprocess.decode.scan import Scan, VideoError
 from preprocess.decode.stream.orientation import Orientation
 from shards.format.quarantine import Reason
@@ -34,18 +34,18 @@ PICTURE_SUFFIXES = frozenset(
     )
 )
 PICTURES = "pictures"
-"""Stands for the codec in the scan of pictures."""
-NO_DURATION = 100  # ms that browsers show a frame which gives none
+"""The value of `Scan.codec` for pictures."""
+NO_DURATION = 100  # ms for which browsers show a frame without a duration
 
 
 def holds_pictures(path: Path) -> bool:
-    """Whether a source is a folder or a picture file, as its name says."""
+    """Return whether a source is a folder or, by its suffix, a picture file."""
     return path.suffix.lower() in PICTURE_SUFFIXES or path.is_dir()
 
 
 def picture_files(folder: Path) -> list[Path]:
     """Return the picture files of a folder in natural order of name, hidden ones left out."""
-    with os.scandir(folder) as entries:  # of a pipe no picture is read
+    with os.scandir(folder) as entries:  # is_file: opening a pipe would wait for ever
         files = [Path(entry.path) for entry in entries if entry.is_file()]
     files = [
         file
@@ -56,7 +56,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
-    """Return what there is to see in a folder of pictures or in a picture file."""
+    """Return the scan of a folder of pictures or of a picture file; raises VideoError."""
     if path.is_dir():
         files = picture_files(path)
         if not files:
@@ -93,10 +93,10 @@ def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
     )
 
 
-def read_pictures(scan: Scan, index: Sequence[int], shape: Shape) -> Iterator[np.ndarray]:
-    """Yield the frames `index`, rising."""
+def read_pictures(scan: Scan, index: Sequence[int], transform: Transform) -> Iterator[np.ndarray]:
+    """Yield the frames `index` (ascending), each passed through `transform`; raises VideoError."""
     if not scan.path.is_dir():
-        yield from map(shape, _frames(scan.path, index))
+        yield from map(transform, _frames(scan.path, index))
         return
     files = picture_files(scan.path)
     for path in [files[place] for place in index]:
@@ -109,11 +109,11 @@ def read_pictures(scan: Scan, index: Sequence[int], shape: Shape) -> Iterator[np
                 where=path,
                 fix="bring them to one size or into two folders",
             )
-        yield shape(picture)
+        yield transform(picture)
 
 
 def _natural(file: Path) -> tuple[list[tuple[int, int | str]], str]:
-    """Order numbers by value: frame2.jpg before frame10.jpg."""
+    """Return a sort key that compares numbers by value: frame2.jpg before frame10.jpg."""
     words = re.split(r"([0-9]+)", file.name)
     return [(0, int(word)) if word.isdecimal() else (1, word) for word in words if word], file.name
 
@@ -144,7 +144,7 @@ def _animation_ends(path: Path) -> list[int]:
         ends, end = [], Fraction(0)
         for frame in range(count):
             image.seek(frame)
-            image.load()  # WebP tells the duration then
+            image.load()  # Pillow knows the duration of a WebP frame only after decoding it
             end += Fraction(image.info.get("duration") or NO_DURATION)
             ends.append(round(end))
         return ends
@@ -153,7 +153,7 @@ def _animation_ends(path: Path) -> list[int]:
 def _opened(path: Path) -> Image.Image:
     if path.suffix.lower() in (".heic", ".heif"):
         with suppress(ImportError):
-            import pillow_heif  # a plugin that must be asked for
+            import pillow_heif  # Pillow does not find this plugin by itself
 
             pillow_heif.register_heif_opener()
     return Image.open(path)
@@ -161,7 +161,8 @@ def _opened(path: Path) -> Image.Image:
 
 @contextmanager
 def _pillow(path: Path) -> Iterator[None]:
-    """Name the file where Pillow fails: its plugins raise whatever a damaged one makes them meet."""
+    """Turn whatever Pillow raises into a VideoError that names the file."""
+    # `Exception`, because its plugins raise any type (struct.error, SyntaxError ...) on damaged files.
     try:
         yield
     except MemoryError:

@@ -1,7 +1,7 @@
-"""The readers that are always right: frames of a scanned file by PyAV, with seek or from the start.
+"""Read frames of a scanned file by PyAV, by seeking or from the start, and check each frame's pts.
 
-Each hands every picture to `shape` as it comes (uint8 `(height, width, 3)`, RGB, as displayed) and
-yields what that makes of it: no two lie side by side at their native size.
+Each reader passes every picture (uint8 `(height, width, 3)`, RGB, as displayed) to `transform` as soon as
+it is decoded and yields the result, so only one picture at a time is held at its native size.
 """
 
 from bisect import bisect_right
@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.decode.frames import Distrust, Shape, over_white
+from preprocess.decode.frames import Distrust, Transform, over_white
 from preprocess.decode.scan import Scan, VideoError, opened
 from preprocess.decode.stream.choice import decoder_of, has_alpha
 from preprocess.decode.stream.clock import shift_of
 from shards.format.quarantine import Reason
 
-# Containers that give each packet its pts.
+# Containers that store the pts of each packet.
 TRUE_PTS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
 KEPT_BYTES = 32 << 20
-"""Of pictures that a part of a file leaves to the next ones, which share them."""
+"""Bytes of pictures kept from one part of a file for later parts that also contain them."""
 
 
 def picture(frame: Any, scan: Scan) -> np.ndarray:
-    """Return uint8 `(height, width, 3)` as displayed; a stream that changes size keeps its first."""
+    """Return uint8 `(height, width, 3)` as displayed; scaled if the stream changes its size."""
     clear = has_alpha(frame.format)
     size = {"width": scan.width, "height": scan.height}
     rgb = frame.to_ndarray(format="rgba" if clear else "rgb24", **size)
@@ -32,15 +32,18 @@ def picture(frame: Any, scan: Scan) -> np.ndarray:
 
 
 def _av_errors() -> int:
-    """Return how many errors PyAV's FFmpeg has reported so far; not all of them mark a frame."""
+    """Return how many errors FFmpeg has reported so far; not all of them set a frame's corrupt flag."""
     from av import logging
 
-    logging.set_level(logging.PANIC)  # errors are counted, and printed nowhere
+    logging.set_level(logging.PANIC)  # errors are still counted at this level, but not printed
     return int(logging.get_last_error()[0])
 
 
-def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> Iterator[np.ndarray]:
-    """Yield the shown frames `index`, rising: from the keyframe before a frame up to its exact pts."""
+def read_seek(scan: Scan, index: Sequence[int], transform: Transform) -> Iterator[np.ndarray]:
+    """Yield the shown frames `index` (ascending): decode from the keyframe before each to its exact pts.
+
+    Raises Distrust where a frame of that very pts does not come, or FFmpeg reports damage on the way.
+    """
     import av
 
     position = entry = None
@@ -49,6 +52,8 @@ def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> Iterator[np.nda
             errors = _av_errors()
             key = scan.key_pts[bisect_right(scan.key_pts, wanted) - 1]
             try:
+                # Decode on from the last frame unless a later keyframe is before the wanted one: a seek
+                # back to the same keyframe would decode its frames a second time.
                 if position is None or key > position:
                     container.seek(key, stream=stream)
                     decoded, entry = container.decode(stream), key
@@ -61,13 +66,14 @@ def read_seek(scan: Scan, index: Sequence[int], shape: Shape) -> Iterator[np.nda
                 raise Distrust(f"no frame could be decoded for pts {wanted}") from None
             if _av_errors() != errors:
                 raise Distrust(f"FFmpeg reported an error on the way to pts {wanted}")
+            # A wrong seek raises nothing: only equal pts proves that this is the frame.
             if position != wanted:
                 raise Distrust(f"the seek for pts {wanted} gave pts {position}")
-            yield shape(picture(frame, scan))
+            yield transform(picture(frame, scan))
 
 
 class WholeDecode:
-    """One pass over a whole file from its start, which counts the frames as they come."""
+    """One pass over a whole file from its start, which numbers the frames as they come."""
 
     def __init__(self, scan: Scan) -> None:
         self.scan = scan
@@ -76,7 +82,7 @@ class WholeDecode:
         self._duration: int | None = None
 
     def frames(self) -> Iterator[Any]:
-        """Yield PyAV's frames, each counted in `pts` before it comes."""
+        """Yield PyAV's frames; the pts of each is appended to `pts` before it is yielded."""
         import av
 
         with opened(self.scan.path, self.scan.stream) as (container, stream):
@@ -105,18 +111,20 @@ class WholeDecode:
                     self.pts.append(frame.pts)
                     self._duration = frame.duration
                     yield frame
-                errors = _av_errors()  # whoever took the frame may have read other files
+                errors = (
+                    _av_errors()
+                )  # the count is global, and the consumer may have read other files
             self._damaged |= _av_errors() != errors
 
     def came(self) -> tuple[Scan, list[int]]:
-        """Return what came as a scan, and the count of each of its frames; after the last one."""
+        """Return a scan of the frames that were decoded, and the number of each; after the last frame."""
         scan, pts = self.scan, self.pts
         if not pts:
             raise VideoError(
                 Reason.DECODE_FAILED,
                 "no frame can be decoded",
                 where=scan.path,
-                fix="encode it again",
+                fix="re-encode the video",
             )
         last_duration = self._duration or scan.last_duration
         known = [value for value in pts if value is not None]
@@ -125,7 +133,7 @@ class WholeDecode:
         order = list(range(len(known)))
         if scan.container in TRUE_PTS and not scan.jumps:
             order.sort(key=known.__getitem__)
-        # Elsewhere frames come in the order of display, with pts that FFmpeg guessed (AVI, ASF).
+        # In other containers (AVI, ASF) FFmpeg guesses pts, but frames come in display order.
         flags = set(scan.flags) | ({"damaged"} if self._damaged else set())
         found = replace(
             scan,
@@ -138,46 +146,46 @@ class WholeDecode:
 
 
 class WholeFile:
-    """A file that can only be read from its start, and one part of it after another.
+    """A file that can only be read from its start, from which parts are read one after another.
 
-    Parts that follow one another are read in one pass; what a later one shares with an earlier one is
-    kept, as far as there is room.
+    Ascending parts are read in one pass; pictures that a later part also contains are kept, up to
+    `KEPT_BYTES`.
     """
 
-    def __init__(self, scan: Scan, shape: Shape) -> None:
+    def __init__(self, scan: Scan, transform: Transform) -> None:
         self.scan = scan
         self.came: tuple[Scan, list[int]] | None = None
-        """Known when the file has been decoded once to its end."""
-        self._shape = shape
+        """Scan of the decoded frames and their numbers; None until the file was decoded to its end."""
+        self._transform = transform
         self._kept: dict[int, np.ndarray] = {}
         self._frames: Iterator[Any] = iter(())
         self._position = 0
-        """Count of the next frame."""
+        """Number of the next frame."""
 
     def first(self, wanted: Collection[int], later: Collection[int]) -> Iterator[np.ndarray]:
-        """Decode the file to its end, yielding the pictures of these counts as they come."""
+        """Decode the file to its end, yielding the pictures of the frames `wanted` (numbers)."""
         decode = WholeDecode(self.scan)
         for count, frame in enumerate(decode.frames()):
             if count in wanted or count in later:
-                shaped = self._shape(picture(frame, self.scan))
+                resized = self._transform(picture(frame, self.scan))
                 if count in later:
-                    self._keep(count, shaped)
+                    self._keep(count, resized)
                 if count in wanted:
-                    yield shaped
+                    yield resized
         self.came = decode.came()
 
     def pictures(self, wanted: Sequence[int], later: Collection[int]) -> Iterator[np.ndarray]:
-        """Yield the pictures of these counts, in their order. later: counts to keep on the way."""
+        """Yield the pictures of the frames `wanted` (numbers), in that order. later: frames to keep."""
         self._kept = {k: kept for k, kept in self._kept.items() if k in later or k in set(wanted)}
         waiting = set(wanted)
         for count in wanted:
             if count not in self._kept:
                 self._advance(count, waiting, later)
             waiting.discard(count)
-            shaped = self._kept[count]
+            resized = self._kept[count]
             if count not in later:
                 del self._kept[count]
-            yield shaped
+            yield resized
 
     def _advance(self, count: int, waiting: Collection[int], later: Collection[int]) -> None:
         """Decode up to a frame, and keep it."""
@@ -186,11 +194,11 @@ class WholeFile:
         while self._position <= count:
             frame = next(self._frames)
             if self._position in waiting:
-                self._kept[self._position] = self._shape(picture(frame, self.scan))
+                self._kept[self._position] = self._transform(picture(frame, self.scan))
             elif self._position in later:
-                self._keep(self._position, self._shape(picture(frame, self.scan)))
+                self._keep(self._position, self._transform(picture(frame, self.scan)))
             self._position += 1
 
-    def _keep(self, count: int, shaped: np.ndarray) -> None:
-        if (len(self._kept) + 1) * shaped.nbytes <= KEPT_BYTES:
-            self._kept[count] = shaped
+    def _keep(self, count: int, resized: np.ndarray) -> None:
+        if (len(self._kept) + 1) * resized.nbytes <= KEPT_BYTES:
+            self._kept[count] = resized

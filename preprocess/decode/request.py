@@ -1,4 +1,4 @@
-"""Which frames of a source to read, and how: what every reader of clips is asked.
+"""Which frames of a source to read, and how: the request that every reader of clips takes.
 
 ReadRequest(Path("bikes.mp4"), Sampling(fps="1", max_frames=64), start=2.0, end=4.0)
 """
@@ -34,8 +34,8 @@ class ReadRequest:
     picture_fps: str = PICTURE_FPS
     """Of a folder of pictures."""
     decoder: str = "auto"
-    """For measurements, and to read again as before: `decord` takes it whatever the scan says,
-    `pyav` does without it."""
+    """For measurements, and to repair a clip with the reader that first read it: `decord` uses decord
+    whatever the scan says, `auto` and `pyav` never do."""
 
     def __post_init__(self) -> None:
         assert self.decoder in DECODERS, self.decoder

@@ -1,11 +1,11 @@
-"""A planned clip -> its frames, wherever it lies: a file, a folder of pictures, an archive.
+"""Read the frames of a planned clip from a file, a folder of pictures or an archive.
 
     with SourceReader(DecodeChild(), bank) as reader:
         outcome = reader.read(source, request)
 
 It never raises for a clip: an `Outcome` holds the clip, or the error that goes into the quarantine.
-It raises OSError where the machine fails: the disk that videos are unpacked to is full, no process can
-be started. It raises `ChildBug` for a bug.
+It raises OSError where the machine fails (the disk that videos are unpacked to is full, no process can
+be started) and `ChildBug` for a bug.
 """
 
 import time
@@ -29,7 +29,9 @@ from shards.format.quarantine import Reason
 from shards.signed import digest
 
 HEAD_TAIL = 64 * 1024
-ATTEMPTS = 2  # where the machine may be at fault rather than the file
+"""Bytes hashed at each end of a source; a hash of all would read every video once more."""
+ATTEMPTS = 2
+"""Reads of a clip whose decoder stalled or crashed: the machine may be at fault rather than the file."""
 
 
 Taken = TypeVar("Taken", bound=ClipFacts, covariant=True)
@@ -37,10 +39,10 @@ Taken = TypeVar("Taken", bound=ClipFacts, covariant=True)
 
 @dataclass(frozen=True)
 class Outcome(Generic[Taken]):
-    """What came of reading a clip."""
+    """The result of reading a clip."""
 
     clip: Taken | None
-    """`Clip`, or of a clip that was read event by event `ClipFacts`."""
+    """`Clip`, or `ClipFacts` of a clip that was read event by event; None where reading failed."""
     size: int
     """Bytes of the source."""
     digest: str
@@ -54,8 +56,8 @@ class SourceReader(ExitStack):
     """Reads planned clips through one decode child, which it closes."""
 
     def __init__(self, child: DecodeChild, place: Path | Unpacker) -> None:
-        """place: a folder, on whose disk a video out of an archive lies while it is read; or what
-        several readers have their videos unpacked by."""
+        """place: a folder on the disk that a video from an archive is unpacked to while it is read; or
+        an Unpacker that several readers share."""
         super().__init__()
         self.child = self.enter_context(child)
         if not isinstance(place, Unpacker):
@@ -65,7 +67,7 @@ class SourceReader(ExitStack):
         self._unpacked: tuple[tuple[str, int | None], Path] | None = None
 
     def read(self, source: ClipSource, request: ReadRequest) -> Outcome[Clip]:
-        """Read a clip whole; once more, in a fresh child, if the first one stalled or crashed."""
+        """Return a clip with all its frames; tries once more in a new child after a stall or crash."""
         seen: list[Outcome[ClipFacts]] = []
 
         def events() -> Iterator[Event]:
@@ -87,9 +89,9 @@ class SourceReader(ExitStack):
     def events(
         self, source: ClipSource, request: ReadRequest, together: int
     ) -> Iterator[Begin | np.ndarray | Outcome[ClipFacts]]:
-        """Yield a clip's frames, `together` at a time, and what came of it last.
+        """Yield a clip's frames, `together` at a time, and its Outcome last.
 
-        They begin again in a fresh child if the first one stalled or crashed.
+        They start over, with a new `Begin`, in a new child if the first one stalled or crashed.
         """
         seconds, attempts = 0.0, 0
         facts, size, hash_, error = None, 0, "", None
@@ -104,7 +106,7 @@ class SourceReader(ExitStack):
                         continue
                     seconds += time.monotonic() - began
                     yield event
-                    began = time.monotonic()  # the caller's own time is not reading's
+                    began = time.monotonic()  # leave out the time that the caller took
                 size, hash_ = _identity(source, path)
             except VideoError as failure:
                 facts, error = None, failure
@@ -112,24 +114,25 @@ class SourceReader(ExitStack):
         yield Outcome(facts, size, hash_, None if facts else error, attempts, seconds)
 
     def _named(self, source: ClipSource, request: ReadRequest, together: int) -> Iterator[Event]:
-        """Yield what the child does; errors say what the file is, and name an archive's member."""
+        """Yield the child's events; errors say what kind of file it is, and name an archive's member."""
         try:
+            # Before decoding: decoders return pictures of encrypted samples without an error.
             refuse_encrypted(request.path)
             yield from self.child.events(request, together)
         except VideoError as error:
-            told = explained(error, request.path)
+            better = explained(error, request.path)
             if source.offset is None:
-                raise told from None
-            reason, what, got, expected, _, fix = told.args
+                raise better from None
+            reason, what, got, expected, _, fix = better.args
             raise VideoError(reason, what, got, expected, source.where, fix) from None
 
-    def bring(self, source: ClipSource) -> None:
-        """Unpack a member of an archive; one that cannot be is told of when it is read."""
+    def unpack_ahead(self, source: ClipSource) -> None:
+        """Unpack a member of an archive before it is read; errors are left to the reading."""
         with suppress(VideoError):
             self._path(source)
 
     def _path(self, source: ClipSource) -> Path:
-        """Return where a source's bytes lie; a member of an archive is kept for its next part."""
+        """Return the path of a source's bytes; a member of an archive is kept for its next part."""
         if source.offset is None:
             return Path(source.path)
         assert source.nbytes is not None

@@ -1,6 +1,6 @@
-"""Why a source gives no clip, in words of what it is: by its own bytes, where readers only say `invalid`.
+"""Say why a source cannot be read, by its own bytes: FFmpeg only says `invalid data`.
 
-refuse_encrypted(path)          # before it is read: decoders make something of encrypted samples, too
+refuse_encrypted(path)          # before it is read: decoders return pictures of encrypted samples, too
 explained(error, path)          # the same error; or encrypted, a web page, cut short, a pipe ...
 """
 
@@ -15,9 +15,9 @@ from shards.format.quarantine import Reason
 from shards.kinds import HEAD, MP4, Kind, is_text, kind_of
 
 LARGEST_INDEX = 1 << 28
-"""Bytes of an index that are looked through."""
-MANY = 2 / 3
-"""Of a transport stream's packets, that are scrambled where the stream is."""
+"""Bytes of the largest MP4 index that is searched for encryption."""
+SCRAMBLED_SHARE = 2 / 3
+"""A transport stream is scrambled where more than this share of its packets is."""
 
 
 def refuse_encrypted(path: Path) -> None:
@@ -33,7 +33,7 @@ def refuse_encrypted(path: Path) -> None:
 
 
 def explained(error: VideoError, path: Path) -> VideoError:
-    """Return what is wrong with a source that could not be read, as far as its bytes tell."""
+    """Return a more precise error for a source that could not be read, where its bytes allow one."""
     reason, _, _, _, where, _ = error.args
     if path.is_dir():  # of pictures: the error names one of them
         path = Path(where or path)
@@ -52,12 +52,15 @@ def explained(error: VideoError, path: Path) -> VideoError:
                 return _cut_short(file, where) or error
     except OSError:
         return error
-    return _foreign(kind, head, where) or error
+    return _other_kind(kind, head, where) or error
+
+
+# -- the errors
 
 
 def _special(where: str) -> VideoError:
     return VideoError(
-        Reason.CANNOT_OPEN, "a pipe, socket or device, no file", where=where, fix="remove it"
+        Reason.CANNOT_OPEN, "a pipe, socket or device, not a file", where=where, fix="remove it"
     )
 
 
@@ -67,8 +70,8 @@ def _encrypted(where: object) -> VideoError:
     )
 
 
-def _foreign(kind: Kind | None, head: bytes, where: str) -> VideoError | None:
-    """Return the error for a file that is something else than a video or a picture."""
+def _other_kind(kind: Kind | None, head: bytes, where: str) -> VideoError | None:
+    """Return the error for a file that is neither a video nor a picture; None where it is one."""
     if kind is None and is_text(head):
         kind = Kind("none", "text")
     if kind is None or kind.family in ("video", "picture", "animation"):
@@ -82,7 +85,7 @@ def _foreign(kind: Kind | None, head: bytes, where: str) -> VideoError | None:
 
 
 def _cut_short(file: IO[bytes], where: str) -> VideoError | None:
-    """Return the error for an MP4 file without its index, which often stands at the end."""
+    """Return the error for an MP4 file without its index (which is often at the end); else None."""
     size = file.seek(0, os.SEEK_END)
     found = list(boxes(file))
     if any(box.name == b"moov" for box in found):
@@ -90,14 +93,17 @@ def _cut_short(file: IO[bytes], where: str) -> VideoError | None:
     more = f" of at least {found[-1].end:,}" if found and found[-1].end > size else ""
     return VideoError(
         Reason.CANNOT_OPEN,
-        f"cut short: {size:,} bytes{more} are there, and its index (moov) is not",
+        f"cut short: it has {size:,} bytes{more}, and no index (moov)",
         where=where,
         fix="fetch it again",
     )
 
 
+# -- signs of encryption in the bytes
+
+
 def _is_encrypted_mp4(file: IO[bytes]) -> bool:
-    """Tell whether a sample description of the video is that of encrypted samples (ISO/IEC 23001-7)."""
+    """Return whether a sample description is that of encrypted video, `encv` (ISO/IEC 23001-7)."""
     for box in boxes(file):
         if box.name == b"moov" and box.end - box.begin < LARGEST_INDEX:
             file.seek(box.begin)
@@ -110,12 +116,12 @@ ENCRYPTION = (0x18538067, 0x1654AE6B, 0xAE, 0x6D80, 0x6240, 0x5035)
 
 
 def _is_encrypted_matroska(head: bytes) -> bool:
-    """Tell whether a track of a Matroska or WebM file says that it is encrypted."""
+    """Return whether a track of a Matroska or WebM file is marked as encrypted."""
     return head.startswith(b"\x1a\x45\xdf\xa3") and _holds(head, 0, len(head), ENCRYPTION)
 
 
 def _holds(data: bytes, at: int, end: int, path: tuple[int, ...]) -> bool:
-    """Tell whether elements of EBML lie in one another as `path` says (RFC 8794, 4 to 6)."""
+    """Return whether EBML elements are nested as the ids in `path` (RFC 8794, sections 4 to 6)."""
     while at < end and data[at]:
         head = 9 - data[at].bit_length()  # bytes of the id
         size_at = at + head
@@ -135,9 +141,10 @@ def _holds(data: bytes, at: int, end: int, path: tuple[int, ...]) -> bool:
 
 
 def _is_scrambled(head: bytes) -> bool:
-    """Tell whether the packets of a transport stream are scrambled (ISO/IEC 13818-1, 2.4.3.3)."""
+    """Return whether the packets of a transport stream are scrambled (ISO/IEC 13818-1, 2.4.3.3)."""
+    # sizes of packets: plain, with a time code before each (M2TS), with error correction (DVB)
     for size, skip in ((188, 0), (192, 4), (204, 0)):
         packets = [head[at : at + 4] for at in range(skip, len(head) - 3, size)]
         if len(packets) > 2 and all(packet[0] == 0x47 for packet in packets):
-            return sum(packet[3] >> 6 > 1 for packet in packets) > MANY * len(packets)
+            return sum(packet[3] >> 6 > 1 for packet in packets) > SCRAMBLED_SHARE * len(packets)
     return False

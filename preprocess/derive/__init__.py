@@ -1,1 +1,1 @@
-"""A bank -> another bank of coarser cells, fewer frames or another codec: no video, no tower."""
+"""Derive a bank from another one: coarser cells, fewer frames, another codec; no video, no tower."""

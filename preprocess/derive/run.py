@@ -1,15 +1,15 @@
-"""The story of `preprocess derive`: plan -> clip by clip out of one bank into another -> finish.
+"""The story of `preprocess derive`: plan -> convert clip by clip from one bank to another -> finish.
 
 derive(Path("bank"), Path("small"), Asked(strides=(8,), codec="int8", frames=8), 512 << 20, bar)
 
-It goes on where a run of it was stopped or killed, and takes over what is new or was changed in the
-bank since: so the bank may grow, and what is derived from it follows. Several may run at once.
+A rerun continues where the last one was stopped or killed, and adds clips that are new or changed in the
+source bank, so a derived bank can follow its source. Several processes may run at once.
 """
 
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -40,13 +40,13 @@ COMMAND = "preprocess derive"
 
 
 def derive(bank: Path, out: Path, asked: Asked, shard_bytes: int, bar: "tqdm[Any]") -> Manifest:
-    """Make of a finished bank another one, or bring that up to date; returns its manifest.
+    """Derive a bank from a finished one, or update it; return its manifest.
 
-    bar: over the clips that are made here. Raises UserError for what cannot be derived, for an `out`
-    that holds other features, and where another process is still at some units.
+    bar: counts the clips that this process makes. Raises UserError for settings that cannot be derived,
+    for an `out` with other features, and if another process still holds some units.
     """
     with BankSource(bank) as source, disk_errors(out):
-        target = target_of(source.plan.features, asked, bank)
+        target = target_of(source.features, asked, bank)
         refuse_no_cells(source, target)
         if out.resolve() == bank.resolve():
             raise UserError("is the bank itself", where=f"--out {out}", fix="name another folder")
@@ -69,7 +69,7 @@ def derive(bank: Path, out: Path, asked: Asked, shard_bytes: int, bar: "tqdm[Any
 
 
 def refuse_no_cells(source: BankSource, target: Target) -> None:
-    """Raise UserError, before there is a folder, for strides and frames that some clip has not."""
+    """Raise UserError for strides and frames that some clip does not have; before a folder is made."""
     columns = source.columns
     grids = zip(columns["patch_rows"].tolist(), columns["patch_cols"].tolist(), strict=True)
     for rows, cols in sorted(set(grids)):
@@ -78,14 +78,17 @@ def refuse_no_cells(source: BankSource, target: Target) -> None:
     together = max(columns["frames_per_unit"].tolist(), default=1)
     if together > 1 and target.features.sampling.kept is not None:
         raise UserError(
-            f"--frames: its tower saw {together} frames as one, which are not to be parted",
+            f"--frames: its tower saw {together} frames as one unit, which cannot be divided",
             where=source.bank,
             fix="leave out --frames; training takes fewer by max_frames_num",
         )
 
 
+# -- plan
+
+
 def make_plan(source: BankSource, out: Path, target: Target, shard_bytes: int) -> Plan:
-    """Return the plan of the new bank, written: with new units for what is new in the source."""
+    """Write and return the plan of the derived bank, with new units for clips new in the source."""
     known, theirs = read_plan(out), source.plan
     if known is not None:
         refuse_other_features(out, target.features, known.features)
@@ -111,7 +114,7 @@ def make_plan(source: BankSource, out: Path, target: Target, shard_bytes: int) -
 
 
 def _todo(source: BankSource, out: Path, plan: Plan) -> list[ClipSource]:
-    """Return the clips of the source of which the plan has nothing, or something older."""
+    """Return the clips of the source that the plan does not have, or has an older version of."""
     known = {clip.key: clip for clip in plan.clips}
     failed = {entry.key for entry in read_entries(out).values()}
     made = {key for key, unit in plan.counts.items() if committed(out, unit)}
@@ -120,18 +123,20 @@ def _todo(source: BankSource, out: Path, plan: Plan) -> list[ClipSource]:
         for clip in source.clips
         if clip.key not in known
         or is_other(clip, known[clip.key])
-        or (clip.key in failed & made and clip in source)  # a retry has banked it since
+        or (
+            clip.key in failed & made and clip in source
+        )  # a retry in the source has banked it since
     ]
 
 
 def clip_bytes(source: BankSource, target: Target) -> Callable[[ClipSource], int]:
-    """Return what tells how many bytes the features of a clip will take, headers left out."""
+    """Return a function of a clip: the predicted bytes of its features, without headers."""
     most, is_int8 = target.features.sampling.kept, target.features.codec == "int8"
 
     def nbytes(clip: ClipSource) -> int:
         if clip not in source:
             return 0
-        streams, total = source.record(clip).streams, 0
+        streams, total = source.streams(clip), 0
         for stride, finer in target.pooled.items():
             frames, rows, cols, dim = streams[finer or stride].shape
             together = stride // (finer or stride)
@@ -143,15 +148,15 @@ def clip_bytes(source: BankSource, target: Target) -> Callable[[ClipSource], int
 
 
 def calibration(source: BankSource, target: Target) -> Calibration:
-    """Return what the new bank's codec needs to know, of clips drawn as `preprocess encode` draws."""
+    """Return the calibration of the new bank's codec, on clips chosen as in `preprocess encode`."""
     features = target.features
     if features.codec != "int8":
         return lossless(features.strides)
     if target.as_stored:
-        quality = source.plan.quality or {}
+        facts = source.manifest.codec.strides
         return Calibration(
             {stride: source.codec.channel_scale[stride] for stride in features.strides},
-            {stride: dict(quality.get(str(stride), {})) for stride in features.strides},
+            {stride: _quality(facts.get(str(stride), {})) for stride in features.strides},
         )
     found = []
     for clip in [clip for clip in drawn(source.clips) if clip in source][: 2 * CLIPS]:
@@ -164,8 +169,16 @@ def calibration(source: BankSource, target: Target) -> Calibration:
     return measured(found, features.strides, features.dtype)
 
 
+def _quality(facts: Mapping[str, float | None]) -> dict[str, float]:
+    """Return a codec's losses as a plan has them, from a manifest's facts."""
+    return {name: value for name, value in facts.items() if name != "ratio" and value is not None}
+
+
+# -- units
+
+
 class Deriver:
-    """What makes the units of one derived bank."""
+    """Makes the units of one derived bank."""
 
     def __init__(self, source: BankSource, plan: Plan, target: Target, bar: "tqdm[Any]") -> None:
         self.source, self.plan, self.target, self.bar = source, plan, target, bar
@@ -176,7 +189,7 @@ class Deriver:
         }
 
     def make_unit(self, lease: Lease, clips: Sequence[ClipSource]) -> None:
-        """Make one shard; what is done is dropped where another takes the unit meanwhile."""
+        """Make one shard; the work is dropped if another process takes the unit."""
         fingerprint, keys = self.plan.features.fingerprint, {clip.key for clip in clips}
         tokens = [one.token for one in lease.earlier]
         if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token):

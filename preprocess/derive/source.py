@@ -1,4 +1,4 @@
-"""The clips of a finished bank, each read whole and checked against its commit record.
+"""Read the clips of a finished bank, each as a whole and checked against its commit record.
 
 with BankSource(Path("bank")) as source:
     clip = source.sample(plan_clip)         # None for one in quarantine
@@ -15,9 +15,10 @@ import numpy as np
 
 from shards.care.tar_scan import Tar
 from shards.errors import UserError
-from shards.format.codec import Stored
+from shards.format.beside import parts_of
+from shards.format.codec import Codec, Stored
 from shards.format.commits import SampleRecord, StreamRecord, read_commits, shard_path
-from shards.format.plan import ClipSource, planned
+from shards.format.plan import ClipSource, Plan, planned
 from shards.format.quarantine import read_entries
 from shards.format.samples import SampleMeta
 from shards.read.bank import Bank
@@ -27,7 +28,7 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class StoredClip:
-    """One sample, as it lies in a shard."""
+    """One sample in stored form."""
 
     meta: SampleMeta
     stored: dict[int, Stored]
@@ -36,52 +37,81 @@ class StoredClip:
 
     @property
     def entries(self) -> int:
-        """How many entries axis 0 of its streams has: frames, or units of them."""
+        """Entries along axis 0 of its streams: frames, or units of several frames."""
         return next(iter(self.shapes.values()))[0]
 
 
 class BankSource(ExitStack):
-    """A finished bank of this machine, clip by clip. Holds one shard open."""
+    """A finished bank of this machine with what is read beside it, clip by clip. Holds a shard of each
+    open."""
 
     def __init__(self, bank: Path) -> None:
-        """Raises UserError where there is no bank, or one whose run is not over."""
+        """Raises UserError if there is no bank, or its run is not finished."""
         super().__init__()
         self.bank = bank
         opened = Bank.open(bank)
-        self.manifest, self.columns, self.plan = opened.manifest, opened.columns, planned(bank)
+        self.manifest, self.columns, self.plan = opened.whole, opened.columns, planned(bank)
+        self.features, self.codec = opened.whole.features, opened.codec
         self.failed = read_entries(bank)
         """By id, what is in its quarantine."""
-        served = self.plan.served()
-        self._samples: dict[str, tuple[int, SampleRecord]] = {
-            sample.key: (commit.unit, sample)
-            for commit in read_commits(bank, self.plan)
-            for sample in commit.samples
-            if served.get(sample.key) == commit.unit
-        }
-        self.codec = opened.codec
-        self._open: tuple[int, Tar] | None = None
+        read = set(self.features.strides)
+        self._parts = [
+            _Part(part, plan)
+            for part in parts_of(bank)
+            for plan in [planned(part)]
+            if read.issuperset(plan.features.strides)
+        ]
+        for part in self._parts:
+            self.push(part)
 
     @property
     def clips(self) -> list[ClipSource]:
-        """Those that are served, and those that have failed."""
-        pruned = self.plan.pruned
+        """The clips that are served, and those that failed."""
+        pruned, first = self.plan.pruned, self._parts[0]
         return [
             clip
             for clip in self.plan.clips
-            if clip.key not in pruned and (clip.key in self._samples or clip.id in self.failed)
+            if clip.key not in pruned and (clip.key in first.samples or clip.id in self.failed)
         ]
 
     def __contains__(self, clip: ClipSource) -> bool:
-        """Whether a clip's features are served."""
-        return clip.key in self._samples
+        """Return whether a clip's features are served."""
+        return clip.key in self._parts[0].samples
 
-    def record(self, clip: ClipSource) -> SampleRecord:
-        """Return where a clip that is served lies in its shard."""
-        return self._samples[clip.key][1]
+    def streams(self, clip: ClipSource) -> dict[int, StreamRecord]:
+        """Return how each stride of a served clip is stored."""
+        found: dict[int, StreamRecord] = {}
+        for part in self._parts:
+            found |= part.samples[clip.key][1].streams
+        return found
 
     def sample(self, clip: ClipSource) -> StoredClip:
-        """Read a clip that is served; raises UserError where its bytes are not those committed."""
-        unit, record = self._samples[clip.key]
+        """Return a served clip; raises UserError if its bytes do not match their checksum."""
+        first, *others = (part.sample(clip.key, self.codec) for part in self._parts)
+        for other in others:
+            first.stored.update(other.stored)
+            first.shapes.update(other.shapes)
+        return first
+
+
+class _Part(ExitStack):
+    """A bank alone, or one beside it."""
+
+    def __init__(self, bank: Path, plan: Plan) -> None:
+        super().__init__()
+        self.bank = bank
+        served = plan.served()
+        self.samples: dict[str, tuple[int, SampleRecord]] = {
+            sample.key: (commit.unit, sample)
+            for commit in read_commits(bank, plan)
+            for sample in commit.samples
+            if served.get(sample.key) == commit.unit
+        }
+        """By key, the unit and the record of each served sample."""
+        self._open: tuple[int, Tar] | None = None
+
+    def sample(self, key: str, codec: Codec) -> StoredClip:
+        unit, record = self.samples[key]
         blob = self._tar(unit).read(record.offset, record.nbytes)
         if google_crc32c.value(blob) != record.crc32c:
             raise UserError(
@@ -92,25 +122,25 @@ class BankSource(ExitStack):
         begin = record.json[0] - record.offset
         meta = SampleMeta.from_json(json.loads(blob[begin : begin + record.json[1]]))
         streams = record.streams.items()
-        stored = {stride: self._stored(blob, record, stream) for stride, stream in streams}
+        stored = {stride: _stored(blob, record, stream, codec) for stride, stream in streams}
         return StoredClip(meta, stored, {stride: stream.shape for stride, stream in streams})
-
-    def _stored(self, blob: bytes, record: SampleRecord, stream: StreamRecord) -> Stored:
-        """Return a stream without copying its bytes."""
-        name, shape = self.codec.name, stream.shape
-        kinds = {"none": self.codec.stored_dtype, "blosc": np.dtype("u1"), "int8": np.dtype("i1")}
-        at = stream.offset - record.offset
-        data = np.frombuffer(blob, np.uint8, stream.nbytes, at).view(kinds[name])
-        if name == "blosc":
-            return Stored(data, frame_nbytes=stream.frame_nbytes)
-        if stream.scale is None:
-            return Stored(data.reshape(shape))
-        at = stream.scale.offset - record.offset
-        scale = np.frombuffer(blob, np.uint8, stream.scale.nbytes, at).view(np.float32)
-        return Stored(data.reshape(shape), scale=scale.reshape(shape[:3]))
 
     def _tar(self, unit: int) -> Tar:
         if self._open is None or self._open[0] != unit:
             self.close()
             self._open = unit, self.enter_context(Tar(shard_path(self.bank, unit)))
         return self._open[1]
+
+
+def _stored(blob: bytes, record: SampleRecord, stream: StreamRecord, codec: Codec) -> Stored:
+    """Return a stream without copying its bytes."""
+    kinds = {"none": codec.stored_dtype, "blosc": np.dtype("u1"), "int8": np.dtype("i1")}
+    at = stream.offset - record.offset
+    data = np.frombuffer(blob, np.uint8, stream.nbytes, at).view(kinds[codec.name])
+    if codec.name == "blosc":
+        return Stored(data, frame_nbytes=stream.frame_nbytes)
+    if stream.scale is None:
+        return Stored(data.reshape(stream.shape))
+    at = stream.scale.offset - record.offset
+    scale = np.frombuffer(blob, np.uint8, stream.scale.nbytes, at).view(np.float32)
+    return Stored(data.reshape(stream.shape), scale=scale.reshape(stream.shape[:3]))

@@ -1,8 +1,8 @@
-"""What a bank is asked to become -> the features of the new bank, or why they cannot be had.
+"""The settings asked of a derived bank -> its features, or an error that says why it is not possible.
 
 target = target_of(source.manifest, Asked(strides=(8,), codec="int8", frames=8), where=bank)
 target.features            # the new bank's FeatureConfig
-target.pooled              # {8: None}: banked as it is; {16: 4}: made of the cells of stride 4
+target.pooled              # {8: None}: copied; {16: 4}: pooled from the cells of stride 4
 """
 
 from collections.abc import Mapping
@@ -16,48 +16,48 @@ from shards.format.features import Derived, FeatureConfig
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to differ; None: nothing."""
+    """The requested differences; None keeps the source's value."""
 
     strides: tuple[int, ...] | None = None
     codec: str | None = None
     frames: int | None = None
-    """Of each clip at most, of those that are banked, uniformly."""
+    """Largest number of banked frames to keep of each clip, uniformly."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to make of each clip of a bank."""
+    """The features of a derived bank, and how they are made."""
 
     features: FeatureConfig
     pooled: Mapping[int, int | None]
-    """By stride, the banked one whose cells it is pooled from; None where it is banked itself."""
+    """By stride: the banked stride that it is pooled from; None if it is banked itself."""
 
     @property
     def as_stored(self) -> bool:
-        """Whether streams are taken as they lie in the source: of one codec, none pooled."""
+        """Whether streams are copied in stored form: same codec, nothing pooled."""
         assert self.features.derived
         banked = all(finer is None for finer in self.pooled.values())
         return banked and self.features.codec == self.features.derived.codec
 
 
 def target_of(features: FeatureConfig, asked: Asked, where: Path) -> Target:
-    """Return what `asked` makes of a bank of these features.
+    """Return the target for a bank of these features.
 
-    Raises UserError, with what would do, for what cannot be had without videos and tower, and where
-    nothing would differ.
+    Raises UserError, with an alternative, for features that need videos and tower, and if nothing would
+    differ.
     """
     strides, codec = asked.strides or features.strides, asked.codec or features.codec
     sampling = replace(features.sampling, kept=_kept(features, asked.frames, where))
     if (strides, codec, sampling) == (features.strides, features.codec, features.sampling):
         raise UserError(
-            "holds just what is asked for",
+            "has exactly what is asked for",
             where=where,
             fix="ask for another stride, codec or count",
         )
     pooled = {stride: _finer(features, stride, where) for stride in strides}
     if features.codec == "int8" and (codec != "int8" or any(pooled.values())):
         raise UserError(
-            "int8 has rounded its features already",
+            "its features are already rounded to int8",
             got=f"--stride {','.join(map(str, strides))} --codec {codec}",
             expected=f"--codec int8 and strides of {','.join(map(str, features.strides))}",
             where=where,
@@ -74,7 +74,7 @@ def _kept(features: FeatureConfig, frames: int | None, where: Path) -> int | Non
         return sampling.kept
     if sampling.kept is not None:
         raise UserError(
-            f"--frames {frames}: a choice among frames that were chosen already is another one",
+            f"--frames {frames}: choosing from chosen frames differs from choosing from all",
             got=f"a bank derived with --frames {sampling.kept}",
             where=where,
             fix="derive from the bank that it was derived from",
@@ -89,11 +89,11 @@ def _kept(features: FeatureConfig, frames: int | None, where: Path) -> int | Non
 
 
 def _finer(features: FeatureConfig, stride: int, where: Path) -> int | None:
-    """Return the finest banked stride that a coarser one nests in; None where it is banked itself."""
+    """Return the finest banked stride that divides this one; None if this one is banked itself."""
     if stride in features.strides:
         return None
     banked = ",".join(map(str, features.strides))
-    again = f"`preprocess encode INPUT --stride {stride} --out NEW` makes it, with the tower"
+    encode = f"`preprocess encode INPUT --stride {stride} --out NEW` makes it, with the tower"
     found = [finer for finer in features.strides if stride % finer == 0]
     if not found:
         raise UserError(
@@ -101,13 +101,13 @@ def _finer(features: FeatureConfig, stride: int, where: Path) -> int | None:
             got=f"banked strides {banked}",
             expected="multiples of one of them",
             where=where,
-            fix=again,
+            fix=encode,
         )
     if features.pool not in NESTING:
         raise UserError(
-            f"--stride {stride}: pool {features.pool} reads between patches, which the bank has not",
+            f"--stride {stride}: pool {features.pool} interpolates patches, which the bank does not have",
             expected=f"banked strides {banked}, or a bank of pool {', '.join(NESTING)}",
             where=where,
-            fix=again,
+            fix=encode,
         )
     return found[0]

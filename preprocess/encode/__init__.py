@@ -1,1 +1,1 @@
-"""Clips -> shards: plan, tower, pooling, workers, repair."""
+"""Encode clips into shards: plan, decoders, tower, pooling, workers."""

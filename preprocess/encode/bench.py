@@ -1,11 +1,11 @@
-"""`preprocess bench`: each stage of encoding measured alone, and hours and money by what one would take.
+"""`preprocess bench`: measure each stage of encoding alone, and estimate hours and cost from them.
 
     pace = measure_pace(clips, tower, options, folder)
     table(pace, Job(clips=178_510, frames=9_100_000), Grid(decoders=(1, 4), devices=(1, 8)), price=2.0)
 
-The slowest stage sets the pace of a run: decoders work beside each other and beside the tower, so that
-seconds a frame are the largest of decode / decoders, tower and write, over the devices. Where the tower
-runs on the CPU, all stages share its cores.
+The slowest stage sets the pace of a run, because decoders, tower and writer run in parallel: seconds per
+frame are max(decode / decoders, tower, write) / devices. Where the tower runs on the CPU, all stages
+share its cores, so seconds per frame are at least their sum / cores.
 """
 
 import math
@@ -37,22 +37,22 @@ STAGES = ("decode", "tower", "write")
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that each stage takes of a frame, alone and warm; and what a frame takes on the disk."""
+    """Seconds per frame of each stage, measured alone and warmed up; and bytes per frame in the bank."""
 
     decode: float
-    """In one decoder."""
+    """With one decoder."""
     tower: float
     """On one device."""
     write: float
     nbytes: float
     clips: int
-    """That were measured."""
+    """Clips that were measured."""
     frames: int
     cores: int | None = None
-    """Of a CPU that decodes and is the device, too; None where the tower has a device of its own."""
+    """Cores of a CPU that both decodes and runs the tower; None if the tower has its own device."""
 
     def seconds(self, frames: int, decoders: int, devices: int) -> float:
-        """Return what so many frames take. decoders: of each device; devices: all that there are."""
+        """Return the seconds for `frames` frames. decoders: per device; devices: of all machines."""
         slowest = max(self.decode / decoders, self.tower, self.write)
         if self.cores is not None:
             slowest = max(slowest, (self.decode + self.tower + self.write) / self.cores)
@@ -60,14 +60,14 @@ class Pace:
 
     @property
     def decoders(self) -> int:
-        """How many decoders keep a device busy; of a CPU, as many as it has cores at most."""
+        """Number of decoders that keep a device busy; on a CPU at most its cores."""
         enough = math.ceil(self.decode / max(self.tower, self.write))
         return min(enough, self.cores or enough)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be encoded."""
+    """The amount to encode."""
 
     clips: int
     frames: int
@@ -75,15 +75,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Asked:
-    """What to tell the hours of."""
+    """The rows and columns of the table of hours."""
 
     decoders: tuple[int, ...]
-    """Of a device."""
+    """Per device."""
     devices: tuple[int, ...]
-    """Of a machine."""
+    """Per machine."""
     machines: tuple[int, ...]
     price: float | None = None
-    """Of a device and an hour."""
+    """Per device and hour."""
+
+
+# -- measuring
 
 
 def measure_pace(
@@ -95,16 +98,16 @@ def measure_pace(
     cores: int | None,
     seen: Callable[[], object] = lambda: None,
 ) -> Pace:
-    """Measure the stages on up to `most` clips of ordinary sizes; UserError where none can be encoded.
+    """Measure the stages on up to `most` clips of typical sizes; raises UserError if none can be encoded.
 
-    folder: on the disk that the bank is to be on. cores: as of `Pace`. seen: told of each clip.
+    folder: on the disk of the bank. cores: as in `Pace`. seen: called after each clip.
     """
     spent, frames = dict.fromkeys(STAGES, 0.0), 0
     made: list[tuple[ClipSource, SampleMeta, dict[int, np.ndarray]]] = []
     with SourceReader(DecodeChild(), folder) as reader:
         for clip in spread(clips, most):
             request = options.request(clip, tower.pixels)
-            if not made:  # the first time loads libraries and kernels
+            if not made:  # warm up: the first clip loads libraries and kernels
                 first = reader.read(clip, request)
                 if first.clip is not None:
                     with suppress(FeatureRangeError):
@@ -144,10 +147,13 @@ def measure_pace(
 
 
 def spread(clips: Sequence[ClipSource], most: int) -> list[ClipSource]:
-    """Return some of the clips that can be opened, of small, ordinary and large sizes alike."""
+    """Return up to `most` readable clips, spread evenly over the clips sorted by size."""
     good = sorted((clip for clip in clips if clip.frames), key=lambda c: (c.size or 0, c.key))
     places = (np.arange(min(most, len(good))) + 0.5) * len(good) / max(1, min(most, len(good)))
     return [good[int(place)] for place in places]
+
+
+# -- the table
 
 
 def table(pace: Pace, job: Job, asked: Asked) -> list[str]:
@@ -212,7 +218,7 @@ def _cost(seconds: float, devices: int, asked: Asked) -> str:
 
 
 def _advice(pace: Pace) -> str:
-    """Return what sets the pace, and what would help."""
+    """Return which stage sets the pace, and what would make it faster."""
     if pace.cores is not None:
         return (
             f"the {counted(pace.cores, 'core')} of this machine decode and run the tower: more "

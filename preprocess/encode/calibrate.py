@@ -1,12 +1,12 @@
-"""The scales that `int8` stores features by, from some clips of the plan, and how well they serve.
+"""Calibrate the scales of codec `int8` on some clips of the plan, and measure the error.
 
     with SourceReader(DecodeChild(), bank) as reader:
         calibration = calibrate(plan.clips, tower, options, reader)
     codec = Codec("int8", "float16", calibration.channel_scale)
 
-The clips are drawn by the hash at the end of their keys: the same for any order of the inputs, and
-from all of their folders. Half of them give the scales, the others show what these scales lose.
-The lossless codecs need none of this and lose nothing.
+The clips are chosen by the hash at the end of their keys, so that they are the same for any order of the
+inputs, and from all folders. Half of them give the scales; the error is measured on the other half. The
+lossless codecs need no calibration.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,24 +24,24 @@ from shards.format.codec import Codec, channel_error, channel_rms, token_cosine
 from shards.format.plan import ClipSource, Plan
 
 CLIPS = 16
-"""To calibrate on, and as many to measure on."""
+"""Clips to calibrate on, and as many to measure the error on."""
 TRIED = 64
 FRAMES = 8
-"""Of each clip: enough, and few enough to be held in memory together."""
+"""Frames of each clip: all features must fit into memory together."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a codec needs to know of the features of a bank, and what it does to them."""
+    """The scales of a bank's codec, and its measured errors."""
 
     channel_scale: dict[int, np.ndarray]
-    """int8: per stride, float32 `(dim)`. Else empty."""
+    """int8: by stride, float32 `(dim)`. Otherwise empty."""
     quality: dict[int, dict[str, float]]
-    """Per stride: cosine_mean, cosine_min (of a token and its decoded self), channel_error_median,
+    """By stride: cosine_mean, cosine_min (of a token and its decoded form), channel_error_median,
     channel_error_worst (relative to the channel's root mean square)."""
 
     def kept_in(self, plan: Plan) -> Plan:
-        """Return a plan that holds this, for every process that makes its units."""
+        """Return the plan with this calibration, so that every worker uses the same scales."""
         scales = {str(stride): scale.tolist() for stride, scale in self.channel_scale.items()}
         quality = {str(stride): facts for stride, facts in self.quality.items()}
         return replace(plan, calibration=scales or None, quality=quality)
@@ -50,9 +50,9 @@ class Calibration:
 def calibrate(
     clips: Sequence[ClipSource], tower: Tower, options: EncodeOptions, reader: SourceReader
 ) -> Calibration:
-    """Return the scales for `options.codec`; clips that cannot be encoded are passed over.
+    """Return the calibration for `options.codec`; clips that cannot be encoded are skipped.
 
-    Raises UserError where none can.
+    Raises UserError if none can be encoded.
     """
     if options.codec != "int8":
         return lossless(options.strides)
@@ -60,23 +60,24 @@ def calibrate(
     if not found:
         raise UserError(
             f"--codec int8: none of {min(len(clips), TRIED)} clips can be encoded, to calibrate on; "
-            "look at the videos, or use --codec none to have each named in the quarantine"
+            "check the videos, or use --codec none to have each named in the quarantine"
         )
     return measured(found, options.strides, options.dtype)
 
 
 def lossless(strides: Sequence[int]) -> Calibration:
-    """Return what the codecs need that lose nothing."""
+    """Return the calibration of lossless codecs: no scales, no error."""
     return Calibration({}, {stride: _quality(np.ones(1), np.zeros(1)) for stride in strides})
 
 
 def measured(
     found: Sequence[Mapping[int, np.ndarray]], strides: Sequence[int], dtype: str
 ) -> Calibration:
-    """Return the scales for int8 from every second clip, and what they lose of the others.
+    """Return the scales for int8 from every second clip, and their errors on the others.
 
-    found: of each clip, per stride, features of a `dtype` `(frames, rows, cols, dim)`; one at least.
+    found: for each clip, by stride, features `(frames, rows, cols, dim)` of type `dtype`; not empty.
     """
+    # Not measured on the clips that gave the scales: those would show too small an error.
     used, held_out = found[::2], found[1::2] or found
     scales = {stride: channel_rms(arrays[stride] for arrays in used) for stride in strides}
     codec = Codec("int8", dtype, scales)
@@ -90,14 +91,14 @@ def measured(
 
 
 def drawn(clips: Iterable[ClipSource]) -> list[ClipSource]:
-    """Return clips in the order in which they are tried."""
+    """Return clips in the order in which they are tried: by the hash in their keys."""
     return sorted(clips, key=lambda clip: (clip.key[-16:], clip.key))
 
 
 def _encoded(
     clips: Sequence[ClipSource], tower: Tower, options: EncodeOptions, reader: SourceReader
 ) -> Iterator[dict[int, np.ndarray]]:
-    """Yield the features of up to twice `CLIPS` clips: per stride `(frames, rows, cols, dim)`."""
+    """Yield the features of up to 2 * `CLIPS` clips: by stride `(frames, rows, cols, dim)`."""
     good = 0
     for source in drawn(clips)[:TRIED]:
         outcome = reader.read(source, options.request(source, tower.pixels))

@@ -1,4 +1,4 @@
-"""What a plan will cost: clips, frames, bytes, shards, and hours measured on a few of its clips."""
+"""Estimate a plan's cost: clips, frames, bytes, shards, and hours measured on a few of its clips."""
 
 import time
 from collections import Counter
@@ -23,20 +23,20 @@ from shards.text import counted, in_bytes, some
 if TYPE_CHECKING:
     from model.tower.tower import Tower
 
-LEAST_TOLD = 0.005
-"""Share of a frame that rounds to a per cent."""
+LEAST_SHARE = 0.005
+"""Share of a frame above which its cropping is reported: it rounds to at least 1 %."""
 TRIED = 3
 NAMED = 5
 
 
 @dataclass(frozen=True)
 class Hours:
-    """How long one process will take, as measured here: rough."""
+    """Rough hours of one process on this machine."""
 
     decode: float
     tower: float
     clips: int
-    """That were tried."""
+    """Clips that were measured."""
 
 
 def forecast(
@@ -71,40 +71,40 @@ def forecast(
     left = sum(clip.frames or 0 for clip in todo)
     lines.append(f"  to encode: {len(todo)} clips, {left} frames")
     if hours:
-        lines.append(f"  {_told(measure(bank, todo, tower, options))}")
+        lines.append(f"  {_hours_line(measure(bank, todo, tower, options))}")
     return lines
 
 
 def cut_away(clips: Sequence[ClipSource], tower: "Tower") -> list[str]:
-    """Return a line about what the tower does not see of frames, by their size, where that is much."""
+    """Return a line on the share of frames that the tower does not see, by their size, if any."""
     sizes = Counter((clip.height, clip.width) for clip in clips if clip.height and clip.width)
-    told = []
+    shares = []
     for (height, width), count in sizes.most_common():
         share = tower.pixels.cut_away(height or 1, width or 1, tower.patch)
-        if share >= LEAST_TOLD:
-            told.append(f"{share:.0%} of {width}x{height} ({counted(count, 'clip')})")
-    if not told:
+        if share >= LEAST_SHARE:
+            shares.append(f"{share:.0%} of {width}x{height} ({counted(count, 'clip')})")
+    if not shares:
         return []
     crops = tower.pixels.crop is not None
     return [
-        f"  cut away of each frame: {some(told, NAMED)}"
+        f"  cut away of each frame: {some(shares, NAMED)}"
         + ("; --fit pad or --fit stretch keeps the whole" if crops else "")
     ]
 
 
 def gone(changes: Changes) -> list[str]:
-    """Return a line about the clips whose sources are gone, if there are any."""
+    """Return a line on the clips whose sources no longer exist, if there are any."""
     if not changes.removed:
         return []
     pruned = changes.removed[0].key in changes.plan.pruned
-    fate = "are not served any more" if pruned else "stay in the bank; --prune drops them"
+    fate = "are no longer served" if pruned else "stay in the bank; --prune drops them"
     return [
         f"  the sources of {named([clip.id for clip in changes.removed])} are gone; they {fate}"
     ]
 
 
 def named(ids: Sequence[str]) -> str:
-    """Return how many clips, and the first ones' names."""
+    """Return the number of clips and the names of the first ones."""
     return f"{counted(len(ids), 'clip')} ({some(ids, NAMED)})"
 
 
@@ -113,10 +113,13 @@ def _todo(bank: Path, plan: Plan) -> list[ClipSource]:
     return [clip for unit, clips in work if not committed(bank, unit) for clip in clips]
 
 
+# -- hours
+
+
 def measure(
     bank: Path, todo: Sequence[ClipSource], tower: "Tower", options: EncodeOptions
 ) -> Hours | None:
-    """Return the hours of one process, from a few clips of ordinary sizes; None if none decodes."""
+    """Return the hours of one process, from a few clips of typical sizes; None if none decodes."""
     good = sorted(
         (clip for clip in todo if clip.frames), key=lambda clip: (clip.size or 0, clip.key)
     )
@@ -130,7 +133,9 @@ def measure(
             if outcome.clip is None:
                 continue
             if not clips:
-                _encode(tower, outcome.clip.frames, options)  # the first time loads kernels
+                _encode(
+                    tower, outcome.clip.frames, options
+                )  # warm up: the first call loads kernels
                 began = time.monotonic()
                 reader.read(clip, request)
                 decode += time.monotonic() - began
@@ -146,6 +151,8 @@ def measure(
         return None
     all_bytes = sum(clip.size or 0 for clip in todo)
     all_frames = sum(clip.frames or 0 for clip in todo)
+    # Decoding is extrapolated by the videos' bytes, which grow with length and resolution as its cost
+    # does; the tower by frames.
     return Hours(
         decode=decode / max(1, nbytes) * all_bytes / 3600,
         tower=encode / frames * all_frames / 3600,
@@ -154,13 +161,14 @@ def measure(
 
 
 def _encode(tower: "Tower", frames: np.ndarray, options: EncodeOptions) -> None:
-    with suppress(FeatureRangeError):  # a value that the type cannot hold takes as long
+    with suppress(FeatureRangeError):  # values out of the type's range take the same time
         encode_frames(tower, frames, options)
 
 
-def _told(hours: Hours | None) -> str:
+def _hours_line(hours: Hours | None) -> str:
     if hours is None:
-        return "how long it takes is not known: no clip that was tried can be decoded"
+        return "hours cannot be estimated: none of the clips that were tried can be decoded"
+    # Decoding and tower overlap: completely at best, and not at all where one core does both.
     least, most = max(hours.decode, hours.tower), hours.decode + hours.tower
     return (
         f"roughly {_span(least)} to {_span(most)} for one process here (decoding "

@@ -1,4 +1,4 @@
-"""Frames -> features: what to make, the tower that makes it, and how large it will be."""
+"""Frames -> features: the options, the tower, the feature config, and predicted sizes."""
 
 import platform
 from collections.abc import Callable
@@ -26,14 +26,14 @@ from shards.format.samples import SampleMeta
 from shards.hub import absent
 from shards.signed import Json
 
-if TYPE_CHECKING:  # both bring torch along, which a run without anything to encode does not need
+if TYPE_CHECKING:  # both import torch, which a run without anything to encode does not need
     from model.tower.pooling import Pooling
     from model.tower.tower import Tower
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What to make of each clip, and how to go about it."""
+    """Which features to make of each clip, and how."""
 
     tower: str
     strides: tuple[int, ...]
@@ -46,20 +46,20 @@ class EncodeOptions:
     device: str = "cpu"
     batch_frames: int = 16
     tower_threads: int = TOWER_THREADS
-    """While the tower runs: sums in another number of threads may round otherwise."""
+    """CPU threads of the tower: sums in another number of threads may round differently."""
     fit: str | None = None
-    """How frames get the tower's size (`FITS`), if not as its image processor does it."""
+    """How frames are fitted to the tower's size (`FITS`); None as its image processor does."""
     processor: Json | None = None
-    """Of a bank's fingerprint: frames are to get the tower's size as there, where `fit` does not say."""
+    """The processor of an existing bank: frames are fitted as there, unless `fit` is given."""
     allow_truncated: bool = False
-    """Take what comes of a truncated or damaged video; its flags say so."""
+    """Bank the readable part of a truncated or damaged video; its flags record it."""
     find: FindOptions = FindOptions()
-    """How inputs are looked through."""
+    """How to search the inputs."""
     shard_bytes: int = 512 * 1024**2
 
     @classmethod
     def of_plan(cls, plan: Plan, **how: Any) -> "EncodeOptions":
-        """Return the options that made a bank. how: fields that are to be others."""
+        """Return the options that made a bank. how: fields to replace."""
         features, tower = plan.features, plan.tower
         same: Json = {
             "tower": tower.name,
@@ -73,7 +73,7 @@ class EncodeOptions:
         return cls(**same | how)
 
     def request(self, source: ClipSource, pixels: Pixels | None) -> ReadRequest:
-        """Return what to read of a clip. pixels: of the tower."""
+        """Return the request to read a clip. pixels: the tower's resizing."""
         return ReadRequest(
             Path(source.path),
             self.sampling,
@@ -85,8 +85,11 @@ class EncodeOptions:
         )
 
 
+# -- the tower
+
+
 def load_tower(options: EncodeOptions) -> "Tower":
-    """Load a tower; where its dtype is still to be measured in float32."""
+    """Load a tower; in float32 if its dtype has yet to be chosen by measuring."""
     if why := absent(options.tower):
         raise UserError(why, where=f"tower {options.tower}")
     from model.tower.tower import Tower
@@ -110,7 +113,7 @@ def plan_codec(plan: Plan) -> Codec:
 
 
 def feature_config(tower: "Tower", options: EncodeOptions) -> FeatureConfig:
-    """Return all that the bytes of the bank will depend on."""
+    """Return everything that the bytes of the bank will depend on."""
     return FeatureConfig(
         tower_type=tower.model_type,
         tower_digest=tower.digest,
@@ -126,14 +129,18 @@ def feature_config(tower: "Tower", options: EncodeOptions) -> FeatureConfig:
     )
 
 
+# -- predicted sizes
+
+
 PREDICTED_SIZE = 720, 1280
-"""(height, width) that frames are taken to have, where the grid follows it: no plan has seen them."""
+"""(height, width) assumed for frames if the patch grid depends on it: a plan does not decode them."""
 
 
 def frame_bytes(tower: "Tower", options: EncodeOptions) -> dict[int, int]:
-    """Return the bytes of a frame per stride; of blosc, what it takes before it is compressed."""
+    """Return the bytes per frame, by stride; for blosc before compression."""
     from model.grid import Grid
 
+    # int8: a byte per value and a float32 scale per cell; otherwise two bytes per value.
     each = tower.width + 4 if options.codec == "int8" else 2 * tower.width
     patches = tower.grid_of(*PREDICTED_SIZE)
     grids = [Grid(*patches, stride, options.pool) for stride in options.strides]
@@ -141,14 +148,17 @@ def frame_bytes(tower: "Tower", options: EncodeOptions) -> dict[int, int]:
 
 
 def predicted_bytes(tower: "Tower", options: EncodeOptions) -> Callable[[ClipSource], int]:
-    """Return what tells how many bytes the features of a clip will take, headers left out."""
+    """Return a function of a clip: the predicted bytes of its features, without headers."""
     frame = sum(frame_bytes(tower, options).values())
     most = options.sampling.most_frames
     return lambda clip: frame * (most if clip.frames is None else clip.frames)
 
 
+# -- features of one clip, and what is recorded with them
+
+
 def pooling_of(tower: "Tower", frames: int, options: EncodeOptions) -> "Pooling":
-    """Return what takes the frames of a clip, of which there are so many, batch by batch."""
+    """Return the object that encodes and pools a clip of `frames` frames batch by batch."""
     from model.tower.pooling import Pooling
 
     return Pooling(
@@ -165,7 +175,7 @@ def pooling_of(tower: "Tower", frames: int, options: EncodeOptions) -> "Pooling"
 def encode_frames(
     tower: "Tower", frames: np.ndarray, options: EncodeOptions
 ) -> tuple[dict[int, np.ndarray], int]:
-    """Return `Tower.features` of frames at the tower's size, as the options ask."""
+    """Return features by stride `(frames, rows, cols, dim)`, and how many values were rounded to zero."""
     return pooling_of(tower, len(frames), options).add_all(frames)
 
 

@@ -1,10 +1,10 @@
-"""`preprocess work --on ray`: the units of a plan over the machines of a Ray cluster.
+"""`preprocess work --on ray`: make the units of a plan on the machines of a Ray cluster.
 
 encode_on_ray(Path("/shared/bank"), tower=None, roots=(), workers=None, address="auto")
 
-Each worker is an actor that does what `preprocess work` does, under the same leases, so that nothing
-but counts goes through Ray. An actor or node that is lost is Ray's to start again elsewhere; what it
-had begun is taken over by whoever comes to it. All machines see the bank, and have framebank.
+Each worker is an actor that does what `preprocess work` does, under the same leases, so that features
+never pass through Ray's object store. Ray restarts a lost actor elsewhere; another worker continues its
+unit. All machines must share the bank and have framebank installed.
 """
 
 import sys
@@ -16,20 +16,27 @@ from tqdm import tqdm
 
 from preprocess.encode.unit import Summary
 from shards.errors import UserError
+from shards.format.beside import parts_of
 from shards.format.commits import committed
 from shards.format.plan import planned
 
 RESTARTS = 5
-"""Of a worker, and of what it was at."""
+"""Restarts of a worker, and of its task."""
 SECONDS = 1.0
-"""Between two looks at how many units are made."""
+"""Seconds between two counts of the finished units."""
 
 
 class Worker:
-    """An actor: takes units of a bank until none is left to take."""
+    """An actor: makes units of a bank until none is left to take."""
 
     def work(
-        self, bank: str, tower: str | None, roots: Sequence[str], gpu: bool, start: float
+        self,
+        bank: str,
+        tower: str | None,
+        roots: Sequence[str],
+        gpu: bool,
+        decoders: int | None,
+        start: float,
     ) -> Summary:
         """Return what was done. UserError and OSError, of one line, as of `preprocess work`."""
         import os
@@ -37,7 +44,8 @@ class Worker:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from preprocess.encode.run import work
 
-        return work(Path(bank), tower, roots, "cuda" if gpu else "cpu", start=start)
+        device = "cuda" if gpu else "cpu"
+        return work(Path(bank), tower, roots, device, decoders=decoders, start=start)
 
 
 def encode_on_ray(
@@ -46,15 +54,17 @@ def encode_on_ray(
     roots: Sequence[str] = (),
     workers: int | None = None,
     address: str | None = None,
+    decoders: int | None = None,
 ) -> None:
     """Encode what is left of a plan on a Ray cluster.
 
     workers: how many actors; None is one for each GPU, or for each machine where there is none. address:
-    of the cluster; None is the one that Ray finds, or else this machine. Raises UserError, a line for
-    each reason, where units are left and every worker is at its end.
+    of the cluster; None is the one that Ray finds, or else this machine. decoders: processes of each
+    worker, None for as many as its machine has cores. Raises UserError, a line for each reason, where
+    units are left and every worker is at its end.
     """
     ray = _ray()
-    units = range(len(planned(bank).units))
+    units = [(part, unit) for part in parts_of(bank) for unit in range(len(planned(part).units))]
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -67,7 +77,7 @@ def encode_on_ray(
             scheduling_strategy="SPREAD",
             **resources,
         )(Worker)
-        words = str(bank.absolute()), tower, list(roots), bool(gpus)
+        words = str(bank.absolute()), tower, list(roots), bool(gpus), decoders
         actors = [actor.remote() for _ in range(count)]
         running = [one.work.remote(*words, k / count) for k, one in enumerate(actors)]
         problems: list[str] = []
@@ -75,8 +85,8 @@ def encode_on_ray(
             while running:
                 done, running = ray.wait(running, timeout=SECONDS)
                 problems += [problem for ref in done if (problem := _problem(ray, ref))]
-                bar.update(sum(committed(bank, unit) for unit in units) - bar.n)
-        if problems and not all(committed(bank, unit) for unit in units):
+                bar.update(sum(committed(*unit) for unit in units) - bar.n)
+        if problems and not all(committed(*unit) for unit in units):
             raise UserError.of(dict.fromkeys(problems))
         for problem in dict.fromkeys(problems):  # others have made its units
             tqdm.write(f"note: {problem}", file=sys.stderr)
@@ -85,7 +95,7 @@ def encode_on_ray(
 
 
 def _problem(ray: Any, ref: Any) -> str:
-    """Return why a worker ended before its time, empty where it did not; a bug keeps its traceback."""
+    """Return why a worker ended early, "" if it did not; a bug is raised with its traceback."""
     try:
         ray.get(ref)
     except ray.exceptions.RayTaskError as error:

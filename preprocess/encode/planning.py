@@ -1,4 +1,4 @@
-"""What a run is to make: its inputs against the plan of its bank, and the plan that follows.
+"""Compare a run's inputs with the plan of its bank, and make the new plan.
 
 survey = Survey.of(out, clips, options, known)      # without torch
 survey.of_nothing(out, options, prune=False)        # where nothing is left to encode or to write
@@ -32,23 +32,23 @@ from shards.format.plan import (
     refuse_other_features,
     write_plan,
 )
-from shards.format.quarantine import read_entries, settle
-from shards.write.finish import is_finished, untold_failures
+from shards.format.quarantine import read_entries, update_quarantine
+from shards.write.finish import is_finished, new_failures
 
 if TYPE_CHECKING:
     from model.tower.tower import Tower
 
 ASKED = ("layer", "dtype", "tower_dtype", "sampling", "strides", "pool", "codec")
-"""The features that options name; the others are the tower's."""
+"""Fields of `FeatureConfig` that options give; the others come from the tower."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A run's clips as they are now, and what its bank holds."""
+    """A run's clips in their current state, and the state of its bank."""
 
     known: Plan | None
     commits: list[CommitRecord]
-    """Of the units that are made."""
+    """Commit records of the finished units."""
     probed: list[ClipSource]
 
     @classmethod
@@ -60,25 +60,26 @@ class Survey:
         known: Plan | None,
         probed: list[ClipSource] | None = None,
     ) -> "Survey":
-        """Look at the clips, of which `probed` were looked at before there was a bank."""
+        """Probe the clips, unless they were probed already (`probed`)."""
         if known is None:
             return cls(None, [], probe(clips, {}, options.sampling) if probed is None else probed)
         refuse_missing_shards(out, known)
-        planned = {clip.key: clip for clip in known.clips}
-        probed = probe(clips, planned, known.features.sampling)
+        if probed is None:
+            planned = {clip.key: clip for clip in known.clips}
+            probed = probe(clips, planned, known.features.sampling)
         return cls(known, read_commits(out, known), probed)
 
     def changes(self, out: Path, plan: Plan) -> Changes:
-        """Return what the clips are to a plan."""
+        """Return how the clips differ from a plan."""
         return compare(out, plan, self.probed, lost_keys(out, plan, self.commits))
 
     def of_nothing(self, out: Path, options: EncodeOptions, *, prune: bool) -> Changes | None:
-        """Return the changes, where none is left to make: of just these features, by the same files of
-        the tower, all clips are in a bank that is finished."""
+        """Return the changes if there is nothing to do, else None: a finished bank has all clips with the
+        same features, made by unchanged files of the tower. This needs no torch."""
         plan = self.known
         if plan is None or plan.quality is None or plan.tower.files is None:
             return None
-        # what --fit makes of the processor's values the tower says
+        # with --fit the processor's values are only known after loading the tower
         if options.fit is not None or plan.features.derived is not None:
             return None
         if any(getattr(options, name) != getattr(plan.features, name) for name in ASKED):
@@ -93,12 +94,12 @@ class Survey:
 
 
 def units_left(out: Path, plan: Plan) -> dict[int, list[ClipSource]]:
-    """Return the units that are not made, with the clips to bank in them."""
+    """Return the unfinished units, with the clips to bank in them."""
     return {unit: clips for unit, clips in enumerate(plan.work()) if not committed(out, unit)}
 
 
 def changed_of(changes: Changes, options: EncodeOptions, prune: bool) -> Plan:
-    """Return the plan of some changes as the options want it, without new units."""
+    """Return the plan of some changes with the options applied, without new units."""
     plan = changes.plan
     if prune:
         plan = replace(plan, pruned=plan.pruned | {clip.key for clip in changes.removed})
@@ -114,9 +115,11 @@ def make_plan(
     prune: bool = False,
     survey: Survey | None = None,
 ) -> tuple[Changes, EncodeOptions]:
-    """Return what the clips are to the bank, with its plan, written before any decoding; and the
-    options: with the arithmetic that was chosen, and `batch_frames` halved where the GPU had no memory
-    for calibrating."""
+    """Return the changes with the new plan, which is written before any decoding; and the options.
+
+    These have the chosen `tower_dtype`, and `batch_frames` halved if the GPU ran out of memory while
+    calibrating.
+    """
     survey = survey or Survey.of(out, clips, options, read_plan(out))
     known = survey.known
     choice = measured(tower, options, known)
@@ -138,7 +141,7 @@ def make_plan(
     plan = changed_of(changes, options, prune)
     clip_bytes = predicted_bytes(tower, options)
     plan = plan.extended(changes.todo, options.shard_bytes, clip_bytes)
-    settle(out, {clip.key for clip in changes.changed})  # they are to be tried again
+    update_quarantine(out, {clip.key for clip in changes.changed})  # so that they are tried again
     if plan != known:
         write_plan(out, plan)
     if choice and known is None:
@@ -152,7 +155,7 @@ def make_plan(
 def new_plan(
     tower: "Tower", options: EncodeOptions, features: FeatureConfig, reason: str | None
 ) -> Plan:
-    """Return the plan of a bank without clips; UserError for a tower that cannot be run."""
+    """Return the plan of a new bank, without clips; raises UserError for a tower that cannot be run."""
     from model.tower.precision import arithmetic
     from model.tower.trial import check_size
 
@@ -173,8 +176,11 @@ T = TypeVar("T")
 def fitting(
     out: Path, plan: Plan, options: EncodeOptions, do: Callable[[Plan, EncodeOptions], T]
 ) -> tuple[T, EncodeOptions]:
-    """Return what `do` makes, if need be at the second try with half the frames together; and the
-    options that it was made with."""
+    """Return the result of `do`, and the options that it used.
+
+    If the GPU runs out of memory, it is retried once with half the frames per batch; not if the bank
+    has shards already, because all must be made with one batch shape.
+    """
     try:
         return do(plan, options), options
     except GpuMemoryError as error:
@@ -186,13 +192,13 @@ def fitting(
 
 
 def _with_fewer_frames(out: Path, plan: Plan, frames: int) -> Plan:
-    """Write and return the plan of a bank that holds nothing, with frames that there is memory for."""
+    """Write and return the plan of an empty bank with fewer frames per batch."""
     import torch
 
     torch.cuda.empty_cache()
     plan = replace(plan, tower=replace(plan.tower, batch_frames=frames))
     write_plan(out, plan)
-    note(f"the GPU has no memory for so many frames; the bank is made with --batch-frames {frames}")
+    note(f"the GPU ran out of memory; the bank is made with --batch-frames {frames}")
     return plan
 
 
@@ -201,7 +207,7 @@ def note(words: str) -> None:
 
 
 def calibrated(out: Path, plan: Plan, tower: "Tower", options: EncodeOptions) -> Plan:
-    """Return the plan with what its codec needs to know, measured once and kept there."""
+    """Return the plan with the calibration of its codec, measured once and stored in it."""
     if plan.quality is not None or not plan.units:
         return plan
     from preprocess.encode.calibrate import calibrate
@@ -213,13 +219,13 @@ def calibrated(out: Path, plan: Plan, tower: "Tower", options: EncodeOptions) ->
 
 
 def lost_keys(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> set[str]:
-    """Return the clips that a finished unit should hold or have put into quarantine, and did not.
+    """Return the keys of clips that a finished unit has neither banked nor put into quarantine.
 
-    It had been pruned then, or its line was taken out of the quarantine since.
+    They were pruned when it was made, or have been removed from the quarantine since.
     """
     banked = {commit.unit: commit.keys for commit in commits}
     failed = {entry.key for entry in read_entries(bank).values()}
-    failed |= {entry.key for entry in untold_failures(bank, plan, commits)}
+    failed |= {entry.key for entry in new_failures(bank, plan, commits)}
     return {
         key
         for key, unit in plan.counts.items()

@@ -6,15 +6,16 @@
 Finished shards are skipped on a rerun; other features in the same folder are refused; a clip that
 fails is named in `quarantine.jsonl` and never stops the run. `bank.json` is written last.
 
-The three are commands, too: one process plans, any number on any machines work, one finishes.
-Torch comes with the tower: a run that finds nothing to do ends without.
+The three steps are commands, too: one process plans, any number on any machines work, one finishes.
+Torch is imported with the tower, so a run that finds nothing to do ends without it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from preprocess.encode.beside import shared_out
 from preprocess.encode.features import (
     EncodeOptions,
     feature_config,
@@ -27,6 +28,7 @@ from preprocess.encode.planning import (
     calibrated,
     fitting,
     make_plan,
+    note,
     units_left,
 )
 from preprocess.encode.tower import Loading, as_banked, refuse_other_device
@@ -37,15 +39,18 @@ from preprocess.sources.find import Found, clips_under, find_clips
 from preprocess.sources.probe import probe
 from preprocess.sources.skips import write_skips
 from shards.errors import UserError
+from shards.format.beside import parts_of
 from shards.format.plan import (
     ClipSource,
     Plan,
+    PlanAsRead,
+    plan_as_read,
     planned,
-    read_plan,
     refuse_derived,
     refuse_other_features,
 )
 from shards.format.quarantine import read_entries
+from shards.write.beside import pair
 from shards.write.finish import finish, refuse_unfinished
 from shards.write.lease import sweep
 from shards.write.lock import folder_lock
@@ -65,10 +70,10 @@ def encode(
     decoders: int | None = None,
     prune: bool = False,
 ) -> Summary:
-    """Bank the features of every clip of the inputs; returns what was done and what failed.
+    """Bank the features of every clip of the inputs; return what was done and what failed.
 
-    procs: processes, each with a tower and decoders of its own. decoders: of each, None for as many as
-    there are cores for. prune: serve no longer the clips whose sources are gone.
+    procs: processes, each with its own tower and decoders. decoders: per process; None for cores /
+    towers. prune: stop serving clips whose sources no longer exist.
     """
     found = find_clips(inputs, options.find)
     return encode_clips(found, out, options, procs=procs, decoders=decoders, prune=prune)[0]
@@ -82,11 +87,42 @@ def encode_clips(
     procs: int = 1,
     decoders: int | None = None,
     prune: bool = False,
+    seen: PlanAsRead | None = None,
 ) -> tuple[Summary, Changes]:
-    """Do what `encode` does for clips that were found already; returns the changes, too."""
-    first, probed = _before_a_folder(out, found, options)
+    """Do what `encode` does for clips that were found already; returns the changes, too.
+
+    Strides that a bank has not are made beside it, after it is brought up to date. seen: the bank's
+    plan, where it has been read.
+    """
+    seen = plan_as_read(out, seen)
+    how: dict[str, Any] = {"procs": procs, "decoders": decoders, "prune": prune}
+    own, beside = shared_out(out, seen.plan, options)
+    summary, changes = _encode_bank(found, out, own, seen, **how)
+    for side in beside:
+        clips, first = side.begun(changes.plan, found)
+        seen = plan_as_read(side.path, first=first)
+        more, _ = _encode_bank(clips, side.path, side.options, seen, clips.clips, **how)
+        summary = summary.beside(more)
+    for why in pair(out, "preprocess encode"):
+        note(why)
+    return summary, changes
+
+
+def _encode_bank(
+    found: Found,
+    out: Path,
+    options: EncodeOptions,
+    seen: PlanAsRead,
+    probed: list[ClipSource] | None = None,
+    *,
+    procs: int,
+    decoders: int | None,
+    prune: bool,
+) -> tuple[Summary, Changes]:
+    """Make one bank of one plan. probed: the clips, where they have been looked at."""
+    first, probed = _before_a_folder(out, found, options, probed)
     with disk_errors(out), folder_lock(out, "preprocess encode"):
-        known = read_plan(out)
+        known = plan_as_read(out, seen).plan
         options = as_banked(options, known)
         loading = first
         if first is None and (known is None or units_left(out, known)):
@@ -103,36 +139,72 @@ def encode_clips(
         return execute(out, plan, found.clips, tower, options, procs, decoders), changes
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A bank, or a side of one, that was planned."""
+
+    bank: Path
+    tower: "Tower"
+    changes: Changes
+    options: EncodeOptions
+
+
 def plan_clips(
     found: Found,
     out: Path,
     options: EncodeOptions,
     *,
     prune: bool = False,
-) -> "tuple[Tower, Changes, EncodeOptions]":
-    """Write the plan that `encode_clips` would execute, and encode nothing."""
-    first, probed = _before_a_folder(out, found, options, here=False)
+    seen: PlanAsRead | None = None,
+) -> list[Planned]:
+    """Write the plans that `encode_clips` would execute, and encode nothing."""
+    seen = plan_as_read(out, seen)
+    own, beside = shared_out(out, seen.plan, options)
+    made = [_plan_bank(found, out, own, seen, prune=prune)]
+    for side in beside:
+        clips, first = side.begun(made[0].changes.plan, found)
+        seen = plan_as_read(side.path, first=first)
+        made.append(_plan_bank(clips, side.path, side.options, seen, clips.clips, prune=prune))
+    return made
+
+
+def _plan_bank(
+    found: Found,
+    out: Path,
+    options: EncodeOptions,
+    seen: PlanAsRead,
+    probed: list[ClipSource] | None = None,
+    *,
+    prune: bool,
+) -> Planned:
+    first, probed = _before_a_folder(out, found, options, probed, here=False)
     with disk_errors(out), folder_lock(out, "preprocess plan"):
-        known = read_plan(out)
+        known = plan_as_read(out, seen).plan
         loading = first or Loading(as_banked(options, known), here=False)
         survey = Survey.of(out, found.clips, options, known, probed)
         tower, options = loading.tower()
         changes, options = make_plan(out, found.clips, tower, options, prune=prune, survey=survey)
         write_skips(out, found.skips)
-        return tower, changes, options
+        return Planned(out, tower, changes, options)
 
 
 def _before_a_folder(
-    out: Path, found: Found, options: EncodeOptions, *, here: bool = True
+    out: Path,
+    found: Found,
+    options: EncodeOptions,
+    probed: list[ClipSource] | None = None,
+    *,
+    here: bool = True,
 ) -> tuple[Loading | None, list[ClipSource] | None]:
-    """Load the tower and look at the clips of a bank that is not there yet.
+    """Load the tower and probe the clips if the bank does not exist yet; else (None, None).
 
-    What the tower cannot do is refused before there is a folder.
+    So what the tower cannot do is refused before a folder is made.
     """
     if out.exists():
-        return None, None
+        return None, probed
     loading = Loading(options, here=here)
-    probed = probe(found.clips, {}, options.sampling)
+    if probed is None:
+        probed = probe(found.clips, {}, options.sampling)
     predicted_bytes(*loading.tower())
     return loading, probed
 
@@ -146,11 +218,11 @@ def execute(
     procs: int = 1,
     decoders: int | None = None,
 ) -> Summary:
-    """Encode what is left of a plan. clips: of this run, whose old failures are told again.
+    """Encode what is left of a plan. clips: of this run, whose earlier failures are reported, too.
 
-    A tower that the GPU has no memory for is tried once more with half the frames together, while the
-    bank holds nothing: plan.json then says so, and all features are made alike. Else, and the second
-    time, GpuMemoryError is for the user.
+    If the GPU runs out of memory and the bank is still empty, this is repeated once with half the frames
+    per batch, and plan.json records it, so that all features are made with one batch shape. Otherwise
+    GpuMemoryError is raised.
     """
 
     def made(plan: Plan, options: EncodeOptions) -> Summary:
@@ -173,7 +245,7 @@ def _told(
     summary: Summary,
     undone: Collection[str] = (),
 ) -> Summary:
-    """Return what a run did, with the clips that were there already, and those in the quarantine."""
+    """Return a run's summary with the clips that were already banked, and those in the quarantine."""
     entries, asked = read_entries(out), {clip.id for clip in clips}
     served = plan.served()
     there = {clip.id for clip in plan.clips if clip.key in served}
@@ -194,27 +266,39 @@ def work(
 ) -> Summary:
     """Encode units of a plan until none is left to take; any number of processes may do so at once.
 
-    tower: where it lies on this machine, if not where it lay when the bank was planned; another one is
-    refused. roots: where videos may lie here that are not where they lay. start: the part of the units
-    after which to begin, so that others begin elsewhere. plan: of the bank, where it has been read.
+    Strides planned beside the bank come after it. tower: its path or name on this machine, if it
+    differs from the plan; another tower is refused. roots: folders to search for videos that are
+    elsewhere than planned. start: the fraction of the units after which to begin, so that workers begin
+    at different units. plan: of the bank, if already read.
     """
-    plan = plan or planned(bank)
-    refuse_derived(bank, plan.features)
-    left = units_left(bank, plan)
-    if not left:
-        return Summary()
+    summaries = []
+    for part in parts_of(bank):
+        of_part = plan if plan is not None and part == bank else planned(part)
+        refuse_derived(part, of_part.features)
+        if left := units_left(part, of_part):
+            how = {"tower": tower} if tower else {}
+            options = EncodeOptions.of_plan(of_part, device=device, **how)
+            work = _work(part, of_part, left, "preprocess work", start, decoders)
+            summaries.append(_work_on(work, of_part, options, roots, procs))
+    return replace(Summary.of(summaries), seconds=sum(one.seconds for one in summaries))
+
+
+def _work_on(
+    work: Work, plan: Plan, options: EncodeOptions, roots: Sequence[str], procs: int
+) -> Summary:
     if plan.quality is None:
         raise UserError(
-            "its plan was not measured to its end", where=bank, fix="run `preprocess plan` again"
+            "its plan was not calibrated completely",
+            where=work.out,
+            fix="run `preprocess plan` again",
         )
-    how = {"tower": tower} if tower else {}
-    loading = Loading(EncodeOptions.of_plan(plan, device=device, **how))
+    loading = Loading(options)
     if roots:
-        left = {unit: clips_under(clips, roots) for unit, clips in left.items()}
-    loaded, options = loading.tower()
-    refuse_other_features(bank, feature_config(loaded, options), plan.features)
-    work = _work(bank, plan, left, "preprocess work", start, decoders)
-    return _encode_left(work, plan, loaded, options, procs)
+        units = {unit: clips_under(clips, roots) for unit, clips in work.units.items()}
+        work = replace(work, units=units)
+    tower, options = loading.tower()
+    refuse_other_features(work.out, feature_config(tower, options), plan.features)
+    return _encode_left(work, plan, tower, options, procs)
 
 
 def _work(
@@ -232,12 +316,12 @@ def _work(
 def _encode_left(
     work: Work, plan: Plan, tower: "Tower", options: EncodeOptions, procs: int
 ) -> Summary:
-    """Encode what nobody else has or is at."""
+    """Encode the units that no other process has made or holds."""
     if not work.units:
         return Summary()
     refuse_other_device(work.out, plan, options)
     procs = min(procs, len(work.units))
     if procs > 1:
-        tower.model.to("cpu")  # the workers need the room
+        tower.model.to("cpu")  # free the GPU's memory for the workers
         return encode_in_processes(work, options, procs)
     return encode_work(work, tower, options)

@@ -1,15 +1,17 @@
-"""The tower of a run: in which arithmetic it computes, on which device, and whether a bank knows it.
+"""The tower of a run: its dtype and device, and whether they are those of the bank.
 
-    options = as_banked(options, known)       # what a bank has chosen once stays
-    loading = Loading(options)                # in a thread, torch and all, while clips are looked at
+    options = as_banked(options, known)       # an existing bank keeps its dtype
+    loading = Loading(options)                # in a thread, with import torch, while clips are probed
     tower = loading.tower()
 
-Light: torch comes with the tower.
+Importing this module does not import torch.
 """
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,16 +27,16 @@ if TYPE_CHECKING:
     from model.tower.tower import Tower
 
 TOWER_FILES = (".json", ".safetensors", ".bin")
-"""Endings of the files that a tower is read from."""
+"""Suffixes of the files that a tower is loaded from."""
 MEASURED = "auto"
-"""The `tower_dtype` that is still to be measured."""
+"""The `tower_dtype` that is chosen by measuring."""
 
 
 def start_torch(device: str) -> str:
-    """Import torch, quietly and with idle threads asleep; return the device that is meant.
+    """Import torch, without progress bars and with passive idle threads; return the device of `auto`.
 
-    Spinning threads take the cores that the decoder needs: on two cores with one more busy process
-    encoding took eight times as long.
+    By default OpenMP threads spin while idle and take the cores that decoders need: on two cores with one
+    more busy process encoding took eight times as long.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -47,25 +49,26 @@ def start_torch(device: str) -> str:
 
 
 class Loading:
-    """A tower that is being loaded in a thread of its own."""
+    """A tower that is being loaded in another thread."""
 
     def __init__(self, options: EncodeOptions, *, here: bool = True) -> None:
-        """here: whether it is to encode here; to plan, the CPU stands in for a GPU that is elsewhere."""
+        """here: whether it will encode here; a plan may use the CPU in place of another machine's GPU."""
         self._options, self._here = options, here
         self._tower: Tower | None = None
         self._error: BaseException | None = None
-        # no daemon: an interpreter that ends in the middle of an import may crash
+        # not a daemon: an interpreter that exits in the middle of an import may crash
         self._thread = threading.Thread(target=self._load)
         self._thread.start()
 
     def _load(self) -> None:
         try:
-            device = start_torch(self._options.device)
-            self._options = on_device(self._options, device)
-            loaded = self._options
-            if not self._here and is_elsewhere(device):
-                loaded = replace(loaded, device="cpu")
-            self._tower = load_tower(loaded)
+            with _collected_later():
+                device = start_torch(self._options.device)
+                self._options = on_device(self._options, device)
+                loaded = self._options
+                if not self._here and is_elsewhere(device):
+                    loaded = replace(loaded, device="cpu")
+                self._tower = load_tower(loaded)
         except BaseException as error:
             self._error = error
 
@@ -78,22 +81,38 @@ class Loading:
         return self._tower, self._options
 
 
+@contextmanager
+def _collected_later() -> Iterator[None]:
+    """Have no garbage looked for meanwhile.
+
+    Torch and transformers are 2,700 modules and a million objects that stay; to look through them again
+    and again while they come takes 12 to 20 % of the seconds of their import.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def is_elsewhere(device: str) -> bool:
-    """Whether CUDA is asked for on a machine without."""
+    """Return whether CUDA is requested on a machine without it."""
     import torch
 
     return device.startswith("cuda") and not torch.cuda.is_available()
 
 
 def as_banked(options: EncodeOptions, known: Plan | None) -> EncodeOptions:
-    """Return the options with the arithmetic of the bank that there is, where none is asked for."""
+    """Return the options with an existing bank's `tower_dtype`, unless one is given."""
     if known is None or known.tower.device is None or options.tower_dtype != MEASURED:
         return options
     return replace(options, tower_dtype=known.features.tower_dtype)
 
 
 def on_device(options: EncodeOptions, device: str) -> EncodeOptions:
-    """Return the options with a device that is known; on another than a CPU nothing is measured."""
+    """Return the options with the device; its dtype is only measured on a CPU, elsewhere it is fixed."""
     dtype = options.tower_dtype
     if dtype == MEASURED and device.partition(":")[0] != "cpu":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
@@ -101,12 +120,12 @@ def on_device(options: EncodeOptions, device: str) -> EncodeOptions:
 
 
 def measured(tower: "Tower", options: EncodeOptions, known: Plan | None) -> "Choice | None":
-    """Return the arithmetic of a new bank, where it is left open, and bring the tower to it."""
+    """Return the chosen dtype if it was left open, and convert the tower to it; else None."""
     if options.tower_dtype != MEASURED:
         return None
     from model.tower.precision import Choice, fastest, retype
 
-    # a bank that does not say is of a time when this was not chosen
+    # a bank that does not record a choice is from before there was one, and always used float32
     old = Choice("float32", "as it was")
     choice = old if known else fastest(tower, options.tower_threads)
     retype(tower, choice.dtype)
@@ -114,7 +133,7 @@ def measured(tower: "Tower", options: EncodeOptions, known: Plan | None) -> "Cho
 
 
 def refuse_other_device(bank: Path, plan: Plan, options: EncodeOptions) -> None:
-    """Raise UserError where a bank's features are computed by another kind of device than this."""
+    """Raise UserError if a bank's features are computed on another kind of device than this one."""
     from model.tower.precision import arithmetic
 
     here = arithmetic(options.device, options.tower_dtype)
@@ -130,7 +149,7 @@ def refuse_other_device(bank: Path, plan: Plan, options: EncodeOptions) -> None:
 
 
 def tower_files(name: str) -> str | None:
-    """Return a hash of the names, sizes and times of a tower's files; None where they are not here."""
+    """Return a hash of the names, sizes and mtimes of a tower's files; None if they are not local."""
     folder = Path(name)
     if not folder.is_dir():
         config = cached_file(name, "config.json")

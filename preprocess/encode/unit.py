@@ -1,11 +1,12 @@
-"""One unit of clips -> one shard: decode, tower, pool, write; what fails stands in its commit record.
+"""Encode one unit of clips into one shard: decode, tower, pool, write; failures go into its record.
 
 with Encoder(out, features, tower, options, codec) as encoder, Leases(out, "a command") as leases:
     for lease in leases.left(range(len(plan.units))):
         encoder.encode_unit(lease, plan.units[lease.unit])
 
-Clips are decoded ahead of the tower by several processes, and written behind it in a thread; whatever
-their number and haste, they pass through the tower and into the shard in the order of the plan.
+Several processes decode clips ahead of the tower, and a thread writes behind it. For any number and
+speed of these, clips pass through the tower and into the shard in the order of the plan, so the bytes
+are equal.
 """
 
 import errno
@@ -17,6 +18,8 @@ from dataclasses import replace
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from model.tower.faults import FeatureRangeError, GpuMemoryError
 from preprocess.decode.archive import Unpacker
@@ -41,11 +44,11 @@ if TYPE_CHECKING:
 
 PLAIN = Codec()
 PARTS_AHEAD = 64
-"""Of one file, which a decoder that has to begin at its start is told of."""
+"""Later parts of the same file that a decoder is given, in case it must read the file from its start."""
 
 
 class Encoder(ExitStack):
-    """What encodes the units of one bank: processes that decode, and the tower."""
+    """Encodes the units of one bank, with decoder processes and a tower."""
 
     def __init__(
         self,
@@ -59,9 +62,8 @@ class Encoder(ExitStack):
         retried: bool = False,
         decoders: int | None = None,
     ) -> None:
-        """failed: by id, clips that have failed in earlier runs. They are tried again only if `retried`,
-        and that also where an earlier holder of their unit has tried it. decoders: processes, None for
-        as many as there are cores."""
+        """failed: by id, clips that failed in earlier runs. They are tried again only if `retried`, even
+        if an earlier holder of their unit has tried them. decoders: processes; None for one per core."""
         super().__init__()
         assert (codec.name, codec.dtype) == (features.codec, features.dtype)
         self.out, self.features, self.tower, self.options = out, features, tower, options
@@ -69,7 +71,7 @@ class Encoder(ExitStack):
         self.summary = Summary()
         self.failed, self.retried = failed or {}, retried
         self._folders: set[Path] = set()
-        """That held clips of this run, and those above them."""
+        """Folders of this run's clips, and their parents."""
         self._decoders = self.enter_context(Decoders(decoders or decoders_for(1), Unpacker(out)))
         self._began = time.monotonic()
         self.bar = progress_bar() if bar is None else bar
@@ -82,12 +84,11 @@ class Encoder(ExitStack):
     def encode_unit(
         self, lease: Lease, sources: Sequence[ClipSource], *, keep_empty: bool = True
     ) -> bool:
-        """Make one shard, and return whether it is there; without a clip it is not, unless `keep_empty`.
+        """Make one shard; return whether it was committed. Without clips it is not, unless `keep_empty`.
 
-        Clips that an earlier holder of the unit had written are not encoded again; what is done here is
-        dropped where another takes the unit meanwhile. Raises OSError, of one line, where the disk
-        fails, and GpuMemoryError, which leaves nothing of the shard: its clips are all to be of one
-        batch shape.
+        Clips that an earlier holder of the unit has written are not encoded again. The work is dropped if
+        another process takes the unit. Raises OSError (one line) if the disk fails; and GpuMemoryError,
+        after which nothing of the shard is kept, since all of its clips must have one batch shape.
         """
         with disk_errors(self.out):
             tokens, keys = [one.token for one in lease.earlier], {one.key for one in sources}
@@ -95,7 +96,7 @@ class Encoder(ExitStack):
             if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token):
                 self.bar.update(len(sources))
                 return True
-            before = self.summary.copy()
+            before = self.summary.copy()  # of a unit that is lost to another holder nothing counts
             with ShardWriter(
                 lease.shard,
                 lease.unit,
@@ -154,7 +155,7 @@ class Encoder(ExitStack):
 
     @contextmanager
     def _clocked(self, stage: str) -> Iterator[None]:
-        """Count the time that passes as this stage's: decode, tower or write."""
+        """Add the elapsed time to this stage: decode, tower or write."""
         began = time.monotonic()
         try:
             yield
@@ -167,7 +168,7 @@ class Encoder(ExitStack):
                 self._folders |= {folder, *folder.parents}
 
     def _refuse_gone_folder(self, path: Path) -> None:
-        """Raise FileNotFoundError if a folder above is gone since: no clip is to blame for that."""
+        """Raise FileNotFoundError if a parent folder has vanished: the clip is not to blame."""
         for folder in self._folders.intersection(path.parents):
             if _is_gone(folder):
                 raise FileNotFoundError(errno.ENOENT, "the videos here have vanished", str(folder))
@@ -175,9 +176,9 @@ class Encoder(ExitStack):
     def _encoded(
         self, sources: Sequence[ClipSource], lease: Lease
     ) -> Generator[tuple[ClipSource, Outcome[ClipFacts], "Pooling | FeatureRangeError | None"]]:
-        """Yield what came of each clip, with its features or what the stored type cannot hold.
+        """Yield each clip's outcome, with its features or the range error of the stored type.
 
-        A few frames are held at a time, whatever the clips' lengths.
+        Only a few frames are in memory at a time, for clips of any length.
         """
         taken: Pooling | FeatureRangeError | None = None
         together = self.tower.batch_shape(sys.maxsize, self.options.batch_frames)
@@ -191,15 +192,24 @@ class Encoder(ExitStack):
                     lease.check()
                     taken = pooling_of(self.tower, event.frames, self.options)
                 elif isinstance(event, Outcome):
-                    yield source, event, taken
+                    yield source, event, self._taken_in(taken, None)
                     taken = None
-                elif taken is not None and not isinstance(taken, FeatureRangeError):
-                    try:
-                        with self._clocked("tower"):
-                            taken.add(event)
-                    except FeatureRangeError as error:
-                        taken = error
+                else:
+                    taken = self._taken_in(taken, event)
                 del event
+
+    def _taken_in(
+        self, taken: "Pooling | FeatureRangeError | None", frames: np.ndarray | None
+    ) -> "Pooling | FeatureRangeError | None":
+        """Have the tower take a clip's next frames, or end with it: None."""
+        if taken is None or isinstance(taken, FeatureRangeError):
+            return taken
+        try:
+            with self._clocked("tower"):
+                taken.end() if frames is None else taken.add(frames)
+        except FeatureRangeError as error:
+            return error
+        return taken
 
     def _jobs(self, sources: Sequence[ClipSource]) -> list[Job]:
         return [
@@ -220,7 +230,7 @@ class Encoder(ExitStack):
         taken: "Pooling | FeatureRangeError | None",
         writing: Writing,
     ) -> None:
-        """Have a clip's features written, or why there are none."""
+        """Queue a clip's features, or its failure, for writing."""
         with self._clocked("write"):
             if outcome.clip is None:
                 assert outcome.error
@@ -257,27 +267,27 @@ class Encoder(ExitStack):
 
 @contextmanager
 def disk_errors(bank: Path) -> Iterator[None]:
-    """Turn an OSError into one that says where, and how to go on."""
+    """Turn an OSError into one that says where it happened and how to continue."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # says so already
+        if error.errno is None:  # it was raised here, with the full text
             raise
         raise OSError(
             f"{error.filename or bank}: {error.strerror or error}; what is committed is intact, "
-            "free space or mend the disk and run the same command again"
+            "free space or repair the disk, and run the same command again"
         ) from None
 
 
 def _is_gone(folder: Path) -> bool:
-    """Tell whether there is no such folder, or nothing in it, as where a mount has vanished."""
+    """Return whether a folder does not exist or is empty, as an unmounted one."""
     return not folder.is_dir() or not any(folder.iterdir())
 
 
 def _next_parts(
     source: ClipSource, following: Sequence[ClipSource]
 ) -> tuple[tuple[float | None, float | None], ...]:
-    """Return the parts of the same file that come right after a part."""
+    """Return the parts of the same file that directly follow a part."""
     file = source.path, source.offset
     same = takewhile(lambda other: (other.path, other.offset) == file, following)
     return tuple((other.start, other.end) for other in islice(same, PARTS_AHEAD))

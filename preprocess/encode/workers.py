@@ -1,10 +1,10 @@
-"""Units over processes: every worker has its own tower and decoders, and takes what is left.
+"""Encode units in several processes: every worker has its own tower and decoders, and takes what is left.
 
 summary = encode_in_processes(work, options, procs=4)
 
-Other commands, here and on other machines, may take units of the same bank at the same time. The
-parent shows one bar. A worker that fails or dies leaves the others at their work; one that meets
-a bug ends the run, with its traceback. Workers end with the parent, however it ends.
+Other commands, here and on other machines, may take units of the same bank at the same time. The parent
+shows one progress bar. If a worker fails or dies, the others continue; a bug ends the run, with its
+traceback. Workers end with the parent, even if it is killed.
 """
 
 import multiprocessing
@@ -41,21 +41,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """Units of one bank that are to be encoded."""
+    """Units of one bank to encode."""
 
     out: Path
     features: FeatureConfig
     codec: Codec
     units: Mapping[int, list[ClipSource]]
-    """By number in the plan, the clips to bank."""
+    """By the unit's number in the plan: the clips to bank."""
     command: str
-    """What other processes call this one."""
+    """The name of this process in the messages of others."""
     failed: Mapping[str, QuarantineEntry] = field(default_factory=dict)
-    """By id, clips that have failed in earlier runs, and are not tried again."""
+    """By id: clips that failed in earlier runs and are not tried again."""
     start: float = 0.0
-    """The part of the units after which to begin, in [0, 1): others begin elsewhere."""
+    """The fraction of the units after which to begin, in [0, 1): workers begin at different units."""
     decoders: int | None = None
-    """Processes for each tower; None for as many as there are cores for."""
+    """Decoder processes per tower; None for cores / towers."""
 
     @property
     def clips(self) -> int:
@@ -67,7 +67,7 @@ def encode_work(
 ) -> Summary:
     """Encode units in this process, one after the other, until none is left to take.
 
-    Those that are left then are made by others, who live.
+    The units that are unfinished then are held by live processes.
     """
     with (
         Encoder(
@@ -100,8 +100,8 @@ def encode_work(
 def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summary:
     """Encode the units in several processes.
 
-    Raises UserError, one line for each reason, when the others are through and some worker could
-    not finish; ChildBug at once for a bug in a worker. What is committed stays.
+    Raises UserError, a line for each reason, if some worker could not finish, after the others have
+    ended; and ChildBug at once for a bug in a worker. Committed units are kept.
     """
     workers: list[tuple[Connection, BaseProcess]] = []
     done: dict[int, Summary] = {}
@@ -147,12 +147,15 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
     return replace(Summary.of(list(done.values())), seconds=seconds)
 
 
+# -- one worker process
+
+
 def _start(
     work: Work, options: EncodeOptions, rank: int, procs: int
 ) -> tuple[Connection, BaseProcess]:
     import torch
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
     receiver, sender = context.Pipe(duplex=False)
     if options.device == "cuda":
         options = replace(options, device=f"cuda:{rank % torch.cuda.device_count()}")
@@ -168,7 +171,7 @@ def _start(
 
 
 def _worker(work: Work, options: EncodeOptions, sender: Connection) -> None:
-    """Encode one worker's share, in a process of its own."""
+    """Encode units in a worker process, and send the parent its progress and result."""
     from transformers.utils import logging
 
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -186,6 +189,7 @@ def _worker(work: Work, options: EncodeOptions, sender: Connection) -> None:
 def _leave_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent
+    # A daemon process is only ended by a parent that exits normally; the sentinel also notices `kill -9`.
     wait([parent.sentinel])
     os._exit(1)
 
@@ -209,18 +213,18 @@ class RemoteBar(tqdm):
 def _death(rank: int, procs: int, code: int) -> str:
     how = signal.Signals(-code).name if code < 0 else f"exit {code}"
     return (
-        f"worker {rank + 1} of {procs} died ({how}); what the others finished stays; run the same "
-        "command again to go on"
+        f"worker {rank + 1} of {procs} died ({how}); units that others finished are kept; run the same "
+        "command again to continue"
     )
 
 
 @contextmanager
 def _without_interrupt() -> Iterator[None]:
-    """Start processes that Ctrl-C does not reach: it is for their parent, which ends them."""
+    """Ignore Ctrl-C in processes that are started within: the parent handles it and ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits ignored signals
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""A benchmark with exact answers, cut together from anybody's own videos."""
+"""A benchmark with exact answers, assembled from a user's own videos."""

@@ -1,6 +1,6 @@
-"""The cut of a clip: its scenes, and a small picture that moves over them. Pure: no pixel is read.
+"""Plan a clip: its scenes, and a small picture that moves over them. Pure: no pixel is read.
 
-Times are counted in frames of the clip, places in pixels, all of them exact.
+Times are in frames of the clip and places in pixels, both integers and so exact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ class Cut:
 
     source: int
     part: Part
-    """The one that it is taken from."""
+    """The part of the source that it is taken from."""
     begins: int
     """Frame of the source that is shown first."""
     first: int
@@ -32,12 +32,12 @@ class Cut:
 
     @property
     def span(self) -> tuple[float, float]:
-        """Seconds of the clip."""
+        """Start and end, in seconds of the clip."""
         return seconds_of(self.first, self.count)
 
     @property
     def taken(self) -> tuple[float, float]:
-        """Seconds of the source."""
+        """Start and end, in seconds of the source."""
         return seconds_of(self.begins, self.count)
 
 
@@ -60,16 +60,16 @@ class Inset:
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip, cut together."""
+    """The plan of one clip."""
 
     scenes: tuple[Cut, ...]
-    """In order, without a gap; each of a source of its own."""
+    """In order, without gaps; each from another source."""
     inset: Inset
-    """Of a source that is in no scene."""
+    """From a source that is in no scene."""
 
 
 def lengths(frames: int) -> tuple[int, int]:
-    """Return how many frames the shortest and the longest scene of a clip may have."""
+    """Return the numbers of frames of the shortest and the longest scene allowed in a clip."""
     return -(-frames * SCENE[0] // 100), frames * SCENE[1] // 100
 
 
@@ -80,7 +80,7 @@ def cut_clip(
     frames: int,
     size: int,
 ) -> Clip:
-    """Return the cut of a clip of so many frames: any sources in any order, of any lengths."""
+    """Return the plan of a clip of `frames` frames: random sources, order and lengths."""
     shortest, longest = lengths(frames)
     count = int(rng.integers(SCENES[0], min(SCENES[1], len(parts) - 1) + 1))
     while True:
@@ -100,9 +100,10 @@ def cut_clip(
 
 
 def cut_inset(rng: np.random.Generator, cut: Any, source: int, frames: int, size: int) -> Inset:
-    """Return a small picture that is there for as long as a long scene. All pixels are even.
+    """Return a small picture that is shown for half to all of the longest scene's length.
 
-    Even, because colour has half the resolution in the video: its edges are those of the truth.
+    Its coordinates are even: colour has half the resolution in the video (yuv420p), so odd edges would
+    be blurred and the true box not exact.
     """
     length = int(rng.integers(lengths(frames)[1] // 2, lengths(frames)[1] + 1))
     shown = cut(source, int(rng.integers(0, frames - length + 1)), length)
@@ -113,13 +114,13 @@ def cut_inset(rng: np.random.Generator, cut: Any, source: int, frames: int, size
 
 
 def describe(clip: Clip, names: Sequence[str], size: int) -> Json:
-    """Return the whole truth about a clip; names: of the sources."""
+    """Return a clip's scenes and boxes for footage.json. names: of the sources."""
 
-    def told(cut: Cut) -> Json:
+    def to_json(cut: Cut) -> Json:
         return {"source": names[cut.source], "span": cut.span, "from": cut.taken}
 
     shown = clip.inset.cut
     boxes = [clip.inset.box(k, size) for k in range(shown.first, shown.first + shown.count)]
     square = (*clip.inset.corner, clip.inset.side)
-    inset = told(shown) | {"square": square, "first_frame": shown.first, "boxes": boxes}
-    return {"scenes": [told(scene) for scene in clip.scenes], "inset": inset}
+    inset = to_json(shown) | {"square": square, "first_frame": shown.first, "boxes": boxes}
+    return {"scenes": [to_json(scene) for scene in clip.scenes], "inset": inset}

@@ -1,8 +1,8 @@
-"""Cut a benchmark with exact answers together from anybody's own videos.
+"""Assemble a benchmark with exact answers from a user's own videos.
 
     preprocess footage clips/ world --phrases phrases.yaml --train-clips 400 --seed 0
 
-Each clip is three to five scenes of different videos, cut hard, and for a while a small picture of
+Each clip is three to five scenes of different videos, with hard cuts, and for a while a small picture of
 yet another video moves over them. Written under the given folder:
 
     videos/{train,test}/clip-00000.mp4   h264, square, 8 frames per second
@@ -13,7 +13,7 @@ yet another video moves over them. Written under the given folder:
     llm/                                 a small random LLM with tokens for the words of train.jsonl
     footage.json                         every source, cut and box; written last
 
-Clips of train and test are cut from different parts of each video, between which some is left out.
+Training and test clips are cut from different parts of each video, with a gap between them.
 Frame k of a clip is shown from k / FPS, a box is x1 y1 x2 y2 as fractions of the frame.
 """
 
@@ -34,12 +34,14 @@ from preprocess.world import Json, check_empty, texts_of, write_rows, write_vide
 from shards.errors import UserError
 
 CRF = 16
-EDGE = 2  # pixels of white and of black around the small picture: it is seen on any ground
+EDGE = (
+    2  # pixels of white and of black around the small picture, so that it shows on any background
+)
 LEAST_SIZE, LEAST_SECONDS = 64, 4
 WORDS = 2000  # tokens of the small LLM, at most
 
 Footage = dict[str, list[np.ndarray]]
-"""Of each split the frames of every source's part, uint8 `(frames, size, size, rgb)`."""
+"""By split: the frames of every source's part, uint8 `(frames, size, size, 3)`."""
 
 
 def make_footage(
@@ -80,7 +82,7 @@ def make_footage(
                 bar.update()
     records = ask(clips, sources, size)
     for name, rows in records.items():
-        if rows:  # of sources with one phrase each, none is new
+        if rows:  # there are no new phrases where sources have one phrase each
             write_rows(out / f"{name}.jsonl", rows)
     save_small_llm(out / "llm", texts_of(records["train"]), seed)
     names = [source.file.relative for source in sources]
@@ -92,13 +94,13 @@ def make_footage(
 
 
 Numbered = tuple[str, Clip, np.random.Generator]
-"""A clip's id, its cut, and what its questions are drawn with."""
+"""A clip's id, its plan, and the generator that its questions are drawn with."""
 
 
 def cut_all(
     sources: Sequence[Source], counts: Mapping[str, int], seed: int, frames: int, size: int
 ) -> list[Numbered]:
-    """Return the cut of every clip. It depends on (seed, split, index), not on how many there are."""
+    """Return the plan of every clip: a function of (seed, split, index), not of the number of clips."""
     parts = [source.parts for source in sources]
     clips = []
     for number, (split, count) in enumerate(counts.items()):
@@ -110,7 +112,7 @@ def cut_all(
 
 
 def read_footage(sources: Sequence[Source], size: int, folder: Path) -> Footage:
-    """Read every source once; its frames lie in files, so that any number of them fits."""
+    """Read every source once, into memory-mapped files, so that any number of sources fits."""
     footage: Footage = {split: [] for split in SPLITS}
     with SourceReader(DecodeChild(), folder) as reader:
         for number, source in enumerate(tqdm(sources, desc="reading", unit="video")):
@@ -122,7 +124,7 @@ def read_footage(sources: Sequence[Source], size: int, folder: Path) -> Footage:
 
 
 def draw(clip: Clip, footage: Sequence[np.ndarray]) -> np.ndarray:
-    """Return a clip's frames, uint8 `(frames, size, size, rgb)`. footage: of its split."""
+    """Return a clip's frames, uint8 `(frames, size, size, 3)`. footage: of its split."""
 
     def shown(cut: Cut) -> np.ndarray:
         offset = cut.begins - cut.part.first
@@ -142,13 +144,13 @@ def draw(clip: Clip, footage: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def paint_edge(pictures: np.ndarray, grey: int) -> None:
-    """Draw a line inside of the pictures `(frames, height, width, rgb)`."""
+    """Draw a border inside the pictures `(frames, height, width, 3)`, in place."""
     for rows in (pictures, pictures.swapaxes(1, 2)):
         rows[:, :EDGE] = rows[:, -EDGE:] = grey
 
 
 def save_small_llm(folder: Path, texts: Sequence[str], seed: int) -> None:
-    """Save an LLM of random weights that learns these worlds in minutes on a CPU."""
+    """Save an LLM with random weights, small enough to learn these worlds in minutes on a CPU."""
     from transformers.utils.logging import disable_progress_bar
 
     from preprocess.toy_models import save_llm
@@ -158,7 +160,7 @@ def save_small_llm(folder: Path, texts: Sequence[str], seed: int) -> None:
 
 
 def ask(clips: Sequence[Numbered], sources: Sequence[Source], size: int) -> dict[str, list[Json]]:
-    """Return the rows of each file of questions, by its name."""
+    """Return the rows of each annotation file, by its name."""
     names = ("train", "train-scenes", "test", "test-new-phrases")
     records: dict[str, list[Json]] = {name: [] for name in names}
     for video, clip, rng in clips:

@@ -1,7 +1,7 @@
-"""A clip's cut -> questions with exact answers.
+"""The plan of a clip -> questions with exact answers.
 
-Questions come in random order, and so do the sources that one names: in the order of time, where a
-question stands would give its answer away.
+Questions are in random order, and so are the scenes that one question names: in temporal order, the
+position would give the answer away.
 """
 
 import string
@@ -17,13 +17,13 @@ TURNS_BEYOND_SPANS = 3
 BOXES = 2
 
 Named = tuple[Cut, str]
-"""A scene and the phrase that it goes by."""
+"""A scene and the phrase that the question uses for it."""
 
 
 def train_records(
     rng: np.random.Generator, video: str, clip: Clip, sources: Sequence[Source], size: int
 ) -> list[Json]:
-    """Return the clip's one record: the span of every scene and some other questions, mixed."""
+    """Return the clip's one record: the span of every scene and some other questions, shuffled."""
     name = namer(rng, sources)
     spans = [ask_span((scene, name(scene))) for scene in clip.scenes]
     others = ask_others(rng, clip, sources, size)
@@ -34,7 +34,7 @@ def train_records(
 def test_records(
     rng: np.random.Generator, video: str, clip: Clip, sources: Sequence[Source], size: int
 ) -> list[Json]:
-    """Return one record per question, asked by phrases that training knows."""
+    """Return one record per question, with phrases that training also uses."""
     name = namer(rng, sources)
     spans = [ask_span((scene, name(scene))) for scene in clip.scenes]
     return one_each(video, shuffled(rng, spans + ask_others(rng, clip, sources, size)))
@@ -43,7 +43,7 @@ def test_records(
 def new_phrase_records(
     rng: np.random.Generator, video: str, clip: Clip, sources: Sequence[Source]
 ) -> list[Json]:
-    """Return one record per question about times, asked by the phrases that were kept."""
+    """Return one record per question about times, with the phrases that only tests use."""
     named = [(scene, kept) for scene in clip.scenes if (kept := sources[scene.source].kept)]
     turns = [ask_span(each) for each in named]
     if len(named) > 1:
@@ -53,7 +53,7 @@ def new_phrase_records(
 
 
 def scene_rows(video: str, clip: Clip, sources: Sequence[Source]) -> list[Json]:
-    """Return what each scene shows, and when: what records are spliced from."""
+    """Return a row per scene with its phrases and span, for splicing records."""
     rows = []
     for number, scene in enumerate(clip.scenes):
         start, end = scene.span
@@ -63,20 +63,20 @@ def scene_rows(video: str, clip: Clip, sources: Sequence[Source]) -> list[Json]:
 
 
 def namer(rng: np.random.Generator, sources: Sequence[Source]) -> Callable[[Cut], str]:
-    """Return what calls a scene by any of the phrases that training knows."""
+    """Return a function that draws one of a scene's training phrases."""
     return lambda scene: str(rng.choice(sources[scene.source].phrases))
 
 
 def ask_others(
     rng: np.random.Generator, clip: Clip, sources: Sequence[Source], size: int
 ) -> list[Turn]:
-    """Return one question of each other kind, of some two."""
+    """Return one or two questions of each other kind."""
     name = namer(rng, sources)
     named = [(scene, name(scene)) for scene in clip.scenes]
     turns = [ask_first(rng, named), ask_order(rng, named)]
     turns += [ask_seen(rng, scene, sources) for scene in shuffled(rng, clip.scenes)[:BOXES]]
     turns += [ask_box(rng, clip, size) for _ in range(BOXES)]
-    if len(sources) > SCENES[0] + 1:  # else there is but one answer
+    if len(sources) > SCENES[0] + 1:  # with fewer, every clip has three scenes
         turns.append(Turn("count", "How many scenes does the video have?", str(len(named))))
     return turns
 
@@ -93,7 +93,7 @@ def ask_first(rng: np.random.Generator, named: Sequence[Named]) -> Turn:
 
 
 def ask_order(rng: np.random.Generator, named: Sequence[Named]) -> Turn:
-    """Ask for the letters of all scenes in their order, as of a choice."""
+    """Ask for the order of all scenes, as letters of a multiple choice."""
     lettered = list(zip(string.ascii_uppercase, shuffled(rng, named), strict=False))
     options = [f"{letter}. {phrase}" for letter, (_, phrase) in lettered]
     question = "\n".join(["In which order does the video show these?", *options])
@@ -102,7 +102,7 @@ def ask_order(rng: np.random.Generator, named: Sequence[Named]) -> Turn:
 
 
 def ask_seen(rng: np.random.Generator, scene: Cut, sources: Sequence[Source]) -> Turn:
-    """Ask in the middle half of a scene, so that no sampled frame near it is beyond a cut."""
+    """Ask in the middle half of a scene, so that the sampled frames near it show the same scene."""
     frame = scene.first + int(rng.integers(scene.count // 4, scene.count - scene.count // 4))
     question = f"What does the video show at {seconds(frame / FPS)}?"
     return Turn("seen", question, sources[scene.source].phrases[0])

@@ -1,7 +1,7 @@
-"""Where footage is cut from: videos, their phrases, and two parts of each that share no frame.
+"""The sources of footage: videos, their phrases, and two parts of each without a common frame.
 
-Training takes the first half of a source, tests its last 40 %; of a long one only the minute at
-either end. Times are counted in frames of `FPS`: frame k of a source is what it shows at k / FPS.
+Training takes the first half of a source, tests its last 40 %; of a long one only the first and the last
+minute. Times are in frames of `FPS`: frame k of a source is what it shows at k / FPS.
 """
 
 import sys
@@ -33,9 +33,9 @@ FPS = 8  # times k / 8 are exact in milliseconds
 TRAIN_ENDS, TEST_BEGINS = 50, 60  # percent of a source
 MOST_SECONDS = 60  # of a part: a long source must not fill the disk
 FEWEST = 4
-"""Sources: three scenes and a small picture that shows none of them."""
+"""Sources needed: three scenes and a small picture of another one."""
 MOST_WORDS = 9
-"""Of a phrase: a longer answer would be scored as a caption."""
+"""Words of a phrase: a longer answer would be scored as a caption."""
 
 
 def seconds_of(first: int, count: int) -> tuple[float, float]:
@@ -66,9 +66,9 @@ class Source:
     """Of the file's size, first and last 64 KiB."""
     duration: float
     phrases: tuple[str, ...]
-    """What training and tests call it; the first is the answer to what is shown."""
+    """Phrases in training and tests; the first is the answer to what is shown."""
     kept: str | None
-    """The phrase that tests alone know."""
+    """The phrase that only tests use."""
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -91,7 +91,7 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str], phrases: Path | None, longest: int) -> list[Source]:
-    """Return the videos of files and folders; UserError with a line for each that will not do.
+    """Return the videos of files and folders; raises UserError with a line for each unsuitable one.
 
     phrases: a YAML of phrases per source, see `read_phrases`. longest: frames of the longest scene.
     """
@@ -104,7 +104,7 @@ def find_sources(inputs: Sequence[str], phrases: Path | None, longest: int) -> l
     with SourceReader(DecodeChild(), Path()) as reader:
         for file in tqdm(found.clips, desc="looking", unit="video", leave=False):
             if (file.start, file.end, file.offset) != (None, None, None):
-                problems.append(f"{file.where}: footage is cut from whole video files alone")
+                problems.append(f"{file.where}: footage can only be cut from whole video files")
                 continue
             names = phrases_of(file, known, phrases, problems)
             outcome = reader.read(file, ReadRequest(Path(file.path), Sampling(num_frames=1)))
@@ -112,9 +112,9 @@ def find_sources(inputs: Sequence[str], phrases: Path | None, longest: int) -> l
                 problems.append(str(outcome.error))
             elif names:
                 kept = names[-1] if len(names) > 1 else None
-                told = names[:-1] or names
+                known_phrases = names[:-1] or names
                 size, digest = outcome.size, outcome.digest
-                source = Source(file, size, digest, outcome.clip.end, tuple(told), kept)
+                source = Source(file, size, digest, outcome.clip.end, tuple(known_phrases), kept)
                 problems += too_short(source, longest)
                 sources.append(source)
     problems += twins(sources)
@@ -126,8 +126,11 @@ def find_sources(inputs: Sequence[str], phrases: Path | None, longest: int) -> l
     return sources
 
 
+# -- phrases
+
+
 def read_phrases(path: Path) -> dict[str, tuple[str, ...]]:
-    """Return the phrases of each source, by its name, its name without ending, or its path.
+    """Return the phrases of each source, by its name, its name without suffix, or its path.
 
         bikes.mp4: [cyclists in a city, people on bikes, a ride through the streets]
         garden:    [a robin at a feeder]
@@ -161,7 +164,7 @@ def read_phrases(path: Path) -> dict[str, tuple[str, ...]]:
 def phrases_of(
     file: ClipSource, known: Mapping[str, Any], path: Path | None, problems: list[str]
 ) -> tuple[str, ...]:
-    """Return the phrases of a source: those of the YAML, without one the name of its file."""
+    """Return the phrases of a source: from the YAML file, or without one its file name."""
     name, stem = Path(file.relative).name, Path(file.relative).stem
     for key in (file.relative, name, stem):
         if key in known:
@@ -176,7 +179,7 @@ def phrases_of(
 
 
 def bad_phrase(text: str, where: str) -> UserError | None:
-    """Return why a phrase cannot be asked about, if so."""
+    """Return the error of a phrase that cannot be used in questions; None if it can."""
     words = len(text.split())
     if text != text.strip() or "\n" in text or "<" in text:
         what = "a phrase is one line without `<`, and without blanks around it"
@@ -187,8 +190,11 @@ def bad_phrase(text: str, where: str) -> UserError | None:
     return UserError(what, got=repr(text), where=where, fix="write another")
 
 
+# -- videos that cannot be used
+
+
 def too_short(source: Source, longest: int) -> list[str]:
-    """Return a line if a part of a source does not hold the longest scene."""
+    """Return a line if a part of a source is shorter than the longest scene."""
     if min(part.count for part in source.parts.values()) >= longest:
         return []
     error = UserError(
@@ -203,7 +209,7 @@ def too_short(source: Source, longest: int) -> list[str]:
 
 
 def twins(sources: Sequence[Source]) -> list[str]:
-    """Return a line for each phrase and each video that is there twice: one answer must be right."""
+    """Return a line for each phrase and each video that occurs twice: a question needs one answer."""
     owners: dict[str, list[str]] = defaultdict(list)
     for source in sources:
         names = [*source.phrases, source.kept] if source.kept else source.phrases
@@ -217,8 +223,11 @@ def twins(sources: Sequence[Source]) -> list[str]:
     ]
 
 
+# -- frames
+
+
 def read_parts(source: Source, reader: SourceReader, side: int) -> dict[str, np.ndarray]:
-    """Return the frames of both parts, uint8 `(frames, side, side, rgb)`: their middle squares."""
+    """Return the middle squares of both parts' frames, uint8 `(frames, side, side, 3)`, by split."""
     bicubic = int(Image.Resampling.BICUBIC)
     plain = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     square = Pixels(side, side, True, bicubic, (side, side), 1.0, *plain)
@@ -229,7 +238,7 @@ def read_parts(source: Source, reader: SourceReader, side: int) -> dict[str, np.
             Path(source.file.path), Sampling(fps=str(FPS)), start=start, end=end, pixels=square
         )
         clip = had(reader.read(source.file, request))
-        # A source may show fewer frames per second; what it shows before its first frame is that.
+        # A source may have fewer frames per second: repeat the one on screen, at first the first one.
         times = (part.first + np.arange(part.count)) / FPS
         shown = np.searchsorted(clip.timestamps, times, side="right") - 1
         found[split] = clip.frames[np.maximum(shown, 0)]
@@ -237,7 +246,7 @@ def read_parts(source: Source, reader: SourceReader, side: int) -> dict[str, np.
 
 
 def had(outcome: Outcome) -> Any:
-    """Return the clip that was read; raises why there is none."""
+    """Return the clip that was read; raises its VideoError if there is none."""
     if outcome.clip is None:
         assert isinstance(outcome.error, VideoError)
         raise outcome.error

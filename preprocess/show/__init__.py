@@ -1,1 +1,1 @@
-"""A bank for people to look at: a table of the whole, a picture of one clip."""
+"""Show a bank to a person: a table of the whole, a picture of one clip."""

@@ -1,7 +1,7 @@
-"""A picture of an answer: a clip's frames with the spans, boxes and points that it says.
+"""A picture of an answer: a clip's frames with the time spans, boxes and points in the answer.
 
-Under each frame lies its share of the time line, from its own time to that of the next frame: what is
-said fills it in orange, what is true, where that is known, in green beneath.
+Under each frame is its share of the time line, from its own time to that of the next frame: the answer
+in orange, and below it the truth, where it is known, in green.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from preprocess.show.picture import (
 )
 
 SAID, TRUE, EMPTY = "#e8590c", "#2b8a3e", "#e6e6e6"
-BAR, BELOW, RING = 9, 3, 5  # pixels: a time line's height, the gap to it, a point's radius
-LINES = (3, 7)  # pixels of a box said, and of a true one, which shows on both sides of it
-HALO = 2  # pixels of white around them, half on each side: they are seen on any ground
+BAR, BELOW, RING = 9, 3, 5  # pixels: height of a time line, gap above it, radius of a point
+LINES = (3, 7)  # pixels: line width of the answer's boxes, and of true ones, visible on both sides
+HALO = 2  # pixels of white around lines, half on each side, so that they show on any background
 
 
 @dataclass(frozen=True)
 class Pointed:
-    """What a text points at in a clip."""
+    """The times and places in a clip that a text refers to."""
 
     text: str
     spans: tuple[tuple[float, float], ...]
@@ -49,7 +49,8 @@ def answer_page(
 ) -> Image.Image:
     """Return the picture of an answer.
 
-    frames: uint8 `(frames, height, width, rgb)`; times: of each, and `end` the clip's, in seconds.
+    frames: uint8 `(frames, height, width, 3)`; times: seconds of each frame; end: seconds of the clip's
+    end.
     """
     layout = Layout.of(len(frames), 1, *frames.shape[1:3])
     image = Image.new("RGB", layout.size, PAPER)
@@ -87,7 +88,7 @@ def answer_page(
 def frames_of(
     seen: Sequence[float], spans: Sequence[tuple[float, float]], times: Sequence[float]
 ) -> list[int]:
-    """Return which frames show a place: the nearest to its times, those within spans, or all."""
+    """Return the frames to draw a place on: nearest to its times, else those within spans, else all."""
     if seen:
         return [int(np.abs(np.asarray(times) - time).argmin()) for time in seen]
     inside = [k for k, t in enumerate(times) if any(a <= t < b for a, b in spans)]
@@ -95,7 +96,7 @@ def frames_of(
 
 
 def draw_place(tile: Image.Image, place: Sequence[float], ink: str, width: int) -> None:
-    """Draw a box, its line in the middle of the edge said, or a point as a ring."""
+    """Draw a box, its line centred on the edge, or a point as a ring."""
     corners = [round(u * side) for u, side in zip(place, tile.size * 2, strict=False)]
     draw = ImageDraw.Draw(tile)
     for colour, thick in ((PAPER, width + HALO), (ink, width)):
@@ -103,7 +104,9 @@ def draw_place(tile: Image.Image, place: Sequence[float], ink: str, width: int) 
         if len(corners) == 2:
             (x, y), reach = corners, RING + reach
             draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline=colour, width=thick)
-        elif corners[0] <= corners[2] and corners[1] <= corners[3]:  # else there is no such box
+        elif (
+            corners[0] <= corners[2] and corners[1] <= corners[3]
+        ):  # a reversed box cannot be drawn
             x1, y1, x2, y2 = corners
             draw.rectangle((x1 - reach, y1 - reach, x2 + reach, y2 + reach), None, colour, thick)
 
@@ -116,7 +119,7 @@ def draw_share(
     spans: Sequence[tuple[float, float]],
     ink: str,
 ) -> None:
-    """Draw a frame's share of the time line, filled where spans lie."""
+    """Draw a frame's share of the time line, filled within the spans."""
     x, y = corner
     draw.rectangle((x, y, x + width - 1, y + BAR - 1), fill=EMPTY)
     start, end = share

@@ -19,7 +19,7 @@ from preprocess.decode.source import SourceReader
 from preprocess.show.table import find
 from shards.format.codec import as_float32
 from shards.format.features import Sampling
-from shards.format.plan import read_plan
+from shards.format.plan import ClipSource, read_plan
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
 from shards.text import printable
@@ -27,38 +27,48 @@ from shards.text import printable
 Arrays = Mapping[int, np.ndarray]
 
 PAGE, MARGIN, GAP, LABELS, CAPTION, TITLE = 1600, 24, 8, 84, 22, 114  # pixels
-NARROWEST, SMALLEST = 88, 16  # columns hold a time; a tile has both its sides
-TILE_SIDES = ((2, 480), (8, 320), (24, 224), (160, 176))  # up to so many frames: the longer side
+NARROWEST, SMALLEST = 88, 16  # pixels: a column fits a time stamp; no side of a tile is shorter
+TILE_SIDES = ((2, 480), (8, 320), (24, 224), (160, 176))  # (most frames, pixels of the longer side)
 PAPER, INK, FAINT, OUTLINE, GONE, SEEN = "#fff", "#1c1c1c", "#707070", "#b4b4b4", "#ddd", "#f60"
 
 
 def picture(path: Path, name: str) -> tuple[str, Image.Image]:
-    """Return a clip's key and its page. `name` is the id or the key; UserError if unknown."""
+    """Return a clip's key and its picture. name: its id or key; raises UserError if unknown."""
     bank = Bank.open(path)
     row = find(bank, name)
     meta = bank.meta(row)
-    features = {stride: bank.read(row, stride) for stride in bank.config.strides}
+    features = {stride: bank.read(row, stride) for stride in bank.strides}
     frames = source_frames(path, meta, bank.config.sampling)
     return sample_key(meta.id), page(meta, frames, features, bank.config.pool)
 
 
 def source_frames(bank: Path, meta: SampleMeta, sampling: Sampling) -> np.ndarray | str:
-    """Return the clip's frames, uint8 `(frames, height, width, 3)`; or why they are not there."""
+    """Return the clip's frames, uint8 `(frames, height, width, 3)`; or why there are none.
+
+    Frames are only shown if the video's digest and the frame indices are those of the bank.
+    """
     plan = read_plan(bank)
     source = next((clip for clip in plan.clips if clip.id == meta.id), None) if plan else None
-    if not source or not Path(source.path).exists():
-        return "video gone"
-    incomplete = not {"truncated", "damaged"}.isdisjoint(meta.flags)
     with SourceReader(DecodeChild(), Path(gettempdir())) as reader:
-        request = ReadRequest(
-            Path(source.path),
-            sampling,
-            start=source.start,
-            end=source.end,
-            allow_truncated=incomplete,
-            picture_fps=source.picture_fps or PICTURE_FPS,
-        )
-        outcome = reader.read(source, request)
+        return read_frames(reader, source, meta, sampling)
+
+
+def read_frames(
+    reader: SourceReader, source: ClipSource | None, meta: SampleMeta, sampling: Sampling
+) -> np.ndarray | str:
+    """Return what `source_frames` does, of a clip whose source is known."""
+    if not source or not Path(source.path).exists():
+        return "video missing"
+    incomplete = not {"truncated", "damaged"}.isdisjoint(meta.flags)
+    request = ReadRequest(
+        Path(source.path),
+        sampling,
+        start=source.start,
+        end=source.end,
+        allow_truncated=incomplete,
+        picture_fps=source.picture_fps or PICTURE_FPS,
+    )
+    outcome = reader.read(source, request)
     if outcome.clip is None:
         return f"video {outcome.error.reason if outcome.error else 'unreadable'}"
     if outcome.digest != meta.digest or outcome.clip.frame_index.tolist() != meta.frame_index:
@@ -67,7 +77,7 @@ def source_frames(bank: Path, meta: SampleMeta, sampling: Sampling) -> np.ndarra
 
 
 def colours(features: Arrays) -> dict[int, np.ndarray]:
-    """Return the cells of all strides as colours of one palette.
+    """Return the cells of all strides as colours, by one principal component analysis of all cells.
 
     features: stride -> float16, or uint16 that holds bfloat16, `(units, rows, cols, dim)`; returns
     stride -> uint8 `(units, rows, cols, 3)`. The first principal component is red, the second
@@ -77,9 +87,12 @@ def colours(features: Arrays) -> dict[int, np.ndarray]:
     cells = np.concatenate([array.reshape(-1, array.shape[-1]) for array in wide.values()])
     scale, centre = np.abs(cells).max(), cells.mean(axis=0)
     cells -= centre
+    # Of the (dim, dim) covariance: unlike an SVD of all cells, its cost depends on the width only.
     axes = np.linalg.eigh(cells.T @ cells).eigenvectors[:, :-4:-1]  # columns, largest first
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])  # else by chance
+    # The sign of an eigenvector is arbitrary: its largest entry is made positive.
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])
     axes = np.pad(axes, ((0, 0), (0, 3 - axes.shape[1])))
+    # Percentiles and not extremes: one outlier would leave a single grey to all other cells.
     low, high = np.percentile(cells @ axes, (1, 99), axis=0)
     varies = high - low > 1e-9 * scale
     gain, base = (
@@ -90,13 +103,16 @@ def colours(features: Arrays) -> dict[int, np.ndarray]:
     return {stride: x.round().clip(0, 255).astype(np.uint8) for stride, x in shades.items()}
 
 
+# -- layout and text
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where tiles lie: columns of a frame above its grids, in as many rows as needed. Pixels."""
+    """Positions of tiles in pixels: a column is a frame above its grids; columns wrap into rows."""
 
     count: int
     bands: int
-    """Tiles of a column: the frame, then one for each stride."""
+    """Tiles in a column: the frame, then one for each stride."""
     tile: tuple[int, int]
     """(width, height)"""
     column_width: int
@@ -109,7 +125,7 @@ class Layout:
         tile = max(SMALLEST, round(width * side)), max(SMALLEST, round(height * side))
         column_width = max(tile[0], NARROWEST) + GAP
         most = (PAGE - 2 * MARGIN - LABELS + GAP) // column_width
-        columns = -(-count // -(-count // most))  # the fewest that need no further row
+        columns = -(-count // -(-count // most))  # the fewest columns for the same number of rows
         return cls(count, bands, tile, column_width, columns)
 
     @property
@@ -129,7 +145,7 @@ class Layout:
 
 
 def page(meta: SampleMeta, frames: np.ndarray | str, features: Arrays, pool: str) -> Image.Image:
-    """Return the picture of a clip; a text for frames stands in their tiles."""
+    """Return the picture of a clip. frames: a text instead is written in their tiles."""
     layout = Layout.of(len(meta.timestamps), 1 + len(features), *meta.display_size)
     image = Image.new("RGB", layout.size, PAPER)
     draw = ImageDraw.Draw(image)
@@ -169,7 +185,7 @@ def title(meta: SampleMeta) -> tuple[str, str, str]:
 
 
 def shortened(text: str, size: int, width: int) -> str:
-    """Return text, its middle left out where it is wider than `width` pixels."""
+    """Return text, with its middle left out if it is wider than `width` pixels."""
 
     def fits(shown: str) -> bool:
         return font(size).getlength(shown) <= width
@@ -177,6 +193,7 @@ def shortened(text: str, size: int, width: int) -> str:
     def cut(keep: int) -> str:
         return f"{text[:keep]}…{text[-keep:]}"
 
+    # By bisection: trying one length after the other took a minute for a page of 400 lines.
     keeps = range(len(text) // 2, 0, -1)
     if not keeps or fits(text):
         return text
@@ -189,8 +206,11 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
+# -- tiles
+
+
 def frame_tile(frame: np.ndarray | str, size: tuple[int, int], meta: SampleMeta) -> Image.Image:
-    """Return a frame at the size of a tile, with the border of what the tower saw of it."""
+    """Return a frame at the size of a tile, with the outline of the part that the tower saw."""
     if isinstance(frame, str):
         tile = Image.new("RGB", size, GONE)
         middle, lines = (size[0] / 2, size[1] / 2), frame.replace(" ", "\n")
@@ -207,7 +227,7 @@ def frame_tile(frame: np.ndarray | str, size: tuple[int, int], meta: SampleMeta)
 def cells_tile(
     cells: np.ndarray, stride: int, pool: str, size: tuple[int, int], meta: SampleMeta
 ) -> Image.Image:
-    """Return colours, uint8 `(rows, cols, 3)`, laid over the covered part of a frame's outline."""
+    """Return colours, uint8 `(rows, cols, 3)`, drawn over the covered part of a frame's outline."""
     tile = Image.new("RGB", size, PAPER)
     ImageDraw.Draw(tile).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=OUTLINE)
     pixels = np.array(tile)

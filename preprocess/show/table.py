@@ -1,10 +1,7 @@
-"""What is in a bank: a table of the whole, a picture of one clip.
+"""The table of `preprocess show BANK`: how a bank was made and what is in it.
 
-    preprocess show BANK
-    preprocess show BANK KEY --out page.png
-
-The table needs the bank alone. The picture shows a clip's frames, read again from the video where
-that is still there, above their features as colours: three principal components as RGB.
+The table needs only the bank. The picture of one clip (`preprocess show BANK KEY --out page.png`, see
+`picture`) also decodes the clip's video, where that still exists.
 """
 
 from collections import Counter
@@ -30,7 +27,7 @@ DURATIONS |= {f"{n} min": 60 * n for n in (1, 2, 5, 10, 20, 30)} | {"1 h": 3600,
 
 
 def table(path: Path) -> str:
-    """Return what is in the bank at `path`, for a terminal or a log."""
+    """Return the table of the bank at `path`, as text for a terminal or a log."""
     bank = Bank.open(path)
     durations = bank.columns["end"] - bank.columns["start"]
     metas = (bank.meta(row) for row in range(len(bank)))
@@ -39,9 +36,9 @@ def table(path: Path) -> str:
 
 
 def find(bank: Bank, name: str) -> int:
-    """Return the row of the clip whose id or key is `name`; UserError says why there is none."""
+    """Return the catalogue row of the clip whose id or key is `name`; raises UserError if none has it."""
     keys = split_text(bank.columns, "key")
-    same = [normalize(form, name) for form in ("NFC", "NFD")]  # macOS writes names in another form
+    same = [normalize(form, name) for form in ("NFC", "NFD")]  # macOS may store names as NFD
     for names in (bank.ids, keys):
         for asked in (name, *same):
             if asked in names:
@@ -60,7 +57,7 @@ def find(bank: Bank, name: str) -> int:
 
 
 def facts(bank: Bank) -> list[str]:
-    """Return the table's lines on how the bank was made and how large it is."""
+    """Return the lines on how the bank was made and how large it is."""
     config, manifest = bank.config, bank.manifest
     tower = f"{config.tower_type}, digest {config.tower_digest[:12]}"
     many = f"{config.sampling.fps} frames per second, at most {config.sampling.max_frames}"
@@ -80,7 +77,7 @@ def facts(bank: Bank) -> list[str]:
         "pool": config.pool,
         "clips": f"{len(bank):,}",
         "frames": f"{len(bank.columns['timestamps']):,}",
-        "bytes": f"{in_bytes(manifest.nbytes)}, shards {len(manifest.shards):,}",
+        "bytes": f"{in_bytes(bank.whole.nbytes)}, shards {len(manifest.shards):,}",
     }
     if config.derived:
         strides = ",".join(map(str, config.derived.strides))
@@ -88,25 +85,25 @@ def facts(bank: Bank) -> list[str]:
             f"from {', '.join(sources(manifest))} (strides {strides}, codec {config.derived.codec}, "
             f"fingerprint {config.derived.fingerprint[:12]})"
         )
-    for stride in config.strides:
+    for stride in bank.strides:
         shapes = bank.columns[f"stride{stride}_shape"].reshape(-1, 4)
         grids = Counter(f"{rows}x{columns} cells" for _, rows, columns, _ in shapes.tolist())
         named = ", ".join(grid for grid, _ in grids.most_common(EXAMPLES)) or "no cells"
         nbytes = in_bytes(int(bank.columns[f"stride{stride}_nbytes"].sum()))
         lines[f"stride {stride}"] = f"{named}{' ...' * (len(grids) > EXAMPLES)}, {nbytes}"
         if config.codec != "none":
-            lines[f"stride {stride}"] += f", {codec_quality(manifest, stride)}"
+            lines[f"stride {stride}"] += f", {codec_quality(bank.whole, stride)}"
     return [f"{name:<12} {printable(value)}" for name, value in lines.items()]
 
 
 def sources(manifest: Manifest) -> list[str]:
-    """Return where the banks lay that a bank was derived from."""
+    """Return the paths of the banks that a bank was derived from."""
     places = {record.get("derived_from") for record in manifest.provenance.encoded}
     return sorted(str(place) for place in places if place)
 
 
 def codec_quality(manifest: Manifest, stride: int) -> str:
-    """Return what a codec saves and what it loses."""
+    """Return a codec's measured compression and errors, in words."""
     measured = manifest.codec.strides[str(stride)]
     return (
         f"{measured['ratio']:.2f} of the plain bytes, cosine {measured['cosine_mean']:.5f} "
@@ -116,7 +113,7 @@ def codec_quality(manifest: Manifest, stride: int) -> str:
 
 
 def histogram(durations: np.ndarray) -> list[str]:
-    """Return the lines that show how long the clips are, in seconds."""
+    """Return the lines of a histogram of the clips' durations. durations: seconds."""
     if not len(durations):
         return []
     low, middle, high = np.percentile(durations, (0, 50, 100))
@@ -130,7 +127,7 @@ def histogram(durations: np.ndarray) -> list[str]:
 
 
 def origins(metas: Iterable[SampleMeta]) -> list[str]:
-    """Return the lines on which readers gave the frames and what the scans flagged."""
+    """Return the lines that count readers and scan flags."""
     counts: dict[str, Counter[str]] = {"readers": Counter(), "flags": Counter()}
     for meta in metas:
         counts["readers"][meta.decoder] += 1

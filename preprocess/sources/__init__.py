@@ -1,1 +1,1 @@
-"""Inputs -> clips: which there are, what is known of them undecoded, what has changed."""
+"""Inputs -> clips: find them, read their headers, compare them with the plan."""

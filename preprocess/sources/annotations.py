@@ -1,8 +1,8 @@
 """Annotation files -> the media they name, resolved against folders.
 
-What a file says is read as training reads it (`shards.annotations`); here its media are looked for. A
-file may come from a stranger: a path in it that leads out of its root is refused unless it is trusted.
-Every row is refused, counted as skipped, or one of those that name the clips.
+Files are read as training reads them (`shards.annotations`); this module searches for their media. A
+file may come from a stranger, so a path that leads out of its root is refused unless allowed. Every row
+is refused, counted as skipped, or names a clip.
 """
 
 import os
@@ -21,14 +21,14 @@ from shards.errors import UserError
 from shards.text import some
 
 MOST_PROBLEMS = 30
-"""Of a file, that are shown."""
+"""Problems of one file that are listed."""
 NAMED = 3
-"""Missing videos that are shown."""
+"""Missing videos that are listed."""
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """How the media of annotation files are looked for."""
+    """How to search for the media of annotation files."""
 
     video_roots: tuple[str, ...] = ()
     allow_outside: bool = False
@@ -36,7 +36,7 @@ class Lookup:
     missing: str = "refuse"
     """refuse, or drop: rows whose videos are not found."""
     on_bad_record: str = "refuse"
-    """refuse, or drop: rows that are damaged, or name what may not be looked for."""
+    """refuse, or drop: rows that are damaged, or name paths that are not allowed."""
 
 
 class Named(NamedTuple):
@@ -49,7 +49,7 @@ class Named(NamedTuple):
 
 @dataclass
 class Media:
-    """What annotation files name."""
+    """The media that annotation files name."""
 
     clips: list[tuple[Path, str, float | None, float | None]] = field(default_factory=list)
     """(file, path under its root, start, end)."""
@@ -60,8 +60,8 @@ class Media:
 def annotated_media(path: Path, lookup: Lookup, problems: list[str]) -> Media:
     """Return the clips that annotation files name, and the rows that are left out.
 
-    path: a file, or a folder of files of one kind. What cannot be read, found, or may not be looked
-    for goes to `problems`, unless it is to be dropped.
+    path: a file, or a folder of files of one kind. A line for each row or medium that cannot be read,
+    is not found, or is not allowed is added to `problems`, unless it is to be dropped.
     """
     found = Media()
     try:
@@ -75,7 +75,7 @@ def annotated_media(path: Path, lookup: Lookup, problems: list[str]) -> Media:
 
 
 def _look_for(file: Path, lookup: Lookup, found: Media, problems: list[str]) -> None:
-    """Add what one file names."""
+    """Add the clips, skips and notes of one file to `found`."""
     places: dict[str, Path | None] = {}
     named: dict[Named, Path] = {}
     missing: set[Named] = set()
@@ -108,7 +108,7 @@ def _look_for(file: Path, lookup: Lookup, found: Media, problems: list[str]) -> 
 def _named(
     file: Path, lookup: Lookup, found: Media, problems: list[str]
 ) -> Iterator[tuple[str, list[Named]]]:
-    """Yield the place and the media of each row that names some."""
+    """Yield the place in the file and the media of each row that names some."""
     wrong: list[str] = []
     any_named = False
     for where, data in rows_of(file, wrong):
@@ -133,7 +133,7 @@ def _named(
 
 
 def _place(file: Path, medium: str, folders: Sequence[Path], problems: list[str]) -> Path | None:
-    """Return where a medium is: under the roots, else beside its file, which is the last folder."""
+    """Return the path of a medium: under the roots, else beside its file, which is the last folder."""
     *roots, beside = [_reached(folder, medium) for folder in folders]
     there = [path for path in roots if _is_source(path)] or [beside] * _is_source(beside)
     places = {os.path.realpath(path): path for path in there[::-1]}
@@ -146,9 +146,9 @@ def _place(file: Path, medium: str, folders: Sequence[Path], problems: list[str]
 
 
 def _reached(folder: Path, medium: str) -> Path:
-    """Return the path of a medium below a folder; in another Unicode form where only that is there.
+    """Return the path of a medium below a folder; in another Unicode form if only that exists.
 
-    macOS writes accents apart from their letters (NFD), most others as one (NFC).
+    HFS+ of macOS stores accents apart from their letters (NFD); most others keep what is written (NFC).
     """
     if medium.isascii() or os.path.lexists(folder / medium):
         return folder / medium
@@ -176,5 +176,5 @@ def _notes_of_form(file: Path, places: dict[str, Path | None]) -> list[str]:
 def _is_source(path: Path) -> bool:
     try:
         return path.is_file() or (path.is_dir() and bool(picture_files(path)))
-    except OSError:  # it may not be looked at
+    except OSError:  # no permission
         return False

@@ -1,4 +1,4 @@
-"""What became of a plan's sources: new, changed, moved, gone, back again.
+"""Compare a plan's sources with the inputs: which are new, changed, moved, removed or restored.
 
 changes = compare(bank, plan, clips, banked)    # clips: probed, all that the inputs give
 plan = changes.plan.extended(changes.todo, shard_bytes, clip_bytes)
@@ -14,29 +14,29 @@ from shards.format.plan import ClipSource, Plan
 
 @dataclass(frozen=True)
 class Changes:
-    """What the inputs of a run are to a plan."""
+    """How the inputs of a run differ from a plan."""
 
     plan: Plan
-    """With the paths and times of today, and with nothing pruned that is among the inputs."""
+    """The plan with current paths and times; clips among the inputs are no longer pruned."""
     new: list[ClipSource]
     changed: list[ClipSource]
-    """Clips that the plan holds, of sources that are others now."""
+    """Planned clips whose sources have other bytes now."""
     removed: list[ClipSource]
-    """Clips that the plan holds and whose sources are gone."""
+    """Planned clips whose sources no longer exist."""
 
     @property
     def todo(self) -> list[ClipSource]:
-        """What must go into new units."""
+        """Clips that must be put into new units."""
         return [*self.new, *self.changed]
 
 
 def compare(
     bank: Path, plan: Plan, clips: Sequence[ClipSource], lost: Collection[str] = ()
 ) -> Changes:
-    """Return what the clips are to the plan.
+    """Return how the clips differ from the plan.
 
-    lost: keys that the plan holds and that must be planned again. Raises UserError naming each
-    clip whose id stands for another source that is still there.
+    lost: keys of planned clips that must be planned a second time. Raises UserError naming each clip
+    whose id belongs to another source that still exists.
     """
     known = {clip.key: clip for clip in plan.clips}
     refuse_other_sources(bank, clips, known.values())
@@ -47,42 +47,42 @@ def compare(
         if clip.key in known and clip.key not in lost and is_other(clip, known[clip.key])
     ]
     planned = {clip.key for clip in [*new, *changed]}
-    today = {clip.key: _refreshed(clip, known.get(clip.key)) for clip in clips}
+    current = {clip.key: _refreshed(clip, known.get(clip.key)) for clip in clips}
     units = [
-        [clip if clip.key in planned else today.get(clip.key, clip) for clip in unit]
+        [clip if clip.key in planned else current.get(clip.key, clip) for clip in unit]
         for unit in plan.units
     ]
     archives = {clip.path for clip in clips if clip.offset is not None}
     removed = [
         clip
         for clip in known.values()
-        if clip.key not in today and clip.key not in plan.pruned and _is_gone(clip, archives)
+        if clip.key not in current and clip.key not in plan.pruned and _is_gone(clip, archives)
     ]
-    refreshed = replace(plan, units=units, pruned=plan.pruned - set(today))
+    refreshed = replace(plan, units=units, pruned=plan.pruned - set(current))
     return Changes(refreshed, new, changed, removed)
 
 
 def is_other(clip: ClipSource, known: ClipSource) -> bool:
-    """Whether a source has other bytes than when it was planned, as far as that is known."""
+    """Return whether a source's digest differs from the planned one; False where one is unknown."""
     return None not in (clip.digest, known.digest) and clip.digest != known.digest
 
 
 def _refreshed(clip: ClipSource, known: ClipSource | None) -> ClipSource:
-    """Return the clip with what the plan knows beyond what was looked at now."""
+    """Return the clip with the predicted frames of the plan."""
     return clip if known is None else replace(clip, frames=known.frames)
 
 
 def _is_gone(clip: ClipSource, archives: Collection[str]) -> bool:
-    """Whether the path is gone; or the member, of an archive among the inputs."""
+    """Return whether the path no longer exists, or the member in an archive among the inputs."""
     return not Path(clip.path).exists() or (clip.offset is not None and clip.path in archives)
 
 
 def refuse_other_sources(
     bank: Path, clips: Sequence[ClipSource], banked: Collection[ClipSource]
 ) -> None:
-    """Raise UserError naming each clip whose id stands for another source in the bank.
+    """Raise UserError naming each clip whose id belongs to another source in the bank.
 
-    A folder that was moved, or copied with its content, holds the same sources.
+    A folder that was moved, or copied with its content, has the same sources.
     """
     known = {clip.id: clip for clip in banked}
     problems = []

@@ -1,7 +1,7 @@
 """Inputs -> clips: files, folders, archives and annotation files, each clip once.
 
 found = find_clips(["videos/", "train.json"], FindOptions(video_roots=("videos",)))
-found.clips, found.skips        # what is to be encoded; what else there was, and why it is not
+found.clips, found.skips        # what to encode; what else was found, and why it is left out
 """
 
 import os
@@ -25,10 +25,10 @@ from shards.storage import refuse_url
 
 @dataclass(frozen=True)
 class FindOptions(Lookup):
-    """How inputs are looked through."""
+    """How to search inputs for clips."""
 
     picture_fps: str = PICTURE_FPS
-    """Of folders of pictures."""
+    """Frames per second of folders of pictures."""
     follow_links: bool = False
     """Enter links to folders, too."""
     archive_ids: bool = False
@@ -37,16 +37,16 @@ class FindOptions(Lookup):
 
 @dataclass
 class Found:
-    """What the inputs hold."""
+    """What was found in the inputs."""
 
     clips: list[ClipSource] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Lines for a person."""
+    """Lines to print."""
 
 
 def clips_under(clips: Sequence[ClipSource], roots: Sequence[str]) -> list[ClipSource]:
-    """Return the clips; those whose path is gone with that of the same name under a root."""
+    """Return the clips; one whose path no longer exists gets that of the same name under a root."""
     return [clip if Path(clip.path).exists() else _under(clip, roots) for clip in clips]
 
 
@@ -58,14 +58,15 @@ def _under(clip: ClipSource, roots: Sequence[str]) -> ClipSource:
 
 
 def find_clips(inputs: Sequence[str], options: FindOptions = FindOptions()) -> Found:
-    """Return the clips of files, folders, archives and annotation files, each once, and the rest.
+    """Return the clips of files, folders, archives and annotation files, each once, and the skips.
 
-    A folder gives its videos and animations, at any depth, and one clip for each folder in which
-    there is nothing but pictures; one without any may hold annotation files, of one kind. Archives
-    are read where they are named themselves. `owner/name` that is no path is a dataset of the Hub,
-    of which the annotation files are read. Raises UserError that lists every input which cannot be
+    A folder gives its videos and animations, at any depth, and one clip for each folder that contains
+    nothing but pictures; a folder without any of these may contain annotation files, of one kind.
+    Archives are read only if they are inputs themselves. `owner/name` that is not a path is a dataset
+    of the Hub, whose annotation files are read. Raises UserError that lists every input which is not
     found and every pair of different files with one id.
     """
+    # All problems are collected and listed at once, so that they need not be found one run at a time.
     found = Found()
     problems = [
         f"--video-root {root}: no such folder"
@@ -101,15 +102,18 @@ def find_clips(inputs: Sequence[str], options: FindOptions = FindOptions()) -> F
     return found
 
 
+# -- ids that clash
+
+
 def _place(source: ClipSource, other: ClipSource) -> tuple[str, str, bool]:
-    """Return what two clips of one id are told by, and whether they are of two archives."""
+    """Return two names that distinguish clips of one id, and whether they are in two archives."""
     if source.offset is None or other.offset is None:
         return source.where, other.where, False
     return source.path, other.path, True
 
 
 def _clash(here: str, there: str, archived: bool, ids: Sequence[str]) -> str:
-    """Return what to do about ids that two sources have: shards of WebDataset count anew in each."""
+    """Return the message on ids that two sources share: WebDataset shards each number from zero."""
     same = f"{here}: has the id {ids[0]!r}, as {there} has"
     if not archived:
         return f"{same}; encode them from a common folder, or into two banks"
@@ -120,13 +124,16 @@ def _clash(here: str, there: str, archived: bool, ids: Sequence[str]) -> str:
     )
 
 
+# -- one input, by what it is
+
+
 def _sources(
     text: str, options: FindOptions, found: Found, problems: list[str]
 ) -> list[ClipSource]:
     """Return the clips of one input."""
     refuse_url(text, "an input")
     path = Path(text)
-    if not is_utf8(str(path.absolute())):  # decoders take no such path
+    if not is_utf8(str(path.absolute())):  # PyAV accepts only UTF-8 paths
         fix = "rename it, or name a link to its folder (ln -s)"
         raise UserError("its path is not UTF-8", where=ascii(text)[1:-1], fix=fix)
     if not path.exists():
@@ -150,7 +157,7 @@ def _of_folder(
     root: Path, options: FindOptions, found: Found, problems: list[str]
 ) -> list[ClipSource]:
     clips, skips = in_folder(root, options.follow_links)
-    # The folder given is named from its own folder, as a file is.
+    # A folder of pictures that is itself the input gets its own name as id, as a file does.
     own = os.path.basename(os.path.abspath(root))
     sources = [_source(root / name, own if name == "." else name) for name in clips]
     if sources:
@@ -174,7 +181,7 @@ def _annotated(
 
 
 def _archived(path: Path, options: FindOptions, found: Found) -> list[ClipSource]:
-    """Return the videos in an archive: their ids are their paths in it."""
+    """Return the clips of an archive's videos; their ids are their paths in it."""
     members, skips = archive_members(path)
     if not members:
         holds = "".join(f"; {line}" for line in report(skips))
@@ -193,13 +200,13 @@ def _archived(path: Path, options: FindOptions, found: Found) -> list[ClipSource
 
 
 def _refuse_other_archive(path: Path) -> None:
-    """Raise UserError for a file that is an archive by its content and none by its name."""
+    """Raise UserError for a file that is an archive by its content but not by its name."""
     try:
         kind = kind_of(head_of(path))
-    except OSError:  # to be quarantined
+    except OSError:  # reading it fails later too, and puts it into the quarantine
         return
     if kind and kind.family == "archive":
-        raise UserError(f"this is {kind.what}, no video", where=path, fix=kind.fix)
+        raise UserError(f"this is {kind.what}, not a video", where=path, fix=kind.fix)
 
 
 def _source(

@@ -1,10 +1,11 @@
-"""What lies in a folder: its clips, and all else with the reason why it is none.
+"""List a folder: its clips, and every other file with the reason why it is not a clip.
 
     in_folder(Path("videos"), follow_links=False)      # ([clips], [skips])
 
-A clip is a video or an animation by its ending, or by its content where it has none, and each folder in
-which there is nothing but pictures. Junk of systems (`Thumbs.db`, `._a.mp4`, `__MACOSX/`) counts for
-nothing. Links to files are those files; links to folders are followed where that is asked for.
+A clip is a video or an animation by its suffix (by its content where it has none, or an ambiguous one),
+and each folder that contains nothing but pictures. Files that operating systems leave behind
+(`Thumbs.db`, `._a.mp4`, `__MACOSX/`) do not count. Links to files are read as files; links to folders are
+followed on request.
 """
 
 import os
@@ -56,19 +57,19 @@ VIDEO_SUFFIXES = frozenset(
         *(".mjpg", ".mjpeg", ".mve", ".fli", ".flc"),
     )
 )
-"""Of files that FFmpeg reads as video."""
+"""Suffixes of files that FFmpeg reads as video."""
 MAYBE_ANIMATED = frozenset((".webp", ".png", ".avif", ".heic", ".heif"))
 PICTURE_HEAD = 1 << 14
-"""Bytes of a picture that are looked at: what says that it moves stands in front."""
+"""Bytes read of a picture: the chunk that marks an animation is near the start."""
 TEXT_TOO = frozenset((".ts", ".mts"))
-"""TypeScript's endings, too: what is text is none."""
+"""Also suffixes of TypeScript: a text file is not a clip."""
 DATA_TOO = frozenset((".dat", ".mod", ".tod", ".ps", ".ogg"))
-"""Endings of data, music and print, too: what does not begin as a video is none."""
+"""Also suffixes of data, music and print: a file that does not begin as a video is not a clip."""
 UNSURE = TEXT_TOO | DATA_TOO
 CLIP_SUFFIXES = VIDEO_SUFFIXES | DATA_TOO | {".gif", ".apng"}
-"""In a folder these are clips by themselves."""
+"""Suffixes that make a file in a folder a clip."""
 BY_CONTENT = MAYBE_ANIMATED | UNSURE | {""}
-"""Endings that do not tell what a file is."""
+"""Suffixes that leave open what a file is."""
 ARCHIVE_SUFFIXES = frozenset(
     (
         *(".tar", ".tgz", ".txz", ".tbz2", ".tbz", ".tzst"),
@@ -80,15 +81,15 @@ JUNK_FOLDERS = frozenset(("__macosx", "@eadir", "$recycle.bin", "system volume i
 
 
 class Contents(NamedTuple):
-    """What an input gives."""
+    """The clips and the skips of a folder."""
 
     clips: list[str]
-    """POSIX paths below the root; `.` is the root itself, of nothing but pictures."""
+    """POSIX paths below the root; `.` is the root itself, a folder of pictures."""
     skips: list[Skip]
 
 
 def in_folder(root: Path, follow_links: bool) -> Contents:
-    """Return the clips below a folder, and everything else in it."""
+    """Return the clips below a folder, and a skip for everything else in it."""
     found = Contents([], [])
     for folder, entries in _walk(root, follow_links, found.skips):
         in_junk = any(part.lower() in JUNK_FOLDERS for part in folder.relative_to(root).parts)
@@ -101,6 +102,9 @@ def in_folder(root: Path, follow_links: bool) -> Contents:
     return found
 
 
+# -- walking
+
+
 class _Entries(NamedTuple):
     """The names in one folder."""
 
@@ -109,17 +113,19 @@ class _Entries(NamedTuple):
 
 
 def _walk(root: Path, follow_links: bool, skips: list[Skip]) -> Iterator[tuple[Path, _Entries]]:
-    """Yield each folder that can be entered, in order of path; what is no file goes to `skips`."""
+    """Yield each folder that can be entered, in order of path; adds special files to `skips`."""
     waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
     while waiting:
         folder, above = waiting.pop()
         try:
             with os.scandir(folder) as scanned:
+                # sorted, because disks list names in any order, and skips are shown in this one
                 entries = sorted(scanned, key=lambda entry: entry.name)
             facts = os.stat(folder)
         except OSError as error:
             skips.append(Skip(Why.FOLDER, str(folder), error.strerror or ""))
             continue
+        # Device and inode of the folders above: a link to one of them would be followed for ever.
         here = above | {(facts.st_dev, facts.st_ino)}
         found = _Entries([], [])
         for entry in entries:
@@ -135,14 +141,14 @@ def _walk(root: Path, follow_links: bool, skips: list[Skip]) -> Iterator[tuple[P
 def _entry_kind(
     entry: "os.DirEntry[str]", above: frozenset[tuple[int, int]], follow_links: bool
 ) -> Why | str:
-    """Return `file` or `folder`, or why an entry is neither. Links alone are looked at on the disk."""
+    """Return `file` or `folder`, or why an entry is neither. Only links need a stat of their own."""
     if not entry.is_symlink():
         if entry.is_dir(follow_symlinks=False):
             return "folder"
         return "file" if entry.is_file(follow_symlinks=False) else Why.SPECIAL
     try:
         facts = entry.stat()
-    except OSError:  # it leads nowhere, in a circle, or where nothing may be looked at
+    except OSError:  # its target is missing, circular, or not permitted
         return Why.DEAD_LINK
     if stat.S_ISREG(facts.st_mode):
         return "file"
@@ -153,10 +159,13 @@ def _entry_kind(
     return "folder" if follow_links else Why.LINK
 
 
+# -- what a file is
+
+
 def _clips_in(
     folder: Path, entries: _Entries, in_junk: bool, skips: list[Skip]
 ) -> Iterator[tuple[str, Sequence[Path]]]:
-    """Yield the names of a folder's clips, `.` for itself, with their files; the rest goes to `skips`."""
+    """Yield the names of a folder's clips, `.` for itself, with their files; adds the rest to `skips`."""
     pictures, alone = [], True
     for name in entries.files:
         path = folder / name
@@ -176,14 +185,14 @@ def _clips_in(
 
 
 def is_junk(name: str) -> bool:
-    """Tell whether systems leave files of that name behind; `.a.mp4` may be meant."""
+    """Return whether operating systems create files of that name; `.a.mp4` may be a user's."""
     small = name.lower()
     hidden = name.startswith(".") and PurePosixPath(small).suffix not in CLIP_SUFFIXES
     return small in JUNK or small.startswith("._") or hidden
 
 
 def why_no_clip(path: Path) -> Why | None:
-    """Return why a file in a folder is no clip by itself, None for one that is."""
+    """Return why a file in a folder is not a clip by itself; None if it is one."""
     ending = path.suffix.lower()
     if ending in BY_CONTENT:
         try:
@@ -191,7 +200,7 @@ def why_no_clip(path: Path) -> Why | None:
             return why_by_content(ending, head_of(path, few))
         except OSError:
             if ending in CLIP_SUFFIXES:
-                return None  # to be quarantined: it should be one
+                return None  # it should be a clip: the quarantine will say why it cannot be read
             return Why.FILE if not ending else Why.PICTURE
     if ending in CLIP_SUFFIXES:
         return None

@@ -1,10 +1,10 @@
-"""What the header of a source says of its length, read in a process that can be killed.
+"""Read the length and size in a source's header, in a process that can be killed.
 
     with HeaderChild() as child:
         header = child.header(Path("bikes.mp4"), picture_fps="2")
 
-The kernel ends the process after a few CPU seconds: a hostile file can neither hang nor crash who
-asks. The child is this module run as a script. Linux only.
+The kernel ends the process after a few CPU seconds, so a hostile file can neither hang nor crash the
+caller. The child is this module run as a script. Linux only.
 """
 
 import math
@@ -25,13 +25,13 @@ CPU_SECONDS = 5
 
 
 class Header(NamedTuple):
-    """What a source says of its length and of its frames' size, None where it does not."""
+    """Length and frame size by a source's header; None where it does not say."""
 
     seconds: float | None
     fps: float | None
     height: int | None = None
     width: int | None = None
-    """As it is stored: how it is turned for display, a header does not tell."""
+    """As coded: the rotation for display is only known after decoding a frame."""
 
 
 class HeaderChild(ChildProcess):
@@ -39,11 +39,11 @@ class HeaderChild(ChildProcess):
 
     program = ("-m", "preprocess.sources.header")
     stall_seconds = 60.0
-    """Of a disk that does not answer."""
+    """Wall-clock seconds after which a disk is taken to have failed."""
 
     def header(self, path: Path, picture_fps: str) -> Header | None:
-        """Return a source's header, None if it cannot be opened, or not in time."""
-        self.ready()
+        """Return a source's header; None if it cannot be opened, or not in time."""
+        self.ensure_running()
         self._deadline = time.monotonic() + self.stall_seconds
         try:
             with self.exchange({"path": str(path.absolute()), "picture_fps": picture_fps}):
@@ -60,7 +60,7 @@ class HeaderChild(ChildProcess):
 def predicted_frames(
     header: Header, sampling: Sampling, start: float | None, end: float | None
 ) -> int:
-    """Return how many frames of a clip will be banked, if its header tells the truth."""
+    """Return how many frames of a clip will be banked if its header is right."""
     if header.seconds is None:
         return sampling.most_frames
     span = max(0.0, min(header.seconds, math.inf if end is None else end) - (start or 0))
@@ -71,7 +71,7 @@ def predicted_frames(
 
 
 def read_header(path: Path, picture_fps: str) -> Header:
-    """Return what a source says of its length; raises VideoError if it cannot be opened."""
+    """Return a source's header; raises VideoError if it cannot be opened."""
     if holds_pictures(path):
         scan = scan_pictures(path, picture_fps)
         return Header(float(scan.duration), scan.fps, scan.height, scan.width)
@@ -90,7 +90,9 @@ def read_header(path: Path, picture_fps: str) -> Header:
 
 
 def _read(request: Json, _: object) -> Iterator[Json]:
-    """Answer a request in the child, which a file ends that takes too many CPU seconds."""
+    """Answer a request in the child; the kernel kills it if the file takes too many CPU seconds."""
+    # RLIMIT_CPU counts the whole life of the process, so each request moves the limit. SIGXCPU ends the
+    # process inside of C code, too, which no Python handler can.
     limit = math.ceil(time.process_time()) + CPU_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
     header = read_header(Path(request["path"]), request["picture_fps"])
@@ -98,7 +100,7 @@ def _read(request: Json, _: object) -> Iterator[Json]:
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a killed child must not leave core files
     serve(_read)
 
 

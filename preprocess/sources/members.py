@@ -1,9 +1,9 @@
-"""What lies in an archive: the videos, and all else with the reason why it is no clip.
+"""List an archive: its videos, and every other member with the reason why it is not a clip.
 
     members, skips = archive_members(Path("0_30_s_academic_v0_1_videos_1.tar.gz"))
 
-Tars that were appended to one another are read to the last; of two members of one name the later
-counts, as for whoever unpacks them.
+Tars that were concatenated are read to the last one; of two members of one name the later counts, as
+when they are unpacked.
 """
 
 import stat
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from preprocess.decode.archive import BROKEN, is_zip, open_tar
+from preprocess.decode.archive import UNREADABLE, is_zip, open_tar
 from preprocess.decode.read_pictures import PICTURE_SUFFIXES
 from preprocess.sources.folder import (
     BY_CONTENT,
@@ -28,7 +28,7 @@ from preprocess.sources.skips import Skip, Why
 from shards.errors import UserError
 from shards.kinds import HEAD
 
-PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 UTF8_NAME, WITH_PASSWORD = 0x800, 0x1  # bits of a zip member's flags
 
 
@@ -38,18 +38,18 @@ class Member:
 
     name: str
     offset: int
-    """Of its bytes in the uncompressed tar; of its header in a zip."""
+    """Offset of its bytes in the uncompressed tar, or of its header in the zip."""
     nbytes: int
 
 
 Entry = tuple[Member, Why | None]
-"""A member that is no folder, and why it is no clip."""
+"""A member that is not a folder, and why it is not a clip; None if it is one."""
 
 
 def archive_members(path: Path) -> tuple[list[Member], list[Skip]]:
-    """Return the videos of an archive in its order, and what else is in it.
+    """Return the videos of an archive in its order, and a skip for each other member.
 
-    Raises UserError of one line for an archive that is cut off, damaged or none.
+    Raises UserError for a file that is cut off, damaged or not an archive.
     """
     clips: dict[str, Member] = {}
     skips: list[Skip] = []
@@ -61,7 +61,7 @@ def archive_members(path: Path) -> tuple[list[Member], list[Skip]]:
                 clips[member.name] = member
             else:
                 skips.append(_skip(why, path, member))
-    except BROKEN as error:
+    except UNREADABLE as error:
         raise UserError(
             f"cut off or damaged after {len(clips)} videos ({error})",
             where=path,
@@ -72,6 +72,9 @@ def archive_members(path: Path) -> tuple[list[Member], list[Skip]]:
 
 def _skip(why: Why, path: Path, member: Member) -> Skip:
     return Skip(why, f"{path}: {member.name}")
+
+
+# -- tar
 
 
 def _tar_entries(path: Path) -> Iterator[Entry]:
@@ -94,9 +97,10 @@ def _no_file(info: tarfile.TarInfo) -> Why:
 
 
 def _next_tar(file: IO[bytes], end: int) -> int | None:
-    """Return where another tar begins behind the one that ends here; None where nothing follows.
+    """Return the offset of the next concatenated tar after the end of one; None if nothing follows.
 
-    tarfile takes a damaged header for the end of the archive. Reads to the checksum of a compressed one.
+    Raises ReadError for a damaged header, which `tarfile` treats as the end of the archive. Reads to the
+    end of the file, so that the checksum of a compressed tar is checked.
     """
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -111,6 +115,9 @@ def _next_tar(file: IO[bytes], end: int) -> int | None:
     return None
 
 
+# -- zip
+
+
 def _zip_entries(path: Path) -> Iterator[Entry]:
     with zipfile.ZipFile(path) as opened:
         for info in opened.infolist():
@@ -121,14 +128,15 @@ def _zip_entries(path: Path) -> Iterator[Entry]:
                 yield member, Why.MEMBER_LINK
             elif info.flag_bits & WITH_PASSWORD:
                 yield member, Why.LOCKED
-            elif info.compress_type not in PACKED:
+            elif info.compress_type not in COMPRESSIONS:
                 yield member, Why.METHOD
             else:
                 yield member, _why_no_clip(member.name, opened, info)
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Return a member's name: UTF-8 where its bytes are that, whether or not it says so."""
+    """Return a member's name, as UTF-8 if its bytes are valid UTF-8, whether or not its flag is set."""
+    # Many packers write UTF-8 without the flag; zipfile then decodes cp437 (PKWARE APPNOTE, D.1).
     if info.flag_bits & UTF8_NAME:
         return info.filename
     try:
@@ -137,12 +145,15 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
         return info.filename
 
 
+# -- clips among the members
+
+
 def _plain(name: str) -> str:
     return PurePosixPath(name).as_posix()
 
 
 def _why_no_clip(name: str, archive: tarfile.TarFile | zipfile.ZipFile, info: Any) -> Why | None:
-    """Return why a file in an archive is no clip; its content is looked at where its name does not tell.
+    """Return why a file in an archive is not a clip, by its content where its name leaves it open.
 
     archive: an open TarFile or ZipFile. info: the member in it.
     """

@@ -1,9 +1,9 @@
-"""What a plan wants to know of each source before anything is decoded: what it is, how long it is.
+"""Probe sources for a plan, before anything is decoded: identity (a hash) and predicted frames.
 
-clips = probe(clips, known, Sampling(fps="1", max_frames=64))   # with identity and predicted frames
+clips = probe(clips, known, Sampling(fps="1", max_frames=64))
 
-A file's header is read in a process of its own, see `header`. Of a file only head and tail are
-hashed, and what the plan knows already under the same size and time is not looked at again.
+Headers are read in a child process, see `header`. Only the head and tail of a file are hashed, and a
+source that the plan knows with the same size and modification time is not read a second time.
 """
 
 import math
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from preprocess.decode.archive import BROKEN, Archive
+from preprocess.decode.archive import UNREADABLE, Archive
 from preprocess.decode.read_pictures import PICTURE_FPS, picture_files
 from preprocess.decode.source import identity, identity_of
 from preprocess.sources.header import Header, HeaderChild, predicted_frames
@@ -27,12 +27,13 @@ from shards.format.features import Sampling
 from shards.format.plan import ClipSource
 
 CHILDREN = 4
+"""Header children at a time, at most."""
 FILES_PER_CHILD = 50
-"""Before another one is worth its start."""
+"""Files for which another child is worth its start."""
 
 
 class Source(NamedTuple):
-    """What clips lie in: a file, a folder of pictures or a member of an archive."""
+    """A file, a folder of pictures or a member of an archive: one or several clips are parts of it."""
 
     path: str
     offset: int | None
@@ -41,7 +42,7 @@ class Source(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """A source as it is now: digest is None where it cannot be read, header where not opened."""
+    """The current state of a source: digest is None if it cannot be read, header if not opened."""
 
     digest: str | None
     header: Header | None
@@ -52,7 +53,7 @@ def probe(
 ) -> list[ClipSource]:
     """Return the clips with their identity and predicted frames.
 
-    known: clips of an earlier plan by key, believed where size and time are the same.
+    known: clips of an earlier plan by key, reused where size and modification time are the same.
     """
     stats = {path: _stat(Path(path)) for path in {clip.path for clip in clips}}
     now = []
@@ -90,7 +91,7 @@ def _is_known(clip: ClipSource, old: ClipSource | None) -> bool:
 
 
 def _stat(path: Path) -> tuple[int | None, int | None]:
-    """Return the size and time of a file, or of the pictures of a folder together."""
+    """Return size (bytes) and mtime (ns) of a file; of a folder of pictures, their sum and latest."""
     try:
         stats = [file.stat() for file in picture_files(path)] if path.is_dir() else [path.stat()]
     except OSError:
@@ -99,7 +100,7 @@ def _stat(path: Path) -> tuple[int | None, int | None]:
 
 
 def _probe_sources(sources: Sequence[Source]) -> dict[Source, Probed]:
-    """Look at each source; several at a time, but for those in archives."""
+    """Probe each source: files in parallel, members of an archive one after another."""
     plain = [source for source in sources if source.offset is None]
     archived = sorted((source for source in sources if source.offset is not None), key=_in_archive)
     found: dict[Source, Probed] = {}
@@ -133,7 +134,7 @@ def _probe_sources(sources: Sequence[Source]) -> dict[Source, Probed]:
 
 def _look(source: Source, child: HeaderChild) -> Probed:
     path = Path(source.path)
-    if not path.is_file() and not path.is_dir():  # gone, or a pipe, which could be read for ever
+    if not path.is_file() and not path.is_dir():  # missing, or a pipe, which could be read for ever
         return Probed(None, None)
     try:
         _, hash_ = identity(path)
@@ -147,15 +148,15 @@ def _in_archive(source: Source) -> tuple[str, int]:
 
 
 def _look_into(path: Path, members: Sequence[Source]) -> dict[Source, Probed]:
-    """Look at members of an archive, in their order; how long they are is left open."""
+    """Probe members of an archive, in their order; their headers are not read, so frames are unknown."""
     digests = []
     try:
-        with Archive(path) as archive:  # a compressed tar is fast only forwards
+        with Archive(path) as archive:  # a compressed tar can only be read forwards
             for source in members:
                 nbytes = source.nbytes or 0
                 with archive.member(source.offset or 0, nbytes) as (file, begin):
                     digests.append(identity_of(file, begin, nbytes)[1])
-    except BROKEN:
+    except UNREADABLE:
         return dict.fromkeys(members, Probed(None, None))
     unknown = Header(None, None)
     return {source: Probed(hash_, unknown) for source, hash_ in zip(members, digests, strict=True)}

@@ -1,9 +1,12 @@
-"""What of the inputs is no clip: each file, link, member or row is counted, with the reason.
+"""Count what is skipped among the inputs: each file, link, member or row that is not a clip.
 
     skipped: 3 links to folders (--follow-links), 2 unreadable folders, 14 files of unknown type: .mts 14
 
 `BANK/skipped.jsonl` has a line for each of the last run's inputs: `{reason, where, text}`.
 """
+
+# Nothing is left out silently: a folder that seems to be encoded completely, and is not, would be noticed
+# in training, if at all.
 
 import json
 from collections import Counter
@@ -18,11 +21,11 @@ from shards.text import printable, some
 LIST = "skipped.jsonl"
 """The file in a bank's folder."""
 FIRST = 3
-"""Names of videos that are shown where none was found."""
+"""Examples that are shown per reason."""
 
 
 class Why(StrEnum):
-    """Why something is no clip: a slug, one and many of them in words, and what a person may do."""
+    """Why something is not a clip: a slug, its singular and plural in words, and advice."""
 
     one: str
     many: str
@@ -78,32 +81,32 @@ class Why(StrEnum):
 
 @dataclass(frozen=True)
 class Skip:
-    """One thing that is no clip."""
+    """One input that is not a clip."""
 
     reason: Why
     where: str
     """A path; `archive: member`; `file:line` or `file[index]`."""
     text: str = ""
-    """What is known beside the reason."""
+    """Details beside the reason."""
 
 
 def report(skips: Sequence[Skip], out: Path | None = None) -> list[str]:
-    """Return the line that tells what was skipped, how often for each reason; none where nothing was.
+    """Return a line that counts the skips by reason; no line if there are none.
 
-    out: the bank, whose list has them all.
+    out: the bank, whose `skipped.jsonl` lists them all.
     """
     if not skips:
         return []
-    told = []
+    counts = []
     for why, count in Counter(skip.reason for skip in skips).most_common():
         words = f"{count:,} {why.one if count == 1 else why.many}"
-        told.append(words + _more(why, [skip for skip in skips if skip.reason is why]))
+        counts.append(words + _more(why, [skip for skip in skips if skip.reason is why]))
     where = f"; all in {out / LIST}" if out else ""
-    return [printable(f"skipped: {', '.join(told)}{where}")]
+    return [printable(f"skipped: {', '.join(counts)}{where}")]
 
 
 def _more(why: Why, skips: Sequence[Skip]) -> str:
-    """Return the endings of unknown files, the names of missing videos, or what to do."""
+    """Return the suffixes of unknown files, the names of missing videos, or advice."""
     if why is Why.UNKNOWN:
         endings = Counter(PurePath(skip.where).suffix.lower() or "no ending" for skip in skips)
         shown = [f"{ending} {count:,}" for ending, count in endings.most_common()]
@@ -115,7 +118,7 @@ def _more(why: Why, skips: Sequence[Skip]) -> str:
 
 
 def write_skips(out: Path, skips: Sequence[Skip]) -> None:
-    """Write the list of what was skipped; without any, there is no such file."""
+    """Write the list of skips, or remove it if there are none."""
     path = out / LIST
     if not skips:
         path.unlink(missing_ok=True)

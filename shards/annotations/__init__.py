@@ -1,1 +1,1 @@
-"""Annotation files -> one shape of record; encode and train read the same."""
+"""Annotation files -> rows of one form, read by both encode and train."""

@@ -3,8 +3,8 @@ r"""Questions with one answer, or several options: MVBench, NExT-QA, EgoSchema, 
     asked_and_answered({"question": "Who?", "candidates": ["she", "he"], "answer": "he"})
     # ('Who?\nA. she\nB. he\nAnswer with the letter and the option.', 'B. he')
 
-An answer is its option's letter, its whole text, or its number where the field says what 0 is. What
-could be meant in two ways is a RowError: nothing is guessed, and no list is written as a text.
+An answer is its option's letter, its whole text, or its number where the field defines what 0 is. An
+ambiguous answer is a RowError: nothing is guessed, and a list is never turned into text.
 """
 
 import re
@@ -18,14 +18,14 @@ from shards.annotations.fields import listed
 LISTS = ("options", "candidates", "choices", "option")
 """Fields with all options in one: a list of texts, or an object `{letter: text}`."""
 COLUMNS = re.compile(r"a\d|option[ _]?\d"), re.compile(r"[A-Z]")
-"""A field for each option: NExT-QA's a0 ..., EgoSchema's `option 0` ...; MMBench's A, B ..."""
+"""Names of fields with one option each: NExT-QA's a0, EgoSchema's `option 0`; MMBench's A, B."""
 NUMBERED = ("answer_id", "answer_idx", "answer_index", "correct_choice", "correct_answer_index")
 """Fields with the number of the right option; the first is 0 (PerceptionTest, LongVideoBench)."""
 NO_FIT = "answer and options do not fit"
 
 
 def asked_and_answered(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the question and the answer of a row; with options, lettered, of a multiple choice."""
+    """Return the question and the answer of a row; with options, as a lettered multiple choice."""
     question = _text(row["question"], "question")
     options, numbers = _options(row)
     answers = _answers(row)
@@ -46,7 +46,7 @@ def asked_and_answered(row: Mapping[str, Any]) -> tuple[str, str]:
         own = {
             k
             for k, names in enumerate(zip(options, plain, lines, strict=True))
-            # a0 is answer 0, as the columns say; where options are a list, nothing says where 0 is
+            # columns a0, a1 define which option is 0; a list of options does not
             if (answer.strip() in names and name not in NUMBERED)
             or re.fullmatch(rf"\(?{letters[k]}[.)]?", answer.strip().upper())
             or (by_number and answer.strip() == by_number[k])
@@ -60,7 +60,7 @@ def asked_and_answered(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _refuse_unclear(name: str, answer: object, meant: int, letters: str) -> None:
-    """Raise RowError for an answer that is not one option; meant: the options that it could be."""
+    """Raise RowError for an answer that is not exactly one option; meant: the number it matches."""
     if meant == 1:
         return
     many = "more than one of" if meant else "none of"
@@ -74,8 +74,11 @@ def _refuse_unclear(name: str, answer: object, meant: int, letters: str) -> None
     )
 
 
+# -- options
+
+
 def _options(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the options of a row, none if it has none, and their numbers where their columns say so."""
+    """Return the options of a row (empty without any), and their numbers if their fields have them."""
     numbered, lettered = (sorted(n for n in row if kind.fullmatch(n)) for kind in COLUMNS)
     columns = numbered or (lettered if len(lettered) > 1 else [])
     lists = [name for name in LISTS if name in row]
@@ -114,18 +117,21 @@ def _option(option: Any, name: str) -> str:
     return _text(option, name)
 
 
+# -- answers
+
+
 def _answers(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (field, text) of each field that says which answer is right: one, or one and its number."""
+    """Return (field, text) of each field with the right answer: one, or one and its number."""
     names = [name for name in ("answer", "answers", *NUMBERED) if name in row]
     if "answer" in names and "answers" in names:
-        names.remove("answers")  # not read, and so refused where it says something else
+        names.remove("answers")  # left unread, so that it is refused if it says anything else
     if not names:
         raise UnsupervisedError("no supervised text", "a question without `answer`")
     return [(name, _one_answer(row, name)) for name in names]
 
 
 def _one_answer(row: Mapping[str, Any], name: str) -> str:
-    """Return the text of an answer; of a list, that which all of it say (VQA's are objects)."""
+    """Return the text of an answer; of a list, the text that all entries share (VQA's are objects)."""
     value = row[name]
     if isinstance(value, str) and name == "answers" and value.lstrip()[:1] == "[":
         value = listed(row, name)
@@ -144,7 +150,7 @@ def _one_answer(row: Mapping[str, Any], name: str) -> str:
 
 
 def _text(value: Any, name: str) -> str:
-    """Return a text, or a number as one; RowError for what has no one way to be written."""
+    """Return a text, or a number as text; raises RowError for other types."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RowError("not a text", f"`{name}`", got=short(value), expected="a text")
     return str(value)

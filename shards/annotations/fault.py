@@ -1,4 +1,4 @@
-"""What is wrong with one row of an annotation file: refused with all others, or left out and counted.
+"""The error of one row of an annotation file: refused together with others, or left out and counted.
 
 raise RowError("empty answer", "turn 2 (gpt)", got="''", expected="a text")
 """
@@ -12,7 +12,7 @@ PLACE = re.compile(r"(.+?)(?::(\d+)|((?:\[[^\]]*\])+))")
 
 
 class RowError(UserError):
-    """A fault of one row: `reason` is what it is counted under, the text says what, got and expected."""
+    """The fault of one row. `reason` is its category when faults are counted."""
 
     def __init__(
         self,
@@ -27,10 +27,10 @@ class RowError(UserError):
         self.args = (reason, *self.args)
         self.reason = reason
         self.place, self.id = "", ""
-        """Of the row: `file:line` or `file[index]`, and its own id where it has one."""
+        """The row's place, `file:line` or `file[index]`, and its id if it has one."""
 
     def at(self, place: str, id_: str = "") -> "RowError":
-        """Return the same fault with the row that has it."""
+        """Return the same fault with the place and id of its row."""
         where = f"{place} (id {id_})" if id_ else place
         error = type(self)(self.reason, self.what, self.got, self.expected, where, self.fix)
         error.place, error.id = place, id_
@@ -48,7 +48,7 @@ def split_place(place: str) -> tuple[str, str]:
 
 
 def short(value: object) -> str:
-    """Return a value as a message shows it: printable, in JSON's words, and at most 80 letters."""
+    """Return a value for a message: printable, as JSON, and at most 80 characters."""
     text = _written(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -64,5 +64,5 @@ def _written(value: object) -> str:
 
 
 def json_type(value: object) -> str:
-    """Return what a value of JSON is called in a message: null, bool, str, list ..."""
+    """Return the name of a JSON value's type for a message: null, bool, str, list ..."""
     return "null" if value is None else type(value).__name__

@@ -1,7 +1,7 @@
-"""The fields of a row: which are empty, which were read, and which may not be passed over in silence.
+"""The fields of a row: which are empty, which were read, and which may not be ignored silently.
 
-Datasets have fields that say nothing about what is learned (`data_source`, `fps`, `qid`): those are let
-be. A field that could - an answer, options, times, boxes - and that no form has read is a RowError.
+Datasets have fields that do not affect what is learned (`data_source`, `fps`, `qid`): they are ignored.
+A field that could affect it (an answer, options, times, boxes) and that no form has read is a RowError.
 """
 
 import json
@@ -19,24 +19,24 @@ SAYS_MORE = re.compile(
     r"|subtitles?|audios?|tools|variables|(?:sample_|loss_)?weight",
     re.IGNORECASE,
 )
-"""Fields that say what is asked, answered or how it is learned."""
+"""Names of fields with questions, answers, or weights of the loss."""
 SAYS_WHEN = re.compile(
     r"(?:start|end|begin|st|ed)_?(?:times?|secs?|seconds?|frames?)?|clip_(?:start|end)"
     r"|video_(?:start|end)|times?|time_?spans?|timestamps?|spans?|segments?|windows?|moments?"
     r"|relevant_windows|gt_spans?|bbox(?:es)?|box(?:es)?|crop",
     re.IGNORECASE,
 )
-"""Fields that say which part is meant, where they hold numbers."""
+"""Names of fields that select a part of a medium, if their values are numbers."""
 NAMES_MEDIA = re.compile(
     r"(?:video|image|img|clip|frames?)_?(?:path|file|name|id|dir|folder|url)s?|vid|visuals?|medias?"
     r"|file_?name|frames|audio_path|youtube_id",
     re.IGNORECASE,
 )
-"""Fields that name media under another name than ours; fine where media are named by ours too."""
+"""Names of fields that name media in other datasets; ignored where our fields also name media."""
 
 
 class Fields(dict[str, Any]):
-    """A row without its empty fields, which knows what was read of it."""
+    """A row without its empty fields, which records the fields that are read."""
 
     def __init__(self, row: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
         super().__init__(
@@ -57,9 +57,9 @@ class Fields(dict[str, Any]):
         return super().items()
 
     def refuse_unread(self, texts: Sequence[str], *, has_media: bool) -> None:
-        """Raise RowError for a field that says more than what was read of the row.
+        """Raise RowError for an unread field that may affect what is learned.
 
-        texts: of the row's turns; what they say already, another field may say again.
+        texts: of the row's turns; a field whose values occur in them is not refused.
         """
         said = "\n".join(texts).casefold()
         for name in (name for name in self if name not in self.read):
@@ -80,7 +80,7 @@ class Fields(dict[str, Any]):
 
 
 def fix_of(name: str, *, medium: bool) -> str:
-    """Return what to do about a field that nothing reads."""
+    """Return the fix for a field that nothing reads."""
     hint = "name the medium `video` or `image`, " if medium else ""
     if SAYS_WHEN.fullmatch(name):
         hint = "name a part of a video by `start` and `end`, in seconds, "
@@ -88,9 +88,9 @@ def fix_of(name: str, *, medium: bool) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    """Tell whether a field says nothing: null, no text, or a list or object of nothing else.
+    """Return whether a field is empty: null, blank text, or a list or object of such values only.
 
-    Arrow and parquet give every row the columns, and every object the fields, that another row has.
+    Arrow and parquet give every row all columns, and every object all fields, that any row has.
     """
     if isinstance(value, str):
         return not value.strip()
@@ -111,7 +111,7 @@ def leaves(value: Any) -> Iterator[str]:
 
 
 def any_number(value: Any) -> bool:
-    """Tell whether a value is a number, or a list that holds one at any depth."""
+    """Return whether a value is a number, or a list that contains one at any depth."""
     if isinstance(value, list):
         return any(map(any_number, value))
     if isinstance(value, str):
@@ -120,7 +120,7 @@ def any_number(value: Any) -> bool:
 
 
 def listed(row: Mapping[str, Any], name: str) -> list[Any]:
-    """Return a field that must be a list; json in a text is read, as csv and some parquet have it."""
+    """Return a field that must be a list; a text is parsed as json, as in csv and some parquet files."""
     value = row[name]
     if isinstance(value, str):
         try:

@@ -1,6 +1,6 @@
 """Annotation files -> rows: json, jsonl, csv (or .gz of them), parquet, folders, datasets of the Hub.
 
-A row is what a file holds for one record, in whatever form; `forms` makes records of it.
+A row is one entry of a file, in the form of its dataset; `forms` turns it into ours.
 """
 
 import csv
@@ -20,7 +20,7 @@ import numpy as np
 
 from shards.annotations.fault import json_type, short
 from shards.annotations.forms import FORMS
-from shards.annotations.sniff import GZIP, foreign, is_record, is_stray, object_kind
+from shards.annotations.sniff import GZIP, is_record, is_stray, not_records, object_kind
 from shards.errors import UserError
 from shards.hub import refusal
 from shards.kinds import HEAD
@@ -34,23 +34,23 @@ HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w./-]+))?")
 
 
 class UnreadableRow(str):
-    """Stands for a row that could not be read: the reason."""
+    """The reason why a row could not be read, in place of the row."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of a file are read: LLaVA's `sampling_strategy` (LLaVA-NeXT, llava/train/train.py)."""
+    """Which rows of a file are used: LLaVA's `sampling_strategy` (LLaVA-NeXT, llava/train/train.py)."""
 
     how: str = "all"
     """all, first, end or random."""
     rows: int = 0
     share: Fraction = Fraction(0)
-    """Of all rows, rounded up; taken where `rows` is 0."""
+    """Fraction of all rows, rounded up; used if `rows` is 0."""
     seed: int = 0
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> "Selection":
-        """Read `all`, `first:N`, `end:N`, `random:N` - N rows, or N% - and `N%`, which is random."""
+        """Parse `all`, `first:N`, `end:N`, `random:N` (N rows or N%), or `N%`, which is random."""
         match = re.fullmatch(r"(?:(first|end|random):)?(\d+(?:\.\d+)?)(%?)", text.strip())
         if text.strip() == "all":
             return cls()
@@ -64,9 +64,9 @@ class Selection:
         )
 
     def of(self, count: int) -> list[int]:
-        """Return the places of the chosen rows among `count`, in their order.
+        """Return the indices of the chosen rows among `count`, ascending.
 
-        A larger random choice holds every smaller one of the same seed.
+        A larger random choice contains every smaller one of the same seed.
         """
         wanted = min(count, self.rows or ceil(self.share * count))
         if self.how == "first":
@@ -74,6 +74,7 @@ class Selection:
         if self.how == "end":
             return list(range(count - wanted, count))
         if self.how == "random":
+            # A prefix of one permutation: 10 % of the rows are among the 20 % of the same seed.
             chosen = np.random.default_rng(self.seed).permutation(count)[:wanted]
             return sorted(chosen.tolist())
         return list(range(count))
@@ -83,10 +84,10 @@ ALL = Selection()
 
 
 def read_rows(path: str | Path) -> Rows:
-    """Yield the rows of a file or folder; one that cannot be read as an `UnreadableRow`.
+    """Yield the rows of a file or folder; an `UnreadableRow` for each that cannot be read.
 
-    Raises UserError where nothing can be read on: a folder of several kinds of files, a damaged file,
-    a file that is something else.
+    Raises UserError if reading cannot continue: a folder of several kinds of files, a damaged file, a
+    file without records.
     """
     for file in annotation_files(Path(path)):
         try:
@@ -98,27 +99,34 @@ def read_rows(path: str | Path) -> Rows:
                 yield from _csv(file, text)
             else:
                 yield from _json(file, text)
-        except (OSError, csv.Error, RecursionError) as error:
+        except (
+            OSError,
+            csv.Error,
+            RecursionError,
+        ) as error:  # RecursionError: JSON nested too deeply
             raise UserError(f"not readable as records: {error}", where=file) from None
         except UnicodeDecodeError as error:
             raise UserError(f"not readable as records: not UTF-8: {error}", where=file) from None
 
 
+# -- files and folders
+
+
 def suffix_of(file: Path) -> str:
-    """Return what a file is by its name: `.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
+    """Return a file's suffix without `.gz`: `.jsonl` for `a.jsonl` and `a.jsonl.gz`."""
     name = file.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file, unpacked where it is gzip; UserError for what is no text of records."""
+    """Return the text of a file, unpacked if it is gzip; raises UserError for a file without records."""
     data = file.read_bytes()
     if data.startswith(GZIP):
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"not readable as gzip: {error}", where=file) from None
-    if what := foreign(data[:HEAD]):
+    if what := not_records(data[:HEAD]):
         raise UserError(what, where=file)
     return data.decode("utf-8").lstrip("\ufeff")
 
@@ -126,7 +134,7 @@ def read_text(file: Path) -> str:
 def annotation_files(path: Path) -> list[Path]:
     """Return a file itself, or the annotation files of a folder at any depth, all of one kind.
 
-    Metadata that lies beside them is passed over: see `stray_files`.
+    Metadata files beside them are left out: see `stray_files`.
     """
     if not path.is_dir():
         return [path]
@@ -149,7 +157,7 @@ def annotation_files(path: Path) -> list[Path]:
 
 
 def stray_files(path: Path) -> list[Path]:
-    """Return the files of a folder that look like annotations by name and hold none."""
+    """Return the files of a folder that are annotations by their suffix but contain only metadata."""
     return [file for file in _by_name(path) if is_stray(file)] if path.is_dir() else []
 
 
@@ -176,8 +184,11 @@ def refuse_saved_dataset(folder: Path) -> None:
     )
 
 
+# -- json and json lines
+
+
 def _json(file: Path, text: str) -> Rows:
-    """Yield the records of a JSON list, or of JSON lines: told by what is there, not by the name."""
+    """Yield the records of a JSON list or of JSON lines, decided by the content, not by the name."""
     begins = text.lstrip()[:1]
     if suffix_of(file) != ".jsonl" or begins == "[":
         try:
@@ -185,6 +196,7 @@ def _json(file: Path, text: str) -> Rows:
         except json.JSONDecodeError as error:
             if begins != "{" and suffix_of(file) != ".jsonl":
                 raise unreadable(file, error) from None
+            # Data after a complete object: JSON lines under the name .json, which many datasets have.
             if begins == "{" and error.msg != "Extra data":
                 raise unreadable(file, error) from None
         else:
@@ -205,10 +217,10 @@ def _listed(file: Path, rows: Any) -> Rows:
 
 
 def _lines(file: Path, text: str) -> Rows:
-    # not splitlines: JSON may hold U+2028 and its like as they are
+    # not splitlines: it also splits at U+2028 and others, which JSON may contain unescaped
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
-        line = line.strip("\ufeff \t\r")  # a byte order mark stays where files were joined
+        line = line.strip("\ufeff \t\r")  # byte order marks remain inside of concatenated files
         if line:
             try:
                 row: Any = json.loads(line)
@@ -219,11 +231,14 @@ def _lines(file: Path, text: str) -> Rows:
 
 
 def unreadable(file: Path, error: json.JSONDecodeError) -> UserError:
-    """Return the error of a file that is no JSON as a whole."""
+    """Return the error for a file that is not JSON."""
     at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
     last = "; is the file cut short?" * at_end
-    told = f"line {error.lineno}, column {error.colno}: {error.msg}{last}"
-    return UserError(f"not readable as records: {told}", where=file)
+    problem = f"line {error.lineno}, column {error.colno}: {error.msg}{last}"
+    return UserError(f"not readable as records: {problem}", where=file)
+
+
+# -- csv
 
 
 def _csv(file: Path, text: str) -> Rows:
@@ -248,19 +263,19 @@ def _csv(file: Path, text: str) -> Rows:
 
 
 def csv_advice(header: Sequence[str]) -> str:
-    """Return what to do about a csv whose first line names no column that is known."""
+    """Return the fix for a csv whose first line names no known column."""
     line = header[0] if len(header) == 1 else ""
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if separator in line:
-            return f"its columns are parted by {name}; write commas"
+            return f"its columns are separated by {name}; write commas"
     return (
-        "a list of paths and labels, as classifiers have it, is no list of records; add a line like "
+        "a list of paths and labels is not a list of records; add a first line such as "
         "video,question,answer"
     )
 
 
 def _cell(name: str, text: str) -> Any:
-    """Return a cell: JSON where it is a list or an object, a number where one is due, else text."""
+    """Return the value of a cell: a list or an object if it is JSON, seconds as a number, else text."""
     if name in ("start", "end", "duration"):
         try:
             return float(text)
@@ -284,6 +299,9 @@ STRUCTURED = (
 )
 
 
+# -- parquet
+
+
 def _parquet(file: Path) -> Rows:
     try:
         import pyarrow as pa
@@ -292,7 +310,7 @@ def _parquet(file: Path) -> Rows:
         raise UserError(f"{file}: parquet needs pyarrow; pip install pyarrow") from None
     with file.open("rb") as opening:
         head = opening.read(HEAD)
-    if not head.startswith(b"PAR1") and (what := foreign(head)):
+    if not head.startswith(b"PAR1") and (what := not_records(head)):
         raise UserError(what, where=file)
     try:
         opened = pq.ParquetFile(file)
@@ -305,12 +323,15 @@ def _parquet(file: Path) -> Rows:
         raise UserError(f"{file}: not readable as parquet: {error}") from None
 
 
+# -- datasets of the Hub
+
+
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-"""Of annotation files; those of text may have .gz behind."""
+"""Suffixes of annotation files; all but .parquet may be followed by .gz."""
 
 
 def is_hub_name(name: str) -> bool:
-    """Tell whether a name that is no path here could be a dataset of the Hub: `owner/name[:folder]`."""
+    """Return whether a name that is not a path may be a dataset of the Hub: `owner/name[:folder]`."""
     return (
         HUB_NAME.fullmatch(name) is not None
         and Path(name).suffix.lower() not in (*SUFFIXES, ".gz", ".yaml", ".yml")
@@ -321,9 +342,9 @@ def is_hub_name(name: str) -> bool:
 
 
 def local_copy(name: str) -> str:
-    """Return where the annotations of a dataset lie: a path itself, a Hub dataset's after download.
+    """Return the path of a dataset's annotations: a path itself, or the download of a Hub dataset.
 
-    Videos of a Hub dataset are not downloaded. Raises UserError that says how to get what is
+    Videos of a Hub dataset are not downloaded. Raises UserError with the command that gets what is
     missing.
     """
     match = HUB_NAME.fullmatch(name)
@@ -331,7 +352,7 @@ def local_copy(name: str) -> str:
         return name
     repo, folder = match.groups()
     if folder and ".." in Path(folder).parts:
-        raise UserError(f"{name}: a folder of the dataset is expected behind the colon")
+        raise UserError(f"{name}: expected a folder of the dataset after the colon")
     from huggingface_hub import snapshot_download
 
     under = f"{folder.strip('/')}/" if folder else ""
@@ -340,7 +361,9 @@ def local_copy(name: str) -> str:
         if why := refusal(repo, "dataset"):
             raise UserError(why)
         found = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)) / under
-    except Exception as error:  # offline, unknown, gated: each means that it cannot be had
+    except (
+        Exception
+    ) as error:  # offline, unknown or gated, of any type: the dataset is not available
         reason = str(error) if isinstance(error, UserError) else type(error).__name__
         # `*` is quoted for the shell that this line is copied into
         wanted = " ".join(f"--include '{pattern}'" for pattern in patterns)

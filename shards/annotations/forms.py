@@ -1,11 +1,11 @@
-"""Rows of the forms that people have -> rows of ours; each form is told by its shape.
+"""Rows in the forms of other datasets -> rows in ours; a form is recognised by its fields.
 
     canonical({"video": "a.mp4", "question": "Who is it?", "answer": "she"})
 
 Ours: `{id, video, start?, end?, task?, conversations: [{from: human|gpt|system, value}]}` with one
-`<video>` or `<image>` tag for each medium; a `timeline` in place of `video` is one. Every form is one
-function in `FORMS`: a row and its media -> turns. What is wrong with a row is a RowError that does
-not yet say where; a row that could be read in two ways is refused.
+`<video>` or `<image>` tag for each medium; a `timeline` in place of `video` counts as one medium. Every
+form is one function in `FORMS`: a row and its media -> turns. A fault is a RowError, without its place
+yet; a row that could be read in two ways is refused.
 """
 
 import re
@@ -21,7 +21,7 @@ from shards.annotations.timeline import Cut, cuts_of
 Json = dict[str, Any]
 
 MEDIA_TAG = re.compile(r"(?<!\\)<(?:video|image)>")
-"""Where a medium stands; `\\<image>` is the word itself."""
+"""The tag of a medium in a text; `\\<image>` is the literal text."""
 COORDINATE_SLOT = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(INPUT|OUTPUT)>")
 VARIABLES = {
     ("TEMP", "INPUT"): "temporal_input_locations",
@@ -31,7 +31,7 @@ VARIABLES = {
     ("WIDTH", "INPUT"): "spatial_width_input_locations",
     ("WIDTH", "OUTPUT"): "spatial_width_output_locations",
 }
-"""LLaVA-ST: the numbers that stand at each slot of its texts (LLaVA-ST, inference/src/utils.py)."""
+"""LLaVA-ST: the variable with the numbers of each kind of slot (LLaVA-ST, inference/src/utils.py)."""
 ROLES = {
     "human": "user",
     "user": "user",
@@ -42,18 +42,18 @@ ROLES = {
     "system": "system",
     "developer": "system",
 }
-"""Who speaks in a turn, by what datasets call them, in small letters."""
+"""Roles by their names in datasets, in lower case."""
 TAGS = "tags do not fit the media"
 TURNS = "turns of no known form"
 SLOTS = "slots and variables do not fit"
 DESCRIBE = "Describe this in detail."
-"""What is asked where a row has a caption and no question."""
+"""The question of a row with a caption and no question."""
 
 
 def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = ()) -> Json:
-    """Return a row of any known form as one of ours; RowError where it has none, or two.
+    """Return a row of any known form in our form; raises RowError if it has none, or two.
 
-    media_only: a row may have none, but for its media. ignored: fields that are not looked at.
+    media_only: a row needs no form, only media. ignored: fields that are not read.
     """
     if not isinstance(row, dict):
         raise RowError("no known form", f"expected an object, got {json_type(row)}")
@@ -85,10 +85,10 @@ def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = 
 
 
 def form_of(row: Json, fields: Fields, media_only: bool) -> str:
-    """Return the name of a row's form, or nothing where it may have none; fields: what is not empty."""
+    """Return the name of a row's form, or "" where it may have none. fields: its non-empty fields."""
     forms = [name for name in FORMS if name in fields]
     if len({"conversations", "messages"} & set(forms)) == 1:
-        forms = forms[:1]  # what else it has is about the conversation, not another one
+        forms = forms[:1]  # its other fields are about the conversation, not another one
     if len(forms) == 1:
         return forms[0]
     if not forms and media_only:
@@ -111,13 +111,13 @@ ELSEWHERE = {
     "bbox": _CONVERT.format("refcoco"),
     "captions": "write one text as `caption`, or a conversation about the captions",
 }
-"""What to do with rows that no form reads, by a field of theirs."""
+"""Fixes for rows that no form reads, by a field of theirs."""
 SYSTEM = ("system", "system_prompt", "system_message")
 """Fields whose text comes before the first turn."""
 
 
 def system_turn(fields: Fields, turns: Sequence[Json]) -> list[Json]:
-    """Return the turn that a row's system prompt is, if it has one and does not say it in its turns."""
+    """Return a row's system prompt as a turn, unless it has none or its turns contain it."""
     texts = {name: fields[name] for name in SYSTEM if name in fields}
     for name, text in texts.items():
         if not isinstance(text, str):
@@ -129,14 +129,17 @@ def system_turn(fields: Fields, turns: Sequence[Json]) -> list[Json]:
     return [] if own else [{"from": "system", "value": text} for text in [*texts.values()][:1]]
 
 
+# -- media
+
+
 class Media:
-    """The media of a row: those in its own fields, and those that its messages bring."""
+    """The media of a row: those in its fields, and those in its messages."""
 
     def __init__(self, row: Json) -> None:
         self.listed: list[tuple[str, str]] = []
         """(`video` or `image`, path) of the row's own fields."""
         self.folder = row.get("media_dir", "")
-        """VILA's: what the paths are relative to, itself relative to the root."""
+        """VILA's `media_dir`: the folder of the paths, relative to the root."""
         if not isinstance(self.folder, str):
             raise RowError("bad medium", f"media_dir must be a folder, got {short(self.folder)}")
         for kind in ("video", "image"):
@@ -148,24 +151,24 @@ class Media:
                 media = [medium for medium in value if not is_empty(medium)]
                 self.listed += [(kind, self._path(medium, name)) for medium in media]
         self.timeline: list[Cut] = []
-        """The parts of the medium that is laid together of them."""
+        """The parts of a medium that is joined from parts."""
         if "timeline" in row:
             self.timeline = cuts_of(row, lambda video: self._path(video, "timeline"))
             if self.listed:
                 named = f"both timeline and {self.listed[0][0]} name media; keep one"
                 raise RowError("two readings", named)
             self.listed = [("video", "timeline")]
-        self._heed_is_video(row.get("is_video"))
+        self._apply_is_video(row.get("is_video"))
         self.brought: list[str] = []
         self.part: Json = {}
-        """`start` and `end`, where a message says them."""
+        """`start` and `end`, if a message has them."""
 
     def _path(self, medium: Any, field: str) -> str:
         path = path_of(medium, field)
         return f"{self.folder.rstrip('/')}/{path}" if self.folder else path
 
-    def _heed_is_video(self, said: object) -> None:
-        """Make a video of what a row with VILA's `is_video` names as its image."""
+    def _apply_is_video(self, said: object) -> None:
+        """Treat the image of a row with VILA's `is_video: true` as a video."""
         kinds = [kind for kind, _ in self.listed]
         if said is None or not kinds:
             return
@@ -183,7 +186,7 @@ class Media:
             self.listed = [("video", path) for _, path in self.listed]
 
     def tag(self, part: Json) -> str:
-        """Return the tag of a medium in a message's content, and keep its path if it names one."""
+        """Return the tag of a medium in a message, and record its path if the message has one."""
         kind = "image" if "image" in str(part["type"]) else "video"
         source = part.get(kind, part.get(f"{kind}_url", part.get("path", part.get("url"))))
         if isinstance(source, dict) and "url" in source:
@@ -195,7 +198,7 @@ class Media:
         return f"<{kind}>"
 
     def in_order(self, turns: Sequence[Json]) -> list[str]:
-        """Return the paths in the order of the tags; how many there are is not checked here."""
+        """Return the paths in the order of the tags; their number is checked elsewhere."""
         if self.brought and self.listed:
             raise RowError(
                 "two readings", "media both in the messages and in a field of the row; keep one"
@@ -224,7 +227,7 @@ PART_TIMES = ("video_start", "video_end")
 
 
 def path_of(medium: Any, field: str) -> str:
-    """Return the path of a field's medium; RowError for none: a URL, frames, embedded bytes."""
+    """Return the path of a field's medium; raises RowError for a URL, frames or embedded bytes."""
     if isinstance(medium, dict) and isinstance(medium.get("path"), str):
         if medium.get("bytes") is not None:
             raise RowError(
@@ -249,8 +252,11 @@ def path_of(medium: Any, field: str) -> str:
     return medium
 
 
+# -- turns
+
+
 def turn_of(turn: Any, media: Media) -> Json:
-    """Return a turn `{from, value}` or `{role, content}` as `{from, value}`; null is no answer."""
+    """Return a turn `{from, value}` or `{role, content}` as `{from, value}`; a null answer is empty."""
     needs = "a turn needs `from` (human or gpt) and `value`"
     if not isinstance(turn, dict):
         raise RowError(TURNS, f"{needs}, got {short(turn)}")
@@ -277,7 +283,7 @@ TURN_FIELDS = (
     *("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking"),
     *("image", "images", "video", "videos", "audio", "weight"),
 )
-"""Fields of a turn that would change what it says or how it is learned; none is read."""
+"""Fields of a turn that would change what is learned and that are not supported: refused."""
 
 
 def _content(part: Any, media: Media) -> str:
@@ -331,13 +337,16 @@ FORMS: dict[str, Callable[[Json, Media], list[Json]]] = {
     "question": question,
     "caption": caption,
 }
-"""The field that tells the form of a row, and what makes turns of it."""
+"""By the field that identifies a form: the function that returns its turns."""
+
+
+# -- LLaVA-ST's variables
 
 
 def filled_in(turns: Sequence[Json], variables: Any) -> list[Json]:
     """Return LLaVA-ST's turns with the numbers of `variables` at their slots, as markup.
 
-    Times are shares of the clip there: `<TEMP-INPUT>` and 0.413 become `<t:41.3%>`.
+    Times are fractions of the clip there: `<TEMP-INPUT>` and 0.413 become `<t:41.3%>`.
     """
     if not isinstance(variables, dict):
         raise RowError(SLOTS, f"`variables` must be an object of lists, got {short(variables)}")

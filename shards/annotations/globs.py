@@ -8,15 +8,15 @@ from shards.errors import UserError
 
 
 def is_glob(name: str) -> bool:
-    """Tell whether a name is a pattern: `*`, `?` or `[` in it, and no file or folder of that name."""
+    """Return whether a name is a pattern: it contains `*`, `?` or `[`, and no such path exists."""
     return glob.has_magic(name) and not Path(name).exists()
 
 
 def matches(pattern: str) -> list[str]:
     """Return the files that match a pattern, else the folders; sorted by their parts.
 
-    `**` stands for any number of folders; hidden files match no `*`. Raises UserError where nothing
-    matches, saying how far the path goes.
+    `**` matches any number of folders; `*` does not match hidden files. Raises UserError if nothing
+    matches, naming the deepest folder that exists.
     """
     found = sorted(glob.glob(pattern, recursive=True), key=lambda path: Path(path).parts)
     files = [path for path in found if not os.path.isdir(path)]
@@ -34,7 +34,7 @@ def matches(pattern: str) -> list[str]:
 
 
 def expanded(names: list[str], problems: list[str]) -> list[str]:
-    """Return names with patterns replaced by what matches them; what matches nothing is a problem."""
+    """Return names with patterns replaced by their matches; adds a problem for each without any."""
     found: list[str] = []
     for name in names:
         try:

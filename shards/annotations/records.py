@@ -1,9 +1,9 @@
-"""Rows -> what all that read annotations agree on: turns of known roles, media, and their part.
+"""Rows of annotation files -> `Row`: turns of known roles, media, and the part of them.
 
     row = parse_row({"video": "a.mp4", "question": "Who?", "answer": "she"}, "train.jsonl:1")
     row.media, row.start, row.end           # ('a.mp4',), None, None
 
-`encode` and the trainer read rows through this, so a file that one takes the other takes too.
+`encode` and the trainer both read rows through this, so that they accept the same files.
 """
 
 import math
@@ -25,27 +25,27 @@ Turns = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Row:
-    """What one row of an annotation file says."""
+    """One row of an annotation file."""
 
     id: str
-    """Its own, or its place; as it may be printed."""
+    """Its own id, or its place; printable."""
     media: tuple[str, ...]
     """Paths, in the order of the media tags."""
     start: float | None
-    """Of the part of the media that is meant, in seconds."""
+    """Start of the part of the media, in seconds."""
     end: float | None
     turns: Turns
-    """Two that follow one another are of different roles."""
+    """Consecutive turns have different roles."""
     task: str
     """The row's own task name, or empty."""
     timeline: tuple[Cut, ...] = ()
-    """Where the media are parts of one that is laid together: its parts, one of each."""
+    """If the media are joined into one: its parts, one per medium."""
 
 
 def rows_of(
     path: str | Path, problems: list[str], chosen: Selection = ALL
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) of the chosen rows of a file or folder; a file that cannot be read is a problem.
+    """Yield (place, row) of the chosen rows of a file or folder; adds unreadable files to `problems`.
 
     A row that cannot be read comes as an `UnreadableRow`, which `parse_row` refuses.
     """
@@ -65,11 +65,11 @@ def parse_row(
     media_only: bool = False,
     ignored: Collection[str] = (),
 ) -> Row:
-    """Return what a row of any form says, or raise RowError naming its place, its id and the fault.
+    """Return a row of any form; raises RowError with its place, its id and the fault.
 
-    allow_outside: paths may be absolute, or lead out of their root. media_only: a row need not have
-    an answer, or turns at all. Without an answer it is else an UnsupervisedError. ignored: fields of
-    the row that are not looked at.
+    allow_outside: paths may be absolute, or lead out of their root. media_only: a row needs no answer,
+    and no turns; otherwise one without an answer is an UnsupervisedError. ignored: fields of the row
+    that are not read.
     """
     given = data.get("id") if isinstance(data, dict) else None
     id_ = printable(where if given is None else str(given))
@@ -84,7 +84,7 @@ def parse_row(
         raise RowError("not readable", what).at(where, own_id) from None
     except RowError as error:
         raise error.at(where, own_id) from None
-    except UserError as error:  # of a form that someone added
+    except UserError as error:  # a form added by a user may raise it
         raise RowError("no known form", str(error)).at(where, own_id) from None
 
 
@@ -98,7 +98,7 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
                 f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
                 f"known are {', '.join(ROLES)}",
             )
-        turn["value"].encode()
+        turn["value"].encode()  # JSON may contain half of a surrogate pair, which is not text
         turns.append((role, turn["value"]))
     timeline = tuple(Cut(**part) for part in data.get("timeline", []))
     video = data.get("video", [cut.video for cut in timeline])
@@ -115,8 +115,11 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
     return Row(id_, tuple(media), start, end, tuple(turns), str(data.get("task", "")), timeline)
 
 
+# -- turns
+
+
 def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:
-    """Raise RowError for an answer that is none, and for a last question that has none."""
+    """Raise RowError for an empty answer, and for a last question without an answer."""
     blank = [k for k, (role, text) in enumerate(turns) if role == "assistant" and not text.strip()]
     if len(blank) == sum(role == "assistant" for role, _ in turns):
         raise UnsupervisedError(
@@ -139,9 +142,9 @@ def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:
 
 
 def joined(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return turns of which no two that follow one another are of one role: such are one, on new lines.
+    """Return the turns with consecutive turns of one role joined by a new line.
 
-    Half of all chat templates refuse them, and others show them as separate messages.
+    Half of all chat templates refuse such turns, and others show them as separate messages.
     """
     out: list[tuple[str, str]] = []
     for role, text in turns:
@@ -153,15 +156,15 @@ def joined(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, str]]:
-    """Return turns with a tag for each medium: as they are, or, where they have none, all tags first."""
+    """Return turns with a tag for each medium; if they have none, all tags before the first question."""
     tags = [len(MEDIA_TAG.findall(text)) for _, text in turns]
-    words = "where the word itself is meant, write \\<image> or \\<video>"
+    escape = "for the literal text, write \\<image> or \\<video>"
     for number, ((role, text), count) in enumerate(zip(turns, tags, strict=True), start=1):
         if role == "assistant" and count:
             raise RowError(
                 TAGS,
-                f"turn {number} (gpt) has the tag {MEDIA_TAG.findall(text)[0]}, and media stand in "
-                f"questions; {words}",
+                f"turn {number} (gpt) has the tag {MEDIA_TAG.findall(text)[0]}, and tags belong in "
+                f"questions; {escape}",
             )
     first = next((k for k, (role, _) in enumerate(turns) if role == "user"), None)
     if media and not sum(tags) and first is not None:
@@ -170,9 +173,12 @@ def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, s
     if sum(tags) != media:
         raise RowError(
             TAGS,
-            f"{sum(tags)} <video>/<image> tags for {media} media; write one tag per medium; {words}",
+            f"{sum(tags)} <video>/<image> tags for {media} media; write one tag per medium; {escape}",
         )
     return list(turns)
+
+
+# -- parts and paths
 
 
 def _part(data: Json) -> tuple[float | None, float | None]:
@@ -190,7 +196,7 @@ def _part(data: Json) -> tuple[float | None, float | None]:
 
 
 def check_inside(medium: str) -> None:
-    """Raise RowError for the path of a medium that may lie elsewhere than under its root."""
+    """Raise RowError for the path of a medium that may lead out of its root."""
     if leads_outside(medium):
         raise RowError(
             "path out of its root",
@@ -201,8 +207,8 @@ def check_inside(medium: str) -> None:
 
 
 def leads_outside(path: str) -> bool:
-    """Tell whether a path that should lie under a root may lie elsewhere: absolute, or with `..`.
+    """Return whether a path may lead out of its root: absolute, or with `..`.
 
-    Links are not followed: those under a root are of whoever made the root, not of who wrote a path.
+    Links are not checked: those under a root were made by its owner, not by the author of the path.
     """
     return path.startswith("/") or ".." in path.split("/")

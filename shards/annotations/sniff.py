@@ -1,4 +1,4 @@
-"""What a file is that holds no records, by its first bytes: failed downloads, archives, metadata."""
+"""Identify files without records by their first bytes: failed downloads, archives, metadata."""
 
 import json
 import re
@@ -19,16 +19,16 @@ FIXES = {
     "an SQLite database": AS_LINES,
     "a Python pickle": AS_LINES,
 }
-"""What to do with files that may hold records."""
+"""Fixes for kinds of files that may contain records."""
 METADATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
     *("config.json", "metadata.json", "croissant.json", "package.json", "statistics.json"),
 }
-"""Files that lie beside records and hold none."""
+"""Names of files beside records that contain none."""
 
 
-def foreign(data: bytes) -> str | None:
-    """Return what a file is that begins so and holds no records, and what to do; None for others."""
+def not_records(data: bytes) -> str | None:
+    """Return the kind of a file without records, and a fix, by its first bytes; None for others."""
     if re.match(rb"\S+ \d+(\.\d+)? \d+(\.\d+)? ?##", data):
         return "this is Charades-STA; python -m train.convert charades-sta makes records of it"
     kind = kind_of(data)
@@ -42,7 +42,7 @@ def foreign(data: bytes) -> str | None:
 
 
 def object_kind(data: dict[str, Any]) -> str:
-    """Return what a JSON object is that stands where a list of records is due, and what to do."""
+    """Return what a JSON object in place of a list of records probably is, and a fix."""
     keys = ", ".join(ascii(key) for key in list(data)[:4]) + (", ..." if len(data) > 4 else "")
     got = f"expected a list of records, got an object with {keys or 'nothing'}"
     if {"images", "annotations"} <= data.keys():
@@ -71,7 +71,7 @@ def object_kind(data: dict[str, Any]) -> str:
 
 
 def is_stray(file: Path) -> bool:
-    """Tell whether a .json file of a folder holds metadata: known by name, or one object, no record."""
+    """Return whether a .json file is metadata: by its name, or because it is one object and no record."""
     if file.suffix.lower() != ".json":
         return False
     if file.name.lower() in METADATA:
@@ -89,12 +89,12 @@ def is_stray(file: Path) -> bool:
 
 
 def rest_is_lines(head: bytes) -> bool:
-    """Tell whether a first line that is cut off or bad is one of several JSON lines."""
+    """Return whether a file whose first line cannot be parsed is probably JSON lines."""
     lines = head.decode("utf-8-sig", "replace").strip().split("\n")
     return len(lines) == 1 or all(line.lstrip().startswith("{") for line in lines[:20])
 
 
 def is_record(row: Any) -> bool:
-    """Tell whether an object has a field that tells the form of a record, or names a medium."""
+    """Return whether an object has a field of a known form, or one that names a medium."""
     known = {*FORMS, "video", "videos", "image", "images"}
     return isinstance(row, dict) and bool(row.keys() & known) and "annotations" not in row

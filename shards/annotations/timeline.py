@@ -1,4 +1,4 @@
-"""A row's `timeline`: parts of videos that are laid end to end, and are one medium together.
+"""A row's `timeline`: parts of videos that are joined end to end into one medium.
 
 "timeline": [{"video": "a.mp4", "start": 3, "end": 7}, {"video": "b.mp4"}]
 """
@@ -14,7 +14,7 @@ REASON = "bad timeline"
 
 
 class Cut(NamedTuple):
-    """A part of a video: what of it lies on a timeline."""
+    """A part of a video on a timeline."""
 
     video: str
     start: float | None = None
@@ -27,9 +27,9 @@ class Cut(NamedTuple):
 
 
 def cuts_of(row: Mapping[str, Any], path_of: Callable[[Any], str]) -> list[Cut]:
-    """Return the parts of a row's `timeline`; RowError where one is none.
+    """Return the parts of a row's `timeline`; raises RowError for a bad one.
 
-    path_of: what makes a path of what names a video.
+    path_of: returns the path of a video's field.
     """
     return [_cut(part, number, path_of) for number, part in enumerate(listed(row, "timeline"), 1)]
 
@@ -38,13 +38,13 @@ def _cut(part: Any, number: int, path_of: Callable[[Any], str]) -> Cut:
     where = f"part {number} of `timeline`"
     if not isinstance(part, dict):
         raise RowError(REASON, where, got=short(part), expected='{"video": ..., "start", "end"}')
-    told = {name: value for name, value in part.items() if not is_empty(value)}
-    if unknown := sorted(map(str, set(told) - set(Cut._fields))):
-        expected = "video, start and end alone"
+    given = {name: value for name, value in part.items() if not is_empty(value)}
+    if unknown := sorted(map(str, set(given) - set(Cut._fields))):
+        expected = "only video, start and end"
         raise RowError(REASON, f"{where} has `{unknown[0]}`", expected=expected)
-    if "video" not in told:
+    if "video" not in given:
         raise RowError(REASON, f"{where} names no `video`", got=short(part))
-    cut = Cut(path_of(told["video"]), told.get("start"), told.get("end"))
+    cut = Cut(path_of(given["video"]), given.get("start"), given.get("end"))
     for name, time in zip(("start", "end"), cut[1:], strict=True):
         a_number = isinstance(time, int | float) and not isinstance(time, bool)
         if time is not None and not (a_number and 0 <= time < math.inf):

@@ -1,1 +1,1 @@
-"""Looking after a bank: what is damaged, unfinished, left over, different."""
+"""Maintain a bank: find damage, unfinished units, leftovers and differences; merge, migrate."""

@@ -1,14 +1,16 @@
-"""`preprocess diff A B`: in which features two banks, or a bank and a plan, differ."""
+"""`preprocess diff A B`: compare the feature settings of two banks, or of a bank and a plan."""
 
 import json
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.format.beside import parts_of, together
 from shards.format.features import FeatureConfig
+from shards.format.plan import planned
 from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json
 
-WORDS = {
+LABELS = {
     "tower_type": "kind of tower",
     "tower_digest": "tower's weights and configuration",
     "layer": "layer of the tower",
@@ -26,20 +28,20 @@ WORDS = {
 
 
 def diff(a: Path, b: Path) -> list[str]:
-    """Return a line for each field in which the features of A and B differ; none if they are one.
+    """Return a line for each field in which the features of A and B differ; none if they are equal.
 
     A, B: a bank, a folder with a plan, or a json file of either or of a `FeatureConfig`.
     """
     ours, theirs = (flat(read_features(path)) for path in (a, b))
     return [
-        f"{name} ({WORDS[name.split('.')[0]]}): {ours.get(name)} in {a}, {theirs.get(name)} in {b}"
+        f"{name} ({LABELS[name.split('.')[0]]}): {ours.get(name)} in {a}, {theirs.get(name)} in {b}"
         for name in sorted(set(ours) | set(theirs))
         if ours.get(name) != theirs.get(name)
     ]
 
 
 def read_features(path: Path) -> Json:
-    """Return what `FeatureConfig.to_json` gives of a bank, a plan, or a json file of one."""
+    """Return the feature config, as json, of a bank, a plan, or a json file of either."""
     if path.is_dir():
         files = [path / "bank.json", path / "plan.json"]
         file = next((file for file in files if file.is_file()), None)
@@ -57,20 +59,22 @@ def read_features(path: Path) -> Json:
     except ValueError:
         raise UserError(f"{file}: not a json file; name a bank, a plan or a config") from None
     if not isinstance(data, dict):
-        raise UserError(f"{file}: holds no feature config; name a bank, a plan or one")
+        raise UserError(f"{file}: not a feature config; name a bank, a plan or a config")
     if "self_hash" in data:
         data = read_signed_json(file)
         refuse_other_version(data, file.parent, file.name)
     try:
-        return FeatureConfig.from_json(data.get("features", data)).to_json()
+        features = FeatureConfig.from_json(data.get("features", data))
     except UserError as error:
         raise UserError(
-            f"{file}: holds no feature config ({error}); name a bank, a plan or one"
+            f"{file}: not a feature config ({error}); name a bank, a plan or a config"
         ) from None
+    beside = parts_of(path)[1:] if path.is_dir() else []
+    return together(features, [planned(side).features for side in beside]).to_json()
 
 
 def flat(data: Json, prefix: str = "") -> dict[str, object]:
-    """Return nested fields by dotted name; `derived`, which most banks have not, as a whole."""
+    """Return nested fields by dotted name; `derived`, which most banks do not have, as one field."""
     fields: dict[str, object] = {}
     for name, value in data.items():
         if isinstance(value, dict) and name != "derived":

@@ -1,9 +1,9 @@
-"""`preprocess gc`: what is in a bank's folder and nothing refers to.
+"""`preprocess gc`: find and remove files in a bank's folder that nothing refers to.
 
 for piece in leftovers(read_inventory(Path("bank"))):
     print(piece.path, piece.nbytes, piece.why)
 
-Whatever `bank.json` lists or the plan may still need is never among it. `status` and `verify` count
+Files that `bank.json` lists or the plan may still need are never leftovers. `status` and `verify` count
 the same leftovers.
 """
 
@@ -35,13 +35,14 @@ class Leftover:
 
 
 def collect(bank: Path) -> list[Leftover]:
-    """Remove the leftovers of a bank that nobody writes to; return what they were."""
+    """Remove the leftovers of a bank and return them; raises UserError if it is being written."""
+    # Workers hold leases and not this lock, so both are checked.
     with folder_lock(bank, "preprocess gc"):
         if workers := holders(bank):
             raise UserError(
                 f"{some(list(workers.values()))} may be at work here",
                 where=bank,
-                fix=f"wait for its end; if it has died elsewhere, `preprocess work {bank}` goes on",
+                fix=f"wait for its end; if it has died elsewhere, run `preprocess work {bank}`",
             )
         found = leftovers(read_inventory(bank))
         for piece in found:
@@ -53,15 +54,15 @@ def collect(bank: Path) -> list[Leftover]:
 
 
 def leftovers(inventory: Inventory) -> list[Leftover]:
-    """Return what a bank's folder holds that nothing refers to. Changes nothing.
+    """Return the files and folders of a bank that nothing refers to. Changes nothing.
 
-    Raises UserError where plan.json or bank.json cannot tell what is needed.
+    Raises UserError if plan.json or bank.json is damaged, since they list what is needed.
     """
     lost = [damage for damage in inventory.damages if damage.file in ("plan.json", "bank.json")]
     if lost:
         raise UserError(
-            f"{inventory.bank}: {lost[0]}: what is needed cannot be told; `preprocess repair "
-            f"{inventory.bank}` first"
+            f"{inventory.bank}: {lost[0]}: without it the needed files are not known; run "
+            f"`preprocess repair {inventory.bank}` first"
         )
     found = [Leftover(path, disk_size(path), why) for path, why in _unreferenced(inventory)]
     return sorted(found, key=lambda piece: piece.path)
@@ -86,7 +87,7 @@ def _unreferenced(inventory: Inventory) -> Iterator[tuple[Path, str]]:
 
 
 def dead_samples(inventory: Inventory) -> dict[str, list[SampleRecord]]:
-    """Return, by name of shard, the samples that are served no more."""
+    """Return, by name of shard, the samples that are no longer served."""
     if not inventory.plan:
         return {}
     served = inventory.plan.served()
@@ -98,7 +99,7 @@ def dead_samples(inventory: Inventory) -> dict[str, list[SampleRecord]]:
 
 
 def dead_shards(inventory: Inventory) -> list[str]:
-    """Return the shards of which no sample is served. They stay: `bank.json` lists them."""
+    """Return the shards of which no sample is served. They are kept: `bank.json` lists them."""
     whole = {commit.shard: len(commit.samples) for commit in inventory.sound_commits()}
     return [name for name, dead in dead_samples(inventory).items() if len(dead) == whole[name]]
 

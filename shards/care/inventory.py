@@ -1,4 +1,4 @@
-"""The small files of a bank, read even where some of them are lost or damaged."""
+"""Read the small files of a bank, even if some of them are lost or damaged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,21 +15,21 @@ from shards.format.version import OtherVersion
 from shards.signed import Json, read_signed_json, signed_json
 
 Remedy = Literal["rewrite", "encode", "restore"]
-"""`rewrite`: from what is sound in the bank, without a tower. `encode`: from the video, with the
+"""`rewrite`: from undamaged parts of the bank, without a tower. `encode`: from the video, with the
 tower. `restore`: from a copy."""
 Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as it was written."""
+    """One difference from what was written."""
 
     file: str
-    """Below the bank's folder."""
+    """Path below the bank's folder."""
     what: str
     remedy: Remedy = "rewrite"
     key: str | None = None
-    """Of the sample, None for a file as a whole."""
+    """Key of the sample; None for a file as a whole."""
     part: str | None = None
     """A sample's `json`, `stride4` or `stride4_scale`; a member; a column of the catalogue."""
 
@@ -39,14 +39,14 @@ class Damage:
 
 @dataclass
 class Inventory:
-    """What a bank's small files say is in it."""
+    """A bank's manifest, plan and commit records, as far as they can be read."""
 
     bank: Path
     manifest: Manifest | None = None
-    """None where it is lost or damaged."""
+    """None if it is lost or damaged."""
     plan: Plan | None = None
     commits: dict[str, CommitRecord | None] = field(default_factory=dict)
-    """By name of shard; None where the commit record is lost or damaged."""
+    """By name of shard; None if the commit record is lost or damaged."""
     damages: list[Damage] = field(default_factory=list)
 
     @property
@@ -69,9 +69,9 @@ class Inventory:
 
 
 def read_inventory(bank: Path) -> Inventory:
-    """Read the manifest, the plan and the commit records, and note which of them are damaged.
+    """Read the manifest, the plan and the commit records, and list which of them are damaged.
 
-    Raises UserError where there is no bank, or one of another format.
+    Raises UserError if there is no bank, or one of another format.
     """
     found = Inventory(bank)
     refuse_no_bank(bank)
@@ -85,7 +85,7 @@ def read_inventory(bank: Path) -> Inventory:
 
 
 def refuse_no_bank(bank: Path) -> None:
-    """Raise UserError where there is neither a bank nor the beginning of one."""
+    """Raise UserError for a folder with neither bank.json nor plan.json."""
     if not (bank / "bank.json").exists() and not (bank / "plan.json").exists():
         raise UserError(
             f"{bank}: no bank here (neither bank.json nor plan.json); make one with `preprocess "
@@ -113,7 +113,7 @@ def _read_commits(found: Inventory) -> None:
 def _read(
     found: Inventory, name: str, parse: Callable[[Json], Record], remedy: Remedy = "rewrite"
 ) -> Record | None:
-    """Return what a signed file holds; None, and the damage noted, where it is not as it was written."""
+    """Return the record in a signed file; None, with the damage added, if it was changed."""
     path = found.bank / name
     if not path.exists():
         return None
@@ -124,7 +124,9 @@ def _read(
         pass
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
-    if record is not None and signed_json(record) == path.read_bytes():  # 1e-3 may read 1E-3
+    if (
+        record is not None and signed_json(record) == path.read_bytes()
+    ):  # bytes too: a flipped bit may turn 1e-3 into 1E-3
         try:
             return parse(record)
         except OtherVersion:

@@ -1,12 +1,13 @@
-"""`preprocess merge A B --out C`: banks of the same features, without a clip in common, become one.
+"""`preprocess merge A B --out C`: join banks of the same features, without a common clip.
 
 manifest = merge([Path("a"), Path("b")], Path("c"))
 
-The units of A that are made come first, then those of B, numbered anew: tars and indices are hard links
-to the old ones or copies, commit records say their new numbers. The new bank is made beside its place
-and moved there when it is whole.
+The finished units of A come first, then those of B, with new numbers: tars and indices are hard links
+to the old ones, or copies; commit records are written with the new numbers. The new bank is made in a
+temporary folder beside `--out` and renamed when it is complete.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from shards.care.inventory import refuse_no_bank
 from shards.errors import UserError
+from shards.format.beside import side_path, sides_of
 from shards.format.commits import (
     CommitRecord,
     index_path,
@@ -30,8 +32,11 @@ from shards.format.plan import ClipSource, Plan, planned, write_plan
 from shards.format.quarantine import read_entries
 from shards.signed import sync_folder
 from shards.text import counted, some
+from shards.write.beside import pair
 from shards.write.finish import finish
 from shards.write.lock import folder_lock, writer_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,47 +58,77 @@ class Part:
 def merge(
     banks: Sequence[Path], out: Path, seen: Callable[[int], object] = lambda nbytes: None
 ) -> Manifest:
-    """Make a bank of the units of several; returns its manifest.
+    """Join banks into a new one; return its manifest.
 
-    seen: told of the bytes of each shard as they are done. Raises UserError naming what differs, each
-    clip that two of them hold, a bank that is being written, and an `out` that is there.
+    seen: called with the bytes of each shard when it is done. Raises UserError naming each difference of
+    the features, the clips that two banks have, a bank that is being written, and an `out` that exists.
     """
     if out.exists() and not {path.name for path in out.iterdir()} <= {".lock"}:
-        raise UserError("is there already", where=out, fix="name a new folder for the merged bank")
-    parts = [_part(bank) for bank in banks]
-    _refuse_different(parts)
-    _refuse_common(parts)
+        raise UserError("exists already", where=out, fix="name a new folder for the merged bank")
+    sides = _common_sides(banks)
+    everything = [[_part(bank) for bank in banks]]
+    everything += [[_part(side_path(bank, strides)) for bank in banks] for strides in sides]
+    for parts in everything:
+        _refuse_different(parts)
+        _refuse_common(parts)
     beside = out.with_name(f"{out.name}.merging")
     beside.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, "preprocess merge"):
         shutil.rmtree(beside, ignore_errors=True)
-        (beside / "shards").mkdir(parents=True)
-        units, commits = _bring_shards(parts, beside, seen)
-        plan = replace(
-            parts[0].plan,
-            units=units,
-            pruned=frozenset().union(*(part.plan.pruned & part.clips.keys() for part in parts)),
-        )
-        write_plan(beside, plan)
-        _bring_skips(parts, beside)
-        failed = [
-            entry
-            for part in parts
-            for entry in read_entries(part.bank).values()
-            if entry.key in part.clips
-        ]
-        manifest = finish(beside, plan, TowerFacts.of(plan, commits), failed, commits)
+        manifest = _join(everything[0], beside, seen)
+        for strides, parts in zip(sides, everything[1:], strict=True):
+            _join(parts, side_path(beside, strides), seen)
+        for why in pair(beside, "preprocess merge"):
+            log.warning(why)
     os.rmdir(out)
     os.replace(beside, out)
     sync_folder(out.parent)
     return manifest
 
 
+def _join(parts: Sequence[Part], out: Path, seen: Callable[[int], object]) -> Manifest:
+    """Make one bank in a new folder."""
+    (out / "shards").mkdir(parents=True)
+    units, commits = _bring_shards(parts, out, seen)
+    plan = replace(
+        parts[0].plan,
+        units=units,
+        pruned=frozenset().union(*(part.plan.pruned & part.clips.keys() for part in parts)),
+    )
+    write_plan(out, plan)
+    _bring_skips(parts, out)
+    failed = [
+        entry
+        for part in parts
+        for entry in read_entries(part.bank).values()
+        if entry.key in part.clips
+    ]
+    return finish(out, plan, TowerFacts.of(plan, commits), failed, commits)
+
+
+def _common_sides(banks: Sequence[Path]) -> list[tuple[int, ...]]:
+    """Return the strides of the sides that all banks have; UserError where some lack one."""
+    of_each = [[planned(side).features.strides for side in sides_of(bank)] for bank in banks]
+    problems = [
+        f"{bank}: has no stride {','.join(map(str, strides))} beside it, which {other} has; encode it "
+        "there first, or merge copies without the folder `beside`"
+        for bank, mine in zip(banks, of_each, strict=True)
+        for other, theirs in zip(banks, of_each, strict=True)
+        for strides in theirs
+        if strides not in mine
+    ]
+    if problems:
+        raise UserError.of(problems)
+    return of_each[0]
+
+
 def _part(bank: Path) -> Part:
     refuse_no_bank(bank)
     writer = writer_of(bank)
     if writer:
-        raise UserError(f"{writer} writes here", where=bank, fix="merge it when that is over")
+        raise UserError(
+            f"{writer} writes here", where=bank, fix="merge it when the writer has finished"
+        )
     plan = planned(bank)
     refuse_missing_shards(bank, plan)
     commits = read_commits(bank, plan)
@@ -111,14 +146,14 @@ def _part(bank: Path) -> Part:
 
 
 def _refuse_different(parts: Sequence[Part]) -> None:
-    """Raise UserError naming each thing in which the first bank and another differ."""
+    """Raise UserError naming each difference between the first bank and another."""
     first, problems = parts[0], []
     for part in parts[1:]:
         ours, theirs = first.plan.features.to_json(), part.plan.features.to_json()
         lines = differences(ours, theirs)
         if first.plan.calibration != part.plan.calibration:
             lines.append(
-                "the scales of int8, which were calibrated apart: plan once, and copy plan.json"
+                "the scales of int8, which were calibrated separately: plan once, and copy plan.json"
             )
         if first.plan.decoder != part.plan.decoder:
             lines.append(f"videos are read by {first.plan.decoder} here, {part.plan.decoder} there")
@@ -132,7 +167,7 @@ def _refuse_different(parts: Sequence[Part]) -> None:
 
 
 def _refuse_common(parts: Sequence[Part]) -> None:
-    """Raise UserError naming the clips that two banks hold."""
+    """Raise UserError naming the clips that two banks have."""
     problems, holder = [], dict[str, Part]()
     for part in parts:
         common: dict[Path, list[str]] = {}
@@ -152,7 +187,7 @@ def _refuse_common(parts: Sequence[Part]) -> None:
 def _bring_shards(
     parts: Sequence[Part], out: Path, seen: Callable[[int], object]
 ) -> tuple[list[list[ClipSource]], list[CommitRecord]]:
-    """Link or copy the shards, write their commit records; return the units of the new plan, too."""
+    """Link or copy the shards and write their commit records; return the new plan's units and records."""
     units: list[list[ClipSource]] = []
     commits: list[CommitRecord] = []
     for part in parts:
@@ -170,6 +205,7 @@ def _bring_shards(
 
 def _bring(old: Path, new: Path) -> None:
     try:
+        # Finished shards are never written to: a link is as safe as a copy, and takes no space.
         os.link(old, new)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(old, new)

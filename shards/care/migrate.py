@@ -1,20 +1,20 @@
-"""Bring a bank of an older format up to date: nothing is encoded, features are copied as they are.
+"""Migrate a bank of an older format to the current one: features are copied, nothing is encoded.
 
-migrate(Path("bank"), correcting)     # the files that were written; none of a bank of today
+migrate(Path("bank"), correcting)     # the files that were written; none for a current bank
 
-A bank of format 1 may lack what was added while the number stayed 1:
+A bank of format 1 may lack fields that were added while the number stayed 1:
 
-    plan.json      how, calibration, quality, pruned; full_digest of clips is kept no more
+    plan.json      how, calibration, quality, pruned; full_digest of clips is dropped
     .done          crc32c; of each sample nbytes and crc32c; underflowed, provenance
     bank.json      catalogue, codec, superseded, calibration
 
-What a plan lacks was not there to be chosen, so that today's default is what was meant. What a
-commit record lacks is read off its shard, which the record's sha256 proves. Catalogue and bank.json
-are made from the rest, as at the end of every run.
+A setting that a plan lacks could not be chosen then, so the current default is right for it. A field that
+a commit record lacks is computed from its shard, if the shard has the recorded sha256. Catalogue and
+bank.json are rebuilt, as at the end of every run.
 
-Formats 1 and 2 also say of every sample that the tower saw its whole crop (`covered`), though patches
-that do not divide it leave a rest; their `flags` are a list. The shards are written again, with the
-features of the old ones. A unit of which no clip could be banked had an empty shard, and has none now.
+Formats 1 and 2 also state that the tower saw the whole crop of every sample (`covered`), although patches
+that do not divide the crop leave a margin; their `flags` are a list. Such shards are rewritten with the
+same features. A unit without a banked clip had an empty shard, and has none in format 3.
 """
 
 from collections.abc import Callable
@@ -41,11 +41,10 @@ from shards.write.shard import commit_nothing
 
 
 def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
-    """Rewrite what an older format has otherwise; return the names of the files below the bank.
+    """Rewrite the files of an older format; return their paths below the bank.
 
-    correcting: what gives the descriptions of a plan's samples their right `covered`. Whoever is
-    killed in the middle does it again. Raises UserError, one line, where the plan lacks what cannot be
-    filled in.
+    correcting: returns, for a plan, a function that corrects `covered` in a sample's json. After a kill
+    it can be repeated. Raises UserError if the plan lacks a field that has no default.
     """
     plan_json, manifest = _signed(bank / "plan.json"), _signed(bank / "bank.json")
     if not any(record and is_older(record) for record in (plan_json, manifest)):
@@ -80,13 +79,13 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
             commits = read_commits(bank, plan)
             finish(bank, plan, TowerFacts.of(plan, commits), commits=commits)
             written += ["index.zarr", "bank.json"]
-        except (UserError, FileNotFoundError):  # repair writes it when the shards are whole again
+        except (UserError, FileNotFoundError):  # repair writes it after it has repaired the shards
             (bank / "bank.json").unlink()
     return written
 
 
 def _signed(path: Path) -> Json | None:
-    """Return what a signed file holds, None where it is lost or damaged."""
+    """Return the record in a signed file; None if it is lost or damaged."""
     try:
         return read_signed_json(path)
     except (FileNotFoundError, UserError):
@@ -94,7 +93,7 @@ def _signed(path: Path) -> Json | None:
 
 
 def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
-    """Return the plan of an older plan.json."""
+    """Return the plan from an older plan.json."""
     if not is_older(old):
         return Plan.from_json(old, bank)
     features, tower = old.get("features"), old.get("tower", {})
@@ -102,7 +101,7 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
     how = {name: value for name, value in how.items() if value is not None}
     how |= {"tower": tower["name"]} if "name" in tower else {}
     how |= old.get("how", {})
-    today = TowerSettings()
+    default = TowerSettings()
     filled = {
         "format_version": FORMAT_VERSION,
         "features": features and features | {"format_version": FORMAT_VERSION},
@@ -112,9 +111,9 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
         "pruned": old.get("pruned", []),
         "decoder": old.get("decoder", READER),
         "tower": {
-            "name": how.get("tower", manifest.get("provenance", {}).get("tower", today.name)),
-            "batch_frames": how.get("batch_frames", today.batch_frames),
-            "threads": how.get("tower_threads", today.threads),
+            "name": how.get("tower", manifest.get("provenance", {}).get("tower", default.name)),
+            "batch_frames": how.get("batch_frames", default.batch_frames),
+            "threads": how.get("tower_threads", default.threads),
         },
     }
     try:
@@ -127,18 +126,18 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
 
 
 def _clip(old: Json) -> Json:
-    """Return a clip of an older plan without the hash of all its bytes, which is kept no more."""
+    """Return a clip of an older plan without the hash of all its bytes, which is no longer kept."""
     return {name: value for name, value in old.items() if name != "full_digest"}
 
 
 def _commit(
     shard: Path, unit: int, fingerprint: str, listed_sha256: str | None
 ) -> CommitRecord | None:
-    """Return today's record of a shard; None where nothing proves what the shard is."""
+    """Return a shard's commit record in the current format; None if no sha256 proves the shard."""
     old: Json = {"underflowed": None, "provenance": {}} | (_signed(done_path(shard)) or {})
     try:
         return CommitRecord.from_json(old | {"fingerprint": fingerprint}, str(done_path(shard)))
-    except UserError:  # it lacks what older ones did not have
+    except UserError:  # it lacks fields that were added later
         pass
     sha256 = old.get("sha256", listed_sha256)
     if sha256 is None or not shard.exists() or file_sha256(shard) != sha256:

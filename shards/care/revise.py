@@ -1,10 +1,9 @@
-"""Give the samples of a shard other descriptions: their json changes, their features are copied.
+"""Replace the json of a shard's samples; their features are copied.
 
     record = revise(shard, record, correct)      # correct: SampleMeta -> SampleMeta
 
-The shard is written beside its place, in `.repair`, and moved there file by file, its commit record
-last; whoever is killed in between goes on with `resume_move`. A shard of which no description
-changes is only looked at.
+The new shard is written into `.repair` and then moved into place file by file, its commit record last;
+after a kill `resume_move` completes the move. A shard in which no json changes is only read.
 """
 
 import json
@@ -34,10 +33,10 @@ Correct = Callable[[SampleMeta], SampleMeta]
 
 
 def revise(shard: Path, commit: CommitRecord, correct: Correct) -> CommitRecord:
-    """Rewrite a shard with corrected descriptions; return its commit record, as it is now on disk.
+    """Rewrite a shard with corrected json members; return its commit record, as it is now on disk.
 
-    A sample whose features are damaged stays damaged: its record keeps the checksum of what should be
-    there. One whose description is damaged is copied as it is, and `verify` names it.
+    A sample whose features are damaged stays damaged: its record keeps the checksum of the undamaged
+    bytes. A sample whose json is damaged is copied unchanged, and `verify` reports it.
     """
     with Tar(shard) as tar:
         revised = {
@@ -59,13 +58,15 @@ def revise(shard: Path, commit: CommitRecord, correct: Correct) -> CommitRecord:
             write_synced(file, end_of_archive(file.tell()))
     record = replace(commit, samples=samples, **file_facts(beside))
     write_atomic(index_path(beside), index_bytes(samples))
-    write_commit(beside, record)  # last: from now on the new shard counts
+    write_commit(
+        beside, record
+    )  # last: with it the new shard replaces the old one, even after a kill
     resume_move(shard, commit.fingerprint)
     return record
 
 
 def resume_move(shard: Path, fingerprint: str) -> bool:
-    """Move a revised shard that is whole to its place; whether there was one."""
+    """Move a complete revised shard into place; return whether there was one."""
     beside = shard.parent / ".repair" / shard.name
     try:
         whole = read_commit(beside).fingerprint == fingerprint
@@ -80,7 +81,7 @@ def resume_move(shard: Path, fingerprint: str) -> bool:
 
 
 def _corrected(tar: Tar, sample: SampleRecord, correct: Correct) -> SampleMeta | None:
-    """Return a sample's description as it is to be; None where it is so already, or damaged."""
+    """Return a sample's corrected json; None if it is right already, or damaged."""
     data = tar.read(*sample.json)
     if fault_of_json(sample.key, data):
         return None
@@ -91,7 +92,7 @@ def _corrected(tar: Tar, sample: SampleRecord, correct: Correct) -> SampleMeta |
 def _rewritten(
     tar: Tar, commit: CommitRecord, revised: dict[str, SampleMeta]
 ) -> Iterator[tuple[bytes, SampleRecord]]:
-    """Yield the bytes and the record of each sample, one after the other from the tar's start."""
+    """Yield the bytes and the record of each sample, in order from the start of the tar."""
     scan, end = ShardScan(tar), 0
     for sample in commit.samples:
         blob = scan.state(sample).blob
@@ -102,7 +103,7 @@ def _rewritten(
 
 
 def with_meta(blob: bytes, sample: SampleRecord, meta: SampleMeta) -> tuple[bytes, SampleRecord]:
-    """Return a sample's bytes and record with another description."""
+    """Return a sample's bytes and record with another json."""
     old = layout(sample)["json"]
     data = canonical_json(meta.to_json())
     new = Member(old.name, old.begin, len(data))
@@ -122,8 +123,8 @@ def with_meta(blob: bytes, sample: SampleRecord, meta: SampleMeta) -> tuple[byte
 def _crc_with(after: bytes, before: bytes, crc32c: int, rest: int) -> int:
     """Return the checksum of `after` and the rest, given that of `before` and the same rest.
 
-    A CRC is linear: what two beginnings differ in passes through any rest of a length alike. So the
-    true checksum is known of features that are damaged, too.
+    A CRC is linear over XOR: crc(after + rest) ^ crc(before + rest) depends only on the two beginnings
+    and the length of the rest. So the true checksum is known even if the features are damaged.
     """
     zeros = bytes(rest)
     moved = [google_crc32c.extend(google_crc32c.value(piece), zeros) for piece in (before, after)]

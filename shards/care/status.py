@@ -1,8 +1,8 @@
-"""`preprocess status`: how far a bank is, read beside whoever writes it.
+"""`preprocess status`: the progress of a bank, also while it is being written.
 
 print(table(status(Path("bank"))))
 
-Nothing is locked or changed: files that come and go meanwhile are counted as they are met.
+Nothing is locked or changed; files that appear or disappear meanwhile are counted if they are found.
 """
 
 import calendar
@@ -19,7 +19,7 @@ from shards.format.features import FeatureConfig
 from shards.format.manifest import Manifest
 from shards.format.quarantine import QuarantineEntry, read_quarantine
 from shards.text import counted, duration, in_bytes, printable, some
-from shards.write.finish import untold_failures
+from shards.write.finish import new_failures
 from shards.write.journal import Written, journal_lines, written_of
 from shards.write.lease import holders, tokens
 from shards.write.lock import Writer, lock_path, writer_of
@@ -34,19 +34,19 @@ class Progress:
     units_left: int = 0
     """Neither finished nor begun."""
     clips: int = 0
-    """Banked and served."""
+    """Clips that are banked and served."""
     frames: int = 0
     clips_begun: int = 0
-    """Safe in a journal, in shards that are not finished."""
+    """Clips in the journals of unfinished shards."""
     frames_begun: int = 0
     clips_left: int = 0
     clips_new: int = 0
-    """Of the present run, finished or begun."""
+    """Clips of the current run, in finished or begun units."""
 
 
 @dataclass
 class Status:
-    """What can be told of a bank without opening it."""
+    """The state of a bank, found without opening it."""
 
     bank: Path
     features: FeatureConfig | None
@@ -54,11 +54,11 @@ class Status:
     progress: Progress
     nbytes: int
     writer: Writer | None
-    """Who plans, encodes, finishes or repairs alone; None where nobody does."""
+    """The process that holds the folder's lock; None if there is none."""
     workers: list[Writer]
-    """Who holds units, of those that are not known to be over."""
+    """The holders of units that are not known to have ended."""
     quarantine: dict[str, int]
-    """How many clips, by reason."""
+    """Number of clips by reason."""
     dead: int = 0
     dead_bytes: int = 0
     dead_shards: list[str] = field(default_factory=list)
@@ -66,11 +66,11 @@ class Status:
     leftover_bytes: int = 0
     problems: list[str] = field(default_factory=list)
     seconds: float | None = None
-    """Since the present run began."""
+    """Seconds since the current run began; None if there is none."""
 
 
 def status(bank: Path) -> Status:
-    """Look at a bank; raises UserError where there is none."""
+    """Return the state of a bank; raises UserError if there is none."""
     inventory = read_inventory(bank)
     writer, workers = writer_of(bank), list(holders(bank).values())
     began = min(map(_began, filter(None, [writer, *workers])), default=None)
@@ -96,7 +96,7 @@ def status(bank: Path) -> Status:
     if not inventory.damages:
         try:
             pieces = leftovers(inventory)
-        except OSError:  # a writer took away what was being counted
+        except OSError:  # a writer removed a file that was being counted
             pieces = []
         found.leftovers, found.leftover_bytes = len(pieces), sum(piece.nbytes for piece in pieces)
     return found
@@ -108,12 +108,15 @@ def _began(writer: Writer) -> float:
 
 @dataclass(frozen=True)
 class Begun:
-    """A unit that is not finished: what is written of it."""
+    """The finished clips of an unfinished unit."""
 
     written: Written
-    """As the journal tells that tells most, if there are several."""
+    """From the journal with most clips, if there are several."""
     moment: float
-    """When one was last written to; 0 of none."""
+    """Time of the last write to a journal, in seconds since the epoch; 0 without any."""
+
+
+# -- unfinished units
 
 
 def _begun(inventory: Inventory) -> dict[int, Begun]:
@@ -138,10 +141,10 @@ def _begun_unit(shard: Path) -> Begun:
 
 
 def _failures(inventory: Inventory, begun: Mapping[int, Begun]) -> list[QuarantineEntry]:
-    """Return the clips that have failed: of earlier runs, of units made since, of units begun."""
+    """Return the failures of earlier runs, of units made since, and of begun units."""
     found = {entry.id: entry for entry in read_quarantine(inventory.bank)}
     if inventory.plan:
-        since = untold_failures(inventory.bank, inventory.plan, inventory.sound_commits())
+        since = new_failures(inventory.bank, inventory.plan, inventory.sound_commits())
         since += [entry for unit in begun.values() for entry in unit.written.failures]
         found |= {entry.id: entry for entry in since}
     return list(found.values())
@@ -188,8 +191,11 @@ def _moment(path: Path) -> float:
         return 0.0
 
 
+# -- the text
+
+
 def table(found: Status) -> str:
-    """Return one screen of lines, `name  text`."""
+    """Return the state as lines of text, `name  text`."""
     progress = found.progress
     rows = {"bank": printable(str(found.bank)), "state": _state(found)}
     if found.features:
@@ -233,7 +239,7 @@ def _state(found: Status) -> str:
     progress, writer = found.progress, found.writer
     left = progress.units_begun + progress.units_left
     if writer:
-        there = "" if writer.is_here else "; whether it lives is not known here"
+        there = "" if writer.is_here else "; on another machine, so it may have ended"
         return f"being written by {printable(str(writer))} since {writer.started}{there}"
     if found.workers:
         who = some([f"process {one.pid} on {one.host}" for one in found.workers])
@@ -241,9 +247,10 @@ def _state(found: Status) -> str:
     killed = " (its writer was killed)" if lock_path(found.bank).exists() else ""
     command = "derive" if found.features and found.features.derived else "encode"
     if left:
-        return f"{left} units to do and nobody writes{killed}; run `preprocess {command}` again to go on"
+        fix = f"run `preprocess {command}` again to continue"
+        return f"{left} units to do and no process writes{killed}; {fix}"
     if found.manifest is None:
-        return f"all units are finished, bank.json is not written{killed}; `preprocess {command}` again"
+        return f"all units are finished, bank.json is missing{killed}; run `preprocess {command}` again"
     return f"finished{killed}"
 
 

@@ -1,11 +1,11 @@
-"""What a shard holds: each sample at its recorded place, and the members by name.
+"""Scan a shard: each sample at its recorded offset, and the members by name.
 
 with Tar(path) as tar:
     scan = ShardScan(tar)
     state = scan.state(sample)       # a SampleRecord of the commit record
     state.sound                      # whether its bytes are those that were committed
     state.faults                     # [("stride4", "its values do not match their checksum")]
-    scan.names                       # every member, sound headers alone, by name
+    scan.names                       # the number of members by name, of those with undamaged headers
 """
 
 import io
@@ -28,11 +28,11 @@ from shards.signed import Json, file_facts
 from shards.write.shard import BLOCK
 
 Fault = tuple[str, str]
-"""Which part of a sample (`json`, `stride4`, `stride4_scale`), and what is wrong with it."""
+"""A part of a sample (`json`, `stride4`, `stride4_scale`), and its fault."""
 
 
 class Tar:
-    """A shard's file, read at any place."""
+    """A shard's file, read at any offset."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,7 +46,7 @@ class Tar:
         os.close(self._file)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """Return these bytes; fewer where the file ends before."""
+        """Return these bytes; fewer if the file ends early."""
         pieces = []
         while nbytes > 0 and (piece := os.pread(self._file, nbytes, offset)):
             pieces.append(piece)
@@ -56,7 +56,7 @@ class Tar:
 
 @dataclass(frozen=True)
 class Member:
-    """A member of a tar: where its header begins, and how long its data are."""
+    """A member of a tar: the offset of its header, and the bytes of its data."""
 
     name: str
     begin: int
@@ -75,14 +75,14 @@ class Member:
         return self.data + self.nbytes + self.padding
 
     def header(self) -> bytes:
-        """Return the header that the writer gives such a member."""
+        """Return the header that `ShardWriter` writes for this member."""
         info = tarfile.TarInfo(self.name)
         info.size = self.nbytes
         return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def layout(sample: SampleRecord) -> dict[str, Member]:
-    """Return, part by part, the members of a sample as its record places them."""
+    """Return the members of a sample by part, at the offsets in its record."""
     key, (offset, nbytes) = sample.key, sample.json
     parts = {"json": Member(f"{key}.json", offset - BLOCK, nbytes)}
     at = parts["json"].end
@@ -103,26 +103,26 @@ class SampleState:
     """State of one sample in a shard."""
 
     sound: bool
-    """Whether its bytes are there, as they were committed."""
+    """Whether its bytes are those that were committed."""
     blob: bytes
-    """Those bytes; else as many, with true headers, what is in place, and zeros for the rest."""
+    """Its bytes; if damaged, as many: correct headers, the data that is in place, zeros for the rest."""
     faults: list[Fault] = field(default_factory=list)
     displaced: bool = False
-    """Whether nothing of it is in its place."""
+    """Whether none of its members is at its offset."""
 
 
 class ShardScan:
-    """A shard's samples, each at its recorded place, and the names of its members."""
+    """A shard's samples, each at its recorded offset, and the names of its members."""
 
     def __init__(self, tar: Tar) -> None:
         self.tar = tar
 
     @cached_property
     def names(self) -> Counter[str]:
-        """How many members there are of each name, as the standard library's tarfile sees them."""
+        """Number of members by name, as the standard library's tarfile finds them."""
         found: Counter[str] = Counter()
         try:
-            # Goes on behind damaged headers and behind the zeros of an archive's end, too.
+            # ignore_zeros: also continue after damaged headers and after the zeros that end an archive.
             with tarfile.open(self.tar.path, "r:", ignore_zeros=True) as opened:
                 for info in opened:
                     found[info.name] += 1
@@ -131,11 +131,13 @@ class ShardScan:
         return found
 
     def state(self, sample: SampleRecord) -> SampleState:
-        """Look at a sample where its record places it, and say what is wrong, part by part."""
+        """Return the state of a sample at its recorded offset, with the faults of its parts."""
         parts = layout(sample)
         blob = self.tar.read(sample.offset, sample.nbytes)
         lost = sample.nbytes - len(blob)
-        if 0 < lost <= list(parts.values())[-1].padding:  # of the archive's last sample: zeros
+        if (
+            0 < lost <= list(parts.values())[-1].padding
+        ):  # only zeros of the last sample are missing
             blob += bytes(lost)
         if google_crc32c.value(blob) == sample.crc32c:
             return SampleState(True, blob)
@@ -155,7 +157,7 @@ class ShardScan:
     def _look(
         self, sample: SampleRecord, part: str, member: Member
     ) -> tuple[bytes, str | None, bool]:
-        """Return a member's data, what is wrong with it, and whether it is in its place at all."""
+        """Return a member's data, its fault, and whether it is at its offset at all."""
         data = self.tar.read(member.data, member.nbytes)
         there = self.tar.read(member.begin, BLOCK) == member.header()
         if member.begin >= self.tar.nbytes:
@@ -171,6 +173,9 @@ class ShardScan:
         if len(data) < member.nbytes:
             return data, fault, False
         return data, "is not in its place" if self.names[member.name] else "is missing", False
+
+
+# -- faults
 
 
 def _fault_of_data(sample: SampleRecord, part: str, data: bytes, nbytes: int) -> str | None:
@@ -189,7 +194,7 @@ def _fault_of_data(sample: SampleRecord, part: str, data: bytes, nbytes: int) ->
 
 
 def fault_of_json(key: str, data: bytes) -> str | None:
-    """Return what is wrong with a sample's json, None where it is the description of this key."""
+    """Return the fault of a sample's json; None if it describes the clip of this key."""
     try:
         id_ = json.loads(data)["id"]
         other = sample_key(id_)
@@ -199,7 +204,7 @@ def fault_of_json(key: str, data: bytes) -> str | None:
 
 
 def npy_heads(stream: StreamRecord, part: str) -> list[bytes]:
-    """Return the npy headers that the values of a stream may have."""
+    """Return the npy headers that a stream's member may have."""
     shape: tuple[int, ...] = stream.shape
     kinds = ["<f2", "<u2"]
     if part.endswith("_scale"):
@@ -217,10 +222,13 @@ def npy_heads(stream: StreamRecord, part: str) -> list[bytes]:
     return heads
 
 
+# -- records of an undamaged shard, from its bytes
+
+
 def commit_of(
     shard: Path, unit: int, fingerprint: str, underflowed: int | None, provenance: Json
 ) -> CommitRecord:
-    """Return the commit record of a shard that is known to be whole and lost its own."""
+    """Return the commit record of a shard that is known to be undamaged, from its bytes."""
     facts, samples = file_facts(shard), records(shard)
     return CommitRecord(
         shard=shard.name,
@@ -234,7 +242,7 @@ def commit_of(
 
 
 def records(path: Path) -> list[SampleRecord]:
-    """Return the records that a commit has of the samples of a shard that is known to be whole."""
+    """Return the sample records of a shard that is known to be undamaged, from its bytes."""
     with tarfile.open(path, "r:") as opened, Tar(path) as tar:
         members = [Member(info.name, info.offset, info.size) for info in opened]
         samples = groupby(members, lambda member: member.name.partition(".")[0])

@@ -1,10 +1,10 @@
-"""Is a bank what it was when it was written? Every damage by file, clip and stream.
+"""Verify a bank: list every difference from what was written, by file, clip and stream.
 
     for damage in verify(Path("bank"), deep=True):
         print(damage)
 
-`deep` reads every byte; otherwise sizes, headers and descriptions are looked at, which finds
-whatever a broken copy or another tool does, and no flipped bit among the features.
+`deep` reads every byte. Otherwise only sizes, headers and json members are checked, which finds the
+damage of a broken copy or another tool, but not a flipped bit among the features.
 """
 
 import hashlib
@@ -39,10 +39,10 @@ THREADS = 4
 def verify(
     bank: Path, deep: bool = False, seen: Callable[[int], object] = lambda nbytes: None
 ) -> list[Damage]:
-    """Return all that is wrong with a bank, finished or not.
+    """Return all damages of a bank, finished or not.
 
-    seen: told of the bytes of each shard as they are done. Raises UserError where there is no bank
-    or one of another format. Samples that are served no more count as others do.
+    seen: called with the bytes of each shard when it is done. Raises UserError if there is no bank, or
+    one of another format. Samples that are no longer served are checked, too.
     """
     inventory = read_inventory(bank)
     damages = list(inventory.damages)
@@ -56,10 +56,13 @@ def verify(
     return damages + check_catalogue(inventory, sound)
 
 
+# -- shards
+
+
 def check_shard(
     inventory: Inventory, name: str, deep: bool, seen: Callable[[int], object] = lambda nbytes: None
 ) -> list[Damage]:
-    """Return what is wrong with one shard, its index and what its commit record says."""
+    """Return the damages of one shard, its index and its commit record."""
     path, commit = inventory.bank / "shards" / name, inventory.commits[name]
     file = f"shards/{name}"
     damages = _check_commit(inventory, name, commit) if commit else []
@@ -83,7 +86,7 @@ def check_shard(
 
 
 def is_as_listed(inventory: Inventory, name: str) -> bool:
-    """Whether a shard is, byte for byte, the one that bank.json lists: it needs no other proof."""
+    """Return whether a shard has the sha256 in bank.json, which proves it without a commit record."""
     listed, path = inventory.listed.get(name), inventory.bank / "shards" / name
     return listed is not None and path.exists() and file_sha256(path) == listed.sha256
 
@@ -111,6 +114,7 @@ def _check_commit(inventory: Inventory, name: str, commit: CommitRecord) -> list
 
 def _check_samples(path: Path, commit: CommitRecord, deep: bool) -> list[Damage]:
     with Tar(path) as tar:
+        # One pass recognises an undamaged shard; only others are examined member by member.
         sound = _is_sound(tar, commit) if deep else _is_in_shape(tar, commit.samples)
         if sound and tar.nbytes == commit.nbytes:
             return []
@@ -119,7 +123,7 @@ def _check_samples(path: Path, commit: CommitRecord, deep: bool) -> list[Damage]
 
 
 def _is_in_shape(tar: Tar, samples: Sequence[SampleRecord]) -> bool:
-    """Whether all headers stand in their places, and every json describes its clip."""
+    """Return whether all headers are at their offsets, and every json describes its clip."""
     for sample in samples:
         for part, member in layout(sample).items():
             if tar.read(member.begin, len(member.header())) != member.header():
@@ -131,7 +135,7 @@ def _is_in_shape(tar: Tar, samples: Sequence[SampleRecord]) -> bool:
 
 
 def _is_sound(tar: Tar, commit: CommitRecord) -> bool:
-    """Whether every byte is as the commit record has it."""
+    """Return whether every byte matches the commit record's checksums."""
     sha256 = hashlib.sha256()
     for sample in commit.samples:
         blob = tar.read(sample.offset, sample.nbytes)
@@ -149,7 +153,7 @@ def _is_tail_sound(tar: Tar, samples: Sequence[SampleRecord]) -> bool:
 
 
 def examine(tar: Tar, samples: Sequence[SampleRecord]) -> list[Damage]:
-    """Return what is wrong with a shard of which something is: sample by sample, then by member."""
+    """Return the damages of a damaged shard: by sample, then by member."""
     file, scan = f"shards/{tar.path.name}", ShardScan(tar)
     damages = []
     for sample in samples:
@@ -189,8 +193,11 @@ def _check_index(path: Path, samples: Sequence[SampleRecord]) -> list[Damage]:
     return []
 
 
+# -- catalogue
+
+
 def check_catalogue(inventory: Inventory, shards_are_sound: bool) -> list[Damage]:
-    """Compare the catalogue with the manifest's checksums, and with what the shards give."""
+    """Compare the catalogue with the manifest's checksums, and with columns built from the shards."""
     manifest, path = inventory.manifest, inventory.bank / "index.zarr"
     if manifest is None and not path.exists():
         return []
@@ -226,9 +233,9 @@ def _check_counts(manifest: Manifest, columns: Columns) -> list[Damage]:
 
 
 def _fresh_columns(inventory: Inventory) -> Columns:
-    """Return the columns of the shards that the manifest lists, or of all that are finished.
+    """Return columns built from the shards that the manifest lists, or from all finished ones.
 
-    The plan may be ahead of the manifest: it is the manifest that tells what was served then.
+    The plan may be newer than the manifest, so the served samples are those of the manifest.
     """
     commits, plan, manifest = inventory.sound_commits(), inventory.plan, inventory.manifest
     assert plan
@@ -244,22 +251,22 @@ def _fresh_columns(inventory: Inventory) -> Columns:
 
 
 def _check_files(path: Path, columns: Columns) -> list[Damage]:
-    """Compare the catalogue's files with those that these columns make, byte for byte.
+    """Compare the catalogue's files, byte for byte, with those written from these columns.
 
-    Another version of zarr may write the same columns in other words: files differ then which have
-    nothing but words in them, all of them.
+    Another version of zarr may write other metadata for the same columns: then all of the zarr.json
+    files differ, and are not reported as long as they are json.
     """
     with tempfile.TemporaryDirectory() as folder:
         fresh_path = Path(folder) / "index.zarr"
         write_columns(fresh_path, columns)
         fresh, there = _contents(fresh_path), _contents(path)
-    words = [name for name in fresh if name.endswith("zarr.json")]
-    same_writer = any(fresh[name] == there.get(name) for name in words)
+    metadata = [name for name in fresh if name.endswith("zarr.json")]
+    same_writer = any(fresh[name] == there.get(name) for name in metadata)
     return [
         Damage("index.zarr", "is not as it was written", part=name)
         for name in sorted(fresh.keys() | there.keys())
         if fresh.get(name) != there.get(name)
-        and (name not in words or same_writer or not _is_json(there.get(name)))
+        and (name not in metadata or same_writer or not _is_json(there.get(name)))
     ]
 
 

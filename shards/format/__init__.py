@@ -1,1 +1,1 @@
-"""The bank on disk: what is in which file, as dataclasses that read and write themselves."""
+"""The files of a bank, as dataclasses that read and write themselves."""

@@ -1,12 +1,14 @@
 """The catalogue: one row per clip that is served, one Zarr array per column, read once into NumPy.
 
-Rows follow the order of shards and of samples within them. Ragged columns (ids, timestamps,
-frame indices) are a flat array and `offsets` of one more entry than rows.
+Rows are in the order of shards and of samples within them. Ragged columns (ids, timestamps, frame
+indices) are a flat array and `offsets` with one more entry than rows.
 
-Each column is one uncompressed chunk, the plain little-endian values: any Zarr v3 reader opens
-`index.zarr`, and ours takes the values of a million rows as they are. The manifest has the
-checksum of each.
+Each column is one uncompressed chunk of plain little-endian values: any Zarr v3 reader opens
+`index.zarr`, and ours uses the bytes without decoding. The manifest has the checksum of each.
 """
+
+# Columns read whole, and no database: a million rows of six columns loaded in 0.16 s from 17 MB of Zarr;
+# the same rows in SQLite took 76 MB. zarr-python is not used for reading: its import takes 0.3 s.
 
 import json
 import shutil
@@ -27,6 +29,7 @@ from shards.text import some
 
 Columns = dict[str, np.ndarray]
 READERS = 8
+"""Threads that read columns: remote ones take a round trip each."""
 
 
 def build_columns(
@@ -37,8 +40,8 @@ def build_columns(
 ) -> Columns:
     """Return the columns of the samples served, from commit records and json members of the tars.
 
-    commits: in the order of the plan; column `shard` counts those with samples. serving: of each key,
-    the one unit whose sample of it is served; keys that are left out are not. None serves all.
+    commits: in the order of the plan; column `shard` numbers those with samples. serving: by key, the
+    unit whose sample is served; samples of other keys are left out. None serves all.
     """
     files = open_files(shards_dir)
     keys: list[str] = []
@@ -87,7 +90,7 @@ def build_columns(
 
 
 def _stream_columns(name: str, streams: Sequence[StreamRecord]) -> Columns:
-    """Return where the values of one stride are; offsets are from the start of their tar."""
+    """Return the columns that locate one stride's values; offsets are from the start of the tar."""
     shapes = np.asarray([stream.shape for stream in streams], np.uint32)
     columns = {**_places(name, streams), f"{name}_shape": shapes.reshape(-1)}
     frame_nbytes = [stream.frame_nbytes for stream in streams if stream.frame_nbytes is not None]
@@ -107,14 +110,17 @@ def _places(name: str, arrays: Sequence[ArrayRecord]) -> Columns:
     }
 
 
+# -- files
+
+
 def checksums(columns: Columns) -> dict[str, int]:
-    """Return the crc32c of each column's bytes, as the manifest's `catalogue` holds them."""
+    """Return the crc32c of each column's bytes: the manifest's `catalogue`."""
     return {name: google_crc32c.value(columns[name]) for name in sorted(columns)}
 
 
 def write_columns(path: Path, columns: Columns) -> None:
-    """Write the catalogue beside its place and rename it there, replacing an older one."""
-    import zarr  # takes a third of a second, which no reader has to wait
+    """Write the catalogue to a temporary folder and rename it, replacing an older one."""
+    import zarr  # here, because it takes a third of a second that readers need not wait
 
     temporary, old = (path.with_name(path.name + end) for end in (".tmp", ".old"))
     for left in (temporary, old):
@@ -126,8 +132,10 @@ def write_columns(path: Path, columns: Columns) -> None:
             data=columns[name],
             chunks=(max(1, len(columns[name])),),
             compressors=None,
-            config={"write_empty_chunks": True},
+            config={"write_empty_chunks": True},  # our reader expects a chunk file, of zeros too
         )
+    # A folder cannot be replaced atomically: between the two renames there is none, and `read.opening`
+    # retries.
     if path.exists():
         path.rename(old)
     temporary.rename(path)
@@ -135,11 +143,11 @@ def write_columns(path: Path, columns: Columns) -> None:
 
 
 class CatalogueMismatch(UserError):
-    """Columns that are not as the manifest has them."""
+    """Columns that do not match the manifest."""
 
     def __init__(self, where: str, wrong: Mapping[str, str], rows: int | None) -> None:
         self.wrong, self.rows = wrong, rows
-        """What is wrong, by column; how many rows the catalogue has, None where that is not known."""
+        """The fault of each column; and the number of rows, None if unknown."""
         shown = [f"column {name} {what}" for name, what in wrong.items()]
         super().__init__(some(shown, separator="; "), where=f"{where}/index.zarr")
 
@@ -147,20 +155,20 @@ class CatalogueMismatch(UserError):
 def read_columns(files: Files, catalogue: Mapping[str, int]) -> Columns:
     """Read the columns that the manifest's `catalogue` names, and check them.
 
-    The arrays cannot be written to. Raises CatalogueMismatch.
+    The arrays are read-only. Raises CatalogueMismatch.
     """
 
     def read(name: str) -> np.ndarray | str:
         try:
             column = _read_column(files, f"index.zarr/{name}")
         except FileNotFoundError:
-            return "is not there"
+            return "is missing"
         except (ValueError, KeyError, TypeError):
             return "is damaged"
         return column if google_crc32c.value(column) == catalogue[name] else "has another checksum"
 
     with ThreadPoolExecutor(READERS) as pool:
-        # The large ones first, so that threads end together.
+        # The large columns first, so that all threads end at about the same time.
         names = sorted(catalogue, key=lambda name: (name not in LARGE, name))
         found = dict(zip(names, pool.map(read, names), strict=True))
     columns = {name: column for name, column in found.items() if isinstance(column, np.ndarray)}
@@ -178,7 +186,7 @@ LARGE = ("timestamps", "frame_index", "key", "id")
 
 
 def _read_column(files: Files, name: str) -> np.ndarray:
-    """Return a column; raises OSError, ValueError, KeyError or TypeError if it is not of ours."""
+    """Return a column; raises OSError, ValueError, KeyError or TypeError for anything else."""
     facts = json.loads(files.read(f"{name}/zarr.json"))
     (rows,) = facts["shape"]
     if [codec["name"] for codec in facts["codecs"]] != ["bytes"]:
@@ -190,8 +198,11 @@ def _read_column(files: Files, name: str) -> np.ndarray:
     return column
 
 
+# -- text and ragged columns
+
+
 class TextColumn(Sequence[str]):
-    """A ragged text column as a sequence of strings, each decoded when it is asked for."""
+    """A ragged text column as a sequence of strings, each decoded on access."""
 
     def __init__(self, columns: Columns, name: str) -> None:
         self._blob, self._offsets = columns[name], columns[f"{name}_offsets"]
@@ -219,7 +230,7 @@ def split_text(columns: Columns, name: str) -> list[str]:
 
 
 def id_hash(id_: str) -> int:
-    """Return the number that a clip's key ends with, in hexadecimal digits."""
+    """Return the number whose 16 hexadecimal digits end a clip's key."""
     return int(digest(id_.encode("utf-8", "surrogatepass"), size=8), 16)
 
 

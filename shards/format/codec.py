@@ -1,11 +1,10 @@
-"""What bytes the features of a clip become, and back.
+"""Codecs: features of a clip -> stored bytes, and back.
 
-`none` stores them as they are. `blosc` (numcodecs, lossless) makes one frame of compressed bytes of
-each video frame, so that some frames can be read without the others. `int8` stores
-round(x / (channel_scale * token_scale)), where channel_scale is the root mean square of a channel
-over calibration clips, fixed for the bank, and token_scale brings each token's largest value to
-127. A scale per token alone would round small channels to nothing beside the few massive ones of
-vision transformers.
+`none` stores them unchanged. `blosc` (numcodecs, lossless) compresses each video frame separately, so
+that some frames can be read without the others. `int8` stores round(x / (channel_scale * token_scale)),
+where channel_scale is the root mean square of a channel over calibration clips, fixed for the bank, and
+token_scale maps each token's largest value to 127. With a scale per token alone, small channels would be
+rounded to zero beside the few massive ones of vision transformers.
 
     codec = Codec("int8", "float16", {4: channel_rms(arrays)})
     stored = codec.encode(4, features)
@@ -24,18 +23,18 @@ from shards.format.features import CODECS
 INT8_MOST = 127
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 
-# Of zstd and LZ4 at levels 1 to 9 with each shuffle: within 4 % of the smallest that is not ten times
-# slower to make (0.93 of float16, 0.79 of bfloat16), at 0.9 GB/s a core; LZ4 leaves float16 as it is.
+# Of zstd and LZ4 at levels 1 to 9 with each shuffle: within 4 % of the smallest size that is not ten
+# times slower to make (0.93 of float16, 0.79 of bfloat16), at 0.9 GB/s a core. LZ4 leaves float16 as is.
 BLOSC = Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE)
-blosc.use_threads = False  # its threads do not survive a fork
+blosc.use_threads = False  # its threads do not survive a fork, and data loaders fork
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One stream of a clip as it lies in a shard."""
+    """One stream of a clip as stored in a shard."""
 
     data: np.ndarray
-    """none: the features. blosc: uint8, the compressed frames one after the other. int8: int8."""
+    """none: the features. blosc: uint8, the concatenated compressed frames. int8: int8."""
     frame_nbytes: list[int] | None = None
     """blosc: the compressed bytes of each frame."""
     scale: np.ndarray | None = None
@@ -44,7 +43,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Int8:
-    """Features as `int8` stores them, with what makes floats of them: half the bytes to move."""
+    """Features as `int8` stores them, with their scales: half the bytes to move to a device."""
 
     values: np.ndarray
     """int8 `(frames, cell_rows, cell_cols, dim)`."""
@@ -53,7 +52,7 @@ class Int8:
     channel_scale: np.ndarray
     """float32 `(dim)`."""
     dtype: str
-    """Of the floats: float16 or bfloat16."""
+    """dtype of the decoded features: float16 or bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,11 @@ class Codec:
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """Of what `decode` returns."""
+        """dtype that `decode` returns."""
         return np.dtype(np.float16 if self.dtype == "float16" else np.uint16)
 
     def encode(self, stride: int, features: np.ndarray) -> Stored:
-        """Return what is stored of features `(frames, cell_rows, cell_cols, dim)`."""
+        """Return the stored form of features, `dtype` `(frames, cell_rows, cell_cols, dim)`."""
         features = np.ascontiguousarray(features)
         if self.name == "none":
             return Stored(features)
@@ -85,7 +84,9 @@ class Codec:
             return Stored(data, frame_nbytes=[len(frame) for frame in frames])
         relative = as_float32(features) / self.channel_scale[stride]
         largest = np.abs(relative).max(axis=-1)
-        scale = np.maximum(largest / INT8_MOST, np.finfo(np.float32).tiny)
+        scale = np.maximum(
+            largest / INT8_MOST, np.finfo(np.float32).tiny
+        )  # tokens of zeros: no 0 / 0
         quantised = np.rint(relative / scale[..., None]).astype(np.int8)
         return Stored(quantised, scale=scale.astype(np.float32))
 
@@ -114,12 +115,13 @@ class Codec:
         assert scale is not None
         values = data.reshape(-1, *cell_shape) * self.channel_scale[stride]
         values *= scale.reshape(values.shape[:-1])[..., None]
+        # Rounding up in int8 may pass the largest float16, which would become infinite.
         most = LARGEST[self.dtype]
         return from_float32(values.clip(-most, most, out=values), self.dtype)
 
 
 def _decompress(data: np.ndarray, out: np.ndarray) -> None:
-    # Blosc trusts the sizes that a frame's own header states.
+    # Blosc trusts the sizes in a frame's own header, so damaged ones must be caught here.
     nbytes, _, cbytes = np.frombuffer(data[4:16].tobytes().ljust(12, b"\0"), "<u4").tolist()
     if (nbytes, cbytes) != (out.nbytes, len(data)):
         raise ValueError(
@@ -132,11 +134,14 @@ def _decompress(data: np.ndarray, out: np.ndarray) -> None:
         raise ValueError(f"compressed frame: {error}; restore the shard or encode again") from None
 
 
+# -- calibration and error measures
+
+
 def channel_rms(arrays: Iterable[np.ndarray]) -> np.ndarray:
     """Return each channel's root mean square over features `(..., dim)`: float32, never zero.
 
-    A channel that hardly stirs counts for 1/16 of the median: were it taken as it is, a token in
-    which it does stir would leave no precision to the others.
+    A scale is at least 1/16 of the median. For a nearly constant channel a smaller one would make a token
+    in which that channel is large lose the precision of all others.
     """
     total, count = 0.0, 0
     for array in arrays:
@@ -149,7 +154,7 @@ def channel_rms(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def channel_error(features: Iterable[np.ndarray], decoded: Iterable[np.ndarray]) -> np.ndarray:
-    """Return each channel's error relative to its root mean square: float32 `(dim)`."""
+    """Return each channel's root mean square error / root mean square: float32 `(dim)`."""
     wrong = size = 0.0
     for exact, rough in zip(features, decoded, strict=True):
         a, b = (as_float32(x).reshape(-1, x.shape[-1]).astype(np.float64) for x in (exact, rough))
@@ -158,10 +163,13 @@ def channel_error(features: Iterable[np.ndarray], decoded: Iterable[np.ndarray])
 
 
 def token_cosine(features: np.ndarray, decoded: np.ndarray) -> np.ndarray:
-    """Return the cosine between each token and its decoded self: float32 `(..., cols)`."""
+    """Return the cosine similarity of each token and its decoded form: float32 `(..., cols)`."""
     a, b = as_float32(features), as_float32(decoded)
     dots, sizes = (a * b).sum(-1), np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.where(sizes > 0, dots / np.where(sizes > 0, sizes, 1), 1.0).astype(np.float32)
+
+
+# -- float16 and bfloat16
 
 
 def as_float32(features: np.ndarray) -> np.ndarray:
@@ -175,5 +183,7 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     """Return float32 as float16, or rounded to even as uint16 that holds bfloat16."""
     if dtype == "float16":
         return values.astype(np.float16)
+    # bfloat16 is the upper half of float32. Round to nearest, ties to even (IEEE 754): add half of the
+    # dropped part, and one less if the kept part is even.
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

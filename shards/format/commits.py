@@ -1,8 +1,8 @@
-"""A shard's files by name, and the commit records (`.done`) of those that are finished.
+"""The files of a shard by name, and the commit records (`.done`) of finished shards.
 
-`bank-000000.done` is the only word on what lies in `bank-000000.tar`: without it a shard does not
-exist. Offsets are from the start of the tar. While a shard is written, whoever holds its unit's lease
-writes files that carry the lease's token, `bank-000000.tar.5e1f0c3a.part`: nobody else's.
+The commit record `bank-000000.done` alone says what is in `bank-000000.tar`: without it the shard does
+not exist. Offsets are from the start of the tar. While a shard is written, the holder of its unit's lease
+writes files whose names contain the lease's token, such as `bank-000000.tar.5e1f0c3a.part`.
 """
 
 import re
@@ -19,12 +19,12 @@ from shards.signed import Json, read_signed_json, signed_json, write_atomic
 ATTEMPT_FILE = re.compile(
     r"(.+\.tar)(?:\.[0-9a-f]+)?\.(part|journal|record|index|holder|lease)(?:\.tmp)?"
 )
-"""What holders of a unit write: the shard, then the token or the lease's number, then what it is."""
+"""Files of a unit's holders: the shard, then the token or the lease's number, then the kind."""
 
 
 @dataclass(frozen=True)
 class ArrayRecord:
-    """Where the values of an npy are, its header left out."""
+    """Where the values of an npy member are, without its header."""
 
     offset: int
     nbytes: int
@@ -36,7 +36,7 @@ class StreamRecord(ArrayRecord):
     """The features of one clip and stride."""
 
     shape: tuple[int, int, int, int]
-    """(frames, cell_rows, cell_cols, dim), whatever the codec makes of it."""
+    """(frames, cell_rows, cell_cols, dim) of the decoded features."""
     frame_nbytes: list[int] | None = None
     """blosc: the compressed bytes of each frame."""
     scale: ArrayRecord | None = None
@@ -45,16 +45,16 @@ class StreamRecord(ArrayRecord):
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """One clip: a json and the arrays of each stride, one after the other."""
+    """One clip: a json member, then the array members of each stride."""
 
     key: str
     offset: int
-    """Of its first header."""
+    """Offset of its first tar header."""
     nbytes: int
     """Headers and padding included."""
     crc32c: int
     json: tuple[int, int]
-    """Offset and bytes of its description, the header left out."""
+    """Offset and bytes of its json, without the tar header."""
     streams: dict[int, StreamRecord]
 
     @property
@@ -63,11 +63,11 @@ class SampleRecord:
 
     @property
     def frames(self) -> int:
-        """How many entries axis 0 of its arrays has."""
+        """Entries along axis 0 of its arrays."""
         return next(iter(self.streams.values())).shape[0]
 
     def moved(self, by: int) -> "SampleRecord":
-        """Return the record of the same sample `by` bytes further on."""
+        """Return the record of the same sample with offsets increased by `by` bytes."""
 
         def shift(stream: StreamRecord) -> StreamRecord:
             scale = stream.scale and replace(stream.scale, offset=stream.scale.offset + by)
@@ -96,7 +96,7 @@ class SampleRecord:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What a finished shard is: its bytes, and what is where in them; without samples there is no tar."""
+    """A finished shard: its checksums and the places of its samples; without samples there is no tar."""
 
     shard: str
     unit: int
@@ -106,15 +106,15 @@ class CommitRecord:
     crc32c: int
     samples: list[SampleRecord]
     underflowed: int | None
-    """How many values the stored type rounded to zero; None where the first record was lost."""
+    """Values that the stored type rounded to zero; None if the original record was lost."""
     provenance: Json
-    """What, beside the `FeatureConfig`, the last bits may depend on; empty where that was lost."""
+    """Libraries and hardware, on which the last bits may depend; empty if the record was lost."""
     failures: list[QuarantineEntry] | None = None
-    """The unit's clips that could not be encoded; None where all could."""
+    """The unit's clips that could not be encoded; None if all could."""
 
     @property
     def keys(self) -> set[str]:
-        """Of the samples."""
+        """Keys of the samples."""
         return {sample.key for sample in self.samples}
 
     def to_json(self) -> Json:
@@ -130,18 +130,21 @@ class CommitRecord:
         return parse(cls, data, where)
 
 
+# -- reading and writing records
+
+
 def end_of(samples: Sequence[SampleRecord]) -> int:
-    """Return where the members of a tar end."""
+    """Return the offset at which the members of a tar end."""
     return samples[-1].end if samples else 0
 
 
 def write_commit(shard: Path, commit: CommitRecord) -> None:
-    """Write the commit record of the shard at this path."""
+    """Write the commit record of the shard at this path, atomically."""
     write_atomic(done_path(shard), signed_json(commit.to_json()))
 
 
 def read_commit(shard: Path) -> CommitRecord:
-    """Read the commit record of the shard at this path; a damaged one is refused."""
+    """Return the commit record of the shard at this path; raises UserError for a damaged one."""
     path = done_path(shard)
     return CommitRecord.from_json(read_signed_json(path), str(path))
 
@@ -153,16 +156,19 @@ def read_commits(bank: Path, plan: Plan) -> list[CommitRecord]:
 
 
 def refuse_missing_shards(bank: Path, plan: Plan) -> None:
-    """Raise UserError naming each finished shard that is not there any more."""
+    """Raise UserError naming each finished shard whose tar no longer exists."""
     shards = [shard_path(bank, unit) for unit in range(len(plan.units)) if committed(bank, unit)]
     problems = [
-        f"{shard}: was finished and is gone; restore it, or remove {done_path(shard)} and run again "
+        f"{shard}: was finished and is missing; restore it, or remove {done_path(shard)} and run again "
         "to encode its clips again"
         for shard in shards
         if not shard.is_file() and read_commit(shard).samples
     ]
     if problems:
         raise UserError.of(problems)
+
+
+# -- files of a shard by name
 
 
 def shard_name(unit: int) -> str:
@@ -174,7 +180,7 @@ def shard_path(out: Path, unit: int) -> Path:
 
 
 def attempt_path(shard: Path, token: str, kind: str) -> Path:
-    """Return a file of the holder with this token; a writer without a lease has none."""
+    """Return the path of a holder's file; a writer without a lease has no token."""
     return shard.with_name(".".join(filter(None, (shard.name, token, kind))))
 
 
@@ -187,24 +193,27 @@ def journal_path(shard: Path, token: str = "") -> Path:
 
 
 def record_path(shard: Path, token: str = "") -> Path:
-    """What becomes the commit record, if no other holder was faster."""
+    """The file that becomes the commit record, unless another holder committed first."""
     return attempt_path(shard, token, "record")
 
 
 def lease_path(shard: Path, number: int) -> Path:
-    """The lease of a unit's first, second ... holder."""
+    """The lease file of a unit's first, second ... holder."""
     return shard.with_name(f"{shard.name}.{number}.lease")
 
 
 def attempt_files(shards: Path) -> Iterator[tuple[Path, Path, str]]:
-    """Yield the files of holders in a folder of shards, each with its shard and what it is."""
+    """Yield the files of holders in a folder of shards, each with its shard and its kind."""
     for path in shards.glob("*.tar.*"):
         if match := ATTEMPT_FILE.fullmatch(path.name):
             yield path, shards / match[1], match[2]
 
 
 def index_path(shard: Path) -> Path:
-    """uint64 little-endian: each sample's first header, then the end of the members."""
+    """The index of a shard: uint64 little-endian offsets of each sample's first header, then the end.
+
+    The layout of Megatron-Energon and Lhotse, so that they find samples without reading the tar.
+    """
     return shard.with_name(shard.name + ".idx")
 
 

@@ -1,8 +1,7 @@
-"""What the bytes of a bank depend on, and the names inside it.
+"""`FeatureConfig`: everything that changes a stored feature, and its fingerprint.
 
-`FeatureConfig` is everything that changes a stored feature; its blake2b digest is the bank's
-fingerprint. Worker counts, shard sizes, library versions and hardware are provenance and never
-enter it. `SampleMeta` is the json beside each clip's arrays.
+The fingerprint is a blake2b digest of the config. Worker counts, shard sizes, library versions and
+hardware are provenance and never part of it: changing them must not invalidate a bank.
 """
 
 import re
@@ -15,13 +14,15 @@ from shards.errors import UserError
 from shards.format.fields import parse
 from shards.signed import Json, canonical_json, digest
 
+# 2: every field must be present, see `fields`. 3: `covered` counts whole patches only, `flags` are one
+# text, and a unit without samples has no tar. `care.migrate` converts older banks.
 FORMAT_VERSION = 3
-"""Of a bank's files: any change of their layout, or of what a field means, raises it."""
+"""Version of a bank's files; increased by any change of their layout or of a field's meaning."""
 
 POOL_MODES = ("average", "average_floor", "max", "bilinear")
 MERGED = "merged"
 MERGED_LAYER = re.compile(r"([0-9]+,)*merged")
-"""What `layer` may be beside a number: merged tokens, behind those of earlier layers (Qwen3-VL's)."""
+"""Values of `layer` that are not numbers: merged tokens, after those of earlier layers (Qwen3-VL's)."""
 DTYPES = ("float16", "bfloat16")
 CODECS = ("none", "blosc", "int8")
 FRAMES_LIKE = ("qwen2_vl", "qwen3_vl", "llava")
@@ -43,9 +44,9 @@ class Sampling:
     """An exact decimal or ratio, frames per second: "1", "0.5", "30000/1001"."""
     max_frames: int | None = None
     kept: int | None = None
-    """Of the frames so found, this many uniformly: of a bank that was derived with fewer frames."""
+    """Of the frames so sampled, keep this many, uniformly: for a bank derived with fewer frames."""
     like: str | None = None
-    """One of `FRAMES_LIKE`."""
+    """One of `FRAMES_LIKE`: whose processor chooses the frames."""
 
     def __post_init__(self) -> None:
         if (self.num_frames is None) == (self.fps is None):
@@ -77,32 +78,32 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Derived:
-    """That features were made of another bank's, whose stored values they are pooled from."""
+    """The bank whose stored features these were pooled from."""
 
     fingerprint: str
-    """Of that bank's features."""
+    """Fingerprint of that bank's features."""
     strides: tuple[int, ...]
     codec: str
 
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """All that the stored bytes depend on."""
+    """Everything that the stored bytes depend on."""
 
     tower_type: str
     """transformers' model type of the vision tower, such as `siglip_vision_model`."""
     tower_digest: str
-    """blake2b of the tower's configuration and weights, independent of where they lie."""
+    """blake2b of the tower's configuration and weights, independent of their path."""
     layer: int | str
-    """Index into the tower's hidden states, -1 the last, -2 the one before it; or `merged`: the tokens
-    that the tower's merger makes for its LLM. `5,11,17,merged`: the channels of a cell are, one after the
-    other, what those layers' own mergers make for the LLM, and the merged tokens."""
+    """Index into the tower's hidden states, -1 the last, -2 the one before it; or `merged`: the output
+    of the tower's merger, the input of its LLM. `5,11,17,merged`: a cell's channels are the outputs of
+    those layers' own mergers and then the merged tokens, concatenated."""
     processor: Json
     """The tower's resolved image-processor values: sizes, filter, mean, std, crop."""
     dtype: str
-    """Of the stored features: `float16`, or `bfloat16` (kept as uint16 and marked)."""
+    """dtype of the stored features: `float16`, or `bfloat16` (stored as uint16)."""
     tower_dtype: str
-    """Of the tower's arithmetic: `float32`, `bfloat16` or `float16`."""
+    """dtype of the tower's arithmetic: `float32`, `bfloat16` or `float16`."""
     attention: str
     """The tower's attention implementation in transformers: `sdpa` or `eager`."""
     sampling: Sampling
@@ -113,7 +114,7 @@ class FeatureConfig:
     """How features are stored: `none`, `blosc` or `int8`."""
     format_version: int = FORMAT_VERSION
     derived: Derived | None = None
-    """None of features that come from the tower."""
+    """The source of derived features; None for features that come from the tower."""
 
     def __post_init__(self) -> None:
         check_strides(self.strides)
@@ -134,7 +135,7 @@ class FeatureConfig:
             raise UserError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
 
     def to_json(self) -> Json:
-        """Return the fields as json; those that only a derived bank has are left out elsewhere."""
+        """Return the fields as json, without those that only a derived bank has, unless this is one."""
         data = asdict(self) | {"strides": list(self.strides)}
         for name in ("kept", "like"):
             if data["sampling"][name] is None:
@@ -147,7 +148,7 @@ class FeatureConfig:
 
     @classmethod
     def from_json(cls, data: Json) -> "FeatureConfig":
-        """Rebuild a config; a key this version does not know is refused by name."""
+        """Return the config; raises UserError naming a field that this version does not know."""
         return parse(cls, data, "feature config")
 
     @property
@@ -156,7 +157,7 @@ class FeatureConfig:
 
 
 def check_strides(strides: Sequence[int]) -> None:
-    """Refuse strides that are not one or more strictly increasing positive integers."""
+    """Raise UserError unless strides are one or more strictly increasing positive integers."""
     rising = all(a < b for a, b in pairwise(strides))
     if not strides or strides[0] < 1 or not rising:
         shown = ",".join(map(str, strides))

@@ -1,10 +1,10 @@
-"""A dataclass from json, each field there, none unknown, each of its type; else refused in words.
+"""Read a dataclass from json: every field present, none unknown, each of its type; else a UserError.
 
 parse(Sampling, {"num_frames": 8}, "sampling.json")
 
-Lists become tuples where the field is one, keys of a `dict[int, ...]` are written as text. A field
-whose default is None may be left out; every other must be there, so that a default of today is
-never taken for what an older writer meant.
+Lists become tuples where the field is a tuple; keys of a `dict[int, ...]` are text in json. A field whose
+default is None may be left out; every other field must be present, because the current default need not
+be what an older writer used.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from shards.errors import UserError
 
 Record = TypeVar("Record")
 Reader = Callable[[object, str], Any]
-"""Takes a value out of a json file and its dotted name there; returns what the field holds."""
+"""(value in the json, its dotted name) -> value of the field; raises UserError."""
 
 
 def parse(kind: type[Record], data: object, where: str) -> Record:
@@ -32,7 +32,7 @@ def parse(kind: type[Record], data: object, where: str) -> Record:
 
 @cache
 def _reader(kind: Any) -> Reader:
-    """Return what reads a value of this type: made once, for a bank has millions of them."""
+    """Return the reader of a type; cached, because a bank has millions of values."""
     if dataclasses.is_dataclass(kind):
         return _record(kind)
     origin, args = get_origin(kind), get_args(kind)
@@ -60,7 +60,7 @@ def _plain(kind: type) -> Reader:
 
 
 def _of(value: object, kinds: tuple[type, ...], word: str, where: str) -> Any:
-    """Return the value if it is of one of these types; True is no integer."""
+    """Return the value if it is of one of these types; `type`, because True is an int by isinstance."""
     if type(value) in kinds:
         return value
     shown = repr(value)

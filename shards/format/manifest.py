@@ -1,4 +1,4 @@
-"""`bank.json`, written last: its existence means that a bank is there."""
+"""`bank.json`, the manifest. It is written last: a folder is a complete bank only if it exists."""
 
 import math
 import platform
@@ -21,7 +21,7 @@ from shards.storage import Files, open_files
 
 
 class NamedTower(Protocol):
-    """What the manifest says of a tower beside the `FeatureConfig`."""
+    """The facts on a tower that the manifest has and `FeatureConfig` has not."""
 
     @property
     def name(self) -> str: ...
@@ -35,18 +35,18 @@ class TowerFacts:
 
     name: str
     width: int
-    """Channels of its features; 0 where no clip tells."""
+    """Channels of its features; 0 if no clip is banked."""
 
     @classmethod
     def of(cls, plan: Plan, commits: Sequence[CommitRecord]) -> "TowerFacts":
-        """Return what plan and commit records know of a bank's tower."""
+        """Return the facts on a bank's tower in its plan and commit records."""
         streams = (s for commit in commits for one in commit.samples for s in one.streams.values())
         first = next(streams, None)
         return cls(plan.tower.name, first.shape[-1] if first else 0)
 
 
-def lying_at(name: str) -> str:
-    """Return a tower's name so that it means the same in every folder: the whole path of one here."""
+def absolute_name(name: str) -> str:
+    """Return a tower's name, a local folder as an absolute path: it must not depend on the directory."""
     return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
@@ -61,17 +61,16 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class CodecFacts:
-    """How the features are stored, and what that saves and loses."""
+    """How the features are stored, with compression ratio and errors."""
 
     name: str
     strides: Mapping[str, Mapping[str, float | None]]
-    """Per stride, as text: ratio (of the plain bytes, None of no clip), and what the plan's `quality`
-    says."""
+    """By stride, as text: `ratio` (stored / plain bytes; None without clips), the plan's `quality`."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the features come from; nothing here is hashed or compared."""
+    """How the features were made; nothing here is hashed or compared."""
 
     tower: str
     """Where the tower was found: a folder, or a name on the Hub."""
@@ -79,32 +78,32 @@ class Provenance:
     python: str
     machine: str
     underflowed: int
-    """How many values the stored type rounded to zero."""
+    """Values that the stored type rounded to zero."""
     encoded: list[Json]
-    """What the shards' commit records say, each once."""
+    """The distinct provenances of the shards' commit records."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bank holds."""
+    """The contents of bank.json."""
 
     features: FeatureConfig
     fingerprint: str
-    """Of the features."""
+    """Fingerprint of the features."""
     tower_width: int
     clips: int
     frames: int
     nbytes: int
-    """Of all shards."""
+    """Bytes of all shards."""
     shards: list[ShardEntry]
-    """Column `shard` of the catalogue counts them."""
+    """Column `shard` of the catalogue is an index into these."""
     catalogue: dict[str, int]
     """The crc32c of each column of `index.zarr`."""
     superseded: dict[str, list[str]]
-    """By shard, the keys of the samples in it that are served no more."""
+    """By shard, the keys of samples in it that are no longer served."""
     codec: CodecFacts
     calibration: Mapping[str, list[float]] | None
-    """int8: per stride, as text, the scale of each channel. Null otherwise, and never left out."""
+    """int8: by stride, as text, the scale of each channel. Otherwise null, but never left out."""
     provenance: Provenance
 
     @classmethod
@@ -112,7 +111,7 @@ class Manifest:
         cls, plan: Plan, commits: Sequence[CommitRecord], columns: Columns, tower: NamedTower
     ) -> "Manifest":
         """Return the manifest of these finished shards. columns: their catalogue."""
-        banked, superseded = sorted_out(plan, commits)
+        banked, superseded = split_served(plan, commits)
         quality = plan.quality or {}
         ratios = compression(banked, plan.features.strides)
         return cls(
@@ -134,7 +133,7 @@ class Manifest:
             ),
             calibration=plan.calibration,
             provenance=Provenance(
-                tower=lying_at(tower.name),
+                tower=absolute_name(tower.name),
                 torch=installed("torch"),
                 python=platform.python_version(),
                 machine=platform.machine(),
@@ -144,25 +143,25 @@ class Manifest:
         )
 
     def is_of(self, plan: Plan, commits: Sequence[CommitRecord]) -> bool:
-        """Whether it tells of these finished shards, and of what a plan serves of them."""
-        banked, superseded = sorted_out(plan, commits)
-        told = self.features, self.calibration, self.clips, self.superseded, self.shards
+        """Return whether the manifest is that of these finished shards, as served by a plan."""
+        banked, superseded = split_served(plan, commits)
+        ours = self.features, self.calibration, self.clips, self.superseded, self.shards
         now = plan.features, plan.calibration, len(banked), superseded, entries_of(commits)
-        return told == now
+        return ours == now
 
     @property
     def dead_samples(self) -> int:
-        """How many samples are in the shards that the bank does not serve any more."""
+        """Number of samples in the shards that the bank no longer serves."""
         return sum(map(len, self.superseded.values()))
 
     def to_json(self) -> Json:
-        """Return what bank.json holds."""
+        """Return the contents of bank.json."""
         features = {"features": self.features.to_json()}
         return {"format_version": FORMAT_VERSION} | asdict(self) | features
 
     @classmethod
     def from_json(cls, data: Json, bank: object) -> "Manifest":
-        """Return the manifest that a bank's bank.json holds.
+        """Return the manifest from the contents of a bank's bank.json.
 
         Raises UserError for one of another format, or with a field that is unknown, missing or of
         another type.
@@ -172,15 +171,18 @@ class Manifest:
         return parse(cls, fields, f"{bank}/bank.json")
 
 
+# -- parts of a manifest
+
+
 def entries_of(commits: Sequence[CommitRecord]) -> list[ShardEntry]:
-    """Return the shards that there are; a unit without samples has none."""
+    """Return the entries of the shards; a unit without samples has none."""
     return [ShardEntry(one.shard, one.nbytes, one.sha256) for one in commits if one.samples]
 
 
-def sorted_out(
+def split_served(
     plan: Plan, commits: Sequence[CommitRecord]
 ) -> tuple[list[SampleRecord], dict[str, list[str]]]:
-    """Return the samples that a plan serves; and by shard, the keys of those that it does not."""
+    """Return the samples that a plan serves; and by shard, the keys of the others."""
     served = plan.served()
     banked: list[SampleRecord] = []
     superseded: dict[str, list[str]] = {}
@@ -194,7 +196,7 @@ def sorted_out(
 
 
 def compression(samples: Sequence[SampleRecord], strides: Sequence[int]) -> dict[str, float | None]:
-    """Return stored bytes / bytes of the plain features per stride, as text; None of no samples."""
+    """Return stored bytes / plain bytes by stride, as text; None without samples."""
     stored: dict[int, int] = defaultdict(int)
     plain: dict[int, int] = defaultdict(int)
     for sample in samples:
@@ -207,21 +209,24 @@ def compression(samples: Sequence[SampleRecord], strides: Sequence[int]) -> dict
 
 
 def distinct(records: Sequence[Json]) -> list[Json]:
-    """Return the records that differ, in an order of their own."""
+    """Return the records without duplicates, in the order of their canonical json."""
     unique = {canonical_json(record): record for record in records}
     return [unique[text] for text in sorted(unique)]
 
 
 def installed(package: str) -> str:
-    """Return an installed package's version; "none" where it is not, as beside a bare clone."""
+    """Return an installed package's version; "none" if it is not installed."""
     try:
         return version(package)
-    except PackageNotFoundError:  # a reader needs NumPy alone
+    except PackageNotFoundError:  # reading a bank needs only NumPy
         return "none"
 
 
+# -- reading
+
+
 def read_manifest(place: str | Path | Files) -> Manifest:
-    """Read and check a bank's `bank.json`; raises UserError where there is none."""
+    """Return a bank's manifest, checked; raises UserError if there is no bank.json."""
     files = open_files(place) if isinstance(place, str | Path) else place
     path = files.where
     manifest = read_small(files, "bank.json")
@@ -232,7 +237,7 @@ def read_manifest(place: str | Path | Files) -> Manifest:
         refuse_other_version(plan, path, "plan.json")
         command = "derive" if plan.get("features", {}).get("derived") else "encode"
         raise UserError(
-            f"{path}: its run is not over (plan.json is there, bank.json is not); let "
+            f"{path}: its run is not finished (it has plan.json and no bank.json); let "
             f"`preprocess {command}` finish, or open what is done with allow_partial=True"
         )
     raise UserError(
@@ -242,7 +247,7 @@ def read_manifest(place: str | Path | Files) -> Manifest:
 
 
 def read_small(files: Files, name: str) -> Json | None:
-    """Return what a signed json file of a bank holds, None where it is not there."""
+    """Return the record in a signed json file of a bank; None if there is no such file."""
     try:
         data = files.read(name)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,12 +1,13 @@
 """Inputs -> clips -> units, before anything is decoded.
 
 A unit is the work that makes one shard. Units are cut from the clips in order of key, by
-predicted bytes, and only ever appended: clips added later make new units, old shards never move.
-Clips in archives come after the others and in the order of their archive, which is as fixed as
-that of keys and lets a .tar.gz be read from its start once.
+predicted bytes, never by the number of workers: so the shards are the same for any number of them.
+Units are only ever appended: clips added later are in new units, and old shards never change.
+Clips in archives come after the others, in the order of their archive, which is as fixed as that of
+keys and allows a .tar.gz to be read once from its start.
 
-A clip whose source has changed, or that failed and is tried again, is in a second unit. The last
-unit that holds a clip is the one that counts: what earlier ones banked of it is served no more.
+A clip whose source has changed, or that failed and is tried again, is put into a second unit. The
+last unit of a clip is the one that is served; what earlier units banked of it is superseded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,11 @@ from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
 
 READER = "pyav"
-"""Reads every video, on every machine."""
+"""The reader of videos in new banks, on every machine."""
 TOWER_THREADS = 2
-"""Of the CPU: the same on every machine, since sums may round otherwise; more work takes more
-processes. Four on two cores took a third longer."""
+"""CPU threads of the tower. Fixed, because sums may round differently with another number, and the bytes
+must be equal on every machine; use more processes for more speed. Four threads on two cores took a
+third longer."""
 
 
 @dataclass(frozen=True)
@@ -34,41 +36,41 @@ class ClipSource:
     id: str
     key: str
     path: str
-    """Of the file, folder or archive, on this machine."""
+    """Path of the file, folder or archive, on this machine."""
     relative: str
-    """Of the file or folder under the root it was found in, POSIX form; or in its archive."""
+    """Path relative to the root it was found under, in POSIX form; or its name in the archive."""
     start: float | None = None
     end: float | None = None
     picture_fps: str | None = None
-    """Of a folder of pictures: how many are shown a second."""
+    """Frames per second of a folder of pictures; None for others."""
     offset: int | None = None
-    """Of a member of an archive: where its bytes lie in the uncompressed tar."""
+    """Of a member of an archive: offset of its data in the uncompressed tar, or of its zip header."""
     nbytes: int | None = None
     size: int | None = None
     """Bytes of the source when it was planned: the file, a folder's pictures, or a member."""
     mtime_ns: int | None = None
-    """Of the file, of a folder's newest picture, or of the archive."""
+    """Modification time of the file, of a folder's newest picture, or of the archive."""
     digest: str | None = None
     """As in the sample's json; None for a source that could not be read."""
     frames: int | None = None
-    """How many are predicted to be banked: none of a source that cannot be opened."""
+    """Predicted number of banked frames; 0 for a source that cannot be opened."""
     height: int | None = None
     width: int | None = None
-    """Of its frames as they are stored, in pixels; None where its header was not read."""
+    """Of its coded frames, in pixels; None if its header was not read."""
 
     @property
     def where(self) -> str:
-        """The path, and the member of an archive, for messages."""
+        """The path, and the name of an archive's member, for messages."""
         return self.path if self.offset is None else f"{self.path}: {self.relative}"
 
     @property
     def archive(self) -> str:
-        """The name of the archive, of a member of one."""
+        """The file name of the archive that a member is in."""
         return Path(self.path).name
 
     @property
     def place(self) -> tuple[str, str, int, str, float, str]:
-        """What units are sorted by: the parts of a file lie together, in the order of their starts."""
+        """Sort key of units: parts of a file are adjacent, in the order of their starts."""
         start = self.start or 0.0
         if self.offset is None:
             return "", "", 0, sample_key(self.relative), start, self.key
@@ -80,19 +82,19 @@ class ClipSource:
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """How the tower is run. The bytes hang on it a little, so that reruns do as the first run did."""
+    """How the tower is run. The last bits may depend on it, so reruns use the first run's settings."""
 
     batch_frames: int = 16
-    """Frames that pass through the tower together."""
+    """Frames per forward pass, at most."""
     threads: int = TOWER_THREADS
     name: str = ""
     """Where the tower was found: a folder, or a name on the Hub."""
     device: str | None = None
-    """What computes it, as far as the last bits hang on that: the same kind for every worker."""
+    """Kind of device, as far as the last bits depend on it: the same for every worker."""
     reason: str | None = None
-    """Why the features' `tower_dtype` is what it is, where it was chosen and not asked for."""
+    """Why `tower_dtype` was chosen; None if the user chose it."""
     files: str | None = None
-    """What its files are, by name, size and time: the same say the same without a look inside."""
+    """Names, sizes and times of its files: if they are unchanged, its digest need not be recomputed."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +105,18 @@ class Plan:
     units: list[list[ClipSource]]
     tower: TowerSettings = TowerSettings()
     calibration: Mapping[str, list[float]] | None = None
-    """int8: per stride, as text, the scale of each channel; None until it is measured."""
+    """int8: by stride, as text, the scale of each channel; None until it is measured."""
     quality: Mapping[str, Mapping[str, float]] | None = None
-    """Per stride, as text, what the codec loses; None until it is measured."""
+    """By stride, as text, the errors of the codec; None until they are measured."""
     pruned: frozenset[str] = frozenset()
-    """Keys of clips that are not to be served any more."""
+    """Keys of clips that are no longer served."""
     decoder: str | None = None
-    """Which reads every video, by the rule of when the bank was begun."""
+    """The reader of every video, by the rule in force when the bank was begun."""
     allow_truncated: bool | None = None
-    """Whether what comes of truncated or damaged videos is banked, by every worker alike."""
+    """Whether workers bank the readable part of truncated or damaged videos."""
 
     def to_json(self) -> Json:
-        """Return what plan.json holds."""
+        """Return the contents of plan.json."""
         return {
             "format_version": FORMAT_VERSION,
             "features": self.features.to_json(),
@@ -128,7 +130,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Json, bank: object) -> "Plan":
-        """Return the plan that a bank's plan.json holds.
+        """Return the plan from the contents of a bank's plan.json.
 
         Raises UserError for one of another format, or with a field that is unknown, missing or of
         another type.
@@ -139,20 +141,20 @@ class Plan:
 
     @property
     def clips(self) -> list[ClipSource]:
-        """Each clip once, as the last unit that holds it has it."""
+        """Each clip once, as in the last unit that contains it."""
         return list({clip.key: clip for unit in self.units for clip in unit}.values())
 
     @property
     def counts(self) -> dict[str, int]:
-        """By key, the unit that counts for it: the last one that holds it."""
+        """By key, the last unit that contains the clip."""
         return {clip.key: number for number, unit in enumerate(self.units) for clip in unit}
 
     def served(self) -> dict[str, int]:
-        """By key, the unit whose shard serves it, if it banked it; pruned clips are left out."""
+        """By key, the unit whose sample is served (if it was banked), without pruned clips."""
         return {key: unit for key, unit in self.counts.items() if key not in self.pruned}
 
     def work(self) -> list[list[ClipSource]]:
-        """Return, of each unit, the clips that it is to bank."""
+        """Return by unit the clips that it must bank."""
         served = self.served()
         return [
             [clip for clip in unit if served.get(clip.key) == number]
@@ -162,8 +164,11 @@ class Plan:
     def extended(
         self, clips: Sequence[ClipSource], shard_bytes: int, clip_bytes: Callable[[ClipSource], int]
     ) -> "Plan":
-        """Return the plan with these clips in units of their own at its end."""
+        """Return the plan with these clips appended, in new units."""
         return replace(self, units=[*self.units, *cut_units(clips, shard_bytes, clip_bytes)])
+
+
+# -- cutting units
 
 
 def cut_units(
@@ -171,8 +176,9 @@ def cut_units(
 ) -> list[list[ClipSource]]:
     """Return units of clips in order of place, each of at most `shard_bytes` (one clip at least).
 
-    clip_bytes: what the features of a clip are predicted to take.
+    clip_bytes: returns the predicted bytes of a clip's features.
     """
+    # By order and predicted bytes alone, not by arrival: the same inputs give the same shards anywhere.
     units: list[list[ClipSource]] = []
     room = 0
     for clip in sorted(clips, key=lambda clip: clip.place):
@@ -185,16 +191,44 @@ def cut_units(
     return units
 
 
+# -- plan.json
+
+
 def read_plan(bank: Path) -> Plan | None:
-    """Return a bank's plan, None where there is none yet."""
+    """Return a bank's plan; None if there is none yet."""
     path = bank / "plan.json"
     if not path.exists():
         return None
     return Plan.from_json(read_signed_json(path), bank)
 
 
+@dataclass(frozen=True)
+class PlanAsRead:
+    """A bank's plan, and which file it was read from: of 100,000 clips that takes seconds."""
+
+    plan: Plan | None
+    stamp: tuple[int, ...] | None
+
+
+def plan_as_read(
+    bank: Path, before: PlanAsRead | None = None, first: Plan | None = None
+) -> PlanAsRead:
+    """Return a bank's plan, read again only where its file is another than `before`.
+
+    first: the plan where there is none yet.
+    """
+    try:
+        stat = (bank / "plan.json").stat()
+        stamp = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    except FileNotFoundError:
+        stamp = None
+    if before is not None and before.stamp == stamp:
+        return before
+    return PlanAsRead(read_plan(bank) or first, stamp)
+
+
 def planned(bank: Path, missing: str = "no plan here") -> Plan:
-    """Return a bank's plan; raises UserError where there is none, which is `missing` then."""
+    """Return a bank's plan; raises UserError with the text `missing` if there is none."""
     plan = read_plan(bank)
     if plan is None:
         raise UserError(
@@ -210,12 +244,15 @@ def write_plan(bank: Path, plan: Plan) -> None:
     write_atomic(bank / "plan.json", signed_json(plan.to_json()))
 
 
+# -- refusals
+
+
 def refuse_derived(
     bank: Path, features: FeatureConfig, first: str = "encode or retry in that bank"
 ) -> None:
-    """Raise UserError for a bank that was derived: videos and tower would give it other values.
+    """Raise UserError for a derived bank: features encoded from videos would not match its own.
 
-    first: what a person does before the same derivation, which brings the bank up to date.
+    first: what to do before deriving again, in the message.
     """
     if features.derived:
         raise UserError(
@@ -226,7 +263,7 @@ def refuse_derived(
 
 
 def refuse_other_features(bank: Path, asked: FeatureConfig, banked: FeatureConfig) -> None:
-    """Raise UserError naming each field in which a bank differs from what is asked of it."""
+    """Raise UserError naming each field in which a bank's features differ from those asked for."""
     if not asked.derived:
         refuse_derived(bank, banked)
     lines = differences(asked.to_json(), banked.to_json())

@@ -1,7 +1,8 @@
-"""`quarantine.jsonl`: the clips of a bank that could not be encoded, one json object a line.
+"""`quarantine.jsonl`: the clips of a bank that could not be encoded, one json object per line.
 
-While units are encoded their failures are kept with them, in journals and commit records; who plans
-or finishes a bank, one process at a time, brings them here. The file is replaced whole or not at all.
+While units are encoded, their failures are kept in journals and commit records; the process that plans or
+finishes a bank, one at a time, moves them here. The file is replaced atomically. Workers never append to
+it: that would need a lock for every failure, and NFS refuses an exclusive flock on a folder.
 """
 
 import json
@@ -17,7 +18,7 @@ from shards.storage import open_files
 
 
 class Reason(StrEnum):
-    """Why a clip could not be encoded: a slug, what it means, and what a person does about it."""
+    """Why a clip could not be encoded: a slug, what it means, and how to fix it."""
 
     meaning: str
     fix: str
@@ -127,16 +128,16 @@ class QuarantineEntry:
     id: str
     key: str
     path: str
-    """Of its source, on the machine that encoded."""
+    """Path of its source, on the machine that encoded."""
     stage: str
     """decode or tower."""
     reason: Reason
     message: str
-    """One line for a person: what is wrong, where, and what to do."""
+    """One line: what is wrong, where, and how to fix it."""
     attempts: int
-    """In all runs."""
+    """Attempts in all runs."""
     seconds: float
-    """That the last run spent on reading it."""
+    """Time that the last run spent on reading it."""
 
     def to_json(self) -> Json:
         return asdict(self)
@@ -150,15 +151,16 @@ class QuarantineEntry:
 
     @classmethod
     def from_line(cls, line: bytes) -> "QuarantineEntry":
-        """Raises ValueError, KeyError or TypeError for what is no entry."""
+        """Return the entry in a line; raises ValueError, KeyError or TypeError for anything else."""
         data: Json = json.loads(line)
         return cls(**{**data, "reason": Reason(data["reason"])})
 
 
 def read_quarantine(place: str | Path) -> list[QuarantineEntry]:
-    """Return the last entry of each clip in a bank's `quarantine.jsonl`; none where it is not there.
+    """Return the last entry of each clip in a bank's `quarantine.jsonl`; none if there is no such file.
 
-    A last line cut off by a power loss is no entry. Raises UserError for any other line that is none.
+    A last line cut off by a power loss is ignored. Raises UserError for any other line that is not an
+    entry.
     """
     files = open_files(place)
     try:
@@ -192,10 +194,12 @@ def read_entries(bank: Path) -> dict[str, QuarantineEntry]:
     return {entry.id: entry for entry in read_quarantine(bank)}
 
 
-def settle(bank: Path, gone: Collection[str], failed: Iterable[QuarantineEntry] = ()) -> None:
-    """Rewrite the file: the last entry of each clip, with those that failed since.
+def update_quarantine(
+    bank: Path, gone: Collection[str], failed: Iterable[QuarantineEntry] = ()
+) -> None:
+    """Rewrite the file with the last entry of each clip, adding `failed`.
 
-    gone: keys of clips that leave it. For the one process that plans or finishes the bank.
+    gone: keys of clips to remove. Only for the one process that plans or finishes the bank.
     """
     path = quarantine_path(bank)
     entries = read_entries(bank) | {entry.id: entry for entry in failed}

@@ -1,4 +1,4 @@
-"""One sample of a shard: its json, its id and key, the names of its members."""
+"""One sample of a shard: its json (`SampleMeta`), its id and key, the names of its members."""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -6,12 +6,13 @@ from pathlib import PurePosixPath
 
 from shards.signed import Json, digest
 
+# At most 80 characters: a ustar header has 100 bytes for a name, of which `.stride16_scale.npy` needs 19.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 @dataclass(frozen=True)
 class SampleMeta:
-    """The json member of a sample: where a clip came from and how its grids lie on the picture."""
+    """The json member of a sample: the clip's source, its frames' times, and where its cells are."""
 
     id: str
     """The clip's path relative to its root, plus `#start-end` for a part."""
@@ -52,8 +53,8 @@ class SampleMeta:
     """Per stride, as text, the compressed bytes of each frame; not in the json where none are."""
 
     def to_json(self) -> Json:
-        """Return what the json holds: `flags` as one text, since an empty list has no type to readers
-        that know each field by its first values, such as Arrow.
+        """Return the json: `flags` as one text, because readers such as Arrow infer a field's type from
+        its first values, and an empty list has none.
         """
         data = asdict(self) | {"flags": " ".join(self.flags)}
         if not self.frame_nbytes:
@@ -65,8 +66,8 @@ class SampleMeta:
         pairs = {name: tuple(data[name]) for name in ("display_size", "covered", "patch_grid")}
         grids = {stride: tuple(grid) for stride, grid in data["cell_grids"].items()}
         flags = data["flags"]
-        words = flags.split() if isinstance(flags, str) else flags  # formats 1 and 2: a list
-        return cls(**{**data, **pairs, "cell_grids": grids, "flags": words})
+        flags = flags.split() if isinstance(flags, str) else flags  # formats 1 and 2: a list
+        return cls(**{**data, **pairs, "cell_grids": grids, "flags": flags})
 
 
 def clip_id(path: str, start: float | None = None, end: float | None = None) -> str:
@@ -75,7 +76,7 @@ def clip_id(path: str, start: float | None = None, end: float | None = None) -> 
     Seconds are written to the millisecond without trailing zeros; an open end is left empty.
     `./a.mp4` and `a.mp4` are one clip.
     """
-    # most are written that way already, and a PurePosixPath is slow
+    # skip PurePosixPath where it would change nothing: it is slow, and annotation files have many rows
     if path[:1] in ("", ".") or path[-1:] == "/" or "/." in path or "//" in path:
         path = PurePosixPath(path).as_posix()
     if start is None and end is None:
@@ -90,7 +91,7 @@ def _seconds(value: float) -> str:
 def sample_key(id_: str) -> str:
     """Return a clip's WebDataset key: a readable slug (at most 60) and 16 hex digits of its id.
 
-    No dot and no slash: stock readers cut a member's name at its first dot.
+    Without dots and slashes: webdataset splits a member's name into key and field at its first dot.
     """
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", id_)[-60:].strip("-")
     return f"{slug}-{digest(id_.encode(), size=8)}".lstrip("-")

@@ -1,4 +1,4 @@
-"""Which banks this framebank reads: those of `FORMAT_VERSION`, and no others."""
+"""Refuse banks of another format: this framebank reads `FORMAT_VERSION` only."""
 
 from shards.errors import UserError
 from shards.format.features import FORMAT_VERSION
@@ -10,12 +10,12 @@ class OtherVersion(UserError):
 
 
 def is_older(record: Json) -> bool:
-    """Whether a plan.json or bank.json is of a version that `preprocess repair` brings up to date."""
+    """Return whether a plan.json or bank.json is of a version that `preprocess repair` can migrate."""
     return record.get("format_version") in range(1, FORMAT_VERSION)
 
 
 def refuse_other_version(record: Json, bank: object, name: str) -> None:
-    """Raise OtherVersion, one line, unless a bank's plan.json or bank.json is of today's version."""
+    """Raise OtherVersion unless a bank's plan.json or bank.json is of the current version."""
     version = record.get("format_version")
     if version == FORMAT_VERSION:
         return

@@ -1,1 +1,1 @@
-"""Reading a bank: what is checked at opening, and positional reads after it."""
+"""Read a bank: checks when it is opened, then positional reads."""

@@ -19,7 +19,7 @@ from shards.signed import Json
 
 
 class Place(NamedTuple):
-    """Where a clip is: which bank, and which row of it."""
+    """Where a clip is: a bank and a row of it."""
 
     bank: Bank
     row: int
@@ -34,12 +34,13 @@ class Banks:
     def __init__(self, banks: Sequence[Bank], *, apart: bool = False) -> None:
         """Raises UserError unless tower, processor, layer, pooling and strides agree.
 
-        apart: several may hold a clip of one id, as it is looked for in some of them (`among`).
+        apart: several banks may have a clip of the same id, because clips are only searched for in some
+        of them (`among`).
         """
         assert banks
         self.banks = list(banks)
         self.beside: list[Bank] = []
-        """Banks of the run in which these clips are not looked for."""
+        """Banks of the run that are not searched here."""
         first = self.banks[0]
         for number, other in enumerate(self.banks[1:], 1):
             lines = differences(joint(first.config), joint(other.config))
@@ -55,7 +56,7 @@ class Banks:
         return cls([Bank.open(path) for path in paths], apart=apart)
 
     def among(self, numbers: Sequence[int]) -> "Banks":
-        """Return some of the banks, by their places; UserError where two of them share a clip."""
+        """Return some of the banks, by index; raises UserError if two of them share a clip."""
         chosen = Banks([self.banks[k] for k in numbers])
         chosen.beside = [bank for k, bank in enumerate(self.banks) if k not in numbers]
         return chosen
@@ -65,6 +66,12 @@ class Banks:
         return self.banks[0].config
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Those that all of the banks can read, beside their own ones, too."""
+        every = [set(bank.strides) for bank in self.banks]
+        return tuple(sorted(set.intersection(*every)))
+
+    @property
     def manifest(self) -> Manifest:
         return self.banks[0].manifest
 
@@ -72,7 +79,7 @@ class Banks:
         return self.find(id_) is not None
 
     def find(self, id_: str) -> Place | None:
-        """Return where a clip is, None for one that no bank holds."""
+        """Return where a clip is; None if no bank has it."""
         for bank in self.banks:
             row = bank.find(id_)
             if row is not None:
@@ -80,7 +87,7 @@ class Banks:
         return None
 
     def clip(self, id_: str) -> "BankedClip":
-        """Return a clip; KeyError for one that no bank holds."""
+        """Return a clip; raises KeyError if no bank has it."""
         place = self.find(id_)
         if place is None:
             raise KeyError(id_)
@@ -88,11 +95,11 @@ class Banks:
 
     @cached_property
     def near(self) -> NearIds:
-        """The ids by what is left of their names, for hints."""
+        """The index of similar ids, for hints in messages."""
         return NearIds(self.banks)
 
     def quarantined(self) -> frozenset[str]:
-        """Return the ids of clips that could not be encoded, as they were when first asked for."""
+        """Return the ids of clips that could not be encoded, read once."""
         return self._quarantined
 
     @cached_property
@@ -112,20 +119,20 @@ def _refuse_common_clips(one: Bank, other: Bank) -> None:
 
 @dataclass(frozen=True)
 class BankedClip:
-    """One clip of a bank: what is known of it, and its features on demand."""
+    """One clip of a bank: its catalogue row, and its features on demand."""
 
     bank: Bank
     row: int
     info: ClipInfo
 
     def read(self, stride: int, frames: Sequence[int]) -> np.ndarray | Int8:
-        """Return features as `Bank.read` does, of an int8 bank as stored; raises DamagedSample."""
+        """Return features as `Bank.read` does; of an int8 bank in stored form. Raises DamagedSample."""
         if self.bank.codec.name == "int8":
             return self.bank.read_int8(self.row, stride, frames)
         return self.bank.read(self.row, stride, frames)
 
 
 def joint(config: FeatureConfig) -> Json:
-    """What banks joined in one run must share; sampling, codec and what was derived may differ."""
+    """Return the settings that banks of one run must share; sampling, codec and dtype may differ."""
     own = ("sampling", "codec", "dtype", "format_version", "derived")
     return {name: value for name, value in config.to_json().items() if name not in own}

@@ -1,4 +1,4 @@
-"""Index files beside the shards, so that others read them where they lie; nothing is copied.
+"""Write index files beside the shards for other readers; nothing is copied.
 
 The shards are plain WebDataset. On every node and in every worker, each sample once over all:
 
@@ -45,18 +45,18 @@ def write_wids(bank: Path) -> Path:
 
 
 def samples_in(bank: Path, shard: ShardEntry) -> int:
-    """Return how many samples are in a shard, served or not, as its `.idx` tells."""
+    """Return the number of samples in a shard, served or not, by its `.idx`."""
     path = index_path(bank / "shards" / shard.name)
     if not path.exists():
-        raise UserError("is gone", where=path, fix=f"run `preprocess repair {bank}`")
+        raise UserError("is missing", where=path, fix=f"run `preprocess repair {bank}`")
     return path.stat().st_size // 8 - 1
 
 
 def write_hf(bank: Path) -> Path:
-    """Write a dataset card, by which `datasets.load_dataset(BANK)` reads shards, streaming or not."""
+    """Write a dataset card, with which `datasets.load_dataset(BANK)` reads shards, streaming or not."""
     manifest = read_manifest(bank)
     if not manifest.shards:
-        raise UserError("no clip is banked, so that nothing could be loaded", where=bank)
+        raise UserError("no clip is banked, so there is nothing to load", where=bank)
     path = bank / "README.md"
     if path.exists() and CARD not in path.read_text("utf-8"):
         raise UserError(

@@ -1,11 +1,11 @@
-"""Banked ids that are like one that is not banked, and how they differ.
+"""Find banked ids that are similar to one that is not banked, and how they differ.
 
     near = NearIds(banks)
     near.like("clips\\\\A.MP4")     # ['x/clips/a.mp4'], within microseconds once the index is made
 
-Ids are alike when their files have one name, whatever the folder, the ending, the case of letters,
-their Unicode form, percent-encoding, the kind of slash, and the part of the video. The index is a
-number per id: a million take a few seconds once, and 16 MB.
+Ids are similar when their file names are equal, whatever the folder, the suffix, the case of letters,
+the Unicode form, percent-encoding, the kind of slash, and the part of the video. The index is a hash per
+id: a million take a few seconds once, and 16 MB.
 """
 
 import re
@@ -22,33 +22,33 @@ from shards.read.bank import Bank
 PART = re.compile(r"#[\d.]+-[\d.]*$")
 ENDING = re.compile(r"\.(?=[^.]*[A-Za-z])[A-Za-z0-9]{1,5}$")
 MOST = 1000
-"""Ids of one name that are looked at."""
+"""Ids of one name that are compared, at most."""
 
 
 class Difference(NamedTuple):
-    """How a banked id differs from one that was asked for; empty or False where it does not."""
+    """How a banked id differs from a requested one; empty or False where it does not."""
 
     wanted_folder: str
-    """What leads the asked id and not the banked one."""
+    """Leading folders of the requested id that the banked one does not have."""
     banked_folder: str
-    """What leads the banked id and not the asked one."""
+    """Leading folders of the banked id that the requested one does not have."""
     part: bool
     backslashes: bool
     percent: bool
     case: bool
     form: bool
-    """Of Unicode: accents are letters of their own in one (NFD), and not in the other (NFC)."""
+    """Whether the Unicode forms differ: NFD, in which accents are separate characters, or NFC."""
     ending: bool
 
 
 def split_part(id_: str) -> tuple[str, str]:
-    """Return an id as its path and its part, `#3-7` or nothing."""
+    """Return the path and the part of an id: `#3-7`, or empty."""
     match = PART.search(id_)
     return (id_[: match.start()], match.group()) if match else (id_, "")
 
 
 def plain_name(id_: str) -> str:
-    """Return the name of an id's file in small letters, without folder, ending, part and encoding."""
+    """Return the file name of an id in lower case, without folder, suffix, part and encoding."""
     path, _ = split_part(id_)
     if "%" in path:
         path = unquote(path)
@@ -57,11 +57,12 @@ def plain_name(id_: str) -> str:
 
 
 class NearIds:
-    """The ids of some banks, found by what is left of their names."""
+    """The ids of some banks, indexed by their plain names."""
 
     def __init__(self, banks: Sequence[Bank]) -> None:
         self._banks = list(banks)
         self._first = np.cumsum([0, *map(len, banks)])
+        # Python salts `hash` in each process, so this index can only be used in the one that made it.
         hashes = np.fromiter(
             (hash(plain_name(id_)) for bank in banks for id_ in split_text(bank.columns, "id")),
             np.int64,
@@ -71,7 +72,7 @@ class NearIds:
         self._sorted = hashes[self._order]
 
     def like(self, id_: str, most: int = 3) -> list[str]:
-        """Return banked ids that are like this one, the most alike first."""
+        """Return banked ids that are similar to this one, the most similar first."""
         name = plain_name(id_)
         begin = int(np.searchsorted(self._sorted, hash(name)))
         end = int(np.searchsorted(self._sorted, hash(name), side="right"))
@@ -85,7 +86,7 @@ class NearIds:
 
 
 def difference(wanted: str, banked: str) -> Difference:
-    """Return how a banked id differs from one that was asked for, of the same plain name."""
+    """Return how a banked id differs from a requested one of the same plain name."""
     (ours, our_part), (theirs, their_part) = split_part(wanted), split_part(banked)
     slashes = ("\\" in ours) != ("\\" in theirs)
     form = is_normalized("NFC", ours) != is_normalized("NFC", theirs)
@@ -117,7 +118,7 @@ def _same_ending(endings: Sequence[str]) -> bool:
 
 
 def _tail(one: str, other: str) -> int:
-    """Return how many last parts two paths share, whatever the case of their letters."""
+    """Return how many trailing parts two paths share, ignoring case."""
     pairs = zip(one.casefold().split("/")[::-1], other.casefold().split("/")[::-1], strict=False)
     shared = 0
     for ours, theirs in pairs:

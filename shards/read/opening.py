@@ -1,4 +1,4 @@
-"""What is read when a bank is opened: manifest, catalogue, the sizes of its shards."""
+"""Open a bank: read and check the manifest, the catalogue, and the sizes of its shards."""
 
 import time
 from collections.abc import Sequence
@@ -16,13 +16,15 @@ from shards.write.lock import writer_of
 
 TRIES = 5
 PAUSE = 0.25
+"""Seconds between tries: a writer renames catalogue and manifest within moments of each other."""
 STATTERS = 8
+"""Threads that ask for the sizes of shards: on a network file system each is a round trip."""
 
 
 def load(files: Files) -> tuple[Manifest, Columns]:
     """Return the manifest and the catalogue that belongs to it.
 
-    A writer replaces the one a moment after the other, so both are read again where they disagree.
+    A writer replaces one shortly after the other, so both are read a second time if they disagree.
     """
     seen = []
     for left in reversed(range(TRIES)):
@@ -39,12 +41,12 @@ def load(files: Files) -> tuple[Manifest, Columns]:
 
 
 def _diagnosis(files: Files, manifest: Manifest, error: CatalogueMismatch, written: bool) -> str:
-    """Return what most likely is wrong with a catalogue that its manifest does not describe."""
+    """Return the most likely cause of a catalogue that does not match its manifest."""
     writer = writer_of(files)
     if writer or written:
         return (
             f"{files.where}: is being written{f' by {writer}' if writer else ''}, its catalogue and "
-            "bank.json change; open it again when that is over"
+            "bank.json change; open it when the writer has finished"
         )
     repair = f"run `preprocess repair {files.where}`"
     gone = [name for name, what in error.wrong.items() if what != "has another checksum"]
@@ -60,9 +62,9 @@ def _diagnosis(files: Files, manifest: Manifest, error: CatalogueMismatch, writt
 
 
 def load_partial(files: Files) -> tuple[Manifest, Columns]:
-    """Return a manifest and a catalogue of the shards that are finished now, from their records.
+    """Return a manifest and a catalogue of the shards that are finished now, from their commit records.
 
-    Where the run is over they are those of the bank.
+    If the run is finished, they are those of the bank.
     """
     planned = read_small(files, "plan.json")
     if planned is None:
@@ -84,7 +86,7 @@ def load_partial(files: Files) -> tuple[Manifest, Columns]:
 
 
 def refuse_missing_shards(files: Files, shards: Sequence[ShardEntry]) -> None:
-    """Raise UserError naming the shards that are not there or are of another size."""
+    """Raise UserError naming the shards that are missing or have another size."""
     with ThreadPoolExecutor(STATTERS) as pool:
         sizes = list(pool.map(files.size, (f"shards/{shard.name}" for shard in shards)))
     problems = [

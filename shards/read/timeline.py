@@ -1,10 +1,10 @@
-"""A medium that is no video: parts of banked clips laid end to end, on one clock, nothing encoded.
+"""A medium made of parts of banked clips, joined end to end on one clock; nothing is encoded.
 
     {"timeline": [{"video": "a.mp4", "start": 3, "end": 7}, {"video": "b.mp4"}], ...}
 
-Of each clip the banked frames of [start, end) are taken, in seconds of the clip. The first part begins at
-0, each other one where that before it ends. Parts may have other grids and crops: each frame keeps its
-own. What banks of one run share (tower, layer, pooling, strides) their parts share too.
+Of each clip the banked frames in [start, end) are taken, in seconds of the clip. The first part begins at
+0, each other one at the end of the part before it. Parts may differ in grids and crops: each frame keeps
+its own. Tower, layer, pooling and strides are the same, as in all banks of one run.
 """
 
 from bisect import bisect_left
@@ -22,14 +22,14 @@ from shards.read.bank import ClipInfo
 from shards.read.banks import Place
 
 SLACK = 0.1
-"""Seconds by which a part may end behind its clip: annotations are often rounded to one decimal."""
+"""Seconds by which a part may end after its clip: annotations are often rounded to one decimal."""
 
 ROUNDING = 1e-6
-"""Seconds by which a frame may lie before a part and be its first: sums of floats are not exact."""
+"""Seconds by which a frame may precede the part that it belongs to: sums of floats are not exact."""
 
 
 class ClipFeatures(Protocol):
-    """A clip's features, from a bank or fresh from a tower."""
+    """A clip's features, from a bank or directly from a tower."""
 
     @property
     def info(self) -> ClipInfo: ...
@@ -45,9 +45,9 @@ class PartOfClip:
 
     whole: ClipFeatures
     first: int
-    """The banked frame that is this part's frame 0."""
+    """Index of the banked frame that is the part's frame 0."""
     info: ClipInfo
-    """Its bounds are those of the medium, its frames those of the part."""
+    """start and end are those of the medium, the frames those of the part."""
 
     def read(self, stride: int, frames: Sequence[int]) -> np.ndarray | Int8:
         return self.whole.read(stride, [self.first + frame for frame in frames])
@@ -55,7 +55,7 @@ class PartOfClip:
 
 @dataclass(frozen=True)
 class SplicedInfo(ClipInfo):
-    """What is known of a medium of several parts: its clock and frames; sizes are its first part's."""
+    """The info of a medium of several parts: its clock and frames; sizes are those of the first part."""
 
     parts: tuple[ClipInfo, ...]
 
@@ -70,7 +70,7 @@ class SplicedInfo(ClipInfo):
 
 @dataclass(frozen=True)
 class SplicedClip:
-    """A medium of several parts: what is known of it, and the parts, which are read one by one."""
+    """A medium of several parts, which are read one by one."""
 
     parts: tuple[PartOfClip, ...]
 
@@ -95,7 +95,7 @@ Medium = ClipFeatures | SplicedClip
 
 
 class Stretch(NamedTuple):
-    """Banked frames of a clip that lie on a timeline."""
+    """Banked frames of a clip on a timeline."""
 
     place: Place
     first: int
@@ -108,7 +108,7 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Where a medium of several parts is: which stretch of which banked clip each part is."""
+    """A medium of several parts by its stretches of banked clips."""
 
     stretches: tuple[Stretch, ...]
 
@@ -122,7 +122,7 @@ class Timeline:
 
 
 def splice(clips: Sequence[ClipFeatures], stretches: Sequence[Stretch]) -> SplicedClip:
-    """Return clips' stretches as one medium, on a clock that begins at 0."""
+    """Return stretches of clips as one medium, on a clock that begins at 0."""
     total = float(sum(s.end - s.start for s in stretches))
     parts, begins = [], 0.0
     for clip, stretch in zip(clips, stretches, strict=True):
@@ -142,8 +142,11 @@ def splice(clips: Sequence[ClipFeatures], stretches: Sequence[Stretch]) -> Splic
     return SplicedClip(tuple(parts))
 
 
+# -- from annotations to stretches
+
+
 def timeline_of(places: Sequence[Place], cuts: Sequence[Cut]) -> Timeline:
-    """Return the timeline of cuts of banked clips; RowError where one does not lie in its clip."""
+    """Return the timeline of cuts of banked clips; raises RowError for a cut beyond its clip."""
     infos = [place.clip().info for place in places]
     return Timeline(
         tuple(
@@ -154,15 +157,15 @@ def timeline_of(places: Sequence[Place], cuts: Sequence[Cut]) -> Timeline:
 
 
 def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, float]:
-    """Return (first frame, the one after the last, start, end) of what a cut takes of a clip.
+    """Return (first frame, one after the last, start, end) of a cut of a clip.
 
-    number: of the part, for messages.
+    number: of the part, for messages. Raises RowError.
     """
     where = f"part {number} of `timeline`, {cut.video}"
     start = cut.start or 0.0
     end = info.duration if cut.end is None else cut.end
     if end > info.duration + SLACK:
-        what = f"{where}: ends at {end:g} s, behind its clip"
+        what = f"{where}: ends at {end:g} s, after its clip"
         raise RowError(REASON, what, expected=f"at most {info.duration:.3f}")
     end = min(end, info.duration)
     times = info.timestamps - info.start
@@ -179,25 +182,28 @@ def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, f
     return first, last, start, end
 
 
+# -- parts of any medium
+
+
 def places_of(medium: Place | Timeline) -> list[Place]:
-    """Return where a medium's clips are, in the order of its parts."""
+    """Return the places of a medium's clips, in the order of its parts."""
     return [s.place for s in medium.stretches] if isinstance(medium, Timeline) else [medium]
 
 
 def frames_between(times: Sequence[float], start: float, end: float) -> tuple[int, int]:
-    """Return (first, one after the last) of the frames at [start, end); times: rising seconds."""
+    """Return (first, one after the last) of the frames in [start, end). times: ascending seconds."""
     return bisect_left(times, start - ROUNDING), bisect_left(times, end - ROUNDING)
 
 
 def parts_of(clips: Sequence[Medium]) -> list[ClipFeatures]:
-    """Return clips, and the parts of those that have some in their place."""
+    """Return the clips, each that has parts replaced by its parts."""
     return [
         part for clip in clips for part in (clip.parts if isinstance(clip, SplicedClip) else [clip])
     ]
 
 
 def place_of(info: ClipInfo, frame: int) -> tuple[int, int, ClipInfo]:
-    """Return (part, frame of the part, what is known of the part) of a medium's frame."""
+    """Return (index of the part, frame of the part, the part's info) of a medium's frame."""
     if not isinstance(info, SplicedInfo):
         return 0, frame, info
     number, own = info.place(frame)

@@ -1,1 +1,1 @@
-"""Writing a bank: one shard at a time, one writer at a time, the manifest last."""
+"""Write a bank: shards under leases, then catalogue and quarantine, the manifest last."""

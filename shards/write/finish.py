@@ -1,4 +1,4 @@
-"""The end of every run: catalogue, quarantine, then the manifest, from plan and commit records."""
+"""Finish a run: write catalogue, quarantine and then the manifest, from plan and commit records."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from shards.format.commits import (
 )
 from shards.format.manifest import Manifest, NamedTower, TowerFacts, read_manifest
 from shards.format.plan import Plan, planned
-from shards.format.quarantine import QuarantineEntry, settle
+from shards.format.quarantine import QuarantineEntry, update_quarantine
 from shards.signed import signed_json, write_atomic
 from shards.storage import open_files
 from shards.text import counted, some
@@ -24,8 +24,8 @@ from shards.write.lock import folder_lock
 
 
 def finish_alone(bank: Path) -> Manifest:
-    """Finish a bank that others have made the units of; raises UserError where some are not made."""
-    planned(bank)  # before there is a lock, and so a folder
+    """Finish a bank whose units were made by other processes; raises UserError if some are not made."""
+    planned(bank)  # first, because the lock would create a missing folder
     with folder_lock(bank, "preprocess finish"):
         plan = planned(bank)
         refuse_unfinished(bank, plan, f"run `preprocess work {bank}`, and this when it is done")
@@ -41,17 +41,18 @@ def finish(
     failed: Iterable[QuarantineEntry] = (),
     commits: Sequence[CommitRecord] | None = None,
 ) -> Manifest:
-    """Write the catalogue, bring the quarantine up to date, and write the manifest last.
+    """Write the catalogue, update the quarantine, and write the manifest last.
 
-    failed: clips that no commit record tells of. Banked clips leave the quarantine. commits: the
-    records of the units, where they have been read.
+    The manifest comes last because it makes the folder a bank: a run that is killed before it leaves the
+    old manifest, or none. failed: failures that are in no commit record. Banked clips are removed from
+    the quarantine. commits: the records of the units, if they have been read already.
     """
     commits = read_commits(out, plan) if commits is None else commits
     served = plan.served()
     columns = build_columns(out / "shards", commits, plan.features.strides, served)
     write_columns(out / "index.zarr", columns)
     banked = {key for one in commits for key in one.keys if served.get(key) == one.unit}
-    settle(out, banked | plan.pruned, [*untold_failures(out, plan, commits), *failed])
+    update_quarantine(out, banked | plan.pruned, [*new_failures(out, plan, commits), *failed])
     manifest = Manifest.of(plan, commits, columns, tower)
     write_atomic(out / "bank.json", signed_json(manifest.to_json()))
     sweep(out)
@@ -59,7 +60,7 @@ def finish(
 
 
 def is_finished(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> bool:
-    """Whether quarantine, catalogue and manifest are as `finish` would write them now.
+    """Return whether quarantine, catalogue and manifest are as `finish` would write them now.
 
     commits: of all units.
     """
@@ -68,45 +69,43 @@ def is_finished(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> bool
         read_columns(open_files(bank), manifest.catalogue)
     except UserError:
         return False
-    return manifest.is_of(plan, commits) and not untold_failures(bank, plan, commits)
+    return manifest.is_of(plan, commits) and not new_failures(bank, plan, commits)
 
 
-def untold_failures(
-    bank: Path, plan: Plan, commits: Sequence[CommitRecord]
-) -> list[QuarantineEntry]:
-    """Return the failures of units that have been made since the bank was last finished.
+def new_failures(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> list[QuarantineEntry]:
+    """Return the failures of units that were made after the bank was last finished.
 
-    Of the others quarantine.jsonl tells: lines may have been added to it by a retry, or taken out.
+    Those of older units are in quarantine.jsonl, unless a retry has removed them since.
     """
-    served, told = plan.served(), _told(bank)
+    served, is_old = plan.served(), _made_before_finish(bank)
     return [
         entry
         for commit in commits
-        if not told(commit)
+        if not is_old(commit)
         for entry in commit.failures or ()
         if served.get(entry.key) == commit.unit
     ]
 
 
-def _told(bank: Path) -> Callable[[CommitRecord], bool]:
-    """Return what tells whether a bank was finished since a unit was made."""
+def _made_before_finish(bank: Path) -> Callable[[CommitRecord], bool]:
+    """Return a function of a commit: whether its unit was made before the bank was last finished."""
     try:
         listed = {(entry.name, entry.sha256) for entry in read_manifest(bank).shards}
         finished = (bank / "bank.json").stat().st_mtime_ns
     except (UserError, FileNotFoundError):
         return lambda commit: False
 
-    def told(commit: CommitRecord) -> bool:
+    def is_old(commit: CommitRecord) -> bool:
         if commit.samples:
             return (commit.shard, commit.sha256) in listed
-        # a unit without samples is not listed
+        # a unit without samples is not in the manifest: compare times
         return done_path(bank / "shards" / commit.shard).stat().st_mtime_ns <= finished
 
-    return told
+    return is_old
 
 
 def refuse_unfinished(bank: Path, plan: Plan, fix: str) -> None:
-    """Raise UserError if units of the plan are not made, saying who holds which."""
+    """Raise UserError if units of the plan are not made, naming the holders of their leases."""
     left = [unit for unit in range(len(plan.units)) if not committed(bank, unit)]
     if not left:
         return
@@ -115,7 +114,7 @@ def refuse_unfinished(bank: Path, plan: Plan, fix: str) -> None:
     raise UserError(
         f"{counted(len(left), 'unit')} of {len(plan.units)} "
         + ("is not made yet" if len(left) == 1 else "are not made yet")
-        + (f", {len(held)} of them in work: {some(who)}" if held else ""),
+        + (f", {len(held)} of them being made: {some(who)}" if held else ""),
         where=bank,
         fix=fix,
     )

@@ -1,11 +1,11 @@
-"""What is whole on the disk of a shard that is not finished: `<shard>.<token>.part` and `.journal`.
+"""The journal of an unfinished shard: which samples in its part file are complete.
 
 written = read_journal(shard, unit, fingerprint, token)
 written.samples, written.failures
 
-The journal has a head and then a line for each clip that is done with: a sample whose bytes are in
-the part, or a clip that failed. Both files are synced, so that whoever comes after a writer that was
-killed goes on after its last whole sample.
+`<shard>.<token>.part` holds samples, `<shard>.<token>.journal` a head and then a line for each finished
+clip: a sample in the part, or a failure. Both files are synced after each clip, so that after a kill the
+next writer continues after the last complete sample, and at most one clip is encoded twice.
 """
 
 import json
@@ -24,11 +24,11 @@ from shards.signed import Json, canonical_json, write_atomic
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A sample that is whole on the disk, in a shard that is not finished."""
+    """A complete sample of an unfinished shard."""
 
     sample: SampleRecord
     underflowed: int
-    """How many of its values the stored type rounded to zero."""
+    """Values that the stored type rounded to zero."""
 
     def to_json(self) -> Json:
         return {"sample": self.sample.to_json(), "underflowed": self.underflowed}
@@ -40,25 +40,25 @@ class JournalEntry:
 
 @dataclass
 class Written:
-    """What one holder of a unit has done."""
+    """The finished clips of one holder of a unit."""
 
     samples: list[JournalEntry] = field(default_factory=list)
     failures: list[QuarantineEntry] = field(default_factory=list)
 
     @property
     def keys(self) -> set[str]:
-        """Of the clips that are done with."""
+        """Keys of the finished clips."""
         failed = {entry.key for entry in self.failures}
         return failed | {entry.sample.key for entry in self.samples}
 
     @property
     def end(self) -> int:
-        """Where in the part the last whole sample ends."""
+        """Offset in the part at which the last complete sample ends."""
         return self.samples[-1].sample.end if self.samples else 0
 
 
 def written_of(lines: Sequence[Json]) -> Written:
-    """Return what the lines of a journal, its head first, tell of."""
+    """Return the finished clips in the lines of a journal. lines: the head first."""
     entries = [entry_of(line) for line in lines[1:]]
     return Written(
         [entry for entry in entries if isinstance(entry, JournalEntry)],
@@ -67,7 +67,7 @@ def written_of(lines: Sequence[Json]) -> Written:
 
 
 def entry_of(line: Json) -> JournalEntry | QuarantineEntry:
-    """Return what a line of a journal tells, after the head."""
+    """Return the entry in a line of a journal that is not its head."""
     if "failure" in line:
         return QuarantineEntry.from_json(line["failure"], "journal")
     return JournalEntry.from_json(line)
@@ -80,10 +80,10 @@ def line_of(entry: JournalEntry | QuarantineEntry) -> bytes:
 
 
 def read_journal(shard: Path, unit: int, fingerprint: str, token: str = "") -> Written:
-    """Return what is whole in the files of the holder with this token.
+    """Return the finished clips in the files of the holder with this token.
 
-    What comes after a sample whose checksum is wrong does not count: a machine that lost its power may
-    have kept the later bytes and not the earlier.
+    Samples after one with a wrong checksum are ignored: after a power loss later bytes may be on the
+    disk and earlier ones not.
     """
     written, part = Written(), part_path(shard, token)
     if not journal_path(shard, token).exists() or not part.exists():
@@ -111,15 +111,16 @@ def write_journal(
     token: str,
     entries: Sequence[JournalEntry | QuarantineEntry],
 ) -> None:
-    """Write a holder's journal anew."""
+    """Write a holder's journal from scratch, atomically."""
     head = checked_line(canonical_json(_head(unit, fingerprint)))
     write_atomic(journal_path(shard, token), head + b"".join(map(line_of, entries)))
 
 
 def take_part(shard: Path, old: str, new: str, nbytes: int, over: bool) -> None:
-    """Make so many bytes of another holder's part those of one's own, whose journal tells of them.
+    """Turn the first `nbytes` of an earlier holder's part into this holder's, whose journal lists them.
 
-    over: whether the other is known to be at its end. Else it may wake, and write: it keeps its file.
+    over: whether the earlier holder is known to have ended. Otherwise it may resume and write, so its
+    file is copied and left alone.
     """
     source, target = part_path(shard, old), part_path(shard, new)
     if over:
@@ -133,10 +134,11 @@ def take_part(shard: Path, old: str, new: str, nbytes: int, over: bool) -> None:
 
 
 def journal_lines(shard: Path, token: str = "") -> list[Json]:
-    """Return the lines of a journal up to one that was cut off: a head, then the entries."""
+    """Return the lines of a journal up to the first damaged or cut-off one: a head, then entries."""
     lines: list[Json] = []
     for line in journal_path(shard, token).read_bytes().splitlines(keepends=True):
         body, _, check = line.rpartition(b" ")
+        # A checksum per line: after a power loss the last one may be cut off, or have any bytes in it.
         if not line.endswith(b"\n") or f"{google_crc32c.value(body):08x}\n".encode() != check:
             break
         lines.append(json.loads(body))

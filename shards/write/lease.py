@@ -1,15 +1,19 @@
-"""A lease per unit: of many processes on many machines one makes a unit, and another where that one ends.
+"""A lease per unit: one of many processes on many machines makes a unit, and another if that one dies.
 
 with Leases(bank, "preprocess work") as leases:
     for lease in leases.left(units):
         ...  # write the unit's shard with `lease.token` in the names of all files, and commit it
 
-The n-th holder of a unit creates `<shard>.<n>.lease`, which only one can, says there who it is, and
-touches it. It is over when its kernel no longer knows it, when it has given the lease up (the file is
-of long ago then), or when it was not touched while another watched it for `WATCHED_SECONDS`. The
-next one creates number n + 1. A holder that was only paused finds that when it wakes, and its files
-carry a token of its own, so that it is in nobody's way. Nothing here needs a lock of the file system.
+The n-th holder of a unit creates `<shard>.<n>.lease` exclusively, with its process, host and kernel in
+it, and touches it every `BEAT_SECONDS`. A lease has ended when its process no longer exists (as far as
+this kernel can know), when its holder has released it (its time is `GIVEN_UP` then), or when it was not
+touched while another process watched it for `WATCHED_SECONDS`. The next holder then creates number n + 1.
+A holder that was only paused notices that when it resumes; the names of its files contain its own token,
+so that it cannot damage those of the next holder.
 """
+
+# Why files and not locks: some network file systems have no flock, or one that other hosts do not see.
+# Why a touch is watched for, and its time not compared with the clock: two hosts' clocks may differ.
 
 import json
 import logging
@@ -41,12 +45,12 @@ from shards.write.shard import Attempt, OvertakenError, drop_attempt
 log = logging.getLogger(__name__)
 
 GIVEN_UP = 10**18
-"""The time, in ns, of a lease's file whose holder needs it no more: long ago, on any file system."""
+"""Modification time, in ns, of a released lease: 2001, which every file system can store."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lease's file says."""
+    """The contents of a lease file."""
 
     token: str
     writer: Writer
@@ -60,44 +64,45 @@ class Lease:
     shard: Path
     number: int
     token: str
-    """In the names of the files that this holder writes."""
+    """Part of the names of the files that this holder writes."""
     earlier: list[Attempt] = field(default_factory=list)
-    """Of the holders before."""
+    """Attempts of the earlier holders."""
 
     @property
     def path(self) -> Path:
         return lease_path(self.shard, self.number)
 
     def check(self) -> None:
-        """Raise OvertakenError if another holds the unit now, or has made it."""
+        """Raise OvertakenError if another process holds the unit now, or has made it."""
         if done_path(self.shard).exists() or lease_path(self.shard, self.number + 1).exists():
             raise OvertakenError
 
 
 @dataclass
 class Watched:
-    """A lease of another."""
+    """Observations of another process's lease."""
 
     time: int
-    """Of the file, when it was looked at last."""
+    """Modification time of the file at the last look, in ns."""
     since: float
-    """When it was first seen to be so."""
+    """Monotonic seconds at which this time was first seen."""
     looked: float
+    """Monotonic seconds of the last look."""
     lives: bool = False
-    """Whether it was touched between two looks, one soon after the other."""
+    """Whether it was touched between two looks in quick succession."""
 
 
 class Leases(ExitStack):
-    """The leases of one process, one at a time, and what it has seen of those of others."""
+    """The leases of one process, one at a time, and its observations of others' leases."""
 
     def __init__(self, bank: Path, command: str) -> None:
         super().__init__()
         self.bank = bank
         self.writer = Writer.here(command)
         self.held: dict[int, Writer | None] = {}
-        """By unit, who held it when it was last asked for; None where the file does not say."""
+        """By unit, its holder when it was last requested; None if the file does not say."""
         self.elsewhere: set[int] = set()
-        """Units that others have made meanwhile."""
+        """Units that other processes made in the meantime."""
         self._watched: dict[Path, Watched] = {}
         self._mine: Lease | None = None
         self._guard = threading.Lock()
@@ -105,7 +110,7 @@ class Leases(ExitStack):
         (bank / "shards").mkdir(parents=True, exist_ok=True)
         threading.Thread(target=self._beat, daemon=True).start()
         self.callback(self._over.set)
-        self.callback(self._let_go)
+        self.callback(self._release)
 
     def take(self, unit: int) -> Lease | None:
         """Return the lease of a unit that nobody holds and nobody has made, else None."""
@@ -129,17 +134,17 @@ class Leases(ExitStack):
             return None
         with self._guard:
             self._mine = lease
-        if done_path(shard).exists():  # since we looked
-            self._let_go()
+        if done_path(shard).exists():  # committed between the first check and the lease
+            self._release()
             return None
         return lease
 
     def left(self, units: Sequence[int], first: int = 0) -> Generator[Lease]:
-        """Yield the leases of what is left to take, until all is made, or held by somebody who lives.
+        """Yield leases of the units that are left, until all are made or held by live processes.
 
-        first: where among the units to begin. A lease is let go when the next one is asked for.
+        first: the index in `units` to begin at. A lease is released when the next one is requested.
         """
-        todo, told = [*units[first:], *units[:first]], False
+        todo, logged = [*units[first:], *units[:first]], False
         while todo:
             took = False
             for unit in todo:
@@ -148,29 +153,30 @@ class Leases(ExitStack):
                     try:
                         yield lease
                     finally:
-                        self._let_go()
+                        self._release()
                 elif done_path(shard_path(self.bank, unit)).exists():
                     self.elsewhere.add(unit)
             todo = [unit for unit in todo if not done_path(shard_path(self.bank, unit)).exists()]
             if not took and all(self._is_alive(unit) for unit in todo):
                 return
             if not took:
-                if not told:
+                if not logged:
                     who = some([writer or "another process" for writer in self.held.values()])
                     log.warning(f"{self.bank}: watching whether {who} still works here")
-                told = True
+                logged = True
                 time.sleep(lock.BEAT_SECONDS / 5)
 
     def _create(self, lease: Lease) -> bool:
-        words = attempt_path(lease.shard, lease.token, "holder")
-        with open(words, "wb", buffering=0) as file:
+        # Written under another name first, so that a lease has its content from the start (by a link).
+        written = attempt_path(lease.shard, lease.token, "holder")
+        with open(written, "wb", buffering=0) as file:
             write_synced(file, json.dumps(asdict(Holder(lease.token, self.writer))).encode())
-        created = give_name(words, lease.path)
-        words.unlink(missing_ok=True)
+        created = give_name(written, lease.path)
+        written.unlink(missing_ok=True)
         return created
 
-    def _let_go(self) -> None:
-        """Give the lease up; of a unit that is made, remove what its holders have left."""
+    def _release(self) -> None:
+        """Release the lease; if the unit is made, remove the files that its holders have left."""
         with self._guard:
             lease, self._mine = self._mine, None
         if lease is None:
@@ -183,14 +189,16 @@ class Leases(ExitStack):
         elif (
             not journal_path(lease.shard, lease.token).exists()
             and not lease_path(lease.shard, lease.number + 1).exists()
-        ):  # nothing is left to tell of, and who took it over does not stand behind a gap
+        ):
+            # Nothing to continue from. With a later lease this one must stay: `take` looks for the first
+            # free number, and a gap would hand out a unit that is held.
             lease.path.unlink(missing_ok=True)
         else:
             with suppress(FileNotFoundError):
                 os.utime(lease.path, ns=(GIVEN_UP, GIVEN_UP))
 
     def _is_over(self, path: Path, holder: Holder | None) -> bool:
-        """Whether a lease's holder is at its end, or seems to be."""
+        """Return whether a lease's holder has ended, or is taken to have ended."""
         now = touched(path)
         if now is None or (holder is not None and _has_ended(path, holder)):
             return True
@@ -203,7 +211,7 @@ class Leases(ExitStack):
         return clock - seen.since > lock.WATCHED_SECONDS
 
     def _is_alive(self, unit: int) -> bool:
-        """Whether a unit's last holder was just seen to touch its lease."""
+        """Return whether a unit's last holder was recently seen to touch its lease."""
         shard, number = shard_path(self.bank, unit), 1
         while lease_path(shard, number + 1).exists():
             number += 1
@@ -212,13 +220,16 @@ class Leases(ExitStack):
 
     def _beat(self) -> None:
         while not self._over.wait(lock.BEAT_SECONDS):
-            with self._guard, suppress(OSError):  # a server that is away for a while
+            with self._guard, suppress(OSError):  # the file server may be unavailable for a while
                 if self._mine:
                     os.utime(self._mine.path)
 
 
+# -- lease files
+
+
 def _holder(path: Path) -> Holder | None:
-    """Return what a lease's file says; None where it is gone, or not written yet."""
+    """Return the contents of a lease file; None if it does not exist or is not written yet."""
     try:
         return parse(Holder, json.loads(path.read_bytes()), str(path))
     except (OSError, ValueError, UserError):
@@ -226,12 +237,12 @@ def _holder(path: Path) -> Holder | None:
 
 
 def _has_ended(path: Path, holder: Holder) -> bool:
-    """Whether a holder is known to write no more to its files."""
+    """Return whether a holder is known not to write to its files any more."""
     return holder.writer.is_over or touched(path) == GIVEN_UP
 
 
 def holders(bank: Path) -> dict[int, Writer]:
-    """Return who holds the units of a bank that are not made, as far as is known here."""
+    """Return the live holders of a bank's unfinished units, as far as this machine can know."""
     found: dict[int, tuple[int, Path]] = {}
     for path, shard, kind in attempt_files(bank / "shards"):
         if kind == "lease" and not done_path(shard).exists():
@@ -246,7 +257,7 @@ def holders(bank: Path) -> dict[int, Writer]:
 
 
 def sweep(bank: Path) -> None:
-    """Remove what holders have left of units that are made."""
+    """Remove the files that holders have left of finished units."""
     for path, shard, _ in attempt_files(bank / "shards"):
         if done_path(shard).exists():
             path.unlink(missing_ok=True)

@@ -1,11 +1,12 @@
-"""One writer per folder, a bank or a run's: `<folder>/.lock`, of which nothing is left of a killed one.
+"""One writer per folder (of a bank or a training run): `<folder>/.lock`, which a killed writer frees.
 
 with folder_lock(bank, "preprocess encode"):
     ...  # write
 
-Readers never take it. The file says who writes; it is removed when nobody does, or is there without
-a meaning after a `kill -9`. The kernel holds the lock. Some network file systems have none, or none
-that other hosts see; so a holder also touches its file, and who finds one that may live watches it.
+Readers never take it. The file names the writer; it is removed at the end, and after a `kill -9` it
+remains without meaning. The lock itself is the kernel's flock. Some network file systems have no flock,
+or one that other hosts do not see, so a holder also touches its file, and a process that finds another's
+file watches it for a touch.
 """
 
 import errno
@@ -28,20 +29,21 @@ from shards.format.fields import parse
 from shards.storage import Files, open_files
 
 ORPHANS_SECONDS = 5.0
-"""A child that a killed writer was just starting holds its lock until it is a program of its own."""
+"""Wait this long for a lock without a live holder: a child that a killed writer had just forked keeps the
+inherited lock until it executes its own program."""
 BEAT_SECONDS = 5.0
-"""Between two touches of the file by its holder."""
+"""Seconds between two touches of the file by its holder."""
 WATCHED_SECONDS = 45.0
-"""Without a touch for so long, a holder that the kernel does not know of is over."""
+"""A holder on another machine has ended if it did not touch its file for this long: nine touches."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What flock says on a file system without locks."""
+"""Errors of flock on a file system without locks."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A process that writes a folder."""
+    """A process that writes into a folder."""
 
     pid: int
     host: str
@@ -49,7 +51,8 @@ class Writer:
     started: str
     """UTC, `2025-01-31T12:00:00Z`."""
     boot: str | None = None
-    """Of the kernel that knows its number, as `kernel` gives it."""
+    """`kernel()` of the process. A pid alone is ambiguous: after a restart, and in another container, the
+    same number is another process, and containers may share a host name."""
 
     @classmethod
     def here(cls, command: str) -> "Writer":
@@ -62,36 +65,35 @@ class Writer:
 
     @property
     def is_here(self) -> bool:
-        """Whether this kernel knows of it; hosts may share a name, and containers a kernel."""
+        """Return whether its pid can be looked up here: same boot of the kernel, same pid namespace."""
         return self.boot == kernel() if self.boot else self.host == socket.gethostname()
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended; of a process on another machine this cannot be known."""
+        """Return whether it is known to have ended; False for a process on another machine."""
         if not self.is_here:
             return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # of another user
+        except PermissionError:  # it exists, and is another user's
             return False
         return False
 
 
 @cache
 def kernel() -> str:
-    """Return what tells this start of this machine from others, and the numbers of its processes from
-    those of other containers on it."""
+    """Return the boot id and the pid namespace: pids can be compared only where both are equal."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
 def writer_of(place: str | Path | Files) -> Writer | None:
-    """Return who writes in a folder or at a URL, None where nobody does."""
+    """Return the process that writes into a folder or at a URL; None if there is none."""
     files = open_files(place) if isinstance(place, str | Path) else place
     writer = _written(files)
     return None if writer is None or writer.is_over else writer
@@ -100,17 +102,20 @@ def writer_of(place: str | Path | Files) -> Writer | None:
 def _written(files: Files) -> Writer | None:
     try:
         return parse(Writer, json.loads(files.read(".lock")), ".lock")
-    except (OSError, ValueError, UserError):  # not there, or between its lock and its first line
+    except (OSError, ValueError, UserError):  # no file, or locked and not written yet
         return None
+
+
+# -- taking the lock
 
 
 @contextmanager
 def folder_lock(
     folder: Path, command: str, fix: str = "wait for its end, or end it"
 ) -> Iterator[None]:
-    """Be the only process that writes a folder; it is made if need be.
+    """Hold the exclusive right to write into a folder, which is created if missing.
 
-    Raises UserError naming the process that writes, with what to do about it (`fix`).
+    Raises UserError naming the process that holds it. fix: what to do about that, for the message.
     """
     folder.mkdir(parents=True, exist_ok=True)
     over = threading.Event()
@@ -145,7 +150,7 @@ def _acquired(folder: Path, fix: str) -> TextIO:
                 continue
             raise _taken(folder, fix) from None
         before = _written(open_files(folder))
-        # on one machine the kernel's word is enough
+        # The previous holder did not clean up. On one machine the free flock proves that it has ended.
         if before and not before.is_over and not (by_kernel and before.is_here):
             log.warning(f"{folder}: watching whether {before} still writes here")
             if _is_touched(path):
@@ -153,11 +158,11 @@ def _acquired(folder: Path, fix: str) -> TextIO:
                 raise _taken(folder, fix)
         if _is_at(file, path):
             return file
-        file.close()  # its last holder removed it between our two calls
+        file.close()  # the last holder removed the file between open and flock
 
 
 def _flock(file: TextIO) -> bool:
-    """Lock a file; False where its file system has no locks. BlockingIOError if another has it."""
+    """Lock a file; False if its file system has no locks. Raises BlockingIOError if it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -173,16 +178,19 @@ def _taken(folder: Path, fix: str) -> UserError:
     return UserError(f"{writer or 'another process'} writes here{since}", where=folder, fix=fix)
 
 
+# -- signs of life
+
+
 def _beat(path: Path, over: threading.Event) -> None:
     while not over.wait(BEAT_SECONDS):
         try:
             os.utime(path)
-        except OSError:  # a server that is away for a while
+        except OSError:  # the file server may be unavailable for a while
             continue
 
 
 def _is_touched(path: Path) -> bool:
-    """Watch a lock file; tell whether its holder touches it, at the latest when it must have."""
+    """Return whether a lock file's holder touches it, within `WATCHED_SECONDS`."""
     seen = touched(path)
     deadline = time.monotonic() + WATCHED_SECONDS
     while seen is not None and time.monotonic() < deadline:
@@ -195,11 +203,11 @@ def _is_touched(path: Path) -> bool:
 
 
 def touched(path: Path) -> int | None:
-    """Return when a file was last touched, in ns by its server's clock; None where it is gone."""
+    """Return a file's modification time, in ns by its server's clock; None if it does not exist."""
     try:
-        with open(path, "rb") as file:  # opening asks the server: a stat alone may be of a cache
+        with open(path, "rb") as file:  # NFS asks the server on open; stat alone may be cached
             return os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:  # its holder is done
+    except FileNotFoundError:  # its holder has finished
         return None
 
 

@@ -5,13 +5,12 @@
             writer.write(key, meta, arrays)
         writer.commit()
 
-While it is written, `<name>.part` holds the samples and `<name>.journal` a line for each that is on
-the disk, and for each clip that failed; a writer that was killed is followed by one that goes on after
-the last whole sample. Of several that write the same shard, each under a lease with a token in the
-names of its files, the first to give its part the name of the shard has made it; the others drop
-theirs. A shard is committed when `<name>.done` exists: the tar gets its name first, `.idx` next,
-`.done` last. The same samples in the same order give the same bytes on every machine, however often
-the writer was killed.
+While it is written, `<name>.part` holds the samples and `<name>.journal` a line for each sample on the
+disk and for each clip that failed; after a kill the next writer continues after the last complete sample.
+Several processes may write the same shard, each under a lease with its token in the names of its files:
+the first that links its part to the shard's name has made it, and the others drop theirs. A shard is
+committed when `<name>.done` exists: the tar gets its name first, then `.idx`, and `.done` last. The same
+samples in the same order give the same bytes on every machine, however often the writer was killed.
 """
 
 import hashlib
@@ -67,22 +66,22 @@ from shards.write.journal import (
 BLOCK = tarfile.BLOCKSIZE
 PLAIN = Codec()
 NO_TAR: Json = {"nbytes": 0, "sha256": hashlib.sha256().hexdigest(), "crc32c": 0}
-"""What the commit record of a unit without samples says of its tar."""
+"""The tar's fields in the commit record of a unit without samples."""
 DROPPED = ("journal", "part", "record", "index", "holder", "journal.tmp")
 
 
 class OvertakenError(Exception):
-    """Another has made this shard, or is to: what was written here counts for nothing."""
+    """Another process has made this shard, or holds its lease now: drop what was written here."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What an earlier holder of a unit has left."""
+    """The files that an earlier holder of a unit has left."""
 
     token: str
-    """In the names of its files."""
+    """Part of the names of its files."""
     over: bool
-    """Whether the holder is known to be at its end. Else it may wake, and go on writing to its files."""
+    """Whether the holder is known to have ended. Otherwise it may resume writing to its files."""
 
 
 class ShardWriter:
@@ -100,11 +99,12 @@ class ShardWriter:
         *,
         keep_failures: bool = True,
     ) -> None:
-        """Go on after what an earlier writer of the same unit and fingerprint has done.
+        """Continue after the finished clips of an earlier writer of the same unit and fingerprint.
 
-        token: in the names of this writer's files, empty where there can be no other. earlier: those
-        before it. wanted: keys of the unit's clips; who wrote another clip made another unit.
-        keep_failures: of clips that failed before; else they are to be tried again.
+        token: part of the names of this writer's files; empty if there can be no other writer. earlier:
+        attempts of earlier holders, of which the one with most clips is continued. wanted: keys of the
+        unit's clips; an attempt with other clips is of another unit and ignored. keep_failures: do not
+        try clips again that failed before.
         """
         self.path, self.codec, self.token = path, codec, token
         self.unit, self.fingerprint = unit, fingerprint
@@ -114,27 +114,27 @@ class ShardWriter:
         done = {one: self._left_by(one.token, wanted) for one in [Attempt(token, True), *earlier]}
         best = max(done, key=lambda one: len(done[one].keys))
         self.entries = done[best].samples
-        """Of each sample written."""
+        """One entry per sample written."""
         self.failures = done[best].failures if keep_failures else []
-        """Of each clip that could not be encoded."""
+        """One entry per clip that could not be encoded."""
         self.keys = Written(self.entries, self.failures).keys
-        """Of the clips that are done with."""
+        """Keys of the finished clips."""
         write_journal(path, unit, fingerprint, token, [*self.entries, *self.failures])
         if best.token != token and self.entries:
             take_part(path, best.token, token, done[best].end, best.over)
-        # Unbuffered: after a full disk nothing may be left to write.
+        # Unbuffered: when the disk is full, close must not try to write once more.
         self._file = io.FileIO(self.part, "r+" if self.entries else "w")  # closed by close
         self.nbytes = self._file.truncate(done[best].end)
         self._file.seek(self.nbytes)
         self._journal = io.FileIO(journal_path(path, token), "a")
 
     def _drop_uncommitted(self) -> None:
-        """Take the shard's name from a tar without a commit record, which does not exist."""
+        """Remove a tar without a commit record from the shard's name, or make it the part once more."""
         if done_path(self.path).exists() or not self.path.exists():
             return
         if self.part.exists() or not journal_path(self.path, self.token).exists():
             self.path.unlink()
-        else:  # a commit was cut off, and this is the part
+        else:  # a commit was interrupted, and this is the part
             os.replace(self.path, self.part)
 
     def _left_by(self, token: str, wanted: Collection[str] | None) -> Written:
@@ -188,18 +188,19 @@ class ShardWriter:
         self._append(blob, record, underflowed)
 
     def copy(self, blob: bytes, record: SampleRecord) -> None:
-        """Append a sample's bytes as they are in another shard, of which `record` tells."""
+        """Append a sample's bytes from another shard. record: of the sample there."""
         assert google_crc32c.value(blob) == record.crc32c, record.key
         self._append(blob, record.moved(self.nbytes - record.offset), 0)
 
     def fail(self, entry: QuarantineEntry) -> None:
-        """Note a clip that cannot be encoded; the next writer knows of it."""
+        """Record in the journal that a clip cannot be encoded."""
         assert entry.key not in self.keys, entry.key
         write_synced(self._journal, line_of(entry))
         self.failures.append(entry)
         self.keys.add(entry.key)
 
     def _append(self, blob: bytes, sample: SampleRecord, underflowed: int) -> None:
+        # The sample is synced before its journal line, so that a line proves that the bytes are there.
         write_synced(self._file, blob)
         entry = JournalEntry(sample, underflowed)
         write_synced(self._journal, line_of(entry))
@@ -208,10 +209,10 @@ class ShardWriter:
         self.keys.add(sample.key)
 
     def commit(self, provenance: Json | None = None) -> CommitRecord:
-        """Give tar, `.idx` and `.done` their names; return the commit record. No sample makes no tar.
+        """Publish tar, `.idx` and `.done`; return the commit record. Without samples there is no tar.
 
-        provenance: what, beside the fingerprint, the last bits may depend on. Raises OvertakenError
-        where another has made the shard.
+        provenance: libraries and hardware, on which the last bits may depend. Raises OvertakenError if
+        another process has made the shard.
         """
         write_synced(self._file, end_of_archive(self.nbytes))
         self.close()
@@ -231,30 +232,33 @@ class ShardWriter:
                 write_synced(file, signed_json(record.to_json()))
             put_in_place(self.path, self.token, record, self.token)
         except FileNotFoundError:
-            if done_path(self.path).exists():  # and who made it has tidied up
+            if done_path(self.path).exists():  # another process made it and removed our files
                 raise OvertakenError from None
             raise
         drop_attempt(self.path, self.token)
         return record
 
     def close(self) -> None:
-        """Leave what is written to the next writer."""
+        """Close the files and keep them for the next writer."""
         self._file.close()
         self._journal.close()
 
     def abandon(self) -> None:
-        """Leave nothing."""
+        """Close the files and remove them."""
         self.close()
         drop_attempt(self.path, self.token)
+
+
+# -- publishing: from a part file to a committed shard
 
 
 def resume_commit(
     path: Path, fingerprint: str, wanted: Collection[str], attempts: Sequence[str], token: str
 ) -> CommitRecord | None:
-    """Bring to its end the commit that an earlier holder of the unit had begun; None of no such.
+    """Complete the commit that an earlier holder of the unit had begun; None if there is none.
 
-    wanted: keys of the unit's clips; a record of others is of another plan's unit. attempts: tokens of
-    the earlier holders. token: one's own.
+    wanted: keys of the unit's clips; a record of others belongs to another plan's unit. attempts: tokens
+    of the earlier holders. token: of this holder.
     """
     for attempt in attempts:
         try:
@@ -270,10 +274,12 @@ def resume_commit(
 
 
 def put_in_place(path: Path, attempt: str, record: CommitRecord, token: str) -> None:
-    """Make a part that is whole, and the record of it, the shard at `path`. Raises OvertakenError.
+    """Publish a complete part and its record as the shard at `path`. Raises OvertakenError.
 
-    attempt: the token of the files. token: of who does this; several may, of the same files.
+    attempt: the token of the files. token: of this process; several may publish the same files.
     """
+    # Two exclusive links decide a race between holders: that of the tar's name, and that of `.done`,
+    # which commits. Every step can be repeated, so after a kill in between the next holder completes it.
     if done_path(path).exists():
         raise OvertakenError
     if record.samples:
@@ -288,29 +294,36 @@ def put_in_place(path: Path, attempt: str, record: CommitRecord, token: str) -> 
         sync_folder(path.parent)
     if not give_name(record_path(path, attempt), done_path(path), never_empty=True):
         if record.samples and not read_commit(path).samples:
-            path.unlink()  # another has found just now that there are none
+            path.unlink()  # another process has just committed that there are no samples
         raise OvertakenError
-    if record.samples and not path.exists():  # who began meanwhile took it for one without a record
+    if (
+        record.samples and not path.exists()
+    ):  # a new writer took the name from a tar without a record
         give_name(part_path(path, attempt), path)
 
 
 def drop_attempt(path: Path, token: str) -> None:
     """Remove the files of a holder."""
-    for kind in DROPPED:  # without its journal the rest counts for nothing
+    for kind in DROPPED:  # the journal first: without it the other files are ignored
         attempt_path(path, token, kind).unlink(missing_ok=True)
 
 
+# -- the bytes of a tar
+
+
 class _Sample:
-    """The members of one sample, as they will be in a tar from `offset` on."""
+    """The tar members of one sample; offset: at which it begins in the tar."""
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
         self.pieces: list[bytes] = []
 
     def add(self, name: str, data: bytes) -> tuple[int, int]:
-        """Append a member; return where in the tar its data begins, and its length."""
+        """Append a member; return the offset of its data in the tar, and its length."""
         info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, mode 0644
         info.size = len(data)
+        # ustar: exactly one header block per member, which `care.tar_scan.layout` relies on; pax and GNU
+        # formats may add more.
         header = info.tobuf(tarfile.USTAR_FORMAT)
         begin = self.offset + len(header)
         self.pieces += [header, data, bytes(-len(data) % BLOCK)]
@@ -340,7 +353,8 @@ def _add_stream(
 
 
 def _add_array(sample: _Sample, name: str, array: np.ndarray) -> ArrayRecord:
-    """Append an array as npy; return where its values are, without the header of the npy."""
+    """Append an array as npy; return where its values are, without the npy header."""
+    # Version 1.0 explicitly: `np.save` chooses it by the header, and the bytes must not depend on NumPy.
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
     values = array.tobytes()
@@ -349,7 +363,7 @@ def _add_array(sample: _Sample, name: str, array: np.ndarray) -> ArrayRecord:
 
 
 def commit_nothing(shard: Path, record: CommitRecord) -> CommitRecord:
-    """Write the record of a unit without samples: no tar is left, at which stock readers would break."""
+    """Write the record of a unit without samples, and no tar: stock readers fail on an empty one."""
     for path in (shard, index_path(shard)):
         path.unlink(missing_ok=True)
     record = replace(record, **NO_TAR)
@@ -358,10 +372,10 @@ def commit_nothing(shard: Path, record: CommitRecord) -> CommitRecord:
 
 
 def end_of_archive(nbytes: int) -> bytes:
-    """Return the zeros that end a tar whose members take `nbytes`: two blocks, whole records."""
+    """Return the zeros that end a tar of `nbytes` bytes: two blocks, padded to a whole record (POSIX)."""
     return bytes(2 * BLOCK + -(nbytes + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 
 def index_bytes(samples: Sequence[SampleRecord]) -> bytes:
-    """Return the content of `.idx`, which Megatron-Energon and Lhotse read."""
+    """Return the content of `.idx`, in the layout that Megatron-Energon and Lhotse read."""
     return np.asarray([*(one.offset for one in samples), end_of(samples)], "<u8").tobytes()

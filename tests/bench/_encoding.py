@@ -1,13 +1,15 @@
-"""What `tests.bench.encoding` runs in processes of their own: a plain loop, and our stages alone.
+"""What `tests.bench.encoding` runs in processes of their own: peers, and our stages alone.
 
-python -m tests.bench._encoding loop TOWER FRAMES DTYPE OUT CLIP...     # prints nothing
+python -m tests.bench._encoding loop TOWER FRAMES DTYPE OUT CLIP...     # a plain loop
+python -m tests.bench._encoding loader TOWER FRAMES DTYPE OUT CLIP...   # a DataLoader that decodes
 python -m tests.bench._encoding stages TOWER FRAMES DTYPE OUT CLIP...   # prints their CPU seconds as JSON
 """
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,19 +21,53 @@ STRIDES = (4, 8)
 T = TypeVar("T")
 
 
-def loop(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> None:
-    """Decode, process, encode, pool and save a clip at a time, as everybody's first script does."""
-    import decord
-    from transformers import AutoImageProcessor, AutoModel
+class Decoded(torch.utils.data.Dataset[torch.Tensor]):
+    """Clips -> what the tower takes of them, by decord and transformers' processor."""
 
-    processor = AutoImageProcessor.from_pretrained(tower)
-    model = AutoModel.from_pretrained(tower, dtype=getattr(torch, dtype)).eval()
-    for clip in clips:
-        reader = decord.VideoReader(clip, num_threads=1)
-        index = np.linspace(0, len(reader) - 1, min(frames, len(reader))).round().astype(int)
+    def __init__(self, tower: str, frames: int, clips: list[str]) -> None:
+        from transformers import AutoImageProcessor
+
+        self.frames, self.clips = frames, clips
+        self.processor = AutoImageProcessor.from_pretrained(tower)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        import decord
+
+        reader = decord.VideoReader(self.clips[place], num_threads=1)
+        index = np.linspace(0, len(reader) - 1, min(self.frames, len(reader))).round().astype(int)
         pictures = reader.get_batch(index.tolist()).asnumpy()
         del reader
-        pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        pixels: torch.Tensor = self.processor(images=list(pictures), return_tensors="pt")[
+            "pixel_values"
+        ]
+        return pixels
+
+
+def loop(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> None:
+    """Decode, process, encode, pool and save a clip at a time, as everybody's first script does."""
+    decoded = Decoded(tower, frames, clips)
+    encode(tower, dtype, out, clips, (decoded[k] for k in range(len(clips))))
+
+
+def loader(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> None:
+    """Do the same with a core's worth of workers that decode ahead, as the second script does."""
+    workers = len(os.sched_getaffinity(0))
+    decoded = Decoded(tower, frames, clips)
+    ahead = torch.utils.data.DataLoader(decoded, batch_size=None, num_workers=workers)
+    encode(tower, dtype, out, clips, ahead)
+
+
+def encode(
+    tower: str, dtype: str, out: Path, clips: list[str], decoded: Iterable[torch.Tensor]
+) -> None:
+    """Encode, pool and save clips as they come."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(tower, dtype=getattr(torch, dtype)).eval()
+    for clip, pixels in zip(clips, decoded, strict=True):
         with torch.inference_mode():
             output = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True)
             patches = output.hidden_states[-2][:, 1:].float().transpose(1, 2)
@@ -76,7 +112,7 @@ def stages(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> 
     ):
         for source in sources:
             request = options.request(source, loaded.pixels)
-            reader.child.ready()
+            reader.child.ensure_running()
             pid = reader.child.pid
             outcome = clocked("decode", pid, lambda s=source, r=request: reader.read(s, r))
             clip = outcome.clip
@@ -96,5 +132,5 @@ def stages(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> 
 
 if __name__ == "__main__":
     what, tower, frames, dtype, out, *clips = sys.argv[1:]
-    run = {"loop": loop, "stages": stages}[what]
+    run = {"loop": loop, "loader": loader, "stages": stages}[what]
     print(json.dumps(run(tower, int(frames), dtype, Path(out), clips)))

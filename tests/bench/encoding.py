@@ -2,9 +2,10 @@
 
 Whole processes, start-up counted: wall and CPU seconds, ours over a plain loop's (decord ->
 transformers' processor -> model -> pool -> torch.save) in float32, as it comes, and in the same
-arithmetic; and ours over the CPU seconds of decoding, tower and writing alone / cores. Both read the same
-clips; those that decord cannot are named. FRAMEBANK_CLIPS and FRAMEBANK_MODELS (as `preprocess
-realmodels` makes them) name the folders.
+arithmetic; over the same with a DataLoader's workers to decode; and over the CPU seconds of decoding,
+tower and writing alone / cores. All read the same clips; those that decord cannot are named.
+FRAMEBANK_CLIPS and FRAMEBANK_MODELS (as `preprocess realmodels` makes them) name the folders,
+FRAMEBANK_ENCODING_FRAMES other numbers of frames than 16,64.
 """
 
 import json
@@ -16,8 +17,10 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-FRAMES = (16, 64)
+FRAMES = tuple(map(int, os.environ.get("FRAMEBANK_ENCODING_FRAMES", "16,64").split(",")))
 DTYPES = ("float32", "bfloat16")
+Seconds = tuple[float, float]
+"""Wall and CPU."""
 ENDINGS = (".mp4", ".mkv", ".webm", ".mpg", ".avi")
 
 
@@ -34,10 +37,11 @@ def run() -> list[dict[str, object]]:
         {"what": f"{len(read)} clips; decord cannot read {', '.join(unread) or 'none less'}"}
     ]
     for frames in FRAMES:
-        plain = peer(tower, frames, "float32", read)
+        plain = peer("loop", tower, frames, "float32", read)
         for dtype in DTYPES:
-            same = plain if dtype == "float32" else peer(tower, frames, dtype, read)
-            rows.append(row(tower, frames, dtype, read, plain, same))
+            same = plain if dtype == "float32" else peer("loop", tower, frames, dtype, read)
+            workers = peer("loader", tower, frames, dtype, read)
+            rows.append(row(tower, frames, dtype, read, (plain, same, workers)))
     return rows
 
 
@@ -46,10 +50,10 @@ def row(
     frames: int,
     dtype: str,
     clips: list[str],
-    plain: tuple[float, float],
-    same: tuple[float, float],
+    peers: tuple[Seconds, Seconds, Seconds],
 ) -> dict[str, object]:
-    """Return ours beside a plain loop in float32 and one in the same arithmetic: (wall, CPU) seconds."""
+    """Return ours beside a plain loop in float32, one in the same arithmetic, and one with workers."""
+    plain, same, workers = peers
     with TemporaryDirectory() as out:
         asked = ["--tower", tower, "--frames", str(frames), "--tower-dtype", dtype]
         words = ["encode", *clips, "--out", f"{out}/bank", "--device", "cpu", *asked]
@@ -66,15 +70,17 @@ def row(
         "wall / plain": wall / plain[0],
         "CPU / plain": cpu / plain[1],
         "wall / plain, same dtype": wall / same[0],
+        "wall / DataLoader, same dtype": wall / workers[0],
+        "CPU / DataLoader, same dtype": cpu / workers[1],
         **{f"{stage} s": seconds for stage, seconds in alone.items()},
         "wall / (stages / cores)": wall / (sum(alone.values()) / cores),
     }
 
 
-def peer(tower: str, frames: int, dtype: str, clips: list[str]) -> tuple[float, float]:
-    """Return the wall and CPU seconds of the plain loop."""
+def peer(what: str, tower: str, frames: int, dtype: str, clips: list[str]) -> Seconds:
+    """Return the seconds of a plain loop, or of one with a DataLoader's workers."""
     with TemporaryDirectory() as out:
-        words = ["loop", tower, str(frames), dtype, out, *clips]
+        words = [what, tower, str(frames), dtype, out, *clips]
         return timed(["-m", "tests.bench._encoding", *words])[:2]
 
 

@@ -5,7 +5,7 @@
     against decoding and the frozen tower before each step; one after the other, as on one machine
     whose cores are busy. (c) `memory`: steps/s with data from the bank over data made beforehand.
 (d) `plan`, `packing`, `resume`: seconds, and how full rows of twice the longest record are.
-Interleaved, medians of rounds; ratios are what counts. On a GPU: tests/bench/training_gpu.py.
+Interleaved, medians of rounds; ratios are what counts. On a GPU: `make gpu`.
 """
 
 import contextlib

@@ -110,7 +110,7 @@ def test_sizes_by_an_unknown_rule_are_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         processor = SiglipImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
-    with pytest.raises(UserError, match="a rule that is not known here"):
+    with pytest.raises(UserError, match="a rule that is not supported"):
         Pixels.from_processor(processor)
     with pytest.raises(UserError, match="resizes to"):
         Pixels.from_processor(Qwen2VLImageProcessorPil(do_resize=False))

@@ -283,7 +283,7 @@ def test_a_published_config_is_understood(folders: dict[str, Path], tmp_path: Pa
 def test_weights_that_are_not_there_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     lost = "visual.blocks.1.mlp.fc1.bias"
     folder = renamed(folders["qwen2_vl"], tmp_path / "a", lambda n: None if n == lost else n)
-    with pytest.raises(UserError, match=r"1 of its weights are not there, such as blocks\.1\.mlp"):
+    with pytest.raises(UserError, match=r"1 of its weights are missing, such as blocks\.1\.mlp"):
         Tower.load(str(folder))
 
 

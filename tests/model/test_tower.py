@@ -392,7 +392,7 @@ def test_weights_that_are_not_there_are_refused(towers: dict[str, Path], tmp_pat
     lost = next(name for name in weights if name.endswith("layers.1.mlp.fc1.bias"))
     del weights[lost]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"1 of its weights are not there, .*1\.mlp\.fc1\.bias"):
+    with pytest.raises(UserError, match=r"1 of its weights are missing, .*1\.mlp\.fc1\.bias"):
         Tower.load(str(folder))
 
 

@@ -585,7 +585,7 @@ def test_a_folder_that_is_no_model_is_refused_with_a_way_out(
     path.write_text(json.dumps(facts | {"format": 1}))
     for read in (VLM.load, make_model().adopt):
         with pytest.raises(
-            UserError, match=r"of format 1.*not told the seconds.*stage_path: .*llm"
+            UserError, match=r"of format 1.*does not take the seconds.*stage_path: .*llm"
         ):
             read(folder)
     path.write_text(json.dumps(facts | {"model": facts["model"] | {"newer": 1}}))

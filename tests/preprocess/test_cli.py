@@ -120,12 +120,12 @@ def test_urls_are_refused_as_input_and_as_bank(
     monkeypatch.chdir(tmp_path)
     asked = ["--tower", toy / "tower"]
     line = refused(preprocess(command, toy / "videos", "--out", url, *asked))
-    assert f"{url}: out is a path of this machine, got a URL" in line
+    assert f"{url}: out must be a local path, got a URL" in line
     line = refused(preprocess(command, url, "--out", tmp_path / "bank", *asked))
     assert f"{url}: " in line
     assert way in line
     line = refused(preprocess("verify", url))
-    assert "is a path of this machine" in line
+    assert "must be a local path" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -329,9 +329,9 @@ def test_another_config_in_the_same_folder_is_refused(
     toy: Path, toy_bank: Path, tmp_path: Path
 ) -> None:
     bank = shutil.copytree(toy_bank, tmp_path / "bank")
-    words = encode_words(toy, bank, "--frames", 8, "--stride", "2,4")
+    words = encode_words(toy, bank, "--frames", 8, "--stride", "4")
     line = refused(preprocess(*words))
-    assert "strides: [2, 4] here, [4, 8] there" in line
+    assert "strides: [4] here, [4, 8] there" in line
     assert "write to another folder" in line
 
 

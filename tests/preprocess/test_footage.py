@@ -589,7 +589,7 @@ def test_without_phrases_a_video_goes_by_its_name_and_that_is_said(
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [
         f"{tmp_path}/w: 1 training and 1 test clips of 6 s, cut from 6 videos",
-        "the videos go by the names of their files; --phrases says what they show",
+        "videos are described by their file names; say what they show with --phrases",
     ]
     spans = [q for r in read(tmp_path / "w", "train") for task, q, _ in turns(r) if task == "span"]
     stems = {Path(name).stem for name in COLOURS}
@@ -600,6 +600,7 @@ def test_without_phrases_a_video_goes_by_its_name_and_that_is_said(
 
 
 @pytest.mark.skipif(not CLIPS, reason="FRAMEBANK_CLIPS does not name the test videos")
+@pytest.mark.slow
 def test_real_clips_are_cut_at_their_times(tmp_path: Path) -> None:
     """Scenes are compared with frames that PyAV decodes from the start of each source."""
     names = (

@@ -302,7 +302,7 @@ def planted(
     slow[..., 2] = np.arange(3)[None, None, :] * 5  # left, middle, right
     arrays = {4: slow, 8: slow[:, :1, :2]}
     meta = make_meta("a.mp4", arrays, patch_grid=(8, 12), covered=(0.0, 0.0, 1.0, 1.0), **fields)
-    return meta, page(meta, "video gone", arrays, "average")
+    return meta, page(meta, "video missing", arrays, "average")
 
 
 def test_cells_stand_in_their_order_and_the_right_way_up(
@@ -325,7 +325,7 @@ def test_cells_stand_in_their_order_and_the_right_way_up(
         assert blues[2] > blues[0] + 150, "blue grows from left to right"
         first = pixel(frame, 1, 0.1, 0.1)
         np.testing.assert_array_equal(pixel(frame, 2, 0.9, 0.6), first)  # one cell, one palette
-        np.testing.assert_array_equal(pixel(frame, 0, 0.05, 0.05), [0xDD] * 3)  # the video is gone
+        np.testing.assert_array_equal(pixel(frame, 0, 0.05, 0.05), [0xDD] * 3)  # no video
     reds = [int(pixel(frame, 1, 0.25, 0.5)[0]) for frame in range(3)]
     assert reds == sorted(reds)
     assert reds[2] > reds[0] + 200, "red grows from frame to frame"
@@ -405,7 +405,7 @@ def test_every_shape_and_number_of_frames_is_drawn(
     arrays = random_clip(frames)
     meta = make_meta("a.mp4", arrays, display_size=shape)
     pictures = np.zeros((frames, *shape, 3), np.uint8)
-    for given in (pictures, "video gone"):
+    for given in (pictures, "video missing"):
         assert page(meta, given, arrays, "average").size == Layout.of(frames, 3, *shape).size
 
 

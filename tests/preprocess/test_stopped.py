@@ -42,7 +42,10 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_a_run_that_is_stopped_ends_at_once_and_goes_on_later(
     toy: Path, videos: Path, tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
@@ -77,7 +80,7 @@ def test_a_run_that_is_stopped_ends_at_once_and_goes_on_later(
     assert process.returncode == code, said
     assert time.monotonic() - began < 30  # 0.5 s on an idle machine
     assert "Traceback" not in said
-    assert "stopped; what is committed stays" in said
+    assert "stopped; committed work is kept" in said
     assert not lock_path(bank).exists()
     assert not holders(bank)
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if is_of(path, process.pid)]

@@ -58,7 +58,7 @@ def test_plan_work_and_finish_make_what_encode_makes(toy: Path, tmp_path: Path, 
     assert worked.exit_code == 0, worked.output
     assert "3 clips, 12 frames" in worked.stdout
     assert f"all 1 units are made; `preprocess finish {bank}`" in worked.stdout
-    with pytest.raises(UserError, match="its run is not over"):
+    with pytest.raises(UserError, match="its run is not finished"):
         Bank.open(bank)
     assert len(Bank.open(bank, allow_partial=True)) == 3
     again = command("work", bank)
@@ -146,7 +146,7 @@ def test_encode_beside_a_worker_that_lives_ends_by_naming_it(
         assert f"1 of them in work: bank-000000 by {leases.writer}" in ended.stderr
         worked = command("work", bank, "--device", "cpu")
         assert worked.exit_code == 0
-        assert f"1 of 1 units are in work elsewhere: {leases.writer}" in worked.stdout
+        assert f"1 of 1 units are being made elsewhere: {leases.writer}" in worked.stdout
         assert f"being written by 1 worker: process {os.getpid()}" in table(status(bank))
         swept = command("gc", bank)
         assert swept.exit_code == 2

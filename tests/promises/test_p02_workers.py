@@ -239,5 +239,5 @@ def test_nothing_outlives_the_parent(
     assert process.returncode != 0
     until(lambda: not [pid for pid in family if alive(pid)], 10)
     assert writer_of(bank) is None
-    with pytest.raises(UserError, match="its run is not over"):
+    with pytest.raises(UserError, match="its run is not finished"):
         Bank.open(bank)

@@ -272,7 +272,7 @@ def test_catalogue_and_manifest_come_back_without_a_tower(
         shutil.rmtree(bank / "index.zarr")
     if harm in ("manifest", "both"):
         (bank / "bank.json").unlink()
-    with pytest.raises(UserError, match=r"preprocess repair|not over"):
+    with pytest.raises(UserError, match=r"preprocess repair|not finished"):
         Bank.open(bank)
     done = mended(bank, world, tower="nowhere")
     assert done.files == ["index.zarr", "bank.json"]

@@ -418,5 +418,7 @@ def test_a_bank_without_its_tar_index_is_told_how_to_mend_it(
 ) -> None:
     bank = Path(shutil.copytree(banks_of["none"], tmp_path / "bank"))
     index_path(tars(bank)[1]).unlink()
-    with pytest.raises(UserError, match=r"bank-000001\.tar\.idx: is gone; run `preprocess repair"):
+    with pytest.raises(
+        UserError, match=r"bank-000001\.tar\.idx: is missing; run `preprocess repair"
+    ):
         write_wids(bank)

@@ -201,9 +201,9 @@ def drawn(toy: Path, tmp_path: Path) -> Json:
 @pytest.mark.parametrize(
     ("world", "spliced"),
     [
-        (3, False),
+        (1, False),
+        pytest.param(3, False, marks=pytest.mark.slow),
         pytest.param(3, True, marks=pytest.mark.slow),
-        pytest.param(1, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_before_during_and_after_a_save_goes_on_exactly(

@@ -273,6 +273,7 @@ def test_many_more_kills_and_pauses_make_the_bytes_of_one(
         seed += 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_asleep_is_named_to_who_wants_to_finish(
     machines: Machines, flags: list[object], alone: Path, tmp_path: Path
 ) -> None:

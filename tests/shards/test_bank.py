@@ -273,7 +273,7 @@ def test_a_shard_that_goes_is_named(copy: Path) -> None:
     bank = Bank.open(copy)
     (copy / "shards" / "bank-000000.tar").unlink()
     assert re.search(
-        r"bank-000000\.tar.*is gone.*preprocess repair", refusal(lambda: bank.read(0, 4))
+        r"bank-000000\.tar.*is missing.*preprocess repair", refusal(lambda: bank.read(0, 4))
     )
 
 

@@ -247,7 +247,7 @@ def test_a_holder_that_wakes_at_any_step_changes_nothing(
                         inside = True
                         if not committed(tmp_path, 0):
                             make(taken(other), make_meta)
-                        other._let_go()
+                        other._release()
                         calls += 1
                         inside = False
                     return real(*args, **options)
@@ -258,7 +258,7 @@ def test_a_holder_that_wakes_at_any_step_changes_nothing(
             except (OvertakenError, FileNotFoundError):
                 writer.abandon()
             finally:
-                ours._let_go()
+                ours._release()
     assert calls > step, "it was not paused"
     sweep(tmp_path)
     assert files(tmp_path / "shards") == clean
@@ -306,11 +306,11 @@ def test_who_gives_up_what_another_has_taken_over_leaves_it_held(
         with writer_of(taken(ours)) as writer:
             second = taken(other)
             writer.abandon()
-        ours._let_go()
+        ours._release()
         assert third.take(0) is None
         assert third.held[0] == other.writer
         make(second, make_meta)
-        other._let_go()
+        other._release()
     assert committed(tmp_path, 0)
 
 
@@ -372,7 +372,7 @@ def test_what_is_left_of_finished_units_is_swept_and_of_others_is_not(
 ) -> None:
     with Leases(tmp_path, "work") as leases:
         make(taken(leases), make_meta)
-        leases._let_go()
+        leases._release()
         begun = taken(leases, 1)
         with writer_of(begun) as writer:
             write(writer, "a", make_meta)

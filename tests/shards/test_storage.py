@@ -16,11 +16,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards import storage
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.read import opening
@@ -83,6 +85,20 @@ def test_memory_is_filled_as_far_as_the_file_goes(
     target = np.zeros(nbytes, np.uint8)
     assert open_files(place).read_into("a/b", offset, target) == got
     assert target.tobytes() == DATA[offset : offset + got] + bytes(nbytes - got)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 99, 100, 101, 200, 999, 1024])
+@pytest.mark.parametrize("together", [100, 1 << 20])
+def test_what_is_read_is_summed_on_the_way(
+    place: str, monkeypatch: pytest.MonkeyPatch, together: int, nbytes: int
+) -> None:
+    monkeypatch.setattr(storage, "SUMMED", together)
+    target = np.zeros(nbytes, np.uint8)
+    read, crc = open_files(place).read_summed("a/b", 1024 - nbytes, target)
+    assert (read, crc) == (nbytes, google_crc32c.value(DATA[1024 - nbytes :]))
+    assert target.tobytes() == DATA[1024 - nbytes :]
+    longer = np.zeros(nbytes + 3, np.uint8)
+    assert open_files(place).read_summed("a/b", 1024 - nbytes, longer)[0] == nbytes
 
 
 @given(st.integers(0, 1024), st.integers(0, 1024))
@@ -204,7 +220,7 @@ def test_a_damaged_or_missing_part_of_a_url_is_named(
     with pytest.raises(UserError, match=r"bank-000001\.tar is missing"):
         Bank.open(url)
     system.rm("/lab/bank/index.zarr/end/c/0")
-    with pytest.raises(UserError, match="column end is not there"):
+    with pytest.raises(UserError, match="column end is missing"):
         Bank.open(url)
     system.rm("/lab/bank/bank.json")
     with pytest.raises(UserError, match="no bank here"):

@@ -351,7 +351,10 @@ def test_what_cannot_be_drawn_is_refused_before_the_model_is_asked(
     for words, expected in (
         (["--truth", "from <t:1> to <t:2>"], "--truth is drawn, and nothing is; name a picture"),
         (["--show", str(tmp_path / "no" / "a.png")], f"make {tmp_path}/no"),
-        ([*shown, "--bank", str(tmp_path)], "--show: frames are drawn of a file; leave out --bank"),
+        (
+            [*shown, "--bank", str(tmp_path)],
+            "--show: frames can be drawn of a file only; leave out --bank",
+        ),
         (["--show", str(tmp_path / "a.txt")], "--show: no format of pictures, expected a .png"),
         ([*shown, "--truth", "test.jsonl"], "--truth: no such file, and no answer with times"),
         ([*shown, "--truth", str(toy / "test.jsonl")], "no answers to this question about this"),

@@ -116,7 +116,8 @@ def test_what_cannot_take_an_export_is_refused_before_the_model_is_loaded(
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for out, expected in {
         tmp_path / "file": "a file; name a folder",
-        tmp_path / "link": f"a link to {tmp_path / 'gone'}, which is not there; mend or remove it",
+        tmp_path
+        / "link": f"a link to {tmp_path / 'gone'}, which is not there; correct or remove it",
     }.items():
         assert refused(capsys, str(trained_run), str(out)) == f"{out}: {expected}"
     (tmp_path / "out").mkdir()

@@ -102,7 +102,7 @@ def test_a_back_end_that_a_family_lacks_is_refused_when_asked_for(
 ) -> None:
     with pytest.raises(SystemExit):
         train_here(tmp_path / "run", stage_path=llm_of("gemma2"), attn="sdpa", max_steps=2)
-    assert "attn sdpa: gemma2 (Gemma2ForCausalLM) is not right" in capsys.readouterr().err
+    assert "attn sdpa: gemma2 (Gemma2ForCausalLM) is wrong" in capsys.readouterr().err
 
 
 def test_a_record_longer_than_the_llm_reads_is_refused_or_cut(

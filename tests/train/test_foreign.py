@@ -115,7 +115,7 @@ def test_a_line_of_another_trainer_is_answered_by_name(
 
 FLAGS = [
     (["--fp16"], "--fp16: not offered: losses"),
-    (["--lora_enable", "True"], "--lora_enable: here it is tune_llm (what of the LLM is trained)"),
+    (["--lora_enable", "True"], "--lora_enable: here it is tune_llm (the trained part of the LLM)"),
     (["--report_to", "wandb", "tensorboard"], "--report_to: here it is wandb (mirror metrics"),
     (["--dataloader-num-workers=16"], "--dataloader_num_workers: here it is prefetch"),
     (["--deepspeed", "zero3.json"], "--deepspeed: of DeepSpeed or FSDP 1"),

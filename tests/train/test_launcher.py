@@ -362,6 +362,7 @@ def recorded(out: Path) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 def test_a_real_launch_obeys_the_default_file_and_a_flag_that_accelerate_drops(
     run_settings: Mapping[str, Any], as_flags: Any, tmp_path: Path
 ) -> None:

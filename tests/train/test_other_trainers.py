@@ -1,10 +1,9 @@
-"""The README's recipe for other trainers, as it stands there, trains a plain LLM of transformers.
+"""train/README.md's recipe for other trainers, as it stands there, trains a plain LLM of transformers.
 
 pytest tests/train/test_other_trainers.py
 """
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +17,15 @@ from torch.utils.data import DataLoader
 
 from shards import Bank
 from shards.format.features import FeatureConfig
+from tests.readmes import python_block
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def recipe() -> dict[str, Any]:
     """What the recipe's code defines."""
-    readme = (ROOT / "README.md").read_text().partition("**For another trainer**")[2]
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[:1]
+    code = python_block("train/README.md", "A loop of your own")
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     return names

@@ -99,11 +99,11 @@ def test_a_place_where_nothing_can_be_written_is_refused(tmp_path: Path) -> None
         tmp_path / "file" / "a" / "b": f"{tmp_path / 'file'}: a file; name a folder",
         tmp_path
         / "link": f"{tmp_path / 'link'}: a link to {tmp_path / 'gone'}, which is not there; "
-        "mend or remove it",
+        "correct or remove it",
         tmp_path
         / "link"
         / "a": f"{tmp_path / 'link'}: a link to {tmp_path / 'gone'}, which is not "
-        "there; mend or remove it",
+        "there; correct or remove it",
         Path("s3://lab/runs"): "s3:/lab/runs: a URL; name a local folder",
         tmp_path / "good": None,
         tmp_path / "new" / "a": None,

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from train.pages.read.runs import read_runs
+from train.pages.table import table
 from train.probe import longest_run, main
-from train.report import compare
 
 MEANINGS = [["a street", "a road"], ["a cat"], ["a cat on a roof", "an animal high up"]]
 FRAMES = 12
@@ -79,7 +80,7 @@ def test_spans_are_as_good_as_the_features(
     assert report["frames_named"] == pytest.approx(1.0 if noise < 1 else 1 / 3, abs=0.12)
     assert report["probe"] is True
     assert "of the frames in these spans are named right" in capsys.readouterr().out
-    assert f"{report['tasks']['span']['iou']:.3f}" in compare([run])
+    assert f"{report['tasks']['span']['iou']:.3f}" in table(read_runs([run]))
 
 
 def test_a_test_set_without_a_known_phrase_is_refused(

@@ -23,9 +23,12 @@ FILES: list[tuple[dict[str, str], list[str]]] = [
     ),
     (
         {"0 c.jsonl": f"{C} 31 x 1", "1 b.json": f"{B} 5 x 2"},
-        ["record file a.jsonl (30 records) is gone", "record file c.jsonl (31 records) is new"],
+        [
+            "record file a.jsonl (30 records) is missing now",
+            "record file c.jsonl (31 records) is new",
+        ],
     ),
-    ({"0 a.jsonl": f"{A} 30 x 1"}, ["record file b.json (5 records) is gone"]),
+    ({"0 a.jsonl": f"{A} 30 x 1"}, ["record file b.json (5 records) is missing now"]),
     (BEFORE | {"2 c.csv": f"{C} 1 x 1"}, ["record file c.csv (1 records) is new"]),
     (
         {"0 b.json": f"{B} 5 x 2", "1 a.jsonl": f"{A} 30 x 1"},

@@ -252,7 +252,7 @@ def test_without_a_whole_checkpoint_a_run_starts_anew_and_says_so(
     train_here(out, max_steps=6, save_steps=3)
     said = [x for x in (out / "train.log").read_text().splitlines() if x.startswith("damaged ")]
     assert len(said) == 2
-    assert all(line.endswith("; the run starts anew") for line in said)
+    assert all(line.endswith("; the run starts from scratch") for line in said)
     assert equal_bits(weights(out), weights(plain))
 
 
@@ -311,10 +311,10 @@ def test_a_finished_run_asked_with_other_settings_says_that_it_trains_nothing(
     said = (out / "train.log").read_text()[len((plain / "train.log").read_text()) :]
     assert said.startswith(
         f"finished  nothing is trained: {out / 'checkpoint-6'} has 6 steps, 6 are asked for\n"
-        "          its weights know nothing of the new settings: learning_rate was 0.001, is now "
+        "          its weights were trained without the new settings: learning_rate was 0.001, is now "
         "0.5; output_dir was "
     )
-    assert "to train on, raise max_steps or num_train_epochs; to train otherwise, name" in said
+    assert "to train on, raise max_steps or num_train_epochs; to train with other settings" in said
     assert "done in" not in said
     assert (out / "run.json").read_bytes() == before
     assert equal_bits(weights(out), weights(plain))
@@ -344,9 +344,9 @@ def test_a_run_goes_on_when_a_record_file_has_another_name_and_place(
     records.write_text("".join(lines[1:]))
     line = refused(train_here, out, max_steps=6, save_steps=3, data_path=records)
     assert line == (
-        f"error: {out / 'checkpoint-6'}: this run is another than the one it would go on with: record "
+        f"error: {out / 'checkpoint-6'}: this run differs from the one that it would go on with: record "
         f"file records.jsonl has changed (it gave {len(lines)} records, now {len(lines) - 1}); use the "
-        "settings and files of before, another output_dir, or resume: none, which starts anew"
+        "earlier settings and files, another output_dir, or resume: none, which starts from scratch"
     )
 
 

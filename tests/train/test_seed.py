@@ -1,4 +1,4 @@
-"""The README's tables for users of other scripts are true: what they name is here, with that default.
+"""MIGRATING.md's tables for users of other scripts are true: what they name is here, with that default.
 
 The guides' own command lines, as they are written there, are tried too.
 """
@@ -24,10 +24,10 @@ from train.settings.foreign import ENVIRONMENT, unknown
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {field.name: field for field in fields(TrainConfig)}
 ENCODE = {name: o for o in preprocess.commands["encode"].params for name in o.opts}  # type: ignore[attr-defined]
-TABLES = (ROOT / "README.md").read_text().partition("Coming from the LAPE SFT script")[2]
+TABLES = (ROOT / "train" / "MIGRATING.md").read_text().partition("## LLaVA-NeXT and LLaVA-ST")[2]
 ROWS = [
     tuple(cell.strip() for cell in line.strip("|").split("|"))
-    for line in TABLES.partition("</details>")[0].splitlines()
+    for line in TABLES.partition("## Every other key")[0].splitlines()
     if line.startswith("| ") and not line.startswith("| in the ")
 ]
 NAME = re.compile(r"`([^`]+)`")

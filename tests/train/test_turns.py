@@ -159,7 +159,9 @@ def test_an_attention_without_a_mask_is_refused_before_anything_loads(config: Tr
     token = replace(config, frame_attention="token", attn="flash_attention_2")
     assert "independent turns" in str(needs_mask(token))
     assert needs_mask(replace(token, turns="dialogue")) is None
-    with pytest.raises(UserError, match="attn flash_attention_2: it would let questions see"):
+    with pytest.raises(
+        UserError, match="attn flash_attention_2: takes no mask, so independent questions"
+    ):
         choose_attention(replace(token, turns="dialogue"), "cuda", 100, apart=True)
     plain = replace(token, attn="auto")
     assert "do not see each other" in choose_attention(plain, "cpu", 100, apart=True)[1]

@@ -48,7 +48,7 @@ def bank_processor(
         raise UserError("must be one of refuse, live", got=missing, where="missing")
     kind = find_kind(model_config.model_type)
     opened = Bank.open(bank)
-    if problem := bank_problem(kind, model_config.to_dict(), opened.config):
+    if problem := bank_problem(kind, model_config.to_dict(), opened.whole.features):
         raise UserError(problem, where=opened.where)
     theirs, banked = (
         pixels_of(one)

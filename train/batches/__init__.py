@@ -1,1 +1,1 @@
-"""Records -> tokens -> rows -> steps: the run as a plan, and its batches."""
+"""Records -> tokens -> rows -> steps: the plan of a run, and its batches."""

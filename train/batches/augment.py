@@ -1,8 +1,8 @@
-"""How the frames of media are seen in an epoch: which of those banked, and which of them slow.
+"""Chooses the frames of media for an epoch: which banked frames are used, and which of them are slow.
 
-Without `augment` they are even, by the run's pattern. With it they are drawn: by nothing but the run's
-seed, the epoch, the record's number and the medium's, so that the plan and the loader, any rank and a
-resumed run draw the same. Many media at once, as arrays, because a plan counts a hundred thousand.
+Without `augment` they are evenly spaced, by the run's pattern. With it they are drawn from the run's
+seed, the epoch, the record's number and the medium's alone, so that the plan, the loader, every rank and
+a resumed run draw the same. Arrays of media, because a plan counts a hundred thousand of them.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ from train.data.dataset import Dataset
 from train.settings.drawn import AugmentSettings, draw
 
 PATTERN, RATIO, DROPPED, DROPPED_AT, JITTER = range(5)
-"""What a number is drawn for; JITTER + k is for the k-th frame."""
+"""Purposes of random numbers, which enter their seed; JITTER + k is that of the k-th frame."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The frames that are seen of some media, one medium after the other."""
+    """The chosen frames of media, one medium after the other."""
 
     medium: np.ndarray
-    """int64, whose frame it is."""
+    """int64, the number of each frame's medium."""
     frame: np.ndarray
-    """int64, which of its banked frames; rising within a medium."""
+    """int64, its index among the medium's banked frames, rising."""
     slow: np.ndarray
-    """bool."""
+    """bool, whether it is in the slow stream."""
 
 
 @dataclass(frozen=True)
 class Looks:
-    """How the media of one epoch are seen."""
+    """The choice of frames in one epoch."""
 
     settings: AugmentSettings
     strategy: str
@@ -47,10 +47,10 @@ class Looks:
     def choose(
         self, record: np.ndarray, medium: np.ndarray, total: np.ndarray, most: np.ndarray
     ) -> Seen:
-        """Return the frames that are seen of media.
+        """Return the chosen frames of media.
 
-        record, medium: the numbers of a medium's record in the epoch, and of the medium in the record;
-        total: its banked frames; most: frames that may be seen. All int64 `(media,)`.
+        record, medium: the number of a medium's record in the epoch, and of the medium in the record.
+        total: its banked frames. most: frames that may be used. All int64 `(media,)`.
         """
         own = self.settings
         key = self.seed, self.epoch, record
@@ -83,7 +83,7 @@ class Looks:
     def _jittered(
         self, record: np.ndarray, medium: np.ndarray, banked: int, count: int
     ) -> np.ndarray:
-        """Return one frame of each of `count` equal stretches of the banked ones: `(media, count)`."""
+        """Return a random frame of each of `count` equal stretches of those banked: `(media, count)`."""
         edges = np.arange(count + 1) * banked // count
         places = draw(
             self.seed, self.epoch, record[:, None], medium[:, None], JITTER + np.arange(count)
@@ -92,24 +92,25 @@ class Looks:
 
     @classmethod
     def of_epoch(cls, dataset: Dataset, settings: ModelSettings, epoch: int) -> "Looks":
-        """Return how a dataset's media are seen in an epoch of a run of these settings."""
+        """Return the choice of frames of a dataset in one epoch of a run."""
         strategy, ratio = settings.frame_sampling_strategy, settings.slow_frame_ratio
         return cls(dataset.augment, strategy, exact_ratio(ratio), dataset.seed, epoch)
 
     def of(self, record: int, medium: int) -> "Look":
+        """Return that for one medium of a record."""
         return Look(self, record, medium)
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one medium of a record is seen."""
+    """The choice of frames for one medium of a record."""
 
     looks: Looks
     record: int
     medium: int
 
     def choose(self, total: int, most: int) -> tuple[list[int], list[bool]]:
-        """Return (banked frames that are seen, whether each is slow)."""
+        """Return (indices of banked frames, whether each is slow), of `total` at most `most`."""
         one = [np.asarray([n]) for n in (self.record, self.medium, total, most)]
         seen = self.looks.choose(*one)
         return seen.frame.tolist(), seen.slow.tolist()
@@ -119,8 +120,8 @@ class Look:
 def _pattern(
     banked: int, count: int, strategy: str, ratio: Fraction
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (even frames, which of them are slow) of so many of those banked."""
-    if not count:  # of a record that does not fit at all
+    """Return `count` evenly spaced frames of those banked, and whether each is slow."""
+    if not count:  # a record that does not fit the token limit at all
         return np.zeros(0, np.int64), np.zeros(0, bool)
     slow: Sequence[bool] = slow_frames(strategy, ratio, count)
     return np.asarray(uniform_indices(banked, count), np.int64), np.asarray(slow, bool)

@@ -1,10 +1,11 @@
 """Conversations -> tokens: the tokenizer's own chat template, with every content kept as data.
 
-The template is rendered once for each pattern of roles, around private markers; the texts are put in
-where the markers stand, and the whole is tokenised in as few stretches as can be (`segments`). What is
-supervised - each answer and the tokens that close it - follows from the same rendering, and a prompt
-is the row cut where the answer begins: whatever a template writes before an answer (a header, an
-empty think block, a channel) is in the prompt exactly as it was in training.
+The template is rendered once for each pattern of roles, around private markers; the texts replace the
+markers, and the whole is tokenised in as few pieces as possible (`segments`), since a tokenizer joins
+letters across any border that is not a control token. The supervised tokens (each answer and the tokens
+that close it) follow from the same rendering, and a prompt is the row cut where the answer begins:
+whatever a template writes before an answer (a header, an empty think block, a channel) is in the prompt
+exactly as it was in training.
 """
 
 import re
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
     from model.vlm import VLM
 
 VERSION = 3
-"""Raised whenever `Chat.encode` makes other tokens of the same text: cached lengths are then stale."""
+"""To be raised when `Chat.encode` gives other tokens for the same text: cached lengths are then stale."""
 MEDIA = -1
-"""Stands in `Encoded.ids` for all tokens of one medium."""
+"""Placeholder in `Encoded.ids` for all tokens of one medium."""
 Stamp = Callable[[float], tuple[list[int], list[int]]]
-"""Seconds of a clip -> the tokens before a frame, and those behind it."""
+"""Seconds of a clip -> the tokens before a frame at that time, and those after it."""
 MARKER = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
-"""Stands for a turn's text in a template, between blanks that a template which trims texts takes off."""
+"""Placeholder for a turn's text, between blanks (vertical tabs) that a template which trims removes."""
 OWN_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
-"""How an answer begins that brings a think block of its own."""
+"""The beginning of an answer that has a think block of its own."""
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
-"""What a template writes before an answer that brings none."""
+"""The empty think block that a template writes before an answer without one."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,23 @@ class Encoded:
     """A conversation as tokens; the lists are parallel."""
 
     ids: list[int]
-    """Token ids, `MEDIA` where a medium's tokens will stand."""
+    """Token ids, `MEDIA` in the place of a medium's tokens."""
     axis: list[int]
     """The axis of a coordinate token, -1 elsewhere."""
     coord: list[float]
+    """The coordinate of such a token, in [0, 1]; 0 elsewhere."""
     supervised: list[bool]
+    """Whether the loss counts the token."""
     turns: tuple[int, ...] = ()
-    """Where each turn begins, of turns that do not see each other; what stands before them all see."""
+    """The place where each independent turn begins; all turns see the tokens before the first."""
 
 
 NOT, WHOLLY, CLOSING = range(3)
-"""Of a piece, what is learned: nothing, all, or all up to the control token that closes the answer."""
+"""Supervised tokens of a piece: none, all, or all up to the control token that closes the answer."""
 
 
 class Piece(NamedTuple):
-    """A stretch of a conversation between two cuts: text, a medium, or a coordinate."""
+    """A part of a conversation between two cuts: text, a medium, or a coordinate."""
 
     segment: Segment | None
     """None for a medium and a coordinate."""
@@ -70,22 +73,24 @@ class Piece(NamedTuple):
 
 
 class Pieces:
-    """Gathers a conversation's pieces, joining whatever need not be cut apart."""
+    """Collects a conversation's pieces, joining texts that need not be cut apart."""
 
     def __init__(self, segments: Segments, before: str | None = None) -> None:
         """before: the control token that the first piece follows, None at a row's start."""
         self.segments = segments
         self.pieces: list[Piece] = []
         self.learned = NOT
-        """Of what comes next."""
+        """For the text that is added next: `NOT`, `WHOLLY` or `CLOSING`."""
         self._parts: list[tuple[str, bool]] = []
         self._before = before
 
     def template(self, text: str) -> None:
+        """Add text that the template writes, whose control tokens count as such."""
         if text:
             self._parts.append((text, True))
 
     def text(self, text: str) -> None:
+        """Add text of a turn, in which a control token is spelled out, not one."""
         for piece, spells_control in self.segments.cut(text):
             if spells_control:
                 self.cut()
@@ -101,7 +106,7 @@ class Pieces:
             self.pieces.append(Piece(Segment((("", True),), ""), CLOSING))
 
     def medium(self, around: tuple[str, str] | None) -> None:
-        """Add a medium between control tokens, which are never learned."""
+        """Add a medium between control tokens, which are never supervised."""
         if around is None:
             self.add()
             return
@@ -122,6 +127,7 @@ class Pieces:
         self._before = ""
 
     def cut(self) -> None:
+        """End the current piece of text."""
         if self._parts:
             self.pieces.append(Piece(Segment(tuple(self._parts), self._before), self.learned))
             text, template = self._parts[-1]
@@ -142,12 +148,13 @@ class Chat:
         around: tuple[str, str] | None = None,
         frames: tuple[str, tuple[str, str] | None] = ("", None),
     ) -> None:
-        """today: the date, as 2024-07-26, that a template is told which asks for it.
+        """today: the date, as 2024-07-26, for templates that write one.
 
-        around: control tokens before and behind each medium. frames: how the time before each frame is
-        written (`TIME_FORMS`), and control tokens before and behind each.
+        around: control tokens before and after each medium. frames: the format of the time before each
+        frame (`TIME_FORMS`), and control tokens before and after each frame.
 
-        Raises UserError where the tokenizer has no chat template, or one that cannot be learned.
+        Raises UserError where the tokenizer has no chat template, or one that closes answers by no
+        control token.
         """
         if not tokenizer.chat_template:
             raise UserError(
@@ -168,7 +175,7 @@ class Chat:
         self.segments = Segments(tokenizer)
         self.rendered = lru_cache(maxsize=1024)(self._render)
         self._stamped = lru_cache(maxsize=65536)(self._stamp)
-        # a template may close the last answer otherwise than those before it
+        # two answers: a template may close the last one differently
         encoded = self.encode([Turn("user", "?"), Turn("assistant", "!")] * 2, [])
         following = [*encoded.supervised[1:], False]
         ends = {
@@ -180,7 +187,7 @@ class Chat:
 
     @classmethod
     def of(cls, model: "VLM") -> "Chat":
-        """Return the chat of a model: its tokenizer, its anchors, the date that it was trained on."""
+        """Return the chat of a model: its tokenizer, anchors, and the date that it was trained with."""
         anchors = model.lape.tokens if model.lape else None
         config = model.config
         frames = config.time_form, config.around_frames
@@ -192,9 +199,9 @@ class Chat:
         """Return a conversation as tokens.
 
         durations: seconds of each medium, in the order of the tags; times are fractions of them.
-        answer: the number of a turn, an assistant's; the row then ends where its text would begin,
-        and is the beginning of what is trained on. Raises UserError where the tags do not fit the
-        media, or a time has no clip to lie in.
+        answer: the number of an assistant's turn; the row then ends where its text would begin, and is
+        a prefix of the row that is trained on. Raises UserError where the tags do not fit the media, or
+        a time has no clip.
         """
         pieces = self.pieces(turns, durations, answer=answer)
         texts = iter(self.segments.ids([piece.segment for piece in pieces if piece.segment]))
@@ -217,7 +224,7 @@ class Chat:
     def count(self, talks: Sequence[Sequence[Piece]]) -> list[tuple[int, int]]:
         """Return (tokens without media, supervised tokens) of each conversation's pieces.
 
-        Exactly what `encode` makes of them, many at a time: what several share is tokenised once.
+        The numbers are those of `encode`, many at a time: a piece that several share is tokenised once.
         """
         unique = list(dict.fromkeys(p.segment for talk in talks for p in talk if p.segment))
         known = dict(zip(unique, self.segments.ids(unique), strict=True))
@@ -257,7 +264,7 @@ class Chat:
             if answers:
                 if OWN_THOUGHT.match(turn.text):
                     head = EMPTY_THOUGHT.sub("", head)
-                # a blank before an answer is of its first token: `▁yes`, not `▁` and `yes`
+                # a blank before an answer belongs to its first token: `▁yes`, not `▁` and `yes`
                 kept = head.rstrip(" ")
                 out.template(kept)
                 out.cut()
@@ -283,7 +290,7 @@ class Chat:
         return out.pieces
 
     def in_numbers(self, text: str, duration: float) -> str:
-        """Return a text whose anchors by name are written as the times and places that they mean."""
+        """Return a text with anchors by name (`<TEMP-037>`) written as times and places (`<t:4.5>`)."""
 
         def written(match: re.Match[str]) -> str:
             _, _, name, anchor = match.groups()
@@ -296,7 +303,7 @@ class Chat:
         return MARKUP.sub(written, text)
 
     def _share(self, axis: int, anchor: int) -> float:
-        """Return where an anchor lies on its axis, from 0 to 1; UserError where there is none."""
+        """Return an anchor's coordinate on its axis, in [0, 1]; UserError for one beyond the last."""
         bins = self.anchors.counts[axis] if self.anchors else 100
         if anchor >= bins:
             raise UserError(
@@ -305,7 +312,7 @@ class Chat:
         return anchor / (bins - 1)
 
     def stamp(self, seconds: float) -> tuple[list[int], list[int]]:
-        """Return the tokens before a frame, of its time and its tag, and those behind it."""
+        """Return the tokens before a frame (its time, its tag), and those after it."""
         return self._stamped(self.time_form.format(seconds))
 
     def _stamp(self, text: str) -> tuple[list[int], list[int]]:
@@ -318,8 +325,8 @@ class Chat:
     def _render(self, roles: tuple[str, ...]) -> list[str]:
         """Return the template's own text around turns of these roles, cut by `MARKER`.
 
-        What comes first, then for each turn: a blank if the template keeps those before a text, the
-        turn's number, a blank if it keeps those after one, what follows.
+        First the text before the first turn, then for each turn: a blank if the template keeps blanks
+        before its text, the turn's number, a blank if it keeps them after it, the text that follows.
         """
         from jinja2 import TemplateError
 
@@ -357,7 +364,7 @@ class Chat:
         return end + 1
 
     def add_content(self, out: Pieces, text: str, duration: float) -> None:
-        """Add a turn's text between two media; duration: seconds of the medium that its times are of."""
+        """Add a turn's text between two media; duration: seconds of the medium of its times."""
         plain = ""
         for piece in split_markup(text):
             if isinstance(piece, str):
@@ -366,8 +373,8 @@ class Chat:
             if piece.anchor is None:
                 if piece.axis == 0 and not duration > 0:
                     raise UserError(
-                        f"<t:{piece.value:g}>: there is no clip with a duration that this time could "
-                        "lie in; leave times out of text about pictures or about no medium"
+                        f"<t:{piece.value:g}>: there is no clip with a duration for this time; leave "
+                        "times out of text about pictures or about no medium"
                     )
                 coord = piece.value / duration if piece.axis == 0 else piece.value
             else:

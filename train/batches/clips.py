@@ -1,4 +1,4 @@
-"""The clips of records as arrays, read from the banks' catalogues: what lengths are counted from."""
+"""The clips of records as arrays, read from the banks' catalogues, from which lengths are counted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from train.data.splice import Layout
 class Clips:
     """The clips of records, one entry per use of a clip, in the order of the records.
 
-    A medium is one use, or several that a timeline lays together.
+    A medium is one use, or several that a timeline joins.
     """
 
     record: np.ndarray
-    """int64, which record uses it."""
+    """int64, the number of the record of each use."""
     frames: np.ndarray
     """int64, banked frames."""
     slow_cells: np.ndarray
@@ -33,9 +33,9 @@ class Clips:
     duration: np.ndarray
     """float64 seconds of each medium."""
     digest: str
-    """Of the ids, times and features of all of them, in order."""
+    """blake2b of the ids, times and features of all of them, in order."""
     uses: np.ndarray | None = None
-    """int64 `(media,)`, the uses of each medium; None where each is one."""
+    """int64 `(media,)`, the number of uses of each medium; None where all are 1."""
 
     @classmethod
     def of(
@@ -46,9 +46,9 @@ class Clips:
         fast_stride: int,
         pooled: int = 1,
     ) -> "Clips":
-        """Read from the catalogues what the records' clips are; every clip is banked.
+        """Read the facts of the records' clips, all of which are banked, from the catalogues.
 
-        pooled: banked cells on a side that are one token.
+        pooled: banked cells on a side that are pooled to one token.
         """
         media = [(k, place) for k, own in enumerate(records) for place in own.places]
         spliced = [k for k, (_, place) in enumerate(media) if isinstance(place, Timeline)]
@@ -92,14 +92,14 @@ class Clips:
         frames[list(taken)] = list(taken.values())
         duration = values[3][np.cumsum(uses) - uses]
         duration[spliced] = [media[k][1].duration for k in spliced]  # type: ignore[union-attr]
-        told = frames, slow, fast, duration, digest.hexdigest()
-        return cls(record, *told, uses if spliced else None)
+        facts = frames, slow, fast, duration, digest.hexdigest()
+        return cls(record, *facts, uses if spliced else None)
 
     @classmethod
     def joined(cls, parts: Sequence["Clips"], records: Sequence[int], digest: str) -> "Clips":
-        """Return the clips of several lots of records, one after the other.
+        """Return the clips of several parts of the records, one after the other.
 
-        records: how many each lot has.
+        records: the number of records of each part.
         """
         before = np.cumsum([0, *records]).tolist()
         record = np.concatenate([own.record + k for own, k in zip(parts, before, strict=False)])
@@ -114,7 +114,7 @@ class Clips:
         return cls(record, frames, slow, fast, duration, digest, several)
 
     def spliced(self, laid: Layout) -> "Clips":
-        """Return the clips of spliced records; these are those of their sources, one each."""
+        """Return the clips of spliced records, where these clips are those of their sources, one each."""
         on = np.arange(laid.source.shape[1]) < laid.parts[:, None]
         source = laid.source[on]
         return Clips(
@@ -122,7 +122,7 @@ class Clips:
             (laid.last - laid.first)[on],
             self.slow_cells[source],
             self.fast_cells[source],
-            # added up in order, as a timeline does
+            # summed in order, as a timeline does: the same rounding
             np.cumsum(np.where(on, laid.end / 1000 - laid.start / 1000, 0.0), axis=1)[:, -1],
             "",
             laid.parts,
@@ -148,27 +148,27 @@ class Clips:
 
     @cached_property
     def line(self) -> np.ndarray:
-        """Where each use's frames begin, all frames in a line: int64 `(uses,)`."""
+        """The first index of each use's frames, all frames concatenated: int64 `(uses,)`."""
         return np.cumsum(self.frames) - self.frames
 
 
 @dataclass(frozen=True)
 class Stamps:
-    """The tokens of the time written before each frame, and of the tags around it."""
+    """The number of tokens of the time before each frame, and of the tags around it."""
 
     tokens: np.ndarray
-    """int64, of every banked frame of every use of a clip, one use after the other."""
+    """int64 `(frames,)`, for every banked frame of every use of a clip, one use after the other."""
     first: np.ndarray
-    """int64 `(media,)`, where a medium's frames begin."""
+    """int64 `(media,)`, the first index of each medium's frames."""
 
     @classmethod
     def joined(cls, seconds: np.ndarray, frames: np.ndarray, chat: Chat) -> "Stamps":
-        """Count what is written before frames; seconds: of all; frames: how many each medium has."""
+        """Count the tokens around frames; seconds: of all frames; frames: number of each medium's."""
         tokens = [sum(map(len, chat.stamp(time))) for time in seconds.tolist()]
         return cls(np.asarray(tokens, np.int64), np.cumsum(frames) - frames)
 
     def taken(self, banked: np.ndarray, taken: np.ndarray) -> np.ndarray:
-        """Return the stamps' tokens of each medium, of so many frames taken of those banked, evenly."""
+        """Return the tokens of each medium, with `taken` of its `banked` frames used, evenly spaced."""
         out = np.zeros_like(taken)
         for most, count in set(zip(banked.tolist(), taken.tolist(), strict=True)):
             these = np.flatnonzero((banked == most) & (taken == count))

@@ -1,8 +1,8 @@
 """Encoded conversations and banked features -> the model's batch.
 
-A row holds one conversation or, packed, several: each counts its positions from 0 and sees itself
-alone, as the row's sample and frame numbers say. Turns that do not see each other each count on from
-the end of what they share.
+A row holds one conversation or, packed, several: each has positions from 0 and sees only itself, by the
+row's sample and frame numbers. Positions of independent turns each go on from the end of the tokens that
+they share.
 """
 
 from collections.abc import Sequence
@@ -39,24 +39,25 @@ from train.batches.turns import counted_on, numbered
 
 @dataclass(frozen=True)
 class PlacedFrame:
-    """A frame in a row: which one, as which stream, and where its tokens begin."""
+    """A frame in a row: its clip, its stream, and the place of its tokens."""
 
     clip: int
-    """Place of the clip among those of the row; a part of a medium counts as one."""
+    """Index of the clip among those of the row; each part of a medium counts as a clip."""
     frame: int
     """Index into the banked frames of the clip, or of the part."""
     stream: int
     grid: Grid
     first: int
+    """Place of its first token in the row."""
     tokens: int
-    """Of its cells, and the one that closes it where one does."""
+    """Number of its cells, with the closing token where frames have one."""
     seconds: float
-    """When it is, on the clock of its medium."""
+    """Its time on the clock of its medium."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Conversations laid out as tokens; the arrays have one entry per token."""
+    """Conversations as tokens; the arrays have one entry per token."""
 
     ids: np.ndarray
     axis: np.ndarray
@@ -70,11 +71,11 @@ class Row:
     """Place within the conversation."""
     frames: list[PlacedFrame]
     clips: int
-    """Clips of all conversations together, each part of a medium one."""
+    """Number of clips of all conversations together, each part of a medium counted."""
     newlines: tuple[int, ...] = ()
-    """Places of the tokens that close media, where some do."""
+    """Places of the tokens that close media, where media have one."""
     turn: np.ndarray | None = None
-    """Number of a token's turn, from 1, where turns do not see each other; 0 elsewhere. None: all 0."""
+    """Number of each token's independent turn, from 1; 0 for tokens that all turns see. None: all 0."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,13 +88,13 @@ def choose_frames(
     most: int | None = None,
     look: Look | None = None,
 ) -> list[tuple[int, int, Grid]]:
-    """Return (frame, stream, grid) of each frame of a medium that the model sees, in time.
+    """Return (index, stream, grid) of each frame of a medium that the model takes, in order of time.
 
-    most: frames at most, where the record's length allows fewer than the config. look: which ones are
-    drawn, and which of them are slow, where the config alone does not say it.
+    most: frames at most, where the record's length allows fewer than the config. look: the choice of
+    frames where it is drawn, see `augment`.
     """
     total, most = len(info.timestamps), most or config.max_frames_num
-    # behind the projector tokens are pooled again, from the banked grid
+    # pooling after the projector is bilinear, whatever the bank's is
     mode = "bilinear" if config.pool_after_projector else pool
     if look is None:
         chosen = uniform_indices(total, most)
@@ -120,7 +121,7 @@ def lay_out(
 ) -> Row:
     """Return the row of a conversation: every medium becomes its frames' cells and closing tokens.
 
-    stamp: of times before frames, which are not learned. looks: of each medium.
+    stamp: the tokens of times before frames, which are not supervised. looks: of each medium.
     """
     columns: list[list[Any]] = [[], [], [], [], []]
     ids, axis, coord, supervised, block = columns
@@ -181,7 +182,7 @@ def frames_within(
 ) -> int:
     """Return the most frames of a clip with which a conversation has at most `limit` tokens.
 
-    0 where one of each clip is too much. It is what `fitting.fit_frames` finds from counts.
+    0 where one frame of each clip is too much. `fitting.fit_frames` finds the same from counts.
     """
     low, high = 0, config.max_frames_num
     while low < high:
@@ -194,14 +195,14 @@ def frames_within(
 
 
 def pack(rows: Sequence[Row]) -> Row:
-    """Return conversations one after the other in one row; clips are numbered through as well."""
+    """Return one row of conversations one after the other, their clips and frames renumbered."""
     frames: list[PlacedFrame] = []
     samples, blocks, newlines = [], [], list[int]()
     turns = [np.zeros(len(row), np.int64) if row.turn is None else row.turn for row in rows]
     first = clips = 0
     for number, row in enumerate(rows):
         assert (row.sample == 0).all()
-        assert not row.supervised[:1].any(), "nothing of its own conversation precedes it"
+        assert not row.supervised[:1].any(), "a first token has none before it that predicts it"
         samples.append(np.full(len(row), number))
         blocks.append(np.where(row.block >= 0, row.block + len(frames), -1))
         frames += [
@@ -236,11 +237,11 @@ def collate(
     length: int = 0,
     tasks: Sequence[int] | None = None,
 ) -> Batch:
-    """Return the batch of some rows, right-padded to the longest, or to `length` where that is more.
+    """Return the batch of rows, right-padded to the longest, or to `length` where that is more.
 
     clips: the media of each row, those of its conversations one after the other. `with_copy` also
     reads, for each transition, the source frame on the target's grid, which the copy baseline needs.
-    tasks: what each record's answer is, or each independent turn's, by which losses are reported.
+    tasks: the task of each record's answer, or each independent turn's, for the losses by task.
     """
     length = max(length, *(len(row) for row in rows))
     packed = any(row.sample[-1] > 0 for row in rows)
@@ -250,7 +251,7 @@ def collate(
 
     block, sample = padded("block", -1, np.int64), padded("sample", -1, np.int64)
     position = padded("position", -1, np.int64)
-    # padding goes on counting behind a single conversation, and nothing reads it behind several
+    # positions go on in the padding of a single conversation, as in a plain causal row
     position = np.where(position >= 0, position, 0 if packed else np.arange(length))
     attention = config.frame_attention
     bounds = [intervals(*row, attention) for row in zip(sample, block, strict=True)]
@@ -293,7 +294,7 @@ def label_tasks(
 ) -> Tensor:
     """Return int64 `(labels,)`: the task of the record, or independent turn, of each predicted token.
 
-    tasks: of each of those; predicted: places in the flattened rows of so many tokens.
+    tasks: of each of those. predicted: flat places in rows of `length` tokens.
     """
     task, first, known = np.zeros((len(rows), length), np.int64), 0, np.asarray(tasks, np.int64)
     for number, row in enumerate(rows):
@@ -305,7 +306,7 @@ def label_tasks(
 
 GroupKey = tuple[int, Grid, tuple[float, float, float, float]]
 FrameStep = tuple[int, int, ClipFeatures, int, float]
-"""Places of two frames in their groups, their clip, the first one's banked frame, seconds between."""
+"""Indices of two frames in their groups, their clip, the first one's banked frame, seconds between."""
 
 
 def group_frames(
@@ -315,7 +316,7 @@ def group_frames(
     config: VLMConfig,
     with_copy: bool,
 ) -> tuple[tuple[FrameGroup, ...], tuple[Transitions, ...]]:
-    """Return all frames of a batch grouped by stream and grid, and the steps from frame to frame."""
+    """Return a batch's frames grouped by stream, grid and covered part, and their transitions."""
     members: dict[GroupKey, list[tuple[int, PlacedFrame]]] = {}
     steps: dict[tuple[GroupKey, GroupKey], list[FrameStep]] = {}
     for number, row in enumerate(rows):
@@ -386,7 +387,7 @@ def _group(
 
 
 def _copy(stride: int, pairs: Sequence[FrameStep], config: VLMConfig) -> Tensor:
-    # the pairs of one clip are consecutive, so that one read serves them
+    # the pairs of one clip are consecutive: one read for all of them
     runs = groupby(pairs, key=lambda pair: id(pair[2]))
     reads = []
     for _, run in runs:

@@ -1,4 +1,4 @@
-"""How many frames of its clips a record's tokens leave room for, and what that leaves out."""
+"""Fits records into token limits by leaving out whole frames, and counts what is left out."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from train.batches.lengths import REFUSED, Lengths
 def fit_frames(lengths: Lengths, frames: np.ndarray, limit: int) -> np.ndarray:
     """Return the most frames of a clip with which each record has at most `limit` tokens.
 
-    frames: int64 `(records,)`, the most there may be. 0 where a single frame of each clip is too much.
-    Whole frames are left out, evenly; none is cut.
+    frames: int64 `(records,)`, upper bounds. Returns 0 where a single frame of each clip is too much.
+    Whole frames are left out, evenly spaced ones kept: half a frame would have no place in the grid.
     """
     low, high = np.zeros_like(frames), frames.copy()
     high[lengths.total(np.ones_like(frames)) > limit] = 0
@@ -24,22 +24,22 @@ def fit_frames(lengths: Lengths, frames: np.ndarray, limit: int) -> np.ndarray:
 
 
 class Fit(NamedTuple):
-    """What token limits make of records."""
+    """Records fitted into token limits."""
 
     frames: np.ndarray
-    """int64 `(records,)`: the most frames of a clip, 1 of a record that is left out."""
+    """int64 `(records,)`: the most frames of a clip; 1 for a record that is left out."""
     kept: np.ndarray
-    """int64, the records that are not."""
+    """int64, indices of the records that fit."""
     left_out: dict[str, np.ndarray]
-    """int64, the others, by reason: too long with one frame, or not to be encoded."""
+    """Reason -> int64 indices of the others: too long with one frame, or refused by the template."""
     line: str
-    """How many frames of the kept records are left out; empty where none is."""
+    """The number of left-out frames of kept records, in words; empty where there are none."""
 
 
 def fit_records(lengths: Lengths, most_frames: int, max_tokens: int, pack_tokens: int) -> Fit:
     """Return the frames of a clip that each record's tokens leave room for.
 
-    most_frames: of a clip. Limits of 0 are none; of two the smaller counts.
+    most_frames: of a clip. A limit of 0 is none; the smaller of the two holds.
     """
     unlimited = np.full(len(lengths.text), most_frames, np.int64)
     left_out = {REFUSED: np.flatnonzero(lengths.text < 0)}
@@ -58,7 +58,7 @@ def fit_records(lengths: Lengths, most_frames: int, max_tokens: int, pack_tokens
 def _frames_line(
     lengths: Lengths, frames: np.ndarray, unlimited: np.ndarray, kept: np.ndarray, limit: int
 ) -> str:
-    """Return how many of the frames that some records would have a limit leaves out."""
+    """Return in words how many frames of the kept records a limit leaves out."""
 
     def count(most: np.ndarray) -> np.ndarray:
         slow, fast = lengths.taken(most)

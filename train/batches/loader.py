@@ -1,4 +1,4 @@
-"""Batches from the plan, prepared ahead in threads: what they hold is a pure function of the step."""
+"""Batches from the plan, prepared ahead in threads; their content is a pure function of the step."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,23 +20,25 @@ from train.data.dataset import Dataset
 from train.data.records import Record, one_by_one, tasks_of
 
 THREADS = 2
-"""Threads that prepare batches; more would take the interpreter from the loop that trains."""
+"""Threads that prepare batches; more would compete with the training loop for the interpreter lock."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which of a step's packs are this process's: k = rank, rank + world, ..."""
+    """The packs of a step that are this process's: k = rank, rank + world, ..."""
 
     rank: int
     world: int
+    """Number of processes."""
 
     def packs(self, plan: RunPlan, step: int) -> range:
+        """Return the numbers of this process's packs in a step."""
         return range(self.rank, int(plan.num_packs[step]), self.world)
 
     def idles(self, plan: RunPlan, step: int) -> bool:
-        """Whether other processes have a pack more in this step.
+        """Return whether other processes have one pack more in this step.
 
-        DDP's and FSDP's wait for each other in every pass, so that each must make as many.
+        With DDP and FSDP processes wait for each other in every pass, so all must make as many passes.
         """
         return len(self.packs(plan, step)) < -(-int(plan.num_packs[step]) // self.world)
 
@@ -54,10 +56,10 @@ class Loader:
         pin: bool = False,
         limit: int = 0,
     ) -> None:
-        """row_length: places that every row has at least; pin: for copies to a CUDA device.
+        """row_length: least length of rows. pin: whether batches are copied to a CUDA device.
 
-        limit: tokens of a record at most, kept by leaving out whole frames where no plan says which;
-        0 sets none.
+        limit: most tokens of a record, kept by leaving out whole frames, for records without a plan; 0
+        sets none.
         """
         self.dataset = dataset
         self.config = config
@@ -66,7 +68,7 @@ class Loader:
         self.row_length = row_length
         self.pin = pin
         self.limit = limit
-        # a record that is spliced comes once and never again
+        # a spliced record is used once: there is nothing to gain from keeping many
         kept = 1_000 if dataset.splices else 100_000
         self._encoded = lru_cache(maxsize=kept)(self._encode)
         self.fitting = lru_cache(maxsize=kept)(self._fitting)
@@ -83,7 +85,7 @@ class Loader:
         return self.chat.encode(alone, durations, answer=len(alone) - 1)
 
     def _fitting(self, record: Record) -> int:
-        """Return the most frames of a clip that a whole record's limit leaves; 0 if one is too much."""
+        """Return the most frames of a clip within a record's token limit; 0 if one is too much."""
         if not self.limit:
             return self.config.max_frames_num
         infos = [clip.info for clip in self.dataset.clips(record)]
@@ -101,7 +103,7 @@ class Loader:
         answer: int | None,
         looks: Sequence[Look] | None = None,
     ) -> tuple[Row, list[Medium]]:
-        """Return a record, up to where an answer begins if one is given, and the media in it."""
+        """Return a record's row, cut where an answer begins if one is given, and the media in it."""
         encoded = self._encoded(record, answer)
         media: list[Medium] = [*self.dataset.clips(record)[: encoded.ids.count(MEDIA)]]
         most = max(self.fitting(record), 1) if most is None else most
@@ -110,11 +112,11 @@ class Loader:
         return lay_out(encoded, infos, self.config, self.pool, most, stamp, looks), media
 
     def batch(self, records: Sequence[Record], *, with_copy: bool = False) -> Batch:
-        """Return the batch of some records, one a row, features read from the banks."""
+        """Return the batch of records, one a row, features read from the banks."""
         return self.rows([[(record, None)] for record in records], with_copy)
 
     def prompts(self, questions: Sequence[tuple[Record, int]]) -> Batch:
-        """Return the batch of some (record, number of an answer's turn): rows cut where it begins."""
+        """Return the batch of (record, number of an answer's turn): rows cut where the answer begins."""
         rows = [[(record, None)] for record, _ in questions]
         return self.rows(rows, False, [answer for _, answer in questions])
 
@@ -130,7 +132,7 @@ class Loader:
         return batch
 
     def _looks(self, number: int) -> list[Look]:
-        """Return how the media of a plan's record are seen."""
+        """Return the choice of frames for each medium of a plan's record."""
         epoch, place = divmod(number, self.dataset.count)
         looks = Looks.of_epoch(self.dataset, self.config, epoch)
         return [looks.of(place, medium) for medium in range(self._record(number).media)]
@@ -144,8 +146,8 @@ class Loader:
     ) -> Batch:
         """Return the batch of rows of (record, most frames of a clip).
 
-        answers: of rows of one record each, the turn that each is cut at. looks: of each record in
-        each row, how its media are seen, where that is drawn.
+        answers: for rows of one record each, the turn at which each is cut. looks: for each record of
+        each row, the choice of frames of its media, where that is drawn.
         """
         laid, clips = [], []
         for number, row in enumerate(rows):
@@ -167,7 +169,8 @@ class Loader:
             length=self.row_length,
             tasks=[task for row in rows for record, _ in row for task in tasks_of(record)],
         )
-        # to a device as it is stored; made floats here, beside the steps, where there is none
+        # int8 features cross to a GPU as stored, half the bytes; on a CPU they become floats in this
+        # thread, beside the steps
         return pinned(batch) if self.pin else to_device(batch, torch.device("cpu"))
 
     def packs(
@@ -177,7 +180,7 @@ class Loader:
         return [self.pack(plan, step, k, with_copy=with_copy) for k in share.packs(plan, step)]
 
     def idle(self, plan: RunPlan, step: int) -> Batch:
-        """Return a small batch to run without learning from it: one record, a frame of each clip."""
+        """Return a small batch for an idle pass, which does not count: one record, a frame a clip."""
         return self.rows([[(self._record(plan.records(step)[0]), 1)]], False)
 
     def steps(
@@ -185,13 +188,13 @@ class Loader:
     ) -> Iterator[tuple[int, list[Batch]]]:
         """Yield (step, batches) from a step to the plan's end, up to `prefetch` steps prepared ahead.
 
-        The copy baseline's features are read every `copy_every` steps.
+        The features of the baselines are read every `copy_every` steps.
         """
         with ThreadPoolExecutor(max_workers=min(prefetch, THREADS)) as pool:
             running: deque[Future[list[Batch]]] = deque()
             ahead = first
             for step in range(first, plan.num_steps):
-                # one more than is asked ahead, as the first of them is needed now
+                # one more than `prefetch`: the first of them is this step's own
                 while ahead < min(step + prefetch + 1, plan.num_steps):
                     with_copy = (ahead + 1) % copy_every == 0
                     running.append(pool.submit(self.packs, plan, share, ahead, with_copy=with_copy))

@@ -1,4 +1,4 @@
-"""Counts the lengths of a dataset's records: of those that are read once, of drawn ones each epoch."""
+"""Counts the lengths of a dataset's records: once for those in files, each epoch for drawn ones."""
 
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -29,7 +29,7 @@ def measure(
 
 
 class Measure:
-    """Counts the lengths of a dataset's records, epoch by epoch where they are drawn anew."""
+    """Counts the lengths of a dataset's records, in each epoch where they are drawn in each."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class Measure:
         *,
         lenient: bool = False,
     ) -> None:
-        """llm: name or folder of the model whose tokenizer is used; tokenizer: its digest.
+        """llm: name or folder of the model whose tokenizer is used. tokenizer: its digest.
 
-        lenient: a record that its chat template refuses has UNWRITABLE tokens of text, and is no
-        UserError.
+        lenient: a record that the chat template refuses has UNWRITABLE tokens of text, where it else
+        raises UserError.
         """
         self.settings, self.dataset, self.lenient = settings, dataset, lenient
         axes, spatial = LAPE_AXES[settings.lape_axes], settings.num_spatial_tokens
@@ -80,7 +80,7 @@ class Measure:
             media = np.bincount(clips.record[clips.first], minlength=len(text))
             newlines = np.where(text < 0, 0, media * settings.newline_tokens)
             text = text + newlines
-            if apart:  # they stand before what turns have alone
+            if apart:  # they are among the tokens that all turns see
                 apart[0] = apart[0] + newlines
         seen = looks if drawn else None
         own = Apart(*apart) if apart else None
@@ -96,9 +96,10 @@ class Measure:
         counts, first = [np.zeros((0, 2), np.int64)], 0
         for part in parts:
             media = sum(record.media for record in part.records)
-            told = clips.duration[first : first + media], self.template, self.anchors, self.chat
+            durations = clips.duration[first : first + media]
             first += media * part.repeats
-            own = text_lengths(part, *told, lenient=self.lenient)
+            facts = durations, self.template, self.anchors, self.chat
+            own = text_lengths(part, *facts, lenient=self.lenient)
             counts.append(np.tile(own, (part.repeats, 1)))
         stamped = bool(self.settings.time_form)
         return Lot(clips, widened(counts), frame_times(records) if stamped else NO_TIMES)
@@ -130,7 +131,7 @@ class Measure:
     ) -> np.ndarray:
         count = count_rounds_apart if independent else count_rounds
         counts = count(self.chat(), talks, durations)
-        if counts is None:  # a template that does not keep turns apart
+        if counts is None:  # the template has no control tokens between turns: count whole records
             turns = [as_turns(talk) for talk in talks]
             records = [
                 Record(str(k), ("",), tuple(own), "", "", independent=independent)
@@ -158,7 +159,10 @@ class Measure:
 
 
 def layout_facts(settings: ModelSettings) -> Json:
-    """Return what a plan depends on where frames are laid out in another way: nothing elsewhere."""
+    """Return the facts of frames' layout that a plan depends on, only those that are not the default.
+
+    So plans from before these settings keep their fingerprint, and their runs can be resumed.
+    """
     tagged = settings.around_media or settings.around_frames
     facts: Json = {"media_tags": settings.media_tags} if tagged else {}
     if settings.frame_marks != "frames":
@@ -169,17 +173,17 @@ def layout_facts(settings: ModelSettings) -> Json:
 
 
 class Lot(NamedTuple):
-    """Records that are counted together."""
+    """Counts of the records that were counted together."""
 
     clips: Clips
     counts: np.ndarray
     """int64 `(records, 2)`: tokens of text, supervised ones; or a `Count` of each."""
     seconds: np.ndarray
-    """float64, of all frames of all media, where times are written before them."""
+    """float64, times of all frames of all media, if times are written before frames; else empty."""
 
 
 def widened(counts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return counts one after the other, as a `Count` of each record where any are."""
+    """Return counts joined, with the columns of `Count` if any of them has these."""
     most = max(own.shape[1] for own in counts)
     wide = [
         own if own.shape[1] == most else np.column_stack([own, own[:, 0], 0 * own])

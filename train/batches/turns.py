@@ -1,12 +1,11 @@
-"""The turns of a record one by one: as conversations of their own, and counted without the others.
+"""The turns of a record one by one: as conversations of their own, and counted separately.
 
-Turns that do not see each other are laid out as one row of what records of one turn each have in common,
-up to the end of the media, and of the rest of each; every id is what it is in such a record.
+A record of independent turns is one row: first the tokens that records of one turn each would share, up
+to the end of the media, then the rest of each. Every id is as in a record of that turn alone.
 
-Many conversations of one shape are counted turn by turn, each text tokenised once: control tokens of a
-template keep turns apart, and what stands on one side of them is tokenised as if there were no other.
-Where a template has none between two turns, or the sum is not that of a whole conversation, nothing is
-counted this way.
+Many conversations of one shape are counted turn by turn, each text tokenised once: a template's control
+tokens separate turns, and the texts on either side of one are tokenised independently. Where a template
+has none between two turns, or the sum differs from a whole conversation's, nothing is counted this way.
 """
 
 from collections.abc import Sequence
@@ -23,26 +22,26 @@ from train.data.splice import ONE_MEDIUM
 
 ROLES = ("user", "assistant")
 CHECKED = 64
-"""Conversations that are also counted whole."""
+"""Conversations that are also counted whole, to check that turns can be counted separately."""
 Rounds = Sequence[tuple[str, str]]
 """Questions, each with its answer."""
 
 
 class Count(NamedTuple):
-    """Tokens of a record that are no frame's."""
+    """Numbers of a record's tokens that are not a frame's."""
 
     text: int
     supervised: int
     shared: int
-    """Those that all turns see; of a dialogue all."""
+    """Those that all turns see; all of a dialogue's."""
     longest: int = 0
-    """Of the longest turn that sees no other; 0 in a dialogue."""
+    """Those of the longest independent turn; 0 for a dialogue."""
     pairs: int = 0
-    """(query, key) pairs inside such turns."""
+    """(query, key) pairs inside independent turns."""
 
 
 def encode_apart(chat: Chat, record: Record, durations: Sequence[float]) -> Encoded:
-    """Return a record whose turns do not see each other as tokens; raises as `Chat.encode`."""
+    """Return the tokens of a record of independent turns; raises as `Chat.encode`."""
     talks = [chat.encode(turns, durations) for turns in one_by_one(record.turns)]
     first = talks[0].ids
     end = len(first) - first[::-1].index(MEDIA) if MEDIA in first else 0
@@ -61,15 +60,15 @@ def encode_apart(chat: Chat, record: Record, durations: Sequence[float]) -> Enco
 
 
 class Talk(NamedTuple):
-    """A record in pieces: its conversation, or those of its turns where they do not see each other."""
+    """A record in pieces: its conversation, or those of its independent turns."""
 
     pieces: list[list[Piece]]
     shared: list[Piece] | None
-    """What such turns have in common; None of a dialogue."""
+    """The pieces that independent turns share; None for a dialogue."""
 
     @classmethod
     def of(cls, chat: Chat, record: Record, durations: Sequence[float]) -> "Talk":
-        """Raises as `Chat.pieces`."""
+        """Return the pieces of a record; raises as `Chat.pieces`."""
         if not record.independent:
             return cls([chat.pieces(record.turns, durations)], None)
         pieces = [chat.pieces(turns, durations) for turns in one_by_one(record.turns)]
@@ -78,7 +77,7 @@ class Talk(NamedTuple):
 
 
 def count_talks(chat: Chat, talks: Sequence[Talk]) -> list[Count]:
-    """Return the counts of records, exactly of what `encode_apart` or `Chat.encode` makes of them."""
+    """Return the counts of records, equal to those of `encode_apart` or `Chat.encode`."""
     if not talks:
         return []
     flat = [pieces for talk in talks for pieces in talk.pieces]
@@ -94,10 +93,10 @@ def count_talks(chat: Chat, talks: Sequence[Talk]) -> list[Count]:
 
 
 def apart(talks: np.ndarray, sizes: Sequence[int], shared: np.ndarray | int) -> np.ndarray:
-    """Return the counts of records whose turns do not see each other: int64 `(records, 5)`, as `Count`.
+    """Return the counts of records of independent turns: int64 `(records, 5)`, columns as in `Count`.
 
-    talks: int64 `(turns, 2)`, (tokens, supervised ones) of each turn's conversation; sizes: turns of
-    each record; shared: tokens that those of a record have in common.
+    talks: int64 `(turns, 2)`, (tokens, supervised ones) of each turn's conversation. sizes: turns of
+    each record. shared: tokens that the turns of a record share.
     """
     begins = np.cumsum(sizes, dtype=np.int64) - np.asarray(sizes)
     shared = np.broadcast_to(shared, len(begins))
@@ -108,9 +107,10 @@ def apart(talks: np.ndarray, sizes: Sequence[int], shared: np.ndarray | int) -> 
 
 
 def counted_on(length: int, starts: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return (turn, position) of a conversation's tokens, int64 each; None where all turns see all.
+    """Return (turn, position) of a conversation's tokens, int64 each; turn is None for a dialogue.
 
-    starts: where turns begin that do not see each other, as of `Encoded`.
+    starts: where independent turns begin, see `Encoded.turns`. Positions of each turn go on from the end
+    of the shared tokens.
     """
     place = np.arange(length)
     if not starts:
@@ -120,26 +120,26 @@ def counted_on(length: int, starts: Sequence[int]) -> tuple[np.ndarray | None, n
 
 
 def numbered(sample: np.ndarray, turn: np.ndarray | None) -> np.ndarray:
-    """Return the number in a row of each token's record, or of its turn that sees no other."""
+    """Return the number in a row of each token's record, or of its independent turn: int64."""
     begins = np.diff(sample, prepend=-1) > 0
-    if turn is not None:  # what turns share is the first one's
+    if turn is not None:  # shared tokens count as the first turn's
         begins |= (np.diff(turn, prepend=0) > 0) & (turn > 1)
     return np.cumsum(begins) - 1
 
 
 class _Gap(NamedTuple):
-    """What a template writes between two texts, cut at its control tokens."""
+    """A template's text between two turns, cut at its control tokens."""
 
     tail: str
-    """Up to the first one, which closes the text before."""
+    """Up to the end of the first control token, which closes the turn before."""
     closing: str | None
-    """That one; None at a row's start."""
+    """That control token; None at a row's start."""
     middle: str
-    """From there to the last one."""
+    """From there to the end of the last control token."""
     opening: str | None
-    """That one; None where there is none, at a row's start."""
+    """That last one; None at a row's start without one."""
     head: str
-    """What follows it, before the next text."""
+    """The text after it, before the next turn."""
 
 
 def count_rounds(
@@ -147,8 +147,8 @@ def count_rounds(
 ) -> np.ndarray | None:
     """Return int64 `(talks, 2)`: tokens without media, supervised tokens, as `Chat.count` has them.
 
-    talks: the first question of each has the tag of its one medium, of so many seconds. Times in them
-    may be any where they are tokens of their own. None where turns cannot be counted apart.
+    talks: the first question of each has the tag of its one medium, whose seconds `durations` gives.
+    Times in them may be any where times are tokens. None where turns cannot be counted separately.
     """
     shapes = {2 * count: _gaps(chat, 2 * count) for count in {len(talk) for talk in talks}}
     if None in shapes.values():
@@ -216,14 +216,14 @@ def as_turns(talk: Rounds) -> list[Turn]:
 
 
 def _written(text: str, duration: float) -> str:
-    """Return a text with its times as the numbers that `Chat` writes without tokens for them."""
+    """Return a text with its times as plain numbers, as `Chat` writes them without anchors."""
     if "<t:" not in text:
         return text
     return MARKUP.sub(lambda match: f"{float(match[2]) / duration * duration:.1f}", text)
 
 
 def _gaps(chat: Chat, turns: int) -> list[_Gap] | None:
-    """Return what stands before each turn and after the last; None where turns are not kept apart."""
+    """Return the gaps before each turn and after the last; None without a control token in one."""
     rendered = chat.rendered(ROLES * (turns // 2))
     gaps = []
     for place, text in enumerate([rendered[0], *rendered[4::4]]):
@@ -242,7 +242,7 @@ def _gaps(chat: Chat, turns: int) -> list[_Gap] | None:
 
 
 def _between(gaps: Sequence[_Gap]) -> list[Piece]:
-    """Return what a template writes that belongs to no turn."""
+    """Return the pieces of a template's own text that belong to no turn."""
     texts = [gap.middle for gap in gaps[:-1]] + [gaps[-1].middle + gaps[-1].head]
     return [
         Piece(Segment(((text, True),), gap.closing))
@@ -252,7 +252,7 @@ def _between(gaps: Sequence[_Gap]) -> list[Piece]:
 
 
 def _turn(chat: Chat, text: str, role: str, before: _Gap, after: _Gap) -> list[Piece]:
-    """Return a turn in pieces, as `Chat.pieces` cuts it, but for what belongs to no turn."""
+    """Return a turn's pieces, as `Chat.pieces` cuts them, without the text that belongs to no turn."""
     out = Pieces(chat.segments, before.opening)
     answers = role == "assistant"
     kept = before.head.rstrip(" ") if answers else before.head

@@ -1,1 +1,1 @@
-"""Records of annotation files, joined to banked clips."""
+"""Records from annotation files, joined to banked clips."""

@@ -1,6 +1,6 @@
-"""The coordinates of a record's text, against its clips: shares to seconds, and what lies outside.
+"""Resolves the coordinates of a record's text against its clips: shares to seconds, checks of range.
 
-A span that ends behind its clip may be clipped to it; nothing else is changed.
+A span that ends after its clip may be clipped to it; nothing else is changed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,18 +19,18 @@ from train.data.records import Record, Turn
 from train.data.spans import spans, unit_of, value_of
 
 SLACK = 0.1
-"""Seconds by which a time may lie behind its clip: annotations are often rounded to one decimal."""
+"""Seconds by which a time may be beyond its clip: annotations are often rounded to one decimal."""
 BEHIND = "time past the end of its clip"
 OUTSIDE = "coordinate outside its clip or frame"
 
 
-def settled(
+def resolved(
     record: Record, durations: Sequence[float], *, clip: bool
 ) -> tuple[Record, bool, list[RowError]]:
-    """Return a record with its times in seconds, whether a span was clipped, and what is wrong.
+    """Return (record with its times in seconds, whether a span was clipped, faults).
 
-    durations: seconds of each of its clips. clip: a span that begins in its clip and ends behind it
-    ends with the clip.
+    durations: seconds of each of its clips. clip: whether a span that begins in its clip and ends after
+    it is ended with the clip.
     """
     text = "".join(turn.text for turn in record.turns)
     if not MARKUP.search(text) and not SHARE.search(text):
@@ -47,7 +47,7 @@ def settled(
 def rewritten(
     record: Record, durations: Sequence[float], change: Callable[[Turn, float], str]
 ) -> Record:
-    """Return a record whose text is changed: each stretch between media, with its clip's seconds."""
+    """Return a record whose text is changed by a function of each stretch and its clip's seconds."""
     turns = []
     for turn, parts in zip(record.turns, stretches(record, durations), strict=True):
         texts = (
@@ -87,7 +87,7 @@ def _clipped(turn: Turn, duration: float) -> str:
 
 
 def check_coordinates(record: Record, durations: Sequence[float]) -> list[RowError]:
-    """Return a fault for each coordinate of a record that lies outside its clip or frame."""
+    """Return a fault for each coordinate of a record that is outside its clip or frame."""
     return [
         fault.at(record.where, record.id)
         for turn in stretches(record, durations)
@@ -99,7 +99,7 @@ def check_coordinates(record: Record, durations: Sequence[float]) -> list[RowErr
 
 
 def repeating(record: Record) -> bool:
-    """Tell whether a later answer of a record has a coordinate that an earlier one has on its axis."""
+    """Return whether a later answer of a record repeats a coordinate of an earlier answer."""
     seen = set[Coordinate]()
     for turn in record.turns if not record.independent else ():
         if turn.role == "assistant":
@@ -111,7 +111,7 @@ def repeating(record: Record) -> bool:
 
 
 def _outside(piece: Coordinate, duration: float) -> RowError | None:
-    """Return what is wrong with a coordinate of a clip of so many seconds, 0 for no clip."""
+    """Return the fault of a coordinate, None if it is inside; duration: of its clip, 0 without one."""
     limit = duration if piece.axis == 0 else 1.0
     slack = SLACK if piece.axis == 0 else 1e-3
     if piece.anchor is not None or (limit > 0 and -1e-3 <= piece.value <= limit + slack):

@@ -26,9 +26,9 @@ from train.settings.folders import Folders
 
 DEFAULTS = DataSettings()
 SAMPLED = 1024
-"""Records of a dataset that are looked at for answers that give others away."""
+"""Records of a dataset that are examined for answers which repeat earlier ones."""
 WORTH_SAYING = 0.01
-"""Share of the records from which on it is said."""
+"""Share of such records from which on there is a warning."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Part:
 
     path: str
     digest: str
-    """Of the bytes, and of which rows are taken."""
+    """Of the file's bytes and the choice of rows."""
     records: list[Record]
-    """Those that are kept."""
+    """The records that are kept."""
     repeats: int
     splice: Splice | None = None
-    """Where records are not read but spliced: what draws them."""
+    """The drawing of records, where they are spliced and not read."""
     independent: bool = False
-    """Whether the questions of its records do not see each other."""
+    """Whether its records have independent turns."""
 
     @property
     def count(self) -> int:
@@ -53,7 +53,7 @@ class Part:
 
     @property
     def has_dialogues(self) -> bool:
-        """Whether questions of its records see others before them."""
+        """Whether some of its records have several turns that see each other."""
         if self.independent:
             return False
         if self.splice:
@@ -61,6 +61,7 @@ class Part:
         return any(record.questions > 1 for record in self.records)
 
     def record(self, epoch: int, number: int) -> Record:
+        """Return a record of an epoch."""
         if self.splice:
             return self.splice.draw(epoch, number)
         return self.records[number % len(self.records)]
@@ -68,28 +69,28 @@ class Part:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Joined records, ready to be drawn from."""
+    """The records of a run, joined to their banks."""
 
     banks: Banks
     parts: tuple[Part, ...]
-    """Those that are spliced come last."""
+    """Spliced ones come last."""
     held_out: list[Record]
     dropped: Counter[str]
-    """Records left out, by reason, as often as the mixture repeats them."""
+    """Reason -> records left out, counted as often as the mixture repeats them."""
     slow_stride: int
     fast_stride: int
     notes: tuple[str, ...] = ()
-    """What there is to say of how the records were found and read, a line each."""
+    """Notes on how the records were found and read, a line each."""
     drops: tuple[Drop, ...] = ()
-    """Each record that was left out, of the held-out ones too."""
+    """Each record that was left out, held-out ones too."""
     seed: int = 0
     augment: AugmentSettings = AugmentSettings()
     warnings: tuple[str, ...] = ()
-    """What of the records hinders learning, a line each."""
+    """Properties of the records that hinder learning, a line each."""
 
     @cached_property
     def records(self) -> list[Record]:
-        """All records of the mixture, repeated as it asks; those that are drawn as in epoch 0."""
+        """All records of the mixture, with its repeats; drawn ones as in epoch 0."""
         return self._epoch(0)
 
     @property
@@ -103,21 +104,21 @@ class Dataset:
 
     @property
     def turns(self) -> str:
-        """How the questions of the records to train on see each other: one of `TURNS`, or mixed."""
+        """The kind of turns in the records to train on: one of `TURNS`, or mixed."""
         if not any(part.independent for part in self.parts):
             return "dialogue"
         return "mixed" if any(part.has_dialogues for part in self.parts) else "independent"
 
     @cached_property
     def independent(self) -> bool:
-        """Whether any record, held-out ones too, has turns that do not see each other."""
+        """Whether any record, held-out ones too, has independent turns."""
         parts = [part for part in self.parts if part.independent]
         records = chain(*(part.records for part in parts), self.held_out)
         return any(part.splice for part in parts) or any(r.independent for r in records)
 
     @property
     def is_drawn(self) -> bool:
-        """Whether no epoch is like another: records are spliced, or their frames drawn."""
+        """Whether each epoch differs: records are spliced, or their frames drawn."""
         return self.augment.is_on or bool(self.splices)
 
     def epoch(self, number: int) -> list[Record]:
@@ -142,7 +143,7 @@ class Dataset:
 
 
 def independent_notes(parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return a line for each dataset whose questions do not see each other."""
+    """Return a line for each dataset of independent turns."""
     return tuple(
         f"{Path(part.path).name}: questions of a record do not see each other"
         for part in parts
@@ -151,7 +152,7 @@ def independent_notes(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def repeated_warnings(parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return a line for each dataset whose dialogues give later answers away by earlier ones."""
+    """Return a line for each dataset in whose dialogues earlier answers give later ones away."""
     lines = []
     for part in parts:
         if part.independent:
@@ -162,22 +163,22 @@ def repeated_warnings(parts: Sequence[Part]) -> tuple[str, ...]:
         if found >= max(1, len(records) * WORTH_SAYING):
             lines.append(
                 f"{Path(part.path).name}: in {found / len(records):.0%} of the records later answers "
-                "repeat coordinates of earlier ones, which they are then read off; set turns: "
+                "repeat coordinates of earlier ones, and can be copied from them; set turns: "
                 "independent"
             )
     return tuple(lines)
 
 
 def drawn_line(dataset: Dataset) -> str:
-    """Return what of an epoch's records is drawn anew in each, as a part of a line."""
+    """Return which facts of an epoch's records are drawn for each epoch, as a part of a line."""
     spliced = sum(part.count for part in dataset.parts if part.splice)
-    words = [f"{spliced} spliced" if spliced else "", "seen" if dataset.augment.is_on else ""]
+    words = [f"{spliced} records" if spliced else "", "frames" if dataset.augment.is_on else ""]
     shown = " and ".join(filter(None, words))
-    return f" ({dataset.count} an epoch, {shown} anew in each)" if shown else ""
+    return f" ({dataset.count} an epoch, {shown} drawn for each)" if shown else ""
 
 
 def open_dataset(config: TrainConfig) -> Dataset:
-    """Open a run's banks and records; UserError with every problem if there is any."""
+    """Open a run's banks and records; UserError lists every problem."""
     problems: list[str] = []
     notes: list[str] = []
     folders = Folders(config.media_dir, tuple(config.strip_prefix))
@@ -209,9 +210,8 @@ def open_records(
 ) -> Dataset:
     """Open banks and the records that a model is scored on, as held-out ones.
 
-    settings: how records are read, and what becomes of bad ones. UserError with every problem: a clip
-    that no bank has is one, and a coordinate outside its clip. media: what leads from their names to
-    ids.
+    settings: how records and bad records are treated. media: how names of media become ids. Raises
+    UserError that lists every problem, such as a clip that no bank has.
     """
     problems: list[str] = []
     pools = None
@@ -237,20 +237,21 @@ def open_records(
 
 @dataclass(frozen=True)
 class Pools:
-    """The banks of a run, and which of them the clips of each dataset are looked for in.
+    """The banks of a run, and the choice of those in which a dataset's clips are searched.
 
-    They are a dataset's own banks where it names some, else the run's, else all.
+    These are the dataset's own banks where it names some, else the run's, else all.
     """
 
     banks: Banks
     numbers: dict[str, int]
-    """Of the banks, by their real paths."""
+    """Real path of a bank -> its number."""
     run: tuple[int, ...]
+    """Numbers of the run's own banks."""
     made: dict[tuple[int, ...], Banks]
 
     @classmethod
     def open(cls, folders: Sequence[str], parts: Sequence[MixturePart]) -> "Pools":
-        """Raises UserError where a bank cannot be opened, or does not fit the others."""
+        """Open all banks; UserError where one cannot be opened, or does not fit the others."""
         named: dict[str, str] = {}
         for folder in [*folders, *(bank for part in parts for bank in part.banks)]:
             named.setdefault(real(folder), folder)
@@ -271,7 +272,7 @@ def _distinct(numbers: Sequence[int]) -> tuple[int, ...]:
 
 
 def real(place: str) -> str:
-    """Return what tells a bank from others: the real path of a folder, a URL as it is."""
+    """Return a bank's identity: the real path of a folder, a URL as it is."""
     return place if "://" in place else os.path.realpath(place)
 
 
@@ -324,7 +325,7 @@ def _join(
 def _spliced(
     part: MixturePart, how: SpliceSettings, reading: Reading, banks: Banks, seed: int
 ) -> Part:
-    """Return what splices records from the clips and phrases of a dataset."""
+    """Return the part that splices records from a dataset's clips and phrases."""
     path = " + ".join(part.records)
     digest = blake2b(digest_size=16)
     for file in part.records:
@@ -347,12 +348,12 @@ def _spliced(
 
 
 def local_parts(parts: Sequence[MixturePart], problems: list[str]) -> list[MixturePart]:
-    """Return datasets with the places of their files, those of the Hub after download."""
+    """Return datasets with local paths of their files, those of the Hub downloaded."""
     return [replace(part, records=local_copies(part.records, problems)) for part in parts]
 
 
 def local_copies(names: Sequence[str], problems: list[str]) -> list[str]:
-    """Return where annotation files and folders lie, those of the Hub after download."""
+    """Return local paths of annotation files and folders, those of the Hub downloaded."""
     found = []
     for name in names:
         try:
@@ -363,16 +364,13 @@ def local_copies(names: Sequence[str], problems: list[str]) -> list[str]:
 
 
 def file_digest(path: str, chosen: Selection = ALL) -> str:
-    """Return a digest of the bytes of a file or of a folder's annotations, and of the rows chosen.
-
-    Of what cannot be read, which is a problem by then, it is that of nothing.
-    """
+    """Return a digest of the bytes of a file or of a folder's annotations, and of the rows chosen."""
     digest = blake2b(digest_size=16)
     try:
         for file in annotation_files(Path(path)):
             digest.update(file.read_bytes())
     except (OSError, UserError):
-        pass
+        pass  # a problem by then, and counted as empty here
     if chosen != ALL:
         digest.update(repr(chosen).encode())
     return digest.hexdigest()
@@ -381,16 +379,16 @@ def file_digest(path: str, chosen: Selection = ALL) -> str:
 def choose_strides(
     banks: Banks, slow: int, fast: int, ratio: str, problems: list[str]
 ) -> tuple[int, int]:
-    """Return the slow and the fast stride: as asked, or the bank's finest and coarsest."""
-    banked = banks.config.strides
+    """Return the slow and the fast stride: those asked for, or the bank's own finest and coarsest."""
+    banked, own, bank = banks.strides, banks.config.strides, banks.banks[0]
     for name, stride in (("mm_spatial_pool_stride", slow), ("fast_stride", fast)):
         if stride and stride not in banked:
+            more = f"{','.join(map(str, sorted((*banked, stride))))} {bank.missing.get(stride, '')}"
             problems.append(
-                f"{name} {stride}: {banks.banks[0].where} holds the strides "
-                f"{', '.join(map(str, banked))}; ask for one of them, or encode with --stride "
-                f"{','.join(map(str, sorted({*banked, stride})))}"
+                f"{name} {stride}: {bank.where} holds the strides {', '.join(map(str, banked))}; ask "
+                f"for one of them, or encode with --stride {more}".rstrip()
             )
-    slow, fast = slow or banked[0], fast or banked[-1]
+    slow, fast = slow or own[0], fast or own[-1]
     if slow > fast:
         problems.append(f"the slow stride {slow} must be finer than the fast stride {fast}")
     if slow == fast and float(ratio) not in (0.0, 1.0):

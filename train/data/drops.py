@@ -1,4 +1,4 @@
-"""Bad records: refused all together, or left out, counted and listed; one must not stop a million.
+"""Bad records: all refused in one message, or left out, counted and listed.
 
 `dropped.jsonl` has a line for each record that was left out: `{file, row, id, reason, text, held_out}`.
 """
@@ -32,37 +32,39 @@ class Drop:
     """Its line or index in the file."""
     id: str
     reason: str
-    """What it is counted under."""
+    """A short text by which drops are counted."""
     text: str
-    """What is wrong, in full."""
+    """The whole message."""
     held_out: bool = False
-    """Of records that are not trained on."""
+    """Whether it is a held-out record."""
 
     @classmethod
     def of(cls, error: RowError) -> "Drop":
+        """Return the drop of a record with an error."""
         return cls(*split_place(error.place), error.id, error.reason, str(error))
 
     @classmethod
     def of_record(cls, record: Record, reason: str) -> "Drop":
+        """Return the drop of a sound record, which is left out for a reason of the run's."""
         return cls(*split_place(record.where), record.id, reason, reason)
 
 
 class BadRecords:
-    """What becomes of the bad records of all files of a run."""
+    """Refuses or drops the bad records of all files of a run, by its settings."""
 
     def __init__(self, settings: DataSettings) -> None:
         self.settings = settings
         self.refused: set[str] = set()
-        """Places of records that were."""
+        """Places of refused records."""
         self.mute = False
-        """Whether a refused one had no answer, and nothing else wrong."""
+        """Whether a refused record only lacks an answer."""
 
     def judge(
         self, path: str, errors: Sequence[RowError], rows: int, problems: list[str]
     ) -> list[Drop]:
-        """Return what is left out of a file; what may not be goes to `problems`.
+        """Return the dropped records of a file; refused ones are added to `problems`.
 
-        errors: of its records, one or more each. rows: that were read of the file, bad ones too.
+        errors: of its records, one or more each. rows: number of rows of the file, bad ones included.
         """
         dropped: dict[str, RowError] = {}
         for error in errors:
@@ -83,13 +85,13 @@ class BadRecords:
         return [Drop.of(error) for error in dropped.values()]
 
     def advised(self, problems: Sequence[str]) -> list[str]:
-        """Return what is to be said of problems: with what can be done about bad records, if any are."""
+        """Return problems as lines to print, with advice on bad records if there are any."""
         if not self.refused:
             return list(problems)
         one = len(self.refused) == 1
         mute = ", or unsupervised: drop for those without an answer" if self.mute else ""
         advice = (
-            f"mend {'it' if one else 'them'}, or set on_bad_record: drop, which leaves such records "
+            f"correct {'it' if one else 'them'}, or set on_bad_record: drop, which leaves such records "
             f"out, counts them and lists them in {LIST}{mute}"
         )
         if len(problems) == 1:
@@ -101,26 +103,26 @@ class BadRecords:
         return self.settings.on_bad_record == "drop" or self._asked_for(error)
 
     def _asked_for(self, error: RowError) -> bool:
-        """Tell whether a setting of its own lets this kind be left out."""
+        """Return whether a setting for this kind of error lets such records be dropped."""
         if isinstance(error, UnsupervisedError):
             return self.settings.unsupervised == "drop"
         return error.reason == BEHIND and self.settings.times_past_end == "drop"
 
 
 def most_of(limit: str, rows: int) -> Fraction:
-    """Return how many of so many rows a limit allows: `100`, or `1%` of them."""
+    """Return the number of bad rows that a limit allows: `100`, or `1%` of the rows."""
     if limit.endswith("%"):
         return Fraction(limit[:-1]) / 100 * rows
     return Fraction(limit)
 
 
 def counted(reasons: Sequence[str]) -> str:
-    """Return how often each reason is given, the most frequent first."""
+    """Return the count of each reason, the most frequent first: `3 no answer, 1 bad box`."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
 
 
 def write_drops(file: Path, drops: Sequence[Drop]) -> None:
-    """Write the list of what was left out; without any, there is no such file."""
+    """Write the list of dropped records; without any, remove it."""
     if not drops:
         file.unlink(missing_ok=True)
         return
@@ -131,7 +133,7 @@ def write_drops(file: Path, drops: Sequence[Drop]) -> None:
 
 
 def add_record_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the settings of how records are read to a command that has few flags."""
+    """Add the settings for bad records to a command with few flags of its own."""
     known = {item.name: item for item in fields(DataSettings)}
 
     def add(name: str, **options: Any) -> None:
@@ -152,7 +154,7 @@ def _limit(text: str) -> str:
 
 
 def record_settings(args: argparse.Namespace) -> DataSettings:
-    """Return the settings that `add_record_flags` asks for."""
+    """Return the settings that were given by `add_record_flags`."""
     return DataSettings(
         on_bad_record=args.on_bad_record,
         times_past_end=args.times_past_end,

@@ -1,8 +1,8 @@
 """Grounding benchmarks -> records with coordinate markup.
 
 An importer is one function of one annotation, marked with `@importer(NAME, READER)`: it returns rows
-of ours, or raises RowError without saying where. Times are `<t:seconds>`, a box is `<x><y><x><y>`,
-its corners as fractions of the frame.
+in this project's form, or raises RowError without a place. Times are `<t:seconds>`, a box is
+`<x><y><x><y>`, its corners as fractions of the frame.
 """
 
 import json
@@ -24,9 +24,9 @@ WHEN_AND_WHERE = "<video>\nWhen does this happen, and where is who does it: {}"
 SLACK = 1.0
 """Pixels by which a box may leave its frame: annotations round."""
 TUBE_BOXES = 8
-"""Boxes of a tube that are written, evenly."""
+"""Most boxes of a tube in an answer, evenly spaced."""
 BOXES = ("xywh", "xyxy", "unit")
-"""What four numbers of a box may be: see `box`."""
+"""Meanings of a box's four numbers, see `box`."""
 NOT_ONE = "not an annotation of this form"
 
 
@@ -34,11 +34,11 @@ Importer = Callable[[Any], list[Json]]
 Reader = Callable[[Path], Rows]
 
 IMPORTERS: dict[str, tuple[Reader, Importer]] = {}
-"""How a benchmark's file is read, and what an annotation of it becomes; filled by `importer`."""
+"""Benchmark -> (reader of its file, importer of an annotation); filled by `importer`."""
 
 
 def importer(name: str, read: Reader = read_rows) -> Callable[[Importer], Importer]:
-    """Mark a function as the importer of a benchmark; read: what yields its annotations of a file."""
+    """Mark a function as the importer of a benchmark; read: yields the annotations of its file."""
 
     def register(convert: Importer) -> Importer:
         IMPORTERS[name] = read, convert
@@ -124,7 +124,7 @@ def qvhighlights(item: Json) -> list[Json]:
     spans = [span(start, end, item["duration"], clip=clip) for start, end in windows]
     question = WHEN.format(item["query"])
     row = asked(item["qid"], f"{item['vid']}.mp4", question, ", ".join(spans))
-    return [row | {"task": "windows"}]  # one window is scored as several are
+    return [row | {"task": "windows"}]  # one window is scored as several are, as QVHighlights does
 
 
 @importer("activitynet-captions", moments)
@@ -178,12 +178,12 @@ def hc_stvg(item: Json) -> list[Json]:
 
 @importer("llava-st")
 def llava_st(item: Json) -> list[Json]:
-    """LLaVA-ST's conversations with slots, and `variables` with the numbers that stand there."""
+    """LLaVA-ST's conversations with slots, and `variables` with the numbers for them."""
     return [canonical(item)]
 
 
 def asked(id_: object, video: str, question: str, answer: str) -> Json:
-    """Return a row of ours: a question about a medium, and its answer."""
+    """Return a row: a question about a medium, and its answer."""
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"id": str(id_), "video": video, "conversations": turns}
 
@@ -197,13 +197,14 @@ def first(item: Json, *names: str) -> Any:
 
 
 def time(seconds: float) -> str:
+    """Return a time as markup, to the millisecond."""
     return f"<t:{seconds:.3f}>"
 
 
 def span(start: float, end: float, duration: float | None = None, *, clip: bool = False) -> str:
-    """Return `from <t:start> to <t:end>`; RowError where it is none, or ends behind the video.
+    """Return `from <t:start> to <t:end>`; RowError where it is backwards, or ends after the video.
 
-    clip: one that begins in the video and ends behind it ends with it.
+    clip: whether a span that begins in the video and ends after it is ended with the video.
     """
     if clip and duration is not None and start < duration < end:
         end = duration
@@ -212,7 +213,7 @@ def span(start: float, end: float, duration: float | None = None, *, clip: bool 
     if duration is not None and end > duration:
         raise RowError(
             "time past the end of its clip",
-            f"end {end:g} is behind the video's {duration:g} seconds",
+            f"end {end:g} is after the video's {duration:g} seconds",
             fix="--times_past_end clip ends it with the video",
         )
     return f"from {time(start)} to {time(end)}"
@@ -221,12 +222,15 @@ def span(start: float, end: float, duration: float | None = None, *, clip: bool 
 def box(values: Sequence[float], boxes: str, width: float, height: float) -> str:
     """Return a box as markup: corners over width and height.
 
-    boxes: `xywh` or `xyxy` in pixels, or `unit`, corners that are fractions already.
+    boxes: `xywh` or `xyxy` in pixels, or `unit`, corners that are fractions already. Raises RowError
+    for a box that is backwards or outside its frame.
     """
     if len(values) != 4:
         raise RowError("bad box", f"a box needs four numbers, got {len(values)}")
     if boxes not in BOXES:
-        raise RowError("bad box", f"what is a bbox here? say --boxes {', '.join(BOXES)}")
+        raise RowError(
+            "bad box", f"the meaning of bbox is unknown; give --boxes {', '.join(BOXES)}"
+        )
     if not (width > 0 and height > 0):
         raise RowError(
             "bad box", f"width and height must be positive, got {width:g} and {height:g}"
@@ -259,10 +263,10 @@ def imported(
     boxes: str | None = None,
     clip: bool = False,
 ) -> list[Json]:
-    """Return the rows of ours that a benchmark's file becomes.
+    """Return the rows of a benchmark's file in this project's form.
 
-    What is wrong with an annotation goes to `bad`, what is wrong with the file to `problems`. boxes:
-    what four numbers are where the file does not say. clip: spans end with their videos.
+    Faults of annotations are added to `bad`, faults of the file to `problems`. boxes: the meaning of
+    four numbers where the file does not say. clip: whether spans are ended with their videos.
     """
     read, convert = IMPORTERS[name]
     settings: Json = {"boxes": boxes} if boxes else {}
@@ -292,7 +296,7 @@ def imported(
 
 
 def id_of(item: Any) -> str:
-    """Return the id of an annotation that has one, else nothing."""
+    """Return the id of an annotation, empty if it has none."""
     fields = item if isinstance(item, dict) else {}
     ids = [str(fields[name]) for name in ("id", "qid", "video") if name in fields]
     return printable(ids[0]) if ids else ""

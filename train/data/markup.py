@@ -1,4 +1,4 @@
-r"""Coordinate markup in text: `<t:12.5>`, `<x:0.31>`, `<y:0.52>`, anchors by name; what almost is some.
+r"""Coordinate markup in text: `<t:12.5>`, `<x:0.31>`, `<y:0.52>`, anchors by name; and misspelt markup.
 
 A backslash before markup, or before a media tag, makes plain text of it: `\<t:3.5>`, `\<image>`.
 """
@@ -11,7 +11,7 @@ from shards.annotations.forms import MEDIA_TAG
 
 MEDIA_TAGS = re.compile(f"({MEDIA_TAG.pattern})")
 SHARE = re.compile(r"(?<!\\)<t:(\d+(?:\.\d+)?)%>")
-"""A time as a share of its clip; `coordinates.settled` writes it in seconds."""
+"""A time as a share of its clip; `coordinates.resolved` writes it in seconds."""
 MARKUP = re.compile(r"(?<!\\)(?:<([txy]):(-?\d+(?:\.\d+)?)>|<(TEMP|HEIGHT|WIDTH)-(\d{3})>)")
 AXIS = {"t": 0, "y": 1, "x": 2, "TEMP": 0, "HEIGHT": 1, "WIDTH": 2}
 MEANT = {"t": "t", "x": "x", "y": "y", "time": "t", "timestamp": "t", "sec": "t", "seconds": "t"}
@@ -21,7 +21,7 @@ ALMOST = re.compile(
     r"(?P<number>[-+]?[\d.,:]*\d[\d.,:]*|[-+]?(?:nan|inf)|none|null)(?P<rest>[^<>\n]{0,16})(?P<end>>?)",
     re.IGNORECASE,
 )
-"""What looks like markup: a name of ours, a number, and what is around them."""
+"""Text that looks like markup: a name, a number, and the characters around them."""
 ESCAPE = re.compile(rf"\\(?={MEDIA_TAG.pattern.partition(')')[2]}|{ALMOST.pattern})", re.IGNORECASE)
 
 
@@ -51,7 +51,7 @@ def split_markup(text: str) -> list[str | Coordinate]:
 
 
 def coordinate_of(match: re.Match[str]) -> Coordinate:
-    """Return the coordinate that a match of `MARKUP` is."""
+    """Return the coordinate of a match of `MARKUP`."""
     letter, number, name, anchor = match.groups()
     if letter:
         return Coordinate(AXIS[letter], float(number))
@@ -59,19 +59,19 @@ def coordinate_of(match: re.Match[str]) -> Coordinate:
 
 
 def unescaped(text: str) -> str:
-    """Return a plain text as it is meant: without the backslash before what looks like markup."""
+    """Return a plain text without the backslashes that escape markup."""
     return ESCAPE.sub("", text) if "\\<" in text else text
 
 
 def kind_of(reference: str) -> str:
-    """Return what a reference answer is, by its markup: one of `TASKS`."""
+    """Return the task of a reference answer, by its markup: one of `TASKS`."""
     found = [match.group(1) or match.group(3) for match in MARKUP.finditer(reference)]
     letters = "".join("tyx"[AXIS[axis]] for axis in found)
     return {"tt": "span", "t": "time", "xy": "point", "xyxy": "box"}.get(letters, "text")
 
 
 def misspelt(text: str) -> Iterator[tuple[str, str]]:
-    """Yield (what is written, what was meant or nothing) for what is almost markup, and is plain text."""
+    """Yield (text as written, markup probably meant or empty) for each misspelt markup."""
     if "<" not in text:
         return
     for match in ALMOST.finditer(text):
@@ -85,7 +85,7 @@ def misspelt(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _is_near(match: re.Match[str]) -> bool:
-    """Tell whether what looks like markup can hardly be else: `x <y 3` and `<t1>` are."""
+    """Return whether text that looks like markup is hardly anything else, as `x <y 3` and `<t1>` are."""
     name, between, rest = match["name"].lower(), match["between"].strip(), match["rest"].strip()
     if between == ":" or between == "\uff1a":
         return True
@@ -97,7 +97,7 @@ def _is_near(match: re.Match[str]) -> bool:
 
 
 def _meant(match: re.Match[str]) -> str:
-    """Return the markup that was probably meant, or nothing."""
+    """Return the markup that was probably meant, empty if unclear."""
     name, number, rest = match["name"].lower(), match["number"], match["rest"].strip().lower()
     if not match["end"]:
         rest = rest[:1] if rest.startswith("%") else ""

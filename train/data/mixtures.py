@@ -1,13 +1,13 @@
-"""Mixtures: named datasets, how often each is taken, and how much of it.
+"""Mixtures: named datasets, how often each is repeated, and how much of it is used.
 
-Three forms of YAML, told by their shape:
+Three forms of YAML, recognised by their keys:
 - ours and VILA's registry: `name: {records: FILES, banks: BANKS}`, taken as `a+b*2+c@0.1`; a name
   may stand for a list of such terms;
 - LLaVA-NeXT's: `datasets: [{json_path: FILE, sampling_strategy: first:1000}, ...]`;
 - lmms-engine's: `datasets: [{path: FILE, data_folder: FOLDER}, ...]`.
 
-An entry with `splice: {records: 4000, ...}` has clips and phrases, of which records are made; one with
-`turns: independent` has questions that do not see each other.
+An entry with `splice: {records: 4000, ...}` has clips and phrases, from which records are drawn; one
+with `turns: independent` has records of independent turns.
 """
 
 import os
@@ -27,13 +27,13 @@ from train.settings.drawn import SpliceSettings, problem_of, read_splice, words_
 from train.settings.folders import Folders
 
 FILES = ("records", "data_path", "json_path", "path")
-"""What a dataset's annotation files are called: here, in VILA, in LLaVA-NeXT, in lmms-engine."""
+"""Keys for a dataset's annotation files: here, in VILA, in LLaVA-NeXT, in lmms-engine."""
 BANKS = ("banks", "bank")
 FOLDERS = ("media_dir", "data_folder")
-"""What the folder of a dataset's media is called here and in VILA, and in lmms-engine."""
+"""Keys for the folder of a dataset's media: here and in VILA, in lmms-engine."""
 KNOWN = (*FILES, *BANKS, *FOLDERS, "strip_prefix", "sampling_strategy", "seed", "splice", "turns")
 LEFT_ALONE = ("_target_", "data_type", "is_video")
-"""Of other trainers, and told by the rows themselves."""
+"""Keys of other trainers that are ignored: the rows themselves show the same."""
 TERM = re.compile(r"([^@*]+?)(?:@([\d.]+))?(?:\*(\d+))?")
 
 
@@ -46,17 +46,17 @@ class MixturePart:
     banks: list[str]
     repeats: int
     chosen: Selection = ALL
-    """Of the rows of each file."""
+    """The choice of rows of each file."""
     folders: Folders = Folders()
-    """What leads from its names of media to ids."""
+    """How its names of media become ids."""
     name: str = field(default="", compare=False)
-    """Where it stands, for messages."""
+    """Its place, for messages."""
     splice: SpliceSettings | None = None
-    """How records are spliced from its rows, where they are no records themselves."""
+    """How records are spliced from its rows, where its rows are not records."""
     turns: str = ""
-    """Whether its questions see each other, one of `TURNS`; empty: as the run says."""
+    """One of `TURNS`; empty: the run's own setting."""
     repeatable: bool = field(default=False, compare=False)
-    """Whether its files may be those of another dataset too: a mixture asked for both by name."""
+    """Whether its files may also be in another dataset: a mixture asked for both by name."""
 
 
 def all_parts(
@@ -69,8 +69,8 @@ def all_parts(
 ) -> list[MixturePart]:
     """Return the datasets of a run: record files, mixtures among them, and a mixture's YAML.
 
-    folders: of datasets that say nothing of their own. A file that is there twice is a problem,
-    unless a mixture asks for it by two names.
+    folders: for datasets that have none of their own. A file that is listed twice is a problem, unless
+    a mixture asks for it by two names.
     """
     found: list[MixturePart] = []
     for path in paths:
@@ -111,11 +111,12 @@ def files_of(path: str) -> list[str]:
         return [path]
     try:
         return [os.path.realpath(file) for file in annotation_files(Path(path))]
-    except UserError:  # is said where it is read
+    except UserError:  # reported where the file is read
         return [os.path.realpath(path)]
 
 
 def real_banks(part: MixturePart) -> tuple[str, ...]:
+    """Return the real paths of a dataset's own banks, sorted."""
     return tuple(sorted(map(os.path.realpath, part.banks)))
 
 
@@ -124,8 +125,8 @@ def read_mixture(
 ) -> list[MixturePart]:
     """Return the datasets of a mixture such as `a+b*2+c@0.1`; an empty mixture takes each once.
 
-    Paths are relative to the YAML. `name@0.1` takes that share at random, by the entry's `seed`.
-    notes: takes what is left out of an empty mixture: names that stand for others, and second names.
+    Paths are relative to the YAML. `name@0.1` takes that share at random, by the entry's `seed`. notes:
+    gets a line for what an empty mixture leaves out: names that stand for others, and second names.
     """
     try:
         named = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
@@ -166,7 +167,7 @@ def read_mixture(
 
 
 def _once(parts: Sequence[MixturePart], problems: list[str], notes: list[str]) -> list[MixturePart]:
-    """Return each dataset of a registry without those of its files that an earlier one has too."""
+    """Return the datasets of a registry, each without the files that an earlier one has."""
     seen: dict[object, MixturePart] = {}
     kept = []
     for part in parts:
@@ -190,7 +191,7 @@ def _once(parts: Sequence[MixturePart], problems: list[str], notes: list[str]) -
 def _asked(
     mixture: str, named: dict[str, Any], config: str, problems: list[str]
 ) -> list[MixturePart]:
-    """Return the datasets of a mixture in which they are named."""
+    """Return the datasets that a mixture names."""
     found: list[MixturePart] = []
     for term in _terms(mixture, named, problems, ()):
         match = TERM.fullmatch(term)
@@ -231,7 +232,7 @@ def _terms(
 def _part(
     entry: Any, name: str, config: str, problems: list[str], share: str | None = None
 ) -> MixturePart | None:
-    """Return a dataset as its YAML entry says, None where that is wrong."""
+    """Return the dataset of a YAML entry, None where the entry is invalid."""
     where = f"data_config {config}: {name}"
     fields = [field for field in FILES if isinstance(entry, dict) and field in entry]
     if len(fields) != 1:
@@ -279,7 +280,7 @@ def _part(
 
 
 def _splice(value: Any, where: str, problems: list[str]) -> SpliceSettings:
-    """Return what an entry's `splice` asks for: a mapping, or words as on a command line."""
+    """Return the settings of an entry's `splice`: a mapping, or words as on a command line."""
     words = (
         words_of(value) if isinstance(value, dict) else str(value or "").replace(",", " ").split()
     )
@@ -300,7 +301,7 @@ def _prefixes(value: Any) -> tuple[str, ...]:
 
 
 def share_of(text: str, seed: int) -> Selection:
-    """Return the random choice that `@0.1` means."""
+    """Return the random choice of rows for `@0.1`; UserError for a share outside (0, 1]."""
     try:
         share = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Files of records, read one after the other by the same rules: joined to their clips, and sound."""
+"""Reads the record files of a run by the same rules, joins records to clips, and keeps the sound ones."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from shards.format.samples import clip_id
 from shards.read.banks import Banks, Place
 from shards.read.timeline import timeline_of
 from shards.text import some
-from train.data.coordinates import settled
+from train.data.coordinates import resolved
 from train.data.drops import BadRecords, Drop, counted
 from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
@@ -37,29 +37,29 @@ PHRASE = ("phrase", "caption")
 SOURCE = "no source of splice"
 EXPECTED = "one `video`, and its `phrase` or `caption`"
 SHOWN = 30
-"""Problems that are printed; a file of the wrong form has one for each of its rows."""
+"""Most problems that are printed; a file in the wrong form has one for each of its rows."""
 
 
 class Reading:
-    """Reads datasets one after the other, by the same rules, and keeps what becomes of their records."""
+    """Reads datasets one after the other, and collects dropped records, notes and problems."""
 
     def __init__(self, settings: DataSettings, problems: list[str]) -> None:
         self.settings, self.problems = settings, problems
         self.bad = BadRecords(settings)
         self.drops: list[Drop] = []
         self.left_out: list[Drop] = []
-        """Of the last dataset."""
+        """Dropped records of the last dataset."""
         self.clipped: set[str] = set()
-        """Places of records."""
+        """Places of records with a span that was ended with its clip."""
         self.passed_over: dict[str, None] = {}
-        """Files that hold no records."""
+        """Files without records, as a set in order."""
 
     def records(
         self, part: MixturePart, banks: Banks | None, *, held_out: bool = False
     ) -> list[Record]:
-        """Return the records of a dataset's files that are joined to their clips, and sound.
+        """Return the sound records of a dataset's files, joined to their clips.
 
-        banks: what their clips are looked for in; None where that cannot be.
+        banks: those in which clips are searched; None where they could not be opened.
         """
         kept = []
         self.left_out = []
@@ -89,16 +89,16 @@ class Reading:
         if banks is not None:
             missing = settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)
-            kept = self._settled(joined, errors, independent=self.independent(part))
+            kept = self._resolved(joined, errors, independent=self.independent(part))
         drops = self.bad.judge(path, errors, rows, self.problems)
         return kept, drops + [Drop.of_record(record, reason) for record, reason in unbanked]
 
     def independent(self, part: MixturePart) -> bool:
-        """Tell whether the questions of a dataset's records do not see each other."""
+        """Return whether a dataset's records have independent turns."""
         return (part.turns or self.settings.turns) == "independent"
 
     def sources(self, part: MixturePart, banks: Banks) -> list[Record]:
-        """Return the rows of a dataset's files that say what a clip shows, joined to their clips."""
+        """Return the sources of splices in a dataset's files, joined to their clips."""
         kept: list[Record] = []
         self.left_out = []
         for path in part.records:
@@ -112,13 +112,13 @@ class Reading:
                     errors.append(error)
             missing = self.settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)
-            kept += self._settled(joined, errors)
+            kept += self._resolved(joined, errors)
             self.left_out += self.bad.judge(path, errors, len(rows), self.problems)
             self.left_out += [Drop.of_record(record, reason) for record, reason in unbanked]
         self.drops += self.left_out
         return kept
 
-    def _settled(
+    def _resolved(
         self, records: Sequence[Record], errors: list[RowError], *, independent: bool = False
     ) -> list[Record]:
         kept = []
@@ -130,17 +130,17 @@ class Reading:
                 continue
             seconds = [place.clip().info.duration for place in record.places]
             clip = self.settings.times_past_end == "clip"
-            settled_record, clipped, faults = settled(record, seconds, clip=clip)
+            resolved_record, clipped, faults = resolved(record, seconds, clip=clip)
             errors += faults
             if not faults:
-                kept.append(settled_record)
+                kept.append(resolved_record)
                 self.clipped |= {record.where} if clipped else set()
         return kept
 
     def refuse(self) -> None:
-        """Raise UserError with every problem, if there is any."""
+        """Raise UserError that lists every problem, if there are any."""
         if self.problems:
-            # a file that is taken in two parts is read twice, and its problems are said once
+            # a file in two datasets is read twice: its problems are listed once
             problems = shorten(list(dict.fromkeys(self.problems)))
             raise UserError.of(self.bad.advised(problems))
 
@@ -150,7 +150,7 @@ class Reading:
         return tuple(dict.fromkeys(self.drops))
 
     def notes(self, listed: str) -> tuple[str, ...]:
-        """Return what was done to the records, a line each; listed: where drops are, if they are."""
+        """Return notes on dropped, clipped and unread records; listed: the file that lists drops."""
         lines = []
         if held_out := counted([drop.reason for drop in self.unique_drops if drop.held_out]):
             lines.append(f"held-out records left out: {held_out}")
@@ -164,9 +164,9 @@ class Reading:
 
 
 def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders = PLAIN) -> Record:
-    """Return a row as a record whose medium is a stretch of one clip, and whose turns are its phrases.
+    """Return a source of splices: a record whose medium is a part of a clip, its turns the phrases.
 
-    RowError names its place, its id and what is wrong.
+    Raises RowError with its place and id.
     """
     lenient = settings.allow_outside or bool(folders.strip_prefix)
     ignored = settings.ignore_fields
@@ -197,7 +197,7 @@ def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders
 
 
 def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
-    """Return a source whose part of a video is banked as a clip of its own, as that clip."""
+    """Return a source; where its part of a video is banked as a clip of its own, of that clip."""
     (cut,) = source.cuts
     id_ = clip_id(cut.video, cut.start, cut.end)
     if cut[1:] == (None, None) or known_id(id_, source.source, banks, (), folders) is None:
@@ -206,7 +206,7 @@ def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
 
 
 def laid_together(record: Record) -> Record:
-    """Return a record whose places are its media: of a timeline the one that its clips are parts of."""
+    """Return a record with its clips joined to one medium, if it has a timeline."""
     if not record.cuts:
         return record
     places = [place for place in record.places if isinstance(place, Place)]
@@ -214,7 +214,7 @@ def laid_together(record: Record) -> Record:
 
 
 def shorten(problems: Sequence[str]) -> list[str]:
-    """Return the first problems, and how many more there are."""
+    """Return the first `SHOWN` problems, and a line with the number of others."""
     if len(problems) <= SHOWN:
         return list(problems)
     return [*problems[:SHOWN], f"... and {len(problems) - SHOWN} more like these"]

@@ -2,7 +2,7 @@
 
 A record is `{id, video, start?, end?, conversations: [{from: human|gpt, value}]}` with one
 `<video>` or `<image>` tag per medium, or a `timeline` of parts that are one (`shards.read.timeline`);
-`shards.annotations` brings other forms into this one. Text may carry `<t:12.5>` (seconds of the clip)
+`shards.annotations` converts other forms to this one. Text may hold `<t:12.5>` (seconds of the clip)
 or `<t:41.3%>` (a share of it), `<x:0.31>` and `<y:0.52>` (fractions of the frame), or an anchor by name
 such as `<TEMP-037>`.
 """
@@ -30,6 +30,8 @@ from train.settings.folders import Folders, advice, several
 
 @dataclass(frozen=True)
 class Turn:
+    """A turn of a conversation."""
+
     role: str
     """user, assistant or system."""
     text: str
@@ -50,29 +52,29 @@ class Record:
     source: str = ""
     """LLaVA-Video's `data_source`: a folder that its media may be banked under."""
     cuts: tuple[Cut, ...] = ()
-    """Of a timeline: what of each clip lies on it. They are one medium."""
+    """Of a timeline: the parts of clips on it, which are one medium."""
     places: tuple[Place | Timeline, ...] = field(default=(), compare=False, repr=False)
-    """Of the media, once the record is joined to banks."""
+    """Places of the media in banks, once the record is joined to them."""
     independent: bool = False
-    """Whether its turns, of which there are several, do not see each other."""
+    """Whether it has several turns that do not see each other."""
 
     @property
     def media(self) -> int:
-        """How many media it has, and tags for them."""
+        """Number of media, and of their tags."""
         return 1 if self.cuts else len(self.clips)
 
     @property
     def questions(self) -> int:
-        """How many answers it has."""
+        """Number of answers."""
         return sum(turn.role == "assistant" for turn in self.turns)
 
 
 PLAIN = Folders()
-"""Records name clips by their ids."""
+"""For records that name clips by their ids."""
 ENTANGLED = "turns that cannot be independent"
-"""Why a record is refused whose turns shall not see each other."""
+"""Reason for which a record cannot have independent turns."""
 TASKS = ("text", "time", "span", "point", "box")
-"""What an answer may be; the losses are split by it."""
+"""Kinds of answers, by which losses are logged."""
 
 
 def read_records(
@@ -85,11 +87,11 @@ def read_records(
     chosen: Selection = ALL,
     folders: Folders = PLAIN,
 ) -> list[Record]:
-    """Read a file or folder of any form; what is wrong with it goes to `problems`, by place.
+    """Read a file or folder of any form; faults are added to `problems`, with their places.
 
-    bad: takes what is wrong with single records, where it is given. chosen: which rows are read.
-    allow_outside: paths may be absolute, or lead out of their root; without it they may not once the
-    prefixes of `folders` are taken off. ignored: fields not looked at.
+    bad: gets the faults of single records, if given. chosen: the rows to read. allow_outside: whether
+    paths may be absolute or lead out of their root; else they may not, after the prefixes of `folders`
+    are removed. ignored: fields that are not read.
     """
     records = []
     for where, row in rows_of(path, problems, chosen):
@@ -110,7 +112,7 @@ def checked_rows(
     bad: list[RowError],
     settings: DataSettings,
 ) -> list[Json]:
-    """Return the rows of a file as rows of ours, as `read_records` understands them."""
+    """Return the sound rows of a file in this project's form; faults are added to `bad`."""
     rows = []
     allow_outside, ignored = settings.allow_outside, settings.ignore_fields
     for where, row in rows_of(path, problems):
@@ -131,7 +133,7 @@ def parse_record(
     ignored: Collection[str] = (),
     folders: Folders = PLAIN,
 ) -> Record:
-    """Return a record, or raise RowError naming its place, its id and what is wrong."""
+    """Return the record of a row; RowError, with its place and id, where it is invalid."""
     lenient = allow_outside or bool(folders.strip_prefix)
     row = parse_row(data, where, allow_outside=lenient, ignored=ignored)
     try:
@@ -153,21 +155,21 @@ def parse_record(
 
 
 def duration_before(record: Record, durations: Sequence[float], turn: int) -> float:
-    """Return the seconds of the medium that a turn's first times belong to: the last one before it.
+    """Return the seconds of the medium of a turn's first times: the last medium before the turn.
 
-    durations: of the record's media, in order. Before the first medium it is the first one's.
+    durations: of the record's media, in order. Before the first medium it is the first one.
     """
     media = sum(len(MEDIA_TAG.findall(t.text)) for t in record.turns[:turn])
     return durations[max(media - 1, 0)] if durations else 0.0
 
 
 def task_of(record: Record) -> int:
-    """Return the place in `TASKS` of a record's first answer that is more than text."""
+    """Return the index in `TASKS` of a record's first answer that is more than text; 0 if none is."""
     return next((kind for kind in _kinds(record) if kind), 0)
 
 
 def tasks_of(record: Record) -> list[int]:
-    """Return the same, or of each turn where they do not see each other."""
+    """Return `task_of` in a list, or the task of each independent turn."""
     return _kinds(record) if record.independent else [task_of(record)]
 
 
@@ -176,9 +178,9 @@ def _kinds(record: Record) -> list[int]:
 
 
 def made_independent(record: Record) -> Record:
-    """Return a record whose turns do not see each other; as it is where there is only one question.
+    """Return a record with independent turns; unchanged where it has only one question.
 
-    RowError where a turn would lack what it needs: its question, its answer, or the media.
+    Raises RowError where a turn would lack its question, its answer, or the media.
     """
     if record.questions < 2:
         return record
@@ -201,9 +203,9 @@ def made_independent(record: Record) -> Record:
 
 
 def one_by_one(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
-    """Return each question of a record, with its answer, as the turns of a record of its own.
+    """Return, for each question of a record, the turns of a record with that question alone.
 
-    Each has the system prompt, and the media as they stand in the first question.
+    Each has the system prompt, and the media of the first question.
     """
     system = tuple(turns[: turns[0].role == "system"])
     questions, answers = turns[len(system) :: 2], turns[len(system) + 1 :: 2]
@@ -214,7 +216,7 @@ def one_by_one(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
 
 
 def _media_end(text: str) -> int:
-    """Return where a text's media end, with the blanks behind them."""
+    """Return the end of a text's last media tag, the blanks after it included; 0 without tags."""
     end = max((match.end() for match in MEDIA_TAG.finditer(text)), default=0)
     return len(text) - len(text[end:].lstrip()) if end else 0
 
@@ -227,10 +229,10 @@ def join(
     dropped: list[tuple[Record, str]] | None = None,
     folders: Folders = PLAIN,
 ) -> list[Record]:
-    """Keep the records whose clips are banked; others are dropped when in quarantine or asked for.
+    """Return the records whose clips are banked, with the ids and places of their clips.
 
-    folders: what leads from their names to ids. Returns the kept records, with the ids and the places
-    of their clips; the others go to `dropped`, each with its reason.
+    folders: how names become ids. Records with a quarantined clip are added to `dropped`, with a reason;
+    those with an unknown clip too if missing is `drop`, else each is a line in `problems`.
     """
     kept = []
     quarantined = banks.quarantined()
@@ -254,6 +256,7 @@ def join(
         )
         if len(found.places) == len(record.clips):
             kept.append(found)
+        # dropped, not refused: why the clip cannot be read is recorded in its bank's quarantine
         elif len(found.clips) == len(record.clips):
             dropped.append((record, "clip in quarantine"))
         elif missing == "drop":
@@ -270,14 +273,14 @@ def join(
 def known_id(
     id_: str, source: str, banks: Banks, quarantined: Collection[str], folders: Folders
 ) -> str | None:
-    """Return the id that a clip is banked or quarantined under, None where it is not known.
+    """Return the id under which a clip is banked or quarantined, None where it is unknown.
 
-    The id itself wins over what `folders` makes of it; UserError where that is several clips.
+    The id itself wins over other names by `folders`; UserError where these are of several clips.
     """
     if id_ in banks or id_ in quarantined:
         return id_
     names = folders.other_names(id_, source)
     found = [name for name in names if name in banks or name in quarantined]
-    if len(found) > 1:
+    if len(found) > 1:  # a guess could train on another clip
         raise several(id_, found)
     return found[0] if found else None

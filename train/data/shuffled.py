@@ -1,6 +1,7 @@
-"""A control of a test set: each clip has the features of another one, on its own clock.
+"""A control for a test set: each clip has the features of another one, on its own clock.
 
-A model that answers as well has not looked: it knows what is asked, and how answers are spread.
+A model that scores as well with these does not use the features: it answers from the questions and from
+the distribution of answers.
 """
 
 from collections import defaultdict
@@ -19,26 +20,27 @@ from train.data.records import Record
 
 @dataclass(frozen=True)
 class ForeignClip(BankedClip):
-    """What is known of a clip, and another one's features: those of as early a frame."""
+    """The facts of one clip with the features of another, each frame's from the same share of the way."""
 
     theirs: int
-    """Frames that the other clip has; `info` is of the clip that it stands for."""
+    """Number of frames of the other clip; `info` is of the clip that it replaces."""
 
     def read(self, stride: int, frames: Sequence[int]) -> np.ndarray | Int8:
+        """Return the other clip's features of frames of this one, see `BankedClip.read`."""
         own = len(self.info.timestamps)
         return super().read(stride, [frame * self.theirs // own for frame in frames])
 
 
 @dataclass(frozen=True)
 class ShuffledDataset(Dataset):
-    """A dataset whose held-out records are given other clips' features."""
+    """A dataset whose held-out records have other clips' features."""
 
     others: Mapping[Place, Place] = field(default_factory=dict)
-    """Each clip's place -> where its features are read from."""
+    """Each clip's place -> the place from which its features are read."""
 
     @classmethod
     def of(cls, dataset: Dataset, seed: int = 0) -> "ShuffledDataset":
-        """Give every clip of the held-out records another one of them; UserError where there is none."""
+        """Give each clip of the held-out records the features of another; UserError if there is none."""
         groups: dict[tuple[int, int], list[Place]] = defaultdict(list)
         media = [medium for record in dataset.held_out for medium in record.places]
         for place in dict.fromkeys(place for medium in media for place in places_of(medium)):
@@ -52,12 +54,14 @@ class ShuffledDataset(Dataset):
                     fix="name a test set of more clips, or leave it out",
                 )
             order = np.random.default_rng(seed).permutation(len(places)).tolist()
-            for one, other in zip(order, order[1:] + order[:1], strict=True):  # a ring
+            # a ring: each clip gets another one's features, and each one's features are used once
+            for one, other in zip(order, order[1:] + order[:1], strict=True):
                 others[places[one]] = places[other]
         same = {f.name: getattr(dataset, f.name) for f in fields(dataset)}
         return cls(**same, others=others)
 
     def clips(self, record: Record) -> list[BankedClip | SplicedClip]:
+        """Return the media of a record, with other clips' features."""
         found: list[BankedClip | SplicedClip] = []
         for medium in record.places:
             clips = [foreign(place, self.others[place]) for place in places_of(medium)]

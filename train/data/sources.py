@@ -1,4 +1,4 @@
-"""What records are spliced from: stretches of banked clips, and the phrases that say what they show."""
+"""Sources of spliced records: parts of banked clips, and phrases that describe them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,19 +14,19 @@ from train.data.records import Record
 
 @dataclass(frozen=True)
 class Source:
-    """A stretch of a banked clip, and what says what it shows."""
+    """A part of a banked clip, and phrases that describe it."""
 
     phrases: tuple[str, ...]
-    """All of one meaning."""
+    """Phrases of one meaning."""
     clip: str
-    """Its id."""
+    """Id of the clip."""
     stretch: Stretch
     times: np.ndarray
-    """float64 seconds of the clip, of all its banked frames."""
+    """float64, seconds on the clip's clock of all its banked frames."""
 
     @classmethod
     def of(cls, record: Record) -> "Source":
-        """Return what a row of `reading.parse_source` is, once its medium is found."""
+        """Return the source of a record of `reading.parse_source`, joined to its clip."""
         (timeline,), (clip,) = record.places, record.clips
         assert isinstance(timeline, Timeline)
         (stretch,) = timeline.stretches
@@ -36,17 +36,17 @@ class Source:
 
 
 def refuse_shared(lists: Iterable[tuple[str, ...]], name: str) -> None:
-    """Raise UserError where a phrase stands in two different lists: one of them denies the other."""
+    """Raise UserError where a phrase is in two different lists, which therefore contradict each other."""
     owner: dict[str, tuple[str, ...]] = {}
     for phrases in lists:
         for phrase in phrases:
             other = owner.setdefault(phrase, phrases)
             if other != phrases:
                 raise UserError(
-                    f"phrase {phrase!a} stands in two different lists of phrases",
+                    f"phrase {phrase!a} is in two different lists of phrases",
                     got=f"{list(other)} and {list(phrases)}",
                     where=f"{name}: splice",
-                    fix="write the same list, in the same order, wherever the same is shown",
+                    fix="write the same list, in the same order, for all clips that show the same",
                 )
 
 
@@ -64,20 +64,21 @@ class Tables(NamedTuple):
     high: np.ndarray
     """Milliseconds of its clip."""
     line: np.ndarray
-    """Where its clip's frames begin among `times`."""
+    """Index of its clip's first frame in `times`."""
     base: np.ndarray
-    """What is added to its clip's times there."""
+    """Offset of its clip's times there."""
     times: np.ndarray
     """Microseconds of all clips' frames, one clip after the other, rising."""
     seconds: np.ndarray
-    """float64, the same frames, each in its clip."""
+    """float64, the same frames' seconds on their own clip's clock."""
     begin: np.ndarray
-    """`(phrases,)`, its first source."""
+    """`(phrases,)`, index of a phrase's first source."""
     size: np.ndarray
-    """How many it has."""
+    """`(phrases,)`, number of a phrase's sources."""
 
     @classmethod
     def of(cls, sources: Sequence[Source]) -> "Tables":
+        """Return the tables of sources, those of one phrase next to each other."""
         numbers: dict[tuple[str, ...], int] = {}
         clips: dict[str, int] = {}
         lines, bases, times, seconds = [], [], [], []
@@ -106,5 +107,5 @@ class Tables(NamedTuple):
         )
 
     def pick(self, phrase: np.ndarray, lot: np.ndarray) -> np.ndarray:
-        """Return a source of each phrase; lot: numbers in [0, 1)."""
+        """Return the index of a source of each phrase; lot: random numbers in [0, 1)."""
         return self.begin[phrase] + (lot * self.size[phrase]).astype(np.int64)

@@ -1,7 +1,7 @@
-"""Spans and boxes in a record's text, and what is misspelt there or backwards.
+"""Spans and boxes in a record's text; refuses those that are misspelt or backwards.
 
-A span is two times that are said to be one: `from <t:1> to <t:2>`, `<t:1> - <t:2>`, `{<t:1><t:2>}`, an
-answer of little else.
+A span is two times that the text joins: `from <t:1> to <t:2>`, `<t:1> - <t:2>`, `{<t:1><t:2>}`, or the
+two times of an answer with little other text.
 """
 
 import re
@@ -14,9 +14,9 @@ from train.data.markup import MARKUP, coordinate_of, misspelt
 
 TIME = re.compile(r"(?<!\\)<(?:t:(-?\d+(?:\.\d+)?)(%?)|TEMP-(\d{3}))>")
 BETWEEN = re.compile(r"\s*(?:to|until|till|through|-|\u2013|\u2014|~|\u2192|->)\s*", re.IGNORECASE)
-"""What stands between the two times of a span."""
+"""The text between the two times of a span."""
 FEW = 24
-"""Letters beside the two times of an answer that is a span and little else."""
+"""Most letters beside the two times of an answer that counts as a span."""
 BOX = re.compile(
     r"(?<!\\)(?:<x:{0}><y:{0}><x:{0}><y:{0}>|<WIDTH-{1}><HEIGHT-{1}><WIDTH-{1}><HEIGHT-{1}>)".format(
         r"(-?\d+(?:\.\d+)?)", r"(\d{3})"
@@ -25,7 +25,7 @@ BOX = re.compile(
 
 
 def refuse_misspelt(turns: Sequence[tuple[str, str]]) -> None:
-    """Raise RowError for what is almost markup, a slot without a number, a span or box backwards."""
+    """Raise RowError for misspelt markup, a slot without a number, a span or box that is backwards."""
     for number, (role, text) in enumerate(turns, start=1):
         if "<" not in text:
             continue
@@ -72,7 +72,7 @@ def spans(text: str, *, answer: bool) -> Iterator[tuple[re.Match[str], re.Match[
 
 
 def forwards(answer: str) -> str:
-    """Return an answer in which no span or box ends before its start: one that did ends with it."""
+    """Return an answer in which each span or box that ends before its start ends at its start."""
     ordered = BOX.sub(_box_forwards, answer)
     while backward := [pair for pair in spans(ordered, answer=True) if _is_backward(*pair)]:
         first, second = backward[0]
@@ -96,9 +96,10 @@ def _place(mark: re.Match[str]) -> float:
 
 
 def unit_of(time: re.Match[str]) -> str:
-    """Return `s`, `%` or `anchor`."""
+    """Return the unit of a match of `TIME`: `s`, `%` or `anchor`."""
     return "anchor" if time[3] else time[2] or "s"
 
 
 def value_of(time: re.Match[str]) -> float:
+    """Return the number of a match of `TIME`, in its unit."""
     return float(time[1] or time[3])

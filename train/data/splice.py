@@ -1,15 +1,15 @@
-"""Records that are spliced: stretches of banked clips on a timeline, with questions about them.
+"""Spliced records: parts of banked clips joined on a timeline, with questions about them.
 
     {"video": "a.mp4", "phrase": "a busy street", "start": 3, "end": 20}     # or "caption"
     {"video": "b.mp4", "phrase": ["a cat", "a small animal"]}                # of one meaning
 
-Such rows say what a clip shows: all of it, or from `start` to `end`. A record is drawn by nothing but the
-run's seed, the epoch and its number: any rank, a plan and a resumed run draw the same one, and every
-epoch others. Phrases of one list mean the same: a part goes by one of them, and is answered by the
-first. Others are taken to mean different things; that they do is up to their author.
-Questions come in random order, as the order of time would answer them, and each phrase is asked about
-once; beside them, at most one question is about the order of all. Records are laid out as arrays, many
-at once, because a plan counts a hundred thousand, and written as text one by one.
+Such rows describe a clip: all of it, or from `start` to `end`. A record is drawn from the run's seed, the
+epoch and its number alone: every rank, the plan and a resumed run draw the same one, and each epoch
+others. Phrases of one list mean the same: a part is named by one of them, and answered by the first.
+Other phrases are assumed to differ in meaning, which their author must see to.
+Questions come in random order, since the order of time would answer them, and each phrase is asked about
+once; at most one more question asks for the order of all. Records are drawn as arrays, many at once,
+because a plan counts a hundred thousand, and written as text one by one.
 """
 
 import string
@@ -28,9 +28,9 @@ from train.data.sources import Source, Tables, refuse_shared
 from train.settings.drawn import BLANK, SpliceSettings, draw
 
 ONE_MEDIUM = "<video>\n"
-"""How the first question of a record of one medium begins."""
+"""The beginning of the first question of a record of one medium."""
 Asked = tuple[str, str]
-"""A question, and its answer."""
+"""A question and its answer."""
 SPAN, COUNT, SEEN, ORDER = range(4)
 KIND_NAMES = ("span", "count", "seen", "order")
 KINDS = {"span": SPAN, "seen": SEEN}
@@ -39,16 +39,16 @@ KINDS = {"span": SPAN, "seen": SEEN}
     10
 )
 (ASKED, KIND, COUNTED, IN_ORDER, IN_ORDER_AT, MOMENT, LETTER, NAME, WORDING) = range(10, 19)
-"""What a number is drawn for."""
+"""Purposes of random numbers, which enter their seed."""
 
 
 class Layout(NamedTuple):
-    """Spliced records as arrays, one a row; what lies behind a row's parts and rounds means nothing."""
+    """Spliced records as arrays, one a row; values beyond a row's parts and rounds are meaningless."""
 
     parts: np.ndarray
-    """int64 `(records,)`, how many there are."""
+    """int64 `(records,)`, number of parts."""
     source: np.ndarray
-    """int64 `(records, parts)`, the number of a part's source."""
+    """int64 `(records, parts)`, index of each part's source."""
     first: np.ndarray
     last: np.ndarray
     """Banked frames [first, last) of its clip."""
@@ -58,37 +58,37 @@ class Layout(NamedTuple):
     once: np.ndarray
     """bool, whether no other part of the record has its phrase."""
     letter: np.ndarray
-    """float64, by which parts are lettered."""
+    """float64, whose order gives the letters of parts in a question of order."""
     name: np.ndarray
-    """float64 in [0, 1), which of its phrases a part goes by."""
+    """float64 in [0, 1), chooses the phrase by which a part is named."""
     rounds: np.ndarray
-    """int64 `(records,)`, how many questions there are."""
+    """int64 `(records,)`, number of questions."""
     kind: np.ndarray
     """int64 `(records, rounds)`: SPAN, COUNT, SEEN or ORDER."""
     about: np.ndarray
-    """The part that is asked about."""
+    """int64 `(records, rounds)`, the part that is asked about."""
     moment: np.ndarray
-    """float64, where in the part SEEN asks, in [0.1, 0.9)."""
+    """float64, the share of the part at which SEEN asks, in [0.1, 0.9)."""
     wording: np.ndarray
-    """float64 in [0, 1), by which wording a question is asked."""
+    """float64 in [0, 1), chooses the wording of a question."""
 
 
 @dataclass(frozen=True)
 class Splice:
-    """What draws the spliced records of one dataset."""
+    """Draws the spliced records of one dataset."""
 
     settings: SpliceSettings
     sources: tuple[Source, ...]
-    """Those of the same phrases side by side."""
+    """Those of the same phrases are neighbours."""
     records: tuple[Record, ...]
-    """Of the sources."""
+    """The sources' records."""
     name: str
-    """Of the files, for messages."""
+    """The files' names, for messages."""
     key: int
-    """Of their bytes, so that two datasets of a run draw differently."""
+    """From the files' bytes, so that two datasets of a run draw differently."""
     seed: int
     independent: bool = False
-    """Whether the questions of a record do not see each other."""
+    """Whether a record has independent turns."""
 
     @classmethod
     def of(
@@ -101,7 +101,7 @@ class Splice:
         *,
         independent: bool = False,
     ) -> "Splice":
-        """Return what splices records of `reading.parse_source`; UserError for too few."""
+        """Return the splice of records of `reading.parse_source`; UserError for too few phrases."""
         phrases: dict[tuple[str, ...], list[tuple[Source, Record]]] = {}
         for record in records:
             source = Source.of(record)
@@ -131,7 +131,7 @@ class Splice:
         tables = self._tables
 
         def drawn(what: int, *columns: int) -> np.ndarray:
-            """Return numbers in [0, 1) for each record, and each column of so many."""
+            """Return random numbers in [0, 1): `(records, *columns)`."""
             key = (self.key, self.seed, epoch)
             wide = numbers.reshape(-1, *(1 for _ in columns))
             return draw(*key, wide, what, *map(np.arange, columns))
@@ -149,13 +149,13 @@ class Splice:
         return Layout(parts, source, first, last, start, end, once, letter, name, *asked, wording)
 
     def _sources(self, tables: Tables, drawn: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return (sources, parts): of different phrases and clips, but for a phrase to be counted."""
+        """Return (source, parts), of different phrases and clips, but for a phrase to be counted."""
         phrases = len(tables.begin)
         fewest, most = (min(int(n), phrases) for n in self.settings.parts)
         parts = fewest + (drawn(PARTS) * (most - fewest + 1)).astype(np.int64)
         chosen = np.zeros((len(parts), 0), np.int64)
         lots = drawn(PHRASE_OF, most)
-        for column in range(most):  # the r-th of those that are not chosen yet
+        for column in range(most):  # the r-th of those phrases that are not chosen yet
             other = (lots[:, column] * (phrases - column)).astype(np.int64)
             for before in np.sort(chosen, axis=1).T:
                 other += other >= before
@@ -163,7 +163,7 @@ class Splice:
         source = tables.pick(chosen, drawn(SOURCE_OF, most))
         on = np.arange(most) < parts[:, None]
         clip = np.where(on, tables.clip[source], -1 - np.arange(most))
-        # another phrase of a clip may be true of the same frames
+        # not the same clip twice: another phrase of it may describe the same frames
         on &= ~np.tril(clip[:, :, None] == clip[:, None, :], -1).any(axis=2)
         kept = np.argsort(~on, axis=1, kind="stable")
         source, parts = np.take_along_axis(source, kept, axis=1), on.sum(axis=1)
@@ -172,7 +172,7 @@ class Splice:
         return source, parts
 
     def _repeat(self, tables: Tables, source: np.ndarray, parts: np.ndarray, drawn: Any) -> None:
-        """Show one phrase of every other record twice, in place of another that is no neighbour."""
+        """Repeat a phrase in about half of the records, in place of one that is not its neighbour."""
         again, instead = ((drawn(what) * parts).astype(np.int64) for what in (AGAIN, INSTEAD))
         rows = np.flatnonzero((drawn(TWICE) < 0.5) & (np.abs(again - instead) > 1))
         own = source[rows, again[rows]]
@@ -183,7 +183,7 @@ class Splice:
     def _stretches(
         self, tables: Tables, source: np.ndarray, drawn: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return (first, last, start, end) of each part: a frame is drawn, and a stretch around it."""
+        """Return (first, last, start, end) of each part: a random frame, and a random time around it."""
         columns = source.shape[1]
         low, high = tables.low[source], tables.high[source]
         shortest, longest = (round(1000 * t) for t in self.settings.seconds)
@@ -212,7 +212,7 @@ class Splice:
         lots = np.where(free, drawn(ASKED, free.shape[1]), 2.0)
         about = np.argsort(lots, axis=1, kind="stable")[:, :most]
         kind = plain[(drawn(KIND, most) * len(plain)).astype(np.int64)]
-        # of what is seen twice there is no one span, but a number that is not 1
+        # a phrase that is shown twice has no single span, so it is asked for by number
         twice = ~np.take_along_axis(once, about, axis=1) & (np.arange(most) < rounds[:, None])
         if "count" in asked:
             any_ = (drawn(COUNTED) * rounds).astype(np.int64)
@@ -250,9 +250,9 @@ class Splice:
         )
 
     def frame_times(self, laid: Layout) -> np.ndarray:
-        """Return the seconds on each record's clock of all frames of its parts, one after the other.
+        """Return the seconds on each record's clock of all frames of its parts: float64, concatenated.
 
-        The same sums as of a medium that is opened, to the bit.
+        Bit for bit those of the opened medium (`shards.read.timeline`).
         """
         on = np.arange(laid.source.shape[1]) < laid.parts[:, None]
         start, end = laid.start / 1000, laid.end / 1000
@@ -266,11 +266,11 @@ class Splice:
 
     @cached_property
     def _kept(self) -> dict[int, Layout]:
-        """Whole epochs that were laid out, the last two."""
+        """The last two whole epochs that were drawn."""
         return {}
 
     def _row(self, epoch: int, number: int) -> Layout:
-        """Return one record as a layout of one row: a row of its epoch, where that is not too long."""
+        """Return the layout of one record, from its whole epoch's if that is not too long."""
         if number >= MOST_KEPT:
             return self.layout(epoch, np.asarray([number]))
         laid = self._kept.get(epoch)
@@ -284,19 +284,19 @@ class Splice:
         return Layout(*(column[number : number + 1] for column in laid))
 
     def questions(self, laid: Layout, *, timed: bool = True) -> list[list[Asked]]:
-        """Return the questions of each record; without `timed`, every time in them is 0."""
+        """Return `write_questions` of these records."""
         return write_questions(laid, self.sources, self.settings, timed=timed)
 
 
 ROLES = ("user", "assistant")
 MOST_KEPT = 2**18
-"""Records of an epoch that are laid out once and kept (500 bytes each): one by one takes far longer."""
+"""Most records of an epoch that are drawn at once and kept, 500 bytes each: one by one is far slower."""
 
 
 def write_questions(
     laid: Layout, sources: Sequence[Source], settings: SpliceSettings, *, timed: bool = True
 ) -> list[list[Asked]]:
-    """Return the questions of each record; without `timed`, every time in them is 0."""
+    """Return the questions and answers of each record; without `timed`, every time in them is 0."""
     ends = np.cumsum(laid.end - laid.start, axis=1) / 1000 * timed
     begins = ends - (laid.end - laid.start) / 1000 * timed
     columns = (laid.parts, laid.source, laid.name, laid.rounds, laid.kind, laid.about)
@@ -330,7 +330,7 @@ def write_questions(
 
 
 def _order(text: str, shown: Sequence[str], once: Sequence[int], letter: Sequence[float]) -> Asked:
-    """Ask for the letters of phrases in the order of time."""
+    """Return the question for the order of phrases in time, and the answer in letters."""
     by_letter = sorted(once, key=lambda part: letter[part])[: len(string.ascii_uppercase)]
     named = dict(zip(by_letter, string.ascii_uppercase, strict=False))
     lines = "\n".join(f"{named[part]}. {shown[part]}" for part in by_letter)

@@ -1,8 +1,11 @@
-"""Checkpoints: written aside, synced, hashed, renamed, read back; `resume: auto` takes the newest whole.
+"""Checkpoints: written under a temporary name, synced, hashed, renamed, verified; and how to resume.
 
 `checkpoint-N` is a model folder (see `model.vlm`) in which an LLM that is not trained is named by path
 and digest, with the optimizer's state beside it and `checkpoint.json`: the step, the facts that
 decide whether a run may go on from it, settings, versions, and the digest of every other file.
+
+`resume: auto` takes the newest checkpoint that verifies, so a crash during a save changes nothing. No
+random state is stored: order and dropout are functions of seed, step and pack.
 """
 
 import copy
@@ -41,12 +44,12 @@ MANIFEST = "checkpoint.json"
 def save_checkpoint(
     output_dir: Path, step: int, model: VLM, optimizer: torch.optim.Optimizer, state: Json
 ) -> Path:
-    """Write `checkpoint-step` so that it exists whole or not at all; returns its folder.
+    """Write `checkpoint-step` so that it exists whole or not at all; return its folder.
 
-    UserError where it cannot be written; the checkpoints before it are then as they were.
+    Raises UserError where it cannot be written; earlier checkpoints are then unchanged.
     """
     final = output_dir / f"checkpoint-{step}"
-    assert not final.exists(), f"{final}: what lies beyond a run's step was to be set aside"
+    assert not final.exists(), f"{final}: `set_aside` removes checkpoints beyond a run's step"
     for left in output_dir.glob("checkpoint-*.tmp"):
         shutil.rmtree(left)
     temporary = output_dir / f"{final.name}.tmp"
@@ -63,13 +66,14 @@ def save_checkpoint(
             where=final,
             fix="make room, then run the same command to go on from the checkpoint before it",
         ) from error
+    # read back now: a disk that loses bytes is found while the run still has the weights
     if not verifies(final):
         raise UserError("does not read back as it was written", where=final, fix="check the disk")
     return final
 
 
 def seal(folder: Path, state: Json) -> None:
-    """Sync every file and folder, and write the manifest that lists their digests."""
+    """Write the manifest that lists the files' digests, and sync all files and folders to disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digests = {path.relative_to(folder).as_posix(): file_facts(path)["sha256"] for path in files}
     (folder / MANIFEST).write_bytes(signed_json(state | {"files": digests}))
@@ -78,7 +82,7 @@ def seal(folder: Path, state: Json) -> None:
 
 
 def verifies(folder: Path) -> bool:
-    """Tell whether a checkpoint is whole: every file there, with the digest it was written with."""
+    """Return whether a checkpoint is whole: every file is there, with the digest it was written with."""
     return not damage_of(folder)
 
 
@@ -105,7 +109,10 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_resume(output_dir: Path, resume: str) -> Path | None:
-    """Return the checkpoint to go on from, None to start anew."""
+    """Return the checkpoint to go on from, None to start from scratch.
+
+    resume: `none`, `auto` or a folder. Raises UserError for a folder that does not verify.
+    """
     if resume == "none":
         return None
     if resume == "auto":
@@ -120,20 +127,20 @@ def find_resume(output_dir: Path, resume: str) -> Path | None:
 
 
 def passed_over(output_dir: Path, chosen: Path | None) -> list[str]:
-    """Return a line on each checkpoint newer than the chosen one: what is damaged, and what follows."""
+    """Return a line for each checkpoint newer than the chosen one: its damage, and what the run does."""
     newer = checkpoints(output_dir)
     if chosen in newer:
         newer = newer[: newer.index(chosen)]
-    instead = f"goes on from {chosen.name}" if chosen else "starts anew"
+    instead = f"goes on from {chosen.name}" if chosen else "starts from scratch"
     return [f"damaged   {path}: {damage_of(path)}; the run {instead}" for path in newer]
 
 
 def choose_checkpoint(
     output_dir: Path, resume: str, accelerator: "Accelerator"
 ) -> tuple[Path | None, list[str]]:
-    """Return (the checkpoint to go on from, what to say of newer ones that are damaged).
+    """Return (the checkpoint to go on from, lines about newer ones that are damaged).
 
-    One process reads them through, all take the same.
+    The main process reads and verifies them, and all take its choice.
     """
     found: tuple[Path | None, list[str]] = (None, [])
     if accelerator.is_main_process:
@@ -143,9 +150,9 @@ def choose_checkpoint(
 
 
 def facts_of(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> dict[str, Json]:
-    """Return what must be the same to go on from a checkpoint, by subject and name."""
+    """Return the facts that must be equal to go on from a checkpoint: subject -> name -> value."""
     model = asdict(model_config(config, dataset))
-    del model["turns"]  # of the records, whose plan says it
+    del model["turns"]  # the plan has it, for each dataset
     adapter = ("lora_r", "lora_alpha") if config.tune_llm == "lora" else ()
     return {
         "model": model | {name: getattr(config, name) for name in ("tune_llm", *adapter)},
@@ -155,24 +162,24 @@ def facts_of(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> dict[str, 
 
 
 def refuse_other_run(folder: Path, state: Json, facts: Mapping[str, Json]) -> None:
-    """Raise UserError that names each fact in which a checkpoint's run is not this one.
+    """Raise UserError that names each fact in which a checkpoint's run differs from this one.
 
-    facts: model, bank, plan, ... -> what of it must be the same, by name.
+    facts: of this run, see `facts_of`.
     """
     if lines := facts_changed(state["facts"], facts):
         raise UserError(
-            f"this run is another than the one it would go on with: {'; '.join(lines)}",
+            f"this run differs from the one that it would go on with: {'; '.join(lines)}",
             where=folder,
-            fix="use the settings and files of before, another output_dir, or resume: none, which "
-            "starts anew",
+            fix="use the earlier settings and files, another output_dir, or resume: none, which "
+            "starts from scratch",
         )
 
 
 def changed_settings(folder: Path, state: Json, total: int, config: Json) -> str:
-    """Return what to say of the settings that differ from those of the run so far, empty if nothing.
+    """Return a notice of the settings that differ from the checkpoint's, empty if there are none.
 
-    Those that a run may change: a rate, a number of steps. From here on it is another run; where all
-    steps (`total`) are taken, they change nothing.
+    These are settings that a run may change: a rate, a number of steps. Where all steps (`total`) are
+    taken already, they have no effect, which the notice says.
     """
     changed = "; ".join(was_now(state["config"], config))
     if state["step"] < total:
@@ -181,18 +188,18 @@ def changed_settings(folder: Path, state: Json, total: int, config: Json) -> str
         f"finished  nothing is trained: {folder} has {state['step']} steps, {total} are asked for"
     )
     if changed:
-        text += f"\n          its weights know nothing of the new settings: {changed}"
+        text += f"\n          its weights were trained without the new settings: {changed}"
     return (
-        f"{text}\n          to train on, raise max_steps or num_train_epochs; to train otherwise, "
-        "name another output_dir, or resume: none"
+        f"{text}\n          to train on, raise max_steps or num_train_epochs; to train with other "
+        "settings, name another output_dir, or resume: none"
     )
 
 
 def set_aside(output_dir: Path, step: int) -> None:
-    """Rename what lies beyond the step that a run goes on from, to `checkpoint-N.old`.
+    """Rename each checkpoint beyond the step that a run goes on from, to `checkpoint-N.old`.
 
-    It is damaged, or was left by a run that is not continued: neither `resume: auto` may take it nor
-    `prune` keep it in place of what this run writes.
+    It is damaged, or of a run that is not continued: `resume: auto` must not take it, nor `prune` keep
+    it in place of this run's own.
     """
     for folder in checkpoints(output_dir):
         if step_of(folder) > step:
@@ -202,6 +209,7 @@ def set_aside(output_dir: Path, step: int) -> None:
 
 
 def read_state(folder: Path) -> Json:
+    """Return a checkpoint's manifest, `checkpoint.json`."""
     return read_signed_json(folder / MANIFEST)
 
 
@@ -213,11 +221,12 @@ def prune(output_dir: Path, limit: int, best: str | None) -> None:
 
 
 def step_of(folder: Path) -> int:
+    """Return the N of `checkpoint-N`."""
     return int(folder.name.removeprefix("checkpoint-"))
 
 
 def versions() -> Json:
-    """Return what a run was made with; recorded, never compared."""
+    """Return the versions of Python and the libraries; recorded, never compared."""
     names = ("framebank", "torch", "transformers", "accelerate")
     return {"python": platform.python_version()} | {name: installed(name) for name in names}
 
@@ -226,11 +235,11 @@ class FullState:
     """Gathers FSDP2's shards into a full model and optimizer state on rank 0, to be saved."""
 
     def __init__(self, model: VLM, accelerator: "Accelerator") -> None:
-        """Made before the model is prepared; a twin of it holds no memory until it is needed."""
+        """To be made before the model is prepared; the twin on the meta device takes no memory."""
         self.model, self.main = model, accelerator.is_main_process
         self.twin: VLM | None = None
         if accelerator.is_fsdp2:
-            # the dtype of arithmetic is autocast's affair; FSDP would round LAPE's tables as well
+            # autocast chooses the dtype of each operation; FSDP's policy would round LAPE's fp32 tables
             accelerator.state.fsdp_plugin.mixed_precision_policy = None
             meta = {
                 id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
@@ -239,10 +248,10 @@ class FullState:
             self.twin = copy.deepcopy(model, memo={**meta, id(model.tokenizer): model.tokenizer})
 
     def gather(self, optimizer: torch.optim.Optimizer) -> tuple[VLM, torch.optim.Optimizer]:
-        """Return model and optimizer as one process would have them; every rank calls this.
+        """Return model and optimizer as a single process would have them; every rank calls this.
 
-        With FSDP2 they lie on the CPU and are filled on the first process alone: 12 bytes for each
-        trained parameter, which are freed when the result is.
+        With FSDP2 they are copies on the CPU, filled on the main process alone: 12 bytes for each
+        trained parameter (fp32 weight and two moments), freed with the result.
         """
         if self.twin is None:
             return self.model, optimizer
@@ -257,7 +266,7 @@ class FullState:
             states[parameter] = {
                 what: _on_cpu(held, self.main) for what, held in optimizer.state.get(p, {}).items()
             }
-        for module in model.modules():  # a tied parameter has several places
+        for module in model.modules():  # a tied parameter is in several modules
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, filled[id(p)])
         trained = [p for p in filled.values() if p.requires_grad]

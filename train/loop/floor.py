@@ -1,4 +1,4 @@
-"""What the frame-causal loss has to beat: predictions of the next frame that need no such model.
+"""Baselines of the frame-causal loss: predictions of the next frame without the model.
 
     copy      the last frame again
     affine    a x last frame + b x cell mean, a and b of least squares
@@ -7,6 +7,8 @@
 The last frame is read on the next one's grid; the cell mean is that of the next frames of training
 clips. Both fits are of a run's training clips, once for each pair of streams, and `floor.safetensors`
 in its output folder keeps them for `train/evaluate.py`. Features and errors are those of the loss.
+
+Copying alone is too weak a baseline: in both runs of `make demo` the ridge is the strongest of the three.
 """
 
 import json
@@ -43,39 +45,40 @@ if TYPE_CHECKING:
 FILE = "floor.safetensors"
 VERSION = 1
 MOST_CLIPS, MOST_CELLS = 1024, 2**19
-"""What the fits read of a run's training clips, at most: some gigabytes of features, once."""
+"""Most clips, and most cells of them, that the fits read: some gigabytes of features, once."""
 MOST_DRAWN = 4096
-"""Records that they are chosen from, where each is drawn to be looked at."""
+"""Most records that these clips are chosen from, where records are drawn (`splice`)."""
 CLIPS_AT_ONCE, CELLS_AT_ONCE = 4, 2**14
-"""What is held in memory of them, the cells in fp64."""
+"""Clips, and cells in fp64, that are in memory at a time."""
 HELD_IN = 5
-"""Every fifth of these clips is kept out of the first fit and chooses the ridge."""
+"""Every fifth of these clips is left out of the first fit and chooses the ridge's penalty."""
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Shares of the inputs' mean square."""
+"""Candidates for the penalty, as shares of the inputs' mean square."""
 
 
 class Floor:
     """The fitted baselines of a run."""
 
     def __init__(self, tensors: dict[str, Tensor], facts: Json) -> None:
-        """tensors: fp32, by pair of streams, see `fitted`; facts: of what they are, see `facts_of`."""
+        """tensors: fp32, see `fitted`. facts: what they were fitted on, see `facts_of`."""
         self.tensors, self.facts = tensors, facts
 
     def to(self, device: torch.device) -> "Floor":
+        """Return a copy on a device."""
         return Floor({n: t.to(device) for n, t in self.tensors.items()}, self.facts)
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the sums over a batch's transitions by pair of streams, as the model's: fp32 `(4,)`.
+        """Return the baselines' error sums by pair of streams, as the model's: name -> fp32 `(4,)`.
 
-        Nothing where the last frames were not read on the next ones' grids. A pair of streams that
-        no training clip had is predicted by copying.
+        Empty where the last frames were not read on the next ones' grids. A pair of streams that no
+        training clip had is predicted by copying.
         """
         if any(pairs.copy is None for pairs in batch.transitions):
             return {}
         device = batch.input_ids.device
         out = {f"ar_{name}": torch.zeros(4, device=device) for name in ("affine", "ridge")}
-        # fp32 whatever the run computes in: a floor that was rounded is too easy to beat
+        # fp32 whatever the run computes in: rounding would make a baseline easier to beat
         with torch.autocast(device.type, enabled=False):
             for pairs in batch.transitions:
                 pair, slot = pair_of(batch, pairs), PAIRS.index(pair_of(batch, pairs))
@@ -109,9 +112,9 @@ def ends(batch: Batch, pairs: Transitions) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Moments:
-    """Sums over the transitions of one pair of streams: fp64, a transition's cells weigh 1 together.
+    """Sums over the transitions of one pair of streams: fp64, each transition with a total weight of 1.
 
-    x are the last frames' cells with a 1 behind, y the next frames'.
+    x: the last frames' cells, each with a 1 appended; y: the next frames' cells.
     """
 
     xx: Tensor
@@ -126,6 +129,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, dim: int, device: torch.device) -> "Moments":
+        """Return the moments of no transition."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return cls(zero.new_zeros(dim + 1, dim + 1), zero.new_zeros(dim + 1, dim), zero)
 
@@ -158,9 +162,10 @@ class Moments:
 
 
 def ridge(of: Moments, share: float) -> Tensor:
-    """Return `(dim + 1, dim)` that predicts y from x; the last row, the vector, is not penalised.
+    """Return the ridge regression `(dim + 1, dim)` from x to y: (X'X + penalty I)^-1 X'Y.
 
-    share: the penalty, as a share of the mean square of x's features.
+    share: the penalty, as a share of the mean square of x's features. The last row, the vector, is not
+    penalised.
     """
     dim = of.xy.shape[1]
     penalised = of.xx.clone()
@@ -170,12 +175,12 @@ def ridge(of: Moments, share: float) -> Tensor:
 
 
 def error(matrix: Tensor, of: Moments) -> float:
-    """Return the sum of squared errors of `x @ matrix` over the transitions that moments are of."""
+    """Return the sum of squared errors of `x @ matrix`: tr(Y'Y) - 2 tr(M'X'Y) + tr(M'X'X M)."""
     return float(of.yy - 2 * (matrix * of.xy).sum() + (matrix * (of.xx @ matrix)).sum())
 
 
 def best_ridge(first: Moments, held_in: Moments) -> float:
-    """Return the ridge with which a fit of some clips predicts others best; without, the largest."""
+    """Return the penalty with which a fit of some clips predicts others best; the largest if none are."""
     if not (first.weight and held_in.weight):
         return RIDGES[-1]
     return min(RIDGES, key=lambda share: error(ridge(first, share), held_in))
@@ -192,14 +197,14 @@ def mix(of: Moments) -> tuple[Tensor, dict[str, Tensor]]:
         last_mean += (last * mean).sum() / len(mean)
         mean_mean += (following * mean).sum() / len(mean)
         means[grid] = mean
-    # the mean's product with what follows is that with itself
+    # the mean's product with the next frames equals its product with itself
     normal = torch.stack([last_last, last_mean, last_mean, mean_mean]).view(2, 2)
     right = torch.stack([last_next, mean_mean])
     return torch.linalg.pinv(normal, hermitian=True) @ right, means
 
 
 def fitted(pair: str, first: Moments, held_in: Moments) -> dict[str, Tensor]:
-    """Return what predicts one pair's next frames, by name: fp32.
+    """Return the fits of one pair of streams, by name: fp32.
 
     SF.matrix `(dim, dim)`, SF.vector `(dim,)`, SF.ridge: the chosen share; SF.mix `(2,)`, SF.mean.2x3
     `(cells, dim)` of each grid, SF.mean `(dim,)` of all cells.
@@ -246,9 +251,9 @@ def _mean_name(pair: str, target: FrameGroup) -> str:
 
 
 def records_to_fit(dataset: Dataset, plan: RunPlan) -> list[int]:
-    """Return which training records the fits read: evenly spread, each of other clips.
+    """Return the training records that the fits read: evenly spread, no two of the same clip.
 
-    None without a step from frame to frame. What the model may learn from, the fits may.
+    Only records with a transition. Held-out records are not among them, as for the model.
     """
     taken: set[Place] = set()
     found = []
@@ -268,7 +273,7 @@ def records_to_fit(dataset: Dataset, plan: RunPlan) -> list[int]:
 
 
 def facts_of(plan: RunPlan, config: VLMConfig, records: Sequence[int]) -> Json:
-    """Return what a run's floor depends on."""
+    """Return the facts that a run's fits depend on."""
     names = ("frame_sampling_strategy", "slow_frame_ratio", "max_frames_num")
     return {
         "version": VERSION,
@@ -285,17 +290,17 @@ def floor_of_run(
     accelerator: "Accelerator",
     say: Callable[[str], None],
 ) -> Floor | None:
-    """Return the floor of a run, fitted once and kept in its folder; every rank calls this.
+    """Return the baselines of a run, fitted once and kept in its folder; every rank calls this.
 
-    One of each machine reads and fits, the others read the file. None where the model predicts no
-    frames, or no training clip has two.
+    One process of each machine reads clips and fits, the others read the file. None where the model
+    predicts no frames, or no training clip has two.
     """
     if loader.config.loss_weight == 0:
         return None
     records = records_to_fit(loader.dataset, plan)
     facts = facts_of(plan, loader.config, records)
     if not records:
-        (folder / FILE).unlink(missing_ok=True)  # of another run
+        (folder / FILE).unlink(missing_ok=True)  # an earlier run's
         say("floor     none: no training clip has a step from frame to frame to fit it on")
         return None
     with accelerator.local_main_process_first():
@@ -348,7 +353,7 @@ def read(path: Path) -> Floor:
 
 
 def _kept(path: Path, facts: Json) -> Floor | None:
-    """Return the floor of these facts that lies here already, if one does."""
+    """Return the floor of these facts that is stored already, or None."""
     try:
         floor = read(path) if path.exists() else None
     except UserError:
@@ -357,9 +362,9 @@ def _kept(path: Path, facts: Json) -> Floor | None:
 
 
 def floor_of_model(folder: Path, config: VLMConfig) -> Floor | None:
-    """Return the floor that lies beside a trained model or its checkpoint; None where none does.
+    """Return the floor that is stored beside a trained model or its checkpoint, or None.
 
-    UserError where it was fitted on other frames than the model is shown.
+    Raises UserError where it was fitted on other frames than the model takes.
     """
     is_checkpoint = (folder / "checkpoint.json").exists()
     path = (folder.resolve().parent if is_checkpoint else folder) / FILE
@@ -369,7 +374,7 @@ def floor_of_model(folder: Path, config: VLMConfig) -> Floor | None:
     theirs = floor.facts.get("frames", {})
     if lines := differences({name: getattr(config, name) for name in theirs}, theirs):
         raise UserError(
-            f"fitted on other frames than {folder} is shown: {'; '.join(lines)}",
+            f"fitted on other frames than {folder} takes: {'; '.join(lines)}",
             where=path,
             fix="move it away to go without ar_skill",
         )

@@ -1,9 +1,10 @@
-"""How the gradients of a step's packs become one, on any number of processes.
+"""Sums the gradients of a step's packs, on any number of processes.
 
 `fast`: each rank adds up its own packs, and DDP averages the ranks while the backward pass runs; the
-order of the additions depends on the number of processes. `exact`: every pack's gradient is sent
-round as one flat tensor and added in the order of the packs, so that weights are the same bits on
-1, 2 or 3 processes, and after a resume on another number of them.
+order of the additions depends on the number of processes. `exact`: every pack's gradient is broadcast
+as one flat tensor and added in the order of the packs, so that weights are the same bits on 1, 2 or 3
+processes, and after a resume on another number of them. It costs memory and traffic, so it is for small
+models and for tests.
 """
 
 import hashlib
@@ -29,10 +30,10 @@ LossOf = Callable[[Any, int, Batch], Tensor]
 
 
 def pin_threads(num_threads: int, reduce: str, state: Json, processes: int) -> None:
-    """Set torch's threads: as asked, or as the run began.
+    """Set torch's number of threads: that of the settings, else that with which the run began.
 
-    A sum is cut into as many parts as there are threads, so another number of them is another
-    rounding: a resumed run would no longer be the run it was, bit by bit.
+    Torch splits a sum into as many parts as there are threads, so another number of threads rounds
+    differently, and a resumed run would not repeat the uninterrupted one bit for bit.
     """
     as_before = reduce == "exact" or state.get("processes") == processes
     threads = num_threads or (state.get("threads") if as_before else None)
@@ -41,22 +42,22 @@ def pin_threads(num_threads: int, reduce: str, state: Json, processes: int) -> N
 
 
 class Reduction(Protocol):
-    """A prepared model and optimizer, and the way to a step's gradient."""
+    """A prepared model and optimizer, with the computation of a step's gradient."""
 
     optimizer: Any
 
     def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
         """Leave the gradient of a step's loss over all packs in the parameters of every rank.
 
-        batches: this rank's packs k = rank, rank + world, ... of `packs`, and an idle one where other
-        ranks have one more.
+        batches: this rank's packs k = rank, rank + world, ... of `packs`, followed by an idle one where
+        other ranks have one more.
         """
 
     def hold_gradients(self) -> None:
-        """Take the memory that gradients have in the midst of a step."""
+        """Allocate the gradients, as they are in the middle of a step."""
 
     def drop_gradients(self) -> None:
-        """Forget the gradients."""
+        """Free the gradients."""
 
 
 def make_reduction(
@@ -65,7 +66,7 @@ def make_reduction(
     """Prepare model and optimizer for `fast` or `exact`; UserError where FSDP forbids the latter."""
     if kind == "exact" and accelerator.is_fsdp2:
         raise UserError(
-            "adds up whole gradients on every process, of which FSDP keeps parts",
+            "adds up whole gradients on every process, and FSDP keeps parts of them",
             where="reduce exact",
             fix="use reduce: fast, or launch without FSDP",
         )
@@ -73,7 +74,7 @@ def make_reduction(
 
 
 class Fast:
-    """What Accelerate makes of the model: DDP, FSDP, or the model itself."""
+    """Accelerate's own wrapper around the model: DDP, FSDP, or none on one process."""
 
     def __init__(
         self, accelerator: "Accelerator", model: VLM, optimizer: torch.optim.Optimizer
@@ -83,7 +84,7 @@ class Fast:
 
     def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        assert len(batches) == -(-packs // world), "ranks that make fewer passes are waited for"
+        assert len(batches) == -(-packs // world), "every rank must make as many passes"
         self.drop_gradients()
         for place, batch in enumerate(batches):
             last = place == len(batches) - 1
@@ -102,7 +103,11 @@ class Fast:
 
 
 class Exact:
-    """No wrapper: three flat fp32 tensors of all trained parameters (two on one process)."""
+    """Sums in pack order, without a wrapper: three flat fp32 tensors of all trained parameters.
+
+    Two on one process. fp32 in a fixed order, not fp64 in any: an fp64 sum that rounds to fp32 at a
+    boundary would still depend on its order.
+    """
 
     def __init__(
         self, accelerator: "Accelerator", model: VLM, optimizer: torch.optim.Optimizer
@@ -113,13 +118,14 @@ class Exact:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         assert all(p.dtype == torch.float32 for p in self.parameters)
         if accelerator.device.type == "cuda":
+            # warn only: some backward kernels on CUDA have no deterministic form
             torch.use_deterministic_algorithms(True, warn_only=True)
         if self.world > 1:
             for value in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(value.data, src=0)
         size = sum(p.numel() for p in self.parameters)
         self.own = torch.zeros(size, device=accelerator.device)
-        """This rank's pack; the parameters' gradients are views of it."""
+        """The gradient of this rank's pack; the parameters' gradients are views of it."""
         self.total = torch.zeros_like(self.own)
         self.other = torch.empty_like(self.own) if self.world > 1 else self.own
 
@@ -148,7 +154,10 @@ class Exact:
 
 
 def pack_seed(seed: int, step: int, pack: int) -> int:
-    """Return the seed of a pack's dropout: of its place in the run, not of a rank's history."""
+    """Return the seed of a pack's dropout: from its place in the run, not from a rank's history.
+
+    So a resumed run needs no saved random state, and the number of ranks changes no mask.
+    """
     mixed = hashlib.blake2b(f"{seed} {step} {pack}".encode(), digest_size=8)
     return int.from_bytes(mixed.digest(), "big") >> 1
 
@@ -156,10 +165,10 @@ def pack_seed(seed: int, step: int, pack: int) -> int:
 def sum_in_order(
     accelerator: "Accelerator", rows: Tensor, requests: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return all packs' sums `(packs, n)`, complete on every rank, and the ranks' requests added up.
+    """Return all packs' sums `(packs, n)`, complete on every rank, and the sum of the ranks' requests.
 
-    rows: fp64, zero where a pack is another rank's, so that the result is the same bits on any
-    number of processes.
+    rows: fp64, zero where a pack is another rank's: only zeros are added to a pack's sums, so they are
+    the same bits on any number of processes. One reduction for both saves a round of communication.
     """
     flat = accelerator.reduce(torch.cat([rows.flatten(), requests.to(rows)]), reduction="sum")
     return flat[: rows.numel()].view_as(rows), flat[rows.numel() :]

@@ -22,9 +22,9 @@ def held_out_loss(
     accelerator: "Accelerator",
     floor: "Floor | None" = None,
 ) -> Json:
-    """Return the metrics of records that are not trained on, `size` at a time; ranks share them.
+    """Return the metrics of records that are not trained on, `size` to a batch; ranks divide the batches.
 
-    floor: what `ar_skill` is read against; without, there is none.
+    floor: the baselines of `ar_skill`; without them there is none.
     """
     import torch
 
@@ -34,7 +34,7 @@ def held_out_loss(
     floor = floor and floor.to(accelerator.device)
     was_training = model.training
     model.eval()
-    # a row for each batch, so that they are added up in the same order on any number of ranks
+    # a row for each batch: the sums are then added in the same order on any number of ranks
     sums = torch.zeros(-(-len(records) // size), NUM_SUMS, dtype=torch.float64)
     sums = sums.to(accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes

@@ -1,4 +1,4 @@
-"""What a run says and writes down: banner, lines, train.log, metrics.jsonl, TensorBoard."""
+"""A run's output: banner, progress lines, train.log, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import json
 import math
@@ -34,7 +34,7 @@ LINE: tuple[tuple[tuple[str, str], ...], ...] = (
 
 
 def line_of(step: int, total: int, metrics: Json) -> str:
-    """Return a step as people read it."""
+    """Return a step's progress line: `step 120/4000 ce 1.92 ar 0.41 ... | ETA 1h12m`."""
     written = metrics | {
         name: (short if name.endswith("per_second") else duration)(metrics[name])
         for name in ("supervised_per_second", "tokens_per_second", "eta_seconds")
@@ -59,9 +59,9 @@ WANDB_ID = "wandb-id.txt"
 
 
 class RunLog:
-    """The run's logs; only the main process writes.
+    """The run's logs; only the main process (`active`) writes.
 
-    wandb: the settings to show at W&B, or None to leave it alone.
+    wandb: the settings to show at W&B, None where it is not used.
     """
 
     def __init__(
@@ -69,11 +69,13 @@ class RunLog:
     ) -> None:
         self.active = active
         self._wandb: Any = None
+        self._bar: Any = None
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = output_dir / "metrics.jsonl"
+        # steps after the checkpoint are taken a second time: their lines go, TensorBoard's by purge_step
         keep_until(self._metrics, first_step)
         self._text = open(output_dir / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(output_dir / "logs", purge_step=first_step + 1)
@@ -84,14 +86,34 @@ class RunLog:
         """Print, and write to train.log."""
         if self.active:
             try:
+                if self._bar is not None:
+                    self._bar.clear()
                 print(text, file=sys.stderr, flush=True)  # noqa: T201
             except OSError:
                 _drop_stderr()
             self._text.write(text + "\n")
             self._text.flush()
 
+    def show(self, step: int, total: int, metrics: Json) -> None:
+        """Move the bar on a terminal; elsewhere there is none, and the lines of `say` are enough."""
+        if not self.active or not sys.stderr.isatty():
+            return
+        from tqdm import tqdm
+
+        try:
+            if self._bar is None:
+                first = step - 1
+                self._bar = tqdm(
+                    total=total, initial=first, unit="step", leave=False, file=sys.stderr
+                )
+            told = [shown.format(metrics[name]) for name, shown in LINE[0][:3] if name in metrics]
+            self._bar.set_postfix_str(" ".join(told), refresh=False)
+            self._bar.update(step - self._bar.n)
+        except OSError:
+            _drop_stderr()
+
     def record(self, step: int, metrics: Json, kind: str = "train") -> None:
-        """Append a line to metrics.jsonl, the source of truth, and mirror it to the others."""
+        """Append a line to metrics.jsonl, the source of truth, and copy it to TensorBoard and W&B."""
         if not self.active:
             return
         with open(self._metrics, "a", encoding="utf-8") as file:
@@ -99,12 +121,14 @@ class RunLog:
         numbers = {f"{kind}/{n}": v for n, v in metrics.items() if isinstance(v, int | float)}
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
-        # what was sent before a crash, beyond the checkpoint that the run went on from, is the same
+        # W&B has the steps between the checkpoint and a crash already, with the same values
         if self._wandb is not None and step >= getattr(self._wandb, "starting_step", 0):
             self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
         if self.active:
+            if self._bar is not None:
+                self._bar.close()
             self._board.close()
             self._text.close()
             if self._wandb is not None:
@@ -112,16 +136,16 @@ class RunLog:
 
 
 def _drop_stderr() -> None:
-    """Send what is printed nowhere: the terminal is closed, or `| tee` has died of the same Ctrl-C."""
+    """Discard stderr from now on: the terminal is closed, or `| tee` ended by the same Ctrl-C."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stderr.fileno())
     os.close(nowhere)
 
 
 def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
-    """Return the run at W&B: one for a folder, whose id lies in it, however often it is resumed.
+    """Return the run at W&B: one for a folder, by an id that is stored in it, however often resumed.
 
-    UserError where W&B does not take it: a key that is not valid, a server that is not reached.
+    Raises UserError where W&B refuses it: an invalid key, a server that cannot be reached.
     """
     import wandb
 
@@ -145,7 +169,7 @@ def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
 def keep_until(path: Path, step: int) -> None:
     """Cut a metrics file back to a step, so that a resumed run's lines follow on once each."""
     if path.exists():
-        # what follows the last newline was torn by a crash
+        # a crash may have cut the last line: it has no newline
         lines = path.read_text().split("\n")[:-1]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         temporary = path.with_name(f"{path.name}.tmp")
@@ -162,7 +186,7 @@ def banner(
     ratio: float,
     resumed: Path | None,
 ) -> str:
-    """Return what a run is about to do, in the words of its settings."""
+    """Return the text printed before the first step; ratio: that of `VLM.calibrate`, or NaN."""
     bank = dataset.banks.banks[0]
     units = -(-bank.config.sampling.most_frames // int(bank.columns["frames_per_unit"][0]))
     frames = min(units, config.max_frames_num)
@@ -214,13 +238,13 @@ def banner(
 
 
 def notes_lines(dataset: Dataset) -> list[str]:
-    """Return what there is to say of the records."""
-    told = (("note", dataset.notes), ("warning", dataset.warnings))
-    return [f"{name:<10}{line}" for name, lines in told for line in lines]
+    """Return the notes and warnings about the records, a line each."""
+    kinds = (("note", dataset.notes), ("warning", dataset.warnings))
+    return [f"{name:<10}{line}" for name, lines in kinds for line in lines]
 
 
 def saves_line(config: TrainConfig) -> str:
-    """Return when a run saves, and how much of it a crash may cost."""
+    """Return in words when a run saves checkpoints, and how many it keeps."""
     minutes, steps = config.save_minutes, config.save_steps
     whens = [f"every {minutes:g} minutes"] if minutes else []
     whens += [f"every {steps} steps"] if steps else []
@@ -230,7 +254,7 @@ def saves_line(config: TrainConfig) -> str:
 
 
 def rates_line(model: "VLM", config: TrainConfig) -> str:
-    """Return the peak learning rate of each part that is trained, and which weights decay."""
+    """Return in words the peak learning rate of each trained part, and the weight decay."""
     from train.loop.optimizer import parameter_groups
 
     peaks = {group["name"]: group["peak"] for group in parameter_groups(model, config)}
@@ -250,7 +274,7 @@ def closing(
     last: Json,
     best: Json | None,
 ) -> str:
-    """Return what a run did, and where it left its results."""
+    """Return the text that is printed after the last step: losses, and the places of the results."""
     if not last:
         return f"nothing was trained; model {output_dir} is as it was"
     lines = [f"done in {seconds:.0f} s; LAPE {'on' if model.lape else 'off'}"]

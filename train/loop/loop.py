@@ -1,6 +1,6 @@
 """A run from its plan to its saved model: plan, model, rehearsal, steps, save.
 
-`train()` is the story; what its steps share is a `Run` and a `Learner`.
+`train()` is the story; its steps share a `Run` and a `Learner`.
 """
 
 import math
@@ -38,7 +38,8 @@ from train.loop.floor import Floor, floor_of_run
 from train.loop.gradients import Reduction, make_reduction, pin_threads
 from train.loop.held_out import held_out_loss
 from train.loop.log import RunLog, banner, closing, line_of
-from train.loop.optimizer import allocate, load_optimizer, make_optimizer, set_rates
+from train.loop.metrics import gammas_of
+from train.loop.optimizer import allocate, load_optimizer, make_optimizer, rates_of, set_rates
 from train.loop.signals import StopSignals
 from train.loop.speed import StepTimer, make_timer
 from train.loop.step import Losses, Step, run_step
@@ -52,11 +53,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 COPY_EVERY = 10
-"""Steps between readings of the copy baseline, which needs both streams of a clip."""
+"""Steps between measurements of the baselines, which read frames in both streams: twice the bytes."""
 CALIBRATED = 8
-"""Records that set the scale of LAPE's positions: the run's first ones with media."""
+"""Records from which LAPE's gamma is set: the run's first ones with media."""
 CHECKED = 3
-"""First steps whose counts are compared with those of the plan."""
+"""First steps whose counts are compared with the plan's."""
 
 
 def train(
@@ -65,16 +66,16 @@ def train(
     """Take all steps of a run and save its model; every rank calls this.
 
     Returns the signal that ended the run before its last step, after a checkpoint, or None.
-    UserError where the run cannot begin or go on.
+    Raises UserError where the run cannot begin or go on.
     """
     # -- plan: which records each step learns from, before any weight is loaded
     run = make_run(config, dataset, accelerator)
     plan, total, log = run.plan, run.plan.num_steps, run.log
 
-    # -- model: built or resumed, and what moves it
+    # -- model: built or resumed, with its loader, reduction and optimizer
     learner = make_learner(run)
 
-    # -- rehearsal: the heaviest pack fits now, or never
+    # -- rehearsal: the heaviest pack first, so that memory runs out now or never, not hours in
     memory = PackMemory.of(plan, learner.model)
     if config.rehearsal and run.first < total:
         rehearse_heaviest(run, learner, memory)
@@ -123,7 +124,7 @@ def train(
 
 @dataclass(frozen=True)
 class Run:
-    """A run that may begin: what it is asked for, its plan, and where it goes on from."""
+    """A run that may begin: its settings, its plan, and the checkpoint that it goes on from."""
 
     config: TrainConfig
     dataset: Dataset
@@ -132,22 +133,22 @@ class Run:
     resumed: Path | None
     """The checkpoint that the run goes on from."""
     state: Json
-    """What that checkpoint says of the run, empty without one."""
+    """The manifest of that checkpoint, empty without one."""
     share: Share
     plan: RunPlan
     facts: dict[str, Json]
-    """What must be the same to go on from a checkpoint, by subject and name."""
+    """The facts that must be equal to go on from a checkpoint, by subject and name."""
     log: RunLog
 
     @property
     def first(self) -> int:
-        """The first step to take: as many were taken before."""
+        """The first step to take, from 0."""
         return int(self.state.get("step", 0))
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The model, prepared for this device and all processes, with what feeds and moves it."""
+    """The model, prepared for this device and all processes, with its loader and optimizer."""
 
     model: VLM
     loader: Loader
@@ -155,7 +156,7 @@ class Learner:
     reduction: Reduction
     optimizer: torch.optim.Optimizer
     floor: Floor | None
-    """What the frame-causal loss is read against; None without that loss."""
+    """The baselines of the frame-causal loss; None without that loss."""
 
 
 # -- plan
@@ -172,10 +173,10 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     state = read_state(resumed) if resumed else {}
     pin_threads(config.num_threads, config.reduce, state, accelerator.num_processes)
     share = Share(accelerator.process_index, accelerator.num_processes)
-    with accelerator.local_main_process_first():  # the others then find the lengths cached
+    with accelerator.local_main_process_first():  # the other processes then find lengths cached
         plan = plan_run(config, dataset, rows_per_step(config, share.world, state))
     longest = int(plan.tokens.max())
-    # refused before weights are loaded
+    # refuses a back-end that cannot run these rows, before weights are loaded
     choose_attention(config, accelerator.device.type, longest, apart=dataset.independent)
     facts = facts_of(config, dataset, plan)
     if resumed:
@@ -188,7 +189,8 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
     for line in passed_over:
         log.say(line)
     has_weights = resumed is not None or (output_dir / "config.json").exists()
-    if is_main and not (has_weights and (output_dir / RUN).exists()):  # else it tells of those
+    # a run.json beside weights describes these, and stays
+    if is_main and not (has_weights and (output_dir / RUN).exists()):
         write_run(output_dir, state.get("config", settings), 0)
     if resumed and (changed := changed_settings(resumed, state, plan.num_steps, settings)):
         log.say(changed)
@@ -212,7 +214,7 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
 
 
 def make_learner(run: Run) -> Learner:
-    """Build the model or load it from a checkpoint, say what the run is, and prepare it to learn."""
+    """Build the model or load it from a checkpoint, print the banner, and prepare for training."""
     config, accelerator, log = run.config, run.accelerator, run.log
     if run.resumed:
         model = VLM.load(run.resumed, llm_dtype(config), llm_base(config))
@@ -221,7 +223,7 @@ def make_learner(run: Run) -> Learner:
     if accelerator.is_main_process:
         set_aside(run.output_dir, run.first)
     longest = int(run.plan.tokens.max())
-    # FSDP moves the model itself, a layer at a time
+    # FSDP moves the model to the device itself, a layer at a time
     device = None if accelerator.is_fsdp2 else accelerator.device
     kind, apart = accelerator.device.type, run.dataset.independent
     attention, reason = admit_llm(model, config, kind, longest, device, apart=apart)
@@ -245,12 +247,12 @@ def make_learner(run: Run) -> Learner:
 
 
 def calibrate(run: Run, model: VLM, loader: Loader) -> float:
-    """Set the scale of a fresh model's positions; return it as `VLM.calibrate` does."""
+    """Calibrate a fresh model on the run's first records with media; return `VLM.calibrate`'s ratio."""
     records = run.plan.first_with_media(CALIBRATED)
     if records:
-        whole = run.config.max_frames_num  # whatever the limit of a record
+        whole = run.config.max_frames_num  # gamma must not depend on max_tokens
         batch = loader.rows([[(run.dataset.record(k), whole)] for k in records], False)
-        # where the model is: FSDP moves it to the device only later
+        # on the model's own device, to which FSDP moves it only later
         return model.calibrate(to_device(batch, model.visual.frame_end.device))
     learns = model.lape is not None and model.lape.preset == "plus"
     if learns and model.config.lape_positions:
@@ -262,12 +264,12 @@ def calibrate(run: Run, model: VLM, loader: Loader) -> float:
 
 
 def make_loader(run: Run, model: VLM, *, compiled: bool) -> Loader:
-    """Return what makes the run's batches; compiled: for one length of rows alone."""
+    """Return the loader; compiled: rows of one length, as each other one is compiled on its own."""
     chat = Chat.of(model)
     # flex_attention cuts a row into blocks of 128
     row_length = -(-run.config.pack_tokens // 128) * 128 if compiled else 0
     on_cuda = run.accelerator.device.type == "cuda"
-    limit = token_limit(asdict(run.config))  # of held-out records as of the others
+    limit = token_limit(asdict(run.config))  # for held-out records, which no plan cuts
     return Loader(run.dataset, chat, model.config, row_length=row_length, pin=on_cuda, limit=limit)
 
 
@@ -312,7 +314,7 @@ def take_step(
 
 
 def start_timer(run: Run, model: VLM) -> StepTimer:
-    """Start the clock, and say what MFU means in this run."""
+    """Start the clock, and print the definition of MFU in this run."""
     timer = make_timer(
         model,
         run.config.tune_llm,
@@ -327,7 +329,7 @@ def start_timer(run: Run, model: VLM) -> StepTimer:
 
 
 def check_step(run: Run, updates: UpdateCheck, step: int, metrics: Json) -> None:
-    """Check that the first steps moved what they should, on the tokens that the plan counted."""
+    """Check that the first steps move the trained parts, and count the tokens of the plan."""
     updates.check(
         step,
         frames=bool(run.plan.num_transitions[step]),
@@ -339,17 +341,20 @@ def check_step(run: Run, updates: UpdateCheck, step: int, metrics: Json) -> None
 
 def log_step(run: Run, learner: Learner, timer: StepTimer, done: int, metrics: Json) -> Json:
     """Write a step's metrics down, print them every `logging_steps`, and return them."""
-    metrics = metrics | {"learning_rate": learner.optimizer.param_groups[0]["lr"]}
-    metrics |= timer.rates(done, metrics)
-    run.log.record(done, metrics)
     total = run.plan.num_steps
-    if done % run.config.logging_steps == 0 or done in (run.first + 1, total):
+    is_shown = done % run.config.logging_steps == 0 or done in (run.first + 1, total)
+    metrics = metrics | rates_of(learner.optimizer) | timer.rates(done, metrics)
+    if is_shown:
+        metrics |= gammas_of(learner.model)
+    run.log.record(done, metrics)
+    run.log.show(done, total, metrics)
+    if is_shown:
         run.log.say(line_of(done, total, metrics))
     return metrics
 
 
 def evaluate(run: Run, learner: Learner, done: int, best: Json | None) -> Json:
-    """Measure the held-out loss; return the lowest so far, and after which step it was."""
+    """Measure the held-out loss; return the lowest so far, with its step."""
     held = held_out_loss(
         learner.model,
         learner.loader,
@@ -373,7 +378,7 @@ def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
     full = learner.full_state.gather(learner.optimizer)
     if run.accelerator.is_main_process:
         keep = f"checkpoint-{best['step']}" if best else None
-        # what an earlier, higher limit left makes room first; the newest, known whole, stays
+        # first make room, where an earlier limit was higher; the newest, which verified, is kept
         prune(run.output_dir, run.config.save_total_limit, keep)
         state = {
             "best": best,
@@ -391,5 +396,5 @@ def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
 
 
 def is_due(steps: int, done: int) -> bool:
-    """Tell whether something that comes every so many steps comes now; 0 is never."""
+    """Return whether a thing that is due every `steps` steps is due now; 0: never."""
     return steps > 0 and done % steps == 0

@@ -1,4 +1,4 @@
-"""What a step's sums mean, how fast it was, and where both are written: metrics.jsonl, train.log, logs/.
+"""A step's sums, and the metrics that are computed from them.
 
 `FIELDS` documents every field of metrics.jsonl, besides `step` and `kind` (train or eval).
 """
@@ -6,6 +6,7 @@
 from typing import TYPE_CHECKING
 
 from model.frame_causal import PAIRS, skill
+from model.lape.tokens import AXES
 from shards.signed import Json
 from train.data.records import TASKS
 
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from model.batch import Batch
+    from model.vlm import VLM
 
+PARTS = ("projector", "visual", "frame_causal", "lape")
+"""Of a model, beside the LLM; as `VLM.parts` names them."""
 FIELDS = {
     "loss": "ce_loss + loss_weight x autoregressive_loss",
     "ce_loss": "cross-entropy per supervised token",
@@ -26,11 +30,20 @@ FIELDS = {
     "ar_affine_baseline": "of the best mix of last frame and cell mean, fitted on training clips",
     "ar_ridge_baseline": "of a ridge regression from the last frame, fitted on training clips",
     "ar_skill": "1 - autoregressive_loss / the lowest of these three; above 0 beats them all",
+    **{
+        f"ar_skill_{pair}": f"of transitions {pair[0]} -> {pair[1]}, by their lowest"
+        for pair in PAIRS
+    },
     "tokens": "of the step, over all ranks, without padding",
     "supervised_tokens": "those of them that are predicted",
     "pairs": "(query, key) pairs that the mask allows, without padding",
     "transitions": "from frame to frame",
+    **{
+        f"gamma_{axis}": f"how strong LAPE's positions are, {axis}, where lines are printed"
+        for axis in AXES
+    },
     "learning_rate": "of the LLM",
+    **{f"learning_rate_{part}": f"of the {part}, where it has its own" for part in PARTS},
     "grad_norm": "before clipping",
     "seconds": "from the end of the last step to the end of this one",
     "data_wait": "share of them spent waiting for data",
@@ -43,19 +56,22 @@ FIELDS = {
 SCALARS = ("ce", "coordinate_ce", "supervised", "coordinates", "tokens", "pairs")
 VECTORS = ("ar", "ar_count", "ar_copy", "ar_copy_count", "ar_affine", "ar_ridge")
 BASELINES = ("copy", "affine", "ridge")
-"""What the frame-causal loss is compared with, see `train/loop/floor.py`."""
+"""Baselines of the frame-causal loss, see `train/loop/floor.py`."""
 BY_TASK = ("task_ce", "task_count")
 NUM_SUMS = len(SCALARS) + len(PAIRS) * len(VECTORS) + len(TASKS) * len(BY_TASK)
 
 
 def sums_of(out: "dict[str, Tensor]", batch: "Batch") -> "Tensor":
-    """Return one flat fp64 tensor of a forward's sums and counts, to be added over the step."""
+    """Return a forward's sums and counts, to be added over the step: fp64 `(NUM_SUMS,)`.
+
+    fp64, so that counts are exact and sums over a large step lose nothing.
+    """
     import torch
 
     real, tokens = batch.mask_end - batch.mask_start, batch.lengths.sum()
     if batch.others is not None:
         real = real - (batch.others[1] - batch.others[0])
-    padding = real.numel() - tokens  # each of which sees itself alone
+    padding = real.numel() - tokens  # each padding token sees itself: one pair
     counts = {
         "supervised": torch.tensor(float(len(batch.labels))),
         "coordinates": (batch.label_axis >= 0).sum(),
@@ -77,10 +93,10 @@ def sums_of(out: "dict[str, Tensor]", batch: "Batch") -> "Tensor":
 
 
 def summarise(sums: "Tensor", loss_weight: float) -> Json:
-    """Return the metrics that global sums mean; a mean over nothing is left out.
+    """Return the metrics of sums over all ranks; a mean over nothing is left out.
 
-    `autoregressive_loss` weighs every transition the same; `ar_skill` = 1 - loss / the strongest
-    baseline's, above 0 where the prediction beats all of them. Without all there is none.
+    `autoregressive_loss` counts each transition the same; `ar_skill` = 1 - loss / the strongest
+    baseline's loss, above 0 where the model beats all of them, left out unless all were measured.
     """
     scalars, vectors, tasks = sums.tensor_split(
         [len(SCALARS), len(SCALARS) + len(VECTORS) * len(PAIRS)]
@@ -110,4 +126,19 @@ def summarise(sums: "Tensor", loss_weight: float) -> Json:
         out |= {f"ar_{name}_baseline": s / transitions for name, s in found.items() if s > 0}
         if all(found.values()):
             out["ar_skill"] = skill(sum(ar), min(found.values()))
+            floors = [min(sums) for sums in zip(copy, *fits, strict=True)]
+            out |= {
+                f"ar_skill_{pair}": skill(ar[k], floors[k])
+                for k, pair in enumerate(PAIRS)
+                if count[k] and floors[k] > 0
+            }
     return {"loss": loss, **out}
+
+
+def gammas_of(model: "VLM") -> Json:
+    """Return how strong the positions of each axis are that a model has; every rank asks at once."""
+    if model.lape is None or not model.config.lape_positions:
+        return {}
+    gamma = model.lape.gamma.detach()
+    whole = gamma.full_tensor() if hasattr(gamma, "full_tensor") else gamma  # FSDP holds a part
+    return {f"gamma_{AXES[axis]}": float(whole[axis]) for axis in model.lape.tokens.axes}

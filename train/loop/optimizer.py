@@ -18,14 +18,15 @@ from train.settings.config import OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 4 * 2**30
-"""Of an optimizer file, so that a save never holds all moments in memory twice."""
+"""Size of an optimizer file: a save holds so much of the moments in memory twice, not all."""
 
 
 def parameter_groups(model: VLM, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Return the optimizer's groups: every trained parameter in exactly one, vectors never decayed.
 
-    Vectors are parameters of one dimension, and outside the LLM the rows of tables: LAPE's anchors, what
-    marks a frame's end and its stream. Each stands alone; decay would draw it to nothing.
+    Vectors are parameters of one dimension and, outside the LLM, rows of tables: LAPE's anchors, frame
+    marks and streams. Each row stands for itself, and one that few records use would decay to nothing.
+    LAPE's rate is by default 10 times the LLM's: its tables are new.
     """
     vectors = {id(p) for p in model.vectors()}
     head_rate = settings.projector_lr or settings.learning_rate
@@ -47,12 +48,16 @@ def parameter_groups(model: VLM, settings: OptimizerSettings) -> list[dict[str, 
 
 
 def make_optimizer(model: VLM, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Return AdamW over `parameter_groups`; `set_rates` sets its rates before each step."""
     groups = parameter_groups(model, settings)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, settings.adam_beta2))
 
 
 def allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that AdamW would give it at its first step."""
+    """Give every parameter the state that AdamW would give it at its first step.
+
+    Before the rehearsal, so that this measures the memory of a real step, and for `load_optimizer`.
+    """
     for group in optimizer.param_groups:
         on_device = group["fused"] or group["capturable"]
         for p in group["params"]:
@@ -63,7 +68,7 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
-    """Write the state as `optimizer-N.safetensors`: `<parameter>/<what>`, in files of some GB."""
+    """Write the state as `optimizer-N.safetensors`, tensors named `<parameter>/<moment>`."""
     held: dict[str, Tensor] = {}
     number = 0
     for name, value in _named_state(optimizer, model):
@@ -79,12 +84,12 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
     """Copy a saved state into an allocated one, tensor by tensor through the CPU.
 
-    UserError names the parameters that only one of the two has.
+    Raises UserError that names the parameters which only one of the two has.
     """
     ours = dict(_named_state(optimizer, model))
     for file in sorted(folder.glob("optimizer-*.safetensors")):
         with safe_open(file, framework="pt", device="cpu") as saved:
-            for name in saved.keys():  # noqa: SIM118 - it is no mapping
+            for name in saved.keys():  # noqa: SIM118 - a safetensors file is not iterable
                 if name not in ours:
                     raise UserError(f"{file}: {name}: not trained here; use the same settings")
                 _copy_into(ours.pop(name), saved.get_tensor(name))
@@ -110,9 +115,20 @@ def _copy_into(target: Tensor, value: Tensor) -> None:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int, warmup_ratio: float) -> None:
-    """Give every group of parameters its learning rate at a step."""
+    """Set the learning rate of each group of parameters for a step.
+
+    A function of the step alone, so nothing is saved: Accelerate's prepared schedulers step once for
+    each process.
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate(step, total, warmup_ratio)
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rate of the first group, and by name those of others that have their own."""
+    first, *others = optimizer.param_groups
+    own = {f"learning_rate_{g['name']}": g["lr"] for g in others if g["lr"] != first["lr"]}
+    return {"learning_rate": first["lr"]} | own
 
 
 def rate(step: int, total: int, warmup_ratio: float) -> float:

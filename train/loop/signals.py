@@ -1,7 +1,7 @@
-"""What ends a run, or saves it, from outside: signals, the end of its launcher, the clock.
+"""Requests from outside to end a run or to save it: signals, the end of its launcher, the clock.
 
-SIGTERM, SIGINT and SIGHUP end it after a checkpoint, and so does the end of what started it; SIGUSR1
-and every so many minutes ask for a checkpoint alone.
+SIGTERM, SIGINT, SIGHUP and the end of the process that started it end a run after a checkpoint; SIGUSR1
+and the clock (`save_minutes`) ask for a checkpoint alone.
 """
 
 import os
@@ -15,11 +15,11 @@ from train.settings.ancestors import Process
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ECHO_SECONDS = 5.0
-"""How long torchrun may take to pass on what a whole job was sent, its workers included."""
+"""Seconds in which torchrun may forward a signal that the whole job, workers included, got already."""
 
 
 class StopSignals:
-    """What this process was asked for from outside while the context was open.
+    """Collects requests to stop or to save while its context is open.
 
     The first SIGTERM, SIGINT or SIGHUP is noted, and the run ends itself at its next step boundary; a
     second one ends the process at once, as it would without this class. The checkpoints are then those
@@ -27,18 +27,18 @@ class StopSignals:
     """
 
     def __init__(self, holding: Sequence[Process] = (), save_seconds: float = 0.0) -> None:
-        """holding: the run ends when one of them has; save_seconds: between saves, 0 for never.
+        """holding: processes whose end ends the run. save_seconds: between saves, 0 for never.
 
-        One rank alone is given save_seconds, and so decides for all.
+        Only one rank is given save_seconds, and decides for all: clocks of ranks differ.
         """
         self.stop: signal.Signals | None = None
         self.save = False
         self.cause = ""
-        """What stops the run where it is no signal."""
+        """The reason for the stop in words, where it is not a signal."""
         self._holding, self._save_seconds = holding, save_seconds
         self._saved_at = time.monotonic()
         self._noted_at: float | None = None
-        # torchrun sends its workers what Slurm, say, has sent them already
+        # torchrun forwards a signal that Slurm has sent to its workers directly, too
         self._echoes = "TORCHELASTIC_RUN_ID" in os.environ
         self._before: dict[signal.Signals, Any] = {}
 
@@ -54,9 +54,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def take(self) -> list[float]:
-        """Return what was asked for as numbers to be added up over the ranks: each stop, and a save.
+        """Return the requests as numbers that can be summed over the ranks: each stop, and a save.
 
-        A save is asked for once, a stop until the run has ended. Every rank calls this once a step.
+        A save is reported once, a stop until the run has ended. Every rank calls this once per step.
         """
         if self.stop is None:
             ended = next((one for one in self._holding if not one.is_alive()), None)
@@ -69,7 +69,7 @@ class StopSignals:
         return asked
 
     def saved(self) -> None:
-        """Count the minutes to the next save from now on."""
+        """Restart the clock of the next save."""
         self._saved_at = time.monotonic()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -81,7 +81,7 @@ class StopSignals:
             self.stop, self._noted_at = signal.Signals(number), time.monotonic()
         if self._echoes and time.monotonic() - self._noted_at < ECHO_SECONDS:
             return
-        # by the system itself, so that a call into C that hangs ends too
+        # the system's own handler: a Python handler never runs during a call into C that hangs
         for stop in self._before.keys() & set(STOPS):
             signal.signal(stop, signal.SIG_DFL)
         if not first:
@@ -89,7 +89,7 @@ class StopSignals:
 
 
 def asked_of_all(counts: Sequence[float]) -> tuple[signal.Signals | None, bool]:
-    """Return (the signal that stops the run, whether to save) of `take()` added up over the ranks."""
+    """Return (the signal that stops the run, whether to save), from `take()` summed over the ranks."""
     *stops, save = counts
     stop = next((number for number, count in zip(STOPS, stops, strict=True) if count), None)
     return stop, bool(save)

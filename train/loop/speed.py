@@ -1,4 +1,4 @@
-"""How fast a run is, and what share of the device's peak that is."""
+"""Throughput of a run, and its share of the devices' peak (MFU)."""
 
 import resource
 import sys
@@ -21,16 +21,15 @@ CLOCK = FIELDS.keys() & {
     "memory_gb",
     "eta_seconds",
 }
-"""Fields that a repeated run does not repeat."""
+"""Fields that differ between repetitions of a run."""
 
 
 class StepTimer:
     """Times the steps of a run: `data_ready()` when a step's data are there, `rates()` after it.
 
-    An evaluation or a checkpoint between two steps is left out of `seconds` by `pause_over()` at its
-    end, and counts in the ETA.
+    `pause_over()` after an evaluation or a checkpoint leaves its time out of `seconds`, not of the ETA.
 
-    flops: of a step by its metrics, or None; devices, peak: how many there are and FLOP/s of each.
+    flops: FLOPs of a step by its metrics, or None. devices, peak: their number, and FLOP/s of each.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class StepTimer:
 
     @property
     def legend(self) -> str:
-        """What MFU means in this run, or why there is none."""
+        """The definition of MFU in this run, or the reason why there is none."""
         if self.flops and self.peak:
             return f"{MFU_IS}; peak {self.peak / 1e12:g} TFLOP/s a device"
         missing = "this device's peak" if self.flops else "this LLM's shape"
@@ -57,7 +56,7 @@ class StepTimer:
         self._began = time.monotonic()
 
     def rates(self, step: int, metrics: Json) -> Json:
-        """Return the rates of a step, the number of steps taken being `step` now."""
+        """Return the rates of the step that has just ended; step: steps taken so far, with this one."""
         now = time.monotonic()
         seconds = now - self._waiting
         out: Json = {
@@ -88,7 +87,7 @@ def make_timer(
 ) -> StepTimer:
     """Return the timer of a run, with MFU where the LLM's shape and the device's peak are known.
 
-    device_flops: a device's peak FLOP/s, 0 where the data sheet's is to be taken.
+    device_flops: a device's peak FLOP/s; 0 takes that of the GPU's data sheet.
     """
     shape = LlmShape.of(model.llm.config.to_dict())
     peak = device_flops or None
@@ -104,7 +103,7 @@ def make_timer(
 
 
 def memory_gb() -> float:
-    """Return the most memory that this process had: on its GPU, or resident where it has none."""
+    """Return the peak memory of this process in GB: allocated on its GPU, resident without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step gave, the same on every rank."""
+    """The result of a step, the same on every rank."""
 
     metrics: Json
     stopped_by: signal.Signals | None
@@ -36,7 +36,7 @@ class Step:
 
 
 class Losses:
-    """The loss of a step's packs, and their sums as they come."""
+    """Computes the losses of a step's packs, and collects their sums."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Losses:
         accelerator: "Accelerator",
         floor: Floor | None = None,
     ) -> None:
-        """seed: of the run; loss_weight: of the frame-causal loss; floor: what it is read against."""
+        """seed: of the run. loss_weight: of the frame-causal loss. floor: that loss's baselines."""
         self.seed, self.loss_weight, self.floor = seed, loss_weight, floor
         self.step, self.accelerator = step, accelerator
         self.num_labels = max(1, int(plan.num_labels[step]))
@@ -60,9 +60,11 @@ class Losses:
     def __call__(self, model: Any, pack: int, batch: Batch) -> Tensor:
         """Return a pack's share of the step's loss: sums divided by the whole step's counts.
 
-        So the gradient does not depend on how the step was cut. A pack behind the step's last is an
-        idle one: its loss is zero, and nothing of it is counted.
+        A pack number beyond the step's last is an idle one: its loss is zero and is not counted.
         """
+        # The denominators are the step's, from the plan, not the pack's: a mean of packs' means would
+        # weigh a token by how few its pack has, and change with world size and micro-batches. Two
+        # denominators, tokens and transitions, so transformers' num_items_in_batch cannot serve.
         torch.manual_seed(pack_seed(self.seed, self.step, pack))
         with self.accelerator.autocast():
             out = model(batch)
@@ -87,9 +89,10 @@ def run_step(
     max_grad_norm: float,
     llm_waits: bool = False,
 ) -> Step:
-    """Take one optimizer step; UserError names the records where the loss is no number.
+    """Take one optimizer step; UserError names the records where the loss is NaN or infinite.
 
-    llm_waits: the LLM is left as it is, and all else learns.
+    batches: this rank's packs, and an idle one if other ranks have one more. llm_waits: the LLM is not
+    updated in this step (`lape_warmup_steps`).
     """
     packs = len(losses.sums)
     moved = [to_device(batch, accelerator.device) for batch in batches]
@@ -97,7 +100,7 @@ def run_step(
         zip(
             range(accelerator.process_index, packs, accelerator.num_processes),
             moved,
-            strict=False,  # an idle one may follow
+            strict=False,  # an idle pack may follow
         )
     )
     reduction.gradients(packs, moved, losses)

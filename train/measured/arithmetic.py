@@ -2,8 +2,8 @@
 
 config, note = with_arithmetic(config, dataset, on_cpu=True)     # bf16 is now true or false
 
-The answer stands in run.json and in every checkpoint as the run's bf16, and a run that goes on keeps it:
-measured a second time it could be another, and the weights with it.
+The choice is stored in run.json and in each checkpoint as the run's bf16, and a resumed run keeps it: a
+second measurement could choose differently, and change the weights.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ from train.start.prepare_llm import admit_llm, prepare_llm
 from train.start.stage import build
 
 CLEAR = 1.25
-"""How many times as fast bfloat16 has to be: less is noise, and not worth its rounding. With AMX real
-LLMs train twice as fast in it, with AVX-512-BF16 alone a third slower than in float32."""
+"""Least speed-up by bfloat16: less is noise, and not worth its rounding. With AMX real LLMs train twice
+as fast in it, with AVX-512-BF16 alone a third slower than in float32."""
 
 
 def with_arithmetic(config: TrainConfig, dataset: Dataset, on_cpu: bool) -> tuple[TrainConfig, str]:
@@ -52,17 +52,17 @@ def decide(config: TrainConfig, dataset: Dataset, on_cpu: bool) -> tuple[bool, s
     if not matrix_units():
         return False, "torch has no products of it on this CPU"
     pace = measure(config, dataset)
-    told = f"a step's first pack takes {pace[False]:.3g} CPU s in float32, {pace[True]:.3g} in bfloat16"
-    return is_clear(pace), told
+    why = f"a step's first pack takes {pace[False]:.3g} CPU s in float32, {pace[True]:.3g} in bfloat16"
+    return is_clear(pace), why
 
 
 def is_clear(pace: Mapping[bool, float]) -> bool:
-    """Whether bfloat16 is so much faster that it is worth its rounding."""
+    """Return whether bfloat16 is faster by more than `CLEAR`; pace: bf16 -> CPU seconds."""
     return pace[False] > CLEAR * pace[True]
 
 
 def recorded(config: TrainConfig) -> bool | None:
-    """Return the answer of the run that is gone on with; None where a run begins."""
+    """Return the choice of the run that is resumed; None where a run begins."""
     folder = Path(config.output_dir)
     if config.resume == "none":
         return None
@@ -73,7 +73,7 @@ def recorded(config: TrainConfig) -> bool | None:
 def measure(config: TrainConfig, dataset: Dataset) -> dict[bool, float]:
     """Return the CPU seconds, forward and backward, of the run's first pack, without and with bfloat16.
 
-    On a model that is thrown away; the least of some rounds, which come in turn.
+    On a model that is discarded; the least of several rounds, alternating.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads or threads)
@@ -98,7 +98,7 @@ def first_pack(config: TrainConfig, dataset: Dataset) -> tuple[VLM, Batch]:
 
 
 def step(model: VLM, batch: Batch, bf16: bool) -> None:
-    """Run a batch forward and backward, and forget it."""
+    """Run a batch forward and backward, and drop the gradients."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         out = model(batch)
     loss = out["ce"] + (out["ar"].sum() if "ar" in out else 0.0)

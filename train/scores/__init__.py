@@ -1,1 +1,1 @@
-"""Answers and references -> scores: what an answer says, what it is compared by, what to report."""
+"""Answers and references -> scores: reading answers, comparing them, reporting."""

@@ -12,7 +12,7 @@ from shards.errors import UserError
 
 
 def check_captions() -> None:
-    """Raise UserError where the library that compares captions is not installed."""
+    """Raise UserError where pycocoevalcap, which compares captions, is not installed."""
     try:
         import pycocoevalcap.cider.cider
         import pycocoevalcap.rouge.rouge  # noqa: F401
@@ -33,7 +33,7 @@ def rouge_l(reference: str, said: str) -> float:
 
 
 def cider(references: Sequence[str], said: Sequence[str]) -> float:
-    """Return CIDEr of captions, from 0 to 10: words count by how few of the references have them."""
+    """Return CIDEr of captions, from 0 to 10: n-grams weigh more the fewer references have them."""
     from pycocoevalcap.cider.cider import Cider
 
     truth: dict[int, Any] = {k: [split(text)] for k, text in enumerate(references)}

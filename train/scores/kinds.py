@@ -1,4 +1,4 @@
-"""What a record asks for: the kind of each answer, by its reference, its question and its task."""
+"""The kind of each answer (span, box, number, ...), by its reference, its question and its task."""
 
 import re
 import string
@@ -11,16 +11,16 @@ from train.data.records import Record
 from train.scores.words import items_of, letter_of, number_of
 
 CAPTION_WORDS = 10
-"""A text of as many words or more is compared as a caption, not for being the same."""
+"""A text of this many words or more is compared as a caption, not for equality."""
 LINKS = {*("from", "to", "and", "between", "then", "until", "till", "s", "seconds", "also", "at")}
-"""Words between spans that say nothing about them."""
+"""Words between spans that carry no meaning."""
 LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\)?\s+(\S.*?)\s*$", re.MULTILINE)
 GROUPS = re.compile("xyxy|xy|tt|t|x|y")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What an answer is scored against."""
+    """All that an answer is scored against."""
 
     kind: str
     """time, span, windows, point, box, tube, mixed; number, choice, order, caption, text."""
@@ -29,15 +29,16 @@ class Asked:
     duration: float = 0.0
     """Seconds of the medium that its times belong to."""
     options: tuple[str, ...] = ()
-    """Of a choice: the texts of A, B, C and so on."""
+    """For a choice: the texts of A, B, C and so on."""
 
     @property
     def coordinates(self) -> tuple[float, ...]:
+        """The reference's coordinates, in order."""
         return tuple(mark.value for mark in _marks(self.reference))
 
 
 def asked_of(record: Record, turn: int, reference: str, duration: float) -> Asked:
-    """Return what a record's answer number `turn` is scored against.
+    """Return what the answer in a record's turn number `turn` is scored against.
 
     reference: its text, with anchors by name written as times and places.
     """
@@ -84,6 +85,7 @@ def _kind_of_coordinates(reference: str, marks: Sequence[Coordinate], task: str)
     values = [mark.value for mark in marks]
     if letters in ("t", "xy"):
         return {"t": "time", "xy": "point"}[letters]
+    # a box that is not upper left, lower right is no box: scored as numbers in order, `mixed`
     if letters == "xyxy" and values[0] <= values[2] and values[1] <= values[3]:
         return "box"
     if re.fullmatch("(tt)+", letters) and _in_order(values) and _linked(reference):
@@ -100,7 +102,7 @@ def _in_order(times: Sequence[float]) -> bool:
 
 
 def _linked(reference: str) -> bool:
-    """Return whether nothing stands between a reference's spans but words that join them."""
+    """Return whether only joining words are between a reference's spans."""
     pieces = split_markup(reference)
     places = [k for k, piece in enumerate(pieces) if not isinstance(piece, str)]
     between = " ".join(p for p in pieces[places[1] : places[-1]] if isinstance(p, str))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 TIME, X, Y, SECONDS, PLAIN = "\ue010\ue011\ue012\ue013\ue014"
-"""Stand for `<t:…>`, `<x:…>`, `<y:…>`, a number of seconds, a number of nothing in particular."""
+"""Characters for `<t:…>`, `<x:…>`, `<y:…>`, a number of seconds, a number without a unit."""
 MARKED = {"t": TIME, "x": X, "y": Y}
 ANY = f"[{TIME}{X}{Y}{SECONDS}{PLAIN}]"
 UNMARKED = f"[{SECONDS}{PLAIN}]"
@@ -48,7 +48,7 @@ class Text:
 
     text: str
     values: dict[int, float]
-    """The number that the character at a place stands for."""
+    """Place of a number character -> its number."""
 
     @property
     def marks(self) -> str:
@@ -72,7 +72,7 @@ def text_of(raw: str) -> Text:
 
 
 def _read(match: re.Match[str]) -> tuple[str, float | None]:
-    """Return the character, or the word, that a token becomes, and its value."""
+    """Return the character or word that replaces a token, and its value."""
     found = match.groupdict()
     if found["axis"]:
         return MARKED[found["axis"].lower()], float(found["marked"])

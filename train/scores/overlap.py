@@ -1,6 +1,6 @@
-"""How well spans, boxes, lists of windows and tubes fit: each a number from 0 to 1.
+"""Overlap of spans, boxes, lists of windows and tubes: each a number from 0 to 1.
 
-What ends before it begins has no extent and overlaps nothing.
+A span or box that ends before it begins has no extent and overlaps nothing.
 """
 
 from bisect import bisect_right
@@ -11,7 +11,7 @@ Pair = tuple[float, float]
 STRICTNESS = tuple((50 + 5 * k) / 100 for k in range(10))
 """IoU thresholds over which average precision is averaged: 0.5, 0.55 to 0.95."""
 MOMENTS = 100
-"""Moments of the time that two tubes share at which their boxes are compared."""
+"""Number of moments, in the time that two tubes share, at which their boxes are compared."""
 MOST_WINDOWS = 10
 """Windows of an answer that count for average precision, as in QVHighlights."""
 
@@ -46,11 +46,11 @@ def windows_iou(truth: Sequence[Pair], guess: Sequence[Pair]) -> float:
 
 
 def average_precision(truth: Sequence[Pair], guess: Sequence[Pair], least: float) -> float:
-    """Return the average precision of windows, the first said the surest, at an IoU of `least`.
+    """Return the average precision of windows, ranked as listed, at an IoU of `least`.
 
-    As QVHighlights has it (Lei et al. 2021, its standalone evaluation): each window in turn takes the
-    best reference window that is free and overlaps enough, of equal ones the last; precision is made
-    to fall along recall, and summed over recall.
+    That of QVHighlights (Lei et al. 2021, its standalone evaluation): each window in turn takes the
+    best free reference window that overlaps enough, the last of equal ones; precision is made
+    non-increasing along recall, and summed over recall.
     """
     free = set(range(len(truth)))
     precisions, hits = [], []
@@ -66,13 +66,13 @@ def average_precision(truth: Sequence[Pair], guess: Sequence[Pair], least: float
 
 
 def recall_at_one(truth: Sequence[Pair], guess: Sequence[Pair], least: float) -> float:
-    """Return 1 if the first window overlaps any reference window enough, as QVHighlights has it."""
+    """Return 1 if the first window overlaps any reference window enough (QVHighlights), else 0."""
     return float(bool(guess) and max(interval_iou(guess[0], own) for own in truth) >= least)
 
 
 @dataclass(frozen=True)
 class Tube:
-    """Boxes over time: in between they move evenly, before the first and after the last they rest."""
+    """Boxes over time, interpolated linearly in between, constant before the first and after the last."""
 
     start: float
     end: float

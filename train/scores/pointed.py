@@ -1,4 +1,4 @@
-"""What a text with coordinates says: what it points at in a clip, and how people read it."""
+"""The spans and places that a text points at in a clip, and the text in seconds and pixels."""
 
 import re
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from train.scores.reading import read_coordinates
 
 GROUPS = re.compile("(t?)(xyxy|xy)|tt|t")
 PLAIN = {"span": "<t:0> to <t:1>", "box": "<x:0><y:0><x:1><y:1>", "point": "<x:0><y:0>"}
-"""Of a model that writes plain numbers, what is looked for, in this order."""
+"""Kind -> a reference to search by, in this order, in answers with plain numbers."""
 
 Numbers = tuple[float, ...]
 
@@ -17,13 +17,13 @@ class Places(NamedTuple):
     """Times in seconds, places as fractions of the frame."""
 
     spans: tuple[tuple[float, float], ...]
-    """A single time has no length; what ends before it begins is none."""
+    """(start, end); a single time has no length; spans that end before they begin are left out."""
     places: tuple[tuple[Numbers, Numbers], ...]
     """(times, x y or x1 y1 x2 y2); no times where the text and the question name none."""
 
 
 def pointed(text: str, question: str) -> Places:
-    """Return what a text points at, as the answer to a question.
+    """Return the spans and places of a text that answers a question.
 
     A place belongs to the time before it, else to the one time that the question names, else to the
     spans of the text.
@@ -47,7 +47,7 @@ def pointed(text: str, question: str) -> Places:
 
 
 def written_plainly(text: str) -> tuple[str, list[float]]:
-    """Return the axes and the numbers of a span, box or point that is written without markup."""
+    """Return the axes (`tt`, `xyxy`, `xy`) and numbers of a span, box or point without markup."""
     for kind, reference in PLAIN.items():
         reading = read_coordinates(kind, reference, text)
         if reading.parsed:

@@ -1,9 +1,8 @@
-"""Answers as they were given, a line of JSON each: what is scored, and can be scored again without
-the model.
+"""Answers as the model gave them, a line of JSON each, which can be scored again without the model.
 
-    {"record": "r1", "media": ["a/clip.mp4"], "turn": 1, "task": "", "question": "When is it?",
-     "reference": "from <t:1> to <t:4>", "duration": 8.0, "answer": "from 1.0 to 4.0", "cut": false,
-     "kind": "span", "value": [1.0, 4.0], "scores": {"parsed": 1.0, "run_on": 0.0, "iou": 1.0}}
+{"record": "r1", "media": ["a/clip.mp4"], "turn": 1, "task": "", "question": "When is it?",
+ "reference": "from <t:1> to <t:4>", "duration": 8.0, "answer": "from 1.0 to 4.0", "cut": false,
+ "kind": "span", "value": [1.0, 4.0], "scores": {"parsed": 1.0, "run_on": 0.0, "iou": 1.0}}
 """
 
 import json
@@ -21,7 +20,7 @@ from train.scores.scoring import score, value_of
 from train.scores.summary import constant_span, summarise_scores
 
 EXAMPLES = 20
-"""Answers that a report shows."""
+"""Number of answers that a report quotes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Prediction:
     media: tuple[str, ...]
     """Ids of the record's clips."""
     turn: int
-    """Place of the answer among the record's turns, from 0."""
+    """Index of the answer among the record's turns, from 0."""
     task: str
     """The record's own task name, or empty."""
     question: str
@@ -43,14 +42,15 @@ class Prediction:
     """Seconds of the medium that its times belong to."""
     answer: str
     cut: bool
-    """It had not ended when it had as many tokens as it may have."""
+    """Whether it reached --max_new_tokens before its end."""
 
     @cached_property
     def asked(self) -> Asked:
+        """All that it is scored against."""
         return asked(self.reference, self.duration, question=self.question, task=self.task)
 
     def to_json(self) -> Json:
-        """Return the line of an answer: with its kind, what it was read as, and its scores."""
+        """Return the answer with its kind, the value that was read from it, and its scores."""
         scores = score(self.asked, self.answer)
         kind = scores.pop("kind")
         value = value_of(self.asked, self.answer)
@@ -81,7 +81,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Return the answers of a file that `write_predictions` wrote; UserError by line."""
+    """Return the answers of a file of `write_predictions`; UserError names the line at fault."""
     if not path.is_file():
         raise UserError("no such file", where=path)
     names = {field.name for field in fields(Prediction)}

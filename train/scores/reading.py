@@ -1,9 +1,10 @@
-"""What an answer says: the coordinates that a reference asks for, found in text that a model wrote.
+"""Reads the coordinates that a reference asks for from a text that a model wrote.
 
-An answer is searched for the reference's own words with numbers where its coordinates are; other
-numbers in those words, and ordinals, may be any. Where those words are not there, it is searched for
-the common ways to write the kind. What it says counts when it is said once and is the end of the
-answer: see `runs_on`. The README has a table of examples, which a test reads.
+An answer is searched for the reference's own words with numbers in place of its coordinates; other
+numbers in those words, and ordinals, may differ. Where those words are missing, it is searched for the
+common ways to write the kind. A value counts when it is given once and ends the answer, see `runs_on`:
+else a model that lists many values would be scored by its luckiest. train/README.md has a table of
+examples, which a test reads.
 """
 
 import re
@@ -35,19 +36,20 @@ COMMON = {
     "point": (_PLACE,),
     "box": (f"{_PLACE}{_GAP}{_PLACE}",),
 }
-"""Of a kind, the ways in which its coordinates are written; the first that is there is read."""
+"""Kind -> patterns of its coordinates; the first that matches is read."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The coordinates that an answer says, in the reference's order, if it says them."""
+    """The coordinates of an answer, in the reference's order, if it has them."""
 
     numbers: tuple[float, ...] = ()
     run_on: bool = False
-    """It says them, and goes on."""
+    """Whether it has them and goes on, so that they do not count."""
 
     @property
     def parsed(self) -> bool:
+        """Whether coordinates were read."""
         return bool(self.numbers)
 
 
@@ -60,7 +62,7 @@ def read_coordinates(kind: str, reference: str, said: str) -> Reading:
     answer, asked = heard(said), text_of(reference)
     patterns = [own_words(asked)]
     if not re.search(r"\w", re.sub(ANY, "", asked.text)) and kind in COMMON:
-        patterns = []  # without words of its own any number would do
+        patterns = []  # a reference without words of its own would match any number
     patterns += COMMON.get(kind, ())
     for pattern in patterns:
         found = list(_search(pattern, answer))
@@ -82,10 +84,9 @@ def read_windows(said: str) -> Reading:
 
 
 def read_tube(said: str, boxes: int) -> Reading:
-    """Return an answer's span, where it says one, and its boxes, each after its time.
+    """Return an answer's span, where it has one, and its boxes, each after its time.
 
-    boxes: how many the reference has; with more of them, those said twice, or behind the end of the
-    span, make a run-on.
+    boxes: number of the reference's. More boxes are a run-on if some are repeated or after the span.
     """
     answer = heard(said)
     shape = _filled("({t}{t})?((?:{t}{x}{y}{x}{y})+)", answer)
@@ -100,7 +101,7 @@ def read_tube(said: str, boxes: int) -> Reading:
 
 
 def heard(said: str) -> Text:
-    """Return an answer without a think block, its numbers as characters."""
+    """Return an answer without its think block, its numbers as characters."""
     return text_of(spoken(said))
 
 
@@ -110,9 +111,9 @@ def words_of(said: str) -> str:
 
 
 def runs_on(tail: str) -> bool:
-    """Return whether more follows the last number of an answer than a few words.
+    """Return whether an answer goes on after its last number by more than a few words.
 
-    More is: a number, another line, over `MOST_WORDS` words, a word three times in a row.
+    By a number, another line, more than `MOST_WORDS` words, or a word three times in a row.
     """
     tail = tail.rstrip()
     return bool(
@@ -139,11 +140,11 @@ def own_words(asked: Text) -> str:
 
 
 _BRACES = str.maketrans({"{": "{{", "}": "}}"})
-"""Patterns are filled in by `str.format`."""
+"""Escapes braces of a reference: patterns are filled in by `str.format`."""
 
 
 def _filled(pattern: str, answer: Text) -> str:
-    """Fill in what may be a time, an x, a y of an answer: markup where that axis has any."""
+    """Return a pattern with the characters of time, x and y: markup, or plain numbers without any."""
     plain = {"t": UNMARKED, "x": PLAIN, "y": PLAIN}
     marks = answer.marks
     return pattern.format(**{a: MARKED[a] if MARKED[a] in marks else plain[a] for a in MARKED})

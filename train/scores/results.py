@@ -1,4 +1,4 @@
-"""Where the scores of a test set are written: a report, and beside it every answer.
+"""The files of a test set's scores: a report, and beside it every answer.
 
 `eval-NAME.json` and `predictions-NAME.jsonl`; NAME is that of the file of records.
 """
@@ -17,8 +17,8 @@ from train.settings.output import file_problem
 
 PREFIX = "eval-"
 CONTROLS = {"untrained": "-untrained", "shuffled": "-shuffled", "probe": "-probe"}
-"""What the scores of a control are filed under: the model before its first step, the trained one with
-other clips' features, or spans that are read off the frames without a model."""
+"""Control -> ending of its files' names: the model before its first step, the trained one with other
+clips' features, or spans that are read from the frames without a model."""
 ENDINGS = re.compile(r"\.(jsonl?|csv|tsv|parquet|ya?ml)$", re.IGNORECASE)
 
 
@@ -27,12 +27,13 @@ class Results:
     """The files of a test set."""
 
     name: str
-    """Of the test set."""
+    """The test set's name."""
     data_path: str
     report: Path
 
     @property
     def predictions(self) -> Path:
+        """The file of answers."""
         return predictions_beside(self.report)
 
     def set_aside(self) -> list[Path]:
@@ -54,9 +55,9 @@ class Results:
 def results_of(
     model: Path, paths: Sequence[str], output: Path | None, *, control: str = ""
 ) -> list[Results]:
-    """Return where the scores of each test set go; UserError where that cannot be written.
+    """Return the files of each test set; UserError where they cannot be written.
 
-    control: one of `CONTROLS`, where that is what is scored.
+    control: one of `CONTROLS`, if one is scored.
     """
     if output is not None and len(paths) > 1:
         raise UserError(
@@ -80,18 +81,18 @@ def results_of(
 
 
 def predictions_beside(report: Path) -> Path:
-    """Return where the answers of a report lie: eval-NAME.json has predictions-NAME.jsonl."""
+    """Return the file of a report's answers: predictions-NAME.jsonl of eval-NAME.json."""
     return report.with_name(f"predictions-{report.stem.removeprefix(PREFIX)}.jsonl")
 
 
 def report_beside(predictions: Path) -> Path:
-    """Return where the report of some answers lies."""
+    """Return the report of a file of answers."""
     name = predictions.stem.removeprefix("predictions-")
     return predictions.with_name(f"{PREFIX}{name}.json")
 
 
 def absolute(path: str) -> str:
-    """Return what a test set is known by: an absolute path, a name of the Hub as it is."""
+    """Return a test set's identity: an absolute path; a URL as it is."""
     return path if "://" in path else os.path.abspath(path)
 
 
@@ -106,7 +107,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     """Return a name for each test set: that of its file, with folders above it where two are alike."""
     absolutes = [absolute(path) for path in paths]
     if twice := [path for path, count in Counter(absolutes).items() if count > 1]:
-        raise UserError("is there twice", where=f"--data_path {twice[0]}", fix="leave one out")
+        raise UserError("is given twice", where=f"--data_path {twice[0]}", fix="leave one out")
     choices = [longer_names(path) for path in absolutes]
     names = [own[0] for own in choices]
     for length in range(1, max(map(len, choices))):
@@ -123,7 +124,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 
 def report_problem(path: Path) -> str | None:
-    """Return why a report may not be written to a file: said before the scoring, not after."""
+    """Return why a report may not be written to a file, checked before scoring; None if it may."""
     if (problem := file_problem(path)) or not path.exists():
         return problem
     is_report = "tasks" in read_report(path)
@@ -131,7 +132,7 @@ def report_problem(path: Path) -> str | None:
 
 
 def predictions_problem(path: Path) -> str | None:
-    """Return why answers may not be written to a file: said before they are generated."""
+    """Return why answers may not be written to a file, checked before generating; None if they may."""
     if (problem := file_problem(path)) or not path.exists():
         return problem
     with open(path, "rb") as file:
@@ -145,7 +146,7 @@ def predictions_problem(path: Path) -> str | None:
 
 
 def read_report(path: Path) -> Json:
-    """Return what a report says; nothing where there is none."""
+    """Return a report; empty where there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """An answer and what it is scored against -> its scores, by kind.
 
-Each kind has a function in `KINDS`. An answer that does not say what was asked gets 0 for what is
-from 0 to 1, and errs by the whole range.
+Each kind has a function in `COORDINATES` or `WORDS`. An answer from which nothing can be read gets 0 for
+scores from 0 to 1, and the whole range for errors: leaving it out would reward silence.
 """
 
 import math
@@ -30,7 +30,7 @@ RECALLS = (0.3, 0.5, 0.7)
 def score(asked: Asked, said: str) -> Json:
     """Return the scores of one answer: `kind`, `parsed`, `run_on`, and those of its kind.
 
-    parsed: 1 where it says what was asked. run_on: 1 where it says it and goes on, and so does not.
+    parsed: 1 where a value could be read. run_on: 1 where it could not because the answer goes on.
     """
     if asked.kind in COORDINATES:
         read, compare = COORDINATES[asked.kind]
@@ -46,7 +46,7 @@ def score(asked: Asked, said: str) -> Json:
 
 
 def value_of(asked: Asked, said: str) -> Any:
-    """Return what an answer was read as: numbers, a number, a letter, items, or its words; or None."""
+    """Return the value read from an answer: numbers, a number, a letter, items, its words, or None."""
     if asked.kind in COORDINATES:
         return list(COORDINATES[asked.kind][0](asked, said).numbers) or None
     if asked.kind == "number":
@@ -56,29 +56,34 @@ def value_of(asked: Asked, said: str) -> Any:
     return items_of(said) if asked.kind == "order" else spoken(said).strip()
 
 
-# -- coordinates: of each, the numbers that were read, or none
+# -- coordinates; numbers: those that were read, or none
 
 
 def of_time(asked: Asked, numbers: Sequence[float]) -> Json:
+    """Return the absolute error in seconds."""
     return {"error": _error(asked.coordinates, numbers, asked.duration)}
 
 
 def of_point(asked: Asked, numbers: Sequence[float]) -> Json:
+    """Return the mean absolute error over x and y, as fractions of the frame."""
     return {"error": _error(asked.coordinates, numbers, 1.0)}
 
 
 def of_span(asked: Asked, numbers: Sequence[float]) -> Json:
+    """Return the IoU, whether it reaches each of `RECALLS`, and the mean error of start and end."""
     iou = interval_iou(asked.coordinates, numbers) if numbers else 0.0
     recalls = {f"r@{least}": float(iou >= least) for least in RECALLS}
     return {"iou": iou} | recalls | of_time(asked, numbers)
 
 
 def of_box(asked: Asked, numbers: Sequence[float]) -> Json:
+    """Return the IoU, whether it is 0.5 or more, and the mean error of the four sides."""
     iou = box_iou(asked.coordinates, numbers) if numbers else 0.0
     return {"iou": iou, "acc@0.5": float(iou >= 0.5)} | of_point(asked, numbers)
 
 
 def of_windows(asked: Asked, numbers: Sequence[float]) -> Json:
+    """Return the scores of QVHighlights, and the IoU of all windows together."""
     truth = list(zip(asked.coordinates[::2], asked.coordinates[1::2], strict=True))
     guess = list(zip(numbers[::2], numbers[1::2], strict=True))
     precisions = {least: average_precision(truth, guess, least) for least in STRICTNESS}
@@ -93,6 +98,7 @@ def of_windows(asked: Asked, numbers: Sequence[float]) -> Json:
 
 
 def of_tube(asked: Asked, numbers: Sequence[float]) -> Json:
+    """Return the scores of HC-STVG: vIoU, its recalls, the IoU in time, and the mean box IoU."""
     viou = siou = tiou = 0.0
     if numbers:
         truth, guess = Tube.of(asked.coordinates), Tube.of(numbers)
@@ -122,7 +128,7 @@ def of_mixed(asked: Asked, numbers: Sequence[float]) -> Json:
 
 
 def _error(truth: Sequence[float], numbers: Sequence[float], most: float) -> float:
-    """Return the mean difference from the reference, each at most the whole range, as unread ones."""
+    """Return the mean absolute error, each at most the range `most`, which unread answers have too."""
     if not numbers:
         return most
     errors = [min(abs(a - b), most) for a, b in zip(truth, numbers, strict=True)]
@@ -160,13 +166,14 @@ def of_number(asked: Asked, said: str) -> Json:
 
 
 def of_choice(asked: Asked, said: str) -> Json:
+    """Compare the chosen letters."""
     letter = letter_of(said, asked.options)
     same = letter == letter_of(asked.reference, asked.options)
     return {"parsed": float(letter is not None), "exact": float(same)}
 
 
 def of_order(asked: Asked, said: str) -> Json:
-    """Compare an order: the same or not, and the share of pairs that stand in the right order."""
+    """Compare an order: equal or not, and the share of pairs in the right order."""
     truth, guess = items_of(asked.reference), items_of(said)
     if sorted(truth) != sorted(guess):
         return {"parsed": 0.0, "exact": 0.0, "pairs": 0.0}
@@ -177,12 +184,14 @@ def of_order(asked: Asked, said: str) -> Json:
 
 
 def of_caption(asked: Asked, said: str) -> Json:
+    """Return ROUGE-L; CIDEr is computed over all captions, see `summary`."""
     from train.scores.captions import rouge_l
 
     return {"rouge_l": rouge_l(asked.reference, said)}
 
 
 def of_text(asked: Asked, said: str) -> Json:
+    """Compare texts without case, surrounding marks and repeated blanks."""
     return {"exact": float(folded(said) == folded(asked.reference))}
 
 

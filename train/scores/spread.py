@@ -1,20 +1,22 @@
-"""How far a mean score can be trusted: a bootstrap over the clips of a test set.
+"""Confidence intervals of mean scores: a bootstrap over the clips of a test set (Efron, 1979).
 
-Answers about one clip stand or fall together, so clips are drawn, with replacement, not answers
-(Efron, 1979); several runs on one test set are drawn alike, so that their differences are paired.
+Answers about one clip are correlated, so clips are drawn with replacement, not answers, which would give
+intervals that are too narrow. Several runs on one test set use the same draws, so that their differences
+are paired.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 DRAWS = 2000
 PERCENT = 2.5, 97.5
-"""The ends of an interval that 95 % of the draws lie in."""
+"""Percentiles that enclose 95 % of the draws."""
 
 Metric = tuple[str, str]
 """(kind of answer, score), as `("span", "iou")`."""
@@ -30,6 +32,7 @@ class Answers:
     totals: Totals
 
     def mean(self, metric: Metric) -> float:
+        """Return the mean score over all answers."""
         total, count = self.totals[metric]
         return float(total.sum() / count.sum())
 
@@ -49,10 +52,13 @@ def read_answers(path: Path) -> Answers:
     return Answers(clips, dict(totals))
 
 
+@lru_cache(maxsize=4)  # every score of a test set is drawn alike
 def drawn(clips: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Return how often each clip is in each draw, float64 `(draws, clips)`."""
+    """Return how often each clip is in each draw, float64 `(draws, clips)`; not to be written to."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(clips, np.full(clips, 1 / clips), size=draws).astype(float)
+    found = rng.multinomial(clips, np.full(clips, 1 / clips), size=draws).astype(float)
+    found.flags.writeable = False
+    return found
 
 
 def means(answers: Answers, metric: Metric, draws: np.ndarray) -> np.ndarray:
@@ -63,7 +69,7 @@ def means(answers: Answers, metric: Metric, draws: np.ndarray) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the ends that 95 % of some values lie between."""
+    """Return the ends of the interval that holds 95 % of the values."""
     low, high = np.nanpercentile(values, PERCENT)
     return float(low), float(high)
 

@@ -1,4 +1,4 @@
-"""Scores of all answers -> a report, and the report as people read it."""
+"""Scores of all answers -> a report, and the report as a table."""
 
 import math
 from collections import defaultdict
@@ -11,7 +11,7 @@ from train.scores.overlap import interval_iou
 
 
 def summarise_scores(asked: Sequence[Asked], said: Sequence[str], scores: Sequence[Json]) -> Json:
-    """Return the mean of each score, by kind, over the answers that have it; of captions also CIDEr."""
+    """Return the mean of each score by kind, over the answers that have it; for captions CIDEr too."""
     by_kind: dict[str, list[Json]] = defaultdict(list)
     for entry in scores:
         by_kind[entry["kind"]].append(entry)
@@ -20,6 +20,7 @@ def summarise_scores(asked: Sequence[Asked], said: Sequence[str], scores: Sequen
         out[kind] = {"count": len(entries)}
         for name in dict.fromkeys(name for entry in entries for name in entry if name != "kind"):
             values = [entry[name] for entry in entries if name in entry]
+            # fsum is exact: the same mean for any order of the answers, so for any number of ranks
             out[kind][name] = math.fsum(values) / len(values)
     captions = [
         (a.reference, text) for a, text in zip(asked, said, strict=True) if a.kind == "caption"
@@ -30,9 +31,10 @@ def summarise_scores(asked: Sequence[Asked], said: Sequence[str], scores: Sequen
 
 
 def constant_span(asked: Sequence[Asked]) -> float | None:
-    """Return the mIoU of the best single span, as shares of each clip, found with the answers known.
+    """Return the mIoU of the best single span, as shares of each clip; None where no span is asked for.
 
-    A model that has not looked at the videos cannot do better. None where no span is asked for.
+    The span is chosen with the answers known: no fixed answer, so no model that ignores both video and
+    question, scores more (on a grid of twentieths).
     """
     spans = [a for a in asked if a.kind == "span"]
     if not spans:
@@ -46,7 +48,7 @@ def constant_span(asked: Sequence[Asked]) -> float | None:
 
 
 def table(report: Json) -> str:
-    """Return a report as people read it."""
+    """Return a report as the lines that are printed."""
     losses = report.get("losses", {})
     lines = [f"{report['records']} records, {report['answers']} answers"]
     if "limits" in report:
@@ -56,7 +58,7 @@ def table(report: Json) -> str:
     if losses:
         lines.append("  ".join(f"{name} {losses[name]:.4f}" for name in shown if name in losses))
     if "ar_copy_baseline" in losses and "ar_ridge_baseline" not in losses:
-        lines.append("no ar_skill: no floor.safetensors, which a run writes, lies beside the model")
+        lines.append("no ar_skill: floor.safetensors, which a run writes, is not beside the model")
     for kind, entry in report["tasks"].items():
         parts = [f"{kind:7} n={entry['count']:<5}"]
         parts += [f"{name} {value:.3f}" for name, value in entry.items() if name != "count"]
@@ -72,7 +74,7 @@ def table(report: Json) -> str:
 
 
 def limits_line(limits: Json) -> str:
-    """Return what frames a test set's records had, as in training."""
+    """Return in words which frames of a test set's records were used."""
     line = (
         f"frames as in training: {limits['max_frames_num']} of a clip at most, "
         f"{limits['frame_sampling_strategy']} {limits['slow_frame_ratio']}"

@@ -13,7 +13,7 @@ _NUMBER = re.compile(rf"(?i)(?<![\w.])-?\d+(?:\.\d+)?(?![\w%])|\b(?:{'|'.join(SP
 
 
 def spoken(answer: str) -> str:
-    """Return an answer without the think block before it; nothing where that has not ended."""
+    """Return an answer without the think block before it; empty where that block has no end."""
     return "" if "<think>" in answer.rpartition("</think>")[2] else answer.rpartition("</think>")[2]
 
 
@@ -29,18 +29,18 @@ def number_of(text: str) -> float | None:
 
 
 def one_number(text: str) -> float | None:
-    """Return the number that an answer says, if it says one."""
+    """Return the number in an answer, None if it has none or several different ones."""
     values = {_value(match[0]) for match in _NUMBER.finditer(_plain(spoken(text)))}
     return values.pop() if len(values) == 1 else None
 
 
 def decimals(text: str) -> int:
-    """Return how many digits a number has behind its point."""
+    """Return how many digits a number has after its point."""
     return len(folded(text).partition(".")[2])
 
 
 def items_of(text: str) -> list[str]:
-    """Return the items of a list that commas, arrows, lines or `then` part, or of letters like BAC."""
+    """Return the items of a list separated by commas, arrows, lines or `then`, or of letters (BAC)."""
     plain = spoken(text).strip(" .\n()[]")
     if re.fullmatch(r"[A-Z]{2,}", plain) and len(set(plain)) == len(plain) == ord(max(plain)) - 64:
         return list(plain.lower())
@@ -52,7 +52,7 @@ def items_of(text: str) -> list[str]:
 
 
 def letter_of(answer: str, options: Sequence[str]) -> str | None:
-    """Return the letter that an answer to a multiple choice means, if it means one.
+    """Return the letter of an answer to a multiple-choice question, None if it gives none.
 
     It is a letter (A, A., (A), option A), an option's text, or both where they agree. Without options
     it is a letter.

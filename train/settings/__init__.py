@@ -1,1 +1,1 @@
-"""The run's settings: declared once, read from flags, environment and YAML."""
+"""The settings of a run: declared once, read from flags, environment and YAML."""

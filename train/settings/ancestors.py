@@ -18,14 +18,14 @@ SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "ash")
 
 @dataclass(frozen=True)
 class Process:
-    """A process as it was when it was read."""
+    """The facts of a process at the time of reading."""
 
     pid: int
     parent: int
     group: int
-    """Its process group: the job that a shell started it in."""
+    """Its process group: the shell's job to which it belongs."""
     started: int
-    """In clock ticks since the machine's start: a pid that was given again is told by it."""
+    """In clock ticks since the machine's start: distinguishes processes that had the same pid in turn."""
     words: tuple[str, ...]
     """Its command line."""
 
@@ -44,26 +44,29 @@ class Process:
         return cls(pid, int(fields[1]), int(fields[2]), int(fields[19]), words)
 
     def is_alive(self) -> bool:
+        """Return whether this very process is still running."""
         now = Process.read(self.pid)
         return now is not None and now.started == self.started
 
     def is_shell(self) -> bool:
+        """Return whether it is a shell."""
         return bool(self.words) and _name(self.words[0]).lstrip("-") in SHELLS
 
     def launches(self) -> tuple[str, ...] | None:
-        """Return the words after `accelerate launch`, `torchrun` and the like; None if it is none."""
+        """Return the words after `accelerate launch`, `torchrun` or such; None if it is no launcher."""
         program, *following = self._program() or ("",)
         if program == "accelerate":
             return tuple(following[1:]) if following[:1] == ["launch"] else None
         return tuple(following) if program in LAUNCHERS else None
 
     def is_sweep(self) -> bool:
-        """Tell whether it starts runs, one after the other: `train/run.py --sweep`."""
+        """Return whether it starts runs, one after the other: `train/run.py --sweep`."""
         program, *following = self._program() or ("",)
         named = any(word.partition("=")[0] == "--sweep" for word in following)
         return named and program in ("run.py", "train.run")
 
     def is_accelerate(self) -> bool:
+        """Return whether its program is Accelerate's."""
         return (self._program() or ("",))[0].startswith("accelerate")
 
     def _program(self) -> tuple[str, ...]:
@@ -92,13 +95,13 @@ def ancestors() -> Iterator[Process]:
 
 
 def holders() -> list[Process]:
-    """Return the processes above this one whose end is to end this one: launcher and shells around, or
-    the sweep that it is a run of.
+    """Return the processes above this one whose end must end this one: its launcher and the shells
+    around it, or its sweep.
 
-    None of them hands a signal on: `accelerate launch` of one process dies of SIGTERM and leaves its
-    trainer running, a shell does the same to what it waits for. A shell counts where it waits for
-    this job: not the one that one types into (another process group), nor one that put the run into
-    the background (SIGINT is then ignored) or under nohup (SIGHUP is).
+    None of them forwards signals: `accelerate launch` of one process ends on SIGTERM and leaves its
+    trainer running, and so does a shell. A shell counts only if it waits for this job: not an
+    interactive one (another process group), nor one that put the run into the background (SIGINT is
+    then ignored) or under nohup (SIGHUP is).
     """
     in_background = any(
         signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGHUP)

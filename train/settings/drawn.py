@@ -1,4 +1,4 @@
-"""What a run draws anew every epoch: spliced records, and how frames are seen; as words, `name=value`.
+"""Settings of what a run draws in each epoch: spliced records, chosen frames; as words, `name=value`.
 
 --splice records=4000 parts=2-6 questions=span+seen        splice: {records: 4000, parts: 2-6}
 --splice records=4000 "span=When does {} happen?"          splice: {span: ["When does {} happen?", ...]}
@@ -18,9 +18,10 @@ from shards.errors import UserError
 
 
 def draw(*key: int | np.ndarray) -> np.ndarray:
-    """Return float64 numbers in [0, 1), one of each key: a hash of it (splitmix64's), no state.
+    """Return a float64 number in [0, 1) for each key: a hash of it, by the mixer of splitmix64.
 
-    key: integers from 0, or arrays of them that fit each other.
+    key: non-negative integers, or arrays of them that broadcast. No state: any rank, order and resume
+    gives the same numbers.
     """
     mixed = np.zeros(np.broadcast_shapes((1,), *(np.shape(part) for part in key)), np.uint64)
     for part in key:
@@ -34,7 +35,7 @@ def draw(*key: int | np.ndarray) -> np.ndarray:
 TAG = re.compile(r"<[^>]*>")
 QUESTIONS = ("span", "order", "count", "seen")
 BLANK = "{}"
-"""In the text of a question: the phrase, or the time, that it asks about."""
+"""Placeholder in a question's text for the phrase or time that it asks about."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,18 @@ class SpliceSettings:
     """How records are spliced from clips with phrases."""
 
     records: int = 10_000
-    """Of an epoch."""
+    """Records of an epoch."""
     parts: tuple[float, float] = (2, 6)
     """Clips of a medium, fewest and most."""
     seconds: tuple[float, float] = (2.0, 6.0)
-    """Of a clip that is taken, at least (where it has them) and at most."""
+    """Shortest (where the clip is that long) and longest part of a clip."""
     rounds: int = 4
-    """Questions of a record at most."""
+    """Most questions of a record."""
     questions: tuple[str, ...] = QUESTIONS
     span: tuple[str, ...] = ("When is this seen: {}?",)
-    """Wordings of a kind of question, of which each question draws one; {} is what it asks about."""
+    """Wordings of a kind of question, of which each question draws one; see `BLANK`."""
     order: tuple[str, ...] = ("In which order are these seen?",)
-    """What stands above the lettered phrases."""
+    """The text above the lettered phrases."""
     count: tuple[str, ...] = ("How many times is this seen: {}?",)
     seen: tuple[str, ...] = ("What is seen at {}?",)
 
@@ -65,19 +66,20 @@ class SpliceSettings:
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """How the frames of a medium are seen otherwise than evenly and always by one pattern."""
+    """Random choices of a medium's frames, in place of evenly spaced ones in a fixed pattern."""
 
     jitter: bool = False
-    """Each frame is any one of its stretch of the banked frames, not the evenly placed one."""
+    """Whether each frame is a random one of its equal share of the banked frames."""
     pattern: tuple[str, ...] = ()
-    """Strategies, of which a record has one (all, where no value is given); none: the run's."""
+    """Strategies, of which a record draws one (`pattern` alone: all); empty: the run's."""
     ratio: tuple[Fraction, ...] = ()
-    """Shares of slow frames, of which a record has one; none: the run's."""
+    """Shares of slow frames, of which a record draws one; empty: the run's."""
     drop: float = 0.0
-    """The largest share of a medium's banked frames, all in a row, that is not seen."""
+    """The largest share of a medium's banked frames, consecutive ones, that is left out."""
 
     @property
     def is_on(self) -> bool:
+        """Whether anything is drawn."""
         return self != AugmentSettings()
 
 
@@ -85,7 +87,7 @@ T = TypeVar("T", SpliceSettings, AugmentSettings)
 
 
 def read_splice(words: Sequence[str]) -> SpliceSettings:
-    """Return what `splice` asks for; UserError for a word that it does not know."""
+    """Return the settings of `splice`; UserError for an unknown word or an invalid value."""
     found = _read(SpliceSettings, words, _SPLICE)
     if found.parts[0] < 1 or found.seconds[0] < 0.1:
         raise UserError("parts are at least 1, seconds at least 0.1", got=" ".join(words))
@@ -93,7 +95,7 @@ def read_splice(words: Sequence[str]) -> SpliceSettings:
 
 
 def read_augment(words: Sequence[str]) -> AugmentSettings:
-    """Return what `augment` asks for; UserError for a word that it does not know."""
+    """Return the settings of `augment`; UserError for an unknown word or an invalid value."""
     return _read(AugmentSettings, words, _AUGMENT)
 
 
@@ -108,7 +110,7 @@ def words_of(mapping: dict[str, Any]) -> list[str]:
 
 
 def problem_of(read: Callable[[Sequence[str]], object], words: Sequence[str]) -> str | None:
-    """Return what is wrong with some words, None if nothing."""
+    """Return what is wrong with words, None if they are valid."""
     try:
         read(words)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""How a command of `train` ends: what a person can mend is printed, a bug keeps its traceback."""
+"""How a command of `train` ends: a user's error is printed in a line, a bug keeps its traceback."""
 
 import json
 import os
@@ -19,14 +19,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 GRACE_SECONDS = 3.0
-"""In which a launcher ends the other processes, once one of them has ended."""
+"""Seconds in which a launcher ends the other processes, once one of them has ended."""
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """Wrap what a command line runs: a UserError or an OSError becomes lines and exit 2.
+    """Wrap a command's main function: a UserError or an OSError becomes lines and exit code 2.
 
-    An OSError is the machine's (a full disk, a folder that may not be written). Anything else is a
-    bug and passes through.
+    An OSError is the machine's (a full disk, a folder without write permission). Anything else is a bug
+    and passes through.
     """
 
     @wraps(main)
@@ -44,7 +44,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
 def refuse(problems: Iterable[str]) -> typing.NoReturn:
     """Print problems to stderr, one line each, and exit with 2. Libraries raise UserError instead.
 
-    Of several processes that meet the same problem one prints it; below a launcher's own report.
+    If several processes have the same problem, one prints it, below the launcher's own report.
     """
     problems = list(problems)
     if rank := int(os.environ.get("RANK", "0")):
@@ -59,20 +59,20 @@ def refuse(problems: Iterable[str]) -> typing.NoReturn:
 
 
 def let_the_first_one_speak(rank: int) -> None:
-    """Wait to be ended by the launcher, as happens when another process has met the same problem."""
+    """Wait until the launcher ends this process, as it does if another one has the same problem."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(GRACE_SECONDS + 0.5 * rank)
 
 
 def is_launched(environ: Mapping[str, str]) -> bool:
-    """Tell whether this process' parent is a launcher that reports its failure."""
+    """Return whether this process' parent is a launcher that reports its failure."""
     by_launcher = "TORCHELASTIC_RUN_ID" in environ or "ACCELERATE_MIXED_PRECISION" in environ
-    return by_launcher and os.getppid() > 1  # with number 1 a container ends: nothing outlives it
+    return by_launcher and os.getppid() > 1  # with process 1 a container ends, and all in it
 
 
 def report_to_launcher(problems: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Leave the problems where the launcher's own report takes them from; without one, print them.
+    """Write the problems to the file of the launcher's own report; without one, print them.
 
     `TORCHELASTIC_ERROR_FILE` is torchrun's: https://docs.pytorch.org/docs/stable/elastic/errors.html
     """
@@ -89,7 +89,7 @@ def report_to_launcher(problems: Sequence[str], environ: Mapping[str, str]) -> N
 
 
 def say_last(lines: Sequence[str]) -> None:
-    """Print lines when the launcher, this process' parent, has ended with all that it prints."""
+    """Print lines after the launcher, this process' parent, has ended, below all that it prints."""
     subprocess.Popen(
         [sys.executable, "-I", "-S", last_word.__file__, str(os.getppid()), *lines],
         stdin=subprocess.DEVNULL,

@@ -1,9 +1,9 @@
 """The folders between the names of media in records and the ids of banked clips.
 
-A bank knows a clip by its path under the folder that was encoded; records may name it from elsewhere.
+A clip's id is its path under the folder that was encoded; records may name it relative to another one.
 An exact id always wins. Without one, other names are tried: under the dataset's `media_dir` (its last
-folders, as many as the bank's root left in), under the row's own `data_source`, and with
-`strip_prefix` taken off. Where two of them are banked, neither is taken.
+folders, as many as ids have), under the row's own `data_source`, and without `strip_prefix`. Where two of
+them are banked, the record is refused: a guess would train on another clip.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from shards.read.near import difference, split_part
 
 @dataclass(frozen=True)
 class Folders:
-    """What leads from a dataset's names of media to ids."""
+    """How a dataset's names of media become ids."""
 
     media_dir: str = ""
-    """The folder that the names are relative to, where it lies or as much of it as the ids have."""
+    """The folder that the names are relative to, its whole path or the part that the ids have."""
     strip_prefix: tuple[str, ...] = ()
-    """Leading folders that the names have and the ids have not; the first that fits is taken off."""
+    """Leading folders that the names have and the ids lack; the first that fits is removed."""
 
     def stripped(self, path: str) -> str:
-        """Return a path without the first of the prefixes that leads it."""
+        """Return a path without the first of the prefixes that it begins with."""
         for prefix in self.strip_prefix:
             folder = PurePosixPath(prefix).as_posix()
             under = folder if folder == "/" else f"{folder}/"
@@ -33,7 +33,7 @@ class Folders:
         return path
 
     def other_names(self, id_: str, source: str = "") -> list[str]:
-        """Return what a clip may be called in a bank beside the id that its record gives.
+        """Return other ids that a clip may have in a bank, beside the one that its record gives.
 
         source: the row's `data_source`, empty where it has none.
         """
@@ -50,15 +50,15 @@ class Folders:
 
 
 def several(id_: str, names: list[str]) -> UserError:
-    """Return the refusal of a clip that may be any of some banked ones."""
+    """Return the error for a clip that may be any of several banked ones."""
     return UserError(
         f"the clip {id_!r} may be {' or '.join(map(repr, names))} of the bank",
-        fix="say which by a longer media_dir, by a strip_prefix, or by exact ids in the records",
+        fix="choose one by a longer media_dir, by a strip_prefix, or by exact ids in the records",
     )
 
 
 def advice(id_: str, banks: Banks) -> str:
-    """Return what to do about a clip that no bank knows: the banked ids like it, and how they differ."""
+    """Return the fix for a clip that no bank has: similar banked ids, and how they differ."""
     holder = next((bank for bank in banks.beside if id_ in bank), None)
     if holder:
         return (
@@ -86,7 +86,7 @@ def advice(id_: str, banks: Banks) -> str:
 
 
 def _about_folders(wanted: str, banked: str) -> str:
-    """Return which settings lead from one leading folder to another."""
+    """Return the settings that replace one leading folder by another."""
     settings = [f"strip_prefix: {wanted}"] if wanted else []
     settings += [f"media_dir: {banked}"] if banked else []
     return (
@@ -96,7 +96,7 @@ def _about_folders(wanted: str, banked: str) -> str:
 
 
 def _about_parts(wanted: str, banked: str) -> str:
-    """Return what is to be done where another part of a video is banked than is asked for."""
+    """Return the fix where another part of a video is banked than the record asks for."""
     asked, there = split_part(wanted)[1], split_part(banked)[1]
     if not there:
         return f"the whole video is banked; for its part {asked[1:]} encode the records' file too"

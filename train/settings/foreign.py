@@ -1,7 +1,8 @@
-"""Names that other trainers have and this one has not: what each is here, or why there is none.
+"""Settings of other trainers: the setting here of the same meaning, or why there is none.
 
-Who pastes a line of a script of transformers, LLaVA-NeXT, VILA or lmms-engine is answered by name. The
-README's tables say the same of two guides; a test holds this list against the trainers' own.
+A line copied from a script of transformers, LLaVA-NeXT, VILA or lmms-engine is refused with an answer.
+train/MIGRATING.md has this list, and tables of three scripts that say the same; a test compares it with
+the trainers' own.
 """
 
 import difflib
@@ -29,7 +30,7 @@ RENAMED = {
     "tune_llm": """tune_language_model lora_enable use_lora lora_llm freeze_backbone mm_tunable_parts
         freeze_modules unfreeze_language_model""",
     "lora_r": "lora_rank",
-    "projector_lr": "mm_projector_lr merger_lr",
+    "projector_lr": "mm_projector_lr merger_lr mm_vision_resampler_lr",
     "lape_lr": "lape_lr_multiplier",
     "learning_rate": "lr base_lr llm_lr",
     "adam_beta2": "beta2",
@@ -52,7 +53,7 @@ RENAMED = {
     "enable_lape": "use_lape",
     "loss_weight": "ar_loss_weight autoregressive_loss_weight",
 }
-"""Setting here -> what it is called elsewhere."""
+"""Setting here -> its names elsewhere."""
 
 ELSEWHERE = {
     "no setting of a run: the tower's features are banked; it is of `preprocess encode`": """
@@ -105,9 +106,9 @@ ELSEWHERE = {
         fsdp_transformer_layer_cls_to_wrap""",
     "not offered: the projector is an MLP over cells; leave it out": """
         tune_mm_vision_resampler freeze_mm_vision_resampler mm_perceiver_depth mm_perceiver_latents
-        mm_perceiver_ff_mult mm_perceiver_pretrained mm_qformer_depth mm_qformer_latents
-        mm_qformer_pretrained mm_mask_drop_mode mm_mask_drop_skip_percentage mm_mask_drop_ratio
-        mm_mask_drop_ratio_upper mm_mask_drop_ratio_lower""",
+        mm_perceiver_latents_fast mm_perceiver_ff_mult mm_perceiver_pretrained mm_qformer_depth
+        mm_qformer_latents mm_qformer_pretrained mm_mask_drop_mode mm_mask_drop_skip_percentage
+        mm_mask_drop_ratio mm_mask_drop_ratio_upper mm_mask_drop_ratio_lower""",
     "positions are the LLM's own; leave it out": """
         rope_scaling_factor rope_scaling_type use_pos_skipping pos_skipping_range""",
     "the LLM and its tokenizer are those of stage_path; leave it out": """
@@ -126,7 +127,8 @@ ELSEWHERE = {
     "LoRA is of all linear layers of the LLM, by lora_r and lora_alpha; leave it out": """
         lora_dropout lora_bias lora_weight_path lora_target_modules lora_modules use_dora""",
     "an earlier stage's parts are taken of stage_path: its projector and tables too; leave it out": """
-        pretrain_mm_mlp_adapter mlp_path pretrained_lape load_lape""",
+        pretrain_mm_mlp_adapter mlp_path pretrained_lape load_lape load_lora_path""",
+    "tune_llm, stage_path and the data make a stage; leave it out": "stage",
     "the whole micro-batch is tried before step 1, and memory is kept; leave it out": """
         torch_empty_cache_steps use_cache skip_memory_metrics""",
     "compile: true takes torch's own choice; leave it out": """
@@ -161,7 +163,7 @@ ELSEWHERE = {
     "rows of a step are processes x per_device_train_batch_size x gradient_accumulation_steps; set "
     "those": "global_train_batch_size global_batch_size max_per_device_train_batch_size",
 }
-"""What there is to say -> the names elsewhere that it is said of."""
+"""Message -> the names elsewhere that it answers."""
 
 NESTS = (
     *(
@@ -176,7 +178,7 @@ NESTS = (
 """Keys under which other trainers nest theirs."""
 
 HERE = {name: ours for ours, names in RENAMED.items() for name in names.split()}
-"""A name elsewhere -> the setting that it is here."""
+"""A name elsewhere -> the setting here."""
 FOREIGN = {name: sentence for sentence, names in ELSEWHERE.items() for name in names.split()}
 FOREIGN |= dict.fromkeys(NESTS, "settings stand flat here: move its lines to the left")
 """A name elsewhere that is no setting here -> why."""
@@ -188,19 +190,20 @@ ENVIRONMENT = {
     "GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
     "PER_DEVICE_TRAIN_BATCH_SIZE": "per_device_train_batch_size",
 }
-"""Environment variables of the LAPE script, and the setting that each is."""
+"""Environment variable of the LAPE script -> setting."""
 NAMED = ("GLOBAL_TRAIN_BATCH_SIZE", "MAX_PER_DEVICE_TRAIN_BATCH_SIZE")
-"""Those of them that are no setting here."""
+"""Variables of the LAPE script without a setting here."""
 MISSPELT = ("ENABLE_LAPE", "NUM_SPATIAL_TOKENS", "NUM_TEMPORAL_TOKENS")
-"""Those whose near misses are somebody's mistake, and no other program's variable."""
+"""Variables whose near misses are typing errors, since no other program has similar ones."""
 
 
 def is_foreign(name: str) -> bool:
+    """Return whether a name is another trainer's setting."""
     return name in HERE or name in FOREIGN
 
 
 def unknown(name: str, known: Mapping[str, Field[Any]]) -> str:
-    """Return what to say of a setting that is not here: what it is called here, or why there is none."""
+    """Return the message for an unknown setting: its name here, or why there is none."""
     if name in HERE:
         return f"here it is {HERE[name]} ({known[HERE[name]].metadata['help']})"
     if name in FOREIGN:
@@ -217,7 +220,7 @@ def unknown(name: str, known: Mapping[str, Field[Any]]) -> str:
 
 
 def environment_problems(environ: Mapping[str, str]) -> list[str]:
-    """Return what is wrong with the names of environment variables that are meant for a run."""
+    """Return a line for each misspelt or unsupported environment variable of a run."""
     problems = [
         f"{name}: {FOREIGN[name.lower()]}, and unset it" for name in NAMED if environ.get(name)
     ]

@@ -1,11 +1,11 @@
-"""Print lines once a launcher has ended, below the traceback that it ends with.
+"""Prints lines after a launcher has ended, below the traceback that it prints at its end.
 
     python last_word.py PID LINE ...
 
-`accelerate launch` and `torchrun` print a traceback of their own for every command that exits with
-something else than 0, and neither can be asked not to (`accelerate launch --quiet` can, for one
-process). What a person has to read is then far above the end. So a process of its own waits for the
-launcher's end. Run as a file, without the site's packages: it starts in a few milliseconds.
+`accelerate launch` and `torchrun` print a traceback of their own for each command whose exit code is not
+0, which cannot be switched off (`accelerate launch --quiet` does so for one process). The message for the
+user would be far above the end. So a separate process waits for the launcher's end. It is run as a file,
+without site-packages, to start in a few milliseconds.
 """
 
 import os
@@ -18,10 +18,10 @@ LONGEST_SECONDS = 60.0
 
 
 def is_running(pid: int) -> bool:
-    """Tell whether a process still runs code of its own.
+    """Return whether a process still runs its own code.
 
-    Linux gives a command line as long as it has memory. That goes first, so that the lines come
-    before whoever waits for the process hears of its end.
+    On Linux a process has a command line as long as it has memory, which is freed first: so the lines
+    are printed before the parent of the launcher learns of its end.
     """
     if sys.platform == "linux":
         try:
@@ -37,6 +37,7 @@ def is_running(pid: int) -> bool:
 
 
 def main(pid: int, lines: Sequence[str]) -> None:
+    """Wait for a process to end, then print the lines to stderr."""
     deadline = time.monotonic() + LONGEST_SECONDS
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -1,8 +1,8 @@
-"""What Accelerate was asked for beside our own settings: obeyed, or refused by name; never ignored.
+"""Accelerate's own flags, file and variables: obeyed, or refused by name; never ignored.
 
-`accelerate launch` hands its flags and its configuration file on as environment variables, and drops
-those that its way of starting has no use for (accumulation without DeepSpeed, FSDP with --cpu). So
-both are read: the variables, and the command and file of the launcher above this process.
+`accelerate launch` passes its flags and configuration file on as environment variables, and drops those
+that its way of starting does not use (accumulation without DeepSpeed, FSDP with --cpu). So both are
+read: the variables, and the command and file of the launcher above this process.
 
 RULES is the whole policy, a row per variable.
 """
@@ -43,12 +43,12 @@ ALONE = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of a variable's value: nothing, a setting of ours, a refusal, or Accelerate obeys."""
+    """The treatment of a variable's value: none, a setting of ours, a refusal, or left to Accelerate."""
 
     unset: tuple[str, ...] = OFF
-    """Values, in lower case, that ask for nothing here, or for what is done anyway."""
+    """Values, in lower case, without effect here, or for what is done anyway."""
     setting: str = ""
-    """Our setting of the same meaning: it takes the value where it is not set, and else must agree."""
+    """The setting here of the same meaning: it takes the value if it is not set, else must agree."""
     values: Mapping[str, str] = field(default_factory=dict)
     """The variable's values that the setting has, as it writes them; empty: they are written alike."""
     refusal: str = ""
@@ -153,7 +153,7 @@ RULES: Mapping[str, Rule] = {
     # -- what a later Accelerate may bring
     "ACCELERATE_*": refused("not known to this trainer; take it out"),
 }
-"""Variable, or `PREFIX*` of those that have no row of their own -> what becomes of it."""
+"""Variable, or `PREFIX*` of those without a row of their own -> its rule."""
 
 FLAGS: Mapping[str, str] = {
     "mixed_precision": "ACCELERATE_MIXED_PRECISION",
@@ -186,7 +186,7 @@ Asked = dict[str, tuple[str, Origin]]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the launcher was asked for: settings of ours, and what cannot be had."""
+    """The launcher's requests: values of settings here, and problems."""
 
     settings: list[tuple[str, str, Origin]]
     """(our setting, its value as it is written, where)"""
@@ -194,7 +194,7 @@ class Wishes:
 
 
 def wishes(environ: Mapping[str, str], words: Sequence[str] | None = None) -> Wishes:
-    """Return what was asked of Accelerate, by variables and by the launcher above.
+    """Return the requests to Accelerate, by variables and by the launcher above.
 
     words: what stands between `accelerate launch` and the script; None where that is not known.
     """
@@ -228,7 +228,7 @@ def wishes(environ: Mapping[str, str], words: Sequence[str] | None = None) -> Wi
 
 
 def _started_alone(environ: Mapping[str, str]) -> bool:
-    """Tell whether Accelerate was asked for processes and started only one.
+    """Return whether Accelerate was asked for several processes and started one.
 
     `accelerate launch --cpu --num_processes 2` (1.15) sets MASTER_ADDR, which it does for two and
     more, and then starts the script once, without WORLD_SIZE.
@@ -238,7 +238,7 @@ def _started_alone(environ: Mapping[str, str]) -> bool:
 
 
 def rule_of(variable: str) -> Rule | None:
-    """Return a variable's row of RULES, None where it is none of Accelerate's."""
+    """Return a variable's rule, None where it is not Accelerate's."""
     if variable in RULES:
         return RULES[variable]
     family = (name for name in RULES if name.endswith("*") and variable.startswith(name[:-1]))
@@ -246,7 +246,7 @@ def rule_of(variable: str) -> Rule | None:
 
 
 def variable_of(flag: str) -> str | None:
-    """Return the variable that a flag becomes, None where it says how processes are started."""
+    """Return the variable of a flag, None where the flag only concerns the starting of processes."""
     if flag in FLAGS:
         return FLAGS[flag]
     for name, variable in FLAGS.items():
@@ -256,7 +256,7 @@ def variable_of(flag: str) -> str | None:
 
 
 def _by_launcher(environ: Mapping[str, str], words: Sequence[str]) -> Asked:
-    """Return what the launcher's words and its file ask for; words win, as they do for Accelerate."""
+    """Return the values of the launcher's flags and file; flags win, as they do for Accelerate."""
     flags = dict(_flags(words))
     path = flags.get("config_file") or ("" if "cpu" in flags else str(default_file(environ)))
     asked: Asked = {}
@@ -281,7 +281,7 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def default_file(environ: Mapping[str, str]) -> Path:
-    """Return where `accelerate config` writes, and `accelerate launch` reads unless told otherwise."""
+    """Return the file that `accelerate config` writes and `accelerate launch` reads by default."""
     cache = environ.get("XDG_CACHE_HOME", "~/.cache")
     home = Path(environ.get("HF_HOME", f"{cache}/huggingface")).expanduser()
     return home / "accelerate" / "default_config.yaml"

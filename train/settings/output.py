@@ -9,12 +9,12 @@ from pathlib import Path
 from model.config import FORMAT, OLDER
 
 RUN = "run.json"
-"""In a run's folder: what its weights were trained with."""
+"""The file in a run's folder with the settings that its weights were trained with."""
 WRITTEN = re.compile(
     r"(llm|lape|logs|wandb|(run|config|sweep)\.json|(metrics|dropped)\.jsonl|train\.log|checkpoint-\d+.*|"
     r"(projector|visual|frame_causal|floor)\.safetensors)"
 )
-"""What a run writes in its folder, and may replace."""
+"""Files and folders that a run writes in its folder, and may replace."""
 BANK = re.compile(r"bank\.json|plan\.json|index\.zarr")
 MODEL = re.compile(
     r"config\.json|.*\.safetensors(\.index\.json)?|.*\.(gguf|pth)|pytorch_model.*\.bin|"
@@ -28,12 +28,14 @@ STAGE_PARTS = ("llm", "mm_projector", "vision_tower")
 
 
 def folder_problem(folder: Path) -> str | None:
-    """Return why nothing can be written in a folder, there or still to be made, if so."""
+    """Return why nothing can be written in a folder, which may not exist yet; None if it can."""
     if "://" in str(folder) or re.match(r"[a-z0-9]+:/[^/]", str(folder)):  # Path joins the slashes
         return f"{folder}: a URL; name a local folder"
     for place in (folder, *folder.absolute().parents):
         if place.is_symlink() and not place.exists():
-            return f"{place}: a link to {os.readlink(place)}, which is not there; mend or remove it"
+            return (
+                f"{place}: a link to {os.readlink(place)}, which is not there; correct or remove it"
+            )
         if not place.exists():
             continue
         if not place.is_dir():
@@ -45,7 +47,7 @@ def folder_problem(folder: Path) -> str | None:
 
 
 def file_problem(path: Path) -> str | None:
-    """Return why a file cannot be written, if so: said before the work whose result it takes."""
+    """Return why a file cannot be written, checked before the work whose result it holds; or None."""
     if path.is_dir():
         return f"{path}: a folder; name a file"
     if not path.parent.is_dir():
@@ -72,7 +74,7 @@ def output_problem(folder: Path, inputs: Mapping[str, Sequence[str]]) -> str | N
 
 
 def is_overwritten(path: Path, folder: Path) -> bool:
-    """Tell whether a run in a folder would write over what lies at a path."""
+    """Return whether a run in a folder would overwrite the file or folder at a path."""
     here, there = folder.resolve(), path.resolve()
     if there == here:
         return True
@@ -81,7 +83,7 @@ def is_overwritten(path: Path, folder: Path) -> bool:
 
 
 def foreign(folder: Path) -> str | None:
-    """Return what a folder is, where it is something else than a run's, as `a model (config.json)`."""
+    """Return the kind of a folder that is not a run's, such as `a model (config.json)`; else None."""
     if name := _first(folder, BANK.fullmatch):
         return f"a bank ({name})"
     if (folder / "checkpoint.json").exists():
@@ -105,7 +107,7 @@ def foreign(folder: Path) -> str | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Tell whether a run has written in a folder."""
+    """Return whether a run has written in a folder."""
     if isinstance(_json(folder / RUN).get("config"), dict):
         return True
     return _first(folder, lambda name: (folder / name / "checkpoint.json").exists()) is not None

@@ -19,7 +19,7 @@ NEEDS = (
         "pip install flash-attn --no-build-isolation, or set attn: auto",
     ),
 )
-"""(setting, value, packages of which one is needed, what to do without)."""
+"""(setting, value, packages of which one is needed, the fix without them)."""
 WANDB_HOST = "https://api.wandb.ai"
 WITHOUT_KEY = ("offline", "dryrun", "disabled")
 """W&B's modes in which nothing is sent."""
@@ -54,7 +54,7 @@ def missing_packages(
 
 
 def installed(package: str) -> bool:
-    """Tell whether a package can be imported; a folder of its name, such as W&B's logs, is none."""
+    """Return whether a package can be imported; a mere folder of its name (W&B's logs) is none."""
     try:
         spec = importlib.util.find_spec(package)
     except ValueError:  # put aside in sys.modules without a spec
@@ -63,7 +63,7 @@ def installed(package: str) -> bool:
 
 
 def has_wandb_key(environ: Mapping[str, str]) -> bool:
-    """Tell whether W&B can log in without asking, or is told to send nothing.
+    """Return whether W&B can log in without a prompt, or is set to send nothing.
 
     As `wandb.init` looks: environment, netrc, then the settings that `wandb login` and `wandb
     offline` write.

@@ -24,7 +24,7 @@ from train.settings.foreign import (
 )
 
 POSITIONAL = ("stage_path", "data_mixture", "output_dir")
-"""What words before the first flag mean, as in VILA's scripts."""
+"""Settings of the words before the first flag, as in VILA's scripts."""
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
 BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
 
@@ -41,7 +41,7 @@ def merge(
     problems: list[str],
     written: Sequence[tuple[str, Any, Origin]] = (),
 ) -> dict[str, tuple[Any, Origin]]:
-    """Return setting -> (value, where it was written), and add what is wrong to `problems`.
+    """Return setting -> (value, where it was written); problems are added to `problems`.
 
     settings: the dataclass that declares them. written: those of a sweep's run (name, raw, where), over
     all but the flags.

@@ -1,4 +1,4 @@
-"""What a run was trained with, as written down, and in words what is otherwise now.
+"""The recorded settings of a run, and their differences from the present ones in words.
 
 `run.json` holds the settings of the weights beside it. A run that goes on with other ones keeps
 those before: `{"config": ..., "since_step": 700, "before": [{"config": ..., "since_step": 0}]}`.
@@ -23,10 +23,10 @@ OTHER = {
     "stage": "the weights that stage_path names are others",
     "clips": "the bank holds other times or features of the records' clips: it was encoded again",
 }
-"""What is known by a digest alone, in words."""
+"""Facts of which only a digest is recorded -> their names in messages."""
 MODEL_DEFAULTS = asdict(VLMConfig())
 CHECKPOINT = "checkpoint.json"
-"""In a checkpoint-N: beside other things what its weights were trained with."""
+"""The file in a checkpoint-N that also holds the settings its weights were trained with."""
 FREE = ("resume", "plan")
 """Settings that say nothing about weights."""
 
@@ -91,7 +91,7 @@ def was_now(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
 
 
 def facts_changed(before: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
-    """Return in words what of the facts of a run differs: its model, bank and plan.
+    """Return in words which facts of a run differ: of its model, bank and plan.
 
     The plan's `records` are `{"0 train.jsonl": "<digest> <records> x <times>"}`: their names are for
     these words, a file is known by its bytes.
@@ -113,7 +113,7 @@ def facts_changed(before: Mapping[str, Json], now: Mapping[str, Json]) -> list[s
 
 
 def files_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return in words what differs between the record files of two runs; a name is no difference."""
+    """Return in words how the record files of two runs differ; another name is no difference."""
     old, new = _files(before), _files(now)
     if [file[1:] for file in old] == [file[1:] for file in new]:
         return []
@@ -129,7 +129,7 @@ def files_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
                 f"record file {name} has changed (it gave {count} records, now {by_name[name][2]})"
             )
         elif now_called is None:
-            lines.append(f"record file {name} ({count} records) is gone")
+            lines.append(f"record file {name} ({count} records) is missing now")
         elif now_count != count:
             lines.append(f"of record file {now_called} {count} records were taken, now {now_count}")
         elif now_times != times:

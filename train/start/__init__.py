@@ -1,1 +1,1 @@
-"""The model that a run starts from: a stage on disk, made ready for training."""
+"""The model that a run starts from: a stage on disk, loaded and prepared for training."""

@@ -1,7 +1,7 @@
-"""How frames' features become the LLM's tokens here, held against how a checkpoint makes them.
+"""Checks that frames' features become tokens here as in the checkpoint that a run starts from.
 
-Bilinear pooling behind the projector is LLaVA-OneVision's; LLaVA-NeXT-Video pools before it, which is
-what a bank's strides are. What is not exactly one of them is refused by name, or said to be another.
+LLaVA-OneVision pools bilinearly after its projector (`pool_after_projector`); LLaVA-NeXT-Video pools
+before it, as a bank's strides do. Anything else is refused by name, or reported as a difference.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,25 +12,25 @@ from model.tower_kinds import merged_layer, mixes_frames
 
 Json = Mapping[str, Any]
 NESTING = ("average", "bilinear")
-"""Pool modes whose grids have as many cells as half of a finer grid has."""
+"""Pool modes whose grids at twice the stride have half the cells, rounded up."""
 AFTER = "pool_after_projector"
 LAYERS = {"llava_onevision": (-1, "full"), "llava_next_video": (-2, "default")}
-"""The layer of the tower and how its patches are selected, of a config that does not say."""
+"""`model_type` -> default layer of the tower and default selection of patches, as in transformers."""
 CLS = ("clip_vision_model",)
-"""Towers with a token before their patches, which `default` leaves out."""
+"""Towers with a CLS token before their patches, which the selection `default` leaves out."""
 
 
 def tokens_problem(settings: ModelSettings, features: Json, strides: Collection[int]) -> str | None:
-    """Return why a bank's features cannot become tokens as the settings ask; None if they can.
+    """Return why a bank's features cannot become tokens by these settings; None if they can.
 
-    features: as of `FeatureConfig.to_json`; strides: those that are read.
+    features: from `FeatureConfig.to_json`. strides: those that are read.
     """
     if settings.loss_weight > 0 and mixes_frames(str(features.get("tower_type"))):
         return (
             f"loss_weight {settings.loss_weight:g}: frames of the bank's tower "
-            f"({features['tower_type']}) see later ones, and what the frame-causal loss predicts would "
-            "stand in what it reads; set loss_weight: 0, or bank features of a tower that sees frames "
-            "alone, such as SigLIP"
+            f"({features['tower_type']}) see later ones, so the input of the frame-causal loss would "
+            "hold its target; set loss_weight: 0, or bank features of a tower that encodes frames one by "
+            "one, such as SigLIP"
         )
     if settings.mm_projector_type == "identity" and isinstance(features.get("layer"), int):
         return (
@@ -56,9 +56,9 @@ def tokens_problem(settings: ModelSettings, features: Json, strides: Collection[
 def deepstack_problem(
     settings: ModelSettings, layers: Collection[int], features: Json
 ) -> str | None:
-    """Return why a bank does not hold just what an LLM takes of its tower, if it does not.
+    """Return why a bank does not hold exactly the layers that an LLM takes of its tower, or None.
 
-    layers: of its tower, whose features it adds at its own first layers (DeepStack); none, as a rule.
+    layers: of the tower, whose features the LLM adds at its first layers (DeepStack); usually none.
     """
     if settings.mm_projector_type != "identity":
         return None
@@ -72,7 +72,7 @@ def deepstack_problem(
         return (
             f"mm_projector_type identity: its LLM {what}, and the bank holds layer {held}; set bank to "
             f"one of preprocess encode --tower CHECKPOINT --layer {needed} --stride 1, or take another "
-            "mm_projector_type, which starts anew"
+            "mm_projector_type, which starts untrained"
         )
     if layers and settings.pool_after_projector:
         return f"{AFTER}: what DeepStack adds would not be pooled; leave it out"
@@ -80,7 +80,7 @@ def deepstack_problem(
 
 
 def pooled_problem(written: Json, features: Json) -> str | None:
-    """Return why a LLaVA checkpoint does not pool behind its projector just so; None if it does.
+    """Return why a LLaVA checkpoint does not pool 2x2 bilinearly after its projector; None if it does.
 
     written: its config.json.
     """
@@ -102,7 +102,7 @@ def pooled_problem(written: Json, features: Json) -> str | None:
 
 
 def features_problem(written: Json, features: Json) -> str | None:
-    """Return why a bank's features are not those that a LLaVA checkpoint of transformers reads."""
+    """Return why a bank's features differ from those that a LLaVA checkpoint of transformers takes."""
     kind, vision = str(written.get("model_type")), written.get("vision_config") or {}
     layer, select = LAYERS[kind]
     layer = written.get("vision_feature_layer", layer)
@@ -133,7 +133,7 @@ def features_problem(written: Json, features: Json) -> str | None:
 
 
 def pooling_before(written: Json) -> tuple[str | None, int]:
-    """Return the bank's pool mode, where it has one, and stride that are LLaVA-NeXT-Video's pooling."""
+    """Return the pool mode (None if a bank has no such mode) and stride of LLaVA-NeXT-Video's pooling."""
     modes = {"average": "average_floor", "max": "max"}
     mode = modes.get(written.get("spatial_pool_mode", "average"))
     return mode, int(written.get("spatial_pool_stride", 2))
@@ -142,7 +142,7 @@ def pooling_before(written: Json) -> tuple[str | None, int]:
 def pools_as(
     written: Json, settings: ModelSettings, features: Json, strides: Collection[int]
 ) -> bool:
-    """Tell whether all tokens are made as a LLaVA checkpoint of transformers makes those of a video."""
+    """Return whether tokens are made exactly as a LLaVA checkpoint of transformers makes a video's."""
     kind = written.get("model_type")
     if kind not in LAYERS or features_problem(written, features):
         return False

@@ -1,4 +1,4 @@
-"""The LLM made ready: how it attends, what of it is trained, what it keeps, what is compiled."""
+"""Prepares the LLM: attention back-end, trained weights and their dtype, checkpointing, compilation."""
 
 from typing import Any
 
@@ -15,13 +15,16 @@ from train.settings.config import LlmSettings, TrainConfig, checkpoint_every
 def choose_attention(
     config: TrainConfig, device: str, longest: int, *, apart: bool = False
 ) -> tuple[str, str]:
-    """Return (implementation, reason); raises UserError where the asked one cannot work here.
+    """Return (implementation, reason); UserError where the one that is asked for cannot work here.
 
-    device: `cuda`, `cpu`, ... longest: tokens of the longest record. apart: whether turns of some records
-    do not see each other. A mask of intervals costs
-    flex_attention only the blocks that are attended, SDPA the whole square of a row; without a mask
-    SDPA has its fastest kernels.
+    device: `cuda`, `cpu`, ... longest: tokens of the longest record. apart: whether some records have
+    independent turns.
     """
+    # flex_attention computes only the blocks that a mask needs, SDPA with a mask the whole square of a
+    # row; without one SDPA has its fastest kernels, and rows of one record need none if frames are
+    # causal. On 4,096 tokens: bucketed rows without a mask 3.8 s, a packed row with one 10.0 s (CPU).
+    # flex_attention's backward pass is not implemented on CPUs (pytorch#148752). eager only if asked:
+    # it materialises all scores.
     asked, pack_tokens, frame_attention = config.attn, config.pack_tokens, config.frame_attention
     if asked == "flex_attention" and device != "cuda":
         raise UserError(
@@ -29,7 +32,7 @@ def choose_attention(
         )
     if apart and asked.startswith("flash"):
         raise UserError(
-            f"attn {asked}: it would let questions see each other that are independent",
+            f"attn {asked}: takes no mask, so independent questions would see each other",
             fix="use attn: auto, or turns: dialogue",
         )
     if asked != "auto":
@@ -62,11 +65,10 @@ def admit_llm(
     *,
     apart: bool = False,
 ) -> tuple[str, str]:
-    """Return (implementation, reason) of attention under which the LLM is what transformers computes.
+    """Return (implementation, reason) of an attention back-end that passes `conformance.admit`.
 
-    kind: of the device that the run is on. device: where the real weights are tried, None to leave
-    them. apart: as of `choose_attention`. UserError, one line, where the run's rows are not right under
-    any.
+    kind: of the run's device. device: where the real weights are checked, None to leave them in place.
+    apart: as in `choose_attention`. Raises UserError where no back-end is right for the run's rows.
     """
     attention, reason = choose_attention(config, kind, longest, apart=apart)
     if device is not None:
@@ -76,21 +78,23 @@ def admit_llm(
 
 
 def llm_dtype(settings: LlmSettings) -> torch.dtype:
-    """Return the LLM's own type: trained weights are fp32, frozen ones as small as asked."""
+    """Return the dtype of the LLM's weights: fp32 if they are trained, bfloat16 if frozen under bf16."""
+    # AdamW at 1e-5 moved bfloat16 weights of 0.05 by nothing in 50 steps (fp32: 5e-4): each update is
+    # below half a spacing of bfloat16, and its moments would be bfloat16 too
     frozen = settings.tune_llm != "full"
     return torch.bfloat16 if frozen and settings.bf16 is True else torch.float32
 
 
 def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch.device) -> None:
-    """Freeze, adapt or free the LLM; set how it attends, what it keeps in memory, what is compiled.
+    """Freeze the LLM, add a LoRA adapter or train it all; set attention, checkpointing, compilation.
 
-    UserError where layers cannot be compiled here.
+    Raises UserError where an adapter does not fit, or layers cannot be compiled here.
     """
     model.llm.set_attn_implementation(attention)
     if settings.tune_llm == "frozen":
         model.llm.requires_grad_(False)
     elif settings.tune_llm == "full":
-        model.llm.requires_grad_(True)  # what an adapter was merged into came frozen
+        model.llm.requires_grad_(True)  # an LLM into which an adapter was merged is frozen
     elif hasattr(model.llm, "peft_config"):
         check_adapter(model.llm, settings.lora_r, settings.lora_alpha)
     else:
@@ -99,7 +103,9 @@ def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch
         lora = LoraConfig(
             r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules="all-linear"
         )
-        model.llm = get_peft_model(model.llm, lora)  # its matrices are fp32 whatever the base is
+        model.llm = get_peft_model(
+            model.llm, lora
+        )  # peft's matrices are fp32, whatever the base is
     every = checkpoint_every(settings.gradient_checkpointing)
     assert every is not None
     if every:
@@ -111,7 +117,7 @@ def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch
 
 
 def check_trainable(model: VLM, llm: bool) -> None:
-    """Assert that each part that is asked for has weights that a step may move; llm: if it is too."""
+    """Assert that each part of the model has trainable weights, the LLM too if `llm`."""
     asked = {name for name, part in model.named_children() if any(True for _ in part.parameters())}
     unused = {"visual"} if model.config.frame_marks == "none" else set()
     still = asked - unused - set(() if llm else ("llm",)) - model.parts().keys()
@@ -119,22 +125,22 @@ def check_trainable(model: VLM, llm: bool) -> None:
 
 
 def checkpoint_activations(llm: Any, every: int) -> None:
-    """Let every N-th layer keep its input alone, and compute the rest again in the backward pass."""
+    """Let every N-th layer store its input only, and recompute the rest in the backward pass."""
     base = llm.get_base_model() if hasattr(llm, "peft_config") else llm
-    # the old name is deprecated, the new one is not there before transformers 5.20
+    # the old name is deprecated, the new one is missing before transformers 5.20
     new_name = getattr(base, "activation_checkpointing_enable", None)
     enable = new_name or base.gradient_checkpointing_enable
-    # a reentrant one would cut off the gradient of what lies before a frozen LLM
+    # a reentrant checkpoint passes no gradient to the projector before a frozen LLM
     enable({"use_reentrant": False})
     layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for number, layer in enumerate(layers):  # what `every_n_layers` does, which came late
+    for number, layer in enumerate(layers):  # as `every_n_layers` of newer transformers does
         layer.gradient_checkpointing = number % every == 0
 
 
 def compile_layers(llm: Any, device: torch.device) -> None:
-    """Compile each decoder layer, not the whole: nearly the same speed, compiled once for all.
+    """Compile each decoder layer, not the whole: nearly the same speed, and one compilation for all.
 
-    UserError with the compiler's reason where nothing can be compiled.
+    Raises UserError with the compiler's reason where nothing can be compiled.
     """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))

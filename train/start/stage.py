@@ -1,4 +1,4 @@
-"""What a run starts from (`stage_path`), and what is taken of it.
+"""The stage that a run starts from (`stage_path`), and the parts that are taken of it.
 
     a causal LLM                  a folder or Hub name that AutoModelForCausalLM loads
     a framebank run               its LLM and every part that this run has too
@@ -7,8 +7,8 @@
                                   itself (`llava_qwen`): the LLM, the projector, LLaVA-ST's tables
     a Qwen2-VL, Qwen2.5-VL, Qwen3-VL checkpoint    the LLM; its tower's merged tokens are banked
 
-Weights are read from safetensors alone. Whatever is loaded, new or ignored is said, a line each; a
-tensor of another shape is refused by name.
+Weights are read from safetensors only: a pickle can run code. Each part that is loaded, new or ignored
+is reported in a line; a tensor of another shape is refused by name.
 """
 
 import json
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound=ModelSettings)
 AUTOMATIC = ("frame_positions", "frame_time", "media_tags")
-"""Settings that are as the stage was trained, unless they are set."""
+"""Settings whose value `auto` means: as the stage was trained."""
 Json = dict[str, Any]
 Say = Callable[[str], None]
 
 
 def kind_of(name: str) -> str:
-    """Return what a stage path is: run, vila, llava, qwen_vl or llm."""
+    """Return the kind of a stage: run, vila, llava, qwen_vl or llm."""
     if (Path(name) / "projector.safetensors").exists():
         return "run"
     config = read_config(name) or {}
@@ -51,7 +51,7 @@ def kind_of(name: str) -> str:
 
 
 def on_disk(name: str, *, weights: bool) -> Path:
-    """Return the folder of a stage; one of the Hub is brought here, with its weights if asked."""
+    """Return the folder of a stage; one of the Hub is downloaded, with its weights if `weights`."""
     if Path(name).exists():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -61,7 +61,7 @@ def on_disk(name: str, *, weights: bool) -> Path:
 
 
 def llm_name(stage_path: str) -> str:
-    """Return where the LLM's config and tokenizer lie: in the stage's `llm`, or there itself."""
+    """Return the place of the LLM's config and tokenizer: the stage's `llm/`, or the stage itself."""
     kind = kind_of(stage_path)
     if kind == "llm":
         return stage_path
@@ -70,7 +70,7 @@ def llm_name(stage_path: str) -> str:
 
 
 def as_its_stage(settings: Settings) -> Settings:
-    """Return settings in which what is `auto` is as the stage was trained: positions, times, tags."""
+    """Return settings with `auto` replaced by how the stage was trained: positions, times, tags."""
     automatic = [name for name in AUTOMATIC if getattr(settings, name) == "auto"]
     if not automatic:
         return settings
@@ -90,14 +90,14 @@ def as_its_stage(settings: Settings) -> Settings:
 
 
 def has_tokens(stage: str, tokens: Sequence[str]) -> bool:
-    """Tell whether a stage's tokenizer has some control tokens, by its files."""
+    """Return whether a stage's tokenizer has some control tokens, by its files."""
     facts = [read_config(stage, file) or {} for file in ("tokenizer.json", "tokenizer_config.json")]
     added = [*facts[0].get("added_tokens", ()), *facts[1].get("added_tokens_decoder", {}).values()]
     return {token["content"] for token in added}.issuperset(tokens)
 
 
 def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
-    """Return why the projector cannot join cells of these banks, if it cannot."""
+    """Return why these banks' features do not suit the projector and the stage; None if they do."""
     side = joined_cells(settings.mm_projector_type)
     strides = {dataset.slow_stride, dataset.fast_stride}
     features = dataset.banks.config.to_json()
@@ -108,7 +108,7 @@ def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
         return problem
     if side == 1:
         return None
-    banked, pool = dataset.banks.config.strides, dataset.banks.config.pool
+    banked, pool = dataset.banks.strides, dataset.banks.config.pool
     name = f"mm_projector_type {settings.mm_projector_type}"
     if pool != "average":
         return (
@@ -131,7 +131,7 @@ def bank_problem(settings: ModelSettings, dataset: "Dataset") -> str | None:
 
 
 def build(config: TrainConfig, dataset: "Dataset", say: Say) -> "VLM":
-    """Return a fresh model for a run on these banks."""
+    """Return the new model of a run on these banks, with the parts that its stage has."""
     manifest = dataset.banks.manifest
     return assemble(
         config,
@@ -155,8 +155,8 @@ def assemble(
 ) -> "VLM":
     """Return a model over the LLM of the stage path, with what fits of the stage's other parts.
 
-    facts: the fields of `VLMConfig`; width, features, tower: what the banked features are of; say: what
-    takes a line for each part.
+    facts: the fields of `VLMConfig`. width, features, tower: of the banked features. say: called with a
+    line for each part. Raises UserError where features or parts do not fit.
     """
     import torch
 
@@ -176,6 +176,7 @@ def assemble(
     )
     llm_path = llm_name(settings.stage_path)
     llm = load_llm(llm_path, llm_dtype(settings))
+    # a stage's adapter is trained on with lora, and becomes part of the weights otherwise
     if hasattr(llm, "peft_config") and settings.tune_llm != "lora":
         llm = llm.merge_and_unload()
     model = VLM.assemble(
@@ -190,7 +191,7 @@ def assemble(
     )
     model.base = llm_base(settings)
     lines = [f"LLM: {type(llm).__name__} from {llm_path}"]
-    lines += told_of_frames(config)
+    lines += frame_lines(config)
     if kind == "qwen_vl":
         lines += load_qwen(model, folder)
     elif kind == "run":
@@ -203,8 +204,8 @@ def assemble(
     return model
 
 
-def told_of_frames(config: "VLMConfig") -> list[str]:
-    """Return what there is to say of frames in an LLM that was trained with them."""
+def frame_lines(config: "VLMConfig") -> list[str]:
+    """Return a line for each special treatment of frames in the LLM: M-RoPE, DeepStack."""
     lines = []
     if config.frame_positions == "mrope":
         lines.append("positions: frames at their time, row and column (M-RoPE), text by its place")
@@ -215,7 +216,7 @@ def told_of_frames(config: "VLMConfig") -> list[str]:
 
 
 def llm_base(settings: LlmSettings) -> "LlmBase | None":
-    """Return where the LLM lies that is not trained, so that checkpoints need no copy of it."""
+    """Return the reference to an LLM that is not trained, which checkpoints hold in place of a copy."""
     from model.llm import base_of
     from train.start.prepare_llm import llm_dtype
 
@@ -227,7 +228,7 @@ def llm_base(settings: LlmSettings) -> "LlmBase | None":
 
 
 def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
-    """Return what of the settings stays with the model."""
+    """Return the `VLMConfig` of a run: the settings that stay with its model."""
     from model.vlm import VLMConfig
 
     settings = as_its_stage(settings)
@@ -251,12 +252,12 @@ def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
 
 
 def deepstack_of(stage_path: str) -> tuple[int, ...]:
-    """Return the layers of its tower whose features a stage's LLM adds at its first layers."""
+    """Return the tower's layers whose features a stage's LLM adds at its first layers (DeepStack)."""
     return qwen_vl.deepstack_of(read_config(llm_name(stage_path)) or {})
 
 
 def refuse_other_tower(folder: Path, model: "VLM") -> None:
-    """Raise UserError where a run's projector does not fit the bank's features, or our settings."""
+    """Raise UserError where a run's projector does not fit the bank's features or the settings."""
     facts = read_config(str(folder)) or {}
     made, asked = facts["model"]["mm_projector_type"], model.config.mm_projector_type
     if made != asked:
@@ -289,7 +290,7 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any] | None:
 
         try:
             path = try_to_load_from_cache(name, file)
-        except HFValidationError:  # a folder that was moved, or is named from elsewhere
+        except HFValidationError:  # a path, not a Hub name, and no such folder
             return None
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
@@ -297,6 +298,6 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any] | None:
 
 
 def context_of(llm: str) -> int | None:
-    """Return how many tokens an LLM and its tokenizer read at most; None where nothing says."""
+    """Return the most tokens of a row by an LLM's and its tokenizer's configs; None if they name none."""
     written = (read_config(llm) or {}, read_config(llm, "tokenizer_config.json") or {})
     return context_length(written[0], written[1].get("model_max_length"))

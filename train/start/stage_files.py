@@ -1,7 +1,7 @@
-"""What lies where a stage is named, looked at without loading: whether it can be loaded at all.
+"""Checks of a stage's files before loading: whether they can be a model at all.
 
-A model that cannot be is told in a line within a moment, whatever its size: only config files and the
-headers of weight files are read, and no code that lies beside them is ever run.
+A stage that cannot be loaded is refused in a line within a moment, whatever its size: only config files
+and the headers of weight files are read, and no code beside them is ever run.
 """
 
 import importlib.util
@@ -42,20 +42,20 @@ WHOLE = {
     "perception_lm": ", over a bank of SigLIP 2 or DINOv3",
     "video_llama_3": ", over a bank of SigLIP 2",
 }
-"""`model_type` of whole models that no stage is -> which bank an LLM alone may then have."""
+"""`model_type` of a vision-language model that is no stage -> a bank that suits an LLM alone instead."""
 QUANTISED_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 QUANTISED_TENSOR = re.compile(
     r".*\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|SCB|absmax|quant_map)$"
 )
 MOST_HEADER = 100_000_000
-"""Bytes of a safetensors header, as safetensors itself limits it; of a web page's text it is more."""
+"""Bytes of a safetensors header, safetensors' own limit; the first 8 bytes of a text read as more."""
 QUANTISED_TYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 
 
 def stage_problem(stage_path: str) -> str | None:
-    """Return in a line why a run cannot start from a stage, None where nothing speaks against it.
+    """Return in a line why a run cannot start from a stage, None where no reason is found.
 
-    Of a Hub model only its config is looked at: its weights are not here yet.
+    Of a Hub model only the config is read: its weights are not on this machine yet.
     """
     place = Path(stage_path)
     if not place.exists():
@@ -85,7 +85,7 @@ def stage_problem(stage_path: str) -> str | None:
 
 
 def model_problem(folder: Path) -> str | None:
-    """Return why a trained model's folder cannot be loaded: a file that is cut off, or not there."""
+    """Return why a trained model's folder cannot be loaded: a file is cut off or missing. Or None."""
     for part in [folder / name for name in PARTS["run"] if (folder / name).is_dir()]:
         problem = _pointer_problem(part) or _json_problem(part)
         if problem := problem or _weights_problem(part, must=_has_weights(part)):
@@ -94,12 +94,12 @@ def model_problem(folder: Path) -> str | None:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Tell whether a trained model's part is an LLM of its own, none that lies elsewhere."""
+    """Return whether a part of a trained model is an LLM with weights, not a reference to one."""
     return folder.name == "llm" and not (folder / "base.json").exists()
 
 
 def _nature_problem(place: Path) -> str | None:
-    """Return what a folder is, where it is no model's."""
+    """Return a line on what a folder holds, where that is not a model; else None."""
     if (place / "bank.json").exists() or (place / "plan.json").exists():
         return (
             f"{place}: a bank of features, not a model; give it by --bank, and {LLM} by stage_path"
@@ -125,7 +125,7 @@ def _nature_problem(place: Path) -> str | None:
 
 
 def _folder_problem(folder: Path, *, is_llm: bool) -> str | None:
-    """Return what is wrong with a part of a stage: its pointers, its config, its weights."""
+    """Return what is wrong with a part of a stage: Git LFS pointers, its config, its weights; or None."""
     if problem := _pointer_problem(folder) or _json_problem(folder):
         return problem
     if is_llm and (problem := _config_problem(str(folder), _read(folder / "config.json"))):
@@ -137,7 +137,7 @@ def _folder_problem(folder: Path, *, is_llm: bool) -> str | None:
 
 
 def _config_problem(where: str, config: Json) -> str | None:
-    """Return why an LLM of this config cannot be trained here, if that can be told from it."""
+    """Return why a model of this config cannot be trained here; None if the config shows no reason."""
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     for facts in (config, inner or {}):
         written = facts.get("quantization_config") or facts.get("compression_config")
@@ -150,7 +150,7 @@ def _config_problem(where: str, config: Json) -> str | None:
         return f"{where}: {problem}"
     if kind in WHOLE:
         return (
-            f"{where}: a whole model of vision and language ({kind}), whose LLM is not taken out; start "
+            f"{where}: a vision-language model ({kind}), whose LLM is not taken out; start "
             f"from an LLM alone ({LLM.removeprefix('name a causal LLM, such as ')}){WHOLE[kind]}"
         )
     if kind.startswith("llava"):
@@ -160,9 +160,9 @@ def _config_problem(where: str, config: Json) -> str | None:
     if config.get("is_encoder_decoder"):
         return f"{where}: an encoder-decoder ({kind}), not a causal LLM; {LLM}"
     if ENCODERS.fullmatch(kind) and not config.get("is_decoder"):
-        return f"{where}: an encoder ({kind}), whose words see later ones; {LLM}"
+        return f"{where}: an encoder ({kind}), whose tokens see later ones; {LLM}"
     if any(CLASSIFIERS.fullmatch(str(name)) for name in names):
-        return f"{where}: a classifier ({names[0]}), whose head writes no words; {LLM}"
+        return f"{where}: a classifier ({names[0]}), whose head writes no text; {LLM}"
     if config.get("auto_map") and not is_known(kind):
         return (
             f"{where}: its model is code in its own folder (auto_map, model_type {kind or 'unnamed'}), "
@@ -172,9 +172,9 @@ def _config_problem(where: str, config: Json) -> str | None:
 
 
 def is_known(kind: str) -> bool:
-    """Tell whether transformers itself names a model type, so that no code of a folder is asked for.
+    """Return whether transformers itself has a model type, so that code in a folder is not needed.
 
-    Read from its tables as text: importing them imports torch.
+    Its tables are read as text, since importing them imports torch.
     """
     spec = importlib.util.find_spec("transformers")
     assert spec is not None
@@ -187,13 +187,13 @@ def _quantised(where: str, method: str, bits: object = None) -> str:
     size = f", {bits} bits" if bits else ""
     name = f"{method}{size}" if method else f"of another type{size}"
     return (
-        f"{where}: its weights are quantised ({name.strip(', ')}), and only whole ones can be trained or "
-        "trained over; name the model that it was made of"
+        f"{where}: its weights are quantised ({name.strip(', ')}), and only unquantised ones can be "
+        "trained or trained over; name the model it was made from"
     )
 
 
 def _json_problem(folder: Path) -> str | None:
-    """Return a line where a config or a tokenizer is there and is none: cut off, as a rule."""
+    """Return a line where a config's or tokenizer's file is invalid, usually cut off; else None."""
     for path in [folder / name for name in JSON_FILES if (folder / name).exists()]:
         try:
             is_mapping = isinstance(json.loads(path.read_bytes()), dict)
@@ -205,7 +205,7 @@ def _json_problem(folder: Path) -> str | None:
 
 
 def _pointer_problem(folder: Path) -> str | None:
-    """Return a line where Git LFS has left pointers in place of files."""
+    """Return a line where Git LFS left pointers in place of files; else None."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_size < 1024:
@@ -216,12 +216,12 @@ def _pointer_problem(folder: Path) -> str | None:
         return None
     return (
         f"{folder}: {', '.join(found)}: pointers of Git LFS in place of the files; run `git lfs pull` "
-        "there, or download the model anew"
+        "there, or download the model again"
     )
 
 
 def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
-    """Return what is wrong with a folder's weight files; must: whether it is to have some."""
+    """Return what is wrong with a folder's weight files, or None; must: whether it needs some."""
     names = {path.name for path in folder.iterdir()}
     for index, one in (
         ("model.safetensors.index.json", "model.safetensors"),
@@ -239,8 +239,8 @@ def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
             return f"{folder}: weights are missing: {lacking}; {COPY}"
         if must:
             return (
-                f"{folder}: {stem}.{ending}.index.json is missing, which says what lies in which of "
-                f"the {int(count)} weight files; {COPY}"
+                f"{folder}: {stem}.{ending}.index.json is missing, which says which of the {int(count)} "
+                f"weight files holds which tensor; {COPY}"
             )
     weights = sorted(name for name in names if name.endswith(".safetensors"))
     for name in weights:
@@ -271,7 +271,7 @@ def _lacking(wanted: set[str], names: set[str]) -> str:
 
 
 def _file_problem(path: Path) -> str | None:
-    """Return what is wrong with a weight file: cut off, no such file at all, quantised."""
+    """Return what is wrong with a weight file: cut off, not a weight file, quantised; or None."""
     if path.suffix != ".safetensors":
         return (
             None
@@ -289,7 +289,7 @@ def _file_problem(path: Path) -> str | None:
 
 
 def safetensors_header(path: Path) -> Mapping[str, Json]:
-    """Return tensor -> dtype, shape and place of a safetensors file; ValueError if it is not whole.
+    """Return a safetensors file's tensor -> dtype, shape, place; ValueError if the file is not whole.
 
     The format: 8 bytes of the header's length, little-endian; the header, JSON; the tensors' bytes.
     """

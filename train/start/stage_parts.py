@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 LLAVA_TOWER = "model.vision_tower.", "vision_tower."
-"""How the tower's weights begin in a LLaVA checkpoint of transformers."""
+"""Prefixes of the tower's weights in a LLaVA checkpoint of transformers."""
 
 
 def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str]:
-    """Load what fits of a VILA or LLaVA stage into a fresh model; return a line for each part.
+    """Load the parts of a VILA or LLaVA stage that fit into a new model; return a line for each part.
 
     written: its config.json.
     """
@@ -47,7 +47,7 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
             f"{folder}: projector ({made})",
             f"the bank's tower has width {model.tower_width}; use a bank of the tower that the stage "
             f"was trained with{tower and f' (preprocess encode --tower {tower})'}, or "
-            "another mm_projector_type, which starts anew",
+            "another mm_projector_type, which starts untrained",
         )
         other = tower and Path(tower).name != Path(model.tower).name
         lines.append(
@@ -76,14 +76,14 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
 
 
 def new_parts(model: "VLM", but: Sequence[str] = ()) -> list[str]:
-    """Return a line for each part that no stage of another project has."""
+    """Return a line for each part that no other project's stage has, so that it is new."""
     parts = ["visual"] if model.config.frame_marks != "none" else []
     parts += ["frame_causal"] if model.frame_causal is not None else []
     return [f"{name}: new, the stage has none" for name in parts if name not in but]
 
 
 def load_qwen(model: "VLM", folder: Path) -> list[str]:
-    """Return what there is to say of a Qwen-VL stage; UserError where the bank is not its tower's."""
+    """Return the lines about a Qwen-VL stage; UserError where the bank is not of its own tower."""
     from model.llm import own_tower_digest
 
     asked, features = model.config.mm_projector_type, model.features
@@ -112,7 +112,7 @@ def load_qwen(model: "VLM", folder: Path) -> list[str]:
 
 
 def load_newline(visual: Any, newline: Any, folder: Path) -> None:
-    """Let a stage's image_newline close each medium."""
+    """Copy a stage's image_newline into the vector that closes each medium."""
     if newline.shape != visual.frame_end.shape:
         raise UserError(
             f"image_newline is {tuple(newline.shape)}, the LLM's width {len(visual.frame_end)}",
@@ -123,14 +123,14 @@ def load_newline(visual: Any, newline: Any, folder: Path) -> None:
 
 
 def tower_of(written: Json) -> str:
-    """Return the name of the vision tower that a VILA or LLaVA stage says it has, or nothing."""
+    """Return the name of the vision tower in a VILA or LLaVA stage's config; empty without one."""
     own = written.get("vision_tower_cfg")
     own = own.get("_name_or_path") if isinstance(own, dict) else own
     return str(written.get("mm_vision_tower") or written.get("vision_tower") or own or "")
 
 
 def load_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
-    """Load LLaVA-ST's coordinate tables; return what there is to say of them."""
+    """Load LLaVA-ST's coordinate tables; return the lines about them."""
     if model.lape is None:
         return ["ignored: coordinate tables, enable_lape is off"] if tables else []
     if not tables:

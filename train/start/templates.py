@@ -1,4 +1,4 @@
-"""Chat templates: ours for tokenizers that bring none, and one fixed date for those that ask the day."""
+"""Chat templates: ours for tokenizers without one, and a fixed date for those that write today's."""
 
 import re
 from datetime import date
@@ -10,7 +10,7 @@ from model.family.limits import load_tokenizer
 from shards.errors import UserError
 
 TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-"""How a template asks for today's date."""
+"""A template's call for today's date."""
 
 TEMPLATES = {
     "chatml": (
@@ -37,12 +37,15 @@ TEMPLATES = {
         "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
 }
-"""Chat templates for tokenizers that bring none. Where a tokenizer puts a BOS before its texts, it is
-put before the conversation too."""
+"""Chat templates for tokenizers without one. Where a tokenizer puts a BOS before its texts, one is put
+before the conversation too."""
 
 
 def dated(template: str, today: date) -> str:
-    """Return a chat template in which the day that it asks for is written down."""
+    """Return a chat template with the date in place of its calls for today's.
+
+    Raises UserError for a call whose format is not a literal.
+    """
     written = TODAY.sub(lambda call: repr(today.strftime(call[2])), template)
     if "strftime_now(" in written:
         raise UserError("the chat template asks for the date by a format that is not written in it")
@@ -50,14 +53,14 @@ def dated(template: str, today: date) -> str:
 
 
 def give_template(tokenizer: Any, name: str) -> None:
-    """Give a tokenizer one of `TEMPLATES`; it is saved with it from then on."""
+    """Set a tokenizer's chat template to one of `TEMPLATES`, which is then saved with it."""
     ids = tokenizer("a").input_ids
     starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + TEMPLATES[name]
 
 
 def load_with_template(name: str | Path, template: str, rows: int | None = None) -> Any:
-    """Load the tokenizer of a folder or Hub name; UserError where it is none for that LLM.
+    """Load the tokenizer of a folder or Hub name; UserError where it does not fit the LLM.
 
     template: one of ours, or empty for its own. rows: of the LLM's input matrix, where known.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of VILA and LLaVA, read as ours."""
+"""Reads checkpoints of VILA and LLaVA, their tensors under our names."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,15 +22,15 @@ LAPE_TABLES = {
 
 
 class Parts(NamedTuple):
-    """What is taken of a stage."""
+    """The parts of a stage beside its LLM."""
 
     made: str
     """The type of its projector."""
     projector: Tensors
     tables: Tensors
-    """LLaVA-ST's."""
+    """LLaVA-ST's coordinate tables."""
     others: list[str]
-    """What is not used."""
+    """Parts that are not used, in words."""
     newline: "Tensor | None" = None
     """LLaVA's `image_newline`, which closes a video."""
 
@@ -49,7 +49,7 @@ def read_vila(folder: Path) -> Parts:
     others = []
     for path in sorted(folder.iterdir()):
         if path.name == "vision_tower":
-            others.append("vision_tower: the bank's features stand for it")
+            others.append("vision_tower: the bank's features replace it")
         elif path.name not in known and (path.is_dir() or path.suffix in (".bin", ".safetensors")):
             pickled = ": pickles are not read" if path.suffix == ".bin" else ""
             others.append(f"{path.name}{pickled}")
@@ -97,7 +97,7 @@ def read_llava(folder: Path) -> Parts:
         made = f"an mlp2x with {config['projector_hidden_act']}"
     others = [
         f"{name} ({count} tensor{'s' if count > 1 else ''})"
-        + (": the bank's features stand for it" if name == "vision_tower" else "")
+        + (": the bank's features replace it" if name == "vision_tower" else "")
         for name, count in sorted(ignored.items())
     ]
     return Parts(made, part("projector"), part("lape"), others, found.get(NEWLINE))

@@ -20,6 +20,7 @@ from shards.text import counted, duration
 from train.settings.exits import command
 from train.settings.output import RUN
 from train.sweep.record import record_of
+from train.sweep.story import REPORT
 
 ENCODED = re.compile(r"([\d,]+) clips, .* in ([\d.]+) s; ([\d,]+) clips there already")
 """How `preprocess encode` ends."""
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
     text = "\n".join([*head(folder), *(f"#{path.read_text()}" for path in tables)])
     write_atomic(folder / "evidence.md", text.encode())
     print(f"{text}\nwritten: {folder / 'evidence.md'}")  # noqa: T201
+    if (folder / "runs" / REPORT).exists():
+        print(f"pictures: {folder / 'runs' / REPORT}")  # noqa: T201
 
 
 def place(path: Path) -> int:

@@ -1,6 +1,8 @@
 """`train/run.py --sweep`: read, check, list, train what is not finished, evaluate, compare."""
 
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +17,11 @@ from train.settings.config import DataSettings
 from train.sweep.inputs import Inputs
 from train.sweep.record import Record, changes, is_begun, record_of
 from train.sweep.runs import Run, runs_of
-from train.sweep.start import Children, Launcher
+from train.sweep.start import HERE, Children, Launcher
 from train.sweep.table import write_tables
 
+REPORT = "report.html"
+"""The page of all runs, in the folder of the sweep."""
 SHOWN = 160
 RECORD_FLAGS = (
     *("media_dir", "strip_prefix", "on_bad_record", "times_past_end", "bad_record_limit"),
@@ -48,6 +52,8 @@ def run_sweeps(
         failed = take_all(runs, inputs, children)
     for path in write_tables(runs, command, failed, top):
         say(f"{path.read_text()}\nwritten: {path}")
+    if not children.stopped:
+        draw(runs, top / REPORT, launcher)
     if failed:
         say("\n".join(f"failed: {name}: {why}" for name, why in failed.items()))
     if children.stopped:
@@ -80,6 +86,14 @@ def other_run(run: Run, lines: Sequence[str]) -> str:
             fix="give it another name or output_dir, or remove that folder",
         )
     )
+
+
+def draw(runs: Sequence[Run], place: Path, launcher: Launcher) -> None:
+    """Write the page of all runs that are finished, by the command: drawing may read videos."""
+    done = [str(run.folder) for run in first_of_each(runs).values() if record_of(run.folder)]
+    if done:
+        words = [sys.executable, str(HERE / "report.py"), *done, "--output", str(place)]
+        subprocess.run(words, env=launcher.environ, check=False)
 
 
 # -- what there is to do

@@ -1,1 +1,1 @@
-"""What the packets of a video stream say: which is meant, its clock, how it is turned."""
+"""What the packets of a video stream say: which stream to read, its clock, its orientation."""

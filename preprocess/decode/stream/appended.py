@@ -1,4 +1,4 @@
-"""Whether a file was appended to another one, where readers end with the first: by the file's parts.
+"""Find out whether a second file was appended to a file whose readers stop at the end of the first.
 
 is_appended(path, container.format.name)
 """
@@ -17,13 +17,13 @@ class Box(NamedTuple):
     name: bytes
     begin: int
     end: int
-    """By what it says: a file that is cut short ends before."""
+    """As announced: a file that is cut short ends before."""
 
 
 def is_appended(path: Path, container: str) -> bool:
-    """Tell whether a second file begins in an MP4, QuickTime, ASF or FLV file.
+    """Return whether a second file begins within an MP4, QuickTime, ASF or FLV file.
 
-    container: FFmpeg's name of the format. Other formats are read to their ends.
+    container: FFmpeg's name of the format. False for others, which readers read to the end.
     """
     with open(path, "rb") as file:
         if container.startswith("mov,mp4"):
@@ -31,8 +31,8 @@ def is_appended(path: Path, container: str) -> bool:
             after = names[names.index(b"moov") + 1 :] if b"moov" in names else []
             return b"moov" in after or b"ftyp" in after  # the index comes once, the type before it
         if container == "asf":
-            return _begins_again_asf(file)
-        return container == "flv" and _begins_again_flv(file)
+            return _has_second_header_asf(file)
+        return container == "flv" and _has_second_header_flv(file)
 
 
 def boxes(file: IO[bytes]) -> Iterator[Box]:
@@ -52,21 +52,21 @@ def boxes(file: IO[bytes]) -> Iterator[Box]:
         begin += length
 
 
-def _begins_again_asf(file: IO[bytes]) -> bool:
-    """Tell whether a header follows the first one's data (ASF specification, 2.1)."""
+def _has_second_header_asf(file: IO[bytes]) -> bool:
+    """Return whether a second header follows the first one's data (ASF specification, 2.1)."""
     at = 0
     while len(head := file.read(24)) == 24:
         if at and head.startswith(ASF_HEADER):
             return True
         length = int.from_bytes(head[16:], "little")
-        if length < 24:  # of a broadcast, which does not know its own
+        if length < 24:  # a broadcast, whose length is not known when its header is written
             return False
         at = file.seek(at + length)
     return False
 
 
-def _begins_again_flv(file: IO[bytes]) -> bool:
-    """Tell whether a header follows a tag (FLV specification 10.1, E.2 to E.4)."""
+def _has_second_header_flv(file: IO[bytes]) -> bool:
+    """Return whether a second header follows a tag (FLV specification 10.1, E.2 to E.4)."""
     at = 9
     file.seek(at)
     while len(head := file.read(15)) == 15:  # the size of the tag before, type, size, time, stream

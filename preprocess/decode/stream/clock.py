@@ -1,11 +1,11 @@
-"""The clock of a stream, straightened: what its packets say of time, where time starts again or leaps.
+"""Correct the clock of a stream whose times restart or jump in the middle of the file.
 
     jumps, held = find_jumps(times, may_restart=True)
     ticks = straightened(pts, jumps)
 
-Streams that were appended to each other (`cat a.ts b.ts`), and those of a recorder that was started
-again, have a clock that jumps. The packets between two jumps are laid end to end, a frame apart, so
-that every frame keeps its place in the order shown and time only ever rises.
+Streams that were appended to each other (`cat a.ts b.ts`), and those of a recorder that was restarted,
+have a clock that jumps. The stretches between jumps are joined end to end, a frame apart, so that every
+frame keeps its place in display order and time only increases.
 """
 
 from bisect import bisect_right
@@ -14,16 +14,18 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 LONG_GAP = 10
-"""Seconds. FFmpeg takes what is longer for a clock that jumped, in containers where one may."""
+"""Seconds. FFmpeg treats a longer gap as a jump of the clock, in containers where it may restart (default
+of its option -dts_delta_threshold)."""
 LONGEST_HOLD = 3600
-"""Seconds that a packet may say its picture is held without being marked for it."""
+"""Seconds. A packet whose duration explains a gap is believed up to this duration."""
 REORDERED = 16
-"""Packets by which decoding order may differ from the order shown, in H.264 and HEVC."""
+"""Packets by which decode order may differ from display order: the largest number of pictures that a
+decoder of H.264 or HEVC keeps."""
 LONGEST_GAP = 30 * 3600
-"""Seconds. FFmpeg takes what is longer for an error in any container."""
+"""Seconds. FFmpeg treats a longer gap as an error in any container (default of -dts_error_threshold)."""
 
 Jumps = tuple[tuple[int, int], ...]
-"""Per jump: the first packet of the stream after it (by number), and the ticks to add from there on."""
+"""Per jump: the number of the first packet after it, and the ticks to add from there on."""
 
 
 @dataclass
@@ -36,17 +38,17 @@ class PacketTimes:
     keys: set[int] = field(default_factory=set)
     """Numbers of the keyframes."""
     bridged: set[int] = field(default_factory=set)
-    """Numbers of packets up to which other streams went on, so that a gap before one is true."""
+    """Numbers of packets before which other streams have no gap, so that a gap of this one is real."""
 
 
 def find_jumps(
     times: PacketTimes, second: float, step: int, may_restart: bool
 ) -> tuple[Jumps, bool]:
-    """Return where the clock jumps, and whether there are gaps left that no packet explains.
+    """Return the jumps of the clock, and whether there are other long gaps that no packet explains.
 
     second: in ticks; step: ticks of a frame whose packet gives no duration. may_restart: whether the
-    container is one of those whose clock may start anew (MPEG-TS and PS, Ogg), in which a gap that
-    nothing explains is a jump forwards.
+    container is one whose clock may restart (MPEG-TS and PS, Ogg), in which an unexplained gap is a
+    jump forwards.
     """
     starts, odd = _starts(times, second, may_restart)
     jumps: list[tuple[int, int]] = []
@@ -70,12 +72,12 @@ def _starts(times: PacketTimes, second: float, may_restart: bool) -> tuple[list[
     for number, (pts, dts) in enumerate(zip(times.pts, times.dts, strict=True)):
         if furthest is not None:
             gap = pts - furthest
-            # Whatever comes before a keyframe in the file is shown before it.
+            # All that precedes a keyframe in the file is shown before it: going back there is a restart.
             back = number in times.keys and gap < 0
             back = back and (dts is None or decoded is None or dts <= decoded)
             back |= gap < -LONG_GAP * second
             is_long = gap > LONG_GAP * second and number not in times.bridged
-            # A packet's duration is by decode order: with B-frames the gap is another one's.
+            # Durations are in decode order: with B-frames the one that explains the gap is a neighbour's.
             near = times.durations[max(0, number - REORDERED) : number + REORDERED]
             hold = max(near)
             is_long &= not (hold <= LONGEST_HOLD * second and gap - hold <= LONG_GAP * second)
@@ -92,7 +94,7 @@ def _starts(times: PacketTimes, second: float, may_restart: bool) -> tuple[list[
 
 
 def is_bridged(before: float, others: Sequence[float], after: float) -> bool:
-    """Whether there is a long gap, and packets of other streams fill it. All in seconds."""
+    """Return whether there is a long gap that packets of other streams fill. All in seconds."""
     if after - before <= LONG_GAP:
         return False
     inside = sorted(time for time in others if before < time < after)

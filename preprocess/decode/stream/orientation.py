@@ -1,4 +1,4 @@
-"""How a picture is turned and mirrored for display: the eight ways that keep its sides straight.
+"""How a picture is turned and mirrored for display: the eight ways that map pixels to pixels.
 
 orientation = Orientation.of_matrix(matrix)     # None: a shear or another odd matrix
 picture = orientation.apply(picture)
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 STRAIGHT = math.tan(math.radians(1))
-"""Of a matrix that is no more than a degree off, as FFmpeg takes it."""
+"""Tangent of the one degree by which a matrix may be off, as in FFmpeg."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Orientation:
     def of_matrix(cls, data: bytes) -> "Orientation | None":
         """Return the orientation of FFmpeg's display matrix, nine int32: a b u, c d v, x y w.
 
-        A pixel at (column, row) is shown at (a column + c row, b column + d row), up to a shift. None
-        where that is neither a quarter turn nor a mirror image nor both. A size that it also changes
-        is a matter of the pixels' shape, and left alone as that is. All zeros is no matrix.
+        A pixel at (column, row) is shown at (a column + c row, b column + d row), up to a shift (FFmpeg,
+        libavutil/display.h). None where that is not a combination of quarter turns and mirroring. A
+        scale in it is ignored, as the aspect ratio of pixels is. All zeros means no matrix.
         """
         a, b, u, c, d, v, *_ = struct.unpack("=9i", data[:36])
         if not any((a, b, c, d)):

@@ -12,35 +12,35 @@ from preprocess.decode.stream.clock import (
     straightened,
 )
 
-# Their clock may start anew in the middle, and none says how long a frame is held.
+# Their clock may restart in the middle, and their packets carry no durations.
 RESTARTING_CONTAINERS = ("mpegts", "mpeg", "ogg")
 
 
 @dataclass
 class Packets:
-    """What the packets of one stream say, in the order in which they lie in the file."""
+    """The packets of one stream, in the order of the file."""
 
     pts: list[int | None] = field(default_factory=list)
     dts: list[int | None] = field(default_factory=list)
     hidden: list[bool] = field(default_factory=list)
-    """Whether the file does not show the frame: an edit list cuts it off, or it is corrupt."""
+    """Whether the frame is not shown: an edit list hides it, or its packet is corrupt."""
     durations: list[int] = field(default_factory=list)
     """0 where the file gives none."""
     keys: list[int] = field(default_factory=list)
     """Places of the keyframes."""
     furthest: dict[int, int] = field(default_factory=dict)
-    """Of each stream of the file, the end of its last packet."""
+    """By stream of the file: the end of its last packet, in ticks."""
     corrupt: bool = False
     discard: bool = False
     bridged: set[int] = field(default_factory=set)
     """Places of packets that end a long gap in which other streams went on."""
     first_frame: Any = None
-    """The first that could be decoded, None if none could."""
+    """The first frame that could be decoded; None if none could."""
 
     def clock(self, container: Any, stream: Any, step: int) -> tuple[list[int], Jumps, bool]:
         """Return the times of the frames, the jumps in them, and whether there are odd gaps.
 
-        They are counted by `step` where a packet does not say its own.
+        If any packet has no pts, frame k gets the time k * `step`.
         """
         known = [value for value in self.pts if value is not None]
         if len(known) < len(self.pts):
@@ -52,7 +52,7 @@ class Packets:
 
 
 def read_packets(container: Any, stream: Any) -> Packets:
-    """Read all packets of a file; decode those of the stream up to its first frame."""
+    """Return the stream's packets of a file, all read; decodes up to the stream's first frame."""
     import av
 
     found = Packets()
@@ -63,7 +63,7 @@ def read_packets(container: Any, stream: Any) -> Packets:
     while True:
         try:
             packet = next(packets, None)
-        except (av.error.FFmpegError, IndexError):  # the latter: a stream found late
+        except (av.error.FFmpegError, IndexError):  # IndexError: a stream that appears mid-file
             found.corrupt = True
             break
         if packet is None:
@@ -90,6 +90,7 @@ def read_packets(container: Any, stream: Any) -> Packets:
         found.durations.append(packet.duration or 0)
         found.discard |= packet.is_discard
         found.corrupt |= packet.is_corrupt
+        # One frame is decoded for its display matrix and its true size, which headers may lack.
         if found.first_frame is None:
             found.first_frame = _first_frame(decoder, packet)
     if found.first_frame is None and not all(found.hidden):

@@ -1,1 +1,1 @@
-"""Decoding ahead of the tower, writing behind it, and what the time went to."""
+"""Decode ahead of the tower, write behind it, and measure where the time goes."""

@@ -1,10 +1,10 @@
-"""Several workers, each in a thread of its own, a bounded number of bytes ahead of who takes their items.
+"""Run several workers, each in its own thread, a bounded number of bytes ahead of the consumer.
 
     with closing(ahead(groups, [worker, worker], most_bytes=64 << 20)) as items:
         for item in items: ...      # those of the first group, then those of the second ...
 
-A worker makes items of the group that it takes next, whatever the others are at; they are handed on
-in the order of the groups. So neither their number nor their haste changes what comes out.
+A worker takes the next group and makes its items, independently of the others; items are yielded in the
+order of the groups. So neither the number nor the speed of workers changes the output.
 """
 
 import threading
@@ -19,16 +19,16 @@ import numpy as np
 Group = TypeVar("Group")
 Item = TypeVar("Item", bound=tuple[Any, ...])
 Worker = Callable[[Group], Generator[Item]]
-"""Called for one group after the other, in their order; what it returns runs beside other workers."""
+"""Called with each group in order, one call at a time; the generators it returns run in parallel."""
 
 LEAST_BYTES = 4096
-"""That any item counts for."""
+"""Bytes that every item counts for, besides its arrays."""
 NUDGE_SECONDS = 0.1
 
 
 @dataclass
 class Stream(Generic[Item]):
-    """What came of a group so far and is not taken yet."""
+    """The items of a group that were made and not consumed yet."""
 
     items: deque[Item] = field(default_factory=deque)
     ended: bool = False
@@ -36,7 +36,7 @@ class Stream(Generic[Item]):
 
 
 class Ahead(Generic[Group, Item]):
-    """The streams of groups that are begun, and what their workers and their taker share."""
+    """The streams of the groups in work; shared by the workers and the consumer."""
 
     def __init__(self, groups: Sequence[Group], most_bytes: int) -> None:
         self._groups = iter(groups)
@@ -49,7 +49,7 @@ class Ahead(Generic[Group, Item]):
         self._working = 0
 
     def run(self, workers: Sequence[Worker[Group, Item]], interrupt: Callable[[], None]) -> Any:
-        """Yield the items; at the end, and where the taker leaves, no worker is left."""
+        """Yield the items; when it ends or is closed, all workers have ended."""
         self._working = len(workers)
         threads = [threading.Thread(target=self._work, args=(one,), daemon=True) for one in workers]
         for thread in threads:
@@ -77,7 +77,7 @@ class Ahead(Generic[Group, Item]):
                     if first.error is not None:
                         raise first.error
                     self._streams.popleft()
-                    self._change.notify_all()  # another may go on whatever is held
+                    self._change.notify_all()  # the next group is first now, and may always add one item
                     continue
                 item = first.items.popleft()
                 self._bytes -= bytes_of(item)
@@ -100,7 +100,7 @@ class Ahead(Generic[Group, Item]):
                 self._change.notify_all()
 
     def _work_on_next(self, worker: Worker[Group, Item]) -> bool:
-        """Take a group and make all of its items; return whether to go on."""
+        """Take a group and make all of its items; return whether to continue."""
         stream: Stream[Item] = Stream()
         try:
             with self._taking:
@@ -114,7 +114,7 @@ class Ahead(Generic[Group, Item]):
                 for item in items:
                     if not self._put(stream, item):
                         return False
-                    del item
+                    del item  # else its arrays live until the next item is made
         except BaseException as error:
             stream.error = error
         finally:
@@ -124,8 +124,11 @@ class Ahead(Generic[Group, Item]):
         return stream.error is None
 
     def _put(self, stream: Stream[Item], item: Item) -> bool:
-        """Hand an item on when there is room, of the group that is taken now always for one; return
-        whether to go on."""
+        """Add an item when there is room; return whether to continue.
+
+        The group that is being consumed may always add one item: otherwise later groups could fill the
+        room, and consumer and workers would wait for each other.
+        """
 
         def has_room() -> bool:
             first = stream is self._streams[0] and not stream.items
@@ -147,16 +150,16 @@ def ahead(
     most_bytes: int,
     interrupt: Callable[[], None] = lambda: None,
 ) -> Generator[Item]:
-    """Yield the items that the workers make of the groups, in their order.
+    """Yield the items that the workers make of the groups, in the order of the groups.
 
-    A worker goes on while what waits to be taken holds fewer than `most_bytes` in arrays. What it raises
-    is raised here, in its place. Closing this ends the workers. interrupt: ends what they wait for, and
-    may be called more than once.
+    A worker continues while the waiting items have fewer than `most_bytes` in arrays. Its exception is
+    raised here, at the item's place in the order. Closing this ends the workers. interrupt: makes
+    workers return that wait for something else; may be called more than once.
     """
     shared: Ahead[Group, Item] = Ahead(groups, most_bytes)
     yield from shared.run(workers[: len(groups)], interrupt)
 
 
 def bytes_of(item: tuple[Any, ...]) -> int:
-    """Return what an item counts for: the bytes of its arrays, and something for itself."""
+    """Return the bytes that an item counts for: those of its arrays, and `LEAST_BYTES`."""
     return LEAST_BYTES + sum(part.nbytes for part in item if isinstance(part, np.ndarray))

@@ -3,8 +3,8 @@
     with Decoders(4, bank) as decoders, closing(decoders.events(jobs, together=16)) as events:
         for source, event in events: ...        # clip after clip, in the order of the jobs
 
-The parts of one file are one process's, which reads on from one to the next; a member of an archive is
-unpacked in the order of the jobs, so that a compressed archive is read once.
+All parts of one file are decoded by one process, which can continue from one part to the next. Members of
+an archive are unpacked in the order of the jobs, so that a compressed archive is read only once.
 """
 
 import os
@@ -23,20 +23,22 @@ from preprocess.decode.source import Outcome, SourceReader
 from preprocess.encode.pipeline.ahead import ahead
 from shards.format.plan import ClipSource
 
+# Several processes per tower: with one, a GPU waited for one core.
 HELD_BYTES = 32 << 20
-"""Of frames that wait for the tower, for each process."""
+"""Bytes of frames that wait for the tower, per process."""
 
 Job = tuple[ClipSource, ReadRequest]
 SourceEvent = tuple[ClipSource, Begin | np.ndarray | Outcome[ClipFacts]]
 
 
 def decoders_for(towers: int) -> int:
-    """Return how many processes decode for each of so many towers on this machine."""
+    """Return the number of decoder processes per tower, for `towers` towers on this machine."""
+    # sched_getaffinity and not cpu_count: a container or a Slurm task may use fewer cores than there are
     return max(1, len(os.sched_getaffinity(0)) // towers)
 
 
 class Decoders(ExitStack):
-    """Decode processes, started when there are clips for them."""
+    """Decoder processes, each started when the first clip is given to it."""
 
     def __init__(self, count: int, unpacker: Unpacker) -> None:
         super().__init__()
@@ -46,9 +48,9 @@ class Decoders(ExitStack):
         ]
 
     def events(self, jobs: Sequence[Job], together: int) -> Generator[SourceEvent]:
-        """Yield the frames of each clip, `together` at a time, and what came of it last.
+        """Yield the frames of each clip, `together` at a time, and its Outcome last.
 
-        Raises what `SourceReader.events` raises, when all that comes before is taken.
+        Raises as `SourceReader.events` does, after all earlier events have been consumed.
         """
         files = groupby(jobs, key=lambda job: (job[0].path, job[0].offset))
         workers = [partial(read_file, reader, together) for reader in self.readers]
@@ -65,8 +67,8 @@ class Decoders(ExitStack):
 
 
 def read_file(reader: SourceReader, together: int, jobs: Sequence[Job]) -> Generator[SourceEvent]:
-    """Return the events of the parts of one file; its bytes are brought here at once."""
-    reader.bring(jobs[0][0])
+    """Return the events of the parts of one file; a member of an archive is unpacked at once."""
+    reader.unpack_ahead(jobs[0][0])
 
     def events() -> Generator[SourceEvent]:
         for source, request in jobs:

@@ -1,4 +1,4 @@
-"""What a run did, and where its time went: what the bar shows and the last lines say."""
+"""The summary of a run: what was done and where its time went, for the bar and the last lines."""
 
 import sys
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ from shards.format.quarantine import QuarantineEntry
 
 STAGES = ("decode", "tower", "write")
 MUCH = 0.2
-"""The share of its time that a tower may wait before it is worth more than a word."""
+"""The share of its time that a tower may wait before the advice is about the stage it waits for."""
 ADVICE = {
     "decode": "the tower waited {} of the time for decoding: more --decoders or cores",
     "write": "the tower waited {} of the time for writing: a faster disk",
@@ -29,7 +29,7 @@ def progress_bar(total: int | None = None) -> "tqdm[Any]":
 
 @dataclass
 class Summary:
-    """What a run did."""
+    """The result of a run."""
 
     clips: int = 0
     frames: int = 0
@@ -39,14 +39,14 @@ class Summary:
     seconds: float = 0.0
     failures: list[QuarantineEntry] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    """Seconds, of all towers together: that they waited for decoding, worked, waited for writing."""
+    """Seconds of all towers together: waiting for decoding, working, waiting for writing."""
 
     def copy(self) -> "Summary":
         return replace(self, failures=[*self.failures], spent=dict(self.spent))
 
     @classmethod
     def of(cls, parts: "list[Summary]") -> "Summary":
-        """Return what several processes did together; their seconds are left out."""
+        """Return the sum over several processes, without `seconds`."""
         total = cls()
         for part in parts:
             total.clips += part.clips
@@ -57,15 +57,24 @@ class Summary:
                 total.spent[stage] += part.spent[stage]
         return total
 
+    def beside(self, more: "Summary") -> "Summary":
+        """Return what a run did to a bank and then beside it: clips are counted where they were made."""
+        told = {entry.id for entry in self.failures}
+        total = Summary.of([replace(self, failures=[]), replace(more, failures=[])])
+        total.failures = self.failures + [one for one in more.failures if one.id not in told]
+        total.seconds = self.seconds + more.seconds
+        total.skipped = self.skipped if not total.clips else more.skipped
+        return total
+
     @property
     def shares(self) -> dict[str, float]:
-        """Of the time, for each stage; nothing where nothing was encoded."""
+        """The share of the time of each stage; empty if nothing was encoded."""
         whole = sum(self.spent.values())
         return {stage: spent / whole for stage, spent in self.spent.items()} if whole else {}
 
     @property
     def advice(self) -> str | None:
-        """What the next hour should be bought with; None where no frame was encoded."""
+        """What would make encoding faster; None if no frame was encoded."""
         shares = self.shares
         if not shares or not self.frames:
             return None
@@ -75,7 +84,7 @@ class Summary:
 
 
 def show_pace(bar: "tqdm[Any]", summary: Summary) -> None:
-    """Show beside a bar how fast it goes, and where the time of the towers goes."""
+    """Show frames per second and the shares of the towers' time beside a bar."""
     rate = summary.frames / max(bar.format_dict["elapsed"], 1e-9)
     shown = {stage: f"{share:.0%}" for stage, share in summary.shares.items()}
     bar.set_postfix({"frames/s": f"{rate:.1f}"} | shown, refresh=False)

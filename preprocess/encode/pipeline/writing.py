@@ -1,4 +1,4 @@
-"""A shard is written behind the tower, in a thread of its own: tar, checksums, disk.
+"""Write a shard in another thread, behind the tower: tar, checksums, disk.
 
 with Writing(writer) as writing:
     writing.write(key, meta, arrays, underflowed)       # returns when there is room for it
@@ -17,17 +17,17 @@ from shards.format.samples import SampleMeta
 from shards.write.shard import ShardWriter
 
 HELD_BYTES = 64 << 20
-"""Of features that wait to be written; one clip's may be more."""
+"""Bytes of features that wait to be written; a single clip may have more."""
 
 
 class Writing:
-    """Has a `ShardWriter` do what it is asked to, in this order; an error is raised by the next call."""
+    """Queue of calls of a `ShardWriter`, made in order; an error is raised by the next call here."""
 
     def __init__(self, writer: ShardWriter, most_bytes: int = HELD_BYTES) -> None:
         self._writer, self._most_bytes = writer, most_bytes
         self._waiting: deque[tuple[Callable[[], None], int]] = deque()
         self._bytes = 0
-        """Of what waits and of what is being written."""
+        """Bytes that are waiting or being written."""
         self._change = threading.Condition()
         self._over = False
         self._error: BaseException | None = None
@@ -50,16 +50,16 @@ class Writing:
     def write(
         self, key: str, meta: SampleMeta, arrays: dict[int, np.ndarray], underflowed: int
     ) -> None:
-        """Have a clip's features written."""
+        """Queue a clip's features; waits until there is room."""
         nbytes = sum(array.nbytes for array in arrays.values())
         self._put(lambda: self._writer.write(key, meta, arrays, underflowed), nbytes)
 
     def fail(self, entry: QuarantineEntry) -> None:
-        """Have it noted that there are none."""
+        """Queue the failure of a clip."""
         self._put(lambda: self._writer.fail(entry), 0)
 
     def wait(self) -> None:
-        """Return when all is written."""
+        """Return when everything is written; raises the writer's error."""
         with self._change:
             self._change.wait_for(lambda: self._error or not (self._waiting or self._bytes))
         self._raise()

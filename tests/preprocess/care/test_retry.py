@@ -33,7 +33,7 @@ from shards.format.quarantine import (
     quarantine_path,
     read_entries,
     read_quarantine,
-    settle,
+    update_quarantine,
 )
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
@@ -155,7 +155,10 @@ def test_an_unfinished_bank_and_a_folder_without_one_are_refused(
     bank: Path, tmp_path: Path
 ) -> None:
     (bank / "shards" / "bank-000000.done").unlink()
-    for folder, said in ((bank, "its run is not over"), (tmp_path / "none", "no bank to retry")):
+    for folder, said in (
+        (bank, "its run is not finished"),
+        (tmp_path / "none", "no bank to retry"),
+    ):
         result = command("retry", folder)
         assert result.exit_code == 2
         (line,) = result.stderr.splitlines()
@@ -182,7 +185,7 @@ def test_a_shard_that_was_deleted_is_named_with_the_way_out(
     shard = bank / "shards" / "bank-000000.tar"
     before = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(UserError, match=r"bank-000000\.tar: was finished and is gone") as error:
+    with pytest.raises(UserError, match=r"bank-000000\.tar: was finished and is missing") as error:
         encode([str(videos)], bank, toy_options)
     assert "\n" not in str(error.value)
     shard.with_suffix(".done").unlink()
@@ -226,7 +229,7 @@ def entry(id_: str, attempts: int = 1) -> QuarantineEntry:
 
 
 def fail(bank: Path, *entries: QuarantineEntry) -> None:
-    settle(bank, [], entries)
+    update_quarantine(bank, [], entries)
 
 
 def test_a_last_line_cut_by_a_power_loss_is_no_entry(tmp_path: Path) -> None:
@@ -250,9 +253,9 @@ def test_a_spoilt_line_elsewhere_is_refused_with_its_number(tmp_path: Path) -> N
 def test_settling_keeps_the_last_entry_of_each_clip_that_is_not_banked(tmp_path: Path) -> None:
     for id_, attempts in (("a", 1), ("b", 1), ("a", 2), ("c", 1)):
         fail(tmp_path, entry(id_, attempts))
-    settle(tmp_path, [sample_key("b")])
+    update_quarantine(tmp_path, [sample_key("b")])
     assert [(e.id, e.attempts) for e in read_quarantine(tmp_path)] == [("a", 2), ("c", 1)]
-    settle(tmp_path, [sample_key("a"), sample_key("c")])
+    update_quarantine(tmp_path, [sample_key("a"), sample_key("c")])
     assert not quarantine_path(tmp_path).exists()
 
 

@@ -90,7 +90,7 @@ def test_a_pipe_and_a_device_are_told_and_not_waited_for(
     os.mkfifo(tmp_path / "a.mp4")
     for path in (tmp_path / "a.mp4", Path("/dev/null")):
         outcome = read(reader, path)
-        assert str(outcome.error).startswith(f"{path}: a pipe, socket or device, no file")
+        assert str(outcome.error).startswith(f"{path}: a pipe, socket or device, not a file")
         assert outcome.seconds < 20
 
 
@@ -114,7 +114,7 @@ def test_a_file_cut_before_its_index_says_how_much_is_there(
     error = str(read(reader, path).error)
     assert f"cut short: {len(whole) // 2:,} bytes of at least " in error
     path.write_bytes(whole[: whole.index(b"moov") - 4])
-    assert "bytes are there, and its index (moov) is not" in str(read(reader, path).error)
+    assert "bytes, and no index (moov)" in str(read(reader, path).error)
 
 
 def remuxed(source: Path, to: Path, **options: str) -> Path:

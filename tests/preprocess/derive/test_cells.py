@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.grid import pool
-from preprocess.derive.cells import NESTING, pool_again
+from preprocess.derive.cells import NESTING, pool_cells
 from shards.format.codec import as_float32, from_float32
 
 HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -39,13 +39,13 @@ def test_cells_of_cells_are_cells_of_patches(
     patches = patches.astype(np.float32)
     fine, coarse = (pool(torch.from_numpy(patches), s, mode).numpy() for s in (banked, stride))
     stored = from_float32(fine, dtype)
-    got = pool_again(stored, (rows, cols), banked, stride, mode)
+    got = pool_cells(stored, (rows, cols), banked, stride, mode)
     assert got.shape == coarse.shape
     if mode == "max":
         np.testing.assert_array_equal(from_float32(got, dtype), from_float32(coarse, dtype))
         return
     # each banked cell is off by half a step of its own size at most, and so is their mean
-    largest = pool_again(
+    largest = pool_cells(
         from_float32(np.abs(as_float32(stored)), dtype), (rows, cols), banked, stride, mode
     )
     bound = largest * HALF_ULP[dtype] * 1.01 + SMALLEST[dtype] + np.abs(patches).max() * 1e-6
@@ -57,11 +57,11 @@ def test_a_ragged_border_counts_for_the_patches_that_it_has() -> None:
     patches = torch.arange(7.0).reshape(1, 1, 7, 1)
     fine = pool(patches, 4).half().numpy()
     assert fine.ravel().tolist() == [1.5, 5.0]
-    assert pool_again(fine, (1, 7), 4, 8, "average").item() == pytest.approx(3.0)
+    assert pool_cells(fine, (1, 7), 4, 8, "average").item() == pytest.approx(3.0)
 
 
 def test_the_largest_values_stay_finite() -> None:
     most = np.full((1, 7, 7, 1), 65504, np.float16)
-    assert (from_float32(pool_again(most, (27, 27), 4, 8, "average"), "float16") == 65504).all()
+    assert (from_float32(pool_cells(most, (27, 27), 4, 8, "average"), "float16") == 65504).all()
     huge = np.full((1, 7, 7, 1), 0x7F7F, np.uint16)
-    assert (from_float32(pool_again(huge, (27, 27), 4, 8, "average"), "bfloat16") == 0x7F7F).all()
+    assert (from_float32(pool_cells(huge, (27, 27), 4, 8, "average"), "bfloat16") == 0x7F7F).all()

@@ -249,13 +249,13 @@ def test_int8_is_calibrated_on_the_bank_and_its_losses_are_measured(
     [
         ({}, ["--stride", "6"], "not made of whole cells of the bank"),
         ({}, ["--stride", "2,8"], "`preprocess encode INPUT --stride 2 --out NEW` makes it"),
-        ({"pool": "bilinear"}, ["--stride", "16"], "pool bilinear reads between patches"),
+        ({"pool": "bilinear"}, ["--stride", "16"], "pool bilinear interpolates patches"),
         ({"pool": "max"}, ["--stride", "16"], "leaves no cell of a 11x13 patch grid"),
-        ({"codec": "int8"}, ["--stride", "16"], "int8 has rounded its features already"),
-        ({"codec": "int8"}, ["--codec", "none"], "int8 has rounded its features already"),
+        ({"codec": "int8"}, ["--stride", "16"], "its features are already rounded to int8"),
+        ({"codec": "int8"}, ["--codec", "none"], "its features are already rounded to int8"),
         ({}, ["--frames", "8"], "leaves nothing out"),
-        ({}, [], "holds just what is asked for"),
-        ({}, ["--stride", "4,8", "--codec", "none"], "holds just what is asked for"),
+        ({}, [], "has exactly what is asked for"),
+        ({}, ["--stride", "4,8", "--codec", "none"], "has exactly what is asked for"),
         ({"sampling": Sampling(num_frames=8, kept=4)}, ["--frames", "2"], "was derived from"),
     ],
 )
@@ -310,7 +310,7 @@ def test_a_damaged_clip_is_named_and_nothing_is_made_of_it(bank: Make, tmp_path:
     assert result.exit_code == 2
     assert "checksum does not match; `preprocess repair" in result.stderr
     assert not (tmp_path / "new" / "bank.json").exists()
-    assert "`preprocess derive` again to go on" in command("status", tmp_path / "new").stdout
+    assert "`preprocess derive` again to continue" in command("status", tmp_path / "new").stdout
 
 
 def test_quarantine_and_growth_follow(bank: Make, tmp_path: Path) -> None:

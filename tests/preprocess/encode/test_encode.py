@@ -37,7 +37,7 @@ from preprocess.sources.find import FindOptions
 from shards.errors import UserError
 from shards.format.commits import read_commit, shard_path
 from shards.format.features import Sampling
-from shards.format.manifest import lying_at
+from shards.format.manifest import absolute_name
 from shards.format.plan import read_plan
 from shards.format.quarantine import read_quarantine
 from shards.format.samples import sample_key
@@ -261,8 +261,8 @@ def test_a_relative_tower_is_named_by_its_whole_path(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(toy)
-    assert lying_at("tower") == lying_at(str(toy / "tower")) == str(toy / "tower")
-    assert lying_at("google/siglip") == "google/siglip"
+    assert absolute_name("tower") == absolute_name(str(toy / "tower")) == str(toy / "tower")
+    assert absolute_name("google/siglip") == "google/siglip"
 
 
 def test_parts_of_a_video_are_clips_of_their_own(
@@ -512,7 +512,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy: Path, tmp_path: Path) -> No
     process.wait()
     committed = len(list((killed / "shards").glob("*.done")))
     assert 1 <= committed < 9, "the run was over before it was killed"
-    with pytest.raises(UserError, match="its run is not over"):
+    with pytest.raises(UserError, match="its run is not finished"):
         Bank.open(killed)
     kept = moments(killed)
 

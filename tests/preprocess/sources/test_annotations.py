@@ -21,9 +21,9 @@ from shards.annotations import forms
 from shards.annotations.fault import RowError
 from shards.annotations.forms import Json, canonical
 from shards.errors import UserError
+from tests.readmes import python_block
 from train.data.records import read_records
 
-README = Path(__file__).resolve().parents[3] / "README.md"
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -350,8 +350,7 @@ def test_many_bad_rows_do_not_flood_the_terminal(root: Path, tmp_path: Path) -> 
 def test_the_form_that_the_readme_adds_is_read(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (block,) = [block for block in blocks if "FORMS[" in block]
+    block = python_block("train/README.md", "Add a format")
     monkeypatch.setattr(forms, "FORMS", dict(forms.FORMS))
     exec(block, {})
     row = {

@@ -164,7 +164,7 @@ def test_removed_videos_stay_until_they_are_pruned_and_may_come_back(
     assert "--prune" in line
     assert set(features(bank)) == set(old)
     result = command(*words, "--device", "cpu", "--prune")
-    assert "not served any more" in result.stdout
+    assert "no longer served" in result.stdout
     assert set(features(bank)) == set(old) - {"clip-00001.mp4"}
     assert plan_of(bank).pruned == {sample_key("clip-00001.mp4")}
     assert run() == 0

@@ -168,6 +168,7 @@ def test_a_file_that_loops_hangs_or_crashes_is_one_that_cannot_be_opened(
 
 
 @pytest.mark.skipif(not CLIPS, reason="FRAMEBANK_CLIPS does not name the test videos")
+@pytest.mark.slow
 def test_predictions_for_real_clips_are_what_is_decoded() -> None:
     assert CLIPS
     sampling = Sampling(fps="1", max_frames=16)

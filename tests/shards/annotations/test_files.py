@@ -80,10 +80,10 @@ TOLD: list[tuple[str, bytes, str]] = [
     ("r.json", b'{"v": {"st_time": 1}}', "HC-STVG; python -m train.convert hc-stvg makes records"),
     ("r.json", b'{"v": {"id": 1}}', "entries by name; write them as a list, the name as `id`"),
     ("r.json", b"3", "expected a list of records, got int"),
-    ("r.csv", b"a.mp4 0\nb.mp4 1\n", "a list of paths and labels, as classifiers have it, is no list"),
+    ("r.csv", b"a.mp4 0\nb.mp4 1\n", "a list of paths and labels is not a list"),
     ("r.csv", b"a.mp4,0\nb.mp4,1\n", "the first line of a csv names its columns, got 'a.mp4, 0'"),
-    ("r.csv", b"video;question;answer\na.mp4;x;y\n", "its columns are parted by semicolons; write"),
-    ("r.csv", b"video\tquestion\tanswer\n", "its columns are parted by tabs; write commas"),
+    ("r.csv", b"video;question;answer\na.mp4;x;y\n", "its columns are separated by semicolons; write"),
+    ("r.csv", b"video\tquestion\tanswer\n", "its columns are separated by tabs; write commas"),
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from preprocess.cli.main import main
-from shards.care.compare import WORDS, diff
+from shards.care.compare import LABELS, diff
 from shards.errors import UserError
 from shards.format.features import Derived, FeatureConfig, Sampling
 from shards.format.plan import Plan, refuse_other_features, write_plan
@@ -51,7 +51,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
 
 
 def test_every_field_is_changed_here_and_has_its_words() -> None:
-    assert {field.name for field in fields(FeatureConfig)} == set(CHANGES) == set(WORDS)
+    assert {field.name for field in fields(FeatureConfig)} == set(CHANGES) == set(LABELS)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -62,7 +62,7 @@ def test_each_field_is_told_by_name_and_by_no_other(
     a = planned(tmp_path / "a", features)
     b = planned(tmp_path / "b", replace(features, **{name: value}))
     (line,) = diff(a, b)
-    assert line.startswith(f"{shown} ({WORDS[name]}): ")
+    assert line.startswith(f"{shown} ({LABELS[name]}): ")
     assert f" in {a}, " in line
     assert line.endswith(f" in {b}")
     result = command("diff", a, b)
@@ -102,8 +102,8 @@ def test_what_holds_no_features_is_refused_in_a_line(
         "nowhere": "no such file or folder",
         "empty": "neither a bank nor a plan",
         "text": "not a json file",
-        "list.json": "holds no feature config",
-        "other.json": "holds no feature config",
+        "list.json": "not a feature config",
+        "other.json": "not a feature config",
         "edited": "does not match its own hash",
         "newer.json": "newer framebank",
     }.items():

@@ -267,7 +267,7 @@ def test_where_the_grid_leaves_the_patch_size_open_the_tower_is_asked(
     assert patch_sizes((40, 40), (5, 5)) == [7, 8]
     bank = old_copy(today, tmp_path / "old")
     before = contents(bank)
-    with pytest.raises(UserError, match=r"patches of 7, 8 pixels make its 5x5 patches") as caught:
+    with pytest.raises(UserError, match=r"patches of 7, 8 pixels give its 5x5 patches") as caught:
         repair(bank, tower=str(tmp_path / "nowhere"))
     assert "--tower FOLDER" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -163,7 +163,7 @@ def test_a_damaged_a_busy_and_a_missing_bank_are_refused(bank: Make, tmp_path: P
         merge([a, b], tmp_path / "c")
     with pytest.raises(UserError, match="no bank here"):
         merge([a, tmp_path / "none"], tmp_path / "c")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         merge([a], b)
     with open(shard_path(b, 0), "ab") as file:
         file.write(b"x")

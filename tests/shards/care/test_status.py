@@ -26,7 +26,7 @@ from shards.errors import UserError
 from shards.format.commits import done_path, journal_path, part_path
 from shards.format.features import Sampling
 from shards.format.plan import read_plan, write_plan
-from shards.format.quarantine import QuarantineEntry, Reason, settle
+from shards.format.quarantine import QuarantineEntry, Reason, update_quarantine
 from shards.read.bank import Bank
 from shards.write.lock import folder_lock, lock_path
 
@@ -106,7 +106,10 @@ def test_a_run_is_watched_and_what_a_kill_leaves_is_told(
         process.kill()
         process.wait()
     killed = lines(status(bank))
-    assert "nobody writes (its writer was killed); run `preprocess encode` again" in killed["state"]
+    assert (
+        "no process writes (its writer was killed); run `preprocess encode` again"
+        in killed["state"]
+    )
     assert "rate" not in killed
     assert verify(bank, deep=True) == []
     needed = contents(bank)
@@ -158,7 +161,7 @@ def test_what_failed_is_counted_by_reason(bank: Path) -> None:
         QuarantineEntry(f"{k}", f"{k}", f"{k}", "decode", reason, "", 1, 0.1)
         for k, reason in enumerate(reasons)
     ]
-    settle(bank, [], entries)
+    update_quarantine(bank, [], entries)
     row = lines(status(bank))["quarantine"]
     assert row.startswith("4 clips: 3 truncated, 1 damaged; ")
 

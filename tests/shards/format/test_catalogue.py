@@ -179,11 +179,11 @@ def edit(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda folder: (folder / "c" / "0").unlink(), "column end is not there"),
+        (lambda folder: (folder / "c" / "0").unlink(), "column end is missing"),
         (lambda folder: edit(folder / "c" / "0"), "column end has another checksum"),
         (lambda folder: (folder / "c" / "0").write_bytes(b"1234"), "column end is damaged"),
         (lambda folder: (folder / "zarr.json").write_text("{"), "column end is damaged"),
-        (lambda folder: (folder / "zarr.json").unlink(), "column end is not there"),
+        (lambda folder: (folder / "zarr.json").unlink(), "column end is missing"),
     ],
 )
 def test_a_column_that_is_not_as_it_was_written_is_named(

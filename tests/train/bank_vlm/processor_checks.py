@@ -5,7 +5,6 @@ Its video processors need torchvision: `test_processor.py` runs these tests wher
 
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from shards.errors import UserError
+from tests.readmes import python_block
 from tests.train.bank_vlm.processors import (
     ASK,
     banked_frames,
@@ -169,9 +169,7 @@ def test_the_lines_of_the_readme_run(worlds: Worlds, tmp_path: Path) -> None:
     plain = processor_of(world)
     model_of(world, plain).save_pretrained(tmp_path)
     plain.save_pretrained(tmp_path)
-    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
-    part = readme.partition("**Behind a trainer of transformers' own video models**")[2]
-    code = re.findall(r"```python\n(.*?)```", part, re.DOTALL)[0]
+    code = python_block("train/README.md", "transformers' own video models")
     names = {"checkpoint": str(tmp_path), "bank": str(world.bank)}
     exec(compile(code, "README.md", "exec"), names)
     one = talk({"type": "video", "video": "a.mp4"})

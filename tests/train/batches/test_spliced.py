@@ -518,7 +518,7 @@ def test_a_cut_without_a_frame_or_behind_its_clip_is_named(world: World, tmp_pat
     near = "no banked frame from 0.13 to 0.2 s, expected frames, of which the nearest are at 0.125"
     wrong = {
         near: {"video": "a.mp4", "start": 0.13, "end": 0.2},
-        "ends at 3 s, behind its clip, expected at most 0.875": {"video": "a.mp4", "end": 3},
+        "ends at 3 s, after its clip, expected at most 0.875": {"video": "a.mp4", "end": 3},
     }
     for message, part in wrong.items():
         path = tmp_path / "r.jsonl"

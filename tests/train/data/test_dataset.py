@@ -118,7 +118,7 @@ def test_a_record_without_an_answer_is_refused_unless_it_may_be_dropped(world: W
         f"{mute}:1 (id mute.jsonl-0): no supervised text: no gpt turn with an answer"
     )
     assert lines[-1] == (
-        "2 bad records are refused: mend them, or set on_bad_record: drop, which leaves such records "
+        "2 bad records are refused: correct them, or set on_bad_record: drop, which leaves such records "
         "out, counts them and lists them in dropped.jsonl, or unsupervised: drop for those without an "
         "answer"
     )
@@ -178,7 +178,7 @@ def test_all_problems_are_listed_together(world: World) -> None:
     lines = refused(world.config(data_path=[path], fast_stride=3))
     # the stride, an unfit order of strides, the clip, the time; what can be done about bad records
     assert len(lines) == 3 + 1 + 1
-    assert lines[-1].startswith("1 bad record is refused: mend it, or set on_bad_record: drop")
+    assert lines[-1].startswith("1 bad record is refused: correct it, or set on_bad_record: drop")
     text = "\n".join(lines)
     for part in (
         "fast_stride 3",

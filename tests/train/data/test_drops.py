@@ -76,7 +76,7 @@ def test_bad_records_are_refused_all_together_with_what_can_be_done(world: World
         [*(f"{path}:{7 + k} (id {name})" for k, name in enumerate(BAD)), f"{path}:14"]
     )
     assert advice == (
-        "7 bad records are refused: mend them, or set on_bad_record: drop, which leaves such records "
+        "7 bad records are refused: correct them, or set on_bad_record: drop, which leaves such records "
         "out, counts them and lists them in dropped.jsonl, or unsupervised: drop for those without an "
         "answer"
     )
@@ -149,7 +149,7 @@ def test_a_setting_of_its_own_drops_one_kind_and_no_other(world: World) -> None:
     (line,) = refused(world.config(path, unsupervised="drop"))
     assert "(id typo)" in line
     assert line.endswith(
-        "; mend it, or set on_bad_record: drop, which leaves such records out, counts them and lists "
+        "; correct it, or set on_bad_record: drop, which leaves such records out, counts them and lists "
         "them in dropped.jsonl"
     )
     path = world.file(*GOOD, *[BAD["mute"][0]] * 30)
@@ -167,7 +167,7 @@ def test_fields_may_be_ignored(world: World) -> None:
 
 def test_evaluation_reads_by_the_same_rules(world: World) -> None:
     path = world.file(*GOOD, BAD["typo"][0])
-    with pytest.raises(UserError, match=r"id typo.*; mend it, or set on_bad_record: drop"):
+    with pytest.raises(UserError, match=r"id typo.*; correct it, or set on_bad_record: drop"):
         open_records([str(world.bank)], [path], 4, 8, DataSettings())
     dataset = open_records([str(world.bank)], [path], 4, 8, DataSettings(on_bad_record="drop"))
     assert len(dataset.held_out) == 6

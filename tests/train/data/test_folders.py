@@ -131,7 +131,7 @@ def test_a_name_of_two_clips_is_refused_and_not_guessed(
     line = refusal(lambda: opened(tmp_path, bank, "a.mp4", media_dir="/data/x"))
     assert line == (
         f"{tmp_path / 'r.jsonl'}:1 (id r0): the clip 'a.mp4' may be 'data/x/a.mp4' or 'x/a.mp4' of "
-        "the bank; say which by a longer media_dir, by a strip_prefix, or by exact ids in the records"
+        "the bank; choose one by a longer media_dir, by a strip_prefix, or by exact ids in the records"
     )
 
 

@@ -546,7 +546,7 @@ def test_a_hub_dataset_that_was_downloaded_is_read_from_the_cache(
     assert [row["id"] for _, row in read_rows(found)] == ["q"]
     with pytest.raises(UserError, match="no annotations under 'other/'"):
         local_copy("some/data:other")
-    with pytest.raises(UserError, match="behind the colon"):
+    with pytest.raises(UserError, match="after the colon"):
         local_copy("some/data:../../x")
 
 
@@ -566,7 +566,9 @@ def test_the_command_writes_records_of_ours(
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
-    assert lines[-1].startswith("error: 2 bad records are refused: mend them, or set on_bad_record")
+    assert lines[-1].startswith(
+        "error: 2 bad records are refused: correct them, or set on_bad_record"
+    )
     assert not (tmp_path / "none.jsonl").exists()
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shards.annotations.fault import RowError
 from shards.annotations.forms import Json
+from tests.readmes import python_block
 from train import convert
 from train.convert import main
 from train.data import importers
@@ -18,7 +19,6 @@ from train.data.importers import box, imported
 from train.data.markup import kind_of
 from train.data.records import Record, parse_record, read_records
 
-ROOT = Path(__file__).resolve().parents[3]
 CHARADES = (
     "AO8RW 0.0 6.9##a person is putting a book on a shelf.\n"
     "Y6R7T 20.8 30.0##person begins to cook, ##5 times\n"
@@ -169,11 +169,11 @@ BAD: list[tuple[str, object, str]] = [
     ("charades-sta", "../../etc/x 0.0 6.9##x\n", "leads out of its root"),
     ("charades-sta", "A 0.0 6.9##see <video>\n", "2 <video>/<image> tags for 1 media"),
     ("qvhighlights", [QVHIGHLIGHTS | {"relevant_windows": [[5, 3]]}], "(id 8737): start 5 is not"),
-    ("qvhighlights", [QVHIGHLIGHTS | {"relevant_windows": [[5, 151]]}], "end 151 is behind the"),
+    ("qvhighlights", [QVHIGHLIGHTS | {"relevant_windows": [[5, 151]]}], "end 151 is after the"),
     ("qvhighlights", [{"qid": 1, "vid": "x"}], "(id 1): no relevant_windows"),
     ("qvhighlights", [{"relevant_windows": [[1, 2]], "duration": 3}], ": no field 'query'"),
     ("qvhighlights", [[1]], ": not a record of qvhighlights"),
-    ("refcoco", [REFCOCO], "what is a bbox here? say --boxes xywh, xyxy, unit"),
+    ("refcoco", [REFCOCO], "the meaning of bbox is unknown; give --boxes xywh, xyxy, unit"),
     ("refcoco", [REFCOCO | {"boxes": "xyxy", "id": 3}], "(id 3): box 103.93 299.99 134.22 177.42"),
     ("refcoco", [REFCOCO | {"boxes": "xywh", "width": 200}], "leaves its frame of 200 x 480"),
     ("refcoco", [REFCOCO | {"boxes": "xywh", "bbox": [-9, 1, 20, 20]}], "leaves its frame"),
@@ -209,7 +209,9 @@ def test_all_problems_come_together_and_nothing_is_written(
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in lines[:2]] == [f"{path}:3", f"{path}:4"]
-    assert lines[2].startswith("error: 2 bad records are refused: mend them, or set on_bad_record")
+    assert lines[2].startswith(
+        "error: 2 bad records are refused: correct them, or set on_bad_record"
+    )
     assert not out.exists()
 
 
@@ -263,9 +265,8 @@ def test_a_box_in_any_writing_is_the_same_markup(
 def test_the_readmes_own_benchmark_is_one_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The code under "Add your own benchmark", run as it stands where it says."""
-    readme = (ROOT / "README.md").read_text().partition("**Add your own benchmark**")[2]
-    code = readme.partition("```python\n")[2].partition("```")[0]
+    """The code under "Add a benchmark", run as it stands where it says."""
+    code = python_block("train/README.md", "Add a benchmark")
     monkeypatch.setattr(importers, "IMPORTERS", dict(importers.IMPORTERS))
     monkeypatch.setattr(convert, "IMPORTERS", importers.IMPORTERS)
     exec(code, dict(vars(importers)))

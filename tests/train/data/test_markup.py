@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.annotations.fault import RowError
-from train.data.coordinates import BEHIND, settled
+from train.data.coordinates import BEHIND, resolved
 from train.data.markup import Coordinate, misspelt, split_markup
 from train.data.records import Record, parse_record
 from train.data.spans import forwards
@@ -169,10 +169,10 @@ CLIPPED = [
 @pytest.mark.parametrize(("answer", "expected"), CLIPPED)
 def test_a_span_that_ends_behind_its_clip_may_end_with_it(answer: str, expected: str) -> None:
     record: Record = parse_record(row(answer), "f:1")
-    clipped, changed, faults = settled(record, [4.0], clip=True)
+    clipped, changed, faults = resolved(record, [4.0], clip=True)
     assert (clipped.turns[1].text, faults) == (expected, [])
     assert changed == (answer != expected)
-    _, unchanged, faults = settled(record, [4.0], clip=False)
+    _, unchanged, faults = resolved(record, [4.0], clip=False)
     assert not unchanged
     assert {fault.reason for fault in faults} <= {BEHIND}
     assert bool(faults) == (expected != answer)
@@ -180,7 +180,7 @@ def test_a_span_that_ends_behind_its_clip_may_end_with_it(answer: str, expected:
 
 @pytest.mark.parametrize("answer", ["from <t:5> to <t:9>", "at <t:9>", "<t:-2> to <t:3>"])
 def test_what_lies_wholly_behind_or_before_its_clip_is_not_clipped(answer: str) -> None:
-    clipped, changed, faults = settled(parse_record(row(answer), "f:1"), [4.0], clip=True)
+    clipped, changed, faults = resolved(parse_record(row(answer), "f:1"), [4.0], clip=True)
     assert (changed, clipped.turns[1].text) == (False, answer)
     assert faults[0].place == "f:1"
     assert "is outside [0, 4]" in str(faults[0])

@@ -338,7 +338,7 @@ def test_activitynet_captions_are_read_moment_by_moment(tmp_path: Path, clip: bo
     assert answers == ["from <t:0.830> to <t:19.860>", *late]
     texts = [str(error).partition(": ")[2] for error in bad]
     behind = (
-        "end 83.1 is behind the video's 82.73 seconds; --times_past_end clip ends it with the video"
+        "end 83.1 is after the video's 82.73 seconds; --times_past_end clip ends it with the video"
     )
     assert texts == [
         *([] if clip else [behind]),

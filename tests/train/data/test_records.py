@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shards.errors import UserError
 from shards.read.banks import Banks
 from train.batches.plan import order
-from train.data.coordinates import check_coordinates, settled
+from train.data.coordinates import check_coordinates, resolved
 from train.data.markup import Coordinate, split_markup
 from train.data.records import Record, join, parse_record, read_records
 
@@ -99,14 +99,14 @@ def test_shares_of_a_clip_are_written_in_seconds_of_it(
     ]
     row = record(video=["a.mp4", "b.mp4"], conversations=turns)
     seconds = [banks.clip(id_).info.duration for id_ in ("a.mp4", "b.mp4")]
-    joined, clipped, faults = settled(parse_record(row, "f:1"), seconds, clip=True)
+    joined, clipped, faults = resolved(parse_record(row, "f:1"), seconds, clip=True)
     assert (clipped, faults) == (False, [])
     assert joined.turns[0].text == (
         "<t:0.500000> <video> <t:0.413000> <video> <t:0.500000> <t:1.5>"
     )
     assert joined.turns[1].text == "at <t:2.000000>"
     text_only = parse_record(record(video=None, conversations=[turns[1]]), "f:2")
-    _, _, faults = settled(text_only, [], clip=True)
+    _, _, faults = resolved(text_only, [], clip=True)
     assert list(map(str, faults)) == ["f:2 (id r1): a time in %, and a medium without a duration"]
 
 

@@ -187,7 +187,7 @@ def test_phrases_of_one_meaning_and_the_users_own_wordings(bank: Path, tmp_path:
 
 def test_a_phrase_of_two_meanings_is_refused(bank: Path, tmp_path: Path) -> None:
     rows = [*ROWS[:4], {"video": "d.mp4", "phrase": ["a dog", "a wolf"]}]
-    with pytest.raises(UserError, match="phrase 'a dog' stands in two different lists of phrases"):
+    with pytest.raises(UserError, match="phrase 'a dog' is in two different lists of phrases"):
         open_with(bank, tmp_path, rows)
 
 
@@ -238,7 +238,7 @@ def test_draws_are_even_and_do_not_depend_on_each_other() -> None:
         ({"video": "a.mp4", "phrase": "x <t:1>"}, "expected a text without tags"),
         ({"video": "a.mp4", "phrase": ["x", 3]}, "or a list of some of one meaning"),
         ({"video": "a.mp4", "phrase": []}, "got 1 media, 0 phrases"),
-        ({"video": "a.mp4", "phrase": "x", "start": 4, "end": 6}, "behind its clip"),
+        ({"video": "a.mp4", "phrase": "x", "start": 4, "end": 6}, "after its clip"),
         ({"video": "zzz.mp4", "phrase": "x"}, "no bank knows the clip 'zzz.mp4'"),
     ],
 )

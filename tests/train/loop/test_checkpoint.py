@@ -265,7 +265,7 @@ def test_another_run_is_refused_by_every_fact_that_differs() -> None:
         Path("checkpoint-3"), state, FACTS | {"model": {**FACTS["model"], "slow": (1, 2)}}
     )
     other = {"model": {"enable_lape": False, "slow": [1, 2]}, "plan": {"seed": 1}}
-    with pytest.raises(UserError, match="checkpoint-3: this run is another") as refused:
+    with pytest.raises(UserError, match="checkpoint-3: this run differs from") as refused:
         refuse_other_run(Path("checkpoint-3"), state, other)
     assert "enable_lape was true, is now false; seed was 0, is now 1; use " in str(refused.value)
 

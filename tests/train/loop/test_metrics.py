@@ -112,6 +112,10 @@ def test_metrics_are_means_over_tokens_and_transitions(
     }
     for pair in PAIRS:
         expected[f"ar_{pair}"] = mean([loss for name, loss, _ in transitions if name == pair])
+        own = [others for name, _, others in transitions if name == pair]
+        if floor is not None and own:
+            lowest = min(sum(other) / len(own) for other in zip(*own, strict=True))
+            expected[f"ar_skill_{pair}"] = 1 - expected[f"ar_{pair}"] / lowest
     for task in TASKS:
         expected[f"ce_{task}"] = mean([loss for loss, _, name in tokens if name == task])
     expected = {name: value for name, value in expected.items() if value is not None}

@@ -88,6 +88,7 @@ def straight(train_here: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     return train_here(tmp_path_factory.mktemp("straight") / "out", max_steps=STEPS)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_turn_by_sigint_by_sigterm_and_by_its_launchers_end_is_that_run(
     train_here: Callable[..., Path],
     straight: Path,

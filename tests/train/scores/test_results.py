@@ -39,7 +39,7 @@ def test_each_test_set_has_a_name_of_its_own(paths: list[str], names: list[str] 
 
 
 def test_a_test_set_that_is_there_twice_and_two_for_one_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl: is there twice; leave one out"):
+    with pytest.raises(UserError, match=r"a\.jsonl: is given twice; leave one out"):
         distinct_names(["a.jsonl", "./a.jsonl"])
     with pytest.raises(UserError, match="--output names one file, and there are 2 test sets"):
         results_of(tmp_path, ["a.jsonl", "b.jsonl"], tmp_path / "x.json")
@@ -89,14 +89,15 @@ def test_what_is_no_result_is_not_written_over(tmp_path: Path) -> None:
 
 
 def test_the_table_of_runs_has_a_row_for_each_test_set(tmp_path: Path) -> None:
-    from train.report import compare
+    from train.pages.read.runs import read_runs
+    from train.pages.table import table
 
     run = tmp_path / "run"
     run.mkdir()
     config = {"frame_sampling_strategy": "uniform", "slow_frame_ratio": "0.5", "enable_lape": True}
     (run / "run.json").write_text(json.dumps({"config": config}))
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 7, "seconds": 2.0}\n')
-    assert compare([run]).splitlines()[1].split()[-9:] == ["-"] * 9
+    assert table(read_runs([run])).splitlines()[1].split()[-9:] == ["-"] * 9
     for name, iou in {"a": 0.25, "b": 0.5}.items():
         for number, (control, ending) in enumerate(ENDINGS.items(), 1):
             (own,) = results_of(run, [f"{name}.jsonl"], None, control=control)
@@ -105,7 +106,7 @@ def test_the_table_of_runs_has_a_row_for_each_test_set(tmp_path: Path) -> None:
             about |= {name: name == control for name in CONTROLS}
             scores = {"tasks": {"span": {"iou": iou / number}}}
             own.report.write_text(json.dumps(about | scores))
-    header, *rows = (line.split("  ") for line in compare([run]).splitlines())
+    header, *rows = (line.split("  ") for line in table(read_runs([run])).splitlines())
     found = [[cell.strip() for cell in row if cell.strip()] for row in (header, *rows)]
     columns = ("test set", "span mIoU", "untrained", "shuffled")
     places = [found[0].index(name) for name in columns]

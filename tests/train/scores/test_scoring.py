@@ -317,7 +317,7 @@ def test_the_constant_guess_counts_in_shares_of_each_clip() -> None:
 
 
 def test_the_readmes_table_of_answers_is_what_they_score() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "train" / "README.md").read_text()
     table = readme.partition("| reference | answer | score |")[2].partition("\n\n")[0]
     rows = [row.strip("|").split(" | ") for row in table.strip().splitlines()[1:]]
     assert len(rows) > 12

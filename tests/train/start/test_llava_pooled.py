@@ -4,6 +4,7 @@ Random tiny checkpoints of transformers' own classes; the reference is their for
 features, rounded as the bank rounds them.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from model.vlm import VLM
 from shards.errors import UserError
 from shards.format.features import FeatureConfig
 from shards.read.timeline import Medium
-from tests.train.start.checkpoints import World, as_theirs, batch_of, laid_out, our_logits
+from tests.train.start.checkpoints import World, as_theirs, batch_of, close, laid_out, our_logits
 from tests.train.start.tiny import (
     LLAVA_VIDEO,
     PATCH,
@@ -38,6 +39,7 @@ from tests.train.start.tiny import (
 from train.batches.collate import Row, collate
 from train.batches.measure import measure
 from train.data.dataset import open_dataset
+from train.export import export
 from train.start.stage import bank_problem
 
 FRAMES = {"a": 4, "b": 1, "c": 7}
@@ -92,6 +94,21 @@ def banked_patches(world: World, patches: Tensor, cls: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def moved_to(theirs: Any, model: VLM) -> Any:
+    """Return a copy of transformers' model with the weights that ours was trained to."""
+    moved = copy.deepcopy(theirs)
+    weights = model.llm.state_dict()
+    own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+    moved.model.language_model.load_state_dict(own)
+    moved.lm_head.load_state_dict({"weight": weights["lm_head.weight"]})
+    names = {"0.": "linear_1.", "2.": "linear_2."}
+    layers = {names[k[:2]] + k[2:]: v for k, v in model.projector.state_dict().items()}
+    moved.model.multi_modal_projector.load_state_dict(layers)
+    if model.config.frame_marks == "media":
+        moved.model.image_newline.data.copy_(model.visual.frame_end)
+    return moved
 
 
 def their_logits(world: World, row: Row, patches: Tensor, cls: bool) -> Tensor:
@@ -164,6 +181,42 @@ def test_next_video_pools_before_its_projector_as_a_bank_does(
     check(world, model, patches_of, cls=True)
     _, said = world.start(frame_marks="none", mm_spatial_pool_stride=1, fast_stride=1)
     assert "pooled before it here, so it has to be tuned again" in said
+
+
+TRAINED: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any], bool]] = [
+    (onevision, {"layer": -1, "strides": (1,)}, AFTER, False),
+    (
+        next_video,
+        {"layer": -2, "strides": (1, 2), "pool": "average_floor"},
+        {"frame_marks": "none", "mm_spatial_pool_stride": 2},
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "bank", "settings", "cls"), TRAINED)
+def test_trained_saved_loaded_and_exported_it_is_theirs_still(
+    make_world: MakeWorld,
+    train_here: Callable[..., Path],
+    tmp_path: Path,
+    make: Callable[..., Any],
+    bank: dict[str, Any],
+    settings: dict[str, Any],
+    cls: bool,
+) -> None:
+    world = make_world(make(), **bank)
+    packed = {"pack_tokens": 300, "max_steps": 2, "num_train_epochs": 4, "learning_rate": 1e-2}
+    given = {"stage_path": world.folder, "bank": world.bank, "data_path": world.data}
+    out = train_here(tmp_path / "run", **(dict(world.exact) | given | packed | settings))
+    model = VLM.load(out).eval()
+    moved = replace(world, theirs=moved_to(world.theirs, model))
+    clips = world.clips("c")
+    row = laid_out(model, clips, "<video>\nWhen is it?", "from 1.5 to 2.25")
+    before, after = (their_logits(w, row, patches_of(clips[0]), cls) for w in (world, moved))
+    assert (after - before).abs().max() > 0.1 * before.square().mean().sqrt()
+    export(out, tmp_path / "exported")
+    for trained in (model, VLM.load(tmp_path / "exported").eval()):
+        close(our_logits(trained, batch_of(trained, (row, clips)))[0], after)
 
 
 def test_lengths_count_pooled_cells_and_what_closes_media(make_world: MakeWorld, toy: Path) -> None:

@@ -36,7 +36,7 @@ CLIP = "train/clip-00000.mp4"
 def sections() -> dict[str, list[list[str]]]:
     """Return the commands of each section, as words."""
     found = {}
-    for part in PAGE.read_text().split("\n## ")[1:]:
+    for part in PAGE.read_text().split("\n### ")[1:]:
         title, blocks = part.partition("\n")[0], re.findall(r"```sh\n(.*?)```", part, re.DOTALL)
         commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
         if commands:

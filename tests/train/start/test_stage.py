@@ -163,7 +163,7 @@ def test_a_llava_checkpoint_gives_its_llm_and_its_projector(
         "visual: new, the stage has none",
         "frame_causal: new, the stage has none",
         "ignored: image_newline (1 tensor)",
-        f"ignored: vision_tower ({towers} tensors): the bank's features stand for it",
+        f"ignored: vision_tower ({towers} tensors): the bank's features replace it",
     ]
     # saved, its LLM is one that transformers knows by itself
     model.save(tmp_path / "out")
@@ -258,7 +258,7 @@ def test_a_vila_stage_gives_its_llm_and_its_projector(
     assert lines[1].startswith(f"projector: from the stage ({kind}, {len(projector)} tensors)")
     assert lines[-2:] == [
         "ignored: lape_embeddings.bin: pickles are not read",
-        "ignored: vision_tower: the bank's features stand for it",
+        "ignored: vision_tower: the bank's features replace it",
     ]
 
 

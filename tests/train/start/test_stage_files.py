@@ -25,7 +25,9 @@ from shards.errors import UserError
 from train.start.stage_files import model_problem, safetensors_header, stage_problem
 
 ROOT = Path(__file__).resolve().parents[3]
-QUANTISED = "and only whole ones can be trained or trained over; name the model that it was made of"
+QUANTISED = (
+    "and only unquantised ones can be trained or trained over; name the model it was made from"
+)
 COPY = "copy or download it again"
 LLM = "name a causal LLM, such as Qwen/Qwen2.5-0.5B"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4967215360\n"
@@ -157,12 +159,12 @@ STAGES: dict[str, tuple[Change, str]] = {
     "LFS": (
         write("model.safetensors", POINTER),
         ": model.safetensors: pointers of Git LFS in place of the files; run `git lfs pull` there, or "
-        "download the model anew",
+        "download the model again",
     ),
     "LFS tokenizer": (
         write("tokenizer.json", POINTER),
         ": tokenizer.json: pointers of Git LFS in place of the files; run `git lfs pull` there, or "
-        "download the model anew",
+        "download the model again",
     ),
     "missing shard": (
         in_parts("model-00002-of-*"),
@@ -170,8 +172,8 @@ STAGES: dict[str, tuple[Change, str]] = {
     ),
     "missing index": (
         in_parts("*.index.json"),
-        ": model.safetensors.index.json is missing, which says what lies in which of the {parts} "
-        f"weight files; {COPY}",
+        ": model.safetensors.index.json is missing, which says which of the {parts} "
+        f"weight files holds which tensor; {COPY}",
     ),
     "missing both": (
         in_parts("*.index.json", "model-00001-of-*"),
@@ -201,7 +203,7 @@ STAGES: dict[str, tuple[Change, str]] = {
     ),
     "encoder": (
         config(model_type="bert", architectures=["BertForMaskedLM"]),
-        f": an encoder (bert), whose words see later ones; {LLM}",
+        f": an encoder (bert), whose tokens see later ones; {LLM}",
     ),
     "encoder-decoder": (
         config(model_type="t5", architectures=["T5"], is_encoder_decoder=True),
@@ -209,7 +211,7 @@ STAGES: dict[str, tuple[Change, str]] = {
     ),
     "classifier": (
         config(architectures=["Qwen2ForSequenceClassification"]),
-        f": a classifier (Qwen2ForSequenceClassification), whose head writes no words; {LLM}",
+        f": a classifier (Qwen2ForSequenceClassification), whose head writes no text; {LLM}",
     ),
     "tokenizer": (
         remove("config.json", "model.safetensors", "generation_config.json"),
@@ -318,7 +320,7 @@ def test_a_run_of_an_older_framebank_is_one_line(trained_run: Path, tmp_path: Pa
     (run / "config.json").write_text(json.dumps(facts | {"format": 1}))
     problem = stage_problem(str(run))
     assert problem is not None
-    assert "of format 1, before framebank's 2: its frame predictor is not told the sec" in problem
+    assert "of format 1, before framebank's 2: its frame predictor does not take the s" in problem
     assert stage_problem(str(run / "llm")) is None, "what the line advises"
 
 

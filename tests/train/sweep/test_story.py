@@ -105,6 +105,9 @@ def test_what_is_begun_goes_on_what_fails_is_named_and_what_is_done_is_left_alon
     page = (bench.out / "s.md").read_text()
     assert "1 of 3 runs" in page
     assert f"| begun/seed-0 | {report['tasks']['span']['iou']:.3f} " in page
+    assert said.out.splitlines()[-1].startswith("failed: ")
+    assert f"written: {bench.out / 'report.html'}" in said.out
+    assert (bench.out / "report.html").read_text().endswith("</html>\n")
     record = record_of(begun)
     assert record is not None
     assert record.cpu_seconds > 0.5
@@ -278,6 +281,7 @@ def test_make_evidence_in_small_ends_in_its_page(tmp_path: Path) -> None:
     assert "5 runs trained on that" in page
     assert "| lape-plus less lape-off |" in re.sub(" +", " ", page)  # columns are filled up
     assert page in first.stdout
+    assert first.stdout.splitlines()[-1] == f"pictures: {tmp_path / 'runs' / 'report.html'}"
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0
     assert "5 runs: 5 finished, 0 to do" in again.stdout
