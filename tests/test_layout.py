@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, str] = {
     "preprocess": "preprocess shards model",
     "train": "train shards model",
     "train.ask": "train shards model preprocess.decode",
-    "train.bank_vlm.processor": "train shards model preprocess.decode",
+    "train.bank_vlm.source": "train shards model preprocess.decode",
     "train.lmms_adapter": "train shards model preprocess.decode",
     "train.shown": "train shards model preprocess.decode preprocess.show",
     "train.pages.foreseen": "train shards model preprocess.show",
@@ -89,7 +89,7 @@ MAY_IMPORT: dict[str, str] = {
 show frames, and features in its colours."""
 
 ONLY_FOR: dict[str, str] = {
-    "model.tower": "model.tower preprocess train.ask train.bank_vlm.processor"
+    "model.tower": "model.tower preprocess train.ask train.bank_vlm.processor train.bank_vlm.source"
 }
 """Modules that others than these may not import: training needs no tower."""
 

@@ -123,6 +123,7 @@ def prepared(
     frames: int | None,
     fps: str | None,
     max_frames: int | None,
+    frames_like: str | None,
     device: str,
     tower_dtype: str,
     shard_size: int,
@@ -135,7 +136,7 @@ def prepared(
     from preprocess.sources.find import FindOptions, find_clips
     from shards.format.plan import TowerSettings, plan_as_read
 
-    sampling = make_sampling(frames, fps, max_frames)
+    sampling = make_sampling(frames, fps, max_frames, frames_like)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps

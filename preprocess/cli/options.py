@@ -1,6 +1,7 @@
 """The options that several commands share, and their parsing. Imports nothing heavy."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from shards.errors import UserError
 from shards.format.features import (
     CODECS,
     DTYPES,
+    FRAMES_LIKE,
     MERGED,
     MERGED_LAYER,
     POOL_MODES,
@@ -146,6 +148,12 @@ WHAT = _all(
         type=click.IntRange(min=1),
         help="With --fps: sample longer clips uniformly with this many.  [default: 64]",
     ),
+    click.option(
+        "--frames-like",
+        type=click.Choice(FRAMES_LIKE),
+        help="Take the frames that this video processor of transformers takes at --fps or --frames, for "
+        "its trainers; Qwen2.5-VL's is qwen2_vl.",
+    ),
     VIDEO_ROOTS,
     click.option(
         "--allow-outside",
@@ -238,14 +246,16 @@ PLANNED = _all(
 # -- values of the options
 
 
-def make_sampling(frames: int | None, fps: str | None, max_frames: int | None) -> Sampling:
+def make_sampling(
+    frames: int | None, fps: str | None, max_frames: int | None, like: str | None = None
+) -> Sampling:
     """Return the sampling that the options ask for; raises UserError for a contradiction."""
     if frames is not None and (fps is not None or max_frames is not None):
         raise UserError("--frames N excludes --fps and --max-frames; leave them out")
     if frames is not None:
-        return Sampling(num_frames=frames)
-    sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64)
-    return Sampling(fps=str(Fraction(sampling.fps or "1")), max_frames=sampling.max_frames)
+        return Sampling(num_frames=frames, like=like)
+    sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64, like=like)
+    return replace(sampling, fps=str(Fraction(sampling.fps or "1")))
 
 
 def refuse_address(engine: str | None, address: str | None) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from model.slow_fast import uniform_indices
+from model.tower.frames import processor_frames
 from model.tower.pixels import Pixels
 from preprocess.decode.frames import Begin, Clip, ClipFacts, Distrust, Event, Transform, collect
 from preprocess.decode.read_decord import read_decord
@@ -65,25 +66,29 @@ def scan_source(path: Path, picture_fps: str = PICTURE_FPS) -> Scan:
 # -- sampling: which frames of a clip are taken
 
 
-def sample_indices(times: np.ndarray, end: float, sampling: Sampling) -> list[int]:
+def sample_indices(times: np.ndarray, end: float, rate: float, sampling: Sampling) -> list[int]:
     """Return the places of the sampled frames, ascending.
 
-    times: float64 `(shown frames,)`, sorted seconds from the clip's start; end: its length in seconds.
-    At `fps` F the frame on screen at each of 0, 1/F, 2/F ... is taken, once. A time before the first
-    frame takes the first, so that no clip is empty.
+    times: float64 `(shown frames,)`, sorted seconds from the clip's start; end: its length in seconds;
+    rate: the source's mean frames a second. At `fps` F the frame on screen at each of 0, 1/F, 2/F ... is
+    taken, once. A time before the first frame takes the first, so that no clip is empty.
     """
     if sampling.kept is not None:
-        taken = sample_indices(times, end, replace(sampling, kept=None))
+        taken = sample_indices(times, end, rate, replace(sampling, kept=None))
         return [taken[k] for k in uniform_indices(len(taken), sampling.kept)]
+    if sampling.like is not None:
+        fps = None if sampling.fps is None else float(Fraction(sampling.fps))
+        asked = sampling.num_frames, fps, sampling.max_frames
+        return processor_frames(sampling.like, len(times), rate, *asked)
     if sampling.num_frames is not None:
         return uniform_indices(len(times), sampling.num_frames)
     assert sampling.fps is not None
-    rate = Fraction(sampling.fps)
+    wanted = Fraction(sampling.fps)
     # A frame is taken if an instant falls between its time and the next frame's. Instants are counted per
     # frame and not listed: one far timestamp would make a list of any length.
     until = np.minimum(np.append(times[1:], end), end)
-    instants = _instants_before(until, rate)
-    earlier = np.append(0, np.maximum.accumulate(_instants_before(times[1:], rate)))
+    instants = _instants_before(until, wanted)
+    earlier = np.append(0, np.maximum.accumulate(_instants_before(times[1:], wanted)))
     taken = np.flatnonzero(instants > earlier).tolist() or [0]
     if sampling.max_frames is not None and len(taken) > sampling.max_frames:
         # as LLaVA-Video samples: 1 fps up to the limit, beyond it uniformly over the whole clip
@@ -259,7 +264,7 @@ def _pick(scan: Scan, request: ReadRequest, start_: float | None, end_: float | 
     if start:
         ticks = scan.pts[first:stop]
         since_start = np.array([float((t - scan.pts[0]) * scan.time_base - start) for t in ticks])
-    taken = sample_indices(since_start, float(end - start), request.sampling)
+    taken = sample_indices(since_start, float(end - start), scan.fps, request.sampling)
     index = [first + place for place in taken]
     return _Picked(index, float(start), float(end), stop - first)
 

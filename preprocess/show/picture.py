@@ -16,7 +16,7 @@ from preprocess.decode.child import DecodeChild
 from preprocess.decode.read_pictures import PICTURE_FPS
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import SourceReader
-from preprocess.show.table import find, read_meta
+from preprocess.show.table import find
 from shards.format.codec import as_float32
 from shards.format.features import Sampling
 from shards.format.plan import ClipSource, read_plan
@@ -36,7 +36,7 @@ def picture(path: Path, name: str) -> tuple[str, Image.Image]:
     """Return a clip's key and its picture. name: its id or key; raises UserError if unknown."""
     bank = Bank.open(path)
     row = find(bank, name)
-    meta = read_meta(bank, row)
+    meta = bank.meta(row)
     features = {stride: bank.read(row, stride) for stride in bank.strides}
     frames = source_frames(path, meta, bank.config.sampling)
     return sample_key(meta.id), page(meta, frames, features, bank.config.pool)

@@ -4,8 +4,6 @@ The table needs only the bank. The picture of one clip (`preprocess show BANK KE
 `picture`) also decodes the clip's video, where that still exists.
 """
 
-import json
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -32,7 +30,7 @@ def table(path: Path) -> str:
     """Return the table of the bank at `path`, as text for a terminal or a log."""
     bank = Bank.open(path)
     durations = bank.columns["end"] - bank.columns["start"]
-    metas = (read_meta(bank, row) for row in range(len(bank)))
+    metas = (bank.meta(row) for row in range(len(bank)))
     lines = [*facts(bank), *histogram(durations), *origins(metas)]
     return "\n".join([*lines, *quarantine(read_quarantine(path))])
 
@@ -58,19 +56,6 @@ def find(bank: Bank, name: str) -> int:
     raise UserError(printable(f"{bank.path}: no clip {name}{hint}"))
 
 
-def read_meta(bank: Bank, row: int) -> SampleMeta:
-    """Return the json of a sample: the first member at its recorded offset in the shard."""
-    shard = bank.path / "shards" / bank.manifest.shards[bank.columns["shard"][row]].name
-    with open(shard, "rb") as file:
-        file.seek(int(bank.columns["offset"][row]))
-        try:
-            member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
-            return SampleMeta.from_json(json.loads(file.read(member.size)))
-        except (tarfile.HeaderError, ValueError, KeyError, TypeError):
-            problem = f"{shard}: damaged at the sample of {bank.ids[row]}; copy the bank again"
-            raise UserError(printable(problem)) from None
-
-
 def facts(bank: Bank) -> list[str]:
     """Return the lines on how the bank was made and how large it is."""
     config, manifest = bank.config, bank.manifest
@@ -78,6 +63,8 @@ def facts(bank: Bank) -> list[str]:
     many = f"{config.sampling.fps} frames per second, at most {config.sampling.max_frames}"
     if config.sampling.num_frames:
         many = f"{config.sampling.num_frames} frames of each clip, uniformly"
+    if config.sampling.like:
+        many += f", as {config.sampling.like}'s processor takes them"
     if config.sampling.kept:
         many += f"; of these {config.sampling.kept}, uniformly"
     lines = {

@@ -25,6 +25,8 @@ MERGED_LAYER = re.compile(r"([0-9]+,)*merged")
 """Values of `layer` that are not numbers: merged tokens, after those of earlier layers (Qwen3-VL's)."""
 DTYPES = ("float16", "bfloat16")
 CODECS = ("none", "blosc", "int8")
+FRAMES_LIKE = ("qwen2_vl", "qwen3_vl", "llava")
+"""Whose video processor chooses frames; Qwen2.5-VL's does it as Qwen2-VL's."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Sampling:
 
     `num_frames` takes that many, uniformly. Otherwise `fps` takes, for each time k / fps from the
     clip's start, the last frame at or before it; a clip that gives more than `max_frames` is
-    sampled uniformly with `max_frames` instead. A clip is never padded with repeats.
+    sampled uniformly with `max_frames` instead. A clip is never padded with repeats. With `like`, they
+    are those that this processor of transformers takes at such settings.
     """
 
     num_frames: int | None = None
@@ -42,10 +45,15 @@ class Sampling:
     max_frames: int | None = None
     kept: int | None = None
     """Of the frames so sampled, keep this many, uniformly: for a bank derived with fewer frames."""
+    like: str | None = None
+    """One of `FRAMES_LIKE`: whose processor chooses the frames."""
 
     def __post_init__(self) -> None:
         if (self.num_frames is None) == (self.fps is None):
             raise UserError("sampling takes either --frames N or --fps F --max-frames N, not both")
+        if self.like not in (None, *FRAMES_LIKE):
+            known = ", ".join(FRAMES_LIKE)
+            raise UserError(f"frames can be taken like one of {known}", got=repr(self.like))
         for name in ("num_frames", "max_frames", "kept"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -129,8 +137,9 @@ class FeatureConfig:
     def to_json(self) -> Json:
         """Return the fields as json, without those that only a derived bank has, unless this is one."""
         data = asdict(self) | {"strides": list(self.strides)}
-        if self.sampling.kept is None:
-            del data["sampling"]["kept"]
+        for name in ("kept", "like"):
+            if data["sampling"][name] is None:
+                del data["sampling"][name]
         if self.derived is None:
             del data["derived"]
         else:

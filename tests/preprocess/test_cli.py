@@ -22,9 +22,10 @@ from shards.format.plan import read_plan
 from shards.read.bank import Bank
 
 PLANNED = (
-    "--out --tower --stride --frames --fps --max-frames --video-root --layer --fit --pool --dtype "
-    "--codec --tower-dtype --batch-frames --tower-threads --device --allow-truncated --folder-fps "
-    "--allow-outside --missing --on-bad-record --follow-links --archive-ids --shard-size --prune --help"
+    "--out --tower --stride --frames --fps --max-frames --frames-like --video-root --layer --fit "
+    "--pool --dtype --codec --tower-dtype --batch-frames --tower-threads --device --allow-truncated "
+    "--folder-fps --allow-outside --missing --on-bad-record --follow-links --archive-ids "
+    "--shard-size --prune --help"
 )
 OPTIONS = {
     "bench": PLANNED.replace(
@@ -227,18 +228,24 @@ def test_what_is_missing_is_named(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("frames", "fps", "max_frames", "expected"),
+    ("frames", "fps", "max_frames", "like", "expected"),
     [
-        (None, None, None, Sampling(fps="1", max_frames=64)),
-        (None, "0.50", None, Sampling(fps="1/2", max_frames=64)),
-        (None, "30000/1001", 9, Sampling(fps="30000/1001", max_frames=9)),
-        (8, None, None, Sampling(num_frames=8)),
+        (None, None, None, None, Sampling(fps="1", max_frames=64)),
+        (None, "0.50", None, None, Sampling(fps="1/2", max_frames=64)),
+        (None, "30000/1001", 9, None, Sampling(fps="30000/1001", max_frames=9)),
+        (8, None, None, None, Sampling(num_frames=8)),
+        (None, "2.0", 768, "qwen3_vl", Sampling(fps="2", max_frames=768, like="qwen3_vl")),
+        (8, None, None, "llava", Sampling(num_frames=8, like="llava")),
     ],
 )
 def test_flags_mean_a_sampling(
-    frames: int | None, fps: str | None, max_frames: int | None, expected: Sampling
+    frames: int | None,
+    fps: str | None,
+    max_frames: int | None,
+    like: str | None,
+    expected: Sampling,
 ) -> None:
-    assert make_sampling(frames, fps, max_frames) == expected
+    assert make_sampling(frames, fps, max_frames, like) == expected
 
 
 def test_every_missing_input_has_its_line(toy: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from preprocess.show.picture import (
     shortened,
     title,
 )
-from preprocess.show.table import find, read_meta, table
+from preprocess.show.table import find, table
 from shards.errors import UserError
 from shards.format.features import FeatureConfig, Sampling
 from shards.format.plan import read_plan, write_plan
@@ -148,7 +148,7 @@ def test_a_clip_is_found_by_id_and_by_key(toy_bank: Path) -> None:
     bank = Bank.open(toy_bank)
     for row, id_ in enumerate(bank.ids):
         assert find(bank, id_) == find(bank, sample_key(id_)) == row
-        assert read_meta(bank, row).id == id_
+        assert bank.meta(row).id == id_
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,6 @@ from preprocess.decode.request import ReadRequest
 from preprocess.encode.features import load_tower
 from preprocess.encode.run import EncodeOptions, encode
 from preprocess.show.picture import picture
-from preprocess.show.table import read_meta
 from shards.care.verify import verify
 from shards.format.features import Sampling
 from shards.read.bank import Bank
@@ -398,7 +397,7 @@ def test_a_unit_has_the_mean_time_of_its_frames(
 ) -> None:
     for banked in qwen.banked:
         row = qwen.bank.row(banked.info.id)
-        meta = read_meta(qwen.bank, row)
+        meta = qwen.bank.meta(row)
         assert (meta.frames_per_unit, len(meta.timestamps)) == (2, FRAMES)
         assert meta.frame_index == [0, 2, 5, 8, 11]
         assert meta.timestamps == [k / 8 for k in meta.frame_index]

@@ -24,14 +24,16 @@ class Kind:
     is_merged: bool
     """Tokens go to the LLM as the tower gives them: the bank holds its layer `merged`. Otherwise a
     projector reads patches of a hidden layer."""
+    frames_like: str
+    """Its processor's way to choose frames, for `encode --frames-like`."""
 
 
 KINDS = (
-    Kind("qwen2_vl", "visual", True),
-    Kind("qwen2_5_vl", "visual", True),
-    Kind("qwen3_vl", "visual", True),
-    Kind("llava_onevision", "vision_tower", False),
-    Kind("llava_next_video", "vision_tower", False),
+    Kind("qwen2_vl", "visual", True, "qwen2_vl"),
+    Kind("qwen2_5_vl", "visual", True, "qwen2_vl"),
+    Kind("qwen3_vl", "visual", True, "qwen3_vl"),
+    Kind("llava_onevision", "vision_tower", False, "llava"),
+    Kind("llava_next_video", "vision_tower", False, "llava"),
 )
 REFUSED = {"qwen3_vl_moe": "its experts' weights have not been tried"}
 """`model_type` -> why no bank can stand in for the tower."""

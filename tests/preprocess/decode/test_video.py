@@ -182,9 +182,29 @@ def test_sampling_is_the_rule_of_the_documentation(
     exact = [tick * Fraction(base) for tick in ticks]
     end = exact[-1] + steps[-1] * Fraction(base)
     times = np.array([float(time) for time in exact])
-    taken = sample_indices(times, float(end), sampling)
+    taken = sample_indices(times, float(end), 0.0, sampling)
     assert taken == brute_force(exact, end, sampling)
     assert taken == sorted(set(taken))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        # 4 s at 25 frames a second: a step of 12.5, whole pairs; from end to end; a step of 33 1/3
+        (Sampling(fps="2", max_frames=64, like="qwen2_vl"), [0, 12, 25, 37, 50, 62, 75, 87]),
+        (Sampling(fps="2", max_frames=5, like="qwen2_vl"), [0, 25, 50, 75]),
+        (Sampling(fps="2", max_frames=64, like="qwen3_vl"), [0, 14, 28, 42, 57, 71, 85, 99]),
+        (Sampling(fps="1/4", max_frames=64, like="qwen3_vl"), [0, 33, 66, 99]),
+        (Sampling(num_frames=3, like="llava"), [0, 33, 66]),
+        (Sampling(num_frames=3, like="qwen3_vl"), [0, 50, 99]),
+        (Sampling(num_frames=5, like="qwen2_vl"), [0, 25, 50, 75]),
+        (Sampling(num_frames=4, kept=2, like="llava"), [0, 75]),
+    ],
+)
+def test_frames_like_a_processors(video: Path, sampling: Sampling, expected: list[int]) -> None:
+    clip = read_clip(ReadRequest(video, sampling))
+    assert clip.frame_index.tolist() == expected
+    assert len(clip.frames) == len(expected)
 
 
 def test_frame_on_a_sampled_instant_is_the_one_taken(video: Path) -> None:

@@ -351,9 +351,7 @@ def test_quarantine_and_growth_follow(bank: Make, tmp_path: Path) -> None:
 
 
 def _meta(source: Path, id_: str, values: dict[int, np.ndarray]) -> SampleMeta:
-    from preprocess.show.table import read_meta
-
-    meta = read_meta(Bank.open(source), 0)
+    meta = Bank.open(source).meta(0)
     return replace(meta, id=id_, path=id_)
 
 

@@ -49,6 +49,7 @@ OTHER_SAMPLING = {
     "max_frames": Sampling(fps="1", max_frames=63),
     "num_frames": Sampling(num_frames=8),
     "kept": Sampling(fps="1", max_frames=64, kept=8),
+    "like": Sampling(fps="1", max_frames=64, like="qwen3_vl"),
 }
 OTHER_PROCESSOR: dict[str, Any] = {
     "height": 65,
@@ -171,6 +172,7 @@ def test_an_unknown_pool_or_dtype_is_refused_with_what_there_is(name: str) -> No
         {"fps": "1/0", "max_frames": 4},
         {"fps": "fast", "max_frames": 4},
         {"fps": "1", "max_frames": 0},
+        {"fps": "1", "max_frames": 4, "like": "qwen"},
     ],
 )
 def test_a_sampling_that_means_nothing_is_refused(fields_: dict[str, Any]) -> None:

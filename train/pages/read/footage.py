@@ -130,7 +130,6 @@ class Footage:
     def _frames(self, bank: Bank, row: int) -> np.ndarray | str:
         """Return a clip's frames, uint8 `(units, height, width, rgb)`, or why there are none."""
         from preprocess.show.picture import read_frames
-        from preprocess.show.table import read_meta
 
         source = self._sources.get(bank.where, {}).get(bank.ids[row])
         if source is None or not Path(source.path).exists():
@@ -138,7 +137,7 @@ class Footage:
         if self._opened >= MOST_CLIPS:
             return "enough videos read"
         self._opened += 1
-        meta = read_meta(bank, row)
+        meta = bank.meta(row)
         frames = read_frames(self._reader, source, meta, bank.config.sampling)
         return frames if isinstance(frames, str) else frames[:: meta.frames_per_unit]
 

@@ -1,4 +1,4 @@
-"""Runs processor_checks.py with torchvision and TRL, which are fetched for it.
+"""Runs the checks of processors and trainers with the real packages, which are fetched for it.
 
 torchvision's published builds want CUDA's torch: in a process of their own, its compiled operators, which
 nothing there calls, are only named (operators.py).
@@ -15,30 +15,41 @@ import torch
 
 MATCHING = {"2.11": "0.26.0", "2.12": "0.27.1", "2.13": "0.28.0"}
 """torch -> the torchvision that belongs to it."""
+SWIFT = """ms-swift==4.6.0 transformers==5.16.0 trl==0.29.0 peft==0.20.0 datasets==4.8.4
+huggingface_hub==1.33.0 modelscope==1.40.2 modelscope_hub==0.5.1 qwen-vl-utils==0.0.14 addict==2.4.0
+aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 attrdict==2.0.1 attrs==26.1.0 binpacking==2.0.1
+cffi==2.1.1 cryptography==50.0.2 dacite==1.9.2 einops==0.8.2 frozenlist==1.8.0 httpcore==1.0.9
+httpx==0.28.1
+json_repair==0.64.6 multidict==7.2.1 propcache==0.5.4 pycparser==3.12 simplejson==4.3.0 sniffio==1.3.1
+yarl==1.25.1"""
+"""What ms-swift imports, as it pins it; the rest it takes from here."""
+PACKAGES = {
+    "processor_checks.py": "",
+    "frames_checks.py": "",
+    "trainer_checks.py": "trl==1.16.0",
+    "swift_checks.py": SWIFT,
+}
+"""What each file of checks needs beside torchvision."""
 
 
 @pytest.mark.slow
 @pytest.mark.registry
-def test_with_torchvision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checks", PACKAGES)
+def test_with_the_real_packages(checks: str, tmp_path: Path) -> None:
     version = MATCHING.get(".".join(torch.__version__.split(".")[:2]))
     if version is None:
         pytest.skip(f"which torchvision belongs to torch {torch.__version__} is not known here")
-    place = tmp_path / "torchvision"
+    place = tmp_path / "packages"
     flags = ["--quiet", "--no-deps", "--disable-pip-version-check", "--target", str(place)]
-    wanted = [f"torchvision=={version}", "trl==1.16.0"]
+    wanted = [f"torchvision=={version}", *PACKAGES[checks].split()]
     pip = [sys.executable, "-m", "pip", "install", *flags, *wanted]
     if subprocess.run(pip, capture_output=True, check=False).returncode:
-        pytest.skip("no package registry, or none with torchvision")
+        pytest.skip("no package registry, or none with these packages")
     paths = [str(place), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     flags = ["-q", "-p", "no:cacheprovider", "-p", "tests.train.bank_vlm.operators"]
-    run = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *flags,
-        str(Path(__file__).with_name("processor_checks.py")),
-    ]
+    file = str(Path(__file__).with_name(checks))
+    run = [sys.executable, "-m", "pytest", *flags, file]
     done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
     assert re.search(r"\d+ passed", done.stdout), done.stdout
