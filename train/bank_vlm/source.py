@@ -71,6 +71,8 @@ class Source:
         if self.kind.is_merged:
             rows, cols = rows * plain.merge_size, cols * plain.merge_size
             count = len(found.metadata.frames_indices)
+            # the last unit is filled up, which transformers before 5.9 does not count
+            count += -count % plain.temporal_patch_size
             patches = plain.get_num_of_video_patches(count, *found.size, given)
             check_size(found, units * rows * cols, patches, self.bank)
         return replace(found, grid=(units, rows, cols))

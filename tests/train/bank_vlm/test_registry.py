@@ -23,11 +23,21 @@ httpx==0.28.1
 json_repair==0.64.6 multidict==7.2.1 propcache==0.5.4 pycparser==3.12 simplejson==4.3.0 sniffio==1.3.1
 yarl==1.25.1"""
 """What ms-swift imports, as it pins it; the rest it takes from here."""
+LMMS = """lmms-engine==0.1.4 transformers==5.8.1 tokenizers==0.22.2 huggingface_hub==1.33.0
+deepspeed==0.19.8 antlr4-python3-runtime==4.9.3 attrs==26.1.0 audioread==3.1.0 cffi==2.1.1
+cloudpickle==3.1.3 decorator==5.3.1 einops==0.8.2 gitdb==4.0.12 gitpython==3.2.1 hjson==3.1.0
+httpcore==1.0.9 httpx==0.28.1 hydra-core==1.3.8 joblib==1.6.0 jsonlines==4.0.0 lazy_loader==0.6
+librosa==0.11.0 llvmlite==0.50.0 loguru==0.7.3 msgpack==1.2.4 ninja==1.13.2 numba==0.68.1
+omegaconf==2.4.0 opencv-python-headless==5.0.0.93 platformdirs==4.14.8 pooch==1.9.0
+py-cpuinfo==9.0.0 pycparser==3.12 qwen-vl-utils==0.0.14 scipy==1.17.1 sentry-sdk==2.75.0
+smmap==5.0.3 sniffio==1.3.1 soundfile==0.14.0 soxr==1.1.0 torchdata==0.11.0 wandb==0.27.2"""
+"""What lmms-engine imports, by its own pins; deepspeed builds no kernels."""
 PACKAGES = {
     "processor_checks.py": "",
     "frames_checks.py": "",
     "trainer_checks.py": "trl==1.16.0",
     "swift_checks.py": SWIFT,
+    "lmms_checks.py": LMMS,
 }
 """What each file of checks needs beside torchvision."""
 
