@@ -224,7 +224,8 @@ def test_a_run_killed_before_during_and_after_a_save_goes_on_exactly(
     assert_same_run(out, straight)
 
 
-@pytest.mark.parametrize("spliced", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("spliced", [False, True])
 def test_exact_sums_give_the_same_bits_on_one_two_and_three_processes(
     run_jobs: Callable[..., list[list[int]]],
     toy: Path,

@@ -141,6 +141,7 @@ def test_a_preset_trains_at_the_rates_of_its_table(place: Place, toy_bank: Path,
     assert all(f"{part} {peak:g}" in said for part, peak in PEAKS[name][0].items())
 
 
+@pytest.mark.slow
 def test_the_recipe_of_real_weights_runs_from_videos_to_an_export(place: Place) -> None:
     encode, align, tune, export = commands_of(PRESETS / "so400m_qwen2.5.yaml")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}

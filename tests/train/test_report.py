@@ -64,6 +64,7 @@ def test_without_the_library_that_draws_there_is_the_table(
     assert "pip install 'framebank[report]'" in said.err
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_followed_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

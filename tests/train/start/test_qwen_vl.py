@@ -452,7 +452,10 @@ def test_what_is_not_the_checkpoints_own_is_refused_by_name(
         assert len(problem.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["qwen2_5_vl", *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen2_vl", "qwen3_vl"))],
+)
 def test_a_run_trains_from_it_and_answers(
     worlds: dict[str, World], kind: str, train_here: Callable[..., Path], tmp_path: Path
 ) -> None:
