@@ -1,7 +1,7 @@
 """What runs did, whether they learned, and where they fail: a page of pictures, and a table.
 
     python -m train.report runs/a runs/b         # -> runs/a/report.html, and a table in the terminal
-    python train/report.py --watch runs/a        # made anew while the run goes on, until it ends
+    python train/report.py --watch runs/a        # remade while the run goes on, until it ends
 
 Reads the folders of runs and, for pictures, their banks and videos, as far as those are still there. The
 page is one file that fetches nothing.
@@ -16,7 +16,7 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.signed import write_atomic
 from train.pages.chart import check_drawing
-from train.pages.read.runs import METRICS, goes_on, read_runs
+from train.pages.read.runs import METRICS, Run, goes_on, read_runs
 from train.pages.table import table
 from train.settings.exits import command
 from train.settings.output import file_problem
@@ -25,7 +25,7 @@ PAGE = "report.html"
 PAUSE_SECONDS = 5
 """Between two looks at a run that goes on."""
 SHARE = 0.1
-"""Of the time at most in which a page is made anew: a run has better use for the cores."""
+"""Of the time at most in which a page is remade: a run has better use for the cores."""
 
 
 @command
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     runs = read_runs(args.runs)
     print(table(runs))  # noqa: T201
     check_drawing()
-    write_report(args.runs, place)
+    write_report(runs, place)
     print(f"written: {place}")  # noqa: T201
 
 
@@ -57,18 +57,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="make the page anew while a run goes on, until all have ended",
+        help="remake the page while a run goes on, until all have ended",
     )
     return parser.parse_args(argv)
 
 
-def write_report(folders: Sequence[Path], place: Path, refresh: int = 0) -> None:
+def write_report(runs: Sequence[Run], place: Path, refresh: int = 0) -> None:
     """Write the page of some runs; a browser sees the old file or the new one."""
     from train.pages.page import page
 
     if problem := file_problem(place):
         raise UserError(problem)
-    write_atomic(place, page(read_runs(list(folders)), refresh=refresh).encode())
+    write_atomic(place, page(runs, refresh=refresh).encode())
 
 
 def watch(folders: Sequence[Path], place: Path) -> None:
@@ -80,9 +80,9 @@ def watch(folders: Sequence[Path], place: Path) -> None:
         pause = float(PAUSE_SECONDS)
         if begun and now != seen:
             began = time.monotonic()
-            write_report(begun, place, refresh=PAUSE_SECONDS)
+            write_report(read_runs(begun), place, refresh=PAUSE_SECONDS)
             if not seen:
-                print(f"written: {place}; it is made anew until the run ends", flush=True)  # noqa: T201
+                print(f"written: {place}; it is remade until the run ends", flush=True)  # noqa: T201
             seen = now
             pause = max(pause, (time.monotonic() - began) * (1 / SHARE - 1))
         wait_while(folders, pause)

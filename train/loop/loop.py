@@ -342,12 +342,12 @@ def check_step(run: Run, updates: UpdateCheck, step: int, metrics: Json) -> None
 def log_step(run: Run, learner: Learner, timer: StepTimer, done: int, metrics: Json) -> Json:
     """Write a step's metrics down, print them every `logging_steps`, and return them."""
     total, every = run.plan.num_steps, run.config.logging_steps
-    is_shown = done % every == 0 or done in (run.first + 1, total)
+    is_due = done % every == 0 or done in (1, total)
     metrics = metrics | rates_of(learner.optimizer) | timer.rates(done, metrics)
     # not where this process began: a resumed run writes the lines of one that never stopped
-    metrics |= gammas_of(learner.model) if done % every == 0 or done in (1, total) else {}
+    metrics |= gammas_of(learner.model) if is_due else {}
     run.log.record(done, metrics)
-    run.log.show(done, total, metrics, line=is_shown)
+    run.log.show(done, total, metrics, line=is_due or done == run.first + 1)
     return metrics
 
 

@@ -6,7 +6,7 @@ A record is a line of a .jsonl file: {"messages": [{"role": "user", "content": [
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,23 @@ def load(checkpoint: str, bank: str, media_dir: str = "") -> tuple[Any, Any]:
     plain = AutoProcessor.from_pretrained(checkpoint)
     processor = bank_processor(plain, bank, model_config=model.config, media_dir=media_dir)
     return use_bank(model, bank), processor
+
+
+def train_with(
+    make_trainer: Callable[..., Any],
+    checkpoint: str,
+    bank: str,
+    records: str,
+    out: str,
+    media_dir: str = "",
+) -> None:
+    """Train a checkpoint from a bank with a Trainer of transformers' kind, and save it whole."""
+    model, processor = load(checkpoint, bank, media_dir)
+    settings = {} if torch.cuda.is_available() else {"use_cpu": True}
+    trainer = make_trainer(model, Collator(processor), read(records), out, **settings)
+    trainer.train()
+    trainer.save_model()
+    processor.save_pretrained(out)
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

@@ -7,10 +7,9 @@ import sys
 from typing import Any
 
 import datasets
-import torch
 import trl
 
-from train.recipes.conversations import Collator, load, read
+from train.recipes.conversations import train_with
 
 
 def make_trainer(
@@ -32,14 +31,5 @@ def make_trainer(
     )
 
 
-def main(checkpoint: str, bank: str, records: str, out: str, media_dir: str = "") -> None:
-    model, processor = load(checkpoint, bank, media_dir)
-    settings = {} if torch.cuda.is_available() else {"use_cpu": True}
-    trainer = make_trainer(model, Collator(processor), read(records), out, **settings)
-    trainer.train()
-    trainer.save_model()
-    processor.save_pretrained(out)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    train_with(make_trainer, *sys.argv[1:])

@@ -54,8 +54,11 @@ def token_limit(config: Mapping[str, Any]) -> int:
 def trained_with(folder: Path) -> Json | None:
     """Return the settings that a model was trained with; None in a folder that no run has written."""
     path = next((folder / name for name in (CHECKPOINT, RUN) if (folder / name).is_file()), None)
-    if path is None:
-        return None
+    return None if path is None else settings_in(path)
+
+
+def settings_in(path: Path) -> Json:
+    """Return the settings in a run.json or checkpoint.json; UserError for another file."""
     try:
         config = json.loads(path.read_text())["config"]
     except (ValueError, KeyError, TypeError):

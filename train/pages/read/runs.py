@@ -16,6 +16,7 @@ from train.pages.read.metrics import Metrics, read_metrics
 from train.scores.results import CONTROLS, PREFIX, predictions_beside, read_report
 from train.scores.spread import Answers, read_answers
 from train.settings.output import RUN
+from train.settings.recorded import settings_in
 
 METRICS, LOG = "metrics.jsonl", "train.log"
 TABLES = "lape/tables.safetensors"
@@ -158,23 +159,12 @@ def read_run(folder: Path, name: str) -> Run:
     return Run(
         folder=folder,
         name=name,
-        config=read_config(folder / RUN),
+        config=settings_in(folder / RUN),
         metrics=read_metrics(folder / METRICS),
         tests=tuple(test_sets(folder)),
         log=log.read_text("utf-8", errors="replace") if log.is_file() else "",
         goes_on=goes_on(folder),
     )
-
-
-def read_config(path: Path) -> Json:
-    """Return the settings in a run.json; UserError for another file."""
-    try:
-        config = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError("holds no settings of a run", where=path, fix="copy it from the run again")
-    return config
 
 
 def read_config_features(folder: Path) -> Json:
