@@ -34,11 +34,11 @@ def named(variable: str) -> str:
 
 def refuse_decoding() -> None:
     """Raise UserError for a setting of frames that would have no effect."""
-    told = [name for name in sorted(os.environ) if name.endswith(OF_DECODING)]
-    if told:
+    set_here = [name for name in sorted(os.environ) if name.endswith(OF_DECODING)]
+    if set_here:
         raise UserError(
             "frames and their size are those of the bank",
-            got=", ".join(told),
+            got=", ".join(set_here),
             where="the environment",
             fix="leave it out, and give preprocess encode --fps and a tower folder with these limits",
         )

@@ -11,7 +11,9 @@ rows; all rows are kept in one JSON and shown as one Markdown table, for the REA
 
 import argparse
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ Row = dict[str, Any]
 PYTHON = sys.executable
 
 
-def printed(output: str) -> list[Row]:
+def last_line(output: str) -> list[Row]:
     """Return the rows that a module of this folder prints as its last line."""
     rows: list[Row] = json.loads(output.splitlines()[-1])
     return rows
@@ -65,7 +67,7 @@ class Piece:
     minutes: float
     """What it takes on an H100 or H200, roughly: whether it is begun in the time that is left."""
     command: list[str]
-    rows: Callable[[str], list[Row]] = printed
+    rows: Callable[[str], list[Row]] = last_line
     small: bool = True
     """Whether it has a small form that runs without CUDA."""
 
@@ -83,8 +85,9 @@ PIECES: Mapping[str, Piece] = {
     "encoding": Piece(2, module("encoding")),
     "fsdp": Piece(2, module("fsdp"), small=False),
     "demo": Piece(4, ["make", "-o", ".venv/.ready", "demo"], demonstrated, small=False),
+    # goes on where it was cut off, so a part of it is worth beginning
     "evidence": Piece(
-        9, ["make", "-o", ".venv/.ready", "evidence", "SWEEPS=lape"], proved, small=False
+        4, ["make", "-o", ".venv/.ready", "evidence", "SWEEPS=lape"], proved, small=False
     ),
 }
 
@@ -96,13 +99,15 @@ def main(arguments: list[str]) -> int:
     asked.add_argument("pieces", nargs="*", choices=[[], *PIECES], help="all, if none is named")
     asked.add_argument("--minutes", type=float, default=float("inf"))
     asked.add_argument("--small", action="store_true")
-    asked.add_argument("--out", type=Path, default=Path("bench-results/gpu.json"))
+    asked.add_argument("--out", type=Path, help="[bench-results/gpu.json, gpu-small.json]")
     given = asked.parse_args(arguments)
+    # apart: a piece that was run small is not done
+    out = given.out or Path("bench-results") / ("gpu-small.json" if given.small else "gpu.json")
     if not given.small and not torch.cuda.is_available():
         print("make gpu: no CUDA device here; SMALL=1 tries the machinery", file=sys.stderr)
         return 2
     ends = time.monotonic() + 60 * given.minutes
-    done = json.loads(given.out.read_text()) if given.out.exists() else {}
+    done = json.loads(out.read_text()) if out.exists() else {}
     failed, left = [], []
     for name in given.pieces or PIECES:
         piece = PIECES[name]
@@ -117,8 +122,8 @@ def main(arguments: list[str]) -> int:
             failed.append(name)
             continue
         done[name] = {"device": device(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(done, indent=2))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(done, indent=2))
     print(table(done))
     for names, what in ((failed, "failed"), (left, "left for the next time")):
         if names:
@@ -130,21 +135,21 @@ def run_piece(name: str, piece: Piece, small: bool, seconds: float) -> list[Row]
     """Return a piece's rows; None if it failed or ran out of time, with its last lines shown."""
     print(f"== {name}", flush=True)
     command = [*piece.command, *["--small"] * small]
-    try:
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=None if seconds == float("inf") else seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        print(f"{name}: not done within {seconds:.0f} s", file=sys.stderr)
+    # a group of its own, so that time running out ends what the command started, too
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=None if seconds == float("inf") else seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate()
+            print(f"{name}: not done within {seconds:.0f} s", file=sys.stderr)
+            return None
+    if process.returncode:
+        print(printed[-3000:], file=sys.stderr)
         return None
-    if done.returncode:
-        print(done.stdout[-3000:], file=sys.stderr)
-        return None
-    return piece.rows(done.stdout)
+    return piece.rows(printed)
 
 
 def device() -> str:
