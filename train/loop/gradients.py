@@ -80,6 +80,9 @@ class Fast:
         self, accelerator: "Accelerator", model: VLM, optimizer: torch.optim.Optimizer
     ) -> None:
         self.accelerator = accelerator
+        if accelerator.is_fsdp2:
+            # autocast chooses the dtype of each operation; FSDP's policy would round LAPE's fp32 tables
+            accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
