@@ -5,6 +5,7 @@ Files are those of `torch.distributed.checkpoint` in its safetensors form, `shar
 library's own form it holds no pickle, so that reading a copied folder runs no code.
 """
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,21 @@ def is_cut(folder: Path) -> bool:
 def files_of(folder: Path, rank: int) -> list[Path]:
     """Return the files that a process has written, sorted."""
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
+def refuse_old_torch() -> None:
+    """Raise UserError where this torch does not write parts: before a run, not at its first save."""
+    import torch
+    from torch.distributed import checkpoint
+
+    writer = getattr(checkpoint, "HuggingFaceStorageWriter", None)
+    if writer is None or "save_distributed" not in inspect.signature(writer).parameters:
+        raise UserError(
+            f"torch {torch.__version__} does not write sharded checkpoints",
+            where="FSDP",
+            expected="torch 2.11 or newer",
+            fix="pip install -U torch, or launch without FSDP",
+        )
 
 
 def write_parts(folder: Path, tensors: Mapping[str, "Tensor"]) -> None:

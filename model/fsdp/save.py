@@ -90,7 +90,9 @@ def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     whole: dict[int, Tensor] = {}
     for value in state.values():
         if id(value) not in whole:
-            full = value.full_tensor() if isinstance(value, DTensor) else value
+            full = value
+            if isinstance(value, DTensor):  # with FSDP's offloading its parts are on the CPU
+                full = value.detach().to(value.device_mesh.device_type).full_tensor()
             whole[id(value)] = full.detach().cpu() if is_first() else torch.empty(0)
     return {name: whole[id(value)] for name, value in state.items()}
 

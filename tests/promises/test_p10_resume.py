@@ -35,20 +35,8 @@ import torch.distributed.checkpoint, torch.nn.parallel, torch.utils.tensorboard
 import model.vlm, train.loop.loop, train.loop.checkpoint, train.evaluate, train.loop.checks
 import train.batches.loader
 import train.batches.plan, train.report, train.run, train.loop.step, train.start.prepare_llm
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from tests.fsdp_on_cpu import shard_on_cpu
 from train.loop.signals import StopSignals
-
-def sharded():
-    # Accelerate itself shards on accelerators alone
-    start = accelerate.Accelerator.__init__
-
-    def begin(self, *args, **kwargs):
-        start(self, *args, **kwargs)
-        self.state._shared_state["distributed_type"] = DistributedType.FSDP
-        self.state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
-
-    accelerate.Accelerator.__init__ = begin
 
 def rank(job, number):
     out = os.open(f"{job['log']}-{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -58,7 +46,7 @@ def rank(job, number):
             "WORLD_SIZE": str(job["world"]), "LOCAL_WORLD_SIZE": str(job["world"]),
             "MASTER_PORT": str(job["port"])}
     if job.get("fsdp"):
-        sharded()
+        shard_on_cpu()
     die = job.get("die")
 
     def watch(event, facts):

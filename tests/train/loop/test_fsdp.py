@@ -1,7 +1,6 @@
 """FSDP2: the configuration files, what is refused, and a run on two processes of the CPU.
 
-Accelerate shards on accelerators only, so the run sets its state to FSDP2 by hand; from there on the
-code is Accelerate's own, over gloo. Nothing of this has met several GPUs.
+Over gloo, see `tests.fsdp_on_cpu`. Nothing of this has met several GPUs.
 """
 
 import json
@@ -27,27 +26,6 @@ from train.settings.launcher import wishes
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted((ROOT / "train" / "presets").glob("fsdp2_*.yaml"))
-SHARDED = """
-import accelerate, sys
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-start = accelerate.Accelerator.__init__
-
-def sharded(self, *args, **kwargs):
-    start(self, *args, **kwargs)
-    self.state._shared_state["distributed_type"] = DistributedType.FSDP
-    self.state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-    )
-
-accelerate.Accelerator.__init__ = sharded
-from train.run import main
-
-main(sys.argv[1:])
-"""
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -108,8 +86,6 @@ def test_two_sharded_processes_train_save_and_resume_like_one(
     )
     tokens = [line["supervised_tokens"] for line in lines_of(one) if line["kind"] == "train"]
     assert tokens[2] < min(tokens[:2])
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
     two = tmp_path / "two"
     settings = run_settings | shared | {"output_dir": two, "per_device_train_batch_size": 1}
 
@@ -118,7 +94,8 @@ def test_two_sharded_processes_train_save_and_resume_like_one(
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        command += ["--master_port", str(port), str(script), *as_flags(settings | more)]
+        command += ["--master_port", str(port), "-m", "tests.fsdp_on_cpu", "train.run"]
+        command += as_flags(settings | more)
         environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]

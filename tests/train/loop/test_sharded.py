@@ -38,12 +38,12 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import accelerate, torch.distributed.checkpoint
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor, distribute_tensor
 import model.fsdp.parts, model.fsdp.save
 from model.fsdp.save import save_whole
 from model.vlm import VLM
 from shards.errors import UserError
+from tests.fsdp_on_cpu import shard_on_cpu
 from train.loop.checkpoint import save_checkpoint, save_sharded
 from train.loop.gradients import make_reduction
 from train.loop.optimizer import allocate, load_optimizer
@@ -65,11 +65,8 @@ def rank(job, number):
     if world > 1:
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
+        shard_on_cpu()
     accelerator = accelerate.Accelerator(cpu=True)
-    if world > 1:
-        accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
-        accelerator.state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
     whole = VLM.load(job["model"])
     whole.requires_grad_("lora" not in job)
     for name, p in whole.named_parameters():
