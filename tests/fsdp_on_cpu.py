@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import accelerate
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
@@ -17,7 +18,8 @@ def shard_on_cpu() -> None:
 
     def sharded(self: accelerate.Accelerator, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
-        self.state._shared_state["distributed_type"] = DistributedType.FSDP
+        for state in (self.state, PartialState):  # every later AcceleratorState copies the second
+            state._shared_state["distributed_type"] = DistributedType.FSDP
         self.state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",

@@ -39,12 +39,17 @@ class Piece:
     write: Callable[[dict[str, Tensor]], None]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 has cut a model."""
+    return isinstance(model, FSDPModule)
+
+
 def save_whole(model: VLM, folder: Path) -> None:
     """Write a model folder that is complete by itself, of a cut model or not; every process calls this.
 
     Raises OSError where the disk fails the first one, on every process if the model is cut.
     """
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         save_cut(model, folder, whole=True)
     elif is_first():
         model.save(folder)

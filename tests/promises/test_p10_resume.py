@@ -80,6 +80,8 @@ for job in json.load(sys.stdin):
             code = 70
             try:
                 code = rank(job, number)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.batch import Batch, to_device
-from model.fsdp.save import save_whole
+from model.fsdp.save import is_sharded, save_whole
 from model.vlm import VLM
 from shards.signed import Json
 from train.batches.chat import Chat
@@ -383,8 +383,9 @@ def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
         "threads": torch.get_num_threads(),
         "processes": run.share.world,
     }
-    write = save_sharded if run.accelerator.is_fsdp2 else save_checkpoint
-    if run.accelerator.is_fsdp2 or is_main:
+    sharded = is_sharded(learner.model)
+    if sharded or is_main:
+        write = save_sharded if sharded else save_checkpoint
         write(run.output_dir, done, learner.model, learner.optimizer, state)
     if is_main:
         write_run(run.output_dir, asdict(run.config), run.first)
