@@ -8,6 +8,7 @@ python -m tests.bench.gpu.fsdp [--small]
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +37,12 @@ def main(small: bool) -> list[dict[str, Any]]:
         encode([str(place / "toy/videos")], place / "bank", options)
         sharded = launcher(place, small, processes)
         run = [*sharded, "train.run"]
-        plain = losses(place, "plain", [sys.executable, "-m", "train.run"], STEPS, ROWS)
-        losses(place, "fsdp", run, STEPS // 2, ROWS // processes)
-        assert list((place / "fsdp").glob(f"checkpoint-*/optimizer/{PARTS}"))
-        resumed = losses(place, "fsdp", run, STEPS, ROWS // processes)
+        plain = losses(place, "plain", [sys.executable, "-m", "train.run"], ROWS)
+        losses(place, "fsdp", run, ROWS // processes)
+        # from the half on, as if the rest had not been
+        shutil.rmtree(place / "fsdp" / f"checkpoint-{STEPS}")
+        assert list((place / "fsdp").glob(f"checkpoint-{STEPS // 2}/optimizer/{PARTS}"))
+        resumed = losses(place, "fsdp", run, ROWS // processes)
         words = [str(place / "saving"), *["--small"] * small]
         rows = saved([*sharded, "tests.bench.gpu.saving", *words])
     apart = max(abs(a / b - 1) for a, b in zip(resumed, plain, strict=True))
@@ -60,7 +63,7 @@ def launcher(place: Path, small: bool, processes: int) -> list[str]:
     return [*command, "--config_file", str(place / "one.yaml"), "--module"]
 
 
-def losses(place: Path, name: str, start: list[str], steps: int, rows: int) -> list[float]:
+def losses(place: Path, name: str, start: list[str], rows: int) -> list[float]:
     """Return the loss of each step of a run that goes on where it stopped; rows: of a process."""
     flags = {
         "stage_path": place / "toy/llm",
@@ -68,10 +71,9 @@ def losses(place: Path, name: str, start: list[str], steps: int, rows: int) -> l
         "data_path": place / "toy/train.jsonl",
         "output_dir": place / name,
         "per_device_train_batch_size": rows,
-        "lr_scheduler_type": "constant",
         "save_steps": STEPS // 2,
         "logging_steps": 1,
-        "max_steps": steps,
+        "max_steps": STEPS,
     }
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     subprocess.run([*start, *words], check=True, env=environ(), stdout=sys.stderr)

@@ -53,20 +53,24 @@ def main(out: Path, small: bool) -> list[dict[str, Any]]:
         {
             "what": f"{what}: {name}, s",
             "value": seconds,
-            "note": f"{most / 2**30:.2f} GiB of a process' memory more; its part is {state:.2f} GiB",
+            "note": f"{host / 2**30:.2f} GiB of a process' memory more, {device / 2**30:.2f} GiB of its "
+            f"GPU's; its part of weights and moments is {state:.2f} GiB",
         }
         for name, act in acts.items()
-        for seconds, most in [measured(act)]
+        for seconds, host, device in [measured(act)]
     ]
 
 
-def measured(act: Callable[[], object]) -> tuple[float, int]:
-    """Return the seconds that something takes, and the bytes by which a process' memory grows at most."""
+def measured(act: Callable[[], object]) -> tuple[float, int, int]:
+    """Return the seconds that something takes, and how far a process' memory and its GPU's grow at most."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here on
-    before, began = resident("VmRSS"), time.monotonic()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    before, held, began = resident("VmRSS"), torch.cuda.memory_allocated(), time.monotonic()
     act()
     seconds = time.monotonic() - began
-    return seconds, max(on_all(lambda: resident("VmHWM") - before))
+    host = max(on_all(lambda: resident("VmHWM") - before))
+    return seconds, host, max(on_all(lambda: torch.cuda.max_memory_allocated() - held))
 
 
 def resident(name: str) -> int:
