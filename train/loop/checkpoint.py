@@ -4,8 +4,10 @@
 and digest, with the optimizer's state beside it and `checkpoint.json`: the step, the facts that
 decide whether a run may go on from it, settings, versions, and the digest of every other file.
 
-`resume: auto` takes the newest checkpoint that verifies, so a crash during a save changes nothing. No
-random state is stored: order and dropout are functions of seed, step and pack.
+`resume: auto` takes the newest checkpoint that verifies, so a crash during a save changes nothing.
+`loop.make_run` chooses it and compares the facts, `loop.make_learner` loads weights and optimizer from
+it, and the steps begin at `Run.first`. No random state is stored: order and dropout are functions of
+seed, step and pack.
 """
 
 import copy
