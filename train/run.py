@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
         dataset = open_inputs(config)
         config = as_its_stage(config)
         if config.plan:
-            show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
+            launched = int(os.environ.get("WORLD_SIZE", "1"))
+            show_plan(config, dataset, config.plan_devices or launched)
     if not config.plan:
         with only_run_in(config.output_dir, argv):
             start(config, dataset, holding)

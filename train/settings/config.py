@@ -29,6 +29,16 @@ from train.settings.output import output_problem
 from train.settings.packages import missing_packages
 from train.settings.parse import BOOLEANS, Origin, merge, obey
 
+DEVICES = {
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
+"""Dense bf16 FLOP/s in NVIDIA's data sheets (for Hopper half of the figure with sparsity)."""
+
 
 def checkpoint_every(word: str) -> int | None:
     """Return N where every N-th layer's activations are recomputed, 0 for none; None if not valid."""
@@ -194,8 +204,14 @@ class RunSettings:
     )
     device_flops: float = setting(
         0.0,
-        "a device's peak FLOP/s, for MFU; 0 takes the data sheet's where known (--plan: an H100's)",
+        "a device's peak FLOP/s, for MFU; 0 takes the data sheet's where known (--plan: plan_device's)",
         least=0,
+    )
+    plan_device: str = setting(
+        "H100", "the device whose hours --plan prints", choices=tuple(DEVICES)
+    )
+    plan_devices: int = setting(
+        0, "how many of them --plan counts with; 0: as many as it is launched on", least=0
     )
     wandb: bool = setting(False, "mirror metrics to Weights & Biases")
     logging_steps: int = setting(10, "steps between printed lines", least=1)

@@ -22,6 +22,7 @@ from train.sweep.runs import Run
 MARK = "sweep.json"
 IDLE = (
     *("output_dir", "resume", "plan", "assumed_mfu", "device_flops", "wandb", "logging_steps"),
+    *("plan_device", "plan_devices"),
     *("save_steps", "save_minutes", "save_total_limit", "prefetch", "rehearsal", "num_threads"),
 )
 """Settings that a finished run may differ in: they say nothing about its weights."""
