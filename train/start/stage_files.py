@@ -14,6 +14,7 @@ from typing import Any
 
 from model.config import read_model_config
 from model.family import qwen_vl
+from model.fsdp.parts import is_cut
 from shards.errors import UserError
 from shards.kinds import LFS
 from train.settings.packages import installed
@@ -223,6 +224,7 @@ def _pointer_problem(folder: Path) -> str | None:
 def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
     """Return what is wrong with a folder's weight files, or None; must: whether it needs some."""
     names = {path.name for path in folder.iterdir()}
+    cut = is_cut(folder)
     for index, one in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -232,7 +234,7 @@ def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
         if index in names:
             return _index_problem(folder / index, names)
     parts = [found for name in sorted(names) if (found := PART.fullmatch(name))]
-    if parts:
+    if parts and not cut:
         stem, _, count, ending = parts[0].groups()
         every = {f"{stem}-{k:05d}-of-{count}.{ending}" for k in range(1, int(count) + 1)}
         if lacking := _lacking(every, names):
