@@ -1,4 +1,4 @@
-"""The cost of a planned run as a table: from lengths and two config.json, before anything is loaded.
+"""What a run will cost (`--plan`), as a table: from lengths and two config.json, without weights.
 
 Memory counts 4 bytes of each trained weight and 12 of its gradient and moments, and 34 activations of
 the LLM's width per place and layer in 2 or 4 bytes (Korthikanti et al., arXiv 2205.05198, without
@@ -13,13 +13,13 @@ from model.config import ModelSettings
 from model.tower_kinds import frame_flops
 from shards.text import duration, some
 from train.batches.run_plan import RunPlan
-from train.cost import (
+from train.data.dataset import Dataset, drawn_line
+from train.flops import (
     LlmShape,
     forward_flops,
     memory_bytes,
     step_flops,
 )
-from train.data.dataset import Dataset, drawn_line
 from train.settings.config import DEVICES, TrainConfig
 from train.start.stage import llm_name, read_config
 

@@ -95,7 +95,7 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
     holding: the processes whose end is to end the run.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the loader's
-    # DDP warns that it looked for unused parameters in vain: a later pack may have some
+    # DDP warns where it finds no unused parameter: a later pack may have some
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     from accelerate import Accelerator

@@ -12,9 +12,9 @@ from model.lape.tokens import LapeTokens
 from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
 from train.batches.plan import plan_run
-from train.cost import LlmShape, memory_bytes
 from train.data.dataset import Dataset, open_dataset
 from train.estimate import read_bytes, table
+from train.flops import LlmShape, memory_bytes
 from train.run import main
 from train.settings.config import TrainConfig
 from train.start.stage import read_config

@@ -1,8 +1,9 @@
-"""Grounding benchmarks -> records with coordinate markup.
+"""Grounding benchmarks -> records with coordinate markup, by `python -m train.convert NAME FILE`.
 
-An importer is one function of one annotation, marked with `@importer(NAME, READER)`: it returns rows
-in this project's form, or raises RowError without a place. Times are `<t:seconds>`, a box is
-`<x><y><x><y>`, its corners as fractions of the frame.
+Rows that training is to read without conversion (conversations, questions, captions) need a form instead:
+`shards/annotations/forms.py`. An importer is one function of one annotation, marked with
+`@importer(NAME, READER)`: it returns rows in this project's form, or raises RowError without a place.
+Times are `<t:seconds>`, a box is `<x><y><x><y>`, its corners as fractions of the frame.
 """
 
 import json

@@ -2,6 +2,11 @@
 
 Nothing here imports torch: a wrong key, value or path is reported within a moment, all problems
 together, each with its place and its fix, and exit code 2.
+
+Add a setting: a field, by `setting(default, help, bounds)`, of the class below whose part reads it; of
+`model/config.py` if a saved model has to know it. Flag, YAML key, `--help` and checks follow, and
+`python -m tests.tables` writes it into train/README.md. If it changes which records, frames or tokens a
+step has, name it in `train.batches.plan.SETTINGS`: a checkpoint of another value is then refused.
 """
 
 import os
@@ -218,7 +223,9 @@ class RunSettings:
         "minutes between checkpoints, whatever the steps; 0: save_steps alone decides",
         least=0,
     )
-    save_total_limit: int = setting(2, "checkpoints kept, the best one besides", least=1)
+    save_total_limit: int = setting(
+        2, "newest checkpoints kept; the best one is kept, too", least=1
+    )
     resume: str = setting("auto", "auto, none, or a checkpoint folder")
     # exact holds three fp32 tensors of the trained weights' size, and broadcasts each pack's gradient
     reduce: str = setting(

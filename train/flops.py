@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from real tokens and attended pairs.
+"""FLOPs and memory of a training step, from its real tokens and attended pairs.
 
 A matrix product (m, k) x (k, n) is 2 m k n. Forward of the LLM (PaLM, appendix B, with the pairs
 that the mask allows in the place of all): 2 N tokens + 4 layers heads head_dim pairs, N the weights
