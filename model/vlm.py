@@ -233,8 +233,9 @@ class VLM(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss sums of a batch and their counts, for division by global counts.
 
-        ce, coordinate_ce: sums over supervised tokens; token_ce: of each, without gradient. ar,
-        ar_copy: `(4,)` sums over transitions by pair of streams; ar_count, ar_copy_count likewise.
+        ce, coordinate_ce: sums over supervised tokens; token_ce: of each, without gradient. ar, the
+        frame-causal loss (autoregressive over frames), and ar_copy, its baseline: `(4,)` sums over
+        transitions by pair of streams; ar_count, ar_copy_count: how many.
         A batch without frames or supervised tokens still reaches every parameter, so that no rank
         waits for a gradient.
         """

@@ -60,7 +60,7 @@ FLOORS: dict[str, list[str]] = {
     "train": [
         "train.settings",
         "train.data",
-        "train.start train.cost train.scores",
+        "train.start train.flops train.scores",
         "train.batches",
         "train.loop train.sweep",
         "train.pages",

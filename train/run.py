@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
         dataset = open_inputs(config)
         config = as_its_stage(config)
         if config.plan:
-            show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
+            launched = int(os.environ.get("WORLD_SIZE", "1"))
+            show_plan(config, dataset, config.plan_devices or launched)
     if not config.plan:
         with only_run_in(config.output_dir, argv):
             start(config, dataset, holding)
@@ -94,7 +95,7 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
     holding: the processes whose end is to end the run.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the loader's
-    # DDP warns that it looked for unused parameters in vain: a later pack may have some
+    # DDP warns where it finds no unused parameter: a later pack may have some
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     from accelerate import Accelerator

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -97,7 +97,8 @@ def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if id(value) not in whole:
             full = value
             if isinstance(value, DTensor):  # with FSDP's offloading its parts are on the CPU
-                full = value.detach().to(value.device_mesh.device_type).full_tensor()
+                there = cast(DTensor, value.detach().to(value.device_mesh.device_type))
+                full = there.full_tensor()
             whole[id(value)] = full.detach().cpu() if is_first() else torch.empty(0)
     return {name: whole[id(value)] for name, value in state.items()}
 

@@ -33,7 +33,7 @@ class BatchEncoder(Protocol):
 
     def batch_shape(self, frames: int, batch_frames: int) -> int: ...
 
-    def encode(self, frames: np.ndarray, *, shape: int) -> Tensor: ...
+    def encode(self, frames: np.ndarray, *, shape: int, threads: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class Pooling:
     ) -> None:
         """frames: of the whole clip. dtype: stored, float16 or bfloat16. threads: of the CPU.
 
-        batch_frames: the most frames of a batch. threads is fixed because sums split over another number
-        of threads may round otherwise, and a clip's bytes must not depend on who encodes it.
+        batch_frames: the most frames of a batch. threads is fixed: other parts of a batch, and sums split
+        over another number of threads, may round otherwise, and a clip's bytes must not depend on who
+        encodes it.
         """
         self.tower, self.strides = tower, strides
         self.pool_mode, self.dtype, self.threads = pool_mode, dtype, threads
@@ -108,7 +109,7 @@ class Pooling:
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            patches = self.tower.encode(frames, shape=self.shape)
+            patches = self.tower.encode(frames, shape=self.shape, threads=self.threads)
         finally:
             torch.set_num_threads(others)
         event = torch.cuda.Event() if patches.is_cuda else None

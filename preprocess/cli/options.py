@@ -89,7 +89,7 @@ HOW = _all(
     click.option(
         "--tower-threads",
         type=click.IntRange(min=1),
-        help="CPU threads of the tower.  [default: the bank's, else 2]",
+        help="CPU threads of the tower, each with its part of a batch.  [default: the bank's, else 2]",
     ),
     DEVICE,
     click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED),
@@ -193,7 +193,13 @@ WHAT = _all(
         type=click.Choice(("crop", "pad", "stretch")),
         help="How frames are fitted to the tower.  [default: the bank's, else its processor's way]",
     ),
-    click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True),
+    click.option(
+        "--pool",
+        type=click.Choice(POOL_MODES),
+        default="average",
+        show_default=True,
+        help="How patches become a cell; bilinear: as LLaVA-NeXT does.",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),

@@ -148,8 +148,8 @@ def channel_rms(arrays: Iterable[np.ndarray]) -> np.ndarray:
         values = as_float32(array).reshape(-1, array.shape[-1]).astype(np.float64)
         total, count = total + np.square(values).sum(axis=0), count + len(values)
     rms = np.sqrt(np.asarray(total) / count)
-    stirring = rms[rms > 0]
-    least = np.median(stirring) / 16 if len(stirring) else 1.0
+    varying = rms[rms > 0]
+    least = np.median(varying) / 16 if len(varying) else 1.0
     return np.maximum(rms, least).astype(np.float32)
 
 

@@ -6,8 +6,10 @@ decide whether a run may go on from it, settings, versions, and the digest of ev
 Of a model that FSDP2 has cut, every process writes and hashes its own parts of the LLM's weights and
 of the optimizer's state; they are read whole, or by any number of processes (`model.fsdp`).
 
-`resume: auto` takes the newest checkpoint that verifies, so a crash during a save changes nothing. No
-random state is stored: order and dropout are functions of seed, step and pack.
+`resume: auto` takes the newest checkpoint that verifies, so a crash during a save changes nothing.
+`loop.make_run` chooses it and compares the facts, `loop.make_learner` loads weights and optimizer from
+it, and the steps begin at `Run.first`. No random state is stored: order and dropout are functions of
+seed, step and pack.
 """
 
 import os

@@ -98,7 +98,8 @@ def line_chart(
         axes.set_yscale("log")
     elif min(float(line.curve.low.min()) for line in drawn) >= 0 and not zero:
         axes.set_ylim(bottom=0)
-    zoom(axes, drawn, log)
+    if zoom(axes, drawn, log):
+        says += " The first steps are beyond the edge."
     axes.set_xlabel(x)
     axes.margins(x=0.01)
     if percent:
@@ -124,17 +125,23 @@ def draw_line(axes: "Axes", line: Line) -> None:
     axes.plot(curve.steps, curve.mean, color=colour, linewidth=1.5, linestyle=DASHES[line.style])
 
 
-def zoom(axes: "Axes", lines: Sequence[Line], log: bool) -> None:
-    """Cut off what the first few steps alone reach: a curve is read by its other nine tenths."""
+def zoom(axes: "Axes", lines: Sequence[Line], log: bool) -> bool:
+    """Cut off what the first few steps alone reach, and return whether there was any.
+
+    A curve is read by its other nine tenths.
+    """
     ends = [line.curve.mean[len(line.curve) // 10 :] for line in lines]
     late = np.concatenate(ends)
     low, high = float(late.min()), float(late.max())
     whole = axes.get_ylim()
     room = 0.12 * (high - low) or abs(high) or 1.0
-    if not log and whole[1] > high + 4 * room:
+    above = not log and whole[1] > high + 4 * room
+    below = not log and whole[0] < min(low - 4 * room, 0)
+    if above:
         axes.set_ylim(top=high + room)
-    if not log and whole[0] < min(low - 4 * room, 0):
+    if below:
         axes.set_ylim(bottom=low - room)
+    return above or below
 
 
 def interval_chart(

@@ -48,7 +48,7 @@ def refuse(problems: Iterable[str]) -> typing.NoReturn:
     """
     problems = list(problems)
     if rank := int(os.environ.get("RANK", "0")):
-        let_the_first_one_speak(rank)
+        wait_to_be_ended(rank)
     if is_launched(os.environ):
         report_to_launcher(problems, os.environ)
         say_last([f"error: {problem}" for problem in problems])
@@ -58,7 +58,7 @@ def refuse(problems: Iterable[str]) -> typing.NoReturn:
     raise SystemExit(2)
 
 
-def let_the_first_one_speak(rank: int) -> None:
+def wait_to_be_ended(rank: int) -> None:
     """Wait until the launcher ends this process, as it does if another one has the same problem."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

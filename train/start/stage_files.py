@@ -63,7 +63,7 @@ def stage_problem(stage_path: str) -> str | None:
         return _config_problem(stage_path, read_config(stage_path) or {})
     if not place.is_dir():
         return f"{place}: a file; name the folder that holds config.json and the weights"
-    if problem := _nature_problem(place):
+    if problem := _content_problem(place):
         return problem
     kind = kind_of(stage_path)
     if kind in ("run", "vila") and not (place / "llm" / "config.json").exists():
@@ -99,7 +99,7 @@ def _has_weights(folder: Path) -> bool:
     return folder.name == "llm" and not (folder / "base.json").exists()
 
 
-def _nature_problem(place: Path) -> str | None:
+def _content_problem(place: Path) -> str | None:
     """Return a line on what a folder holds, where that is not a model; else None."""
     if (place / "bank.json").exists() or (place / "plan.json").exists():
         return (

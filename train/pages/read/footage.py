@@ -143,7 +143,7 @@ class Footage:
 
     @cached_property
     def _reader(self) -> "SourceReader":
-        from preprocess.decode.child import DecodeChild
+        from preprocess.decode.decode_child import DecodeChild
         from preprocess.decode.source import SourceReader
 
         return self._stack.enter_context(SourceReader(DecodeChild(), Path(gettempdir())))
