@@ -62,7 +62,7 @@ def main(out: Path, small: bool) -> list[dict[str, Any]]:
 
 
 def measured(act: Callable[[], object]) -> tuple[float, int, int]:
-    """Return the seconds that something takes, and how far a process' memory and its GPU's grow at most."""
+    """Return the seconds that something takes, and by how much a process' memory and GPU memory grow."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here on
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
