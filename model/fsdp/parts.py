@@ -1,7 +1,7 @@
 """Tensors in parts: each process writes its own, and any number of processes reads what it needs.
 
 Files are those of `torch.distributed.checkpoint` in its safetensors form, `shard-00002-model-00001-of-
-00003.safetensors` for the second process: the header says where in its tensor a part lies. Unlike that
+00003.safetensors` for the second process: the header says where in its tensor a part is. Unlike that
 library's own form it holds no pickle, so that reading a copied folder runs no code.
 """
 
@@ -118,7 +118,7 @@ def read_into(folder: Path, tensors: Mapping[str, "Tensor"]) -> None:
     _facts(folder)
     wanted = {name: _with_a_row(value.detach()) for name, value in tensors.items()}
     with _readable(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it tells that this process reads alone
+        warnings.simplefilter("ignore", UserWarning)  # it warns that this process reads alone
         reader = checkpoint.HuggingFaceStorageReader(str(folder))
         checkpoint.load(wanted, storage_reader=reader, no_dist=True)
 

@@ -164,7 +164,7 @@ def _save_file(plain: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _put_into_place(aside: Path, path: Path) -> None:
-    """Make one LLM folder of the files that lie each in a folder of its own."""
+    """Make one LLM folder of the files that are each in a folder of their own."""
     made = sorted(aside.iterdir(), key=lambda folder: int(folder.name))
     weight_map: dict[str, str] = {}
     size = 0

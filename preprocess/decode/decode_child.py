@@ -8,8 +8,9 @@ The child is this module run as a script, without torch. It answers with the sca
 deadline follows, then with a block of frames for each line that the parent sends, and last with the
 facts of the clip or the error. Frames are resized in the child where the request says so, and are
 passed in an anonymous memory file without a copy; the file is reused when the last array over it has
-been freed, and disappears with the two processes. The deadline counts the child's CPU seconds, so a
-busy machine changes no outcome. Linux only.
+been freed, and disappears with the two processes. `DecodeChild.watch` says when the child is killed:
+past its deadline, deadlocked, or stalled. The deadline counts CPU seconds, so a busy machine changes no
+outcome. Linux only.
 """
 
 # Why a process and not a thread: on `missing_first_keyframe.mp4` decord loops for ever, SIGALRM, SIGINT

@@ -4,7 +4,8 @@
         print(damage)
 
 `deep` reads every byte. Otherwise only sizes, headers and json members are checked, which finds the
-damage of a broken copy or another tool, but not a flipped bit among the features.
+damage of a broken copy or another tool, but not a flipped bit among the features. A process that reads a
+bank compares the checksum of a clip's stream by itself, the first time it reads from it (`Bank.read`).
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""`bank.json`, the manifest. It is written last: a folder is a complete bank only if it exists."""
+"""`bank.json`, the manifest, which `shards.write.finish` writes.
+
+It is written last: a folder is a complete bank only if it exists.
+"""
 
 import math
 import platform

@@ -1,6 +1,7 @@
 """A run from its plan to its saved model: plan, model, rehearsal, steps, save.
 
-`train()` is the story; its steps share a `Run` and a `Learner`.
+`train()` is the story; its steps share a `Run` and a `Learner`. A run that resumes takes the same way:
+its checkpoint is chosen in `make_run` and loaded in `make_learner`, and its steps begin at `Run.first`.
 """
 
 import math
