@@ -39,6 +39,7 @@ class OwnSize:
 
     def of(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that a frame of this size is resized to."""
+        # Python's round, ties to even, because `smart_resize` uses it
         rows, cols = (round(side / self.multiple) for side in (height, width))
         area = rows * cols * self.multiple**2
         if area > self.most:
@@ -224,6 +225,7 @@ class Pixels:
         if not self.shortest_edge:
             return self.height, self.width
         if height <= width:
+            # rounded down, as `get_resize_output_image_size` of transformers does
             return self.height, int(self.height * width / height)
         return int(self.height * height / width), self.height
 
@@ -236,6 +238,7 @@ class Pixels:
         """
         rows, cols = self.resized(height, width)
         kept_rows, kept_cols = self.output_size(height, width)
+        # negative where the frame is padded: it then begins inside the output
         top, left = (rows - kept_rows) // 2, (cols - kept_cols) // 2
         bottom = top + kept_rows // patch * patch
         right = left + kept_cols // patch * patch
@@ -268,6 +271,7 @@ class Pixels:
         out = np.empty((len(frames), *self.output_size(height, width), 3), np.uint8)
         top, left = (rows - out.shape[1]) // 2, (cols - out.shape[2]) // 2
         if self.pad:
+            # normalised, the mean colour is 0: padding is as little of a picture as can be
             out[:] = [round(level / self.scale) for level in self.mean]
         for place, frame in enumerate(frames):
             image = Image.fromarray(frame).resize((cols, rows), Image.Resampling(self.resample))

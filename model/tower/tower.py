@@ -94,6 +94,7 @@ class Tower:
             window=kind.window_of(vision),
             inlet=Inlet(torch.device(device)) if torch.device(device).type == "cuda" else None,
         )
+        # last, since it needs the whole tower: our arithmetic is held against the processor's own
         check_processor(tower, processor)
         return tower
 
@@ -163,6 +164,8 @@ class Tower:
         shape = units * each if self.window else shape
         filled = np.zeros((shape, *frames.shape[1:]), np.uint8)
         filled[: len(frames)] = frames
+        # black frames would be half of the last unit's content; Qwen's processors repeat the last
+        # frame too
         filled[len(frames) : units * each] = frames[-1]
         return self.patches(self.normalise(filled))[:units]
 
@@ -201,6 +204,7 @@ class Tower:
         levels, mean, std = _levels(
             pixels.scale, tuple(pixels.mean), tuple(pixels.std), self.device
         )
+        # by table: there are 256 levels, and each then has the same rounding on every device
         values = levels[there.permute(0, 3, 1, 2).long()]
         values = (values - mean[:, None, None]) / std[:, None, None]
         return values.to(DTYPES[self.dtype])
