@@ -214,8 +214,8 @@ class Quantised:
         at_once = max(1, VALUES_AT_ONCE // tokens.shape[1]) if on_cpu else max(1, len(tokens))
         for begin in range(0, len(tokens), at_once):
             some = slice(begin, begin + at_once)
-            # channel, then token, in fp32: `shards.format.codec` multiplies in this order, and so
-            # rounds alike
+            # channel, then token, in fp32: `shards.format.codec` multiplies in this
+            # order, and so rounds alike
             floats = tokens[some].float().mul_(self.channel_scale).mul_(scale[some])
             out[some] = floats if fits else floats.clamp_(-most, most)
         return out.view(self.shape)
@@ -229,8 +229,8 @@ def joined(reads: Sequence[np.ndarray | Int8]) -> Tensor:
     arrays = [read for read in reads if isinstance(read, np.ndarray)]
     if not arrays:
         stored: list[Int8] = list(reads)  # type: ignore[arg-type]
-        # by identity: reads of one bank and stride hold the same array, and comparing values costs
-        # each step
+        # by identity: reads of one bank and stride hold the same array, and
+        # comparing values costs each step
         scales = {(id(read.channel_scale), read.dtype) for read in stored}
         if len(scales) == 1:
             return cast(Tensor, Quantised.of(stored))

@@ -119,8 +119,7 @@ class ModelSettings:
         False,
         "pool 2x2 banked cells to one token after the projector, bilinearly, as LLaVA-OneVision does",
     )
-    # off adds no token and no parameter: logits are those of the same model without LAPE, bit for
-    # bit
+    # off adds no token and no parameter: logits are those of the same model without LAPE, bit for bit
     enable_lape: bool = setting(True, "coordinate tokens and positions (LAPE)")
     # LLaVA-ST's number; more anchors buy little, since decoding is finer than one bin
     num_temporal_tokens: int = setting(100, "anchors on the time axis", least=2, most=MOST_ANCHORS)
@@ -270,8 +269,7 @@ def read_model_config(folder: Path) -> Json:
             where=path,
             fix="--model takes the output folder of train/run.py or a checkpoint-N in it",
         )
-    # a setting of a newer version may change the forward pass: left out, it would change logits
-    # silently
+    # a setting of a newer version may change the forward pass: left out, it would change logits silently
     unknown = set(facts["model"]) - {item.name for item in fields(VLMConfig)}
     if unknown:
         raise UserError(

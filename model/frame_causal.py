@@ -68,8 +68,7 @@ class FrameCausal(nn.Module):
             self.attention = nn.MultiheadAttention(llm_width, heads, batch_first=True)
         self.up = nn.Linear(llm_width, PREDICTOR_WIDTH)
         self.down = nn.Linear(PREDICTOR_WIDTH, tower_width)
-        # so small that the first guesses are near 0: the loss then starts near 1, the target's
-        # variance
+        # so small that the first guesses are near 0: the loss then starts near 1, the target's variance
         for layer in (self.query, self.up, self.down):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

@@ -205,7 +205,7 @@ def _embed_pieces(model: VLM, pieces: list[Piece], device: torch.device) -> Tens
         if piece.axis >= 0:
             assert model.lape is not None
             coord = torch.tensor([piece.coord], device=device)
-            # the decoded coordinate itself, as in training; its nearest anchor would be off by up
-            # to half a bin
+            # the decoded coordinate itself, as in training; its nearest anchor would
+            # be off by up to half a bin
             embeds[row] = model.lape.embed(piece.axis, coord)[0].to(embeds.dtype)
     return embeds

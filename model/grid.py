@@ -76,8 +76,7 @@ def cell_spans(patches: int, stride: int, mode: str) -> Tensor:
         edges = torch.linspace(0, 1, count + 1, dtype=torch.float64)
     else:
         edges = torch.arange(count + 1, dtype=torch.float64) * stride
-        # a last window over the border has the patches that are there: 3 of 4 for 27 patches at
-        # stride 4
+        # a last window over the border has the patches that are there: 3 of 4 for 27 patches at stride 4
         edges = edges.clamp(max=patches) / patches
     return torch.stack([edges[:-1], edges[1:]], dim=1)
 
@@ -135,11 +134,9 @@ def _resample_axis(source: Tensor, target: Tensor) -> Tensor:
         start = torch.maximum(target[:, None, 0], source[None, :, 0])
         end = torch.minimum(target[:, None, 1], source[None, :, 1])
         overlap = (end - start).clamp(min=0)
-        # by what is covered, not by the target's length: modes that drop patches end before the
-        # border
+        # by what is covered, not by the target's length: modes that drop patches end before the border
         return overlap / overlap.sum(dim=1, keepdim=True)
-    # finer: overlap would repeat each source cell in blocks; between centres a gradient stays
-    # smooth
+    # finer: overlap would repeat each source cell in blocks; between centres a gradient stays smooth
     source_centres, target_centres = source.mean(dim=1), target.mean(dim=1)
     # no second centre to interpolate towards
     if len(source) == 1:

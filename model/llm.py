@@ -182,8 +182,7 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
 def _load_base(named: LlmBase, named_in: str | Path, base: LlmBase | None) -> Any:
     if base is None:
         base = replace(named, digest=llm_digest(named.path, adapter=named.merged))
-    # the same path may hold another model today: weights trained over one mean nothing over the
-    # other
+    # the same path may hold another model today: weights trained over one mean nothing over the other
     if base.digest != named.digest:
         raise UserError(
             f"{base.path}: not the LLM that {named_in} was trained over (digest {base.digest[:12]}, "
@@ -253,8 +252,8 @@ def llm_digest(path: str | Path, *, adapter: bool) -> str:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
-            # the cache alone: a digest must be that of what was trained over, not of what is
-            # published today
+            # the cache alone: a digest must be that of what was trained over, not
+            # of what is published today
             folder = Path(snapshot_download(str(path), local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
             raise UserError(
@@ -289,8 +288,8 @@ def save_llm(llm: Any, path: Path, base: LlmBase | None = None) -> None:
         llm.save_pretrained(path)
     else:
         base_model = llm.get_base_model()
-        # PEFT wraps each adapted layer: under the names without it, transformers alone can load the
-        # weights
+        # PEFT wraps each adapted layer: under the names without it, transformers
+        # alone can load the weights
         own = {
             name.replace(".base_layer", ""): value
             for name, value in base_model.state_dict().items()

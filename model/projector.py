@@ -94,8 +94,7 @@ class ChannelNorm(nn.Module):
         std = cells.std(dim=0, unbiased=False)
         least = LEAST_STD * std.median()
         self.mean.copy_(cells.mean(dim=0))
-        # all channels constant, as over one blank clip: leave them as they are rather than divide
-        # by 0
+        # all channels constant, as over one blank clip: leave them as they are rather than divide by 0
         self.std.copy_(std.clamp(min=least) if least > 0 else torch.ones_like(std))
 
     def forward(self, cells: Tensor) -> Tensor:

@@ -97,8 +97,7 @@ def mrope_positions(
         extent = 0
         times = time_positions([frame.seconds for frame in run], tokens_per_second)
         for frame, time in zip(run, times, strict=True):
-            # a coarse frame covers the same picture: its cells lie further apart, not in a corner
-            # of it
+            # a coarse frame covers the same picture: its cells lie further apart, not in a corner of it
             step = max(frame.grid.stride // unit, 1)
             rows, cols = np.indices((frame.grid.rows, frame.grid.cols)).reshape(2, -1) * step
             ends = np.asarray([[frame.grid.rows * step], [frame.grid.cols * step]])
@@ -177,8 +176,7 @@ class MRope(nn.Module):
 
     def _joined(self, part: Tensor) -> Tensor:
         """`(3, rows, length, head_dim)` -> `(rows, length, head_dim)`, each frequency from its axis."""
-        # the rotary repeats its frequencies in both halves, as `rotate_half` in transformers pairs
-        # them
+        # the rotary repeats its frequencies in both halves, as `rotate_half` in transformers pairs them
         half = part[..., : part.shape[-1] // 2]
         axes = torch.tensor(self.axes, device=half.device).expand(1, *half.shape[1:])
         chosen = half.gather(0, axes)[0]

@@ -57,8 +57,7 @@ def mrope_of(config: Json) -> MRopeFacts | None:
         return None
     text = config.get("text_config") or config
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    # Qwen3-VL, which writes times, counts frames too, as Qwen2-VL does; only Qwen2.5-VL counts
-    # seconds
+    # Qwen3-VL, which writes times, counts frames too, as Qwen2-VL does; only Qwen2.5-VL counts seconds
     seconds = 0.0
     if kind == "qwen2_5_vl":
         vision = config.get("vision_config") or {}

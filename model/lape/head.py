@@ -34,8 +34,7 @@ class LanguageHead:
         if self.lape is None:
             return text
         own = [i for i in self.lape.tokens.all_ids if i < text.shape[-1]]
-        # rows of a padded matrix may stand at these ids; -1e9, since infinite logits make NaN
-        # gradients
+        # rows of a padded matrix may stand at these ids; -1e9, since infinite logits make NaN gradients
         text = text.index_fill(-1, torch.tensor(own, device=text.device, dtype=torch.long), -1e9)
         return torch.cat([text, self.lape.logits(hidden)], dim=-1)
 

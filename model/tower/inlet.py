@@ -29,8 +29,8 @@ class Inlet:
         pinned, left = self._buffer(frames.size)
         pinned = pinned[: frames.size].view(frames.shape)
         pinned.numpy()[...] = frames
-        # from pageable memory the copy would wait for the host; on the current stream, for the
-        # batch before
+        # from pageable memory the copy would wait for the host; on the current
+        # stream, for the batch before
         with torch.cuda.stream(self._stream):
             there = pinned.to(self._device, non_blocking=True)
             left.record(self._stream)

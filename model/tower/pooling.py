@@ -105,8 +105,7 @@ class Pooling:
         return self.stored, self.underflowed
 
     def _add(self, frames: np.ndarray) -> None:
-        # the tower alone runs in the bank's number of threads: its sums are what rounding depends
-        # on
+        # the tower alone runs in the bank's number of threads: its sums are what rounding depends on
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -117,8 +116,7 @@ class Pooling:
         self._computed.append(([self._pooled(patches, stride) for stride in self.strides], event))
         if event:
             event.record(torch.cuda.current_stream(patches.device))
-        # on a GPU the newest batch is left in flight, so that the next one is launched before it is
-        # read
+        # on a GPU the newest batch is left in flight, so that the next one is launched before it is read
         while len(self._computed) > (1 if event else 0):
             self._keep()
 

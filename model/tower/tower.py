@@ -164,8 +164,8 @@ class Tower:
         shape = units * each if self.window else shape
         filled = np.zeros((shape, *frames.shape[1:]), np.uint8)
         filled[: len(frames)] = frames
-        # black frames would be half of the last unit's content; Qwen's processors repeat the last
-        # frame too
+        # black frames would be half of the last unit's content; Qwen's processors
+        # repeat the last frame too
         filled[len(frames) : units * each] = frames[-1]
         return self.patches(self.normalise(filled))[:units]
 

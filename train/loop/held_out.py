@@ -39,6 +39,7 @@ def held_out_loss(
     sums = sums.to(accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     for begin in range(rank * size, len(records), size * world):
+        # with_copy: evaluations are few, so that reading both streams costs little here
         batch = loader.batch(records[begin : begin + size], with_copy=True)
         batch = to_device(batch, accelerator.device)
         with torch.no_grad(), accelerator.autocast():

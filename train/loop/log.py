@@ -72,6 +72,7 @@ class RunLog:
         self._bar: Any = None
         if not active:
             return
+        # here, so that ranks that write nothing do without it
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = output_dir / "metrics.jsonl"
@@ -120,6 +121,8 @@ class RunLog:
         """Append a line to metrics.jsonl, the source of truth, and copy it to TensorBoard and W&B."""
         if not self.active:
             return
+        # opened for each line: what was written survives a kill, and `--watch`
+        # reads it while the run goes on
         with open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         numbers = {f"{kind}/{n}": v for n, v in metrics.items() if isinstance(v, int | float)}

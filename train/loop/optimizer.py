@@ -50,6 +50,7 @@ def parameter_groups(model: VLM, settings: OptimizerSettings) -> list[dict[str, 
 def make_optimizer(model: VLM, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Return AdamW over `parameter_groups`; `set_rates` sets its rates before each step."""
     groups = parameter_groups(model, settings)
+    # 0 until `set_rates`: a step that forgot it would change nothing, which `UpdateCheck` finds
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, settings.adam_beta2))
 
 
@@ -59,6 +60,7 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
     Before the rehearsal, so that this measures the memory of a real step, and for `load_optimizer`.
     """
     for group in optimizer.param_groups:
+        # torch's own rule for where AdamW keeps its step counter (`_init_group`)
         on_device = group["fused"] or group["capturable"]
         for p in group["params"]:
             state: dict[str, Tensor] = optimizer.state[p]
@@ -101,6 +103,7 @@ def _named_state(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the state's own tensors, by name and in the order of the model."""
+    # by name: AdamW numbers its parameters by group, so another freeze would shift all numbers
     for name, p in model.named_parameters():
         for what, value in optimizer.state.get(p, {}).items():
             yield f"{name}/{what}", value
@@ -135,5 +138,7 @@ def rate(step: int, total: int, warmup_ratio: float) -> float:
     """Return the learning rate at a step as a share of its peak: linear warm-up, then cosine."""
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
+        # from 1 / warmup: a first step at rate 0 would be a batch for nothing
         return (step + 1) / warmup
+    # half a cosine from 1 to 0: SGDR without restarts (Loshchilov and Hutter, arXiv 1608.03983)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
