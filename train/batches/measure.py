@@ -100,6 +100,7 @@ class Measure:
             first += media * part.repeats
             facts = durations, self.template, self.anchors, self.chat
             own = text_lengths(part, *facts, lenient=self.lenient)
+            # `name*2` in a mixture: the same records once more, counted once
             counts.append(np.tile(own, (part.repeats, 1)))
         stamped = bool(self.settings.time_form)
         return Lot(clips, widened(counts), frame_times(records) if stamped else NO_TIMES)
@@ -114,6 +115,8 @@ class Measure:
         facts["settings"] = repr(splice.settings)
         facts |= {"turns": "independent"} if splice.independent else {}
         talks = splice.questions(laid, timed=self.in_words)
+        # phrases, choices and times decide the texts; the first few texts too, in
+        # case their wording changes
         key = blake2b(canonical_json(facts | {"first": repr(talks[:64])}), digest_size=16)
         for column in laid:
             key.update(np.ascontiguousarray(column).tobytes())

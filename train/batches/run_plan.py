@@ -76,6 +76,7 @@ class RunPlan:
     @cached_property
     def pack_start(self) -> np.ndarray:
         """The row that each pack of the run begins with: int64 `(packs,)`."""
+        # packs never span steps: the last pack of a short step has what rows are left
         packs = zip(self.step_start.tolist(), self.num_packs.tolist(), strict=False)
         starts = [first + self.rows_per_pack * np.arange(count) for first, count in packs]
         return np.concatenate(starts)

@@ -44,6 +44,7 @@ def encode_apart(chat: Chat, record: Record, durations: Sequence[float]) -> Enco
     """Return the tokens of a record of independent turns; raises as `Chat.encode`."""
     talks = [chat.encode(turns, durations) for turns in one_by_one(record.turns)]
     first = talks[0].ids
+    # up to the last medium: what stands before it is the same in every turn's own conversation
     end = len(first) - first[::-1].index(MEDIA) if MEDIA in first else 0
     columns = ("ids", "axis", "coord", "supervised")
     heads = [[getattr(talk, name)[:end] for name in columns] for talk in talks]
@@ -101,6 +102,7 @@ def apart(talks: np.ndarray, sizes: Sequence[int], shared: np.ndarray | int) -> 
     begins = np.cumsum(sizes, dtype=np.int64) - np.asarray(sizes)
     shared = np.broadcast_to(shared, len(begins))
     own = talks[:, 0] - np.repeat(shared, sizes)
+    # causal pairs of n tokens: 1 + 2 + ... + n
     columns = (own, talks[:, 1], own * (own + 1) // 2)
     text, supervised, pairs = (np.add.reduceat(column, begins) for column in columns)
     return np.stack([shared + text, supervised, shared, np.maximum.reduceat(own, begins), pairs], 1)
@@ -173,6 +175,7 @@ def count_rounds(
             numbers.setdefault(key, len(numbers))
             for key in zip(texts, beside[len(texts)], strict=True)
         ]
+    # an answer with thoughts of its own changes the template's text before it
     if any(OWN_THOUGHT.match(text) for text, _ in numbers):
         return None
     kinds = [*sides]
