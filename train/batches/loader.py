@@ -195,8 +195,7 @@ class Loader:
 
         The features of the baselines are read every `copy_every` steps.
         """
-        # threads, not processes: reading, tokenising and copying release the lock,
-        # and a batch is not pickled
+        # threads: nothing is pickled between processes, and reading and copying release the lock
         with ThreadPoolExecutor(max_workers=min(prefetch, THREADS)) as pool:
             running: deque[Future[list[Batch]]] = deque()
             ahead = first
