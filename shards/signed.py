@@ -28,6 +28,7 @@ def write_synced(file: io.FileIO, data: bytes) -> None:
     """Write all of the data and wait until it is on the disk."""
     left = memoryview(data)
     while left:
+        # an unbuffered write may take a part: on a nearly full disk it does
         left = left[file.write(left) :]
     os.fsync(file.fileno())
 
@@ -116,6 +117,8 @@ def file_facts(path: Path) -> Json:
     """Return a file's size, sha256 and crc32c."""
     sha256, crc = hashlib.sha256(), google_crc32c.Checksum()
     with open(path, "rb") as file:
+        # one pass for both hashes: a shard may be a gigabyte, and reading it twice
+        # takes longer than hashing
         while piece := file.read(1 << 22):
             sha256.update(piece)
             crc.update(piece)

@@ -24,6 +24,7 @@ class RowError(UserError):
         fix: str | None = None,
     ) -> None:
         super().__init__(what, got, expected, where, fix)
+        # pickle calls the class with `args`: workers raise this across processes
         self.args = (reason, *self.args)
         self.reason = reason
         self.place, self.id = "", ""

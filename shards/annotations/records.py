@@ -71,6 +71,7 @@ def parse_row(
     and no turns; otherwise one without an answer is an UnsupervisedError. ignored: fields of the row
     that are not read.
     """
+    # before anything is parsed: the fault of a row is reported with its id, whatever the fault is
     given = data.get("id") if isinstance(data, dict) else None
     id_ = printable(where if given is None else str(given))
     own_id = "" if given is None else id_
@@ -168,6 +169,7 @@ def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, s
             )
     first = next((k for k, (role, _) in enumerate(turns) if role == "user"), None)
     if media and not sum(tags) and first is not None:
+        # without any tag the media come first, before what is asked about them
         asked = turns[first][0], "<video>\n" * media + turns[first][1]
         return [*turns[:first], asked, *turns[first + 1 :]]
     if sum(tags) != media:

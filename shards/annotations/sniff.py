@@ -51,6 +51,7 @@ def object_kind(data: dict[str, Any]) -> str:
         return f"{got}: the description of a dataset; name the files with its records"
     if set(data) <= {"error", "message", "detail", "status", "code"}:
         return f"{got}: a server's answer ({ascii(data)[:120]}); get the file again"
+    # one list of objects beside plain facts: the usual wrapper of a data set
     lists = [k for k, v in data.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
     if len(lists) == 1 and all(not isinstance(v, dict) for v in data.values()):
         return f"{got}: the records may be the list {lists[0]!a}; write it to a file of its own"
@@ -80,6 +81,8 @@ def is_stray(file: Path) -> bool:
         head = opened.read(HEAD)
     if head.startswith(GZIP) or not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return False
+    # only the beginning is decoded: an annotation file may be gigabytes, and a character
+    # cut at the end is replaced
     first, _, rest = head.decode("utf-8-sig", "replace").strip().partition("\n")
     try:
         row = json.loads(first)

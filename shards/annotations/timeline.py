@@ -39,6 +39,7 @@ def _cut(part: Any, number: int, path_of: Callable[[Any], str]) -> Cut:
     if not isinstance(part, dict):
         raise RowError(REASON, where, got=short(part), expected='{"video": ..., "start", "end"}')
     given = {name: value for name, value in part.items() if not is_empty(value)}
+    # `stop` for `end` would otherwise take the whole clip without a word
     if unknown := sorted(map(str, set(given) - set(Cut._fields))):
         expected = "only video, start and end"
         raise RowError(REASON, f"{where} has `{unknown[0]}`", expected=expected)

@@ -60,6 +60,7 @@ def read_features(path: Path) -> Json:
         raise UserError(f"{file}: not a json file; name a bank, a plan or a config") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: not a feature config; name a bank, a plan or a config")
+    # a file of a bank; a FeatureConfig alone, as people write it by hand, has no hash
     if "self_hash" in data:
         data = read_signed_json(file)
         refuse_other_version(data, file.parent, file.name)
@@ -69,6 +70,7 @@ def read_features(path: Path) -> Json:
         raise UserError(
             f"{file}: not a feature config ({error}); name a bank, a plan or a config"
         ) from None
+    # strides that were encoded later count as the bank's own, as they do for readers
     beside = parts_of(path)[1:] if path.is_dir() else []
     return together(features, [planned(side).features for side in beside]).to_json()
 

@@ -60,6 +60,7 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
     written = []
     for unit in range(len(plan.units)):
         shard = shard_path(bank, unit)
+        # first, since a killed migration may have left a revised shard half in its place
         resume_move(shard, fingerprint)
         sha256 = listed.get(shard.name, {}).get("sha256")
         commit = _commit(shard, unit, fingerprint, sha256)
@@ -72,6 +73,7 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
             written += [f"shards/{path.name}" for path in (shard, index_path(shard))]
         write_commit(shard, revised)
         written.append(f"shards/{done_path(shard).name}")
+    # after the shards: until then the old plan says that there is still something to migrate
     write_plan(bank, plan)
     written.append("plan.json")
     if (bank / "bank.json").exists():
@@ -140,6 +142,7 @@ def _commit(
     except UserError:  # it lacks fields that were added later
         pass
     sha256 = old.get("sha256", listed_sha256)
+    # offsets computed from a damaged shard would look as good as any
     if sha256 is None or not shard.exists() or file_sha256(shard) != sha256:
         return None
     return commit_of(shard, unit, fingerprint, old["underflowed"], old["provenance"])

@@ -87,6 +87,7 @@ def status(bank: Path) -> Status:
         workers=workers,
         quarantine=dict(Counter(entry.reason.value for entry in entries).most_common()),
         problems=[str(damage) for damage in inventory.damages],
+        # not 0, by which the rate is divided: the clock of another host may be behind
         seconds=None if began is None else max(time.time() - began, 1e-9),
     )
     for samples in dead_samples(inventory).values():
@@ -137,6 +138,7 @@ def _begun_unit(shard: Path) -> Begun:
             moment = max(moment, journal_path(shard, token).stat().st_mtime)
         except FileNotFoundError:
             continue
+    # the journal that the next holder would continue from
     return Begun(max(found, key=lambda written: len(written.keys)), moment)
 
 
@@ -255,6 +257,7 @@ def _state(found: Status) -> str:
 
 
 def _rate(progress: Progress, seconds: float) -> str:
+    # clips of this run alone: those that were there before took none of its seconds
     rate = progress.clips_new / seconds
     if not rate:
         return "no clip of this run is written yet"

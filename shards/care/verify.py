@@ -48,6 +48,7 @@ def verify(
     damages = list(inventory.damages)
     with ThreadPoolExecutor(THREADS) as pool:
         names = sorted(inventory.commits)
+        # threads: hashing and reading release the lock
         for found in pool.map(lambda name: check_shard(inventory, name, deep, seen), names):
             damages += found
     sound = not any(
@@ -142,6 +143,7 @@ def _is_sound(tar: Tar, commit: CommitRecord) -> bool:
         sha256.update(blob)
         if google_crc32c.value(blob) != sample.crc32c:
             return False
+    # the zeros at the end belong to the file's sha256 too
     end = end_of(commit.samples)
     sha256.update(tar.read(end, tar.nbytes - end))
     return sha256.hexdigest() == commit.sha256
@@ -209,6 +211,7 @@ def check_catalogue(inventory: Inventory, shards_are_sound: bool) -> list[Damage
         except CatalogueMismatch as mismatch:
             return [Damage("index.zarr", what, part=name) for name, what in mismatch.wrong.items()]
         damages += _check_counts(manifest, columns)
+    # from damaged shards other columns would be built, and undamaged ones reported
     if not shards_are_sound or not inventory.plan:
         return damages
     fresh = _fresh_columns(inventory)
@@ -256,6 +259,7 @@ def _check_files(path: Path, columns: Columns) -> list[Damage]:
     Another version of zarr may write other metadata for the same columns: then all of the zarr.json
     files differ, and are not reported as long as they are json.
     """
+    # written once more by the zarr that is installed here: whatever else is in the folder was changed
     with tempfile.TemporaryDirectory() as folder:
         fresh_path = Path(folder) / "index.zarr"
         write_columns(fresh_path, columns)

@@ -79,9 +79,11 @@ class Codec:
         if self.name == "none":
             return Stored(features)
         if self.name == "blosc":
+            # frame by frame, so that a read of 8 of 64 frames decompresses 8
             frames = [BLOSC.encode(frame) for frame in features]
             data = np.frombuffer(b"".join(frames), np.uint8)
             return Stored(data, frame_nbytes=[len(frame) for frame in frames])
+        # in float32: divided by a small scale, a value may pass the largest float16
         relative = as_float32(features) / self.channel_scale[stride]
         largest = np.abs(relative).max(axis=-1)
         scale = np.maximum(

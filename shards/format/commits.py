@@ -83,7 +83,10 @@ class SampleRecord:
     def to_json(self) -> Json:
         streams = {
             str(stride): {
-                name: value for name, value in asdict(stream).items() if value is not None
+                # a plain bank's records stay short: they are one line for each clip and stride
+                name: value
+                for name, value in asdict(stream).items()
+                if value is not None
             }
             for stride, stream in self.streams.items()
         }

@@ -142,6 +142,7 @@ class Plan:
     @property
     def clips(self) -> list[ClipSource]:
         """Each clip once, as in the last unit that contains it."""
+        # a later unit's entry replaces an earlier one's in the dict
         return list({clip.key: clip for unit in self.units for clip in unit}.values())
 
     @property
@@ -219,6 +220,8 @@ def plan_as_read(
     """
     try:
         stat = (bank / "plan.json").stat()
+        # the inode too: an atomic write gives a new file, even of equal size
+        # within one tick of the clock
         stamp = stat.st_ino, stat.st_size, stat.st_mtime_ns
     except FileNotFoundError:
         stamp = None

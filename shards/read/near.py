@@ -90,10 +90,12 @@ def difference(wanted: str, banked: str) -> Difference:
     (ours, our_part), (theirs, their_part) = split_part(wanted), split_part(banked)
     slashes = ("\\" in ours) != ("\\" in theirs)
     form = is_normalized("NFC", ours) != is_normalized("NFC", theirs)
+    # macOS stores names with accents as separate characters (NFD): the same name, other bytes
     ours, theirs = normalize("NFC", ours), normalize("NFC", theirs)
     ours, theirs = ours.replace("\\", "/"), theirs.replace("\\", "/")
     endings = [found.group() if (found := ENDING.search(path)) else "" for path in (ours, theirs)]
     ours, theirs = ours.removesuffix(endings[0]), theirs.removesuffix(endings[1])
+    # what more of the tail agrees once `%20` is a blank is due to percent-encoding
     written = _tail(ours, theirs)
     ours, theirs = unquote(ours), unquote(theirs)
     shared = _tail(ours, theirs)

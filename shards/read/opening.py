@@ -49,6 +49,8 @@ def _diagnosis(files: Files, manifest: Manifest, error: CatalogueMismatch, writt
             "bank.json change; open it when the writer has finished"
         )
     repair = f"run `preprocess repair {files.where}`"
+    # three causes that look alike, told apart by what is wrong: a writer at
+    # work, mixed copies, lost files
     gone = [name for name, what in error.wrong.items() if what != "has another checksum"]
     if error.rows is not None and (error.rows != manifest.clips or len(error.wrong) > 2):
         return (
@@ -76,6 +78,7 @@ def load_partial(files: Files) -> tuple[Manifest, Columns]:
         record = read_small(files, name)
         if record is not None:
             commits.append(CommitRecord.from_json(record, f"{files.where}/{name}"))
+    # read after the records: a run that finished meanwhile is opened as a whole bank
     finished = read_small(files, "bank.json")
     shards = [commit for commit in commits if commit.samples]
     if finished and len(Manifest.from_json(finished, files.where).shards) == len(shards):
@@ -87,6 +90,7 @@ def load_partial(files: Files) -> tuple[Manifest, Columns]:
 
 def refuse_missing_shards(files: Files, shards: Sequence[ShardEntry]) -> None:
     """Raise UserError naming the shards that are missing or have another size."""
+    # sizes alone: they find a copy that was cut short, and cost no reading
     with ThreadPoolExecutor(STATTERS) as pool:
         sizes = list(pool.map(files.size, (f"shards/{shard.name}" for shard in shards)))
     problems = [

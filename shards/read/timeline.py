@@ -131,6 +131,7 @@ def splice(clips: Sequence[ClipFeatures], stretches: Sequence[Stretch]) -> Splic
             id=info.id,
             start=0.0,
             end=total,
+            # from the clip's clock to the medium's: seconds since the cut, after all that precedes it
             timestamps=begins + (info.timestamps[own] - info.start - stretch.start),
             frame_index=info.frame_index[own],
             display_size=info.display_size,
@@ -192,6 +193,7 @@ def places_of(medium: Place | Timeline) -> list[Place]:
 
 def frames_between(times: Sequence[float], start: float, end: float) -> tuple[int, int]:
     """Return (first, one after the last) of the frames in [start, end). times: ascending seconds."""
+    # half-open, so that two parts that meet at a time share no frame
     return bisect_left(times, start - ROUNDING), bisect_left(times, end - ROUNDING)
 
 

@@ -40,6 +40,7 @@ def pair(bank: Path, command: str) -> list[str]:
                 theirs = read_manifest(path)
                 now = _side(path, ours, theirs)
                 if known.get(now.folder) != now:
+                    # only once something has changed: it reads the json of every sample
                     described = described or descriptions(bank, ours)
                     refuse_other_clips(path, theirs, ours, described)
             except UserError as error:
@@ -98,6 +99,7 @@ def descriptions(bank: Path, manifest: Manifest) -> dict[str, str]:
         for sample in read_commit(bank / "shards" / shard.name).samples:
             if sample.key not in superseded:
                 facts = json.loads(files.read(shard.name, *sample.json))
+                # grids differ with the stride; video, frames, times and crop may not
                 same = {name: value for name, value in facts.items() if name not in OF_CELLS}
                 found[sample.key] = digest(canonical_json(same))
     return found

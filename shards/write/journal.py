@@ -89,6 +89,7 @@ def read_journal(shard: Path, unit: int, fingerprint: str, token: str = "") -> W
     if not journal_path(shard, token).exists() or not part.exists():
         return written
     lines = journal_lines(shard, token)
+    # features of another plan or config may have the same keys: nothing of them is continued
     if not lines or lines[0] != _head(unit, fingerprint):
         return written
     with open(part, "rb") as file:
@@ -98,6 +99,7 @@ def read_journal(shard: Path, unit: int, fingerprint: str, token: str = "") -> W
                 continue
             sample = entry.sample
             blob = file.read(sample.nbytes)
+            # no gap either: the tar must be what an uninterrupted writer would have written
             if sample.offset != written.end or google_crc32c.value(blob) != sample.crc32c:
                 break
             written.samples.append(entry)

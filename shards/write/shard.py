@@ -172,7 +172,9 @@ class ShardWriter:
         """Append one clip as the codec stores it; shapes: of the features that were stored."""
         assert KEY_PATTERN.fullmatch(key), key
         assert key not in self.keys, key
+        # the order of members is part of the bytes, and must not follow the order of a dict
         stored = {stride: stored[stride] for stride in sorted(stored)}
+        # in the json too: without the catalogue a compressed member could not be cut into frames
         frames = {str(s): one.frame_nbytes for s, one in stored.items() if one.frame_nbytes}
         sample = _Sample(self.nbytes)
         place = sample.add(
@@ -183,6 +185,7 @@ class ShardWriter:
             for stride, one in stored.items()
         }
         blob = sample.blob()
+        # headers and padding included: `verify` then proves a whole sample by one number
         crc32c = google_crc32c.value(blob)
         record = SampleRecord(key, self.nbytes, len(blob), crc32c, place, streams)
         self._append(blob, record, underflowed)
