@@ -155,6 +155,7 @@ def make_clip(out: Path, seed: int, split: str, index: int) -> tuple[dict[str, l
     write_video(out / "videos" / video, draw(rng, things, frames), FPS)
     ask = train_records if split == "train" else test_records
     records = {split: ask(rng, video, things, frames)}
+    # a stream of its own: the questions of place, which came later, change no drawn pixel
     rng = np.random.default_rng([seed, SPLITS.index(split), index, 1])
     steps = place_records(rng, video, things, frames, FPS, is_test=split == "test")
     records |= {f"places/{split}-{step}": rows for step, rows in steps.items()}
@@ -169,6 +170,7 @@ def plan_things(rng: np.random.Generator, frames: int) -> list[Thing]:
     count = int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))
     colours = rng.permutation(list(COLOURS))[:count].tolist()
     things: list[Thing] = []
+    # rejection: an object that would hide another is drawn once more
     while len(things) < count:
         thing = plan_thing(rng, colours[len(things)], frames)
         if all(apart(thing, other) for other in things):
@@ -213,6 +215,7 @@ def draw(rng: np.random.Generator, things: Sequence[Thing], frames: int) -> np.n
         distance = SHAPES[thing.shape](pixel - x, pixel[:, None] - y, thing.radius * SIZE)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]  # (frames shown, height, width, 1)
         part = clip[thing.first : thing.last + 1]
+        # antialiased: half a pixel of the outline on either side is blended
         part += cover * (np.array(COLOURS[thing.colour], dtype=np.float64) - part)
     return np.clip(np.rint(clip), 0, 255).astype(np.uint8)
 

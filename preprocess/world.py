@@ -86,6 +86,7 @@ def bouncing(rng: np.random.Generator, room: float, most: float, steps: int) -> 
     start = rng.uniform(0, room, size=2)
     step = rng.uniform(-most, most, size=2)
     path = start + step * np.arange(steps)[:, None]
+    # a triangle wave: the straight path folded at both walls
     return np.asarray(room - abs(path % (2 * room) - room))
 
 
@@ -96,6 +97,7 @@ def write_video(path: Path, clip: np.ndarray, fps: int, crf: int = 12) -> None:
     """
     import av
 
+    # no B-frames, a keyframe every 12: any frame is a short seek away
     options = {"preset": "veryfast", "crf": str(crf), "bf": "0", "g": "12"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)

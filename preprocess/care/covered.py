@@ -33,6 +33,7 @@ def corrected(
         except TypeError as error:
             raise UserError(f"its image processor cannot be read: {error}", where=bank) from None
         place = pixels.output_size(*meta.display_size), meta.patch_grid
+        # one search per frame size: a bank has few
         if place not in known:
             known[place] = _patch(bank, pixels, *place, load)
         return replace(meta, covered=pixels.covered(*meta.display_size, known[place]))

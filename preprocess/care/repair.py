@@ -173,6 +173,7 @@ class ClipEncoder:
         """
         tower = self.load()
         known = ("batch_frames", "tower_threads")
+        # the batch shape of that shard: another one would round otherwise
         numbers = {name: int(str(provenance[name])) for name in known if name in provenance}
         options = replace(self.options, **numbers)  # type: ignore[arg-type]
         if self._reader is None:
@@ -271,6 +272,7 @@ class ShardRepair:
             scan = ShardScan(tar)
             for key, sample in self._wanted().items():
                 state = scan.state(sample) if sample else None
+                # copied, never encoded once more: a copy is right on any machine
                 if sample and state and state.sound:
                     writer.copy(state.blob, sample)
                     continue

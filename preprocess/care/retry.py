@@ -74,6 +74,7 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
     loaded, options = Loading(options).tower()
     refuse_other_features(bank, feature_config(loaded, options), features)
     refuse_other_device(bank, plan, options)
+    # probed as new ones: they may have been replaced since they failed
     sources = probe(relocated(clips_under(sources, roots)), {}, features.sampling)
     plan = calibrated(bank, plan, loaded, options)
     codec = plan_codec(plan)

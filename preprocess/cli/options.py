@@ -65,6 +65,7 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
     """Return a decorator that adds options to a command, in this order."""
 
     def add(command: Command) -> Command:
+        # decorators apply from the last to the first
         for option in reversed(options):
             command = option(command)
         return command
@@ -255,6 +256,7 @@ def make_sampling(
     if frames is not None:
         return Sampling(num_frames=frames, like=like)
     sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64, like=like)
+    # 0.50, 0.5 and 1/2 are one sampling, and must have one fingerprint
     return replace(sampling, fps=str(Fraction(sampling.fps or "1")))
 
 

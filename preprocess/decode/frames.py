@@ -80,6 +80,7 @@ def collect(events: Iterator[Event]) -> Clip:
     frames, taken, count = None, 0, 0
     for event in events:
         if isinstance(event, Begin):
+            # whatever came before belongs to a reader that turned out to be wrong
             frames, taken, count = None, 0, event.frames
         elif isinstance(event, ClipFacts):
             assert frames is not None

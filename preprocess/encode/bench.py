@@ -61,6 +61,7 @@ class Pace:
     @property
     def decoders(self) -> int:
         """Number of decoders that keep a device busy; on a CPU at most its cores."""
+        # the next stage takes max(tower, write): so many decoders give a frame in that time
         enough = math.ceil(self.decode / max(self.tower, self.write))
         return min(enough, self.cores or enough)
 
@@ -134,6 +135,7 @@ def measure_pace(
     if options.codec == "int8":
         found = [arrays for _, _, arrays in made]
         scales = measured(found, options.strides, options.dtype).channel_scale
+    # on the bank's own disk, since that is what is measured
     with TemporaryDirectory(prefix="framebank-bench-", dir=folder) as beside:
         codec = Codec(options.codec, options.dtype, scales)
         began = time.perf_counter()

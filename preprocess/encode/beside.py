@@ -41,6 +41,7 @@ class Side:
         truncated = plan.allow_truncated
         first = Plan(features, [], plan.tower, decoder=plan.decoder, allow_truncated=truncated)
         asked, failed = {clip.key for clip in found.clips}, read_entries(self.bank)
+        # what the bank serves and no more: a side with other clips could not be read with it
         clips = [
             clip
             for clip in plan.clips

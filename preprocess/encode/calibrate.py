@@ -105,6 +105,7 @@ def _encoded(
         if outcome.clip is None:
             continue
         frames, each = outcome.clip.frames, tower.frames_per_unit
+        # whole units: half a pair of frames is no input of a Qwen tower
         units = uniform_indices(-(-len(frames) // each), FRAMES // each)
         chosen = np.concatenate([frames[each * unit : each * (unit + 1)] for unit in units])
         try:

@@ -123,6 +123,7 @@ def measure(
     good = sorted(
         (clip for clip in todo if clip.frames), key=lambda clip: (clip.size or 0, clip.key)
     )
+    # the middles of thirds by size: the largest and the smallest clip stand for no other
     chosen = [good[len(good) * (2 * k + 1) // (2 * TRIED)] for k in range(TRIED)] if good else []
     decode = encode = 0.0
     nbytes = frames = clips = 0

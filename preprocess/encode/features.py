@@ -98,6 +98,7 @@ def load_tower(options: EncodeOptions) -> "Tower":
     tower = Tower.load(options.tower, layer=options.layer, dtype=dtype, device=options.device)
     if options.fit:
         tower.fit(options.fit)
+    # as a bank was made: without --fit its own way is meant, not the processor's default
     elif options.processor:
         tower.fit_like(options.processor)
     return tower

@@ -82,6 +82,7 @@ class Survey:
         # with --fit the processor's values are only known after loading the tower
         if options.fit is not None or plan.features.derived is not None:
             return None
+        # whatever differs is refused by name later, with the tower loaded
         if any(getattr(options, name) != getattr(plan.features, name) for name in ASKED):
             return None
         same_tower = options.tower == plan.tower.name
@@ -140,8 +141,10 @@ def make_plan(
     changes = survey.changes(out, plan)
     plan = changed_of(changes, options, prune)
     clip_bytes = predicted_bytes(tower, options)
+    # appended as new units: finished shards stay as they are
     plan = plan.extended(changes.todo, options.shard_bytes, clip_bytes)
     update_quarantine(out, {clip.key for clip in changes.changed})  # so that they are tried again
+    # before any decoding: workers on other machines read what to do from it
     if plan != known:
         write_plan(out, plan)
     if choice and known is None:
@@ -195,6 +198,7 @@ def _with_fewer_frames(out: Path, plan: Plan, frames: int) -> Plan:
     """Write and return the plan of an empty bank with fewer frames per batch."""
     import torch
 
+    # the failed batch's memory is still cached, in pieces of its own size
     torch.cuda.empty_cache()
     plan = replace(plan, tower=replace(plan.tower, batch_frames=frames))
     write_plan(out, plan)

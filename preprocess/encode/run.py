@@ -124,6 +124,7 @@ def _encode_bank(
     with disk_errors(out), folder_lock(out, "preprocess encode"):
         known = plan_as_read(out, seen).plan
         options = as_banked(options, known)
+        # loaded in a thread while clips are probed, and only if some unit is left
         loading = first
         if first is None and (known is None or units_left(out, known)):
             loading = Loading(options)
@@ -205,6 +206,7 @@ def _before_a_folder(
     loading = Loading(options, here=here)
     if probed is None:
         probed = probe(found.clips, {}, options.sampling)
+    # a stride that leaves no cell of the tower's grid raises here
     predicted_bytes(*loading.tower())
     return loading, probed
 
@@ -229,6 +231,7 @@ def execute(
         left = units_left(out, plan)
         work = _work(out, plan, left, "preprocess encode", decoders=decoders)
         summary = _encode_left(work, plan, tower, options, procs)
+        # units may be held by workers elsewhere, who go on after this process
         refuse_unfinished(out, plan, f"`preprocess finish {out}` when they are made")
         with disk_errors(out):
             finish(out, plan, tower)
@@ -297,6 +300,7 @@ def _work_on(
         units = {unit: clips_under(clips, roots) for unit, clips in work.units.items()}
         work = replace(work, units=units)
     tower, options = loading.tower()
+    # by its weights: a folder of the same name on another machine may hold another tower
     refuse_other_features(work.out, feature_config(tower, options), plan.features)
     return _encode_left(work, plan, tower, options, procs)
 

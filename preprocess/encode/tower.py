@@ -69,6 +69,7 @@ class Loading:
                 if not self._here and is_elsewhere(device):
                     loaded = replace(loaded, device="cpu")
                 self._tower = load_tower(loaded)
+        # kept for the thread that asks for the tower: raised here it would only be printed
         except BaseException as error:
             self._error = error
 

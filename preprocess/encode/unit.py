@@ -140,6 +140,8 @@ class Encoder(ExitStack):
         done = set(writer.keys)
         for source in sources:
             if source.id in self.failed and source.key not in done and not self.retried:
+                # a failure of an earlier run is written down once more: its unit is complete only
+                # with all of its clips
                 writing.fail(self.failed[source.id])
                 done.add(source.key)
         todo = [source for source in sources if source.key not in done]
@@ -181,6 +183,7 @@ class Encoder(ExitStack):
         Only a few frames are in memory at a time, for clips of any length.
         """
         taken: Pooling | FeatureRangeError | None = None
+        # the largest batch: a clip of any length is cut into whole batches
         together = self.tower.batch_shape(sys.maxsize, self.options.batch_frames)
         with closing(self._decoders.events(self._jobs(sources), together)) as events:
             while True:
@@ -189,6 +192,8 @@ class Encoder(ExitStack):
                 if source is None or event is None:
                     return
                 if isinstance(event, Begin):
+                    # before the expensive part: frames of a unit that another process has taken
+                    # over are for nobody
                     lease.check()
                     taken = pooling_of(self.tower, event.frames, self.options)
                 elif isinstance(event, Outcome):
@@ -196,6 +201,7 @@ class Encoder(ExitStack):
                     taken = None
                 else:
                     taken = self._taken_in(taken, event)
+                # its frames would stay in memory while the next ones are decoded
                 del event
 
     def _taken_in(

@@ -121,6 +121,7 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                         del waiting[receiver]
                         process = workers[rank][1]
                         process.join()
+                        # a worker that was killed sends nothing: its closed pipe and its exit code tell
                         if process.exitcode:
                             problems.append(_death(rank, procs, process.exitcode))
                         continue
@@ -161,11 +162,13 @@ def _start(
         options = replace(options, device=f"cuda:{rank % torch.cuda.device_count()}")
     share = replace(
         work,
+        # spread over the units, so that workers seldom ask for the same lease
         start=(work.start + rank / procs) % 1,
         decoders=work.decoders or decoders_for(procs),
     )
     process = context.Process(target=_worker, args=(share, options, sender), daemon=True)
     process.start()
+    # the parent's copy: with it open, the end of the worker would not close the pipe
     sender.close()
     return receiver, process
 

@@ -67,6 +67,7 @@ def answer_page(
     tiles = [
         Image.fromarray(frame).resize(layout.tile, Image.Resampling.LANCZOS) for frame in frames
     ]
+    # the truth first and wider: the answer's thin line stays visible on it
     for width, (_, ink, pointed) in reversed(list(zip(LINES, layers, strict=False))):
         for seen, place in pointed.places:
             for k in frames_of(seen, pointed.spans, times):
@@ -125,6 +126,7 @@ def draw_share(
     start, end = share
     for a, b in spans:
         first, last = max(a, start), min(b, end)
+        # a span of no length is drawn too, two pixels wide
         if first < last or (a == b and start <= a < end):
             near, far = ((t - start) / (end - start) * width for t in (first, last))
             left, right = round(x + near), max(round(x + far), round(x + near) + 2)

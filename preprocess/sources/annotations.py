@@ -82,6 +82,7 @@ def _look_for(file: Path, lookup: Lookup, found: Media, problems: list[str]) -> 
     folders = [*map(Path, lookup.video_roots), file.parent]
     for where, names in _named(file, lookup, found, problems):
         for name in names:
+            # thousands of rows may name one video: each is looked up once
             if name.medium not in places:
                 places[name.medium] = _place(file, name.medium, folders, problems)
             place = places[name.medium]

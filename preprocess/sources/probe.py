@@ -55,6 +55,7 @@ def probe(
 
     known: clips of an earlier plan by key, reused where size and modification time are the same.
     """
+    # once per file: an archive of a hundred thousand members is one file
     stats = {path: _stat(Path(path)) for path in {clip.path for clip in clips}}
     now = []
     for clip in clips:
@@ -73,6 +74,7 @@ def probe(
             continue
         header = facts.header or Header(None, None)
         clip = replace(clip, height=header.height, width=header.width)
+        # a source that cannot be opened stays in the plan: the reader names the reason in the quarantine
         frames = 0
         if facts.header is not None:
             frames = predicted_frames(facts.header, sampling, clip.start, clip.end)
