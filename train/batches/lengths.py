@@ -153,7 +153,7 @@ class Lengths:
         """Return the frames used of each use of a clip; the last results are kept, plans repeat them."""
         key = blake2b(np.ascontiguousarray(frames).tobytes(), digest_size=16).digest()
         if key not in self._known:
-            # a plan asks for tokens, transitions and pairs of the same frames; few, as each holds all uses
+            # a plan asks for tokens, transitions and pairs of the same frames; each answer is of all uses
             if len(self._known) > 3:
                 del self._known[next(iter(self._known))]
             most = frames[self.clips.record[self.clips.first]]

@@ -32,6 +32,7 @@ def resolved(
     durations: seconds of each of its clips. clip: whether a span that begins in its clip and ends after
     it is ended with the clip.
     """
+    # most records have no coordinates, and are handed on as they are
     text = "".join(turn.text for turn in record.turns)
     if not MARKUP.search(text) and not SHARE.search(text):
         return record, False, []
@@ -80,6 +81,7 @@ def _share_in_seconds(turn: Turn, duration: float) -> str:
 
 def _clipped(turn: Turn, duration: float) -> str:
     text = turn.text
+    # from the last one: what is replaced moves only what stands behind it
     for first, second in reversed(list(spans(turn.text, answer=turn.role == "assistant"))):
         if unit_of(second) == "s" and value_of(first) < duration < value_of(second) - SLACK:
             text = f"{text[: second.start()]}<t:{duration:.6f}>{text[second.end() :]}"

@@ -74,6 +74,7 @@ class BadRecords:
             problems.append(str(error))
             self.refused.add(error.place)
             self.mute |= isinstance(error, UnsupervisedError)
+        # records that a setting of their own lets go do not count: the limit is for surprises
         bad = [error for error in dropped.values() if not self._asked_for(error)]
         limit = self.settings.bad_record_limit
         if len(bad) > most_of(limit, rows):

@@ -78,6 +78,7 @@ def misspelt(text: str) -> Iterator[tuple[str, str]]:
         start = match.start()
         if MARKUP.match(text, start) or SHARE.match(text, start):
             continue
+        # `x <y 3` compares, and is no markup
         compared = not match["end"] and re.match(r"[\w)\]]", text[start - 1 : start])
         if text[:start].endswith("\\") or compared or not _is_near(match):
             continue

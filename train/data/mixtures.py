@@ -93,6 +93,7 @@ def refuse_repeats(parts: Sequence[MixturePart], problems: list[str]) -> None:
     for part in parts:
         here = set()
         for file in [file for path in part.records for file in files_of(path)]:
+            # the same rows of other banks, or under other folders, are other records
             key = (file, part.chosen, real_banks(part), part.folders)
             other = part if key in here else seen.get(key)
             here.add(key)

@@ -168,6 +168,7 @@ def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders
 
     Raises RowError with its place and id.
     """
+    # paths are checked without their prefix below: /data/videos/a.mp4 may become a.mp4
     lenient = settings.allow_outside or bool(folders.strip_prefix)
     ignored = settings.ignore_fields
     row = parse_row(data, where, allow_outside=lenient, media_only=True, ignored=ignored)

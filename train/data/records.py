@@ -134,6 +134,7 @@ def parse_record(
     folders: Folders = PLAIN,
 ) -> Record:
     """Return the record of a row; RowError, with its place and id, where it is invalid."""
+    # checked below instead, without the prefix
     lenient = allow_outside or bool(folders.strip_prefix)
     row = parse_row(data, where, allow_outside=lenient, ignored=ignored)
     try:
@@ -236,6 +237,7 @@ def join(
     """
     kept = []
     quarantined = banks.quarantined()
+    # data sets ask several questions about a clip, each a row
     find = lru_cache(maxsize=None)(banks.find)
     dropped = [] if dropped is None else dropped
     for record in records:

@@ -92,6 +92,8 @@ class Tables(NamedTuple):
                 seconds.append(source.times)
                 times.append(base + np.rint(1e6 * source.times).astype(np.int64))
                 frames += len(source.times)
+                # a gap of a thousand seconds between clips: one sorted array of all
+                # times, searched once for all
                 base = int(times[-1][-1]) + math.ceil(1e6 * source.stretch.end) + 10**9
         phrase = np.asarray([numbers[source.phrases] for source in sources])
         clip = np.asarray([clips[source.clip] for source in sources])

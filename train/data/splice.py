@@ -142,6 +142,7 @@ class Splice:
         phrase = np.where(on, tables.phrase[source], -1)
         alike = (phrase[:, :, None] == phrase[:, None, :]) & on[:, :, None]
         once = on & (alike.sum(axis=1) == 1)
+        # a phrase that is shown twice is asked about once, at its first part
         earlier = np.tril(alike.transpose(0, 2, 1), -1).any(axis=2)
         asked = self._asked(on & ~earlier, once, drawn)
         letter, name = drawn(LETTER, source.shape[1]), drawn(NAME, source.shape[1])
@@ -193,6 +194,7 @@ class Splice:
         frame = tables.first[source] + (drawn(FRAME, columns) * frames).astype(np.int64)
         line = tables.line[source]
         moment = (tables.times[line + frame] - tables.base[source]) // 1000
+        # the drawn frame is inside: no part is without a frame
         start = moment - (drawn(BEFORE, columns) * 0.9 * length).astype(np.int64)
         start = np.clip(start, low, high - length)
         first, last = (

@@ -58,6 +58,7 @@ class Text:
 
 def text_of(raw: str) -> Text:
     """Return a text with each number as a character; blanks are single, and line breaks stay."""
+    # the marks themselves first: a text may hold private-use characters of its own
     raw = re.sub(f"{ANY}|[^\\S\n]+", " ", raw).strip()
     raw = re.sub(r" ?\n\s*", "\n", raw)
     out, values, position = "", dict[int, float](), 0

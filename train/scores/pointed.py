@@ -42,6 +42,7 @@ def pointed(text: str, question: str) -> Places:
         elif values[0] <= values[-1]:
             spans.append((values[0], values[-1]))
     asked = [p for p in split_markup(question) if not isinstance(p, str) and p.axis == 0]
+    # with several times in the question it is open which one a place is of
     when = (asked[0].value,) if len(asked) == 1 and not spans else ()
     return Places(tuple(spans), tuple((times or when, place) for times, place in found))
 

@@ -100,6 +100,7 @@ def read_predictions(path: Path) -> list[Prediction]:
             ) from None
     if not found:
         raise UserError("holds no answer", where=path)
+    # before scoring begins, not after the last of ten thousand answers
     if any(p.asked.kind == "caption" for p in found):
         check_captions()
     return found

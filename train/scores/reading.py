@@ -159,6 +159,7 @@ def _search(pattern: str, answer: Text) -> list[list[int]]:
 def _alone(answer: Text, found: Sequence[Sequence[int]]) -> Reading:
     """Return the numbers at some places, unless the answer has more coordinates, or goes on."""
     places = [place for match in found for place in match]
+    # marked coordinates beyond those asked for: a list of guesses, of which one would be right by luck
     others = {answer.text[place] for place in answer.values if place not in places}
     if others & set(MARKED.values()) or runs_on(answer.text[places[-1] + 1 :]):
         return RUN_ON

@@ -111,6 +111,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     choices = [longer_names(path) for path in absolutes]
     names = [own[0] for own in choices]
     for length in range(1, max(map(len, choices))):
+        # file systems of macOS and Windows take A.json and a.json for one file
         counts = Counter(name.casefold() for name in names)
         names = [
             own[min(length, len(own) - 1)] if counts[name.casefold()] > 1 else name

@@ -131,6 +131,7 @@ def _error(truth: Sequence[float], numbers: Sequence[float], most: float) -> flo
     """Return the mean absolute error, each at most the range `most`, which unread answers have too."""
     if not numbers:
         return most
+    # at most the range: one wild number must not outweigh a hundred good answers
     errors = [min(abs(a - b), most) for a, b in zip(truth, numbers, strict=True)]
     return math.fsum(errors) / len(errors)
 
@@ -177,6 +178,7 @@ def of_order(asked: Asked, said: str) -> Json:
     truth, guess = items_of(asked.reference), items_of(said)
     if sorted(truth) != sorted(guess):
         return {"parsed": 0.0, "exact": 0.0, "pairs": 0.0}
+    # Kendall's concordant pairs: of n items n (n - 1) / 2, each in the right order or not
     pairs = list(combinations(truth, 2))
     right = [guess.index(a) <= guess.index(b) for a, b in pairs]
     share = sum(right) / len(pairs) if pairs else 1.0

@@ -42,6 +42,7 @@ def decimals(text: str) -> int:
 def items_of(text: str) -> list[str]:
     """Return the items of a list separated by commas, arrows, lines or `then`, or of letters (BAC)."""
     plain = spoken(text).strip(" .\n()[]")
+    # a word in capitals is no order: its letters must be the first ones of the alphabet, each once
     if re.fullmatch(r"[A-Z]{2,}", plain) and len(set(plain)) == len(plain) == ord(max(plain)) - 64:
         return list(plain.lower())
     parts = re.split(

@@ -46,6 +46,7 @@ class Process:
     def is_alive(self) -> bool:
         """Return whether this very process is still running."""
         now = Process.read(self.pid)
+        # a pid is given to another process in time: only number and start together are the same one
         return now is not None and now.started == self.started
 
     def is_shell(self) -> bool:
@@ -128,6 +129,7 @@ def accelerate_words(argv: Sequence[str]) -> tuple[str, ...] | None:
         words = process.launches()
         if words is not None and process.is_accelerate():
             own = tuple(argv)
+            # another script stands between: the launcher's words end with that one's, not with ours
             if own and words[-len(own) :] != own:
                 return None
             return words[: len(words) - len(own) - 1]  # before the script's name

@@ -293,6 +293,7 @@ def check(
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
     if config.attn.startswith("flash") and (why := needs_mask(config)):
         problems.append(f"{origins.get('attn', 'attn')} attn {config.attn}: {why}")
+    # a plan trains nothing and logs nothing: it needs none of them
     if not config.plan:
         problems += missing_packages(vars(config), origins, environ)
     if (

@@ -91,6 +91,7 @@ def report_to_launcher(problems: Sequence[str], environ: Mapping[str, str]) -> N
 def say_last(lines: Sequence[str]) -> None:
     """Print lines after the launcher, this process' parent, has ended, below all that it prints."""
     subprocess.Popen(
+        # -I -S: no site-packages, no user paths: it starts in milliseconds and imports nothing of others
         [sys.executable, "-I", "-S", last_word.__file__, str(os.getppid()), *lines],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

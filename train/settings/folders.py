@@ -43,6 +43,7 @@ class Folders:
             folders = PurePosixPath(self.media_dir).parts if self.media_dir else ()
             own = PurePosixPath(source).parts if source else ()
             names += ["/".join([*own, short])]
+            # every ending of the folder's path: ids begin at whatever root was encoded
             for k in range(len(folders)):
                 above = PurePosixPath(*folders[k:])
                 names += [(above / short).as_posix(), above.joinpath(*own, short).as_posix()]

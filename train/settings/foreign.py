@@ -214,6 +214,7 @@ def unknown(name: str, known: Mapping[str, Field[Any]]) -> str:
         return f"unknown setting; did you mean {negated}: false?"
     close = _closest(plain, known, 0.6)
     other = _closest(plain, [*HERE, *FOREIGN], 0.8)
+    # a slip in another trainer's name is answered as that name, not as the nearest of ours
     if other and (not close or _alike(plain, other) > _alike(plain, close)):
         return f"unknown setting; did you mean {other}? {unknown(other, known)}"
     return f"unknown setting; did you mean {close}?" if close else "unknown setting (see --help)"

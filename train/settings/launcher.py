@@ -258,6 +258,7 @@ def variable_of(flag: str) -> str | None:
 def _by_launcher(environ: Mapping[str, str], words: Sequence[str]) -> Asked:
     """Return the values of the launcher's flags and file; flags win, as they do for Accelerate."""
     flags = dict(_flags(words))
+    # --cpu makes Accelerate read no file
     path = flags.get("config_file") or ("" if "cpu" in flags else str(default_file(environ)))
     asked: Asked = {}
     for key, value in _file_items(path):

@@ -31,6 +31,7 @@ def folder_problem(folder: Path) -> str | None:
     """Return why nothing can be written in a folder, which may not exist yet; None if it can."""
     if "://" in str(folder) or re.match(r"[a-z0-9]+:/[^/]", str(folder)):  # Path joins the slashes
         return f"{folder}: a URL; name a local folder"
+    # up to the nearest folder that exists: what is above it is made by the run
     for place in (folder, *folder.absolute().parents):
         if place.is_symlink() and not place.exists():
             return (

@@ -130,6 +130,7 @@ def read_flags(
 def read_yaml(path: str, problems: list[str]) -> list[tuple[str, Any, Origin]]:
     """Return a YAML file's settings with the line that each stands on."""
     try:
+        # compose, not load: nodes keep their lines, and scalars their spelling (1e-5, 0.07, on)
         root = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
     except OSError as error:
         problems.append(f"--config {path}: {error.strerror}")
@@ -154,6 +155,7 @@ def _lines(
     found: list[tuple[str, Any, Origin]] = []
     for key, node in root.value:
         line = key.start_mark.line + 1
+        # PyYAML's loaders keep the last one without a word
         if key.value in seen:
             problems.append(f"{path}:{line} {key.value}: already set in line {seen[key.value]}")
             continue

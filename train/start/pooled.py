@@ -117,6 +117,7 @@ def features_problem(written: Json, features: Json) -> str | None:
             f"it reads layer {layer} of its tower, and the bank holds layer {features.get('layer')}; "
             f"encode with --layer {layer}"
         )
+    # `default` drops the first token: of CLIP that is CLS, of SigLIP a patch
     if (select == "default") != (tower in CLS):
         return (
             f"its vision_feature_select_strategy {select} does not take just the patches of {tower}"

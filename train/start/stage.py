@@ -56,6 +56,7 @@ def on_disk(name: str, *, weights: bool) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
+    # never *.bin or *.pt: a pickle can run code when it is read
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     return Path(snapshot_download(name, allow_patterns=patterns))
 
@@ -169,6 +170,7 @@ def assemble(
         raise UserError(problem)
     if problem := deepstack_problem(config, deepstack_of(settings.stage_path), features):
         raise UserError(problem)
+    # before the first new weight: projector, heads and adapters follow from the seed
     torch.manual_seed(seed)
     kind = kind_of(settings.stage_path)
     folder = (

@@ -208,6 +208,7 @@ def _pointer_problem(folder: Path) -> str | None:
     """Return a line where Git LFS left pointers in place of files; else None."""
     found = []
     for path in sorted(folder.iterdir()):
+        # a pointer has some 130 bytes; weights need not be opened
         if path.is_file() and path.stat().st_size < 1024:
             with open(path, "rb") as file:
                 if file.read(len(LFS)) == LFS:
@@ -307,6 +308,7 @@ def safetensors_header(path: Path) -> Mapping[str, Json]:
     except (ValueError, KeyError, TypeError, AttributeError):
         cut = len(data) < length
         raise ValueError("cut off in its header" if cut else "not a safetensors file") from None
+    # the header says where the last tensor ends: a download that was cut off is found without reading it
     whole = 8 + length + max(ends, default=0)
     if size != whole:
         raise ValueError(f"cut off, it has {size:,} of {whole:,} bytes")
