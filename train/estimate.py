@@ -30,8 +30,8 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
     rows_of = f"rows of {plan.pack_tokens} tokens" if plan.pack_tokens else "rows of one record"
     # -- what the plan knows from lengths alone
     step_tokens = plan.per_step(plan.tokens)
+    # records that the data drops are in no plan; only those that lengths drop are subtracted
     records = len(plan.frames) - sum(
-        # records that the data drops are in no plan; only those that lengths drop are subtracted
         count for reason, count in plan.dropped.items() if reason not in dataset.dropped
     )
     step, number = plan.heaviest

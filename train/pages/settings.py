@@ -42,6 +42,7 @@ def section(runs: Sequence[Run]) -> str:
     rows = [
         (word, [run.said.get(word, "") for run in runs])
         for word in words
+        # warnings have a place of their own, among what fails
         if word not in ("note", "warning")
     ]
     if rows:

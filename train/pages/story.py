@@ -137,6 +137,7 @@ def frames_lines(run: Run) -> list[str]:
 
 def foresees(skill: float) -> str:
     """Return whether next frames are predicted; so little may be chance, and has no interval."""
+    # no interval is kept of frame losses, so that small differences are not judged
     return PERHAPS if abs(skill) < SMALL else LEARNED if skill > 0 else NOT
 
 
@@ -214,6 +215,7 @@ def memorised(run: Run, test: TestSet, where: str) -> list[str]:
             f"New records{where} are harder than those it was trained on; its loss per token: "
             f"{', '.join(found)}."
         )
+    # a skill below 0 means that a guess without any model is better
     if trained is not None and tested is not None and trained > 0 > tested:
         lines.append(
             f"Next frames{where}: better than the guesses on the clips that it was trained on alone. It "
@@ -230,6 +232,7 @@ def failing_training(run: Run) -> list[str]:
         lines.append("Some steps have losses that are no numbers (NaN or infinity): it broke down.")
     _, losses = metrics.column("loss")
     if (
+        # a tenth of fewer steps would be one step
         len(losses) >= 20
         and losses[-len(losses) // 10 :].mean() >= losses[: len(losses) // 10].mean()
     ):
@@ -287,6 +290,7 @@ def overview(runs: Sequence[Run]) -> str:
     ]
     rows = []
     for run in runs:
+        # a run without scores has a row, too
         tests: list[TestSet | None] = [test for one, test in own if one is run]
         for test in tests or [None]:
             found = {one.name: one for one in reached(run, test)} if test else {}
