@@ -248,6 +248,7 @@ def parse(
     if problems:
         refuse(problems)
     config = TrainConfig(**{name: value for name, (value, _) in values.items()})
+    # after the merge: what contradicts what is known only of the final values
     problems = check(config, {name: origin for name, (_, origin) in values.items()}, environ)
     if problems:
         refuse(problems)
@@ -289,6 +290,7 @@ def check(
         problems.append("data_path: missing; give --data_path RECORDS.jsonl, or data_config")
     for name in ("data_path", "splice_path", "eval_path"):
         for path in getattr(config, name):
+            # patterns and Hub names are looked up where they are read, with messages of their own
             if not Path(path).exists() and not is_glob(path) and not is_hub_name(path):
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
     if config.attn.startswith("flash") and (why := needs_mask(config)):

@@ -46,6 +46,7 @@ def merge(
     settings: the dataclass that declares them. written: those of a sweep's run (name, raw, where), over
     all but the flags.
     """
+    # -- from the weakest to the strongest: each later value replaces an earlier one
     flags = read_flags(settings, argv, problems)
     values: dict[str, tuple[Any, Origin]] = {}
     for path in [value for name, value, _ in flags if name == "config"]:
@@ -106,10 +107,12 @@ def read_flags(
             problems.append(f"{word!r}: expected --setting value (see --help)")
             continue
         name, equals, value = word[2:].replace("-", "_").partition("=")
+        # the value as written: only the name has its dashes replaced
         value = word.partition("=")[2]
         following = []
         while words and not words[0].startswith("--"):
             following.append(words.pop(0))
+        # --x=a b: a list goes on after its =
         if equals:
             following.insert(0, value)
         if name != "config" and name not in names:

@@ -142,6 +142,7 @@ def _config_problem(where: str, config: Json) -> str | None:
     for facts in (config, inner or {}):
         written = facts.get("quantization_config") or facts.get("compression_config")
         if isinstance(written, dict):
+            # GPTQ and AWQ say bits, bitsandbytes says which of two loaders
             bits = written.get("bits") or (4 if written.get("load_in_4bit") else None)
             bits = bits or (8 if written.get("load_in_8bit") else None)
             return _quantised(where, str(written.get("quant_method", "")), bits)
@@ -159,6 +160,7 @@ def _config_problem(where: str, config: Json) -> str | None:
         return f"{where}: a vision tower ({kind}), which `preprocess encode --tower` takes; {LLM}"
     if config.get("is_encoder_decoder"):
         return f"{where}: an encoder-decoder ({kind}), not a causal LLM; {LLM}"
+    # some encoders can be built as decoders, and their config says so
     if ENCODERS.fullmatch(kind) and not config.get("is_decoder"):
         return f"{where}: an encoder ({kind}), whose tokens see later ones; {LLM}"
     if any(CLASSIFIERS.fullmatch(str(name)) for name in names):
@@ -235,6 +237,7 @@ def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
     parts = [found for name in sorted(names) if (found := PART.fullmatch(name))]
     if parts:
         stem, _, count, ending = parts[0].groups()
+        # the count stands in each name: a missing part is known without the index
         every = {f"{stem}-{k:05d}-of-{count}.{ending}" for k in range(1, int(count) + 1)}
         if lacking := _lacking(every, names):
             return f"{folder}: weights are missing: {lacking}; {COPY}"
@@ -273,6 +276,8 @@ def _lacking(wanted: set[str], names: set[str]) -> str:
 
 def _file_problem(path: Path) -> str | None:
     """Return what is wrong with a weight file: cut off, not a weight file, quantised; or None."""
+    # since torch 1.6 a file of torch.save is a zip, whose directory stands at
+    # its end: cut off, it is none
     if path.suffix != ".safetensors":
         return (
             None
