@@ -273,5 +273,6 @@ def given(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def bytes_bar(banks: Sequence[Path], what: str) -> "tqdm[Any]":
     """Return a progress bar over the bytes of all shards."""
+    # by the bytes that are read: shards differ in size
     total = sum(path.stat().st_size for bank in banks for path in bank.glob("shards/*.tar"))
     return tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=None)
