@@ -33,6 +33,7 @@ def record(id_: str, video: str, turns: Iterable[Turn]) -> Json:
         for turn in turns
         for speaker, value in (("human", turn.question), ("gpt", turn.answer))
     ]
+    # once: later turns are about the same video
     conversation[0]["value"] = "<video>\n" + conversation[0]["value"]
     return {"id": id_, "video": video, "conversations": conversation}
 
@@ -102,10 +103,12 @@ def write_video(path: Path, clip: np.ndarray, fps: int, crf: int = 12) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = clip.shape[1:3]
+        # what every player and decoder reads; colours have half the resolution
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
         for index, image in enumerate(clip):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, fps)
             container.mux(stream.encode(frame))
+        # the frames that the encoder still holds
         container.mux(stream.encode())

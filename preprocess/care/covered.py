@@ -64,6 +64,7 @@ def _patch(
     if len(found) == 1:
         return found[0]
     try:
+        # only where several patch sizes give this grid: loading a tower takes far longer
         return load().patch
     except UserError as error:
         shown = f"{grid[0]}x{grid[1]} patches of {size[0]}x{size[1]} pixels"

@@ -88,6 +88,7 @@ def collect(events: Iterator[Event]) -> Clip:
             return Clip(frames=frames, **vars(event))
         else:
             several = event if event.ndim == 4 else event[None]
+            # made with the first picture: only it tells the size
             if frames is None:
                 frames = np.empty((count, *several.shape[1:]), np.uint8)
             frames[taken : taken + len(several)] = several
@@ -112,4 +113,5 @@ def over_white(picture: np.ndarray) -> np.ndarray:
     if opaque.min(initial=255) == 255:
         return np.ascontiguousarray(colour)
     shown = colour * opaque.astype(np.uint16) + 255 * (255 - opaque.astype(np.uint16))
+    # + 127: rounded to the nearest, in integers
     return ((shown + 127) // 255).astype(np.uint8)

@@ -151,6 +151,7 @@ def measure_pace(
 def spread(clips: Sequence[ClipSource], most: int) -> list[ClipSource]:
     """Return up to `most` readable clips, spread evenly over the clips sorted by size."""
     good = sorted((clip for clip in clips if clip.frames), key=lambda c: (c.size or 0, c.key))
+    # the middles of equal shares: neither the smallest nor the largest file stands for others
     places = (np.arange(min(most, len(good))) + 0.5) * len(good) / max(1, min(most, len(good)))
     return [good[int(place)] for place in places]
 

@@ -46,6 +46,7 @@ def forecast(
     plan, failed = changes.plan, read_entries(bank)
     served = plan.served()
     clips = [clip for clip in plan.clips if clip.key in served]
+    # failed ones are not tried again by encode
     todo = [clip for clip in _todo(bank, plan) if clip.id not in failed]
     frames = sum(clip.frames or 0 for clip in clips)
     done = sum(committed(bank, unit) for unit in range(len(plan.units)))
@@ -128,6 +129,7 @@ def measure(
     decode = encode = 0.0
     nbytes = frames = clips = 0
     with SourceReader(DecodeChild(), bank) as reader:
+        # of few clips the thirds have the same middle
         for clip in dict.fromkeys(chosen):
             request = options.request(clip, tower.pixels)
             outcome = reader.read(clip, request)

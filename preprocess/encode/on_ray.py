@@ -79,6 +79,7 @@ def encode_on_ray(
             scheduling_strategy="SPREAD",
             **resources,
         )(Worker)
+        # absolute: workers run in other folders, on other machines
         words = str(bank.absolute()), tower, list(roots), bool(gpus), decoders
         actors = [actor.remote() for _ in range(count)]
         running = [one.work.remote(*words, k / count) for k, one in enumerate(actors)]
@@ -89,6 +90,7 @@ def encode_on_ray(
                 problems += [problem for ref in done if (problem := _problem(ray, ref))]
                 # counted on the disk: units that a lost worker had finished are there all the same
                 bar.update(sum(committed(*unit) for unit in units) - bar.n)
+        # a worker that was lost is a problem only if no other one has made its units
         if problems and not all(committed(*unit) for unit in units):
             raise UserError.of(dict.fromkeys(problems))
         for problem in dict.fromkeys(problems):  # others have made its units

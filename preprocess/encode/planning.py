@@ -77,6 +77,7 @@ class Survey:
         """Return the changes if there is nothing to do, else None: a finished bank has all clips with the
         same features, made by unchanged files of the tower. This needs no torch."""
         plan = self.known
+        # -- whatever could differ is looked at, from the cheapest on; the first doubt loads the tower
         if plan is None or plan.quality is None or plan.tower.files is None:
             return None
         # with --fit the processor's values are only known after loading the tower
@@ -85,6 +86,7 @@ class Survey:
         # whatever differs is refused by name later, with the tower loaded
         if any(getattr(options, name) != getattr(plan.features, name) for name in ASKED):
             return None
+        # by names, sizes and times of its files: the digest of its weights needs them read
         same_tower = options.tower == plan.tower.name
         if not same_tower or tower_files(options.tower) != plan.tower.files:
             return None
@@ -187,6 +189,7 @@ def fitting(
     try:
         return do(plan, options), options
     except GpuMemoryError as error:
+        # `fewer` is 0 where a single frame does not fit: nothing smaller can be tried
         if not error.fewer or any((out / "shards").glob("*")):
             raise
         plan = _with_fewer_frames(out, plan, error.fewer)

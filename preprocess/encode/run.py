@@ -96,6 +96,7 @@ def encode_clips(
     """
     seen = plan_as_read(out, seen)
     how: dict[str, Any] = {"procs": procs, "decoders": decoders, "prune": prune}
+    # -- the bank first, then what lies beside it: sides take the clips that the bank serves by then
     own, beside = shared_out(out, seen.plan, options)
     summary, changes = _encode_bank(found, out, own, seen, **how)
     for side in beside:
@@ -122,6 +123,7 @@ def _encode_bank(
     """Make one bank of one plan. probed: the clips, where they have been looked at."""
     first, probed = _before_a_folder(out, found, options, probed)
     with disk_errors(out), folder_lock(out, "preprocess encode"):
+        # under the lock: another process may have planned in between
         known = plan_as_read(out, seen).plan
         options = as_banked(options, known)
         # loaded in a thread while clips are probed, and only if some unit is left
@@ -131,6 +133,7 @@ def _encode_bank(
         survey = Survey.of(out, found.clips, options, known, probed)
         if loading is None and (changes := survey.of_nothing(out, options, prune=prune)):
             write_skips(out, found.skips)
+            # what workers that died have left of finished units
             sweep(out)
             return _told(out, changes.plan, found.clips, Summary()), changes
         tower, options = (loading or Loading(options)).tower()
@@ -277,7 +280,9 @@ def work(
     summaries = []
     for part in parts_of(bank):
         of_part = plan if plan is not None and part == bank else planned(part)
+        # a derived bank is made of another bank's cells: no video has its features
         refuse_derived(part, of_part.features)
+        # a tower is loaded only for a part that has something left
         if left := units_left(part, of_part):
             how = {"tower": tower} if tower else {}
             options = EncodeOptions.of_plan(of_part, device=device, **how)
@@ -295,6 +300,7 @@ def _work_on(
             where=work.out,
             fix="run `preprocess plan` again",
         )
+    # while the tower loads, videos are searched for under the roots
     loading = Loading(options)
     if roots:
         units = {unit: clips_under(clips, roots) for unit, clips in work.units.items()}
@@ -324,6 +330,7 @@ def _encode_left(
     if not work.units:
         return Summary()
     refuse_other_device(work.out, plan, options)
+    # a process more than units would load a tower for nothing
     procs = min(procs, len(work.units))
     if procs > 1:
         tower.model.to("cpu")  # free the GPU's memory for the workers

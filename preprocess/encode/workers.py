@@ -129,6 +129,7 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                         count, done[rank] = fact
                         bar.update(count)
                         show_pace(bar, Summary.of(list(done.values())))
+                    # every worker has the same notes: the first one's are printed
                     elif what == "note" and not rank:
                         bar.write(fact, file=sys.stderr)
                     elif what == "failed":
@@ -139,11 +140,14 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                         done[rank] = fact
         finally:
             for _, process in workers:
+                # by a bug, an interrupt or at the end: a lease that they hold is free
+                # as soon as they have died
                 process.terminate()
             for _, process in workers:
                 process.join()
         seconds = bar.format_dict["elapsed"]
     if problems:
+        # one line for what several workers met alike (a full disk)
         raise UserError.of(dict.fromkeys(problems))
     return replace(Summary.of(list(done.values())), seconds=seconds)
 
@@ -194,6 +198,7 @@ def _leave_with_parent() -> None:
     assert parent
     # A daemon process is only ended by a parent that exits normally; the sentinel also notices `kill -9`.
     wait([parent.sentinel])
+    # no cleaning up: the parent is gone, and its leases are taken over by whoever comes next
     os._exit(1)
 
 
@@ -206,6 +211,7 @@ class RemoteBar(tqdm):
         self.summary = Summary()
 
     def update(self, n: float | None = 1) -> bool | None:
+        # the failures are in the shard's record, and need not travel with each clip
         self.send(("clips", (n, replace(self.summary, failures=[]))))
         return None
 

@@ -63,6 +63,7 @@ def probe(
         size = size if clip.nbytes is None else clip.nbytes
         now.append(replace(clip, size=size, mtime_ns=mtime_ns))
     unknown = [clip for clip in now if not _is_known(clip, known.get(clip.key))]
+    # by source: clips that are parts of one file are probed once
     probed = _probe_sources(sorted({_source(clip) for clip in unknown}, key=repr))
     found = []
     for clip in now:
@@ -87,6 +88,7 @@ def _source(clip: ClipSource) -> Source:
 
 
 def _is_known(clip: ClipSource, old: ClipSource | None) -> bool:
+    # one that could not be read is tried each time: it may have been replaced
     if old is None or old.digest is None or old.frames is None:
         return False
     return (clip.size, clip.mtime_ns) == (old.size, old.mtime_ns)
