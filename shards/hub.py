@@ -62,6 +62,7 @@ def refusal(repo: str, kind: str = "model") -> str | None:
 
 def absent(name: str, kind: str = "model") -> str | None:
     """Return why a name is neither a local path nor a repository; None if it is one, or is not a name."""
+    # a path that exists is never asked for: a folder may look like owner/name
     if Path(name).exists() or not NAME.fullmatch(name):
         return None
     why = refusal(name, kind)

@@ -55,6 +55,7 @@ def short(value: object) -> str:
 
 
 def _written(value: object) -> str:
+    # as JSON writes them, since users see their own file, not Python
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):

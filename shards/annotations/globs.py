@@ -9,6 +9,7 @@ from shards.errors import UserError
 
 def is_glob(name: str) -> bool:
     """Return whether a name is a pattern: it contains `*`, `?` or `[`, and no such path exists."""
+    # a file may be called a[1].json: what exists is meant as it is
     return glob.has_magic(name) and not Path(name).exists()
 
 

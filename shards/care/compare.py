@@ -35,6 +35,7 @@ def diff(a: Path, b: Path) -> list[str]:
     ours, theirs = (flat(read_features(path)) for path in (a, b))
     return [
         f"{name} ({LABELS[name.split('.')[0]]}): {ours.get(name)} in {a}, {theirs.get(name)} in {b}"
+        # of both: a field that only one of them has is a difference, too
         for name in sorted(set(ours) | set(theirs))
         if ours.get(name) != theirs.get(name)
     ]

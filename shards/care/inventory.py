@@ -75,6 +75,7 @@ def read_inventory(bank: Path) -> Inventory:
     """
     found = Inventory(bank)
     refuse_no_bank(bank)
+    # a manifest alone is no plan: which clips a unit was to have is said nowhere else
     if not (bank / "plan.json").exists():
         found.damages.append(Damage("plan.json", "is missing; restore it from a copy", "restore"))
     found.plan = _read(found, "plan.json", lambda data: Plan.from_json(data, bank), "restore")
@@ -106,6 +107,7 @@ def _read_commits(found: Inventory) -> None:
             continue  # a leftover
         if name in done:
             found.commits[name] = _read(found, file, partial(CommitRecord.from_json, where=file))
+        # a shard that is begun has a journal and no record yet: no damage
         elif name in found.listed or name not in begun:
             found.commits[name] = None
             found.damages.append(Damage(file, "is missing"))

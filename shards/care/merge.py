@@ -63,6 +63,7 @@ def merge(
     seen: called with the bytes of each shard when it is done. Raises UserError naming each difference of
     the features, the clips that two banks have, a bank that is being written, and an `out` that exists.
     """
+    # a folder with a lock alone is left by a merge that was killed
     if out.exists() and not {path.name for path in out.iterdir()} <= {".lock"}:
         raise UserError("exists already", where=out, fix="name a new folder for the merged bank")
     sides = _common_sides(banks)
@@ -75,6 +76,7 @@ def merge(
     beside = out.with_name(f"{out.name}.merging")
     beside.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, "preprocess merge"):
+        # of a merge that was killed: links are made once more, at no cost
         shutil.rmtree(beside, ignore_errors=True)
         manifest = _join(everything[0], beside, seen)
         for strides, parts in zip(sides, everything[1:], strict=True):
@@ -95,6 +97,7 @@ def _join(parts: Sequence[Part], out: Path, seen: Callable[[int], object]) -> Ma
     plan = replace(
         parts[0].plan,
         units=units,
+        # only of clips that were brought: others are in no unit of the new plan
         pruned=frozenset().union(*(part.plan.pruned & part.clips.keys() for part in parts)),
     )
     write_plan(out, plan)

@@ -47,6 +47,7 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
     it can be repeated. Raises UserError if the plan lacks a field that has no default.
     """
     plan_json, manifest = _signed(bank / "plan.json"), _signed(bank / "bank.json")
+    # either: a migration that was killed has a new plan and an old manifest
     if not any(record and is_older(record) for record in (plan_json, manifest)):
         return []
     if plan_json is None:
@@ -64,6 +65,7 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
         resume_move(shard, fingerprint)
         sha256 = listed.get(shard.name, {}).get("sha256")
         commit = _commit(shard, unit, fingerprint, sha256)
+        # a shard that nothing proves keeps its old record: verify names it, and repair encodes its clips
         if not commit:
             continue
         if not commit.samples:
@@ -82,6 +84,8 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
             finish(bank, plan, TowerFacts.of(plan, commits), commits=commits)
             written += ["index.zarr", "bank.json"]
         except (UserError, FileNotFoundError):  # repair writes it after it has repaired the shards
+            # an old one beside new shards is refused by every reader; without one the bank is
+            # unfinished, as it is
             (bank / "bank.json").unlink()
     return written
 
@@ -102,6 +106,7 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
     how = {"batch_frames": tower.get("batch_frames"), "tower_threads": tower.get("threads")}
     how = {name: value for name, value in how.items() if value is not None}
     how |= {"tower": tower["name"]} if "name" in tower else {}
+    # what format 1 wrote under `how` wins: the rest is put together from other fields
     how |= old.get("how", {})
     default = TowerSettings()
     filled = {

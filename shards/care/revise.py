@@ -47,6 +47,7 @@ def revise(shard: Path, commit: CommitRecord, correct: Correct) -> CommitRecord:
         if not revised:
             return commit
         folder = shard.parent / ".repair"
+        # of an attempt that was killed before its commit record: nothing there is needed
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         beside = folder / shard.name
@@ -87,6 +88,7 @@ def _corrected(tar: Tar, sample: SampleRecord, correct: Correct) -> SampleMeta |
     if fault_of_json(sample.key, data):
         return None
     meta = correct(SampleMeta.from_json(json.loads(data)))
+    # compared as bytes: only what would be written otherwise is written
     return None if canonical_json(meta.to_json()) == data else meta
 
 

@@ -51,6 +51,7 @@ def verify(
         # threads: hashing and reading release the lock
         for found in pool.map(lambda name: check_shard(inventory, name, deep, seen), names):
             damages += found
+    # the catalogue is compared with the records only where these can be trusted
     sound = not any(
         damage.file.endswith((".tar", ".done")) or damage.file == "plan.json" for damage in damages
     )
@@ -77,6 +78,7 @@ def check_shard(
         if commit:
             damages += _check_samples(path, commit, deep)
             damages += _check_index(path, commit.samples)
+        # without a record the manifest's sha256 alone can tell, and that takes reading every byte
         elif deep and not is_as_listed(inventory, name):
             what = "is not as bank.json has it, and its commit record is lost"
             damages.append(Damage(file, what, "encode"))

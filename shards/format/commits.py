@@ -16,6 +16,7 @@ from shards.format.plan import Plan
 from shards.format.quarantine import QuarantineEntry
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
 
+# the token may be missing: a writer without a lease (of repair) has none
 ATTEMPT_FILE = re.compile(
     r"(.+\.tar)(?:\.[0-9a-f]+)?\.(part|journal|record|index|holder|lease)(?:\.tmp)?"
 )

@@ -79,6 +79,7 @@ def _member(kind: type[Enum], value: object, where: str) -> Enum:
 
 
 def _items(origin: type, args: tuple[Any, ...]) -> Reader:
+    # tuple[int, int] has a length, tuple[int, ...] has none
     fixed = origin is tuple and args[-1] is not Ellipsis
     readers = [_reader(one) for one in args if one is not Ellipsis]
 
@@ -110,6 +111,7 @@ def _mapping(key_kind: type, value_kind: Any) -> Reader:
 def _record(kind: Any) -> Reader:
     hints = get_type_hints(kind)
     readers = {field.name: _reader(hints[field.name]) for field in dataclasses.fields(kind)}
+    # a default of None is a field that may be absent; any other default was a choice at its time
     needed = {field.name for field in dataclasses.fields(kind) if field.default is not None}
 
     def read(value: object, where: str) -> Any:

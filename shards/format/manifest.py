@@ -40,6 +40,7 @@ class TowerFacts:
     @classmethod
     def of(cls, plan: Plan, commits: Sequence[CommitRecord]) -> "TowerFacts":
         """Return the facts on a bank's tower in its plan and commit records."""
+        # the first stream of any sample: all have one width
         streams = (s for commit in commits for one in commit.samples for s in one.streams.values())
         first = next(streams, None)
         return cls(plan.tower.name, first.shape[-1] if first else 0)

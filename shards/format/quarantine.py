@@ -175,6 +175,7 @@ def read_quarantine(place: str | Path) -> list[QuarantineEntry]:
         try:
             entry = QuarantineEntry.from_line(line)
         except (ValueError, KeyError, TypeError):
+            # without a line end: cut off while it was written
             if number == len(lines):
                 break
             raise UserError(

@@ -114,6 +114,7 @@ class Bank:
         """
         files = open_files(path)
         manifest, columns = (load_partial if allow_partial else load)(files)
+        # when the bank is opened, not at the first read hours later
         refuse_missing_shards(files, manifest.shards)
         return cls(files, open_beside(files, manifest, columns))
 
@@ -201,6 +202,7 @@ class Bank:
             out = np.empty((len(wanted), *cells), codec.stored_dtype)
         assert out.shape == (len(wanted), *cells), (out.shape, len(wanted), cells)
         assert out.dtype == codec.stored_dtype
+        # bytes are read into it as they are
         assert out.flags.c_contiguous
         if codec.name == "int8":
             some = self.read_int8(row, stride, wanted)

@@ -48,6 +48,7 @@ class Banks:
                 raise UserError(
                     f"{first.where} and {other.where} cannot be joined: {'; '.join(lines)}"
                 )
+            # each pair: which bank a clip is read from must not depend on their order
             for earlier in [] if apart else self.banks[:number]:
                 _refuse_common_clips(earlier, other)
 

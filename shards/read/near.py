@@ -76,6 +76,7 @@ class NearIds:
         name = plain_name(id_)
         begin = int(np.searchsorted(self._sorted, hash(name)))
         end = int(np.searchsorted(self._sorted, hash(name), side="right"))
+        # bounded: "frame" or "video" may be the name of a million clips
         found = [self._id(int(k)) for k in self._order[begin : min(end, begin + MOST)]]
         found = [other for other in found if plain_name(other) == name]  # hashes may collide
         return sorted(found, key=lambda other: (_distance(difference(id_, other)), other))[:most]
@@ -131,5 +132,6 @@ def _tail(one: str, other: str) -> int:
 
 
 def _distance(found: Difference) -> int:
+    # 4: a folder less in common weighs more than a difference in writing
     folders = len(found.wanted_folder.split("/")) + len(found.banked_folder.split("/"))
     return 4 * folders + sum(map(int, found[2:]))

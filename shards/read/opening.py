@@ -28,6 +28,7 @@ def load(files: Files) -> tuple[Manifest, Columns]:
     """
     seen = []
     for left in reversed(range(TRIES)):
+        # the manifest first: it has the checksums that its catalogue must have
         manifest = read_manifest(files)
         seen.append(manifest)
         try:
@@ -43,6 +44,7 @@ def load(files: Files) -> tuple[Manifest, Columns]:
 def _diagnosis(files: Files, manifest: Manifest, error: CatalogueMismatch, written: bool) -> str:
     """Return the most likely cause of a catalogue that does not match its manifest."""
     writer = writer_of(files)
+    # a manifest that changed between two tries has a writer, even if its lock is not seen here
     if writer or written:
         return (
             f"{files.where}: is being written{f' by {writer}' if writer else ''}, its catalogue and "
@@ -81,6 +83,7 @@ def load_partial(files: Files) -> tuple[Manifest, Columns]:
     # read after the records: a run that finished meanwhile is opened as a whole bank
     finished = read_small(files, "bank.json")
     shards = [commit for commit in commits if commit.samples]
+    # as many shards as the manifest lists: nothing was made since
     if finished and len(Manifest.from_json(finished, files.where).shards) == len(shards):
         return load(files)
     shards_dir = f"{files.where}/shards"

@@ -84,6 +84,7 @@ class SplicedClip:
             end=first.end,
             timestamps=np.concatenate([info.timestamps for info in infos]),
             frame_index=np.concatenate([info.frame_index for info in infos]),
+            # of the first part, for whoever asks about the whole; each frame is placed by its own part
             display_size=first.display_size,
             patch_grid=first.patch_grid,
             covered=first.covered,
@@ -168,6 +169,7 @@ def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, f
     if end > info.duration + SLACK:
         what = f"{where}: ends at {end:g} s, after its clip"
         raise RowError(REASON, what, expected=f"at most {info.duration:.3f}")
+    # within SLACK: the part ends with its clip
     end = min(end, info.duration)
     times = info.timestamps - info.start
     first, last = frames_between(times.tolist(), start, end)

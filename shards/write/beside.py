@@ -27,6 +27,7 @@ def pair(bank: Path, command: str) -> list[str]:
 
     Does nothing for a bank without sides. What was compared, and is as it was, is not compared again.
     """
+    # an unfinished bank is paired when it is finished
     if not sides_of(bank) or not (bank / "bank.json").exists():
         return []
     with folder_lock(bank, command):
@@ -49,6 +50,7 @@ def pair(bank: Path, command: str) -> list[str]:
                 sides += [old] if old else []  # readers see that it is out of date, and say so
             else:
                 sides.append(now)
+        # written only if it says something else: a run with nothing to do changes no file
         if there is None or sides != [*there]:
             write_sides(bank, sides)
         return problems

@@ -50,6 +50,8 @@ def finish(
     commits = read_commits(out, plan) if commits is None else commits
     served = plan.served()
     columns = build_columns(out / "shards", commits, plan.features.strides, served)
+    # -- catalogue, quarantine, manifest: in this order, so that each is there
+    # before the next one needs it
     write_columns(out / "index.zarr", columns)
     banked = {key for one in commits for key in one.keys if served.get(key) == one.unit}
     # before the manifest: a bank that is declared complete must already say what it lacks

@@ -86,6 +86,7 @@ def read_journal(shard: Path, unit: int, fingerprint: str, token: str = "") -> W
     disk and earlier ones not.
     """
     written, part = Written(), part_path(shard, token)
+    # both: lines about samples that are not there prove nothing
     if not journal_path(shard, token).exists() or not part.exists():
         return written
     lines = journal_lines(shard, token)
@@ -126,6 +127,7 @@ def take_part(shard: Path, old: str, new: str, nbytes: int, over: bool) -> None:
     """
     source, target = part_path(shard, old), part_path(shard, new)
     if over:
+        # an ended holder writes no more: its file is taken as it is, without a copy
         os.replace(source, target)
         return
     with open(source, "rb") as file, open(target, "wb") as copy:

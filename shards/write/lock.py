@@ -120,6 +120,7 @@ def folder_lock(
     folder.mkdir(parents=True, exist_ok=True)
     over = threading.Event()
     with _acquired(folder, fix) as file:
+        # emptied only now that it is ours: before it named its holder
         file.truncate(0)
         file.write(json.dumps(asdict(Writer.here(command)), sort_keys=True) + "\n")
         file.flush()
@@ -128,6 +129,8 @@ def folder_lock(
             yield
         finally:
             over.set()
+            # while it is still locked: whoever has opened it meanwhile sees that the name leads
+            # elsewhere, and tries again
             lock_path(folder).unlink(missing_ok=True)
 
 
