@@ -60,6 +60,7 @@ class Measure:
     def epoch(self, number: int) -> Lengths:
         """Return the lengths of an epoch's records."""
         dataset, settings = self.dataset, self.settings
+        # a dataset of spliced records alone has no others, whose empty columns could not be joined
         lots = [self._read] if self._read.clips.record.size or not dataset.splices else []
         lots += [self._spliced(part, number) for part in dataset.parts if part.splice]
         text, supervised, *apart = widened([lot.counts for lot in lots]).T
@@ -78,6 +79,7 @@ class Measure:
         ratio = exact_ratio(settings.slow_frame_ratio)
         if settings.newline_tokens:
             media = np.bincount(clips.record[clips.first], minlength=len(text))
+            # below 0 is UNWRITABLE, which stays what it is
             newlines = np.where(text < 0, 0, media * settings.newline_tokens)
             text = text + newlines
             if apart:  # they are among the tokens that all turns see

@@ -68,6 +68,7 @@ class BadRecords:
         """
         dropped: dict[str, RowError] = {}
         for error in errors:
+            # the first fault of a record is the one that is listed
             if self._may_drop(error):
                 dropped.setdefault(error.place, error)
                 continue

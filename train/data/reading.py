@@ -84,8 +84,11 @@ class Reading:
             chosen=part.chosen,
             folders=part.folders,
         )
+        # a row with several faults is one bad row: the limit counts rows
         rows = len(read) + len({error.place for error in errors})
         kept = []
+        # None: records are read all the same, so that their faults are told
+        # together with those of the banks
         if banks is not None:
             missing = settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)

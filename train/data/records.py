@@ -166,6 +166,7 @@ def duration_before(record: Record, durations: Sequence[float], turn: int) -> fl
 
 def task_of(record: Record) -> int:
     """Return the index in `TASKS` of a record's first answer that is more than text; 0 if none is."""
+    # a dialogue counts as its first answer with coordinates: losses by task are per record, not per turn
     return next((kind for kind in _kinds(record) if kind), 0)
 
 
@@ -189,6 +190,7 @@ def made_independent(record: Record) -> Record:
     questions = record.turns[roles[0] == "system" :]
     first, texts = questions[0].text, [turn.text for turn in questions[1:]]
     got = expected = ""
+    # -- alone, each question needs its answer, and all need the media, which only the first one has
     if roles[-len(questions) :] != ["user", "assistant"] * (len(questions) // 2):
         got, expected = ", ".join(roles), "user, assistant, user, assistant, ..."
     elif any(
@@ -211,6 +213,7 @@ def one_by_one(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     system = tuple(turns[: turns[0].role == "system"])
     questions, answers = turns[len(system) :: 2], turns[len(system) + 1 :: 2]
     first = questions[0].text
+    # as text, tags and all: a record of that question alone would be written so
     media = first[: _media_end(first)]
     asked = [questions[0], *(Turn("user", media + turn.text) for turn in questions[1:])]
     return [(*system, *pair) for pair in zip(asked, answers, strict=True)]

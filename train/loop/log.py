@@ -234,6 +234,7 @@ def banner(
             f"LAPE      on: {config.num_temporal_tokens} temporal, {config.num_spatial_tokens} spatial "
             f"tokens, preset {config.lape_preset}; tables, gradients and moments take {extra:.1f} MB more"
         )
+        # NaN, which is unequal to itself: nothing was measured
         if ratio == ratio:
             lines.append(f"          positions / features by RMS at gamma 1: {ratio:.2f}")
     else:

@@ -31,6 +31,7 @@ def pointed(text: str, question: str) -> Places:
     marks = [piece for piece in split_markup(text) if not isinstance(piece, str)]
     letters = "".join("tyx"[mark.axis] for mark in marks)
     numbers = [mark.value for mark in marks]
+    # a model without coordinate tokens writes numbers: they are read by the same rules as for its score
     if not marks:
         letters, numbers = written_plainly(text)
     spans: list[tuple[float, float]] = []

@@ -62,6 +62,7 @@ def report_of(predictions: Sequence[Prediction]) -> Json:
     about, said = [p.asked for p in predictions], [p.answer for p in predictions]
     scores = [score(*pair) for pair in zip(about, said, strict=True)]
     report: Json = {"answers": len(predictions), "tasks": summarise_scores(about, said, scores)}
+    # by kind: limits of answers are, too
     if cut := Counter(p.asked.kind for p in predictions if p.cut):
         report["cut"] = dict(cut)
     constant = constant_span(about)

@@ -24,6 +24,7 @@ def folded(text: str) -> str:
 
 def number_of(text: str) -> float | None:
     """Return the value of a text that is nothing but a number, in digits or in words."""
+    # the whole text: "3 of them" asks for more than a number
     match = _NUMBER.fullmatch(_plain(folded(text)))
     return _value(match[0]) if match else None
 
@@ -63,12 +64,14 @@ def letter_of(answer: str, options: Sequence[str]) -> str | None:
     letters = string.ascii_uppercase[: len(options) or 26]
     if texts.count(folded(said)) == 1:
         return letters[texts.index(folded(said))]
+    # how chat models begin: "The correct answer is: B."
     lead = r"(?:(?:the|my|best|correct|answer|option|choice|is)\b[:\s]*)*"
     match = re.fullmatch(rf"(?is){lead}\(?([A-Z])(?:[.):,]+(.*))?", said)
     if not match or match[1].upper() not in letters:
         return None
     letter, text = match[1].upper(), folded(match[2] or "")
     own = dict(zip(letters, texts, strict=False)).get(letter, "")
+    # a letter with another option's text is two answers
     return letter if text in ("", own) else None
 
 

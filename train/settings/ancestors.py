@@ -79,6 +79,7 @@ class Process:
                 words[start : start + 1] and words[start].startswith("-") and words[start] != "-m"
             ):
                 start += 1
+            # -m NAME: the module is the program
             words = words[start + (words[start : start + 1] == ("-m",)) :]
         return (_name(words[0]), *words[1:]) if words else ()
 
@@ -112,6 +113,7 @@ def holders() -> list[Process]:
     for process in ancestors():
         if process.launches() is not None:
             group = process.group  # torchrun's workers are sessions of their own
+        # the sweep alone: what is above it ends the sweep, which ends its runs
         elif process.is_sweep():
             return [*found, process]
         elif not process.is_shell() or in_background or process.group != group:
