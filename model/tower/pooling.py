@@ -33,7 +33,7 @@ class BatchEncoder(Protocol):
 
     def batch_shape(self, frames: int, batch_frames: int) -> int: ...
 
-    def encode(self, frames: np.ndarray, *, shape: int) -> Tensor: ...
+    def encode(self, frames: np.ndarray, *, shape: int, threads: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Pooling:
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            patches = self.tower.encode(frames, shape=self.shape)
+            patches = self.tower.encode(frames, shape=self.shape, threads=self.threads)
         finally:
             torch.set_num_threads(others)
         event = torch.cuda.Event() if patches.is_cuda else None

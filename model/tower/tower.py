@@ -4,28 +4,27 @@ tower = Tower.load("google/siglip-so400m-patch14-384", layer=-2)
 patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 1152)
 """
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, logging
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.utils import cached_file
+from transformers import AutoConfig, logging
 
 from model.llm import tower_digest
+from model.tower.forward.hidden import hidden_state
 from model.tower.inlet import Inlet
 from model.tower.pixels import Pixels
 from model.tower.pooling import Pooling
 from model.tower.precision import DTYPES
+from model.tower.processor import load_processor
+from model.tower.side_by_side import side_by_side
 from model.tower.trial import check_processor
 from model.tower_kinds import Layer, TowerKind, find_kind, named, patch_of
 from shards.errors import UserError, first_line
@@ -125,18 +124,25 @@ class Tower:
         return self.pixels.covered(height, width, self.patch)
 
     def encode(
-        self, frames: np.ndarray, batch_frames: int = 16, shape: int | None = None
+        self,
+        frames: np.ndarray,
+        batch_frames: int = 16,
+        shape: int | None = None,
+        threads: int = 1,
     ) -> Tensor:
         """Return the patch grid of each unit: fp32 `(units, patch_rows, patch_cols, width)`.
 
         frames: uint8 `(frames, height, width, 3)` at the tower's size. shape: frames of a batch, given
         where these frames are a part of a longer clip; else it follows from their number alone.
+        threads: on a CPU, the parts of a batch that are encoded side by side.
         """
         # kernels round differently for other batch shapes: were clips mixed in a batch, a clip's features
         # would depend on its neighbours
         shape = shape or self.batch_shape(len(frames), batch_frames)
         cuts = range(0, len(frames), shape)
-        return torch.cat([self.encode_batch(frames[cut : cut + shape], shape) for cut in cuts])
+        return torch.cat(
+            [self.encode_batch(frames[cut : cut + shape], shape, threads) for cut in cuts]
+        )
 
     def batch_shape(self, frames: int, batch_frames: int) -> int:
         """Return the frames of a batch for a clip of `frames`.
@@ -152,11 +158,11 @@ class Tower:
         most = max(1, batch_frames // self.frames_per_unit)
         return min(1 << (units - 1).bit_length(), most) * self.frames_per_unit
 
-    def encode_batch(self, frames: np.ndarray, shape: int) -> Tensor:
+    def encode_batch(self, frames: np.ndarray, shape: int, threads: int = 1) -> Tensor:
         """Return the patch grids of up to `shape` frames: fp32 `(units, rows, cols, width)`.
 
         The batch is filled with black frames to its shape, unless frames attend to each other; the last
-        frame is repeated to fill its unit.
+        frame is repeated to fill its unit. threads: see `encode`.
         """
         assert 1 <= len(frames) <= shape
         each = self.frames_per_unit
@@ -167,7 +173,15 @@ class Tower:
         # black frames would be half of the last unit's content; Qwen's processors
         # repeat the last frame too
         filled[len(frames) : units * each] = frames[-1]
-        return self.patches(self.normalise(filled))[:units]
+        # frames of a window attend to each other, and a GPU has parallelism of its own
+        whole = self.window or self.device.type != "cpu"
+        parts = 1 if whole else math.gcd(shape // each, threads)
+        if parts == 1:
+            return self._forward(filled)[:units]
+        return side_by_side(self._forward, filled, parts)[:units]
+
+    def _forward(self, frames: np.ndarray) -> Tensor:
+        return self.patches(self.normalise(frames))
 
     def features(
         self,
@@ -215,8 +229,8 @@ class Tower:
         if self.kind.encode:
             encode = named(self.kind.encode)
             return encode(self.model, pixels, self.layer).float()
-        output = self.model(pixel_values=pixels, output_hidden_states=True)
-        hidden = output.hidden_states[self.layer]
+        assert isinstance(self.layer, int), "no merger without a function that reads it"
+        hidden = hidden_state(self.model, self.layer, pixel_values=pixels)
         prefix = self.kind.prefix_tokens + getattr(self.model.config, "num_register_tokens", 0)
         grid = [side // self.patch for side in pixels.shape[2:]]
         return hidden[:, prefix:].unflatten(1, grid).float()  # frames, rows, cols, width
@@ -251,7 +265,7 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
     if kind.inside and getattr(config, "vision_config", None) is not None:
         part = {"config": config.vision_config, "key_mapping": dict.fromkeys(kind.inside, "")}
     try:
-        processor = _load_processor(name)
+        processor = load_processor(name)
         with _without_report():
             model, found = named(kind.model).from_pretrained(
                 name,
@@ -268,62 +282,6 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
             f"{min(found['missing_keys'])}; download it again"
         )
     return processor, model.requires_grad_(False).eval()
-
-
-AS_PILLOW: dict[str, tuple[str, dict[str, Any]]] = {
-    "DINOv3ViTImageProcessor": ("ViTImageProcessorPil", {}),
-    "VJEPA2VideoProcessor": ("BitImageProcessorPil", {"crop_size": {"height": 256, "width": 256}}),
-}
-"""Image processors that exist with torchvision only -> a Pillow one of the same steps, and its defaults
-that differ. DINOv3's resizes without rounding to whole levels, which Pillow does: at most one level
-apart."""
-IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, "resample": 2}
-PROCESSOR_FILES = "preprocessor_config.json", "video_preprocessor_config.json"
-STEPS = {"size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std"}
-
-
-def _load_processor(name: str) -> Any:
-    """Return a tower's image processor, whose values are read; its arithmetic is Pillow's."""
-    if processor := _as_pillow(name):
-        return processor
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-    except ImportError:  # transformers before 5.9
-        raise UserError(
-            f"transformers {transformers.__version__} reads no image processor without torchvision",
-            where=f"tower {name}",
-            fix="pip install torchvision, or 'transformers>=5.9'",
-        ) from None
-    if getattr(processor, "crop_to_patches", False):  # tiles are for pictures: a frame is one tile
-        processor.crop_to_patches = False
-    return processor
-
-
-def _as_pillow(name: str) -> Any:
-    """Return the Pillow processor in place of one that exists with torchvision only, see `AS_PILLOW`."""
-    written = next(filter(None, map(partial(_written, name), PROCESSOR_FILES)), {})
-    kind = written.get("image_processor_type") or written.get("video_processor_type") or ""
-    if kind.removesuffix("Fast") not in AS_PILLOW:
-        return None
-    with_pillow, differing = AS_PILLOW[kind.removesuffix("Fast")]
-    given = {
-        key: value
-        for key, value in written.items()
-        if value is not None and (key in STEPS or key.startswith("do_"))
-    }
-    values = IMAGENET | differing | given
-    if kind.startswith("VJEPA2"):  # its class computes the size, whatever its file says
-        crop = values["crop_size"]
-        edge = crop if isinstance(crop, int) else crop["height"]
-        values["size"] = {"shortest_edge": int(edge * 256 / 224)}
-    return getattr(transformers, with_pillow)(**values)
-
-
-def _written(name: str, file: str) -> dict[str, Any]:
-    """Return a tower's JSON file; empty where there is none, or where the Hub cannot be reached."""
-    quietly = ("missing_entries", "connection_errors")
-    path = cached_file(name, file, **{f"_raise_exceptions_for_{what}": False for what in quietly})
-    return dict(json.loads(Path(path).read_text())) if path else {}
 
 
 def _check_layer(name: str, kind: TowerKind, layer: Layer, vision: Any) -> None:

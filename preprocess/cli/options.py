@@ -90,7 +90,7 @@ HOW = _all(
     click.option(
         "--tower-threads",
         type=click.IntRange(min=1),
-        help="CPU threads of the tower.  [default: the bank's, else 2]",
+        help="CPU threads of the tower, each with its part of a batch.  [default: the bank's, else 2]",
     ),
     DEVICE,
     click.option("--allow-truncated", is_flag=True, help=ALLOW_TRUNCATED),

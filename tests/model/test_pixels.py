@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil, SiglipImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from model.tower.forward.qwen import patchify
 from model.tower.pixels import OwnSize, Pixels
-from model.tower.qwen import patchify
 from model.tower.tower import Tower
 from model.tower_kinds import find_kind
 from shards.errors import UserError

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from model.llm import own_tower_digest
-from model.tower.qwen import patch_order, patchify
+from model.tower.forward.qwen import patch_order, patchify
 from model.tower.tower import Tower
 from shards.errors import UserError
 
@@ -150,6 +150,7 @@ def test_every_layer_can_be_taken(
         assert torch.equal(at(layer), found[layer])
     for blocks in (2, 1):
         tower.model.blocks = tower.model.blocks[:blocks]
+        tower.model.config.depth = blocks
         assert torch.equal(at(-1), found[blocks])
     visual, place = models[kind].model.visual, torch.from_numpy(patch_order(6, 10, 2, 0))
     with torch.no_grad():

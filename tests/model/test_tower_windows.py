@@ -24,7 +24,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 )
 
 from model.config import VLMConfig
-from model.tower.naflex import lay_out
+from model.tower.forward.naflex import lay_out
 from model.tower.pixels import MostPatches, Pixels
 from model.tower.tower import Tower
 from model.tower_kinds import frame_flops, mixes_frames

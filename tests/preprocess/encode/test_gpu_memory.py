@@ -26,6 +26,12 @@ from shards.signed import read_signed_json
 
 
 @pytest.fixture
+def toy_options(toy_options: EncodeOptions) -> EncodeOptions:
+    """With one forward for a batch, as on a GPU."""
+    return replace(toy_options, tower_threads=1)
+
+
+@pytest.fixture
 def tower(toy_options: EncodeOptions) -> Tower:
     return load_tower(toy_options)
 
@@ -125,10 +131,10 @@ def test_a_bank_that_holds_clips_is_left_as_it_is_and_goes_on_as_told(
     clips = find_clips([str(toy / "videos")]).clips
     out.mkdir()
     plan = make_plan(out, clips, tower, options)[0].plan
-    passed = tower.model.register_forward_hook(lambda *_: hold_at_most(tower, 4))
+    first = tower.model.register_forward_pre_hook(lambda *_: hold_at_most(tower, 4))
     with pytest.raises(GpuMemoryError, match="encode with --batch-frames 4"):
         execute(out, plan, clips, tower, options)
-    passed.remove()
+    first.remove()
     kept = {path.name: path.read_bytes() for path in (out / "shards").iterdir()}
     assert sorted(kept) == [f"bank-000000.{end}" for end in ("done", "tar", "tar.idx")]
     run(toy, out, tower, replace(options, batch_frames=4))

@@ -27,7 +27,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from model.family.conformance import admit
 from model.generate import Cached, generate
-from model.tower.qwen import patchify
+from model.tower.forward.qwen import patchify
 from model.tower.tower import Tower
 from model.vlm import VLM
 from preprocess.encode.run import EncodeOptions, encode

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.tower.forward.hidden import hidden_state
 from model.tower_kinds import Layer, named_layers
 
 
@@ -33,8 +34,8 @@ def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
         earlier = output.deepstack_features if named_layers(layer) else []
         tokens = torch.cat([*earlier, output.pooler_output], dim=-1)
         return tokens.reshape(units, rows // merge, cols // merge, -1)
-    output = model(patches, grid_thw=sizes, output_hidden_states=True)
-    hidden = output.hidden_states[layer].unflatten(0, (units, rows * cols))
+    hidden = hidden_state(model, layer, patches, grid_thw=sizes)
+    hidden = hidden.unflatten(0, (units, rows * cols))
     window = getattr(config, "window_size", 0) // side // merge  # in blocks
     places = torch.from_numpy(patch_order(rows, cols, merge, window)).to(pixels.device)
     # scattered back: hidden states come in the order of blocks and windows, cells are row-major

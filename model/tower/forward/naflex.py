@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.tower.forward.hidden import hidden_state
 from model.tower_kinds import Layer
 
 
@@ -22,14 +23,9 @@ def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     shapes = torch.tensor([grid] * len(pixels), device=pixels.device)
     # the model asks for a mask; in a clip, whose frames have one shape, no patch is padding
     every = torch.ones(patches.shape[:2], dtype=torch.int32, device=pixels.device)
-    output = model(
-        pixel_values=patches,
-        pixel_attention_mask=every,
-        spatial_shapes=shapes,
-        output_hidden_states=True,
-    )
-    hidden: Tensor = output.hidden_states[layer]
-    return hidden.unflatten(1, grid)
+    assert isinstance(layer, int), "it has no merger"
+    known = {"pixel_attention_mask": every, "spatial_shapes": shapes}
+    return hidden_state(model, layer, pixel_values=patches, **known).unflatten(1, grid)
 
 
 def lay_out(config: Any, pixels: Tensor) -> Tensor:

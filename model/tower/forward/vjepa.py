@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from model.tower.forward.hidden import hidden_state
 from model.tower_kinds import Layer
 
 
@@ -14,6 +15,6 @@ def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     """
     config = model.config
     rows, cols = (length // config.patch_size for length in pixels.shape[2:])
-    output = model(pixel_values_videos=pixels[None], skip_predictor=True, output_hidden_states=True)
-    hidden: Tensor = output.hidden_states[layer][0]
-    return hidden.unflatten(0, (len(pixels) // config.tubelet_size, rows, cols))
+    assert isinstance(layer, int), "it has no merger"
+    hidden = hidden_state(model, layer, pixel_values_videos=pixels[None], skip_predictor=True)
+    return hidden[0].unflatten(0, (len(pixels) // config.tubelet_size, rows, cols))

@@ -1,0 +1,1 @@
+"""The forwards of vision towers: how each kind takes pixels, and where it ends."""
