@@ -178,6 +178,7 @@ def in_plain_numbers(answer: str) -> str:
 
     def written(match: re.Match[str]) -> str:
         letters, numbers = zip(*MARK.findall(match[0]), strict=True)
+        # GROUPS tells spans, times, points and boxes apart by the order of their axes
         parts, rest = [], list(numbers)
         for group in GROUPS.findall("".join(letters)):
             own, rest = rest[: len(group)], rest[len(group) :]

@@ -123,6 +123,7 @@ class Pixels:
             "mean": tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
             "std": tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
         }
+        # -- by what its values are, not by its name: processors of many classes resize alike
         if not size and hasattr(processor, "max_num_patches") and processor.do_resize:
             most = MostPatches(processor.patch_size, processor.max_num_patches)
             return cls(0, 0, False, crop=None, own_size=most, **values)
@@ -220,6 +221,7 @@ class Pixels:
         if self.own_size:
             return self.own_size.of(height, width)
         if self.pad:
+            # the longer side just fits
             scale = min(self.height / height, self.width / width)
             return max(1, round(height * scale)), max(1, round(width * scale))
         if not self.shortest_edge:
@@ -269,6 +271,7 @@ class Pixels:
         self.check(height, width)
         rows, cols = self.resized(height, width)
         out = np.empty((len(frames), *self.output_size(height, width), 3), np.uint8)
+        # the centre, rounded down, as transformers crops
         top, left = (rows - out.shape[1]) // 2, (cols - out.shape[2]) // 2
         if self.pad:
             # normalised, the mean colour is 0: padding is as little of a picture as can be

@@ -74,6 +74,7 @@ class Tower:
         vision = model.config
         _check_layer(name, kind, layer, vision)
         pixels = _pixels_of(name, processor, kind.side_of(vision))
+        # of the fp32 weights as loaded, before they are moved or converted: the same on every device
         digest = tower_digest(vision.to_dict(), model.state_dict())
         _to_device(model, dtype, device)
         tower = cls(
@@ -108,6 +109,7 @@ class Tower:
         """Choose the one of `FITS` that gives the processor of a bank's fingerprint, if one does."""
         if self.pixels.own_size or self.pixels.to_json() == processor:
             return
+        # pad and stretch fit any frame to any size; crop makes a square one alone
         fitted = [self.pixels.fitted(how) for how in ("pad", "stretch")]
         if self.pixels.height == self.pixels.width:
             fitted.append(self.pixels.fitted("crop"))
@@ -175,6 +177,7 @@ class Tower:
         filled[len(frames) : units * each] = frames[-1]
         # frames of a window attend to each other, and a GPU has parallelism of its own
         whole = self.window or self.device.type != "cpu"
+        # a divisor of both: equal parts have one shape, and so one rounding
         parts = 1 if whole else math.gcd(shape // each, threads)
         if parts == 1:
             return self._forward(filled)[:units]

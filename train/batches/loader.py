@@ -82,6 +82,7 @@ class Loader:
             return self.chat.encode(record.turns, durations, answer=answer)
         if answer is None:
             return encode_apart(self.chat, record, durations)
+        # the number of the question among those that are asked alone
         asked = sum(turn.role == "assistant" for turn in record.turns[:answer])
         alone = one_by_one(record.turns)[asked]  # as in training: without the turns before
         return self.chat.encode(alone, durations, answer=len(alone) - 1)

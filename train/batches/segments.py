@@ -68,6 +68,7 @@ class Segments:
 
     def cut(self, text: str) -> list[tuple[str, bool]]:
         """Return a turn's text as (piece, whether it spells a control token)."""
+        # nearly all texts: none spells a control token
         if text and not self._spelled.search(text):
             return [(text, False)]
         pieces, at = [], 0
@@ -127,6 +128,7 @@ class Segments:
             return ids
         if len(text) == 1:
             raise UserError(f"the tokenizer reads {text!a} as a control token; leave it out")
+        # in halves: the text stays as it is, only its tokens are shorter
         middle = len(text) // 2
         return [*self._plain(text[:middle], before), *self._plain(text[middle:], "")]
 

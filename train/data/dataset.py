@@ -158,6 +158,7 @@ def repeated_warnings(parts: Sequence[Part]) -> tuple[str, ...]:
         if part.independent:
             continue
         size = part.count // part.repeats
+        # spread over the file, not its first ones: files are often sorted by kind
         records = [part.record(0, k) for k in range(0, size, size // SAMPLED + 1)]
         found = sum(map(repeating, records))
         if found >= max(1, len(records) * WORTH_SAYING):

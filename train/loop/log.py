@@ -144,6 +144,7 @@ class RunLog:
 
 def _drop_stderr() -> None:
     """Discard stderr from now on: the terminal is closed, or `| tee` ended by the same Ctrl-C."""
+    # by the descriptor: libraries below Python write there, too
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stderr.fileno())
     os.close(nowhere)
@@ -156,6 +157,7 @@ def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
     """
     import wandb
 
+    # the id is kept in the folder: a resumed run goes on in the same curves
     path = output_dir / WANDB_ID
     if not (first_step and path.exists()):
         path.write_text(f"{secrets.token_hex(4)}\n")

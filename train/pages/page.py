@@ -35,6 +35,7 @@ def page(runs: Sequence[Run], *, refresh: int = 0) -> str:
 
     refresh: seconds after which a browser loads it again, 0 for never.
     """
+    # videos are read while sections are made: the readers end with them
     with ExitStack() as stack:
         album = Album.of(runs, stack)
         sections = [s for s in sections_of(runs, album) if s.body]
@@ -166,6 +167,7 @@ def sampled_note(runs: Sequence[Run]) -> list[str]:
 def document(
     runs: Sequence[Run], sections: Sequence[Section], notes: Sequence[str], refresh: int
 ) -> str:
+    # whatever stands in names, answers and paths is text: it must not become a part of the page
     title = escape(story.heading(runs))
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     live = "<p class='live' role='status'>Still training; this page loads itself again.</p>" * (

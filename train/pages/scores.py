@@ -100,6 +100,8 @@ class Reached:
     @property
     def beats(self) -> dict[str, float]:
         """What a run that has learned from the videos is better than, by what it is called."""
+        # what needs no look at the video, or no training: each is a way to a
+        # score without having learned
         named = {
             "a fixed guess": self.guess,
             "other clips' features": self.control("shuffled"),

@@ -79,6 +79,7 @@ def did_line(run: Run) -> str:
 
 def answers_line(run: Run, test: TestSet, where: str) -> list[str]:
     """Return which kinds of answers are better than what needs no video, the best known first."""
+    # in this order on the page: what was learned before what was not
     by: dict[str, list[Reached]] = {LEARNED: [], PERHAPS: [], NOT: []}
     for one in reached(run, test):
         if one.verdict:
@@ -97,6 +98,7 @@ def answers_line(run: Run, test: TestSet, where: str) -> list[str]:
 
 def versus(one: Reached) -> str:
     """Return a score beside the strongest thing that it has to beat."""
+    # the strongest of them, which decides the verdict
     best = min if one.kind.errs else max
     name, bar = best(one.beats.items(), key=lambda item: item[1])
     return (
@@ -186,6 +188,7 @@ def troubles_of(one: Reached) -> list[str]:
         found.append(
             "no record that it was trained on asks for it" if known is False else "not learned"
         )
+    # 1: scores that have no such share (choices, texts) are read whatever they say
     if entry.get("parsed", 1) < PARSED:
         found.append(f"{100 - 100 * entry['parsed']:.0f} % of the answers are not of its form")
     if cut := one.test.report.get("cut", {}).get(one.name):

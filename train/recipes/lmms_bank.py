@@ -73,6 +73,7 @@ class BankCollator(VisionCollator):
     def __call__(self, instances: Any) -> Any:
         batch = super().__call__(instances)
         ids = batch["input_ids"]
+        # 2: transformers' number for the tokens of a video, 1 for those of an image
         batch["mm_token_type_ids"] = 2 * (ids == self.processor.video_token_id).to(ids)
         return batch
 

@@ -260,6 +260,7 @@ def check(
 ) -> list[str]:
     """Return the problems of a config whose values have the right types, a line each."""
     problems = []
+    # -- what is missing, then what does not exist, then what does not go together
     for name in ("stage_path", "output_dir"):
         if not getattr(config, name):
             problems.append(f"{name}: missing; give --{name} PATH or set it in the YAML")

@@ -226,6 +226,7 @@ def _pointer_problem(folder: Path) -> str | None:
 def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
     """Return what is wrong with a folder's weight files, or None; must: whether it needs some."""
     names = {path.name for path in folder.iterdir()}
+    # safetensors first, as transformers takes them where a folder has both
     for index, one in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),

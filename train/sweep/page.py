@@ -64,6 +64,7 @@ def head(folder: Path) -> list[str]:
     # what encoding for each run would cost is said of the bank that the runs read
     main_bank = next((own for own in encoded if own[0].startswith(f"{folder}/bank:")), encoded[0])
     _, clips, seconds = main_bank
+    # two ways to do without a bank: encode for each run, or each time that a clip is trained on
     again = seconds * len(runs)
     seen = sum(map(clips_seen, runs))
     lines += [

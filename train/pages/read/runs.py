@@ -84,6 +84,7 @@ class Run:
 
     @cached_property
     def warnings(self) -> list[str]:
+        # a run that was resumed says the same warnings at each start
         return list(
             dict.fromkeys(line for word, line in SAID.findall(self.log) if word == "warning")
         )
