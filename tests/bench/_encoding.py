@@ -2,6 +2,7 @@
 
 python -m tests.bench._encoding loop TOWER FRAMES DTYPE OUT CLIP...     # a plain loop
 python -m tests.bench._encoding loader TOWER FRAMES DTYPE OUT CLIP...   # a DataLoader that decodes
+python -m tests.bench._encoding mixed TOWER FRAMES DTYPE OUT CLIP...    # batches of several clips' frames
 python -m tests.bench._encoding stages TOWER FRAMES DTYPE OUT CLIP...   # prints their CPU seconds as JSON
 """
 
@@ -11,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 STRIDES = (4, 8)
+MIXED = 256
 T = TypeVar("T")
 
 
@@ -49,32 +51,62 @@ class Decoded(torch.utils.data.Dataset[torch.Tensor]):
 def loop(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> None:
     """Decode, process, encode, pool and save a clip at a time, as everybody's first script does."""
     decoded = Decoded(tower, frames, clips)
-    encode(tower, dtype, out, clips, (decoded[k] for k in range(len(clips))))
+    model = vision(tower, dtype)
+    for k, clip in enumerate(clips):
+        torch.save(pooled(model, decoded[k]), out / f"{Path(clip).stem}.pt")
 
 
 def loader(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> None:
     """Do the same with a core's worth of workers that decode ahead, as the second script does."""
+    ahead, model = decoded_ahead(tower, frames, clips), vision(tower, dtype)
+    for clip, pixels in zip(clips, ahead, strict=True):
+        torch.save(pooled(model, pixels), out / f"{Path(clip).stem}.pt")
+
+
+def mixed(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> None:
+    """Fill batches of one size with frames of several clips, and write an archive of arrays.
+
+    The scheme of clip-video-encode: readers of their own, `MIXED` frames a batch, WebDataset files.
+    """
+    import webdataset
+
+    ahead, model = decoded_ahead(tower, frames, clips), vision(tower, dtype)
+    lengths, waiting, done = [], torch.empty(0), []
+    for pixels in ahead:
+        lengths.append(len(pixels))
+        waiting = torch.cat([waiting, pixels]) if len(waiting) else pixels
+        while len(waiting) >= MIXED:
+            done.append(pooled(model, waiting[:MIXED]))
+            waiting = waiting[MIXED:]
+    if len(waiting):
+        done.append(pooled(model, waiting))
+    with webdataset.TarWriter(str(out / "features.tar")) as writer:
+        parts = {s: torch.cat([one[s] for one in done]).split(lengths) for s in STRIDES}
+        for k, clip in enumerate(clips):
+            arrays = {f"{s}.npy": parts[s][k].numpy() for s in STRIDES}
+            writer.write({"__key__": Path(clip).stem, **arrays})
+
+
+def decoded_ahead(tower: str, frames: int, clips: list[str]) -> Iterable[torch.Tensor]:
     workers = len(os.sched_getaffinity(0))
     decoded = Decoded(tower, frames, clips)
-    ahead = torch.utils.data.DataLoader(decoded, batch_size=None, num_workers=workers)
-    encode(tower, dtype, out, clips, ahead)
+    return torch.utils.data.DataLoader(decoded, batch_size=None, num_workers=workers)
 
 
-def encode(
-    tower: str, dtype: str, out: Path, clips: list[str], decoded: Iterable[torch.Tensor]
-) -> None:
-    """Encode, pool and save clips as they come."""
+def vision(tower: str, dtype: str) -> Any:
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(tower, dtype=getattr(torch, dtype)).eval()
-    for clip, pixels in zip(clips, decoded, strict=True):
-        with torch.inference_mode():
-            output = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True)
-            patches = output.hidden_states[-2][:, 1:].float().transpose(1, 2)
-            side = round(patches.shape[2] ** 0.5)
-            planes = patches.unflatten(2, (side, side))
-            pooled = {s: F.avg_pool2d(planes, s, s, ceil_mode=True).half() for s in STRIDES}
-        torch.save(pooled, out / f"{Path(clip).stem}.pt")
+    return AutoModel.from_pretrained(tower, dtype=getattr(torch, dtype)).eval()
+
+
+@torch.inference_mode()
+def pooled(model: Any, pixels: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Return the cells of each frame, by stride, of the last hidden state but one."""
+    output = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True)
+    patches = output.hidden_states[-2][:, 1:].float().transpose(1, 2)
+    side = round(patches.shape[2] ** 0.5)
+    planes = patches.unflatten(2, (side, side))
+    return {s: F.avg_pool2d(planes, s, s, ceil_mode=True).half() for s in STRIDES}
 
 
 def stages(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> dict[str, float]:
@@ -132,5 +164,5 @@ def stages(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> 
 
 if __name__ == "__main__":
     what, tower, frames, dtype, out, *clips = sys.argv[1:]
-    run = {"loop": loop, "loader": loader, "stages": stages}[what]
+    run = {"loop": loop, "loader": loader, "mixed": mixed, "stages": stages}[what]
     print(json.dumps(run(tower, int(frames), dtype, Path(out), clips)))

@@ -2,8 +2,9 @@
 
 Whole processes, start-up counted: wall and CPU seconds, ours over a plain loop's (decord ->
 transformers' processor -> model -> pool -> torch.save) in float32, as it comes, and in the same
-arithmetic; over the same with a DataLoader's workers to decode; and over the CPU seconds of decoding,
-tower and writing alone / cores. All read the same clips; those that decord cannot are named.
+arithmetic; over the same with a DataLoader's workers to decode, and with batches of several clips'
+frames, as clip-video-encode has them; and over the CPU seconds of decoding, tower and writing alone /
+cores. All read the same clips; those that decord cannot are named.
 FRAMEBANK_CLIPS and FRAMEBANK_MODELS (as `preprocess realmodels` makes them) name the folders,
 FRAMEBANK_ENCODING_FRAMES other numbers of frames than 16,64.
 """
@@ -40,8 +41,8 @@ def run() -> list[dict[str, object]]:
         plain = peer("loop", tower, frames, "float32", read)
         for dtype in DTYPES:
             same = plain if dtype == "float32" else peer("loop", tower, frames, dtype, read)
-            workers = peer("loader", tower, frames, dtype, read)
-            rows.append(row(tower, frames, dtype, read, (plain, same, workers)))
+            others = [peer(what, tower, frames, dtype, read) for what in ("loader", "mixed")]
+            rows.append(row(tower, frames, dtype, read, (plain, same, *others)))
     return rows
 
 
@@ -50,10 +51,11 @@ def row(
     frames: int,
     dtype: str,
     clips: list[str],
-    peers: tuple[Seconds, Seconds, Seconds],
+    peers: tuple[Seconds, ...],
 ) -> dict[str, object]:
-    """Return ours beside a plain loop in float32, one in the same arithmetic, and one with workers."""
-    plain, same, workers = peers
+    """Return ours beside a plain loop in float32, one in the same arithmetic, one with workers, and one
+    that mixes clips in a batch."""
+    plain, same, workers, mixed = peers
     with TemporaryDirectory() as out:
         asked = ["--tower", tower, "--frames", str(frames), "--tower-dtype", dtype]
         words = ["encode", *clips, "--out", f"{out}/bank", "--device", "cpu", *asked]
@@ -72,13 +74,15 @@ def row(
         "wall / plain, same dtype": wall / same[0],
         "wall / DataLoader, same dtype": wall / workers[0],
         "CPU / DataLoader, same dtype": cpu / workers[1],
+        "wall / mixed batches, same dtype": wall / mixed[0],
+        "CPU / mixed batches, same dtype": cpu / mixed[1],
         **{f"{stage} s": seconds for stage, seconds in alone.items()},
         "wall / (stages / cores)": wall / (sum(alone.values()) / cores),
     }
 
 
 def peer(what: str, tower: str, frames: int, dtype: str, clips: list[str]) -> Seconds:
-    """Return the seconds of a plain loop, or of one with a DataLoader's workers."""
+    """Return the seconds of one of `_encoding`'s other ways to the same features."""
     with TemporaryDirectory() as out:
         words = [what, tower, str(frames), dtype, out, *clips]
         return timed(["-m", "tests.bench._encoding", *words])[:2]
