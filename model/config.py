@@ -114,7 +114,7 @@ class ModelSettings:
         ),
     )
     # a published projector was trained on single patches: pooling its output is not pooling its
-    # input, since GELU lies between
+    # input, since GELU is between
     pool_after_projector: bool = setting(
         False,
         "pool 2x2 banked cells to one token after the projector, bilinearly, as LLaVA-OneVision does",

@@ -96,7 +96,7 @@ class Cached:
         model = self.model
         read = self.positions.shape[1] - self.batch.input_ids.shape[1]
         # prompts differ in length and are padded on the right: a new token's position is its
-        # record's, while in the cache it lies behind the padding
+        # record's, while in the cache it is behind the padding
         at = self.batch.lengths + read
         self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1])], dim=1)
         self.positions = torch.cat([self.positions, at[:, None]], dim=1)

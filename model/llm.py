@@ -190,7 +190,7 @@ def _load_base(named: LlmBase, named_in: str | Path, base: LlmBase | None) -> An
         )
     dtype = getattr(torch, base.dtype)
     if base.merged:
-        # merged again in the dtype of training, since sums in another dtype round to other weights
+        # merged once more in the dtype of training, since sums in another dtype round to other weights
         return load_llm(base.path, dtype).merge_and_unload()
     return _load_plain(base.path, dtype)
 

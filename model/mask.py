@@ -131,7 +131,7 @@ class Reach:
         else:
             return start
         if others is not None:
-            # keys of other turns lie between: a window that reaches over them goes on as far before them
+            # keys of other turns are between: a window that reaches over them goes on as far before them
             first, behind = others
             near = torch.where(near < behind, near - (behind - first), near)
         return torch.maximum(start, torch.minimum(near, frame_start)).to(start.dtype)

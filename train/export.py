@@ -74,7 +74,7 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
     # the LLM alone: the parts beside it are small, and stay fp32
     for weight in model.llm.parameters():
         weight.data = weight.data.to(getattr(torch, dtype))
-    # an export has no run.json: how long records were is said in its README, or nobody would know
+    # an export has no run.json: its README says how long records were
     limit = token_limit(trained_with(run) or {})
     # beside the target, so that the renaming stays on one disk
     aside = out.resolve().with_name(f"{out.resolve().name}.tmp")  # renamed once it is complete

@@ -101,7 +101,7 @@ class _Decoded(MoeModelOutputWithPast):
     """A decoder's output with hidden states only; every other field reads as None."""
 
     def __getattr__(self, name: str) -> None:
-        # copy and pickle ask for such names, and must be told that there are none
+        # copy and pickle ask for such names, and must learn that there are none
         if name.startswith("_"):
             raise AttributeError(name)
         return None

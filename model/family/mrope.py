@@ -97,7 +97,7 @@ def mrope_positions(
         extent = 0
         times = time_positions([frame.seconds for frame in run], tokens_per_second)
         for frame, time in zip(run, times, strict=True):
-            # a coarse frame covers the same picture: its cells lie further apart, not in a corner of it
+            # a coarse frame covers the same picture: its cells are further apart, not in a corner of it
             step = max(frame.grid.stride // unit, 1)
             rows, cols = np.indices((frame.grid.rows, frame.grid.cols)).reshape(2, -1) * step
             ends = np.asarray([[frame.grid.rows * step], [frame.grid.cols * step]])

@@ -60,7 +60,7 @@ def quantile(shares: Tensor, level: float) -> Tensor:
     Anchor i's share is spread evenly over [i - 1, i + 1], what is beyond the axis put on its end. The
     median of two equal neighbours is then their mean, and every quantile is in [0, bins - 1].
     """
-    # half of an anchor's share is on either side of it, so up to anchor i lies cumsum(i) - share(i) / 2
+    # half of an anchor's share is on either side of it: cumsum(i) - share(i) / 2 up to anchor i
     reached = shares.cumsum(dim=-1) - shares / 2
     low = ((reached <= level).sum(dim=-1, keepdim=True) - 1).clamp(0, shares.shape[-1] - 2)
     start, end = reached.gather(-1, low), reached.gather(-1, low + 1)

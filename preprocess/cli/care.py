@@ -81,7 +81,7 @@ def _tell_verified(
 
     if writer:
         click.echo(f"note: {writer} writes here; finished shards were checked")
-    # leftovers are told apart by the plan: with a damaged one everything would look like one
+    # leftovers are known by the plan: with a damaged one everything would look like one
     elif not any(damage.file in ("plan.json", "bank.json") for damage in damages):
         pieces = leftovers(read_inventory(bank))
         if pieces:

@@ -46,7 +46,7 @@ def forecast(
     plan, failed = changes.plan, read_entries(bank)
     served = plan.served()
     clips = [clip for clip in plan.clips if clip.key in served]
-    # failed ones are not tried again by encode
+    # encode leaves failed ones alone
     todo = [clip for clip in _todo(bank, plan) if clip.id not in failed]
     frames = sum(clip.frames or 0 for clip in clips)
     done = sum(committed(bank, unit) for unit in range(len(plan.units)))

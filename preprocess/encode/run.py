@@ -96,7 +96,7 @@ def encode_clips(
     """
     seen = plan_as_read(out, seen)
     how: dict[str, Any] = {"procs": procs, "decoders": decoders, "prune": prune}
-    # -- the bank first, then what lies beside it: sides take the clips that the bank serves by then
+    # -- the bank first, then what is beside it: sides take the clips that the bank serves by then
     own, beside = shared_out(out, seen.plan, options)
     summary, changes = _encode_bank(found, out, own, seen, **how)
     for side in beside:

@@ -25,7 +25,7 @@ def matches(pattern: str) -> list[str]:
     if found:
         return files or found
     parts = Path(pattern).parts
-    # the deepest folder before the pattern: what lies there shows the typing mistake
+    # the deepest folder before the pattern: what is there shows the typing mistake
     plain = next(k for k, part in enumerate(parts) if glob.has_magic(part))
     above = Path(*parts[:plain]) if plain else Path()
     if not above.is_dir():

@@ -157,7 +157,7 @@ def _refuse_different(parts: Sequence[Part]) -> None:
     for part in parts[1:]:
         ours, theirs = first.plan.features.to_json(), part.plan.features.to_json()
         lines = differences(ours, theirs)
-        # one bank has one scale per channel: values stored by two scales cannot be told apart
+        # one bank has one scale per channel: values stored by two scales cannot be distinguished
         if first.plan.calibration != part.plan.calibration:
             lines.append(
                 "the scales of int8, which were calibrated separately: plan once, and copy plan.json"

@@ -96,7 +96,7 @@ def status(bank: Path) -> Status:
         found.dead += len(samples)
         found.dead_bytes += sum(sample.nbytes for sample in samples)
     found.dead_shards = dead_shards(inventory)
-    # what is needed cannot be told from what is left over with a damaged plan or manifest
+    # what is needed cannot be distinguished from what is left over with a damaged plan or manifest
     if not inventory.damages:
         try:
             pieces = leftovers(inventory)

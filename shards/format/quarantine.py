@@ -210,6 +210,6 @@ def update_quarantine(
     data = b"".join(entry.to_line() for entry in kept)
     if not kept:
         path.unlink(missing_ok=True)
-    # equal content is not written again: a run that finds nothing to do changes no file
+    # equal content is not rewritten: a run that finds nothing to do changes no file
     elif not path.exists() or data != path.read_bytes():
         write_atomic(path, data)

@@ -59,7 +59,7 @@ class Banks:
     def among(self, numbers: Sequence[int]) -> "Banks":
         """Return some of the banks, by index; raises UserError if two of them share a clip."""
         chosen = Banks([self.banks[k] for k in numbers])
-        # kept for messages: a clip that is not found here may lie in one of them
+        # kept for messages: a clip that is not found here may be in one of them
         chosen.beside = [bank for k, bank in enumerate(self.banks) if k not in numbers]
         return chosen
 

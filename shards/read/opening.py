@@ -51,7 +51,7 @@ def _diagnosis(files: Files, manifest: Manifest, error: CatalogueMismatch, writt
             "bank.json change; open it when the writer has finished"
         )
     repair = f"run `preprocess repair {files.where}`"
-    # three causes that look alike, told apart by what is wrong: a writer at
+    # three causes that look alike, distinguished by what is wrong: a writer at
     # work, mixed copies, lost files
     gone = [name for name, what in error.wrong.items() if what != "has another checksum"]
     if error.rows is not None and (error.rows != manifest.clips or len(error.wrong) > 2):

@@ -78,7 +78,7 @@ class Clips:
             for name in (
                 "start",
                 "end",
-                # checksums of the features: a bank made again with other features is another run
+                # checksums of the features: a bank remade with other features is another run
                 *(f"stride{s}_crc32c" for s in (slow_stride, fast_stride)),
             ):
                 digest.update(columns[name][rows].tobytes())

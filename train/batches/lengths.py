@@ -305,7 +305,7 @@ def read_counts(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except OSError:
         return None
     body, seal = data[:-16], data[-16:]
-    # a torn or altered cache is counted again: its numbers are denominators of the loss
+    # a torn or altered cache is recounted: its numbers are denominators of the loss
     if len(body) != shape[0] * shape[1] * 8 or blake2b(body, digest_size=16).digest() != seal:
         return None
     return np.frombuffer(body, np.int64).reshape(shape)

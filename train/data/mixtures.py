@@ -142,7 +142,7 @@ def read_mixture(
             "`datasets: [{json_path: ...}]`"
         )
         return []
-    # -- three forms, told apart by their keys
+    # -- three forms, distinguished by their keys
     if isinstance(named.get("datasets"), list):
         if mixture:
             problems.append(

@@ -87,7 +87,7 @@ class Reading:
         # a row with several faults is one bad row: the limit counts rows
         rows = len(read) + len({error.place for error in errors})
         kept = []
-        # None: records are read all the same, so that their faults are told
+        # None: records are read all the same, so that their faults are reported
         # together with those of the banks
         if banks is not None:
             missing = settings.missing

@@ -182,7 +182,7 @@ def ridge(of: Moments, share: float) -> Tensor:
 
 def error(matrix: Tensor, of: Moments) -> float:
     """Return the sum of squared errors of `x @ matrix`: tr(Y'Y) - 2 tr(M'X'Y) + tr(M'X'X M)."""
-    # |Y - X M|^2 multiplied out, from the sums: no clip is read again
+    # |Y - X M|^2 multiplied out, from the sums: no clip is read twice
     return float(of.yy - 2 * (matrix * of.xy).sum() + (matrix * (of.xx @ matrix)).sum())
 
 

@@ -65,7 +65,7 @@ class StepTimer:
             "tokens_per_second": metrics["tokens"] / seconds,
             "supervised_per_second": metrics["supervised_tokens"] / seconds,
             "memory_gb": memory_gb(),
-            # from the mean over the run, pauses included: checkpoints and evaluations will be paid again
+            # from the mean over the run, pauses included: later checkpoints and evaluations take time
             "eta_seconds": (now - self._started) / (step - self.first) * (self.total - step),
         }
         if self.flops and self.peak:

@@ -168,7 +168,7 @@ def interval_chart(
         if interval:
             axes.plot(interval, (k, k), color=HEX[colour], linewidth=2.5, solid_capstyle="butt")
         axes.plot(value, k, "o", color=HEX[colour], markersize=6)
-    # not by colour alone: marks are told apart in print, and by those who do not see colours
+    # not by colour alone: marks are distinct in print, and by those who do not see colours
     styles = ("dashed", "dotted", "dashdot")
     for (_, colour, value), style in zip(marks, styles * len(marks), strict=False):
         axes.axvline(value, color=HEX[colour], linewidth=1.2, linestyle=DASHES[style])

@@ -71,7 +71,7 @@ def frames_chart(runs: Sequence[Run]) -> str:
     lines = by_run(runs, "autoregressive_loss")
     first = runs[0].metrics
     for name, words, style in BASELINES:
-        # of the first run alone, as the text says: three lines more for each run could not be told apart
+        # of the first run alone, as the text says: three lines more for each run would be too many
         lines.append(Line(words, first.curve(name), "ink", style))
     return line_chart(
         "The next frame",

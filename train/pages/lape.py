@@ -21,7 +21,7 @@ RAMP = np.asarray([(32, 70, 140), (245, 245, 240), (178, 50, 20)], float)
 
 def similarities(rows: np.ndarray) -> np.ndarray:
     """Return the cosines between anchors, without what all have in common: `(n, width)` -> `(n, n)`."""
-    # what all anchors share (where rows of the LLM lie) would make all of them alike
+    # what all anchors share (where rows of the LLM are) would make all of them alike
     own = rows - rows.mean(axis=0)
     own = own / np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
     return np.asarray(own @ own.T)
@@ -40,7 +40,7 @@ def order(similar: np.ndarray) -> float:
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Return the mean rank of each value among all: equal ones share theirs."""
-    # sorted places 1 .. n; c equal values end at cumsum, so that their mean lies (c - 1) / 2 below it
+    # sorted places 1 .. n; c equal values end at cumsum, so that their mean is (c - 1) / 2 below it
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
 

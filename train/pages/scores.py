@@ -119,7 +119,7 @@ class Reached:
         bar = max(sign * value for value in self.beats.values())
         if sign * self.value <= bar:
             return NOT
-        # learned only if the whole interval lies beyond the bar
+        # learned only if the whole interval is beyond the bar
         worst = min(sign * end for end in self.interval) if self.interval else sign * self.value
         return LEARNED if worst > bar else PERHAPS
 

@@ -70,7 +70,7 @@ def output_problem(folder: Path, inputs: Mapping[str, Sequence[str]]) -> str | N
         for path in filter(os.path.exists, paths):
             if is_overwritten(Path(path), folder):
                 return f"{folder}: the run would write over its own {setting} {path}; {fix}"
-    # not "is it empty": logs of a scheduler and notes lie in the folders of new runs
+    # not "is it empty": logs of a scheduler and notes are in the folders of new runs
     found = foreign(folder) if folder.exists() else None
     return f"{folder}: {found}, which a run would write into; {fix}" if found else None
 

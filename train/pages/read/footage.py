@@ -85,7 +85,7 @@ class Footage:
             except (UserError, OSError) as error:
                 problems.append(first_line(error))
                 continue
-            # another bank may lie there by now: its frames would be shown beside answers about others
+            # another bank may be there by now: its frames would be shown beside answers about others
             if theirs and (lines := differences(joint(bank.config), joint(theirs))):
                 problems.append(f"{path} is another bank than the run's: {'; '.join(lines)}")
             else:
