@@ -5,8 +5,8 @@
 
 A frame's tokens enter the LLM as its tower's merged tokens; after the LLM's first layer those of an
 earlier layer of the tower are added to them, after the second those of the next, and so on. A bank's
-`layer` names these layers of the tower: `5,11,17,merged`. The formula is transformers'
-(`Qwen3VLTextModel`).
+`layer` names these layers of the tower: `5,11,17,merged`. The idea is that of arXiv 2406.04334, the
+formula transformers' (`Qwen3VLTextModel`).
 """
 
 from collections.abc import Sequence

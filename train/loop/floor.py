@@ -167,8 +167,8 @@ class Moments:
 def ridge(of: Moments, share: float) -> Tensor:
     """Return the ridge regression `(dim + 1, dim)` from x to y: (X'X + penalty I)^-1 X'Y.
 
-    share: the penalty, as a share of the mean square of x's features. The last row, the vector, is not
-    penalised.
+    Hoerl and Kennard 1970. share: the penalty, as a share of the mean square of x's features. The last
+    row, the vector, is not penalised.
     """
     dim = of.xy.shape[1]
     penalised = of.xx.clone()
