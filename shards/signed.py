@@ -17,6 +17,7 @@ Json = dict[str, Any]
 
 def canonical_json(data: Json) -> bytes:
     """Return `data` in the one serialisation that hashes and shard members use."""
+    # sorted, without blanks, ASCII: equal content gives equal bytes, whoever wrote it
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
@@ -50,6 +51,7 @@ def parse_signed_json(data: bytes, where: str) -> Json:
         claimed = record.pop("self_hash")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: not a framebank record; restore it or encode again") from None
+    # over the parsed content, not the bytes: blanks that an editor adds do not count, values do
     if digest(canonical_json(record)) != claimed:
         raise UserError(f"{where}: its content does not match its own hash; restore it from a copy")
     return dict(record)

@@ -357,6 +357,7 @@ def filled_in(turns: Sequence[Json], variables: Any) -> list[Json]:
     """
     if not isinstance(variables, dict):
         raise RowError(SLOTS, f"`variables` must be an object of lists, got {short(variables)}")
+    # Arrow gives every row all variables, null where it has none
     variables = {name: numbers for name, numbers in variables.items() if numbers is not None}
     lists = {slot: listed({name: [], **variables}, name) for slot, name in VARIABLES.items()}
     waiting = {slot: iter(numbers) for slot, numbers in lists.items()}

@@ -176,6 +176,7 @@ class ShardScan:
             return data, "its tar header is changed", True
         if len(data) < member.nbytes:
             return data, fault, False
+        # by name: a member that moved is still there, under another offset
         return data, "is not in its place" if self.names[member.name] else "is missing", False
 
 

@@ -177,6 +177,7 @@ def examine(tar: Tar, samples: Sequence[SampleRecord]) -> list[Damage]:
             damages.append(Damage(file, "is no member that was committed", part=name))
         elif count > 1:
             damages.append(Damage(file, f"is there {count} times", key=key, part=part))
+    # only where nothing else is wrong: a lost sample moves the end, too
     if not damages and not _is_tail_sound(tar, samples):
         nbytes = max(tar.nbytes - end_of(samples), 0)
         what = f"ends with {nbytes} bytes that are not the zeros of an archive's end"

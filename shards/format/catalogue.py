@@ -191,6 +191,7 @@ LARGE = ("timestamps", "frame_index", "key", "id")
 def _read_column(files: Files, name: str) -> np.ndarray:
     """Return a column; raises OSError, ValueError, KeyError or TypeError for anything else."""
     facts = json.loads(files.read(f"{name}/zarr.json"))
+    # another writer's column (sharded, compressed) would be read as numbers that mean nothing
     (rows,) = facts["shape"]
     if [codec["name"] for codec in facts["codecs"]] != ["bytes"]:
         raise ValueError("not plain values")
@@ -217,6 +218,7 @@ class TextColumn(Sequence[str]):
     def __getitem__(self, row):  # type: ignore[no-untyped-def]
         if isinstance(row, slice):
             return [self[k] for k in range(*row.indices(len(self)))]
+        # range knows negative indices and raises IndexError, as a list does
         row = range(len(self))[row]
         return self._blob[self._offsets[row] : self._offsets[row + 1]].tobytes().decode()
 

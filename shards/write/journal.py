@@ -132,6 +132,7 @@ def take_part(shard: Path, old: str, new: str, nbytes: int, over: bool) -> None:
         return
     with open(source, "rb") as file, open(target, "wb") as copy:
         shutil.copyfileobj(file, copy, 1 << 22)
+        # what follows the last complete sample may still be written to by its holder
         copy.truncate(nbytes)
         copy.flush()
         os.fsync(copy.fileno())

@@ -119,6 +119,8 @@ class ShardWriter:
         """One entry per clip that could not be encoded."""
         self.keys = Written(self.entries, self.failures).keys
         """Keys of the finished clips."""
+        # the journal before the part: after a kill in between its lines are ignored; a part without
+        # lines would be lost
         write_journal(path, unit, fingerprint, token, [*self.entries, *self.failures])
         if best.token != token and self.entries:
             take_part(path, best.token, token, done[best].end, best.over)
