@@ -81,6 +81,7 @@ class Framebank(lmms):
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
+        # of several processes each has a device of its own, whatever --device says
         self.device = self.accelerator.device if self._world_size > 1 or not device else device
         self.max_new_tokens = int(max_new_tokens)
         self.answerer = Answerer.load(Path(pretrained), self.device)

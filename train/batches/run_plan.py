@@ -146,6 +146,7 @@ class RunPlan:
         Tokens with padding, since memory follows them: activations are allocated for padding too.
         """
         cost = np.add.reduceat(self.row_cost, self.pack_start)
+        # lexsort takes the most significant key last
         place = int(np.lexsort((cost, self.pack_slots))[-1])
         first = np.concatenate([[0], np.cumsum(self.num_packs)])
         step = int(np.searchsorted(first, place, side="right")) - 1
@@ -154,6 +155,7 @@ class RunPlan:
     @property
     def efficiency(self) -> float:
         """Return the share of places that hold a token: of `pack_tokens`, or of padded rows."""
+        # packed rows have a fixed length, others that of the longest in their pack
         places = len(self.row_tokens) * self.pack_tokens or int(self.pack_slots.sum())
         return float(self.row_tokens.sum()) / places
 

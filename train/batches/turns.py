@@ -183,6 +183,7 @@ def count_rounds(
     frames = [_between(gaps) for gaps in shapes.values() if gaps]
     counts = np.asarray(chat.count([*turns, *frames]), np.int64).reshape(-1, 2)
     lengths = np.asarray([2 * len(talk) for talk in talks])
+    # each text is tokenised once, however many records have it, and added up by record
     found = np.add.reduceat(counts[used], np.cumsum(lengths) - lengths)
     for length, frame in zip(shapes, counts[len(turns) :], strict=True):
         found[lengths == length] += frame
@@ -231,6 +232,7 @@ def _gaps(chat: Chat, turns: int) -> list[_Gap] | None:
     gaps = []
     for place, text in enumerate([rendered[0], *rendered[4::4]]):
         found = [match.span() for match in chat.segments.controls_in.finditer(text)]
+        # before the first turn there is none to close
         if place == 0:
             end = found[-1][1] if found else 0
             opening = text[slice(*found[-1])] if found else None
@@ -258,6 +260,7 @@ def _turn(chat: Chat, text: str, role: str, before: _Gap, after: _Gap) -> list[P
     """Return a turn's pieces, as `Chat.pieces` cuts them, without the text that belongs to no turn."""
     out = Pieces(chat.segments, before.opening)
     answers = role == "assistant"
+    # as `Chat.pieces`: a blank before an answer belongs to the answer's first token
     kept = before.head.rstrip(" ") if answers else before.head
     out.template(kept)
     if answers:

@@ -192,6 +192,7 @@ def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders
             check_inside(folders.stripped(medium))
     except RowError as error:
         raise error.at(where, row.id) from None
+    # without a full stop: phrases are put into the middle of questions
     texts = dict.fromkeys(" ".join(phrase.split()).removesuffix(".") for phrase in phrases)
     cut = Cut(medium, row.start, row.end)
     source = data.get("data_source")

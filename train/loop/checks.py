@@ -64,6 +64,7 @@ class UpdateCheck:
         have a gradient. warming_up: whether the LLM's was dropped. Every rank calls this after the step;
         once all parts have moved it costs nothing.
         """
+        # text moves the LLM alone; projector, marks, tables and predictor learn from frames
         due = {name for name in self.waiting if (not warming_up if name == "llm" else frames)}
         if not due:
             return
@@ -108,6 +109,7 @@ def rehearse(
     """
     device = model.visual.frame_end.device
     # the bare model, not DDP's wrapper, whose buckets would count these gradients as a step's
+    # dropout draws here what step 1 is to draw: the run's own random state is put back
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         # later packs of a step find the gradients of earlier ones in memory: the rehearsal must, too
         if accumulated:

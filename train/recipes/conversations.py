@@ -76,6 +76,7 @@ class Collator:
 
     def labels(self, ids: Tensor) -> Tensor:
         """Return the ids of answers, with what ends them, and -100 elsewhere; `(rows, places)`."""
+        # -100: the label that torch's cross-entropy leaves out
         out = torch.full_like(ids, -100)
         for row, tokens in enumerate(ids.tolist()):
             place = 0

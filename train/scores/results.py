@@ -99,6 +99,7 @@ def absolute(path: str) -> str:
 def longer_names(path: str) -> list[str]:
     """Return names for a test set, from that of its file to one with all folders above it."""
     parts = ENDINGS.sub("", path).replace("\\", "/").split("/")
+    # letters, digits and . = - alone: what every file system takes
     words = [word for part in parts if (word := re.sub(r"[^\w.=-]+", "-", part).strip("-."))]
     return ["-".join(words[k:]) for k in range(len(words) - 1, -1, -1)] or ["records"]
 
@@ -128,6 +129,7 @@ def report_problem(path: Path) -> str | None:
     """Return why a report may not be written to a file, checked before scoring; None if it may."""
     if (problem := file_problem(path)) or not path.exists():
         return problem
+    # a report is replaced by a newer one; anything else is somebody's own file
     is_report = "tasks" in read_report(path)
     return None if is_report else f"{path}: holds something else than a report; name another file"
 

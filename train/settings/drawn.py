@@ -139,6 +139,7 @@ def _count(text: str) -> int:
 
 
 def _share(text: str) -> float:
+    # at most 0.9: of every medium something has to be left
     return float(text) if re.fullmatch(r"0?\.\d+", text) and float(text) <= 0.9 else _no()
 
 

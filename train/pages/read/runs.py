@@ -94,6 +94,7 @@ class Run:
         """Steps that the run is to take; those that it took where nothing says more."""
         # the last one: a run may go on with more steps than it began with
         found = STEP_OF.findall(self.log)
+        # no log, or one that was cut: the steps that were taken, at least
         return max(int(found[-1][1]) if found else 0, int(self.metrics.last.get("step", 0)))
 
     @cached_property
