@@ -69,8 +69,9 @@ class Pooling:
     ) -> None:
         """frames: of the whole clip. dtype: stored, float16 or bfloat16. threads: of the CPU.
 
-        batch_frames: the most frames of a batch. threads is fixed because sums split over another number
-        of threads may round otherwise, and a clip's bytes must not depend on who encodes it.
+        batch_frames: the most frames of a batch. threads is fixed because other parts of a batch, and sums
+        split over another number of threads, may round otherwise, and a clip's bytes must not depend on
+        who encodes it.
         """
         self.tower, self.strides = tower, strides
         self.pool_mode, self.dtype, self.threads = pool_mode, dtype, threads

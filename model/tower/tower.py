@@ -199,8 +199,8 @@ class Tower:
         """Return the features that a bank stores, and how many of their values underflowed to zero.
 
         Per stride float16, or uint16 with bfloat16's bits, `(units, cell_rows, cell_cols, width)`.
-        frames: uint8 at the tower's size. threads: of the CPU, while the tower runs; sums in another
-        number of threads may round differently, and a live clip is to have a banked one's features.
+        frames: uint8 at the tower's size. threads: of the CPU, while the tower runs; with another number
+        features may round differently, and a live clip is to have a banked one's.
         Raises FeatureRangeError for the first frame and stride whose values the type cannot hold.
         """
         pooling = Pooling(

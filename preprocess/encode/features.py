@@ -46,7 +46,7 @@ class EncodeOptions:
     device: str = "cpu"
     batch_frames: int = 16
     tower_threads: int = TOWER_THREADS
-    """CPU threads of the tower: sums in another number of threads may round differently."""
+    """CPU threads of the tower, each with a part of a batch: other parts may round differently."""
     fit: str | None = None
     """How frames are fitted to the tower's size (`FITS`); None as its image processor does."""
     processor: Json | None = None
