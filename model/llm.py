@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from model.family.qwen_vl import INNER, config_problem, inner_config
+from model.fsdp.parts import PARTS, is_cut, read_parts
 from shards.errors import UserError, first_line
 
 ORIGINAL_LLAVA = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
@@ -79,7 +80,10 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
     if problem := config_problem(written):
         raise UserError(problem, where=path)
     whole = kind in ORIGINAL_LLAVA or (kind.startswith("llava") and "text_config" in written)
-    if whole or kind in INNER:
+    if is_cut(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        llm, found = _filled(_empty(config), read_parts(folder), dtype, folder)
+    elif whole or kind in INNER:
         llm, found = _load_inner(folder, written, dtype)
     else:
         try:
@@ -136,28 +140,41 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
             PREFIXES,
         )
 
-    # only for its class and names: on "meta" it takes no memory and no time
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    empty = _empty(config)
     own = empty.state_dict()
 
     def renamed(name: str) -> str | None:
         names = (to + name[len(old) :] for old, to in prefixes if name.startswith(old))
         return next((new for new in names if new in own), None)
 
-    weights = read_tensors(folder, renamed)
+    # not by `key_mapping`, which renames the weights back when they are saved
+    llm, found = _filled(empty, read_tensors(folder, renamed), dtype, folder)
+    llm.name_or_path = llm.config._name_or_path = str(folder)
+    return llm, found
+
+
+def _empty(config: Any) -> Any:
+    """Return a causal LLM without weights."""
+    # only for its class and names: on "meta" it takes no memory and no time
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _filled(
+    empty: Any, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path
+) -> tuple[Any, Any]:
+    """Return an empty LLM with weights under its own names, and transformers' loading report."""
+    own = empty.state_dict()
     wrong = shape_problems(weights, {name: own[name] for name in own if name in weights})
     if wrong:
         raise UserError(f"{folder}: {'; '.join(wrong)}; its config.json is of another model")
-    # not by `key_mapping`, which renames the weights back when they are saved
     llm, found = type(empty).from_pretrained(
         None,
-        config=config,
+        config=empty.config,
         state_dict=weights,
         dtype=dtype,
         output_loading_info=True,
     )
-    llm.name_or_path = llm.config._name_or_path = str(folder)
     return llm, found
 
 
@@ -264,6 +281,7 @@ def llm_digest(path: str | Path, *, adapter: bool) -> str:
     shards = set(read_json(index)["weight_map"].values()) if index.exists() else ()
     names = [*shards, "config.json", "model.safetensors", "pytorch_model.bin", "base.json"]
     files = [folder / name for name in names if (folder / name).exists()]
+    files += folder.glob(PARTS)
     if adapter:
         files += [path for path in (folder / "lora").iterdir() if path.is_file()]
     whole = hashlib.sha256()
@@ -281,25 +299,33 @@ def save_llm(llm: Any, path: Path, base: LlmBase | None = None) -> None:
     """
     adapted = hasattr(llm, "peft_config")
     if base is not None:
-        path.mkdir(parents=True)
-        write_json(path / "base.json", asdict(base))
-        llm.config.save_pretrained(path)
+        save_reference(llm, path, base)
     elif not adapted:
         llm.save_pretrained(path)
     else:
         base_model = llm.get_base_model()
-        # PEFT wraps each adapted layer: under the names without it, transformers
-        # alone can load the weights
-        own = {
-            name.replace(".base_layer", ""): value
-            for name, value in base_model.state_dict().items()
-            if "lora_" not in name
-        }
-        base_model.save_pretrained(path, state_dict=own)
+        base_model.save_pretrained(path, state_dict=base_state(base_model.state_dict()))
     if adapted:
         llm.save_pretrained(path / "lora")
     for file in path.rglob("*.safetensors"):
         open_as_folder(file)
+
+
+def save_reference(llm: Any, path: Path, base: LlmBase) -> None:
+    """Write an LLM's config, and where its weights are."""
+    path.mkdir(parents=True)
+    write_json(path / "base.json", asdict(base))
+    llm.config.save_pretrained(path)
+
+
+def base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapted LLM's weights without the adapter, by the names that they have without it."""
+    # PEFT wraps each adapted layer: under the names without it, transformers alone can load them
+    return {
+        name.replace(".base_layer", ""): value
+        for name, value in state.items()
+        if "lora_" not in name
+    }
 
 
 def open_as_folder(file: Path) -> None:
@@ -319,12 +345,10 @@ def check_adapter(llm: Any, rank: int, alpha: int) -> None:
         )
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """Write a module's state as a safetensors file, making its folder if needed."""
     path.parent.mkdir(exist_ok=True)
-    weights = {
-        name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
-    }
+    weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(weights, path)
     open_as_folder(path)
 

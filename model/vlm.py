@@ -233,8 +233,9 @@ class VLM(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss sums of a batch and their counts, for division by global counts.
 
-        ce, coordinate_ce: sums over supervised tokens; token_ce: of each, without gradient. ar,
-        ar_copy: `(4,)` sums over transitions by pair of streams; ar_count, ar_copy_count likewise.
+        ce, coordinate_ce: sums over supervised tokens; token_ce: of each, without gradient. ar, the
+        frame-causal loss (autoregressive over frames), and ar_copy, its baseline: `(4,)` sums over
+        transitions by pair of streams; ar_count, ar_copy_count: how many.
         A batch without frames or supervised tokens still reaches every parameter, so that no rank
         waits for a gradient.
         """
@@ -318,12 +319,15 @@ class VLM(nn.Module):
     def save(self, folder: str | Path, *, whole: bool = True) -> None:
         """Write the model folder; unless `whole`, an LLM that is not trained is only referred to."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         save_llm(self.llm, folder / "llm", None if whole else self.base)
+        for file, module in self.modules_on_disk():
+            save_weights(module.state_dict(), folder / file)
+        self.save_facts(folder)
+
+    def save_facts(self, folder: Path) -> None:
+        """Write what a model folder holds beside weights: tokenizer, coordinate tokens, settings."""
         self.llm_tokenizer.chat_template = self.tokenizer.chat_template
         self.llm_tokenizer.save_pretrained(folder / "llm")
-        for file, module in self.modules_on_disk():
-            save_weights(module, folder / file)
         if self.lape is not None:
             write_json(folder / "lape" / "tokens.json", self.lape.tokens.to_json())
         facts = {"format": FORMAT, "model": asdict(self.config), "tower_width": self.tower_width}
@@ -332,10 +336,7 @@ class VLM(nn.Module):
 
     @classmethod
     def load(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype = torch.float32,
-        base: LlmBase | None = None,
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, base: LlmBase | None = None
     ) -> "VLM":
         """Load a saved model; UserError names each part that is missing or does not fit.
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 
-def refuse_strangers(*packages: str) -> None:
+def refuse_other_projects(*packages: str) -> None:
     """Exit with one line if Python would import another project's package of one of these names.
 
     `python -m` and `accelerate launch -m` put the working directory first on the path, and many projects

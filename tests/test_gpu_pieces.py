@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ("attention", "training-0.5B", "training-1.5B", "live", "encoding")
+SMALL = ("attention", "training-0.5B", "training-1.5B", "live", "encoding", "fsdp")
 
 
 def gpu(*words: str) -> subprocess.CompletedProcess[str]:

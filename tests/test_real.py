@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessorPil, Dinov2Model
 
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.encode.run import EncodeOptions, encode
 from preprocess.world import write_video
 from shards.format.features import Sampling

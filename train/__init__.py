@@ -1,5 +1,5 @@
 """Training, evaluation and questions on banked features."""
 
-from shards.siblings import refuse_strangers
+from shards.siblings import refuse_other_projects
 
-refuse_strangers("model", "preprocess")
+refuse_other_projects("model", "preprocess")

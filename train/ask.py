@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.config import VLMConfig, joined_cells
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from shards.annotations.forms import MEDIA_TAG, path_of
 from shards.annotations.timeline import Cut, cuts_of
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from model.tower.tower import Tower
     from model.vlm import VLM
-    from preprocess.decode.frames import Clip
+    from preprocess.decode.events import Clip
     from train.batches.chat import Chat
     from train.batches.collate import Row
 
@@ -278,7 +278,7 @@ def tower_places(name: str, folder: Path) -> list[str]:
 
 
 def with_strides(features: FeatureConfig, config: VLMConfig) -> FeatureConfig:
-    """Return a bank's features with all strides that a model reads: some may lie beside the bank."""
+    """Return a bank's features with all strides that a model reads: some may be beside the bank."""
     read = {config.slow_stride, config.fast_stride}
     # a projector that joins cells reads them finer than the stride that it gives
     read |= {stride // joined_cells(config.mm_projector_type) for stride in read}

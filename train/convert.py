@@ -13,6 +13,7 @@ from pathlib import Path
 from shards.annotations.fault import RowError
 from shards.annotations.forms import Json
 from shards.errors import UserError
+from train.data.benchmarks.refer import SPLITS
 from train.data.dataset import local_copies
 from train.data.drops import (
     BadRecords,
@@ -26,6 +27,9 @@ from train.data.importers import BOXES, IMPORTERS, imported
 from train.data.reading import shorten
 from train.data.records import checked_rows
 from train.settings.exits import command
+
+OWN = ("split", "vidor", "rates")
+"""Flags of one form alone, which its importer finds as fields of each annotation."""
 
 
 @command
@@ -44,7 +48,10 @@ def main(argv: Sequence[str]) -> None:
         else:
             clip = settings.times_past_end == "clip"
             boxes = getattr(args, "boxes", None)
-            made = imported(args.form, Path(path), problems, bad, boxes=boxes, clip=clip)
+            own = {name: getattr(args, name, None) for name in OWN}
+            made = imported(args.form, Path(path), problems, bad, boxes=boxes, clip=clip, **own)
+            if not made and own["split"] and not (problems or bad):
+                problems.append(f"{path}: no ref of the split {own['split']}")
         rows += made
         drops += judged.judge(path, bad, len(made) + len({e.place for e in bad}), problems)
     # nothing is written: half of the records would look like all of them
@@ -76,6 +83,13 @@ def parser() -> argparse.ArgumentParser:
         add_record_flags(own)
         if form == "refcoco":
             own.add_argument("--boxes", choices=BOXES, help="what bbox holds")
+            own.add_argument("--split", choices=SPLITS, help="of refs(unc).p: the part to convert")
+        if form == "vidstg":
+            own.add_argument("--vidor", required=True, help="VidOR's annotation folder, with boxes")
+        if form == "llava-st":
+            own.add_argument(
+                "--rates", help="frames a second of the videos: a file of VidSTG, or {video: rate}"
+            )
     return out
 
 

@@ -1,4 +1,4 @@
-"""The cost of a planned run as a table: from lengths and two config.json, before anything is loaded.
+"""What a run will cost (`--plan`), as a table: from lengths and two config.json, without weights.
 
 Memory counts 4 bytes of each trained weight and 12 of its gradient and moments, and 34 activations of
 the LLM's width per place and layer in 2 or 4 bytes (Korthikanti et al., arXiv 2205.05198, without
@@ -13,15 +13,14 @@ from model.config import ModelSettings
 from model.tower_kinds import frame_flops
 from shards.text import duration, some
 from train.batches.run_plan import RunPlan
-from train.cost import (
-    DEVICES,
+from train.data.dataset import Dataset, drawn_line
+from train.flops import (
     LlmShape,
     forward_flops,
     memory_bytes,
     step_flops,
 )
-from train.data.dataset import Dataset, drawn_line
-from train.settings.config import TrainConfig
+from train.settings.config import DEVICES, TrainConfig
 from train.start.stage import llm_name, read_config
 
 
@@ -91,8 +90,7 @@ def costs(
         shape, plan.tokens, pairs, plan.supervised, config.tune_llm
     )  # of each record
     per_step = float(plan.per_step(flops).mean())
-    # a plan is made anywhere, as a rule not on the device that the run is for
-    peak = config.device_flops or DEVICES["H100"]
+    peak = config.device_flops or DEVICES[config.plan_device]
     speed = world * peak * config.assumed_mfu
     seconds = per_step / speed
     memory = memory_bytes(config, shape, dataset.banks.manifest.tower_width, places)
@@ -113,6 +111,34 @@ def costs(
         ),
         ("read", f"{read / seconds / world / 1e6:,.1f} MB/s a device {at}"),
         ("time", f"{duration(seconds * plan.num_steps)}, {seconds:,.3f} s a step {at}"),
+        ("hours", hours_line(config, seconds * plan.num_steps, world)),
+        *encoding_lines(config, dataset, world),
+    ]
+
+
+def hours_line(config: TrainConfig, seconds: float, world: int) -> str:
+    """Return the hours that so many seconds are, and on what: as a line, with what is assumed."""
+    hours = seconds / 3600
+    device = config.plan_device
+    if config.device_flops:
+        device = f"a device of {config.device_flops / 1e12:,g} TFLOP/s"
+    number = f"{hours:,.0f}" if hours >= 100 else f"{hours:,.2g}"
+    return f"about {number} hours on {world} x {device} at {config.assumed_mfu:.0%} MFU (assumed)"
+
+
+def encoding_lines(config: TrainConfig, dataset: Dataset, world: int) -> list[tuple[str, str]]:
+    """Return the line about the hours in which the banks' frames pass the tower once; none if unknown."""
+    frame = tower_flops(dataset)
+    if frame is None:
+        return []
+    frames = sum(len(bank.columns["frame_index"]) for bank in dataset.banks.banks)
+    peak = config.device_flops or DEVICES[config.plan_device]
+    seconds = frames * frame / (world * peak * config.assumed_mfu)
+    return [
+        (
+            "encoding",
+            f"{frames:,} banked frames: {hours_line(config, seconds, world)}, once; decoding not counted",
+        )
     ]
 
 
@@ -136,13 +162,7 @@ def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.n
 def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:
     """Return the FLOPs of encoding each step's frames, which the bank saves, as a line."""
     name = dataset.banks.manifest.provenance.tower
-    config = read_config(name) if name else None
-    # of the first clip, for all: an estimate where grids follow the sizes of the clips
-    patches = dataset.banks.banks[0].clip(0).patch_grid
-    frame = None
-    if config:
-        layer = dataset.banks.config.layer
-        frame = frame_flops(config, patches[0] * patches[1], layer)
+    frame = tower_flops(dataset)
     if frame is None:
         return f"the tower's config.json is not at hand ({Path(name).name or 'no name'})"
     frames = float(plan.per_step(plan.transitions + plan.clips).mean())
@@ -150,3 +170,14 @@ def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:
         f"{frames * frame / 1e12:,.2f} TFLOPs a step avoided ({frames:,.0f} frames), "
         f"{frames * frame / per_step:.1f} x the model's"
     )
+
+
+def tower_flops(dataset: Dataset) -> int | None:
+    """Return the FLOPs of a frame in the banks' tower, or None where its config.json is not at hand."""
+    name = dataset.banks.manifest.provenance.tower
+    config = read_config(name) if name else None
+    if not config:
+        return None
+    # of the first clip, for all: an estimate where grids follow the sizes of the clips
+    patches = dataset.banks.banks[0].clip(0).patch_grid
+    return frame_flops(config, patches[0] * patches[1], dataset.banks.config.layer)

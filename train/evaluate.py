@@ -35,7 +35,7 @@ from train.answers import (
 from train.data.dataset import Dataset, open_records
 from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.records import Record
-from train.data.shuffled import ShuffledDataset
+from train.data.swapped import SwappedDataset
 from train.pages.read.foreseen import foreseen_beside, write_foreseen
 from train.scores.captions import check_captions
 from train.scores.kinds import asked_of
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     sets = [open_records(args.bank, [path], *strides, settings, media) for path in args.data_path]
     # another clip's frames under the same questions: what is still scored, the text gives away
     if args.control == "shuffled":
-        sets = [ShuffledDataset.of(dataset) for dataset in sets]
+        sets = [SwappedDataset.of(dataset) for dataset in sets]
     records = [dataset.held_out[: args.max_records or None] for dataset in sets]
     for own in records:
         check_questions(own)

@@ -19,7 +19,7 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from shards.annotations.forms import MEDIA_TAG
 from shards.errors import UserError
 from train.ask import Answerer, FreshClip, fresh_clip

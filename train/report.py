@@ -73,7 +73,7 @@ def write_report(runs: Sequence[Run], place: Path, refresh: int = 0) -> None:
 
 
 def watch(folders: Sequence[Path], place: Path) -> None:
-    """Write the page again and again while a process trains in any of the folders."""
+    """Write the page every few seconds while a process trains in any of the folders."""
     seen: list[int] = []
     while any(goes_on(folder) for folder in folders):
         begun = [folder for folder in folders if has_steps(folder)]
@@ -93,7 +93,7 @@ def watch(folders: Sequence[Path], place: Path) -> None:
 
 
 def has_steps(folder: Path) -> bool:
-    """Tell whether a run has written down a step."""
+    """Return whether a run has written down a step."""
     path = folder / METRICS
     return path.is_file() and path.stat().st_size > 0
 

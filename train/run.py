@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
         # has to count them as the run would
         config = as_its_stage(config)
         if config.plan:
-            show_plan(config, dataset, int(os.environ.get("WORLD_SIZE", "1")))
+            launched = int(os.environ.get("WORLD_SIZE", "1"))
+            show_plan(config, dataset, config.plan_devices or launched)
     if not config.plan:
         # after everything that can be refused: a refused command leaves no folder and no lock behind
         with only_run_in(config.output_dir, argv):
@@ -101,7 +102,7 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
     """
     # -- before torch is imported: it reads both variables while it loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the loader's
-    # DDP warns that it looked for unused parameters in vain: a later pack may have some
+    # DDP warns where it finds no unused parameter: a later pack may have some
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     from accelerate import Accelerator

@@ -154,7 +154,11 @@ class Lape(nn.Module):
                 direction = direction / direction.square().mean().sqrt()
                 for tables, rows, scale in (
                     (self.input_tables, embeddings, 1.0),
-                    (self.output_tables, head, 0.5),  # new anchors must not outshine words at once
+                    (
+                        self.output_tables,
+                        head,
+                        0.5,
+                    ),  # else new anchors would be likelier than words at once
                 ):
                     rows = rows.detach().float().cpu()
                     mean = rows.mean(dim=0)

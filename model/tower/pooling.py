@@ -69,9 +69,9 @@ class Pooling:
     ) -> None:
         """frames: of the whole clip. dtype: stored, float16 or bfloat16. threads: of the CPU.
 
-        batch_frames: the most frames of a batch. threads is fixed because other parts of a batch, and sums
-        split over another number of threads, may round otherwise, and a clip's bytes must not depend on
-        who encodes it.
+        batch_frames: the most frames of a batch. threads is fixed: other parts of a batch, and sums split
+        over another number of threads, may round otherwise, and a clip's bytes must not depend on who
+        encodes it.
         """
         self.tower, self.strides = tower, strides
         self.pool_mode, self.dtype, self.threads = pool_mode, dtype, threads
@@ -106,7 +106,7 @@ class Pooling:
         return self.stored, self.underflowed
 
     def _add(self, frames: np.ndarray) -> None:
-        # the tower alone runs in the bank's number of threads: its sums are what rounding depends on
+        # the tower alone runs in the bank's number of threads: what its features round to depends on it
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:

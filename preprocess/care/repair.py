@@ -23,7 +23,7 @@ import numpy as np
 from model.tower.pooling import FeatureRangeError
 from model.tower.tower import Tower
 from preprocess.care.covered import corrected
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.read_decord import decord_trouble
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import (

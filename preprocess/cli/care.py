@@ -34,26 +34,26 @@ def verify(bank: Path, deep: bool) -> None:
     preprocess verify bank --deep
     """
     from shards.care.verify import verify as check
-    from shards.format.beside import parts_of
+    from shards.format.beside import banks_of
     from shards.write.lease import holders
     from shards.write.lock import writer_of
 
-    parts, found = parts_of(bank), []
-    with bytes_bar(parts, "verify") as bar:
+    banks, found = banks_of(bank), []
+    with bytes_bar(banks, "verify") as bar:
         # all are verified before anything is printed: lines would tear the bar apart
-        for part in parts:
+        for one in banks:
             # a whole bank is held by its lock, single units by leases of workers
-            writer = writer_of(part) or next(iter(holders(part).values()), None)
-            found.append((part, writer, check(part, deep, bar.update)))
-    sound = [_tell_verified(*one, deep=deep) for one in found]
-    if len(parts) > 1:
+            writer = writer_of(one) or next(iter(holders(one).values()), None)
+            found.append((one, writer, check(one, deep, bar.update)))
+    sound = [_print_verified(*each, deep=deep) for each in found]
+    if len(banks) > 1:
         sound.append(_verify_beside(bank))
     if not all(sound):
         raise SystemExit(1)
 
 
 def _verify_beside(bank: Path) -> bool:
-    """Say which strides beside a bank are not read with it; return whether it can be told."""
+    """Say which strides beside a bank are not read with it; return whether that could be read."""
     from shards.format.beside import read_sides
     from shards.read.bank import Bank
     from shards.storage import LocalFiles
@@ -71,7 +71,7 @@ def _verify_beside(bank: Path) -> bool:
     return True
 
 
-def _tell_verified(
+def _print_verified(
     bank: Path, writer: "Writer | None", damages: "Sequence[Damage]", *, deep: bool
 ) -> bool:
     """Print what is damaged in a bank; return whether it is sound. writer: who writes there."""
@@ -133,7 +133,7 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     preprocess repair bank --tower ./tower --video-root /data/videos
     """
     from shards.care.inventory import refuse_no_bank
-    from shards.format.beside import parts_of
+    from shards.format.beside import banks_of
 
     refuse_no_bank(bank)  # before torch is imported
     from preprocess.encode.tower import start_torch
@@ -142,17 +142,17 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
     from preprocess.care.repair import repair as run
 
     whole = True
-    for part in parts_of(bank):
-        with bytes_bar([part], "verify") as bar:
-            done = run(part, tower, device, video_roots, bar.update)
-        whole = _tell_repaired(part, done) and whole
+    for one in banks_of(bank):
+        with bytes_bar([one], "verify") as bar:
+            done = run(one, tower, device, video_roots, bar.update)
+        whole = _print_repaired(one, done) and whole
     # what was repaired may be read together once more: the record of that is made of the present files
     compare_sides(bank, "preprocess repair")
     if not whole:
         raise SystemExit(1)
 
 
-def _tell_repaired(bank: Path, done: "Repaired") -> bool:
+def _print_repaired(bank: Path, done: "Repaired") -> bool:
     """Say what a repair found and did; return whether nothing remains."""
     from shards.text import counted, printable
 
@@ -188,9 +188,9 @@ def status(bank: Path) -> None:
     """
     from shards.care.status import status as look
     from shards.care.status import table
-    from shards.format.beside import parts_of
+    from shards.format.beside import banks_of
 
-    click.echo("\n\n".join(table(look(part)) for part in parts_of(bank)))
+    click.echo("\n\n".join(table(look(one)) for one in banks_of(bank)))
 
 
 @click.command()
@@ -207,10 +207,10 @@ def gc(bank: Path, dry_run: bool) -> None:
     preprocess gc bank --dry-run
     preprocess gc bank
     """
-    from shards.format.beside import parts_of
+    from shards.format.beside import banks_of
 
-    for part in parts_of(bank):
-        _collect_of(part, dry_run)
+    for one in banks_of(bank):
+        _collect_of(one, dry_run)
 
 
 def _collect_of(bank: Path, dry_run: bool) -> None:

@@ -105,7 +105,7 @@ def encode(
         plan_clips(found, out, options, **rest)
         print_skips(found, out)
         encode_on_ray(out, None, (), procs, address, decoders)
-        finish_parts(out)
+        finish_all(out)
         return
     summary, changes = encode_clips(
         found, out, options, procs=procs or 1, decoders=decoders, **rest
@@ -197,26 +197,26 @@ def retry(
     preprocess retry bank --allow-truncated
     """
     from preprocess.care.retry import retry as retry_failed
-    from shards.format.beside import parts_of
+    from shards.format.beside import banks_of
 
     summary = retry_failed(bank, tower, roots, device=device, **given(how))
-    for side in parts_of(bank)[1:]:
+    for side in banks_of(bank)[1:]:
         summary = summary.beside(retry_failed(side, tower, roots, device=device, **given(how)))
     compare_sides(bank, "preprocess retry")
     report(bank, summary)
 
 
-def finish_parts(bank: Path) -> None:
+def finish_all(bank: Path) -> None:
     """Finish a bank and the banks beside it, and print what they hold; exit with 1 if clips failed."""
-    from shards.format.beside import parts_of
+    from shards.format.beside import banks_of
     from shards.format.quarantine import read_entries
     from shards.write.finish import finish_alone
 
     entries: dict[str, QuarantineEntry] = {}
-    for part in parts_of(bank):
-        click.echo(held(part, finish_alone(part)))
+    for one in banks_of(bank):
+        click.echo(held(one, finish_alone(one)))
         # the bank's own entry wins over that of a side: it was tried first
-        entries = read_entries(part) | entries
+        entries = read_entries(one) | entries
     compare_sides(bank, "preprocess finish")
     failed(bank, [*entries.values()])
 

@@ -22,13 +22,13 @@ def export(form: str, bank: Path) -> None:
     Stock webdataset, tarfile and GNU tar need no index. Strides beside BANK get an index file of their
     own.
     """
-    from shards.format.beside import parts_of
+    from shards.format.beside import banks_of
     from shards.format.manifest import read_manifest
     from shards.read.export import write_hf, write_wids
 
-    for part in parts_of(bank):
-        click.echo({"wids": write_wids, "hf": write_hf}[form](part))
-        dead = read_manifest(part).dead_samples
+    for one in banks_of(bank):
+        click.echo({"wids": write_wids, "hf": write_hf}[form](one))
+        dead = read_manifest(one).dead_samples
         if dead:
             click.echo(
                 f"note: {dead} samples of older videos or pruned clips are still in the shards"

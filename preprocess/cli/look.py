@@ -138,7 +138,7 @@ def footage(
                                  how many scenes, the box of the small picture at t
     OUT/train-scenes.jsonl       what each of their scenes shows, and when
     OUT/test.jsonl               the same of the test clips, one question per record
-    OUT/test-new-phrases.jsonl   the times of the test clips, asked by the kept phrases
+    OUT/test-new-phrases.jsonl   the times of the test clips, asked by the last phrases
     OUT/llm                      a small random LLM with tokens for the words of train.jsonl
     OUT/footage.json             every video, cut and box
     """

@@ -194,7 +194,13 @@ WHAT = _all(
         type=click.Choice(("crop", "pad", "stretch")),
         help="How frames are fitted to the tower.  [default: the bank's, else its processor's way]",
     ),
-    click.option("--pool", type=click.Choice(POOL_MODES), default="average", show_default=True),
+    click.option(
+        "--pool",
+        type=click.Choice(POOL_MODES),
+        default="average",
+        show_default=True,
+        help="How patches become a cell; bilinear: as LLaVA-NeXT does.",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from preprocess.cli.encode import finish_parts, held
+from preprocess.cli.encode import finish_all, held
 from preprocess.cli.options import BANK, DECODERS, DEVICE, LOCAL, ON, bytes_bar, refuse_address
 from preprocess.cli.share import start_of
 from shards.text import counted, in_bytes, printable, some
@@ -109,14 +109,14 @@ def work(
 
 def report_units(bank: Path) -> None:
     """Print how many units of a plan are made, and who works on the others."""
-    from shards.format.beside import parts_of
+    from shards.format.beside import banks_of
     from shards.format.commits import committed
     from shards.format.plan import planned
     from shards.write.lease import holders
 
-    units = [(part, unit) for part in parts_of(bank) for unit in range(len(planned(part).units))]
+    units = [(one, unit) for one in banks_of(bank) for unit in range(len(planned(one).units))]
     left = sum(not committed(*unit) for unit in units)
-    workers = [writer for part in parts_of(bank) for writer in holders(part).values()]
+    workers = [writer for one in banks_of(bank) for writer in holders(one).values()]
     who = some([printable(str(writer)) for writer in workers])
     click.echo(
         f"{left} of {len(units)} units are being made elsewhere: {who}"
@@ -145,7 +145,7 @@ def finish(bank: Path) -> None:
     \b
     preprocess finish bank
     """
-    finish_parts(bank)
+    finish_all(bank)
 
 
 @click.command()

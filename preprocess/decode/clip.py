@@ -6,21 +6,19 @@ A source is a video file, a folder of pictures, an animation or a still picture.
 without decoding, chooses the reader: PyAV by seek checks the pts of every frame; PyAV from the start
 is always right, and slowest; Pillow reads pictures. decord is used only on request: on some files it
 returns wrong frames without an error. Every failure is one `VideoError`. A decoder can loop for ever,
-so `preprocess.decode.child` runs all this in a process that can be killed.
+so `preprocess.decode.decode_child` runs all this in a process that can be killed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from model.slow_fast import uniform_indices
-from model.tower.frames import processor_frames
 from model.tower.pixels import Pixels
-from preprocess.decode.frames import Begin, Clip, ClipFacts, Distrust, Event, Transform, collect
+from preprocess.decode.events import Begin, Clip, ClipFacts, Distrust, Event, Transform, collect
 from preprocess.decode.read_decord import read_decord
 from preprocess.decode.read_pictures import (
     PICTURE_FPS,
@@ -32,8 +30,8 @@ from preprocess.decode.read_pictures import (
 from preprocess.decode.read_pyav import WholeFile, read_seek
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import Scan, VideoError, scan
+from preprocess.decode.stream.sampling import sample_indices
 from shards.errors import UserError
-from shards.format.features import Sampling
 from shards.format.quarantine import Reason
 
 # Flags of files on which a seek is not to be trusted. Wrong frames raise nothing, so the reader is chosen
@@ -61,51 +59,6 @@ def read_clip(request: ReadRequest) -> Clip:
 def scan_source(path: Path, picture_fps: str = PICTURE_FPS) -> Scan:
     """Return the scan of a video file, a picture file or a folder of pictures; decodes one frame."""
     return scan_pictures(path, picture_fps) if holds_pictures(path) else scan(path)
-
-
-# -- sampling: which frames of a clip are taken
-
-
-def sample_indices(times: np.ndarray, end: float, rate: float, sampling: Sampling) -> list[int]:
-    """Return the places of the sampled frames, ascending.
-
-    times: float64 `(shown frames,)`, sorted seconds from the clip's start; end: its length in seconds;
-    rate: the source's mean frames a second. At `fps` F the frame on screen at each of 0, 1/F, 2/F ... is
-    taken, once. A time before the first frame takes the first, so that no clip is empty.
-    """
-    if sampling.kept is not None:
-        taken = sample_indices(times, end, rate, replace(sampling, kept=None))
-        return [taken[k] for k in uniform_indices(len(taken), sampling.kept)]
-    if sampling.like is not None:
-        fps = None if sampling.fps is None else float(Fraction(sampling.fps))
-        asked = sampling.num_frames, fps, sampling.max_frames
-        return processor_frames(sampling.like, len(times), rate, *asked)
-    if sampling.num_frames is not None:
-        return uniform_indices(len(times), sampling.num_frames)
-    assert sampling.fps is not None
-    wanted = Fraction(sampling.fps)
-    # A frame is taken if an instant falls between its time and the next frame's. Instants are counted per
-    # frame and not listed: one far timestamp would make a list of any length.
-    until = np.minimum(np.append(times[1:], end), end)
-    instants = _instants_before(until, wanted)
-    earlier = np.append(0, np.maximum.accumulate(_instants_before(times[1:], wanted)))
-    taken = np.flatnonzero(instants > earlier).tolist() or [0]
-    if sampling.max_frames is not None and len(taken) > sampling.max_frames:
-        # as LLaVA-Video samples: 1 fps up to the limit, beyond it uniformly over the whole clip
-        return uniform_indices(len(times), sampling.max_frames)
-    return taken
-
-
-def _instants_before(times: np.ndarray, rate: Fraction) -> np.ndarray:
-    """Return how many of the instants 0, 1 / rate, 2 / rate ... are before each of the times.
-
-    An instant is rounded once, as the times are, so equal times stay equal.
-    """
-    count = np.maximum(np.ceil(times * rate.numerator / rate.denominator), 0)
-    for _ in range(2):  # the product above may be off by its rounding
-        count += count * rate.denominator / rate.numerator < times
-        count -= (count > 0) & ((count - 1) * rate.denominator / rate.numerator >= times)
-    return count
 
 
 # -- reading: scan, choice of the reader, events
@@ -283,7 +236,7 @@ def _from_start(whole: WholeFile, request: ReadRequest) -> Iterator[Event]:
     second `Begin` follows with the frames sampled among those.
     """
     expected: list[int] = []
-    if whole.came is None:
+    if whole.decoded is None:
         # the packets may promise no frame here, and some may come all the same
         with suppress(VideoError):
             expected = _pick(whole.scan, request, request.start, request.end).index
@@ -292,16 +245,16 @@ def _from_start(whole: WholeFile, request: ReadRequest) -> Iterator[Event]:
         yield from whole.first(
             set(expected), _later(whole.scan, range(len(whole.scan.pts)), request)
         )
-    assert whole.came
-    came, order = whole.came
+    assert whole.decoded
+    decoded, order = whole.decoded
     if not request.allow_truncated:
-        _refuse_incomplete(came)
-    picked = _pick(came, request, request.start, request.end)
+        _refuse_incomplete(decoded)
+    picked = _pick(decoded, request, request.start, request.end)
     wanted = [order[place] for place in picked.index]
     if wanted != expected:
         yield Begin(len(wanted))
-        yield from whole.pictures(wanted, _later(came, order, request))
-    yield _facts(came, picked, "pyav-scan")
+        yield from whole.pictures(wanted, _later(decoded, order, request))
+    yield _facts(decoded, picked, "pyav-scan")
 
 
 def _later(scan: Scan, order: Sequence[int], request: ReadRequest) -> set[int]:

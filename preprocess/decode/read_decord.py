@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from preprocess.decode.frames import Distrust, Transform
+from preprocess.decode.events import Distrust, Transform
 from preprocess.decode.scan import Scan
 from shards.errors import first_line
 

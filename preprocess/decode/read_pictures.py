@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from preprocess.decode.frames import Transform, over_white
+from preprocess.decode.events import Transform, over_white
 from preprocess.decode.scan import Scan, VideoError
 from preprocess.decode.stream.orientation import Orientation
 from shards.format.quarantine import Reason

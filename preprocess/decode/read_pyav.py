@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.decode.frames import Distrust, Transform, over_white
+from preprocess.decode.events import Distrust, Transform, over_white
 from preprocess.decode.scan import Scan, VideoError, opened
 from preprocess.decode.stream.choice import decoder_of, has_alpha
 from preprocess.decode.stream.clock import shift_of
@@ -119,7 +119,7 @@ class WholeDecode:
                 )  # the count is global, and the consumer may have read other files
             self._damaged |= _av_errors() != errors
 
-    def came(self) -> tuple[Scan, list[int]]:
+    def decoded(self) -> tuple[Scan, list[int]]:
         """Return a scan of the frames that were decoded, and the number of each; after the last frame."""
         scan, pts = self.scan, self.pts
         if not pts:
@@ -158,7 +158,7 @@ class WholeFile:
 
     def __init__(self, scan: Scan, transform: Transform) -> None:
         self.scan = scan
-        self.came: tuple[Scan, list[int]] | None = None
+        self.decoded: tuple[Scan, list[int]] | None = None
         """Scan of the decoded frames and their numbers; None until the file was decoded to its end."""
         self._transform = transform
         self._kept: dict[int, np.ndarray] = {}
@@ -177,7 +177,7 @@ class WholeFile:
                     self._keep(count, resized)
                 if count in wanted:
                     yield resized
-        self.came = decode.came()
+        self.decoded = decode.decoded()
 
     def pictures(self, wanted: Sequence[int], later: Collection[int]) -> Iterator[np.ndarray]:
         """Yield the pictures of the frames `wanted` (numbers), in that order. later: frames to keep."""

@@ -18,8 +18,8 @@ from typing import IO, Generic, TypeVar
 import numpy as np
 
 from preprocess.decode.archive import Unpacker
-from preprocess.decode.child import TOGETHER, DecodeChild
-from preprocess.decode.frames import Begin, Clip, ClipFacts, Event, NoFacts, collect
+from preprocess.decode.decode_child import TOGETHER, DecodeChild
+from preprocess.decode.events import Begin, Clip, ClipFacts, Event, NoFacts, collect
 from preprocess.decode.read_pictures import picture_files
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError

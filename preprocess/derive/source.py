@@ -15,7 +15,7 @@ import numpy as np
 
 from shards.care.tar_scan import Tar
 from shards.errors import UserError
-from shards.format.beside import parts_of
+from shards.format.beside import banks_of
 from shards.format.codec import Codec, Stored
 from shards.format.commits import SampleRecord, StreamRecord, read_commits, shard_path
 from shards.format.plan import ClipSource, Plan, planned
@@ -55,19 +55,19 @@ class BankSource(ExitStack):
         self.failed = read_entries(bank)
         """By id, what is in its quarantine."""
         read = set(self.features.strides)
-        self._parts = [
-            _Part(part, plan)
-            for part in parts_of(bank)
-            for plan in [planned(part)]
+        self._banks = [
+            _OneBank(one, plan)
+            for one in banks_of(bank)
+            for plan in [planned(one)]
             if read.issuperset(plan.features.strides)
         ]
-        for part in self._parts:
-            self.push(part)
+        for one in self._banks:
+            self.push(one)
 
     @property
     def clips(self) -> list[ClipSource]:
         """The clips that are served, and those that failed."""
-        pruned, first = self.plan.pruned, self._parts[0]
+        pruned, first = self.plan.pruned, self._banks[0]
         return [
             clip
             for clip in self.plan.clips
@@ -76,25 +76,25 @@ class BankSource(ExitStack):
 
     def __contains__(self, clip: ClipSource) -> bool:
         """Return whether a clip's features are served."""
-        return clip.key in self._parts[0].samples
+        return clip.key in self._banks[0].samples
 
     def streams(self, clip: ClipSource) -> dict[int, StreamRecord]:
         """Return how each stride of a served clip is stored."""
         found: dict[int, StreamRecord] = {}
-        for part in self._parts:
-            found |= part.samples[clip.key][1].streams
+        for one in self._banks:
+            found |= one.samples[clip.key][1].streams
         return found
 
     def sample(self, clip: ClipSource) -> StoredClip:
         """Return a served clip; raises UserError if its bytes do not match their checksum."""
-        first, *others = (part.sample(clip.key, self.codec) for part in self._parts)
+        first, *others = (one.sample(clip.key, self.codec) for one in self._banks)
         for other in others:
             first.stored.update(other.stored)
             first.shapes.update(other.shapes)
         return first
 
 
-class _Part(ExitStack):
+class _OneBank(ExitStack):
     """A bank alone, or one beside it."""
 
     def __init__(self, bank: Path, plan: Plan) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from model.tower.pooling import FeatureRangeError
 from model.tower.tower import Tower
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.calibrate import measured
 from preprocess.encode.features import EncodeOptions, describe, encode_frames

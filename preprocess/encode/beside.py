@@ -1,10 +1,11 @@
-"""`preprocess encode INPUT --stride 2` on a bank of strides 4 and 8: what lies beside it, and is to.
+"""`preprocess encode INPUT --stride 2` on a bank of strides 4 and 8: which sides it has, and gets.
 
     own, beside = shared_out(bank, plan, options)      # options of the bank; beside/2 with its own
-    clips, first = beside[0].begun(plan, found)        # what to make there, of which first plan
+    clips, empty = beside[0].begun(plan, found)        # its clips, and its plan before there are any
 
-The bank is brought up to date with INPUT first; each side then takes those of its clips that it serves,
-as its plan knows them, so that both are of the same videos. What is on the disk: `shards.format.beside`.
+The bank is brought up to date with INPUT first; each side then takes those of INPUT's clips that the bank
+serves, as the bank's plan has them, so that both are of the same videos. On the disk:
+`shards.format.beside`.
 """
 
 from collections.abc import Sequence
@@ -32,14 +33,14 @@ class Side:
         return side_path(self.bank, self.options.strides)
 
     def begun(self, plan: Plan, found: Found) -> tuple[Found, Plan]:
-        """Return what of the inputs the bank serves, as its plan knows it; and a plan without clips: of
-        the bank's features, its tower run as the bank's is.
+        """Return those of the inputs that the bank serves, as its plan has them; and a plan without
+        clips, of the bank's features and tower.
 
         plan: of the bank, up to date with the inputs.
         """
         features = replace(plan.features, strides=self.options.strides)
         truncated = plan.allow_truncated
-        first = Plan(features, [], plan.tower, decoder=plan.decoder, allow_truncated=truncated)
+        empty = Plan(features, [], plan.tower, decoder=plan.decoder, allow_truncated=truncated)
         asked, failed = {clip.key for clip in found.clips}, read_entries(self.bank)
         # what the bank serves and no more: a side with other clips could not be read with it
         clips = [
@@ -47,7 +48,7 @@ class Side:
             for clip in plan.clips
             if clip.key in asked and clip.key not in plan.pruned and clip.id not in failed
         ]
-        return replace(found, clips=clips), first
+        return replace(found, clips=clips), empty
 
 
 def shared_out(
@@ -70,7 +71,7 @@ def shared_out(
 def strides_beside(bank: Path, plan: Plan | None, asked: Sequence[int]) -> list[tuple[int, ...]]:
     """Return the strides of each side that is asked for: of those that are there, and of a new one.
 
-    None where no stride is asked for but some of the bank's own, all of which are made as ever.
+    None where only strides of the bank itself are asked for.
     """
     if plan is None or plan.features.derived:
         return []

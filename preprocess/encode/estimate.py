@@ -1,4 +1,4 @@
-"""Estimate a plan's cost: clips, frames, bytes, shards, and hours measured on a few of its clips."""
+"""What a bank will cost (`preprocess plan`): clips, frames, bytes, shards, and hours by a few clips."""
 
 import time
 from collections import Counter
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.tower.faults import FeatureRangeError
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions, encode_frames, frame_bytes
 from preprocess.sources.changes import Changes
@@ -98,9 +98,9 @@ def gone(changes: Changes) -> list[str]:
     if not changes.removed:
         return []
     pruned = changes.removed[0].key in changes.plan.pruned
-    fate = "are no longer served" if pruned else "stay in the bank; --prune drops them"
+    now = "are no longer served" if pruned else "stay in the bank; --prune drops them"
     return [
-        f"  the sources of {named([clip.id for clip in changes.removed])} are gone; they {fate}"
+        f"  the sources of {named([clip.id for clip in changes.removed])} no longer exist; they {now}"
     ]
 
 

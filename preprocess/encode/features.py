@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.tower.pixels import Pixels
-from preprocess.decode.frames import ClipFacts
+from preprocess.decode.events import ClipFacts
 from preprocess.decode.read_pictures import PICTURE_FPS
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import Outcome

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from preprocess.encode.unit import Summary
 from shards.errors import UserError
-from shards.format.beside import parts_of
+from shards.format.beside import banks_of
 from shards.format.commits import committed
 from shards.format.plan import planned
 
@@ -62,10 +62,10 @@ def encode_on_ray(
     workers: how many actors; None is one for each GPU, or for each machine where there is none. address:
     of the cluster; None is the one that Ray finds, or else this machine. decoders: processes of each
     worker, None for as many as its machine has cores. Raises UserError, a line for each reason, where
-    units are left and every worker is at its end.
+    units are left and every worker has ended.
     """
     ray = _ray()
-    units = [(part, unit) for part in parts_of(bank) for unit in range(len(planned(part).units))]
+    units = [(one, unit) for one in banks_of(bank) for unit in range(len(planned(one).units))]
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tqdm import tqdm
 
 from model.tower.faults import GpuMemoryError
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.features import EncodeOptions, feature_config, predicted_bytes
 from preprocess.encode.tower import measured, tower_files

@@ -3,8 +3,10 @@
     encode(["videos/"], Path("bank"), EncodeOptions(tower="google/siglip-so400m-patch14-384",
            strides=(4, 8), sampling=Sampling(fps="1", max_frames=64)))
 
-Finished shards are skipped on a rerun; other features in the same folder are refused; a clip that
-fails is named in `quarantine.jsonl` and never stops the run. `bank.json` is written last.
+A rerun goes on where the last one stopped: `units_left` skips shards that are finished, and a shard that
+is not continues after its last whole clip (`shards/write/journal.py`). Other features in the same folder
+are refused; a clip that fails is named in `quarantine.jsonl` and never stops the run. `bank.json` is
+written last.
 
 The three steps are commands, too: one process plans, any number on any machines work, one finishes.
 Torch is imported with the tower, so a run that finds nothing to do ends without it.
@@ -39,7 +41,7 @@ from preprocess.sources.find import Found, clips_under, find_clips
 from preprocess.sources.probe import probe
 from preprocess.sources.skips import write_skips
 from shards.errors import UserError
-from shards.format.beside import parts_of
+from shards.format.beside import banks_of
 from shards.format.plan import (
     ClipSource,
     Plan,
@@ -100,8 +102,8 @@ def encode_clips(
     own, beside = shared_out(out, seen.plan, options)
     summary, changes = _encode_bank(found, out, own, seen, **how)
     for side in beside:
-        clips, first = side.begun(changes.plan, found)
-        seen = plan_as_read(side.path, first=first)
+        clips, empty = side.begun(changes.plan, found)
+        seen = plan_as_read(side.path, empty=empty)
         more, _ = _encode_bank(clips, side.path, side.options, seen, clips.clips, **how)
         summary = summary.beside(more)
     for why in pair(out, "preprocess encode"):
@@ -121,21 +123,20 @@ def _encode_bank(
     prune: bool,
 ) -> tuple[Summary, Changes]:
     """Make one bank of one plan. probed: the clips, where they have been looked at."""
-    first, probed = _before_a_folder(out, found, options, probed)
+    loading, probed = _before_a_folder(out, found, options, probed)
     with disk_errors(out), folder_lock(out, "preprocess encode"):
         # under the lock: another process may have planned in between
         known = plan_as_read(out, seen).plan
         options = as_banked(options, known)
         # loaded in a thread while clips are probed, and only if some unit is left
-        loading = first
-        if first is None and (known is None or units_left(out, known)):
+        if loading is None and (known is None or units_left(out, known)):
             loading = Loading(options)
         survey = Survey.of(out, found.clips, options, known, probed)
         if loading is None and (changes := survey.of_nothing(out, options, prune=prune)):
             write_skips(out, found.skips)
             # what workers that died have left of finished units
             sweep(out)
-            return _told(out, changes.plan, found.clips, Summary()), changes
+            return _with_earlier(out, changes.plan, found.clips, Summary()), changes
         tower, options = (loading or Loading(options)).tower()
         changes, options = make_plan(out, found.clips, tower, options, prune=prune, survey=survey)
         write_skips(out, found.skips)
@@ -166,8 +167,8 @@ def plan_clips(
     own, beside = shared_out(out, seen.plan, options)
     made = [_plan_bank(found, out, own, seen, prune=prune)]
     for side in beside:
-        clips, first = side.begun(made[0].changes.plan, found)
-        seen = plan_as_read(side.path, first=first)
+        clips, empty = side.begun(made[0].changes.plan, found)
+        seen = plan_as_read(side.path, empty=empty)
         made.append(_plan_bank(clips, side.path, side.options, seen, clips.clips, prune=prune))
     return made
 
@@ -181,10 +182,10 @@ def _plan_bank(
     *,
     prune: bool,
 ) -> Planned:
-    first, probed = _before_a_folder(out, found, options, probed, here=False)
+    loading, probed = _before_a_folder(out, found, options, probed, here=False)
     with disk_errors(out), folder_lock(out, "preprocess plan"):
         known = plan_as_read(out, seen).plan
-        loading = first or Loading(as_banked(options, known), here=False)
+        loading = loading or Loading(as_banked(options, known), here=False)
         survey = Survey.of(out, found.clips, options, known, probed)
         tower, options = loading.tower()
         changes, options = make_plan(out, found.clips, tower, options, prune=prune, survey=survey)
@@ -239,19 +240,19 @@ def execute(
         with disk_errors(out):
             finish(out, plan, tower)
         undone = {clip.id for unit in left.values() for clip in unit}
-        return _told(out, plan, clips, summary, undone)
+        return _with_earlier(out, plan, clips, summary, undone)
 
     return fitting(out, plan, options, made)[0]
 
 
-def _told(
+def _with_earlier(
     out: Path,
     plan: Plan,
     clips: Sequence[ClipSource],
     summary: Summary,
     undone: Collection[str] = (),
 ) -> Summary:
-    """Return a run's summary with the clips that were already banked, and those in the quarantine."""
+    """Return a run's summary with what earlier runs did: clips already banked, or in the quarantine."""
     entries, asked = read_entries(out), {clip.id for clip in clips}
     served = plan.served()
     there = {clip.id for clip in plan.clips if clip.key in served}
@@ -278,17 +279,17 @@ def work(
     at different units. plan: of the bank, if already read.
     """
     summaries = []
-    for part in parts_of(bank):
-        of_part = plan if plan is not None and part == bank else planned(part)
+    for one in banks_of(bank):
+        own = plan if plan is not None and one == bank else planned(one)
         # a derived bank is made of another bank's cells: no video has its features
-        refuse_derived(part, of_part.features)
-        # a tower is loaded only for a part that has something left
-        if left := units_left(part, of_part):
+        refuse_derived(one, own.features)
+        # a tower is loaded only for a bank that has something left
+        if left := units_left(one, own):
             how = {"tower": tower} if tower else {}
-            options = EncodeOptions.of_plan(of_part, device=device, **how)
-            work = _work(part, of_part, left, "preprocess work", start, decoders)
-            summaries.append(_work_on(work, of_part, options, roots, procs))
-    return replace(Summary.of(summaries), seconds=sum(one.seconds for one in summaries))
+            options = EncodeOptions.of_plan(own, device=device, **how)
+            work = _work(one, own, left, "preprocess work", start, decoders)
+            summaries.append(_work_on(work, own, options, roots, procs))
+    return replace(Summary.of(summaries), seconds=sum(made.seconds for made in summaries))
 
 
 def _work_on(

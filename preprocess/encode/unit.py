@@ -23,7 +23,7 @@ import numpy as np
 
 from model.tower.faults import FeatureRangeError, GpuMemoryError
 from preprocess.decode.archive import Unpacker
-from preprocess.decode.frames import Begin, ClipFacts
+from preprocess.decode.events import Begin, ClipFacts
 from preprocess.decode.source import Outcome
 from preprocess.encode.features import EncodeOptions, describe, pooling_of, provenance
 from preprocess.encode.pipeline.decoders import Decoders, Job, decoders_for
@@ -154,10 +154,10 @@ class Encoder(ExitStack):
         self._see_folders(todo)
         self.bar.update(len(sources) - len(todo))
         with closing(self._encoded(todo, lease)) as encoded:
-            for source, outcome, taken in encoded:
+            for source, outcome, pooling in encoded:
                 if outcome.error:
                     self._refuse_gone_folder(Path(source.path))
-                self._bank(source, outcome, taken, writing)
+                self._bank(source, outcome, pooling, writing)
                 self.bar.update(1)
                 show_pace(self.bar, self.summary)
 
@@ -185,11 +185,11 @@ class Encoder(ExitStack):
     def _encoded(
         self, sources: Sequence[ClipSource], lease: Lease
     ) -> Generator[tuple[ClipSource, Outcome[ClipFacts], "Pooling | FeatureRangeError | None"]]:
-        """Yield each clip's outcome, with its features or the range error of the stored type.
+        """Yield each clip's outcome, with its pooled features or the range error of the stored type.
 
         Only a few frames are in memory at a time, for clips of any length.
         """
-        taken: Pooling | FeatureRangeError | None = None
+        pooling: Pooling | FeatureRangeError | None = None
         # the largest batch: a clip of any length is cut into whole batches
         together = self.tower.batch_shape(sys.maxsize, self.options.batch_frames)
         with closing(self._decoders.events(self._jobs(sources), together)) as events:
@@ -202,27 +202,27 @@ class Encoder(ExitStack):
                     # before the expensive part: frames of a unit that another process has taken
                     # over are for nobody
                     lease.check()
-                    taken = pooling_of(self.tower, event.frames, self.options)
+                    pooling = pooling_of(self.tower, event.frames, self.options)
                 elif isinstance(event, Outcome):
-                    yield source, event, self._taken_in(taken, None)
-                    taken = None
+                    yield source, event, self._pooled(pooling, None)
+                    pooling = None
                 else:
-                    taken = self._taken_in(taken, event)
+                    pooling = self._pooled(pooling, event)
                 # its frames would stay in memory while the next ones are decoded
                 del event
 
-    def _taken_in(
-        self, taken: "Pooling | FeatureRangeError | None", frames: np.ndarray | None
+    def _pooled(
+        self, pooling: "Pooling | FeatureRangeError | None", frames: np.ndarray | None
     ) -> "Pooling | FeatureRangeError | None":
-        """Have the tower take a clip's next frames, or end with it: None."""
-        if taken is None or isinstance(taken, FeatureRangeError):
-            return taken
+        """Encode and pool a clip's next frames; None ends the clip. Return `pooling`, or its error."""
+        if pooling is None or isinstance(pooling, FeatureRangeError):
+            return pooling
         try:
             with self._clocked("tower"):
-                taken.end() if frames is None else taken.add(frames)
+                pooling.end() if frames is None else pooling.add(frames)
         except FeatureRangeError as error:
             return error
-        return taken
+        return pooling
 
     def _jobs(self, sources: Sequence[ClipSource]) -> list[Job]:
         return [
@@ -240,7 +240,7 @@ class Encoder(ExitStack):
         self,
         source: ClipSource,
         outcome: Outcome[ClipFacts],
-        taken: "Pooling | FeatureRangeError | None",
+        pooling: "Pooling | FeatureRangeError | None",
         writing: Writing,
     ) -> None:
         """Queue a clip's features, or its failure, for writing."""
@@ -250,13 +250,13 @@ class Encoder(ExitStack):
                 error = outcome.error
                 writing.fail(self._failure(source, outcome, error.reason, str(error)))
                 return
-            if isinstance(taken, FeatureRangeError):
-                where = f"{source.where}: {taken}"
+            if isinstance(pooling, FeatureRangeError):
+                where = f"{source.where}: {pooling}"
                 writing.fail(self._failure(source, outcome, Reason.NOT_REPRESENTABLE, where))
                 return
-            assert taken is not None
-            meta = describe(source, outcome, outcome.clip, self.tower, taken.stored)
-            writing.write(source.key, meta, taken.stored, taken.underflowed)
+            assert pooling is not None
+            meta = describe(source, outcome, outcome.clip, self.tower, pooling.stored)
+            writing.write(source.key, meta, pooling.stored, pooling.underflowed)
         self.summary.clips += 1
         self.summary.frames += len(outcome.clip.frame_index)
 

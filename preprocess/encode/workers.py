@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from preprocess.decode.process import ChildBug
+from preprocess.decode.child_process import ChildBug
 from preprocess.encode.features import EncodeOptions, load_tower
 from preprocess.encode.pipeline.decoders import decoders_for
 from preprocess.encode.pipeline.summary import Summary, progress_bar, show_pace
@@ -181,7 +181,7 @@ def _worker(work: Work, options: EncodeOptions, sender: Connection) -> None:
     """Encode units in a worker process, and send the parent its progress and result."""
     from transformers.utils import logging
 
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.disable_progress_bar()
     try:
         summary = encode_work(work, load_tower(options), options, RemoteBar(sender.send))
@@ -193,7 +193,7 @@ def _worker(work: Work, options: EncodeOptions, sender: Connection) -> None:
         sender.send(("done", summary))
 
 
-def _leave_with_parent() -> None:
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent
     # A daemon process is only ended by a parent that exits normally; the sentinel also notices `kill -9`.

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from tqdm import tqdm
 
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.footage.cuts import Clip, Cut, cut_clip, describe, lengths
 from preprocess.footage.questions import new_phrase_records, scene_rows, test_records, train_records

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model.tower.pixels import Pixels
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from preprocess.decode.source import Outcome, SourceReader

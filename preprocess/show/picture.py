@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from model.grid import cell_spans
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.read_pictures import PICTURE_FPS
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import SourceReader

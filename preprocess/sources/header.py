@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from preprocess.decode.process import ChildDied, ChildProcess, serve
+from preprocess.decode.child_process import ChildDied, ChildProcess, serve
 from preprocess.decode.read_pictures import holds_pictures, scan_pictures
 from preprocess.decode.scan import opened
 from shards.format.features import Sampling

@@ -27,6 +27,8 @@ SAYS_WHEN = re.compile(
     re.IGNORECASE,
 )
 """Names of fields that select a part of a medium, if their values are numbers."""
+PART_IN_FRAMES = "split"
+"""Inside of a `meta` of LLaVA-ST: first and last frame of the part that the row is about."""
 NAMES_MEDIA = re.compile(
     r"(?:video|image|img|clip|frames?)_?(?:path|file|name|id|dir|folder|url)s?|vid|visuals?|medias?"
     r"|file_?name|frames|audio_path|youtube_id",
@@ -67,6 +69,8 @@ class Fields(dict[str, Any]):
         said = "\n".join(texts).casefold()
         for name in (name for name in self if name not in self.read):
             value = super().__getitem__(name)
+            if isinstance(value, dict):
+                refuse_part(name, value)
             more = SAYS_MORE.fullmatch(name) and not all(
                 re.search(rf"(?<!\w){re.escape(leaf.strip().casefold())}(?!\w)", said)
                 for leaf in leaves(value)
@@ -82,10 +86,26 @@ class Fields(dict[str, Any]):
                 )
 
 
-def fix_of(name: str, *, medium: bool) -> str:
-    """Return the fix for a field that nothing reads."""
+def refuse_part(name: str, value: Mapping[str, Any]) -> None:
+    """Raise RowError where an unread object of a row says which part of its medium the row is about."""
+    for inner, place in value.items():
+        in_frames = inner == PART_IN_FRAMES and isinstance(place, list)
+        if (in_frames or SAYS_WHEN.fullmatch(inner)) and any_number(place):
+            unit = "a part of the video, in frames" if in_frames else "a part of the medium"
+            hint = "`train.convert llava-st --rates` makes seconds of it; else " * in_frames
+            raise RowError(
+                "a field that nothing reads",
+                f"`{short(name)[1:-1]}.{short(inner)[1:-1]}`: {unit}, and this form of row does not "
+                "read it",
+                got=short(place),
+                fix=f"{hint}{fix_of(name, medium=False, part=True)}",
+            )
+
+
+def fix_of(name: str, *, medium: bool, part: bool = False) -> str:
+    """Return the fix for a field that nothing reads; part: it says which part of the medium is meant."""
     hint = "name the medium `video` or `image`, " if medium else ""
-    if SAYS_WHEN.fullmatch(name):
+    if part or SAYS_WHEN.fullmatch(name):
         hint = "name a part of a video by `start` and `end`, in seconds, "
     return f"{hint}write it into the text, or set ignore_fields: [{short(name)[1:-1]}]"
 

@@ -3,9 +3,12 @@
     canonical({"video": "a.mp4", "question": "Who is it?", "answer": "she"})
 
 Ours: `{id, video, start?, end?, task?, conversations: [{from: human|gpt|system, value}]}` with one
-`<video>` or `<image>` tag for each medium; a `timeline` in place of `video` counts as one medium. Every
-form is one function in `FORMS`: a row and its media -> turns. A fault is a RowError, without its place
-yet; a row that could be read in two ways is refused.
+`<video>` or `<image>` tag for each medium; a `timeline` in place of `video` counts as one medium. A fault
+is a RowError, without its place yet; a row that could be read in two ways is refused.
+
+Add a form: a function in `FORMS`, a row and its media -> turns, under the field that identifies it.
+Encoding and training then both read it. A benchmark whose annotations are to be converted first is an
+importer (`train/data/importers.py`).
 """
 
 import re

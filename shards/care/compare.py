@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.format.beside import parts_of, together
+from shards.format.beside import banks_of, together
 from shards.format.features import FeatureConfig
 from shards.format.plan import planned
 from shards.format.version import refuse_other_version
@@ -72,7 +72,7 @@ def read_features(path: Path) -> Json:
             f"{file}: not a feature config ({error}); name a bank, a plan or a config"
         ) from None
     # strides that were encoded later count as the bank's own, as they do for readers
-    beside = parts_of(path)[1:] if path.is_dir() else []
+    beside = banks_of(path)[1:] if path.is_dir() else []
     return together(features, [planned(side).features for side in beside]).to_json()
 
 

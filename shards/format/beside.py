@@ -1,18 +1,18 @@
-"""Strides that were encoded later lie beside a bank, in banks of their own.
+"""Strides that were encoded later: a bank of their own each, in a folder of the first one.
 
-    bank/bank.json ...             the bank, of strides 4 and 8: no file of it is touched
-    bank/beside/2/bank.json ...    a whole bank of the same clips, of stride 2 alone
-    bank/beside.json               which of those may be read with the bank; written last
+    bank/bank.json ...             the bank, of strides 4 and 8: none of its files is changed
+    bank/beside/2/bank.json ...    a side: a whole bank of the same clips, of stride 2 alone
+    bank/beside.json               which sides may be read with the bank; written last
 
-A side is made by what makes any bank: plan, leases, commit records, a finish of its own. So it is
-verified, repaired and told of as one, and a run of it that is cut off goes on where it was. Its features
-are the bank's but for the strides, and its tower is run as the bank's was: what is read of both together
-is what one run with all of the strides banks, and has that bank's fingerprint.
+A side is made as any bank is: plan, leases, commit records, a finish of its own. So it is verified,
+repaired and reported as one, and a run of it that was cut off continues. Its features are the bank's but
+for the strides, and its tower runs as the bank's did: both read together give what one run with all of
+the strides would have banked, under that bank's fingerprint.
 
-`beside.json` says of each side what it and the bank held (`state_of`) when every description of the
-bank, but for the grids of cells, was found in the side, the same to the letter. A reader takes a side
-only where both still are so. After clips were added, changed or lost in one of the two its strides are
-missing, by name, until the other has followed: `preprocess encode INPUT --stride 2 --out BANK`.
+`beside.json` records, for each side, the state of side and bank (`state_of`) at the time when each sample
+of the bank was found in the side with the same json, apart from the grids of cells. A reader uses a side
+only while both states are unchanged. After clips were added, changed or lost in one of the two, the
+side's strides are refused by name until `preprocess encode INPUT --stride 2 --out BANK` has run again.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class Sides:
 
 
 def state_of(manifest: Manifest) -> str:
-    """Return what tells whether a bank serves the same samples, of the same bytes, as it did."""
+    """Return a digest that changes when a bank serves other samples, or other bytes of them."""
     shards = [[shard.name, shard.sha256] for shard in manifest.shards]
     # hashes, not times: a copy of a bank has the same state
     held = {"of": manifest.fingerprint, "shards": shards, "superseded": manifest.superseded}
@@ -69,7 +69,7 @@ def read_sides(files: Files) -> tuple[Side, ...]:
         return parse(Sides, data, f"{files.where}/{NAME}").sides
     except UserError as error:
         raise UserError(
-            str(error), fix=f"`preprocess repair {files.where}` writes it anew"
+            str(error), fix=f"`preprocess repair {files.where}` writes it again"
         ) from None
 
 
@@ -89,8 +89,8 @@ def sides_of(bank: Path) -> list[Path]:
     return sorted(set(found), key=lambda path: [*map(int, path.name.split("-"))])
 
 
-def parts_of(bank: Path) -> list[Path]:
-    """Return a bank and the banks beside it: each is looked after as any bank."""
+def banks_of(bank: Path) -> list[Path]:
+    """Return a bank and its sides: commands that maintain a bank do so with each."""
     return [bank, *sides_of(bank)]
 
 

@@ -152,8 +152,8 @@ def channel_rms(arrays: Iterable[np.ndarray]) -> np.ndarray:
         total, count = total + np.square(values).sum(axis=0), count + len(values)
     rms = np.sqrt(np.asarray(total) / count)
     # channels that are always 0 have no scale of their own, and would lower the median
-    stirring = rms[rms > 0]
-    least = np.median(stirring) / 16 if len(stirring) else 1.0
+    varying = rms[rms > 0]
+    least = np.median(varying) / 16 if len(varying) else 1.0
     return np.maximum(rms, least).astype(np.float32)
 
 

@@ -214,11 +214,11 @@ class PlanAsRead:
 
 
 def plan_as_read(
-    bank: Path, before: PlanAsRead | None = None, first: Plan | None = None
+    bank: Path, before: PlanAsRead | None = None, empty: Plan | None = None
 ) -> PlanAsRead:
     """Return a bank's plan, read again only where its file is another than `before`.
 
-    first: the plan where there is none yet.
+    empty: the plan where there is none yet.
     """
     try:
         stat = (bank / "plan.json").stat()
@@ -229,7 +229,7 @@ def plan_as_read(
         stamp = None
     if before is not None and before.stamp == stamp:
         return before
-    return PlanAsRead(read_plan(bank) or first, stamp)
+    return PlanAsRead(read_plan(bank) or empty, stamp)
 
 
 def planned(bank: Path, missing: str = "no plan here") -> Plan:

@@ -89,7 +89,7 @@ class Bank:
         self.whole, self.strides = beside.whole, beside.whole.features.strides
         """What the bank and the strides beside it are together; all strides that can be read."""
         self.missing = beside.missing
-        """By stride, why one that lies beside the bank is not read."""
+        """By stride, why one that is beside the bank is not read."""
         self._shards = beside.shards
         self.ids = TextColumn(self.columns, "id")
         """Of each row, decoded as it is asked for."""
@@ -254,7 +254,7 @@ class Bank:
             return SampleMeta.from_json(json.loads(text))
         except (tarfile.HeaderError, ValueError, KeyError, TypeError):
             where = f"{self.where}/{shard}"
-            problem = f"{where}: damaged where {self.ids[row]} lies; copy the bank again"
+            problem = f"{where}: damaged at the sample of {self.ids[row]}; copy the bank again"
             raise UserError(printable(problem)) from None
 
     def _place(self, row: int, stride: int, name: str, edges: list[int]) -> _Place:

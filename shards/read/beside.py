@@ -2,7 +2,7 @@
 
 beside = open_beside(files, manifest, columns)
 beside.columns["stride2_offset"]        # of each row of the bank, in the shards of the side
-beside.missing[16]                      # why a stride that lies there is not read
+beside.missing[16]                      # why a stride that is there is not read
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from shards.storage import Files, open_files
 
 @dataclass(frozen=True)
 class Beside:
-    """What lies beside a bank."""
+    """A bank and those of its sides that are read with it."""
 
     manifest: Manifest
     """Of the bank alone."""
@@ -32,11 +32,11 @@ class Beside:
     shards: dict[int, tuple[list[str], np.ndarray]]
     """By stride: names of shards below the bank's folder, and of each row which of them."""
     missing: dict[int, str] = field(default_factory=dict)
-    """By stride, why one that lies here is not read."""
+    """By stride, why one that is here is not read."""
 
 
 def open_beside(files: Files, manifest: Manifest, columns: Columns) -> Beside:
-    """Return a bank with what lies beside it. manifest, columns: of the bank alone."""
+    """Return a bank with its sides. manifest, columns: of the bank alone."""
     own = [f"shards/{shard.name}" for shard in manifest.shards], columns["shard"]
     shards, missing = dict.fromkeys(manifest.features.strides, own), dict[int, str]()
     columns_of_all = dict(columns)

@@ -1,4 +1,4 @@
-"""Which of the banks beside a bank may be read with it: noted where every description agrees.
+"""Write `beside.json`: which sides of a bank have its very clips, and may be read with it.
 
 for why in pair(Path("bank")): ...      # a line for each that may not yet
 """
@@ -22,8 +22,8 @@ OF_CELLS = ("cell_grids", "frame_nbytes")
 
 
 def pair(bank: Path, command: str) -> list[str]:
-    """Compare a bank with what lies beside it and write `beside.json`; return a line for each side that
-    is not read with the bank, and why.
+    """Compare a bank with its sides and write `beside.json`; return a line for each side that is not read
+    with the bank, and why.
 
     Does nothing for a bank without sides. What was compared, and is as it was, is not compared again.
     """

@@ -111,7 +111,7 @@ def pooled(model: Any, pixels: torch.Tensor) -> dict[int, torch.Tensor]:
 
 def stages(tower: str, frames: int, dtype: str, out: Path, clips: list[str]) -> dict[str, float]:
     """Return the CPU seconds of decoding, tower and writing, one after the other, start-up left out."""
-    from preprocess.decode.child import DecodeChild
+    from preprocess.decode.decode_child import DecodeChild
     from preprocess.decode.source import SourceReader
     from preprocess.encode.features import (
         EncodeOptions,

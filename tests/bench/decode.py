@@ -24,8 +24,8 @@ from PIL import Image
 
 from model.slow_fast import uniform_indices
 from model.tower.pixels import Pixels
-from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import read_clip, scan_source
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.read_decord import decord_trouble
 from preprocess.decode.request import ReadRequest
 from shards.format.features import Sampling

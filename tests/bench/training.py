@@ -30,7 +30,7 @@ from model.tower.pixels import Pixels
 from model.tower.tower import Tower
 from model.tower_kinds import find_kind
 from model.vlm import VLM
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.encode.run import EncodeOptions, encode
 from preprocess.toyworld import make_toyworld

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
 from model.llm import load_llm
 from model.tower.tower import Tower
 from model.vlm import VLM, VLMConfig
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.encode.features import load_tower
 from preprocess.encode.run import EncodeOptions, encode

@@ -26,9 +26,9 @@ import pytest
 from PIL import Image
 
 from model.tower.pixels import Pixels
-from preprocess.decode import child as decode_child
-from preprocess.decode.child import DecodeChild
+from preprocess.decode import decode_child
 from preprocess.decode.clip import Clip, read_clip
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.read_decord import decord_trouble
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError, scan

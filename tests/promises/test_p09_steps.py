@@ -20,7 +20,7 @@ from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
 from train.batches.plan import plan_run
 from train.batches.run_plan import RunPlan
-from train.data.dataset import Dataset, Part, open_dataset
+from train.data.dataset import Dataset, RecordFile, open_dataset
 from train.settings.config import TrainConfig
 
 CONFIG = VLMConfig(max_frames_num=4)
@@ -164,6 +164,6 @@ def test_threads_do_not_disturb_each_others_tokens(make_tokenizer: Callable[[], 
     assert set(found) == {tuple(alone)}
 
 
-def test_a_dataset_repeats_its_parts(dataset: Dataset) -> None:
-    twice = replace(dataset, parts=(Part("x", "", dataset.records, 2),))
+def test_a_dataset_repeats_its_files(dataset: Dataset) -> None:
+    twice = replace(dataset, files=(RecordFile("x", "", dataset.records, 2),))
     assert twice.records == dataset.records * 2

@@ -1,6 +1,7 @@
 """P10: resume is bitwise after kill -9 at any moment, saves included.
 
-With `reduce: exact` on another number of processes too.
+With `reduce: exact` on another number of processes too. With FSDP2, whose processes each write a part
+of a checkpoint, whichever of them is killed.
 Importing torch takes seconds, so one process imports it and forks the ranks of every run.
 """
 
@@ -30,10 +31,11 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 import accelerate, safetensors.torch, transformers.models.qwen2.modeling_qwen2
-import torch.distributed, torch.nn.parallel, torch.utils.tensorboard
+import torch.distributed.checkpoint, torch.nn.parallel, torch.utils.tensorboard
 import model.vlm, train.loop.loop, train.loop.checkpoint, train.evaluate, train.loop.checks
 import train.batches.loader
 import train.batches.plan, train.report, train.run, train.loop.step, train.start.prepare_llm
+from tests.fsdp_on_cpu import shard_on_cpu
 from train.loop.signals import StopSignals
 
 def rank(job, number):
@@ -43,6 +45,8 @@ def rank(job, number):
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1",
             "WORLD_SIZE": str(job["world"]), "LOCAL_WORLD_SIZE": str(job["world"]),
             "MASTER_PORT": str(job["port"])}
+    if job.get("fsdp"):
+        shard_on_cpu()
     die = job.get("die")
 
     def watch(event, facts):
@@ -50,7 +54,7 @@ def rank(job, number):
         if event == die[0] and str(facts[0]).endswith(die[1]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if die and number == 0:
+    if die and number == job.get("dying", 0):
         sys.addaudithook(watch)
     sent = {step: name for step, who, name in job.get("signals", ()) if who == number}
     taken, steps = StopSignals.take, []
@@ -76,6 +80,8 @@ for job in json.load(sys.stdin):
             code = 70
             try:
                 code = rank(job, number)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
@@ -89,6 +95,10 @@ for job in json.load(sys.stdin):
                 os.kill(other, signal.SIGKILL)
     print(json.dumps([codes[child] for child in children]), flush=True)
 """
+
+
+FACTS = ("world", "die", "dying", "signals", "fsdp")
+"""What of a job is no setting of its run."""
 
 
 def free_port() -> int:
@@ -121,19 +131,19 @@ def run_jobs(
 ) -> Callable[..., list[list[int]]]:
     """A function that runs jobs one after the other; returns the exit codes of each one's ranks.
 
-    A job: world, out, settings that differ, `die` (audit event, end of a path) for rank 0, `signals`
-    (step, rank, name).
+    A job: world, out, settings that differ, `die` (audit event, end of a path) for rank `dying` or 0,
+    `signals` (step, rank, name), `fsdp`.
     """
 
     def run(*jobs: Json) -> list[list[int]]:
         written = []
         for number, job in enumerate(jobs):
-            changes = {k: v for k, v in job.items() if k not in ("world", "out", "die", "signals")}
+            changes = {k: v for k, v in job.items() if k not in ("out", *FACTS)}
             own = {"gradient_accumulation_steps": 3 // job["world"], "output_dir": job["out"]}
             argv = as_flags(settings | own | changes)
             job["out"].mkdir(parents=True, exist_ok=True)
             facts = {"argv": argv, "port": free_port(), "log": str(job["out"] / f"rank-{number}")}
-            kept = {k: job[k] for k in ("world", "die", "signals") if k in job}
+            kept = {k: job[k] for k in FACTS if k in job}
             written.append(kept | facts)
         done = subprocess.run(
             [sys.executable, "-c", RANKS],
@@ -222,6 +232,40 @@ def test_a_run_killed_before_during_and_after_a_save_goes_on_exactly(
     text = (out / "train.log").read_text()
     assert [text.count(f"checkpoint-{step}\n") for step in (1, 2)] == [2, 1], text
     assert_same_run(out, straight)
+
+
+PART = "optimizer/shard-{:05d}-model-00001-of-00001.safetensors"
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_exactly_whichever_process_is_killed_at_a_save(
+    run_jobs: Callable[..., list[list[int]]], tmp_path: Path
+) -> None:
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    run = {"world": 3, "fsdp": True}
+    deaths = [
+        (0, "os.mkdir", "checkpoint-2.tmp/llm"),
+        (1, "open", f"checkpoint-2.tmp/{PART.format(2)}"),
+        (0, "open", f"checkpoint-2.tmp/{PART.format(1)}"),
+        (0, *DURING),
+        (0, "os.rename", "checkpoint-2.tmp"),
+        # it is whole from here on
+        (2, "open", f"checkpoint-2/{PART.format(3)}"),
+        (2, "open", f"checkpoint-3.tmp/{PART.format(3)}"),
+        (0, "shutil.rmtree", "checkpoint-2"),
+    ]
+    codes = run_jobs(
+        *({**run, "out": out, "dying": rank, "die": moment} for rank, *moment in deaths),
+        {**run, "out": out},
+        {**run, "out": straight, "resume": "none"},
+    )
+    for (rank, *_), killed in zip(deaths, codes, strict=False):
+        assert killed[rank] == KILLED
+    assert [set(code) for code in codes[-2:]] == [{0}, {0}]
+    text = (out / "train.log").read_text()
+    assert [text.count(f"checkpoint-{step}\n") for step in (1, 2, 3)] == [5, 2, 1], text
+    assert_same_run(out, straight)
+    assert not list(out.glob("*.tmp"))
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ from transformers import (
 )
 
 from model.vlm import VLM
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.encode.features import load_tower
 from preprocess.encode.run import EncodeOptions, encode

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from model.generate import Piece, write_answer
 from model.vlm import VLM
 from shards.annotations.fault import RowError
+from tests.train.paper import published
 from train.batches.chat import Chat
 from train.data.importers import IMPORTERS, imported
 from train.data.records import Record, duration_before, parse_record
@@ -77,6 +78,7 @@ ANNOTATIONS: dict[str, Any] = {
             "English": "The man walks.",
         }
     },
+    "vidstg": [published.VIDSTG | {"fps": 2.0}],
     "llava-st": [
         llava_st(f"It is in {{{T}{T}}} .", [0.081, 0.367]),
         llava_st(f"Starts in {T}.", [0.367]),
@@ -128,7 +130,8 @@ def records_of(name: str, folder: Path) -> list[Record]:
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         problems: list[str] = []
         bad: list[RowError] = []
-        rows = imported(name, path, problems, bad)
+        published.write_json(folder / "vidor" / "0000" / "2401075277.json", published.vidor())
+        rows = imported(name, path, problems, bad, vidor=str(folder / "vidor"))
         assert (problems, bad) == ([], [])
     return [parse_record(row, f"{name}:{k}") for k, row in enumerate(rows)]
 
@@ -192,6 +195,7 @@ def test_the_reference_as_the_answer_scores_one(
         "qvhighlights": {"windows"},
         "refcoco": {"box"},
         "hc-stvg": {"tube"},
+        "vidstg": {"tube"},
         "llava-st": {"span", "time", "mixed", "tube"},
         "tasks": {"number", "choice", "order", "text", "point", "span", "caption"},
     }

@@ -17,8 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from preprocess.cli.main import main
-from preprocess.decode.child import DecodeChild
-from preprocess.decode.process import ChildBug, ChildProcess
+from preprocess.decode.child_process import ChildBug, ChildProcess
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from preprocess.sources.header import HeaderChild
@@ -147,8 +147,8 @@ def with_bug(module: str, name: str) -> tuple[str, ...]:
 
 
 CHILDREN: list[tuple[type[ChildProcess], tuple[str, str]]] = [
-    (DecodeChild, ("preprocess.decode.child", "FileReader.scan")),
-    (DecodeChild, ("preprocess.decode.child", "FileReader.events")),
+    (DecodeChild, ("preprocess.decode.decode_child", "FileReader.scan")),
+    (DecodeChild, ("preprocess.decode.decode_child", "FileReader.events")),
     (HeaderChild, ("preprocess.sources.header", "read_header")),
 ]
 
@@ -193,7 +193,7 @@ def test_a_decoder_that_dies_is_the_clips_fault(
     toy: Path, monkeypatch: pytest.MonkeyPatch, death: str, said: str
 ) -> None:
     code = (
-        "import os, signal, sys, preprocess.decode.child as child\n"
+        "import os, signal, sys, preprocess.decode.decode_child as child\n"
         f"def dies(*_):\n    {death}\n"
         "child.FileReader.events = dies\n"
         "child.main([int(word) for word in sys.argv[1:]])\n"
@@ -210,7 +210,7 @@ def test_a_disk_that_fails_in_the_child_is_no_bug(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "import sys, preprocess.decode.child as child\n"
+        "import sys, preprocess.decode.decode_child as child\n"
         "def fails(*_):\n    raise OSError(5, 'Input/output error')\n"
         "child.FileReader.scan = fails\n"
         "child.main([int(word) for word in sys.argv[1:]])\n"

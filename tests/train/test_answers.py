@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from train.evaluate import main
+from train.scores.summary import table
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,9 @@ def test_answers_that_are_cut_are_counted_and_said(
         f"{count} of {of} {kind} answers had not ended when they were cut; raise --max_new_tokens"
     )
     assert said in capsys.readouterr().out
+    # which helps a model that has learned to end its answers
+    assert "--max_new_tokens" in table(report)
+    assert "--max_new_tokens" not in table(report | {"untrained": True})
 
 
 @pytest.mark.parametrize("lape", [True, False])

@@ -15,7 +15,7 @@ from PIL import Image, ImageColor
 
 from model.generate import generate, write_answer
 from model.vlm import VLM
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.show.answer import BAR, BELOW, TRUE
 from preprocess.show.picture import Layout

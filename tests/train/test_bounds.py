@@ -46,6 +46,7 @@ BOUNDS = {
     "seed": (0, 2**32 - 1),
     "assumed_mfu": (math.ulp(0), 1.0),
     "device_flops": (0.0, math.inf),
+    "plan_devices": (0, INTEGERS),
     "logging_steps": (1, INTEGERS),
     "eval_steps": (0, INTEGERS),
     "save_steps": (0, INTEGERS),

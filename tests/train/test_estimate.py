@@ -12,9 +12,9 @@ from model.lape.tokens import LapeTokens
 from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
 from train.batches.plan import plan_run
-from train.cost import LlmShape, memory_bytes
 from train.data.dataset import Dataset, open_dataset
 from train.estimate import read_bytes, table
+from train.flops import LlmShape, memory_bytes
 from train.run import main
 from train.settings.config import TrainConfig
 from train.start.stage import read_config
@@ -86,6 +86,27 @@ def test_time_and_reads_follow_from_the_stated_speed(config: TrainConfig, datase
     assert text["model"].count("full") == 1
 
 
+def test_hours_are_of_a_named_device_and_say_what_is_assumed(
+    config: TrainConfig, dataset: Dataset
+) -> None:
+    plan = plan_run(config, dataset, 4)
+    hopper = lines_of(table(config, dataset, plan, 2))
+    assert re.fullmatch(r"about \S+ hours on 2 x H100 at 40% MFU \(assumed\)", hopper["hours"])
+    ampere = lines_of(table(replace(config, plan_device="A100"), dataset, plan, 2))
+    assert ampere["hours"].endswith(" hours on 2 x A100 at 40% MFU (assumed)")
+    seconds = [number(text["time"], "# s a step") for text in (ampere, hopper)]
+    # of so small a model the seconds are printed to the millisecond: a slower device shows more of them
+    slow = replace(config, device_flops=3.6e6, assumed_mfu=0.5)
+    text = lines_of(table(slow, dataset, plan, 1))
+    hours = number(text["hours"], r"about # hours on 1 x a device of 3.6e-06 TFLOP/s at 50% MFU")
+    assert hours == pytest.approx(number(text["time"], "# s a step") * 3 / 3600, rel=0.06)
+    assert seconds[0] >= seconds[1]
+    frames = sum(len(bank.clip(row).timestamps) for bank in dataset.banks.banks for row in range(9))
+    assert frames == 72
+    assert text["encoding"].startswith(f"{frames} banked frames: about ")
+    assert text["encoding"].endswith(" at 50% MFU (assumed), once; decoding not counted")
+
+
 def test_memory_falls_with_everything_that_saves_it(config: TrainConfig) -> None:
     shape = LlmShape.of(read_config(config.stage_path) or {})
     assert shape is not None
@@ -129,4 +150,8 @@ def test_what_cannot_be_run_is_refused_before_a_plan_is_shown(
     monkeypatch.setenv("WORLD_SIZE", "3")
     main([*flags, "--gradient_accumulation_steps", "2"])
     assert "6 packs on 3 processes" in capsys.readouterr().out
+    main([*flags, "--gradient_accumulation_steps", "2", "--plan_devices", "8"])
+    out = capsys.readouterr().out
+    assert "16 packs on 8 processes" in out
+    assert " hours on 8 x H100 at 40% MFU (assumed)" in out
     assert not (tmp_path / "out").exists()

@@ -1,13 +1,21 @@
-"""How a command ends: lines and exit 2 for what a person can mend, a traceback for a bug."""
+"""How a command ends: lines and exit 2 for what a person can put right, a traceback for a bug."""
 
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import train.ask
+import train.convert
+import train.evaluate
+import train.export
+import train.probe
+import train.report
+import train.run
 from shards.errors import UserError
 from train.settings.exits import command
 
@@ -26,13 +34,31 @@ def fail(error: Exception) -> None:
         (FileNotFoundError(2, "No such file", "x"), ["error: [Errno 2] No such file: 'x'"]),
     ],
 )
-def test_what_a_person_can_mend_is_lines_and_exit_2(
+def test_what_a_person_can_put_right_is_lines_and_exit_2(
     error: Exception, lines: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         fail(error)
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines() == lines
+
+
+COMMANDS = [
+    *((m, []) for m in (train.ask, train.evaluate, train.export, train.probe, train.report)),
+    (train.run, []),
+    *((train.convert, words) for words in ([], ["records"], ["qvhighlights"])),
+]
+
+
+@pytest.mark.parametrize(("module", "words"), COMMANDS)
+def test_every_command_prints_its_help(
+    module: ModuleType, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """argparse fills a `%` of a text in, and fails where it stands for itself."""
+    with pytest.raises(SystemExit) as stop:
+        module.main([*words, "--help"])
+    assert stop.value.code in (0, None)
+    assert "--" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), AssertionError("bug"), KeyError("bug")])
@@ -48,6 +74,13 @@ def test_what_a_command_returns_is_handed_on() -> None:
 
 FAILS = """
 import os, sys, time
+import train.ask
+import train.convert
+import train.evaluate
+import train.export
+import train.probe
+import train.report
+import train.run
 from shards.errors import UserError
 from train.settings.exits import command
 

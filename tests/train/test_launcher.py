@@ -185,8 +185,8 @@ TABLE: list[tuple[str, list[str], str, list[str], OURS | str]] = [
         "accelerate launch --fsdp_offload_params true: FSDP is not switched on",
     ),
     (
-        *("sharded checkpoints", [], FSDP.replace(": FULL_STATE", ": SHARDED_STATE"), []),
-        "SHARDED_STATE_DICT: checkpoints are whole",
+        *("local checkpoints", [], FSDP.replace(": SHARDED_STATE", ": LOCAL_STATE"), []),
+        "LOCAL_STATE_DICT: checkpoints are sharded",
     ),
     (
         *(

@@ -185,7 +185,7 @@ def test_datasets_of_both_kinds_are_told_apart(config: TrainConfig, tmp_path: Pa
     assert opened("independent", "independent", "dialogue").turns == "independent"
     assert opened("dialogue", "dialogue", "independent").turns == "dialogue"
     mixed = opened("", "dialogue", "independent")
-    assert [part.independent for part in mixed.parts] == [True, False]
+    assert [file.independent for file in mixed.files] == [True, False]
     assert ["b.jsonl" in line for line in mixed.warnings] == [True]
     with pytest.raises(UserError, match=r"--turns dialogue, or --turns independent"):
         check_turns(mixed.records, mixed.turns, tmp_path)

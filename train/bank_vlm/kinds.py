@@ -61,7 +61,7 @@ def find_kind(model_type: str) -> Kind:
 def bank_problem(kind: Kind, config: Json, features: FeatureConfig) -> str | None:
     """Return why a bank does not hold what a model's tower gives, and what does; None if it may.
 
-    config: the model's, as a dictionary. Whether the weights are the same the digest tells.
+    config: the model's, as a dictionary. The digest says whether the weights are the same.
     """
     # these models pool or merge by themselves, and need each token that the tower gives
     if 1 not in features.strides:

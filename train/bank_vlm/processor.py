@@ -4,7 +4,7 @@
     processor = bank_processor(plain, "bank", model_config=model.config)
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
 
-Messages name videos as ever: {"type": "video", "video": "a.mp4"} is the clip of that id. Ids, grids, time
+Messages name videos: {"type": "video", "video": "a.mp4"} is the clip of that id. Ids, grids, time
 stamps and positions are those that the processor gives for the frames in the bank.
 """
 
@@ -41,8 +41,9 @@ def bank_processor(
 
     bank: a folder or a URL; model_config: of the model that it serves; media_dir: what comes before a
     clip's id in the names that messages give. missing: of a clip that the bank lacks, `refuse` it, or
-    make its features `live`; `processor.source.live` counts those. tower: the bank's own, which makes
-    them, where it lies now; as a rule it is found where it lay when the bank was made, or moved with it.
+    make its features `live`; `processor.source.live` counts those. tower: where the
+    bank's own is now, which makes them; as a rule it is found where it was when the bank was made, or was
+    moved with it.
     """
     if missing not in MISSING:
         raise UserError("must be one of refuse, live", got=missing, where="missing")

@@ -13,7 +13,7 @@ from transformers.video_utils import VideoMetadata
 
 from model.batch import as_tensor
 from model.tower.frames import processor_frames
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from shards.errors import UserError
 from shards.format.features import Sampling
 from shards.format.quarantine import read_quarantine
@@ -139,12 +139,12 @@ class Source:
             places = [self._tower_place]
         elif isinstance(self.bank.files, LocalFiles):
             places = tower_places(name, self.bank.path)
-        else:  # nothing lies beside a URL
+        else:  # a URL has no folder beside it
             places = [name]
         try:
             return load_tower(self.bank.config, places)
         except UserError as error:
-            fix = "say with bank_processor(..., tower=FOLDER) where it lies now"
+            fix = "give bank_processor its place now: tower=FOLDER"
             raise UserError(
                 f"clips that the bank lacks cannot be made: {error.what}",
                 error.got,
@@ -159,7 +159,7 @@ class Source:
             return UserError(
                 f"the clip {id_!r} is in quarantine: {failed[id_].reason}",
                 where=self.bank.where,
-                fix="leave it out, or mend the file and encode again",
+                fix="leave it out, or repair the file and encode again",
             )
         is_local = isinstance(self.bank.files, LocalFiles)
         # nothing can be added at a URL: the command names a copy
@@ -210,7 +210,7 @@ def encode_command(bank: Bank, sampling: Sampling, out: str) -> str:
 
 
 def flags_of(sampling: Sampling) -> str:
-    """Return what `encode` is told to sample so."""
+    """Return the flags of `encode` that sample so."""
     flags = f"--fps {sampling.fps} --max-frames {sampling.max_frames}"
     if sampling.num_frames is not None:
         flags = f"--frames {sampling.num_frames}"
@@ -222,8 +222,8 @@ def check_frames(
 ) -> None:
     """Raise UserError where a processor would take other frames of a clip than were banked.
 
-    It is asked itself, with the length and mean frame rate that the file had when it was encoded:
-    what a reader of videos of its own would tell it of a damaged file may be otherwise.
+    The processor itself is asked, with the length and mean frame rate that the file had when it was
+    encoded; a video reader of its own may count the frames of a damaged file otherwise.
     """
     metadata = found.metadata
     # one frame: nothing to choose from
@@ -257,7 +257,7 @@ def check_frames(
 
 
 def _sampling_of(given: Mapping[str, Any], count: int, kind: Kind) -> Sampling:
-    """Return how encode is told to take the frames that a processor does."""
+    """Return the sampling with which `encode` takes the frames that a processor does."""
     fps, frames = given.get("fps"), given.get("num_frames")
     if frames is None and fps is not None:
         most = int(given.get("max_frames") or count)

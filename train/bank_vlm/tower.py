@@ -7,7 +7,7 @@
 
 From then on `pixel_values_videos` (and `pixel_values` of Qwen's images) are banked features, which
 `bank_processor` makes: fields that every collator, device move and wrapper passes on. The tower's
-weights lie in a temporary file until the model is saved, which makes an ordinary, whole checkpoint.
+weights are in a temporary file until the model is saved, which makes an ordinary, whole checkpoint.
 """
 
 import tempfile
@@ -146,7 +146,7 @@ class BankedTower(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take nothing: the tower was frozen, and lies where it lay."""
+        """Take nothing: the tower was frozen, and its weights stay in their file."""
 
 
 class _Weights:

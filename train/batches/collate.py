@@ -128,11 +128,11 @@ def lay_out(
     frames, newlines, clips = list[PlacedFrame](), list[int](), 0
     talk: list[Sequence[Any]] = [encoded.ids, encoded.axis, encoded.coord, encoded.supervised]
 
-    def said(begin: int, end: int | None) -> None:
+    def add_text(begin: int, end: int | None) -> None:
         for column, own in zip(columns, [*talk, [-1] * len(encoded.ids)], strict=True):
             column.extend(own[begin:end])
 
-    def unlearned(tokens: Sequence[int], frame: int) -> None:
+    def add_unsupervised(tokens: Sequence[int], frame: int) -> None:
         ids.extend(tokens)
         for column, value in zip(columns[1:], (-1, 0.0, False, frame), strict=True):
             column.extend([value] * len(tokens))
@@ -141,21 +141,21 @@ def lay_out(
     assert len(tags) == len(infos), f"{len(infos)} media, {len(tags)} tags"
     assert stamp or not config.time_form
     for tag, info, look in zip(tags, infos, looks or repeat(None), strict=False):
-        said(begin, tag)
+        add_text(begin, tag)
         begin = tag + 1
         for frame, stream, grid in choose_frames(info, config, pool, most, look):
             seconds = float(info.timestamps[frame])
             before, behind = stamp(seconds - info.start) if stamp else ([], [])
-            unlearned(before, -1)
+            add_unsupervised(before, -1)
             part, own, _ = place_of(info, frame)
             tokens, first = grid.cells + config.closing_tokens, len(ids)
             frames.append(PlacedFrame(clips + part, own, stream, grid, first, tokens, seconds))
-            unlearned([0] * tokens, len(frames) - 1)
-            unlearned(behind, -1)
+            add_unsupervised([0] * tokens, len(frames) - 1)
+            add_unsupervised(behind, -1)
         clips += part_count(info)
         newlines += [len(ids)] * config.newline_tokens
-        unlearned([0] * config.newline_tokens, -1)
-    said(begin, None)
+        add_unsupervised([0] * config.newline_tokens, -1)
+    add_text(begin, None)
     turn, position = counted_on(len(ids), [k + len(ids) - len(encoded.ids) for k in encoded.turns])
     return Row(
         ids=np.asarray(ids, np.int64),
@@ -305,8 +305,9 @@ def label_tasks(
 
 
 GroupKey = tuple[int, Grid, tuple[float, float, float, float]]
-FrameStep = tuple[int, int, ClipFeatures, int, float]
-"""Indices of two frames in their groups, their clip, the first one's banked frame, seconds between."""
+FramePair = tuple[int, int, ClipFeatures, int, float]
+"""A transition: indices of two frames in their groups, their clip, the first one's banked frame, seconds
+between."""
 
 
 def group_frames(
@@ -318,7 +319,7 @@ def group_frames(
 ) -> tuple[tuple[FrameGroup, ...], tuple[Transitions, ...]]:
     """Return a batch's frames grouped by stream, grid and covered part, and their transitions."""
     members: dict[GroupKey, list[tuple[int, PlacedFrame]]] = {}
-    steps: dict[tuple[GroupKey, GroupKey], list[FrameStep]] = {}
+    found: dict[tuple[GroupKey, GroupKey], list[FramePair]] = {}
     for number, row in enumerate(rows):
         previous: tuple[GroupKey, int, PlacedFrame] | None = None
         for frame in row.frames:
@@ -330,8 +331,8 @@ def group_frames(
             if previous is not None and previous[2].clip == frame.clip:
                 last, times = previous[2].frame, source.info.timestamps
                 gap = float(times[frame.frame] - times[last])
-                step = (previous[1], len(group), source, last, gap)
-                steps.setdefault((previous[0], key), []).append(step)
+                pair = (previous[1], len(group), source, last, gap)
+                found.setdefault((previous[0], key), []).append(pair)
             previous = (key, len(group), frame)
             group.append((number, frame))
     order = {key: place for place, key in enumerate(members)}
@@ -345,7 +346,7 @@ def group_frames(
             gap=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
             copy=_copy(target[1].stride, pairs, config) if with_copy else None,
         )
-        for (source, target), pairs in steps.items()
+        for (source, target), pairs in found.items()
     )
     return groups, transitions
 
@@ -388,7 +389,7 @@ def _group(
     )
 
 
-def _copy(stride: int, pairs: Sequence[FrameStep], config: VLMConfig) -> Tensor:
+def _copy(stride: int, pairs: Sequence[FramePair], config: VLMConfig) -> Tensor:
     # the pairs of one clip are consecutive: one read for all of them
     runs = groupby(pairs, key=lambda pair: id(pair[2]))
     reads = []

@@ -23,9 +23,9 @@ from train.batches.augment import Looks
 from train.batches.chat import VERSION, Chat
 from train.batches.clips import Clips, Stamps
 from train.batches.turns import Count, Talk, count_talks
-from train.cost import attended_pairs
-from train.data.dataset import Part
+from train.data.dataset import RecordFile
 from train.data.records import Record
+from train.flops import attended_pairs
 from train.start.templates import load_with_template
 
 UNWRITABLE = -1
@@ -194,7 +194,7 @@ class Lengths:
 
 
 def text_lengths(
-    part: Part,
+    file: RecordFile,
     durations: np.ndarray,
     tokenizer: str,
     anchors: LapeTokens | None,
@@ -208,23 +208,23 @@ def text_lengths(
     columns of a `Count` for independent turns. Raises UserError naming the records that cannot be
     encoded; if lenient, their counts are UNWRITABLE.
     """
-    facts = {"version": VERSION, "tokenizer": tokenizer, "source": part.digest}
+    facts = {"version": VERSION, "tokenizer": tokenizer, "source": file.digest}
     facts["anchors"] = [*anchors.counts, *anchors.axes] if anchors else None
     # the records of a file that are used differ with the clips that are banked
-    path = str(Path(part.path))
-    facts["records"] = [record.where.removeprefix(path) for record in part.records]
-    facts["texts"] = texts_digest(part.records)
+    path = str(Path(file.path))
+    facts["records"] = [record.where.removeprefix(path) for record in file.records]
+    facts["texts"] = texts_digest(file.records)
     width = 2
-    if part.independent:
+    if file.independent:
         facts["turns"], width = "independent", len(Count._fields)
     # durations decide how times are written without anchors, and so how many tokens they are
     key = blake2b(canonical_json(facts) + durations.tobytes(), digest_size=16)
 
     def count() -> np.ndarray:
-        records = make_chat(), part.records, durations.tolist()
+        records = make_chat(), file.records, durations.tolist()
         return counted(*records, lenient=lenient)[:, :width]
 
-    shape = len(part.records), width
+    shape = len(file.records), width
     return kept_counts(key.hexdigest(), shape, count, lenient=lenient)
 
 

@@ -1,4 +1,7 @@
-"""Batches from the plan, prepared ahead in threads; their content is a pure function of the step."""
+"""Batches from the plan, prepared ahead in threads; their content is a pure function of the step.
+
+Nothing is shuffled here: the order of the records is the plan's, `train.batches.plan.order`.
+"""
 
 from collections import deque
 from collections.abc import Iterator, Sequence

@@ -16,7 +16,7 @@ from train.batches.chat import VERSION, Chat
 from train.batches.clips import Clips, Stamps, frame_times
 from train.batches.lengths import Apart, Lengths, counted, kept_counts, text_lengths
 from train.batches.turns import Count, Rounds, as_turns, count_rounds, count_rounds_apart
-from train.data.dataset import Dataset, Part
+from train.data.dataset import Dataset, RecordFile
 from train.data.records import Record
 from train.start.templates import load_with_template
 
@@ -62,7 +62,7 @@ class Measure:
         dataset, settings = self.dataset, self.settings
         # a dataset of spliced records alone has no others, whose empty columns could not be joined
         lots = [self._read] if self._read.clips.record.size or not dataset.splices else []
-        lots += [self._spliced(part, number) for part in dataset.parts if part.splice]
+        lots += [self._spliced(file, number) for file in dataset.files if file.splice]
         text, supervised, *apart = widened([lot.counts for lot in lots]).T
         clips = lots[0].clips
         if dataset.splices:
@@ -92,27 +92,27 @@ class Measure:
     def _read(self) -> "Lot":
         """The records that are the same in every epoch."""
         dataset = self.dataset
-        parts = [part for part in dataset.parts if not part.splice]
-        records = [record for part in parts for record in part.records * part.repeats]
+        files = [file for file in dataset.files if not file.splice]
+        records = [record for file in files for record in file.records * file.repeats]
         clips = Clips.of(records, dataset.banks, *self._strides, self.settings.pooled)
         counts, first = [np.zeros((0, 2), np.int64)], 0
-        for part in parts:
-            media = sum(record.media for record in part.records)
+        for file in files:
+            media = sum(record.media for record in file.records)
             durations = clips.duration[first : first + media]
-            first += media * part.repeats
+            first += media * file.repeats
             facts = durations, self.template, self.anchors, self.chat
-            own = text_lengths(part, *facts, lenient=self.lenient)
+            own = text_lengths(file, *facts, lenient=self.lenient)
             # `name*2` in a mixture: the same records once more, counted once
-            counts.append(np.tile(own, (part.repeats, 1)))
+            counts.append(np.tile(own, (file.repeats, 1)))
         stamped = bool(self.settings.time_form)
         return Lot(clips, widened(counts), frame_times(records) if stamped else NO_TIMES)
 
-    def _spliced(self, part: Part, epoch: int) -> "Lot":
+    def _spliced(self, file: RecordFile, epoch: int) -> "Lot":
         """The records that are spliced for an epoch."""
-        splice = part.splice
+        splice = file.splice
         assert splice is not None
-        laid = splice.layout(epoch, np.arange(part.count))
-        clips = self._sources[part.path].spliced(laid)
+        laid = splice.layout(epoch, np.arange(file.count))
+        clips = self._sources[file.path].spliced(laid)
         facts = {"tokenizer": self.template, "anchors": repr(self.anchors), "version": VERSION}
         facts["settings"] = repr(splice.settings)
         facts |= {"turns": "independent"} if splice.independent else {}
@@ -151,11 +151,11 @@ class Measure:
         """The clips of the sources that are spliced, by dataset."""
         dataset = self.dataset
         return {
-            part.path: Clips.of(
-                part.splice.records, dataset.banks, *self._strides, self.settings.pooled
+            file.path: Clips.of(
+                file.splice.records, dataset.banks, *self._strides, self.settings.pooled
             )
-            for part in dataset.parts
-            if part.splice
+            for file in dataset.files
+            if file.splice
         }
 
     @property

@@ -1,9 +1,9 @@
 """Makes the plan of a run: step -> packs -> rows -> records, from lengths, before weights are loaded.
 
-A row is one sequence of the LLM: one record, or, packed, several up to `pack_tokens`. A pack is
-`rows_per_pack` rows, one forward of one rank. A step is `rows_per_step` rows, whose packs rank r of
-`world` takes in turn: k = r, r + world, ... An epoch is each record once, so that its last step has
-the rows that are left, and its last pack too. Nothing here depends on world size, workers or prefetch,
+A row is one sequence of the LLM: one record, or, packed, several up to `pack_tokens`. A pack is a
+micro-batch: `rows_per_pack` rows, one forward of one rank. A step is `rows_per_step` rows, whose packs
+rank r of `world` takes in turn: k = r, r + world, ... An epoch is each record once, shuffled by `order`;
+its last step and pack have the rows that are left. World size, workers and prefetch decide nothing here,
 and a longer run of the same records begins with the same steps. Where each epoch draws its records
 (`splice`, `augment`), they are numbered through the epochs, and counted when their epoch begins.
 """
@@ -27,9 +27,9 @@ from train.batches.fitting import Fit, fit_records
 from train.batches.lengths import REFUSED, Lengths, tokenizer_digest
 from train.batches.measure import Measure, layout_facts
 from train.batches.run_plan import RunPlan
-from train.cost import LlmShape
 from train.data.dataset import Dataset
 from train.data.drops import Drop
+from train.flops import LlmShape
 from train.settings.config import BatchSettings, TrainConfig
 from train.settings.drawn import AugmentSettings, SpliceSettings
 from train.start.stage import context_of, llm_name, read_config
@@ -137,14 +137,14 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
         "fast_stride": dataset.fast_stride,
         "tokenizer": tokenizer,
         "records": {
-            f"{k} {Path(part.path).name}": f"{part.digest} {part.count // part.repeats} x {part.repeats}"
-            for k, part in enumerate(dataset.parts)
+            f"{k} {Path(file.path).name}": f"{file.digest} {file.count // file.repeats} x {file.repeats}"
+            for k, file in enumerate(dataset.files)
         },
         "bank": joint(dataset.banks.config),
         "clips": lengths.clips.digest,
     }
     facts |= layout_facts(config) | drawn_facts(dataset)
-    if apart := [str(k) for k, part in enumerate(dataset.parts) if part.independent]:
+    if apart := [str(k) for k, file in enumerate(dataset.files) if file.independent]:
         facts["independent turns of datasets"] = apart
     later = measure.epoch if dataset.is_drawn else None
     plan = make_plan(lengths, cut, dropped=dataset.dropped, facts=facts, later=later)

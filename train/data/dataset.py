@@ -32,8 +32,8 @@ WORTH_SAYING = 0.01
 
 
 @dataclass(frozen=True)
-class Part:
-    """The records of one file or folder."""
+class RecordFile:
+    """The records of one file or folder of a run, or drawn from it."""
 
     path: str
     digest: str
@@ -72,7 +72,7 @@ class Dataset:
     """The records of a run, joined to their banks."""
 
     banks: Banks
-    parts: tuple[Part, ...]
+    files: tuple[RecordFile, ...]
     """Spliced ones come last."""
     held_out: list[Record]
     dropped: Counter[str]
@@ -96,25 +96,25 @@ class Dataset:
     @property
     def count(self) -> int:
         """Records of an epoch."""
-        return sum(part.count for part in self.parts)
+        return sum(file.count for file in self.files)
 
     @property
     def splices(self) -> list[Splice]:
-        return [part.splice for part in self.parts if part.splice]
+        return [file.splice for file in self.files if file.splice]
 
     @property
     def turns(self) -> str:
         """The kind of turns in the records to train on: one of `TURNS`, or mixed."""
-        if not any(part.independent for part in self.parts):
+        if not any(file.independent for file in self.files):
             return "dialogue"
-        return "mixed" if any(part.has_dialogues for part in self.parts) else "independent"
+        return "mixed" if any(file.has_dialogues for file in self.files) else "independent"
 
     @cached_property
     def independent(self) -> bool:
         """Whether any record, held-out ones too, has independent turns."""
-        parts = [part for part in self.parts if part.independent]
-        records = chain(*(part.records for part in parts), self.held_out)
-        return any(part.splice for part in parts) or any(r.independent for r in records)
+        files = [file for file in self.files if file.independent]
+        records = chain(*(file.records for file in files), self.held_out)
+        return any(file.splice for file in files) or any(r.independent for r in records)
 
     @property
     def is_drawn(self) -> bool:
@@ -126,15 +126,15 @@ class Dataset:
         return self._epoch(number) if number and self.splices else self.records
 
     def _epoch(self, number: int) -> list[Record]:
-        return [part.record(number, k) for part in self.parts for k in range(part.count)]
+        return [file.record(number, k) for file in self.files for k in range(file.count)]
 
     def record(self, number: int) -> Record:
         """Return a record of a plan: `number` counts through the epochs, `count` records each."""
         epoch, place = divmod(number, self.count)
-        for part in self.parts:
-            if place < part.count:
-                return part.record(epoch, place)
-            place -= part.count
+        for file in self.files:
+            if place < file.count:
+                return file.record(epoch, place)
+            place -= file.count
         raise IndexError(number)
 
     def clips(self, record: Record) -> list[BankedClip | SplicedClip]:
@@ -142,28 +142,28 @@ class Dataset:
         return [place.clip() for place in record.places]
 
 
-def independent_notes(parts: Sequence[Part]) -> tuple[str, ...]:
+def independent_notes(files: Sequence[RecordFile]) -> tuple[str, ...]:
     """Return a line for each dataset of independent turns."""
     return tuple(
-        f"{Path(part.path).name}: questions of a record do not see each other"
-        for part in parts
-        if part.independent
+        f"{Path(file.path).name}: questions of a record do not see each other"
+        for file in files
+        if file.independent
     )
 
 
-def repeated_warnings(parts: Sequence[Part]) -> tuple[str, ...]:
+def repeated_warnings(files: Sequence[RecordFile]) -> tuple[str, ...]:
     """Return a line for each dataset in whose dialogues earlier answers give later ones away."""
     lines = []
-    for part in parts:
-        if part.independent:
+    for file in files:
+        if file.independent:
             continue
-        size = part.count // part.repeats
+        size = file.count // file.repeats
         # spread over the file, not its first ones: files are often sorted by kind
-        records = [part.record(0, k) for k in range(0, size, size // SAMPLED + 1)]
+        records = [file.record(0, k) for k in range(0, size, size // SAMPLED + 1)]
         found = sum(map(repeating, records))
         if found >= max(1, len(records) * WORTH_SAYING):
             lines.append(
-                f"{Path(part.path).name}: in {found / len(records):.0%} of the records later answers "
+                f"{Path(file.path).name}: in {found / len(records):.0%} of the records later answers "
                 "repeat coordinates of earlier ones, and can be copied from them; set turns: "
                 "independent"
             )
@@ -172,7 +172,7 @@ def repeated_warnings(parts: Sequence[Part]) -> tuple[str, ...]:
 
 def drawn_line(dataset: Dataset) -> str:
     """Return which facts of an epoch's records are drawn for each epoch, as a part of a line."""
-    spliced = sum(part.count for part in dataset.parts if part.splice)
+    spliced = sum(file.count for file in dataset.files if file.splice)
     words = [f"{spliced} records" if spliced else "", "frames" if dataset.augment.is_on else ""]
     shown = " and ".join(filter(None, words))
     return f" ({dataset.count} an epoch, {shown} drawn for each)" if shown else ""
@@ -289,19 +289,19 @@ def _join(
         banks, config.mm_spatial_pool_stride, config.fast_stride, config.slow_frame_ratio, problems
     )
     reading = Reading(config, problems)
-    parts: list[Part] = []
+    files: list[RecordFile] = []
     dropped: Counter[str] = Counter()
     for part in wanted:
         if part.splice:
-            parts.append(_spliced(part, part.splice, reading, pools.of(part), config.seed))
+            files.append(_spliced(part, part.splice, reading, pools.of(part), config.seed))
             continue
         for path in part.records:
             kept = reading.records(replace(part, records=[path]), pools.of(part))
             for drop in reading.left_out:
                 dropped[drop.reason] += part.repeats
             digest, independent = file_digest(path, part.chosen), reading.independent(part)
-            parts.append(Part(path, digest, kept, part.repeats, independent=independent))
-    alike = "independent" if parts and all(part.independent for part in parts) else config.turns
+            files.append(RecordFile(path, digest, kept, part.repeats, independent=independent))
+    alike = "independent" if files and all(file.independent for file in files) else config.turns
     held_out = [
         record
         for part in evaluated
@@ -309,24 +309,24 @@ def _join(
             replace(part, turns=part.turns or alike), pools.of(part), held_out=True
         )
     ]
-    if not any(part.records or part.splice for part in parts) and not problems:
+    if not any(file.records or file.splice for file in files) and not problems:
         problems.append("no records are left to train on; see `missing` and the bank's quarantine")
     reading.refuse()
     notes, drops = reading.notes(LIST), reading.unique_drops
     augment = read_augment(config.augment)
     if augment.ratio and slow == fast:
         raise UserError("augment: ratio needs two strides, and slow and fast are one")
-    notes += independent_notes(parts)
-    parts.sort(key=lambda part: part.splice is not None)
-    own = tuple(parts), held_out, dropped, slow, fast, notes, drops
-    warnings = repeated_warnings(parts)
+    notes += independent_notes(files)
+    files.sort(key=lambda file: file.splice is not None)
+    own = tuple(files), held_out, dropped, slow, fast, notes, drops
+    warnings = repeated_warnings(files)
     return Dataset(banks, *own, seed=config.seed, augment=augment, warnings=warnings)
 
 
 def _spliced(
     part: MixturePart, how: SpliceSettings, reading: Reading, banks: Banks, seed: int
-) -> Part:
-    """Return the part that splices records from a dataset's clips and phrases."""
+) -> RecordFile:
+    """Return the splicing of records from a dataset's clips and phrases."""
     path = " + ".join(part.records)
     digest = blake2b(digest_size=16)
     for file in part.records:
@@ -345,7 +345,7 @@ def _spliced(
             )
         except UserError as error:
             reading.problems += error.problems
-    return Part(path, digest.hexdigest(), [], part.repeats, splice, independent)
+    return RecordFile(path, digest.hexdigest(), [], part.repeats, splice, independent)
 
 
 def local_parts(parts: Sequence[MixturePart], problems: list[str]) -> list[MixturePart]:

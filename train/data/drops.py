@@ -139,7 +139,8 @@ def add_record_flags(parser: argparse.ArgumentParser) -> None:
     known = {item.name: item for item in fields(DataSettings)}
 
     def add(name: str, **options: Any) -> None:
-        parser.add_argument(f"--{name}", help=known[name].metadata["help"], **options)
+        words = known[name].metadata["help"].replace("%", "%%")  # which argparse fills in
+        parser.add_argument(f"--{name}", help=words, **options)
 
     for name in ("on_bad_record", "times_past_end"):
         add(name, choices=known[name].metadata["choices"], default="refuse")

@@ -1,8 +1,9 @@
-"""Grounding benchmarks -> records with coordinate markup.
+"""Grounding benchmarks -> records with coordinate markup, by `python -m train.convert NAME FILE`.
 
-An importer is one function of one annotation, marked with `@importer(NAME, READER)`: it returns rows
-in this project's form, or raises RowError without a place. Times are `<t:seconds>`, a box is
-`<x><y><x><y>`, its corners as fractions of the frame.
+Rows that training is to read without conversion (conversations, questions, captions) need a form instead:
+`shards/annotations/forms.py`. An importer is one function of one annotation, marked with
+`@importer(NAME, READER)`: it returns rows in this project's form, or raises RowError without a place.
+Times are `<t:seconds>`, a box is `<x><y><x><y>`, its corners as fractions of the frame.
 """
 
 import json
@@ -16,6 +17,9 @@ from shards.annotations.files import Rows, UnreadableRow, read_rows
 from shards.annotations.forms import Json, canonical
 from shards.errors import UserError
 from shards.text import printable
+from train.data.benchmarks.refer import refs
+from train.data.benchmarks.st_align import in_seconds
+from train.data.benchmarks.vidstg import sentences
 from train.data.records import parse_record
 
 WHEN = "<video>\nWhen does this happen: {}"
@@ -88,7 +92,14 @@ def moments(path: Path) -> Rows:
 
 
 def boxed_images(path: Path) -> Rows:
-    """Yield boxes with their image; a COCO file joins `annotations` to `images`, its boxes xywh."""
+    """Yield boxes with their image, of any form.
+
+    A COCO file joins `annotations` to `images`, its boxes xywh; `refs(unc).p` takes both from the
+    instances.json beside it.
+    """
+    if path.suffix == ".p":
+        yield from refs(path)
+        return
     data = (
         json.loads(path.read_text(encoding="utf-8-sig")) if path.suffix.lower() == ".json" else []
     )
@@ -145,7 +156,13 @@ def refcoco(item: Json) -> list[Json]:
     """`{file_name, width, height, bbox, expression}`, pixels; `boxes` says what bbox holds.
 
     The file may be called image or img_path, the text sentence, caption or sents (a list or a text).
+    Of refs(unc).p, `--split` chooses a part: train, val, testA, testB; refs(umd).p has test.
     """
+    if "part" in item and item["part"] != item.get("split"):
+        if "split" in item:
+            return []
+        what = f"a ref of the split {item['part']!a}: the file holds those to train and to test on"
+        raise RowError("no split chosen", what, fix=f"--split {item['part']}")
     image = first(item, "file_name", "image", "img_path")
     texts = first(item, "expression", "sentence", "caption", "sents")
     where = box(item["bbox"], str(item.get("boxes")), float(item["width"]), float(item["height"]))
@@ -161,32 +178,52 @@ def refcoco(item: Json) -> list[Json]:
 def hc_stvg(item: Json) -> list[Json]:
     """`{video, bbox: [[x, y, w, h], ...], st_time, ed_time, img_size: [height, width], English}`.
 
-    One box a frame from st_time to ed_time; the text may be called caption (HC-STVG, v1 and v2).
+    One box a frame from st_time to ed_time. HC-STVG v1 has width, height and caption in the place of
+    img_size and English.
     """
     start, end = float(item["st_time"]), float(item["ed_time"])
-    height, width = item["img_size"]
+    height, width = item["img_size"] if "img_size" in item else (item["height"], item["width"])
     boxes = item["bbox"]
-    if not boxes:
-        raise RowError("no answer", "a tube without boxes")
-    written = min(TUBE_BOXES, len(boxes))
-    # evenly from the first box to the last one, both included; max: a tube of one box has no steps
-    last = max(1, written - 1)
-    places = [k * (len(boxes) - 1) // last for k in range(written)]
     # boxes are one a frame from start to end, and the annotation gives no frame rate
     seconds = (end - start) / max(1, len(boxes) - 1)
-    tube = [
-        f"{time(start + place * seconds)} {box(boxes[place], 'xywh', width, height)}"
-        for place in places
-    ]
+    answer = tube(
+        start,
+        end,
+        [(start + k * seconds, corners) for k, corners in enumerate(boxes)],
+        "xywh",
+        (width, height),
+    )
     text = first(item, "English", "caption")
-    answer = f"{span(start, end)}: {'; '.join(tube)}"
     return [asked(item["video"], item["video"], WHEN_AND_WHERE.format(text), answer)]
+
+
+@importer("vidstg")
+def vidstg(item: Json) -> list[Json]:
+    """`{vid, fps, used_segment, temporal_gt, captions, questions, ...}` (VidSTG), a record a sentence.
+
+    Boxes are those of VidOR (`--vidor` its annotation folder). Videos are `FOLDER/VID.mp4`, as there; a
+    used_segment that is not the whole video becomes the record's start and end.
+    """
+    return [
+        asked(
+            said.id,
+            said.video,
+            WHEN_AND_WHERE.format(said.text),
+            tube(*said.span, said.boxes, "xyxy", said.size),
+        )
+        | said.part.bounds()
+        for said in sentences(item, item.get("vidor", ""))
+    ]
 
 
 @importer("llava-st")
 def llava_st(item: Json) -> list[Json]:
-    """LLaVA-ST's conversations with slots, and `variables` with the numbers for them."""
-    return [canonical(item)]
+    """LLaVA-ST's conversations with slots, and `variables` with the numbers for them.
+
+    `meta.split`, a part of the video in frames, takes the videos' rates: `--rates` a file of VidSTG, or
+    `{video: frames a second}`.
+    """
+    return [canonical(in_seconds(item))]
 
 
 def asked(id_: object, video: str, question: str, answer: str) -> Json:
@@ -224,6 +261,27 @@ def span(start: float, end: float, duration: float | None = None, *, clip: bool 
             fix="--times_past_end clip ends it with the video",
         )
     return f"from {time(start)} to {time(end)}"
+
+
+def tube(
+    start: float,
+    end: float,
+    boxes: Sequence[tuple[float, Sequence[float]]],
+    kind: str,
+    size: tuple[float, float],
+) -> str:
+    """Return a span and at most `TUBE_BOXES` of its boxes, evenly spaced, as markup.
+
+    boxes: (seconds, four numbers) in the order of time. kind: as `box` has it. size: width and height.
+    """
+    if not boxes:
+        raise RowError("no answer", "a tube without boxes")
+    written = min(TUBE_BOXES, len(boxes))
+    # evenly from the first box to the last one, both included; max: a tube of one box has no steps
+    last = max(1, written - 1)
+    chosen = [boxes[k * (len(boxes) - 1) // last] for k in range(written)]
+    parts = [f"{time(seconds)} {box(corners, kind, *size)}" for seconds, corners in chosen]
+    return f"{span(start, end)}: {'; '.join(parts)}"
 
 
 def box(values: Sequence[float], boxes: str, width: float, height: float) -> str:
@@ -270,15 +328,18 @@ def imported(
     *,
     boxes: str | None = None,
     clip: bool = False,
+    **more: object,
 ) -> list[Json]:
     """Return the rows of a benchmark's file in this project's form.
 
     Faults of annotations are added to `bad`, faults of the file to `problems`. boxes: the meaning of
-    four numbers where the file does not say. clip: whether spans are ended with their videos.
+    four numbers where the file does not say. clip: whether spans are ended with their videos. more:
+    fields that every annotation is given, for its importer.
     """
     read, convert = IMPORTERS[name]
     settings: Json = {"boxes": boxes} if boxes else {}
     settings |= {"clip": True} if clip else {}
+    settings |= {field: value for field, value in more.items() if value is not None}
     rows = []
     try:
         for where, item in read(path):

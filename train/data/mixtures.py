@@ -6,6 +6,9 @@ Three forms of YAML, recognised by their keys:
 - LLaVA-NeXT's: `datasets: [{json_path: FILE, sampling_strategy: first:1000}, ...]`;
 - lmms-engine's: `datasets: [{path: FILE, data_folder: FOLDER}, ...]`.
 
+A path is relative to the YAML; one that begins with `${NAME}`, a variable of the environment, and one of
+another trainer's `datasets` that is not there, to the working folder.
+
 An entry with `splice: {records: 4000, ...}` has clips and phrases, from which records are drawn; one
 with `turns: independent` has records of independent turns.
 """
@@ -25,15 +28,19 @@ from shards.annotations.globs import expanded, is_glob
 from shards.errors import UserError
 from train.settings.drawn import SpliceSettings, problem_of, read_splice, words_of
 from train.settings.folders import Folders
+from train.settings.parse import with_variables
 
 FILES = ("records", "data_path", "json_path", "path")
 """Keys for a dataset's annotation files: here, in VILA, in LLaVA-NeXT, in lmms-engine."""
+OF_OTHERS = ("json_path", "path")
+"""Of these, keys of trainers that take paths from the working folder."""
 BANKS = ("banks", "bank")
 FOLDERS = ("media_dir", "data_folder")
 """Keys for the folder of a dataset's media: here and in VILA, in lmms-engine."""
 KNOWN = (*FILES, *BANKS, *FOLDERS, "strip_prefix", "sampling_strategy", "seed", "splice", "turns")
-LEFT_ALONE = ("_target_", "data_type", "is_video")
-"""Keys of other trainers that are ignored: the rows themselves show the same."""
+LEFT_ALONE = ("_target_", "data_type", "is_video", "source")
+"""Keys of other trainers that are ignored: the rows show the same, and LLaVA-ST's `source` is a name of
+its data_folder."""
 TERM = re.compile(r"([^@*]+?)(?:@([\d.]+))?(?:\*(\d+))?")
 
 
@@ -267,17 +274,20 @@ def _part(
             chosen = Selection.parse(str(strategy), seed)
     except UserError as error:
         problems.append(f"{where}: {error}")
-    records = _paths(entry[fields[0]], config)
+    lacking: list[str] = []
+    records = _paths(entry[fields[0]], config, lacking, foreign=fields[0] in OF_OTHERS)
     problems += [
         f"{where}: no such file: {path}"
-        for path in records
+        for path in ([] if lacking else records)
         if not is_glob(path) and not Path(path).exists() and not is_hub_name(path)
     ]
     wrong: list[str] = []
-    records = expanded(records, wrong)
+    records = [] if lacking else expanded(records, wrong)
     problems += [f"{where}: {problem}" for problem in wrong]
-    banks = _paths(_first(entry, BANKS) or [], config)
-    folders = Folders(str(_first(entry, FOLDERS) or ""), _prefixes(entry.get("strip_prefix")))
+    banks = _paths(_first(entry, BANKS) or [], config, lacking)
+    media_dir, unset = with_variables(str(_first(entry, FOLDERS) or ""), os.environ)
+    folders = Folders(media_dir, _prefixes(entry.get("strip_prefix")))
+    problems += [f"{where}: {line}" for line in dict.fromkeys([*lacking, *unset])]
     splice = _splice(entry["splice"], where, problems) if "splice" in entry else None
     turns = entry.get("turns", "")
     if turns not in ("", *TURNS):
@@ -320,16 +330,26 @@ def share_of(text: str, seed: int) -> Selection:
     return Selection.parse(f"random:{share * 100:.6f}%", seed)
 
 
-def _paths(value: str | list[str], config: str) -> list[str]:
-    """Return paths relative to the YAML; `{a,b}.json` gives both, Hub names stay."""
+def _paths(
+    value: str | list[str], config: str, lacking: list[str], *, foreign: bool = False
+) -> list[str]:
+    """Return paths relative to the YAML; `{a,b}.json` gives both, Hub names stay.
+
+    lacking: gets a line for each variable that is not set. foreign: those of other trainers, which take
+    them from the working folder.
+    """
     found = []
-    for text in value if isinstance(value, list) else [value]:
-        braces = re.fullmatch(r"(.*)\{(.*)\}(.*)", str(text))
-        names = [str(text)]
+    for written in value if isinstance(value, list) else [value]:
+        text, unset = with_variables(str(written), os.environ)
+        lacking += unset
+        braces = re.fullmatch(r"(.*)\{(.*)\}(.*)", text)
+        names = [text]
         if braces:
             names = [f"{braces[1]}{part.strip()}{braces[3]}" for part in braces[2].split(",")]
         for name in names:
-            path = str(Path(config).parent / name)
+            path = name if str(written).startswith("${") else str(Path(config).parent / name)
             # a folder on this disk wins over a name of the Hub that looks like it
-            found.append(name if is_hub_name(name) and not Path(path).exists() else path)
+            if not Path(path).exists() and (is_hub_name(name) or (foreign and Path(name).exists())):
+                path = name
+            found.append(path)
     return found

@@ -127,7 +127,7 @@ class Reading:
         kept = []
         for record in records:
             try:
-                record = laid_together(made_independent(record) if independent else record)
+                record = joined_on_timeline(made_independent(record) if independent else record)
             except RowError as error:
                 errors.append(error.at(record.where, record.id))
                 continue
@@ -210,7 +210,7 @@ def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
     return replace(source, clips=(id_,), cuts=(Cut(id_),))
 
 
-def laid_together(record: Record) -> Record:
+def joined_on_timeline(record: Record) -> Record:
     """Return a record with its clips joined to one medium, if it has a timeline."""
     if not record.cuts:
         return record

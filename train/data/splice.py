@@ -6,7 +6,7 @@
 Such rows describe a clip: all of it, or from `start` to `end`. A record is drawn from the run's seed, the
 epoch and its number alone: every rank, the plan and a resumed run draw the same one, and each epoch
 others. Phrases of one list mean the same: a part is named by one of them, and answered by the first.
-Other phrases are assumed to differ in meaning, which their author must see to.
+Other phrases are assumed to differ in meaning, which is up to their author.
 Questions come in random order, since the order of time would answer them, and each phrase is asked about
 once; at most one more question asks for the order of all. Records are drawn as arrays, many at once,
 because a plan counts a hundred thousand, and written as text one by one.

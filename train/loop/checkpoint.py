@@ -3,16 +3,19 @@
 `checkpoint-N` is a model folder (see `model.vlm`) in which an LLM that is not trained is named by path
 and digest, with the optimizer's state beside it and `checkpoint.json`: the step, the facts that
 decide whether a run may go on from it, settings, versions, and the digest of every other file.
+Of a model that FSDP2 has cut, every process writes and hashes its own parts of the LLM's weights and
+of the optimizer's state; they are read whole, or by any number of processes (`model.fsdp`).
 
-`resume: auto` takes the newest checkpoint that verifies, so a crash during a save changes nothing. No
-random state is stored: order and dropout are functions of seed, step and pack.
+`resume: auto` takes the newest checkpoint that verifies, so a crash during a save changes nothing.
+`loop.make_run` chooses it and compares the facts, `loop.make_learner` loads weights and optimizer from
+it, and the steps begin at `Run.first`. No random state is stored: order and dropout are functions of
+seed, step and pack.
 """
 
-import copy
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from model.fsdp.parts import files_of, write_parts
+from model.fsdp.save import llm_state, save_cut
+from model.fsdp.together import is_first, on_all, on_first, own_rank
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.format.manifest import installed
@@ -30,7 +34,7 @@ from shards.read.banks import joint
 from shards.signed import Json, file_facts, read_signed_json, signed_json
 from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
-from train.loop.optimizer import save_optimizer
+from train.loop.optimizer import PARTS, save_optimizer, save_parts
 from train.settings.config import TrainConfig
 from train.settings.recorded import facts_changed, was_now
 from train.start.stage import model_config
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MANIFEST = "checkpoint.json"
+Digests = dict[str, str]
+"""A file's path in its checkpoint -> sha256."""
 
 
 def save_checkpoint(
@@ -49,36 +55,100 @@ def save_checkpoint(
     Raises UserError where it cannot be written; earlier checkpoints are then unchanged.
     """
     final = output_dir / f"checkpoint-{step}"
-    assert not final.exists(), f"{final}: `set_aside` removes checkpoints beyond a run's step"
-    for left in output_dir.glob("checkpoint-*.tmp"):
-        shutil.rmtree(left)
-    temporary = output_dir / f"{final.name}.tmp"
+    temporary = _make_room(final)
     try:
         model.save(temporary, whole=False)
         save_optimizer(optimizer, model, temporary)
-        seal(temporary, state | {"step": step, "versions": versions()})
-        os.replace(temporary, final)
-        _sync(output_dir)
+        _complete(temporary, final, state | {"step": step})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"cannot be written ({error})",
-            where=final,
-            fix="make room, then run the same command to go on from the checkpoint before it",
-        ) from error
+        raise _not_written(final, error) from error
     # read back now: a disk that loses bytes is found while the run still has the weights
     if not verifies(final):
-        raise UserError("does not read back as it was written", where=final, fix="check the disk")
+        raise _not_as_written(final)
     return final
 
 
-def seal(folder: Path, state: Json) -> None:
-    """Write the manifest that lists the files' digests, and sync all files and folders to disk."""
+def save_sharded(
+    output_dir: Path, step: int, model: VLM, optimizer: torch.optim.Optimizer, state: Json
+) -> Path:
+    """Write a checkpoint like `save_checkpoint`, of a model that FSDP2 has cut; all processes call it.
+
+    Each writes, hashes and reads back its own parts, file by file; the first one adds the rest and
+    renames. Raises UserError on all of them where one fails; earlier checkpoints are then unchanged.
+    """
+    final = output_dir / f"checkpoint-{step}"
+    temporary = final.with_name(f"{final.name}.tmp")
+    try:
+        on_first(lambda: _make_room(final))
+        save_cut(model, temporary, whole=False)
+        if model.base is None:
+            write_parts(temporary / "llm", llm_state(model))
+        save_parts(optimizer, model, temporary)
+        own = on_all(lambda: _own_digests(temporary))
+        theirs = {name: digest for digests in own[1:] for name, digest in digests.items()}
+        facts = state | {"step": step}
+        on_first(lambda: _complete(temporary, final, facts, theirs))
+    except OSError as error:  # on every process
+        if is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise _not_written(final, error) from error
+    damage = on_all(
+        lambda: damage_of(final, theirs) if is_first() else _differing(final, own[own_rank()])
+    )
+    if any(damage):
+        raise _not_as_written(final)
+    return final
+
+
+def _make_room(final: Path) -> Path:
+    """Remove what killed saves have left; return where a new one is written."""
+    assert not final.exists(), f"{final}: `set_aside` removes checkpoints beyond a run's step"
+    for left in final.parent.glob("checkpoint-*.tmp"):
+        shutil.rmtree(left)
+    return final.with_name(f"{final.name}.tmp")
+
+
+def _own_digests(folder: Path) -> Digests:
+    """Return the digests of the parts that this process has written."""
+    parts = [files_of(folder / name, own_rank()) for name in ("llm", PARTS)]
+    return {_name(file, folder): file_facts(file)["sha256"] for files in parts for file in files}
+
+
+def _complete(temporary: Path, final: Path, state: Json, known: Digests | None = None) -> None:
+    """Seal a checkpoint and give it its name; known: digests of other processes' files."""
+    seal(temporary, state | {"versions": versions()}, known or {})
+    os.replace(temporary, final)
+    _sync(final.parent)
+
+
+def _not_written(final: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot be written ({error})",
+        where=final,
+        fix="make room, then run the same command to go on from the checkpoint before it",
+    )
+
+
+def _not_as_written(final: Path) -> UserError:
+    return UserError("does not read back as it was written", where=final, fix="check the disk")
+
+
+def seal(folder: Path, state: Json, known: Digests) -> None:
+    """Write the manifest that lists the files' digests, and sync all files and folders to disk.
+
+    known: digests of files that are hashed already.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    digests = {path.relative_to(folder).as_posix(): file_facts(path)["sha256"] for path in files}
-    (folder / MANIFEST).write_bytes(signed_json(state | {"files": digests}))
+    names = {_name(path, folder): path for path in files}
+    rest = {name: file_facts(names[name])["sha256"] for name in names if name not in known}
+    (folder / MANIFEST).write_bytes(signed_json(state | {"files": rest | known}))
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
 def verifies(folder: Path) -> bool:
@@ -86,14 +156,22 @@ def verifies(folder: Path) -> bool:
     return not damage_of(folder)
 
 
-def damage_of(folder: Path) -> str:
-    """Return what is wrong with a checkpoint, empty if it is whole."""
+def damage_of(folder: Path, known: Collection[str] = ()) -> str:
+    """Return what is wrong with a checkpoint, empty if it is whole; known: files that are not read."""
     try:
         digests = read_signed_json(folder / MANIFEST)["files"]
+    except (OSError, UserError) as error:
+        return str(error)
+    return _differing(folder, {n: digest for n, digest in digests.items() if n not in known})
+
+
+def _differing(folder: Path, digests: Digests) -> str:
+    """Return what is wrong with the first damaged one of some files, empty if none is."""
+    try:
         for name, digest in digests.items():
             if file_facts(folder / name)["sha256"] != digest:
                 return f"{name} has other bytes than were written"
-    except (OSError, UserError) as error:
+    except OSError as error:
         return str(error)
     return ""
 
@@ -231,60 +309,9 @@ def versions() -> Json:
     return {"python": platform.python_version()} | {name: installed(name) for name in names}
 
 
-class FullState:
-    """Gathers FSDP2's shards into a full model and optimizer state on rank 0, to be saved."""
-
-    def __init__(self, model: VLM, accelerator: "Accelerator") -> None:
-        """To be made before the model is prepared; the twin on the meta device takes no memory."""
-        self.model, self.main = model, accelerator.is_main_process
-        self.twin: VLM | None = None
-        if accelerator.is_fsdp2:
-            # autocast chooses the dtype of each operation; FSDP's policy would round LAPE's fp32 tables
-            accelerator.state.fsdp_plugin.mixed_precision_policy = None
-            meta = {
-                id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-                for p in model.parameters()
-            }
-            self.twin = copy.deepcopy(model, memo={**meta, id(model.tokenizer): model.tokenizer})
-
-    def gather(self, optimizer: torch.optim.Optimizer) -> tuple[VLM, torch.optim.Optimizer]:
-        """Return model and optimizer as a single process would have them; every rank calls this.
-
-        With FSDP2 they are copies on the CPU, filled on the main process alone: 12 bytes for each
-        trained parameter (fp32 weight and two moments), freed with the result.
-        """
-        if self.twin is None:
-            return self.model, optimizer
-        model = copy.deepcopy(self.twin, memo={id(self.model.tokenizer): self.model.tokenizer})
-        own = dict(model.named_parameters(remove_duplicate=False))
-        filled: dict[int, nn.Parameter] = {}
-        states = {}
-        for name, p in self.model.named_parameters():
-            value = _on_cpu(p, self.main)
-            parameter = nn.Parameter(value, requires_grad=p.requires_grad)
-            filled[id(own[name])] = parameter
-            states[parameter] = {
-                what: _on_cpu(held, self.main) for what, held in optimizer.state.get(p, {}).items()
-            }
-        for module in model.modules():  # a tied parameter is in several modules
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, filled[id(p)])
-        trained = [p for p in filled.values() if p.requires_grad]
-        plain = torch.optim.AdamW(trained, lr=0.0)
-        plain.state.update({p: state for p, state in states.items() if state})
-        return model, plain
-
-
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _on_cpu(value: Tensor, keep: bool) -> Tensor:
-    whole = value.detach()
-    if isinstance(whole, DTensor):
-        whole = whole.full_tensor()
-    return whole.cpu() if keep else whole.new_empty(0, device="cpu")

@@ -18,7 +18,7 @@ from shards.errors import UserError, first_line
 from shards.signed import Json
 from shards.text import some
 from train.batches.run_plan import RunPlan
-from train.cost import LlmShape, memory_bytes
+from train.flops import LlmShape, memory_bytes
 from train.settings.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class PackMemory:
             int(plan.pack_slots.max()), LlmShape.of(model.llm.config.to_dict()), model.tower_width
         )
 
-    def ways_out(self, config: TrainConfig) -> list[tuple[float, str]]:
+    def savings(self, config: TrainConfig) -> list[tuple[float, str]]:
         """Return (bytes saved, setting to change), the greatest saving first."""
         if self.shape is None:
             return []
@@ -177,7 +177,7 @@ def _out_of_memory(
 ) -> str:
     ways = [
         f"{setting} saves about {saved / 2**30:.1f} GiB"
-        for saved, setting in memory.ways_out(config)
+        for saved, setting in memory.savings(config)
     ]
     advice = "; ".join(ways) or "lower per_device_train_batch_size or max_frames_num"
     return (

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.batch import Batch
+from model.fsdp.parts import refuse_old_torch
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.signed import Json
@@ -80,6 +81,10 @@ class Fast:
         self, accelerator: "Accelerator", model: VLM, optimizer: torch.optim.Optimizer
     ) -> None:
         self.accelerator = accelerator
+        if accelerator.is_fsdp2:
+            refuse_old_torch()
+            # autocast chooses the dtype of each operation; FSDP's policy would round LAPE's fp32 tables
+            accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:

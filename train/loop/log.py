@@ -96,7 +96,7 @@ class RunLog:
             self._text.flush()
 
     def show(self, step: int, total: int, metrics: Json, *, line: bool) -> None:
-        """Tell of a step: on a terminal the bar moves; line: whether a line is written besides."""
+        """Show a step: on a terminal the bar moves; line: whether a line is printed, too."""
         if self.active and sys.stderr.isatty():
             self._move(step, total, metrics)
         if line:
@@ -111,8 +111,8 @@ class RunLog:
                 self._bar = tqdm(
                     total=total, initial=first, unit="step", leave=False, file=sys.stderr
                 )
-            told = [shown.format(metrics[name]) for name, shown in LINE[0][:3] if name in metrics]
-            self._bar.set_postfix_str(" ".join(told), refresh=False)
+            words = [shown.format(metrics[name]) for name, shown in LINE[0][:3] if name in metrics]
+            self._bar.set_postfix_str(" ".join(words), refresh=False)
             self._bar.update(step - self._bar.n)
         except OSError:
             _drop_stderr()

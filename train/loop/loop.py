@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.batch import Batch, to_device
+from model.fsdp.save import is_sharded, save_whole
 from model.vlm import VLM
 from shards.signed import Json
 from train.batches.chat import Chat
@@ -23,7 +24,6 @@ from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
 from train.data.drops import LIST, write_drops
 from train.loop.checkpoint import (
-    FullState,
     changed_settings,
     choose_checkpoint,
     facts_of,
@@ -31,6 +31,7 @@ from train.loop.checkpoint import (
     read_state,
     refuse_other_run,
     save_checkpoint,
+    save_sharded,
     set_aside,
 )
 from train.loop.checks import PackMemory, UpdateCheck, check_counts, out_of_memory_advice, rehearse
@@ -115,9 +116,7 @@ def train(
             return taken.stopped_by
 
     # -- save: the model itself, beside its checkpoints
-    model, _ = learner.full_state.gather(learner.optimizer)
-    if accelerator.is_main_process:
-        model.save(run.output_dir)
+    save_whole(learner.model, run.output_dir)
     log.say(closing(learner.model, run.output_dir, time.monotonic() - began, metrics, best))
     log.close()
     return None
@@ -153,7 +152,6 @@ class Learner:
 
     model: VLM
     loader: Loader
-    full_state: FullState
     reduction: Reduction
     optimizer: torch.optim.Optimizer
     floor: Floor | None
@@ -237,14 +235,12 @@ def make_learner(run: Run) -> Learner:
     log.say(banner(config, run.dataset, model, run.plan, run.share.world, ratio, run.resumed))
     log.say(f"attention {attention}: {reason}")
     floor = floor_of_run(run.output_dir, run.plan, loader, accelerator, log.say)
-
-    full_state = FullState(model, accelerator)
     reduction = make_reduction(config.reduce, accelerator, model, make_optimizer(model, config))
     optimizer = reduction.optimizer.optimizer
     allocate(optimizer)
     if run.resumed:
         load_optimizer(optimizer, model, run.resumed)
-    return Learner(model, loader, full_state, reduction, optimizer, floor)
+    return Learner(model, loader, reduction, optimizer, floor)
 
 
 def calibrate(run: Run, model: VLM, loader: Loader) -> float:
@@ -374,21 +370,25 @@ def evaluate(run: Run, learner: Learner, done: int, best: Json | None) -> Json:
 
 def save(run: Run, learner: Learner, done: int, best: Json | None) -> None:
     """Write `checkpoint-done` and remove old ones; every rank waits until that is done."""
-    full = learner.full_state.gather(learner.optimizer)
-    if run.accelerator.is_main_process:
-        keep = f"checkpoint-{best['step']}" if best else None
+    keep = f"checkpoint-{best['step']}" if best else None
+    is_main = run.accelerator.is_main_process
+    if is_main:
         # first make room, where an earlier limit was higher; the newest, which verified, is kept
         prune(run.output_dir, run.config.save_total_limit, keep)
-        state = {
-            "best": best,
-            "global_batch": run.plan.rows_per_step,
-            "facts": run.facts,
-            "plan": run.plan.fingerprint,
-            "config": asdict(run.config),
-            "threads": torch.get_num_threads(),
-            "processes": run.share.world,
-        }
-        save_checkpoint(run.output_dir, done, *full, state)
+    state = {
+        "best": best,
+        "global_batch": run.plan.rows_per_step,
+        "facts": run.facts,
+        "plan": run.plan.fingerprint,
+        "config": asdict(run.config),
+        "threads": torch.get_num_threads(),
+        "processes": run.share.world,
+    }
+    sharded = is_sharded(learner.model)
+    if sharded or is_main:
+        write = save_sharded if sharded else save_checkpoint
+        write(run.output_dir, done, learner.model, learner.optimizer, state)
+    if is_main:
         write_run(run.output_dir, asdict(run.config), run.first)
         prune(run.output_dir, run.config.save_total_limit, keep)
     run.accelerator.wait_for_everyone()

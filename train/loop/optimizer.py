@@ -1,7 +1,7 @@
 """AdamW over the model's parts, its state by name, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from model.fsdp.parts import read_into, shapes_in, write_parts
+from model.fsdp.save import reshard
 from model.llm import open_as_folder
 from model.vlm import VLM
 from shards.errors import UserError
 from train.settings.config import OptimizerSettings
 
+PARTS = "optimizer"
+"""The folder of a checkpoint that holds the state in parts, by FSDP2's processes."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 4 * 2**30
 """Size of an optimizer file: a save holds so much of the moments in memory twice, not all."""
@@ -83,20 +87,50 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         open_as_folder(file)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
-    """Copy a saved state into an allocated one, tensor by tensor through the CPU.
+def save_parts(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+    """Write each process' own parts of the state, by the same names; every process calls this."""
+    reshard(model)
+    write_parts(folder / PARTS, dict(_named_state(optimizer, model)))
 
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+    """Copy a saved state, whole or in parts, into an allocated one that may be cut otherwise.
+
+    A whole one is read tensor by tensor through the CPU; of parts a process reads what it needs.
     Raises UserError that names the parameters which only one of the two has.
     """
     ours = dict(_named_state(optimizer, model))
+    if (folder / PARTS).is_dir():
+        _load_parts(ours, folder)
+        return
     for file in sorted(folder.glob("optimizer-*.safetensors")):
         with safe_open(file, framework="pt", device="cpu") as saved:
             for name in saved.keys():  # noqa: SIM118 - a safetensors file is not iterable
                 if name not in ours:
-                    raise UserError(f"{file}: {name}: not trained here; use the same settings")
+                    raise _not_trained(file, name)
                 _copy_into(ours.pop(name), saved.get_tensor(name))
     if ours:
-        raise UserError(f"{folder}: no optimizer state of {', '.join(sorted(ours))}")
+        raise _not_saved(folder, ours)
+
+
+def _load_parts(ours: dict[str, Tensor], folder: Path) -> None:
+    saved = shapes_in(folder / PARTS)
+    for name, shape in saved.items():
+        if name not in ours:
+            raise _not_trained(folder, name)
+        if shape != (tuple(ours[name].shape) or (1,)):
+            raise UserError(f"{folder}: parts of {name} are missing; copy all of the folder again")
+    if absent := ours.keys() - saved.keys():
+        raise _not_saved(folder, absent)
+    read_into(folder / PARTS, ours)
+
+
+def _not_trained(place: Path, name: str) -> UserError:
+    return UserError(f"{place}: {name}: not trained here; use the same settings")
+
+
+def _not_saved(folder: Path, names: Iterable[str]) -> UserError:
+    return UserError(f"{folder}: no optimizer state of {', '.join(sorted(names))}")
 
 
 def _named_state(

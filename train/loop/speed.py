@@ -9,7 +9,7 @@ import torch
 
 from model.vlm import VLM
 from shards.signed import Json
-from train.cost import MFU_IS, LlmShape, mfu, peak_flops, step_flops
+from train.flops import MFU_IS, LlmShape, mfu, peak_flops, step_flops
 from train.loop.metrics import FIELDS
 
 CLOCK = FIELDS.keys() & {

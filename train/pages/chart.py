@@ -102,7 +102,8 @@ def line_chart(
     # losses are read from 0, or a small difference would look like a large one
     elif min(float(line.curve.low.min()) for line in drawn) >= 0 and not zero:
         axes.set_ylim(bottom=0)
-    zoom(axes, drawn, log)
+    if zoom(axes, drawn, log):
+        says += " The first steps are beyond the edge."
     axes.set_xlabel(x)
     axes.margins(x=0.01)
     if percent:
@@ -130,8 +131,11 @@ def draw_line(axes: "Axes", line: Line) -> None:
     axes.plot(curve.steps, curve.mean, color=colour, linewidth=1.5, linestyle=DASHES[line.style])
 
 
-def zoom(axes: "Axes", lines: Sequence[Line], log: bool) -> None:
-    """Cut off what the first few steps alone reach: a curve is read by its other nine tenths."""
+def zoom(axes: "Axes", lines: Sequence[Line], log: bool) -> bool:
+    """Cut off what the first few steps alone reach, and return whether there was any.
+
+    A curve is read by its other nine tenths.
+    """
     # the first tenth is left out: losses fall from where the weights were drawn, by far more than later
     ends = [line.curve.mean[len(line.curve) // 10 :] for line in lines]
     late = np.concatenate(ends)
@@ -139,10 +143,13 @@ def zoom(axes: "Axes", lines: Sequence[Line], log: bool) -> None:
     whole = axes.get_ylim()
     # a curve that never changes has no height of its own
     room = 0.12 * (high - low) or abs(high) or 1.0
-    if not log and whole[1] > high + 4 * room:
+    above = not log and whole[1] > high + 4 * room
+    below = not log and whole[0] < min(low - 4 * room, 0)
+    if above:
         axes.set_ylim(top=high + room)
-    if not log and whole[0] < min(low - 4 * room, 0):
+    if below:
         axes.set_ylim(bottom=low - room)
+    return above or below
 
 
 def interval_chart(

@@ -42,7 +42,7 @@ def language_chart(runs: Sequence[Run]) -> str:
             if "ce_loss" in test.losses:
                 curve = point(run.metrics.last["step"], test.losses["ce_loss"])
                 lines.append(
-                    Line(f"{run.name}, on test set {test.name}", curve, colour_of(k), "dots")
+                    Line(f"{run.name}, on test set '{test.name}'", curve, colour_of(k), "dots")
                 )
     return line_chart(
         "Answers",

@@ -101,8 +101,8 @@ def scores_section(runs: Sequence[Run], tests: Tests) -> str:
             f"{records:,} records, {test.report.get('answers', 0):,} answers; " if records else ""
         )
         parts.append(
-            f"<h3>Test set {escape(test.name)}</h3><p>{about}<code>{escape(test.data_path)}</code></p>"
-            + scores_of(runs, own)
+            f"<h3>Test set <code>{escape(test.name)}</code></h3>"
+            f"<p>{about}<code>{escape(test.data_path)}</code></p>" + scores_of(runs, own)
         )
     return "".join(parts)
 
@@ -111,7 +111,9 @@ def answers_section(runs: Sequence[Run], tests: Tests, album: Album) -> str:
     parts = []
     for own in tests.values():
         if found := answers.answers_of(runs, own, album[own[0][0]]):
-            title = f"<h3>Test set {escape(own[0][1].name)}</h3>" if len(tests) > 1 else ""
+            title = (
+                f"<h3>Test set <code>{escape(own[0][1].name)}</code></h3>" if len(tests) > 1 else ""
+            )
             parts.append(title + "".join(found))
     if not parts:
         return ""
@@ -180,7 +182,7 @@ def document(
         for s in sections
     )
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    told = "".join(f"<p class='note'>{escape(note)}</p>" for note in notes)
+    shown = "".join(f"<p class='note'>{escape(note)}</p>" for note in notes)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -188,7 +190,7 @@ def document(
         f'<meta name="color-scheme" content="light dark">{again}'
         f"<title>{title}</title><style>{STYLE.read_text('utf-8')}</style></head><body>"
         f'<a class="skip" href="#short">To the text</a>'
-        f"<header><p>Report of a training run</p><h1>{title}</h1><p>Made {now}.</p>{live}{told}</header>"
+        f"<header><p>Report of a training run</p><h1>{title}</h1><p>Made {now}.</p>{live}{shown}</header>"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav><main>{unbroken(body)}</main></body></html>\n'
     )
 

@@ -75,7 +75,7 @@ class Reached:
 
     @cached_property
     def interval(self) -> Interval | None:
-        """Where 95 % of 2,000 draws of the test clips lie; None where answers were not kept."""
+        """The interval of 95 % of 2,000 draws of the test clips; None where answers were not kept."""
         answers = self.test.answers
         # of one clip every draw is the same: an interval of no width would look sure
         if answers is None or self.metric not in answers.totals or len(answers.clips) < 2:
@@ -96,6 +96,15 @@ class Reached:
         entry = self.test.controls.get(name, {}).get("tasks", {}).get(self.name, {})
         found = entry.get(self.kind.metric)
         return None if found is None else float(found)
+
+    def shown_control(self, name: str) -> str:
+        """Return the score of a control as people read it, or that no answer could be scored.
+
+        An answer that does not say what was asked has the worst score, of an error the whole range: 100 %
+        of an untrained model looks like a perfect score then.
+        """
+        entry = self.test.controls.get(name, {}).get("tasks", {}).get(self.name, {})
+        return "no answer" if entry.get("parsed") == 0 else self.shown(self.control(name))
 
     @property
     def beats(self) -> dict[str, float]:
@@ -195,7 +204,7 @@ def table_rows(group: Sequence[Reached], *, several: bool) -> list[str]:
             f"<td><b>{one.shown(one.value)}</b></td>",
             f"<td>{between(one)}</td>",
             f"<td>{one.shown(one.guess)}</td>",
-            *(f"<td>{one.shown(one.control(name))}</td>" for name in shown),
+            *(f"<td>{one.shown_control(name)}</td>" for name in shown),
             f"<td>{chip(one.verdict)}</td>",
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -222,6 +231,7 @@ def chart_of(runs: Sequence[Run], group: Sequence[Reached]) -> str:
     if probe is not None:
         marks.append(("read off the features, without a model", "good", probe))
     most = 1.0
+    marks = [mark for mark in marks if first.kind.errs or mark[2] > 0]  # at 0 it hides in the axis
     if first.kind.errs:  # from 0 to what is at hand: without training all is at the far end
         ends = [end for one in group for end in (one.value, *(one.interval or ()))]
         most = 1.2 * max([*ends, first.guess or 0.0]) or 1.0

@@ -35,8 +35,13 @@ class Story:
 def story_of(run: Run) -> Story:
     learned, fails = [], []
     tests = [test for test in run.tests if test.report]
+    if tests and run.began_as:
+        learned.append(
+            f"It began as the trained model <code>{escape(run.began_as)}</code>: what it answers may "
+            "have been learned there."
+        )
     for test in tests:
-        where = f" on test set {escape(test.name)}" if len(tests) > 1 else ""
+        where = f" on test set <code>{escape(test.name)}</code>" if len(tests) > 1 else ""
         learned += answers_line(run, test, where)
         fails += failing_answers(run, test, where)
     learned += frames_lines(run)
@@ -101,9 +106,10 @@ def versus(one: Reached) -> str:
     # the strongest of them, which decides the verdict
     best = min if one.kind.errs else max
     name, bar = best(one.beats.items(), key=lambda item: item[1])
+    less = " (smaller is better)" if one.kind.errs else ""
     return (
-        f"<li>{asked_for(one)}: {escape(one.kind.says)} <b>{one.shown(one.value)}</b>; {escape(name)}: "
-        f"{one.shown(bar)}</li>"
+        f"<li>{asked_for(one)}: {escape(one.kind.says)}{less} <b>{one.shown(one.value)}</b>; "
+        f"{escape(name)}: {one.shown(bar)}</li>"
     )
 
 
@@ -125,9 +131,9 @@ def frames_lines(run: Run) -> list[str]:
                 f" On the clips that it was trained on it is {side(trained)} than such a guess's."
             )
         lines.append(
-            f"{chip(foresees(skill))} The <b>next frame</b> on test set {escape(name)}: its error is "
-            f"{side(skill)} than that of the best simple guess ({strongest(losses)}), and {side(copy)} "
-            f"than that of repeating the last frame.{seen}"
+            f"{chip(foresees(skill))} The <b>next frame</b> on test set <code>{escape(name)}</code>: "
+            f"its error is {side(skill)} than that of the best simple guess ({strongest(losses)}), and "
+            f"{side(copy)} than that of repeating the last frame.{seen}"
         )
     if not tested and trained is not None:
         lines.append(
@@ -197,7 +203,7 @@ def troubles_of(one: Reached) -> list[str]:
 
 
 def trained_on(run: Run, kind: str) -> bool | None:
-    """Tell whether training had answers of a kind; None where its losses do not tell."""
+    """Return whether training had answers of a kind; None where its losses do not say."""
     known = {name for name in run.metrics.names if name.startswith("ce_")} - {"ce_loss"}
     return f"ce_{kind}" in known if known and kind in TASKS and kind != "text" else None
 
@@ -257,10 +263,10 @@ def failing_training(run: Run) -> list[str]:
 
 def sentences(runs: Sequence[Run]) -> str:
     """Return the beginning of the page: of a few runs all there is to say, of many a table first."""
-    told = [article(number, run) for number, run in enumerate(runs)]
+    articles = [article(number, run) for number, run in enumerate(runs)]
     if len(runs) <= FEW:
-        return "".join(told)
-    more = "".join(told)
+        return "".join(articles)
+    more = "".join(articles)
     return f"{overview(runs)}<details><summary>Each run in words</summary>{more}</details>"
 
 

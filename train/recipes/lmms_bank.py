@@ -85,11 +85,11 @@ class BankDataset(VisionSFTDataset):
     def _build_from_config(self) -> None:
         fields = type(self.config).model_fields
         # a setting that has no effect is refused: who gives it expects other frames
-        told = [n for n in OF_DECODING if getattr(self.config, n) != fields[n].default]
-        if told:
+        given = [n for n in OF_DECODING if getattr(self.config, n) != fields[n].default]
+        if given:
             raise UserError(
                 "frames and their size are those of the bank",
-                got=", ".join(told),
+                got=", ".join(given),
                 where="dataset_config",
                 fix="leave it out, and give preprocess encode --fps and a tower folder with these limits",
             )
@@ -127,8 +127,8 @@ class BankRunner(TrainRunner):
         if config.trainer_type != "hf_trainer":
             what = "a trainer that has not been tried with a bank"
             raise UserError(what, got=config.trainer_type, expected="hf_trainer")
-        if told := [name for name in UNTRIED if getattr(arguments, name)]:
-            raise UserError("has not been tried with a bank", got=", ".join(told))
+        if asked := [name for name in UNTRIED if getattr(arguments, name)]:
+            raise UserError("has not been tried with a bank", got=", ".join(asked))
         if not hasattr(
             arguments, "only_save_mm_adapter"
         ):  # which 0.1.4 asks for at the end of a run

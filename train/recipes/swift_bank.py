@@ -3,8 +3,8 @@
 swift sft --external_plugins train/recipes/swift_bank.py --model CHECKPOINT \\
     --model_kwargs '{"framebank": "BANK", "framebank_media_dir": ""}' --dataset train.jsonl ...
 
-All else is as ever: a row's `videos` (and `images`) name files, which are clips of the bank. Frames and
-their size are those of the bank; what swift is told of them by the environment is refused.
+A row's `videos` (and `images`) name clips of the bank. Frames and their size are those
+of the bank; settings of swift about them in the environment are refused.
 """
 
 import os

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.scores.numerals import ANY, MARKED, PLAIN, SECONDS, UNMARKED, Text, text_of
-from train.scores.words import folded, spoken
+from train.scores.words import folded, without_thinking
 
 MOST_WORDS = 12
 """Words that may follow an answer's last number."""
@@ -59,7 +59,7 @@ RUN_ON = Reading(run_on=True)
 
 def read_coordinates(kind: str, reference: str, said: str) -> Reading:
     """Return the coordinates of an answer: as many as the reference has, on the same axes."""
-    answer, asked = heard(said), text_of(reference)
+    answer, asked = answer_text(said), text_of(reference)
     patterns = [own_words(asked)]
     if not re.search(r"\w", re.sub(ANY, "", asked.text)) and kind in COMMON:
         patterns = []  # a reference without words of its own would match any number
@@ -73,7 +73,7 @@ def read_coordinates(kind: str, reference: str, said: str) -> Reading:
 
 def read_windows(said: str) -> Reading:
     """Return the starts and ends of all spans that an answer lists."""
-    answer = heard(said)
+    answer = answer_text(said)
     for pattern in SPANS:
         found = list(_search(pattern, answer))
         if found:
@@ -89,7 +89,7 @@ def read_tube(said: str, boxes: int) -> Reading:
 
     boxes: number of the reference's. More boxes are a run-on if some are repeated or after the span.
     """
-    answer = heard(said)
+    answer = answer_text(said)
     shape = _filled("({t}{t})?((?:{t}{x}{y}{x}{y})+)", answer)
     found = re.fullmatch(shape, answer.marks)
     if not found:
@@ -102,14 +102,14 @@ def read_tube(said: str, boxes: int) -> Reading:
     return RUN_ON if repeats or runs_on(answer.text[max(answer.values) + 1 :]) else Reading(numbers)
 
 
-def heard(said: str) -> Text:
+def answer_text(said: str) -> Text:
     """Return an answer without its think block, its numbers as characters."""
-    return text_of(spoken(said))
+    return text_of(without_thinking(said))
 
 
 def words_of(said: str) -> str:
     """Return the words of a text without its numbers."""
-    return folded(re.sub(ANY, " ", heard(said).text))
+    return folded(re.sub(ANY, " ", answer_text(said).text))
 
 
 def runs_on(tail: str) -> bool:

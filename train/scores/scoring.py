@@ -22,7 +22,15 @@ from train.scores.overlap import (
     windows_iou,
 )
 from train.scores.reading import Reading, read_coordinates, read_tube, read_windows, words_of
-from train.scores.words import decimals, folded, items_of, letter_of, number_of, one_number, spoken
+from train.scores.words import (
+    decimals,
+    folded,
+    items_of,
+    letter_of,
+    number_of,
+    one_number,
+    without_thinking,
+)
 
 RECALLS = (0.3, 0.5, 0.7)
 
@@ -53,7 +61,7 @@ def value_of(asked: Asked, said: str) -> Any:
         return one_number(said)
     if asked.kind == "choice":
         return letter_of(said, asked.options)
-    return items_of(said) if asked.kind == "order" else spoken(said).strip()
+    return items_of(said) if asked.kind == "order" else without_thinking(said).strip()
 
 
 # -- coordinates; numbers: those that were read, or none

@@ -66,7 +66,9 @@ def table(report: Json) -> str:
         lines.append("  ".join(parts))
     if "constant_span_miou" in report:
         lines.append(f"best constant span: mIoU {report['constant_span_miou']:.3f}")
-    for kind, count in report.get("cut", {}).items():
+    # a model that has not learned to end its answers does not end longer ones
+    cut = {} if report.get("untrained") else report.get("cut", {})
+    for kind, count in cut.items():
         lines.append(
             f"{count} of {report['tasks'][kind]['count']} {kind} answers had not ended when they were "
             "cut; raise --max_new_tokens"

@@ -12,7 +12,7 @@ SPELLED = (
 _NUMBER = re.compile(rf"(?i)(?<![\w.])-?\d+(?:\.\d+)?(?![\w%])|\b(?:{'|'.join(SPELLED)})\b")
 
 
-def spoken(answer: str) -> str:
+def without_thinking(answer: str) -> str:
     """Return an answer without the think block before it; empty where that block has no end."""
     return "" if "<think>" in answer.rpartition("</think>")[2] else answer.rpartition("</think>")[2]
 
@@ -31,7 +31,7 @@ def number_of(text: str) -> float | None:
 
 def one_number(text: str) -> float | None:
     """Return the number in an answer, None if it has none or several different ones."""
-    values = {_value(match[0]) for match in _NUMBER.finditer(_plain(spoken(text)))}
+    values = {_value(match[0]) for match in _NUMBER.finditer(_plain(without_thinking(text)))}
     return values.pop() if len(values) == 1 else None
 
 
@@ -42,7 +42,7 @@ def decimals(text: str) -> int:
 
 def items_of(text: str) -> list[str]:
     """Return the items of a list separated by commas, arrows, lines or `then`, or of letters (BAC)."""
-    plain = spoken(text).strip(" .\n()[]")
+    plain = without_thinking(text).strip(" .\n()[]")
     # a word in capitals is no order: its letters must be the first ones of the alphabet, each once
     if re.fullmatch(r"[A-Z]{2,}", plain) and len(set(plain)) == len(plain) == ord(max(plain)) - 64:
         return list(plain.lower())
@@ -59,7 +59,7 @@ def letter_of(answer: str, options: Sequence[str]) -> str | None:
     It is a letter (A, A., (A), option A), an option's text, or both where they agree. Without options
     it is a letter.
     """
-    said = re.sub(r"[*`]", "", spoken(answer)).strip()
+    said = re.sub(r"[*`]", "", without_thinking(answer)).strip()
     texts = [folded(option) for option in options]
     letters = string.ascii_uppercase[: len(options) or 26]
     if texts.count(folded(said)) == 1:

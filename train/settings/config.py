@@ -2,6 +2,11 @@
 
 Nothing here imports torch: a wrong key, value or path is reported within a moment, all problems
 together, each with its place and its fix, and exit code 2.
+
+Add a setting: a field, by `setting(default, help, bounds)`, of the class below whose part reads it; of
+`model/config.py` if a saved model has to know it. Flag, YAML key, `--help` and checks follow, and
+`python -m tests.tables` writes it into train/README.md. If it changes which records, frames or tokens a
+step has, name it in `train.batches.plan.SETTINGS`: a checkpoint of another value is then refused.
 """
 
 import os
@@ -23,6 +28,17 @@ from train.settings.launcher import wishes
 from train.settings.output import output_problem
 from train.settings.packages import missing_packages
 from train.settings.parse import BOOLEANS, Origin, merge, obey
+
+# the first name whose words fit is taken: H200 NVL stands before H200, as its name contains both
+DEVICES = {
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
+"""Dense bf16 FLOP/s in NVIDIA's data sheets (for Hopper half of the figure with sparsity)."""
 
 
 def checkpoint_every(word: str) -> int | None:
@@ -189,8 +205,14 @@ class RunSettings:
     )
     device_flops: float = setting(
         0.0,
-        "a device's peak FLOP/s, for MFU; 0 takes the data sheet's where known (--plan: an H100's)",
+        "a device's peak FLOP/s, for MFU; 0 takes the data sheet's where known (--plan: plan_device's)",
         least=0,
+    )
+    plan_device: str = setting(
+        "H100", "the device whose hours --plan prints", choices=tuple(DEVICES)
+    )
+    plan_devices: int = setting(
+        0, "how many of them --plan counts with; 0: as many as it is launched on", least=0
     )
     wandb: bool = setting(False, "mirror metrics to Weights & Biases")
     logging_steps: int = setting(10, "steps between printed lines", least=1)
@@ -202,7 +224,9 @@ class RunSettings:
         "minutes between checkpoints, whatever the steps; 0: save_steps alone decides",
         least=0,
     )
-    save_total_limit: int = setting(2, "checkpoints kept, the best one besides", least=1)
+    save_total_limit: int = setting(
+        2, "newest checkpoints kept; the best one is kept, too", least=1
+    )
     resume: str = setting("auto", "auto, none, or a checkpoint folder")
     # exact holds three fp32 tensors of the trained weights' size, and broadcasts each pack's gradient
     reduce: str = setting(

@@ -50,7 +50,7 @@ def refuse(problems: Iterable[str]) -> typing.NoReturn:
     # every rank finds the same problem: printed by each, it would stand there as
     # often as there are processes
     if rank := int(os.environ.get("RANK", "0")):
-        let_the_first_one_speak(rank)
+        wait_to_be_ended(rank)
     # the launcher prints its own report of a failed process after this one has ended: what is
     # printed now would stand far above the end
     if is_launched(os.environ):
@@ -62,7 +62,7 @@ def refuse(problems: Iterable[str]) -> typing.NoReturn:
     raise SystemExit(2)
 
 
-def let_the_first_one_speak(rank: int) -> None:
+def wait_to_be_ended(rank: int) -> None:
     """Wait until the launcher ends this process, as it does if another one has the same problem."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

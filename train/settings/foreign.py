@@ -143,7 +143,7 @@ ELSEWHERE = {
     "the held-out loss has the micro-batches of training, every eval_steps; leave it out": """
         eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start
         eval_use_gather_object eval_accumulation_steps batch_eval_metrics eval_batch_size""",
-    "the best checkpoint is kept besides, the model is that of the last step; leave it out": """
+    "the best checkpoint is also kept, the model is that of the last step; leave it out": """
         load_best_model_at_end metric_for_best_model greater_is_better""",
     "checkpoints are whole, one for all processes; a signal saves; leave it out": """
         save_only_model save_on_each_node enable_jit_checkpoint save_safetensors

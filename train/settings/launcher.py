@@ -122,9 +122,9 @@ RULES: Mapping[str, Rule] = {
         refusal="FSDP 2 always keeps the original parameters; take it out",
     ),
     "FSDP_STATE_DICT_TYPE": refused(
-        "checkpoints are whole, for any number of processes; set "
-        "fsdp_state_dict_type: FULL_STATE_DICT",
-        *("full_state_dict", "1"),
+        "checkpoints are sharded, for any number of processes, and a run's model is whole; set "
+        "fsdp_state_dict_type: SHARDED_STATE_DICT",
+        *("sharded_state_dict", "3", "full_state_dict", "1"),
     ),
     "FSDP_CPU_RAM_EFFICIENT_LOADING": refused(
         "every process loads the model by itself; set fsdp_cpu_ram_efficient_loading: false"

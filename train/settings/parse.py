@@ -28,6 +28,7 @@ POSITIONAL = ("stage_path", "data_mixture", "output_dir")
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
 BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
 
+VARIABLE = re.compile(r"\$\{(\w+)\}")
 NOT_ZERO = re.compile("[^eE]*[1-9]")
 
 Origin = str
@@ -224,6 +225,17 @@ def _convert(raw: Any, kind: Any) -> Any:
     if kind is float and value == 0 and NOT_ZERO.match(raw):  # 1e-400 is not to become 0
         raise ValueError(raw)
     return value
+
+
+def with_variables(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
+    """Return a text with `${NAME}` replaced by the environment's NAME, and a line for each not set."""
+    lacking = [
+        f"${{{name}}}: no such variable in the environment; set it"
+        for name in VARIABLE.findall(text)
+        # an empty one, too: ${WORLD}/bank would become /bank
+        if not environ.get(name)
+    ]
+    return VARIABLE.sub(lambda found: environ.get(found[1], ""), text), lacking
 
 
 def _shown(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from model.config import read_model_config
 from model.family import qwen_vl
+from model.fsdp.parts import is_cut
 from shards.errors import UserError
 from shards.kinds import LFS
 from train.settings.packages import installed
@@ -62,7 +63,7 @@ def stage_problem(stage_path: str) -> str | None:
         return _config_problem(stage_path, read_config(stage_path) or {})
     if not place.is_dir():
         return f"{place}: a file; name the folder that holds config.json and the weights"
-    if problem := _nature_problem(place):
+    if problem := _content_problem(place):
         return problem
     kind = kind_of(stage_path)
     if kind in ("run", "vila") and not (place / "llm" / "config.json").exists():
@@ -98,7 +99,7 @@ def _has_weights(folder: Path) -> bool:
     return folder.name == "llm" and not (folder / "base.json").exists()
 
 
-def _nature_problem(place: Path) -> str | None:
+def _content_problem(place: Path) -> str | None:
     """Return a line on what a folder holds, where that is not a model; else None."""
     if (place / "bank.json").exists() or (place / "plan.json").exists():
         return (
@@ -226,6 +227,7 @@ def _pointer_problem(folder: Path) -> str | None:
 def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
     """Return what is wrong with a folder's weight files, or None; must: whether it needs some."""
     names = {path.name for path in folder.iterdir()}
+    cut = is_cut(folder)
     # safetensors first, as transformers takes them where a folder has both
     for index, one in (
         ("model.safetensors.index.json", "model.safetensors"),
@@ -236,7 +238,7 @@ def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
         if index in names:
             return _index_problem(folder / index, names)
     parts = [found for name in sorted(names) if (found := PART.fullmatch(name))]
-    if parts:
+    if parts and not cut:
         stem, _, count, ending = parts[0].groups()
         # the count stands in each name: a missing part is known without the index
         every = {f"{stem}-{k:05d}-of-{count}.{ending}" for k in range(1, int(count) + 1)}

@@ -68,17 +68,17 @@ class Inputs:
 
 
 def facts_of(dataset: Dataset) -> Json:
-    """Return what tells the inputs of a run from others: features, records and clips by digests."""
+    """Return what identifies the inputs of a run: features, records and clips by digests."""
     strides = dataset.slow_stride, dataset.fast_stride
 
     def clips(records: Sequence[Record]) -> str:
         return Clips.of(records, dataset.banks, *strides).digest
 
     records = {
-        f"{k} {Path(part.path).name}": f"{part.digest} {part.count // part.repeats} x {part.repeats}"
-        for k, part in enumerate(dataset.parts)
+        f"{k} {Path(file.path).name}": f"{file.digest} {file.count // file.repeats} x {file.repeats}"
+        for k, file in enumerate(dataset.files)
     }
-    kept = [record for part in dataset.parts for record in part.records]
+    kept = [record for file in dataset.files for record in file.records]
     held_out = hashlib.blake2b(repr([r.turns for r in dataset.held_out]).encode(), digest_size=16)
     return {
         "bank": joint(dataset.banks.config),

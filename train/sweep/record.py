@@ -22,11 +22,12 @@ from train.sweep.runs import Run
 MARK = "sweep.json"
 IDLE = (
     *("output_dir", "resume", "plan", "assumed_mfu", "device_flops", "wandb", "logging_steps"),
+    *("plan_device", "plan_devices"),
     *("save_steps", "save_minutes", "save_total_limit", "prefetch", "rehearsal", "num_threads"),
 )
 """Settings that a finished run may differ in: they say nothing about its weights."""
 PATHS = ("bank", "data_path", "data_config", "splice_path", "eval_path", "stage_path", "media_dir")
-"""Settings that name places, in whatever way: what lies there is compared besides."""
+"""Settings that name places, in whatever way: the contents are compared, not the names."""
 
 
 @dataclass
@@ -56,7 +57,7 @@ def record_of(folder: Path) -> Record | None:
 
 
 def is_begun(folder: Path) -> bool:
-    """Tell whether a run has written a checkpoint or its settings here."""
+    """Return whether a run has written a checkpoint or its settings here."""
     return (folder / RUN).exists() or any(folder.glob("checkpoint-*"))
 
 
@@ -80,7 +81,7 @@ def changes(run: Run, inputs: Json) -> list[str]:
             break
     record = record_of(run.folder)
     if record and not lines:
-        if run.stage and record_of(run.stage) is None:  # it is made anew first
+        if run.stage and record_of(run.stage) is None:  # it is trained again first
             inputs = inputs | {"plan": inputs["plan"] | {"stage": record.inputs["plan"]["stage"]}}
         lines += facts_changed(record.inputs, inputs)
     return list(dict.fromkeys(lines))

@@ -94,7 +94,7 @@ class Ended:
 
 
 class Children:
-    """Starts one command after the other, and ends the one that runs when this process is told to.
+    """Starts one command after the other, and ends the running one when this process is to end.
 
     A command is the leader of a session of its own, so that a signal reaches all its processes once: it
     comes from here.

@@ -69,7 +69,7 @@ def run_sweeps(
 
 
 def check_all(runs: Sequence[Run], inputs: Inputs) -> None:
-    """Raise UserError with all that is wrong with inputs, or with what lies in the runs' folders."""
+    """Raise UserError with all that is wrong with inputs, or with what is in the runs' folders."""
     problems: list[str] = []
     for run in runs:
         try:
@@ -231,7 +231,7 @@ def evaluation(run: Run, control: str) -> list[str]:
 
 
 def all_scored(run: Run, control: str) -> bool:
-    """Tell whether the scores of each test set are there."""
+    """Return whether the scores of each test set are there."""
     ending = CONTROLS.get(control, "")
     names = distinct_names(run.sweep.test_path)
     return all(read_report(run.folder / f"eval-{name}{ending}.json") for name in names)

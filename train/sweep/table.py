@@ -182,7 +182,7 @@ def cell(own: Sequence[Scored], metric: Metric) -> str:
 
 
 def alike(scored: Sequence[Scored]) -> bool:
-    """Tell whether runs were scored on the same clips, and may be drawn together."""
+    """Return whether runs were scored on the same clips, and may be drawn together."""
     return len({one.answers.clips for one in scored}) == 1
 
 

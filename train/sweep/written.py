@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from train.settings.parse import Origin
+from train.settings.parse import Origin, with_variables
 
 KEYS = (
     *("about", "config", "settings", "seeds", "runs", "grid"),
@@ -45,7 +45,6 @@ NOT_OF_A_RUN = {
 CONTROLS = ("shuffled", "untrained")
 # a folder's name on any system, and never hidden or a flag
 NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]{0,100}")
-VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 Setting = tuple[str, Any, Origin]
 """(name, as it is written, where)"""
@@ -248,13 +247,9 @@ class Reader:
         if not isinstance(node, yaml.ScalarNode):
             self.problems.append(f"{self.origin(node)} expected a value, got a list or a mapping")
             return ""
-        for name in VARIABLE.findall(node.value):
-            # an empty one, too: ${WORLD}/bank would become /bank
-            if not self.environ.get(name):
-                self.problems.append(
-                    f"{self.origin(node)} ${{{name}}}: no such variable in the environment; set it"
-                )
-        return VARIABLE.sub(lambda found: self.environ.get(found[1], ""), str(node.value))
+        text, lacking = with_variables(str(node.value), self.environ)
+        self.problems.extend(f"{self.origin(node)} {line}" for line in lacking)
+        return text
 
     def number(self, node: yaml.Node | None, what: str, *, whole: bool = False) -> float:
         text = self.text(node)

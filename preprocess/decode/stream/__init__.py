@@ -1,1 +1,2 @@
-"""What the packets of a video stream say: which stream to read, its clock, its orientation."""
+"""What the packets of a video stream say: which stream to read, its clock, its orientation,
+and which of its frames are taken."""

@@ -22,7 +22,7 @@ Worker = Callable[[Group], Generator[Item]]
 """Called with each group in order, one call at a time; the generators it returns run in parallel."""
 
 LEAST_BYTES = 4096
-"""Bytes that every item counts for, besides its arrays."""
+"""Bytes that every item counts for, in addition to its arrays."""
 NUDGE_SECONDS = 0.1
 
 

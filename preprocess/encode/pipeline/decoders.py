@@ -16,8 +16,8 @@ from itertools import groupby
 import numpy as np
 
 from preprocess.decode.archive import Unpacker
-from preprocess.decode.child import DecodeChild
-from preprocess.decode.frames import Begin, ClipFacts
+from preprocess.decode.decode_child import DecodeChild
+from preprocess.decode.events import Begin, ClipFacts
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import Outcome, SourceReader
 from preprocess.encode.pipeline.ahead import ahead

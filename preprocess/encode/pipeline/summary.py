@@ -46,24 +46,24 @@ class Summary:
         return replace(self, failures=[*self.failures], spent=dict(self.spent))
 
     @classmethod
-    def of(cls, parts: "list[Summary]") -> "Summary":
+    def of(cls, summaries: "list[Summary]") -> "Summary":
         """Return the sum over several processes, without `seconds`."""
         total = cls()
-        for part in parts:
-            total.clips += part.clips
-            total.frames += part.frames
-            total.nbytes += part.nbytes
-            total.failures += part.failures
+        for one in summaries:
+            total.clips += one.clips
+            total.frames += one.frames
+            total.nbytes += one.nbytes
+            total.failures += one.failures
             for stage in STAGES:
-                total.spent[stage] += part.spent[stage]
+                total.spent[stage] += one.spent[stage]
         return total
 
     def beside(self, more: "Summary") -> "Summary":
         """Return what a run did to a bank and then beside it: clips are counted where they were made."""
         # a clip that failed in the bank fails beside it, too: it is one failure
-        told = {entry.id for entry in self.failures}
+        counted = {entry.id for entry in self.failures}
         total = Summary.of([replace(self, failures=[]), replace(more, failures=[])])
-        total.failures = self.failures + [one for one in more.failures if one.id not in told]
+        total.failures = self.failures + [one for one in more.failures if one.id not in counted]
         total.seconds = self.seconds + more.seconds
         total.skipped = self.skipped if not total.clips else more.skipped
         return total

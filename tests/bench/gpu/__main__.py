@@ -83,7 +83,7 @@ PIECES: Mapping[str, Piece] = {
     "training-1.5B": Piece(3, module("training", "Qwen2.5-1.5B")),
     "live": Piece(1, module("live")),
     "encoding": Piece(2, module("encoding")),
-    "fsdp": Piece(2, module("fsdp"), small=False),
+    "fsdp": Piece(3, module("fsdp")),
     "demo": Piece(4, ["make", "-o", ".venv/.ready", "demo"], demonstrated, small=False),
     # goes on where it was cut off, so a part of it is worth beginning
     "evidence": Piece(

@@ -23,7 +23,7 @@ from model.batch import to_device
 from model.tower_kinds import frame_flops
 from tests.bench._mix import Mix, make_vlm
 from tests.bench.gpu.shapes import Size, llm_shape, tower_shape
-from train.cost import LlmShape, attended_pairs, step_flops
+from train.flops import LlmShape, attended_pairs, step_flops
 
 FRAMES, CLIPS = 16, 4
 

@@ -1,6 +1,6 @@
 """Qwen2.5-shaped random models in bf16 on packed rows of 8k, with flex_attention and with a dense mask.
 
-Beside transformers' Trainer on padded rows: real tokens a second, MFU (train/cost.py), most memory.
+Beside transformers' Trainer on padded rows: real tokens a second, MFU (train/flops.py), most memory.
 
 python -m tests.bench.gpu.training Qwen2.5-0.5B [--small]
 """
@@ -17,7 +17,7 @@ import torch
 
 from tests.bench._mix import Mix, make_vlm, train_ours, train_padded
 from tests.bench.gpu.shapes import Shape, Size, llm_shape
-from train.cost import LlmShape, attended_pairs, mfu, peak_flops, step_flops
+from train.flops import LlmShape, attended_pairs, mfu, peak_flops, step_flops
 
 PADDED_SIZE = 4
 KINDS = ("flex_attention", "sdpa", "padded")

@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 
 from preprocess.care.retry import retry
 from preprocess.cli.main import main
-from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import Clip
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from preprocess.decode.source import SourceReader

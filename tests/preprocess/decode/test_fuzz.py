@@ -13,8 +13,8 @@ import av
 import numpy as np
 import pytest
 
-from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import Clip
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError, scan
 from shards.format.features import Sampling

@@ -11,9 +11,9 @@ import pytest
 
 from preprocess.decode import clip as clip_module
 from preprocess.decode import read_pyav
-from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import FileReader, read_clip
-from preprocess.decode.frames import collect
+from preprocess.decode.decode_child import DecodeChild
+from preprocess.decode.events import collect
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from shards.format.features import Sampling

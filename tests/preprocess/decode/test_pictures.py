@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.decode.child import DecodeChild
 from preprocess.decode.clip import read_clip
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from preprocess.sources.find import FindOptions, find_clips

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import Outcome, SourceReader
 from preprocess.toyworld import write_video

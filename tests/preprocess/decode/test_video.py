@@ -14,10 +14,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from preprocess.decode import child as decode_child
-from preprocess.decode.child import DecodeChild
-from preprocess.decode.clip import Clip, VideoError, read_clip, sample_indices, scan
+from preprocess.decode import decode_child
+from preprocess.decode.clip import Clip, VideoError, read_clip, scan
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
+from preprocess.decode.stream.sampling import sample_indices
 from shards.format.features import Sampling
 
 CLIPS = os.environ.get("FRAMEBANK_CLIPS")
@@ -498,7 +499,7 @@ def test_child_that_dies_between_clips_is_nobodys_error(child: DecodeChild, vide
 
 
 def test_clip_beyond_its_deadline_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preprocess.decode.process.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("preprocess.decode.child_process.POLL_SECONDS", 0.0)
     monkeypatch.setattr(DecodeChild, "base_seconds", -1.0)
     monkeypatch.setattr(DecodeChild, "seconds_per_pixel", 0.0)
     with DecodeChild() as child:
@@ -545,14 +546,14 @@ def test_child_has_no_torch(child: DecodeChild, video: Path) -> None:
     maps = Path(f"/proc/{child.pid}/maps").read_text()
     assert "numpy" in maps
     assert "torch" not in maps
-    code = "import sys, preprocess.decode.child; print(sorted({'torch', 'av'} & set(sys.modules)))"
+    code = "import sys, preprocess.decode.decode_child; print(sorted({'torch', 'av'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_child_leaves_when_its_parent_is_killed(video: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from shards.format.features import Sampling\n"
-        "from preprocess.decode.child import DecodeChild\n"
+        "from preprocess.decode.decode_child import DecodeChild\n"
         "from preprocess.decode.request import ReadRequest\n"
         "request = ReadRequest(Path(sys.argv[1]), Sampling(num_frames=2))\n"
         "child = DecodeChild(); child.read_clip(request)\n"

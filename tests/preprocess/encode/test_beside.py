@@ -25,7 +25,7 @@ from preprocess.encode.features import EncodeOptions
 from preprocess.encode.run import encode
 from shards.care.verify import verify
 from shards.errors import UserError
-from shards.format.beside import parts_of
+from shards.format.beside import banks_of
 from shards.format.plan import planned
 from shards.read.bank import Bank
 from shards.read.banks import Banks
@@ -95,7 +95,7 @@ def test_a_stride_beside_is_read_as_if_all_had_been_encoded_at_once(
     assert_one(paired, whole)
     elsewhere = Bank.open(f"file://{paired}")
     np.testing.assert_array_equal(elsewhere.read(3, 2), Bank.open(paired).read(3, 2))
-    assert [verify(part, deep=True) for part in parts_of(paired)] == [[], []]
+    assert [verify(one, deep=True) for one in banks_of(paired)] == [[], []]
 
 
 @pytest.mark.parametrize("codec", [pytest.param("blosc", marks=pytest.mark.slow), "int8"])
@@ -107,7 +107,7 @@ def test_of_every_codec(toy: Path, toy_options: EncodeOptions, tmp_path: Path, c
     before = contents(bank)
     encode(videos, bank, replace(options, strides=(1, 2, 4)))
     assert contents(bank) == before
-    assert [part.name for part in parts_of(bank)] == ["bank", "1-4"]
+    assert [one.name for one in banks_of(bank)] == ["bank", "1-4"]
     assert_one(bank, whole)
 
 
@@ -130,7 +130,7 @@ def test_several_sides_are_one_bank(
     videos = [str(toy / "videos")]
     encode(videos, bank, replace(toy_options, strides=(1, 4)))
     encode(videos, whole, replace(toy_options, strides=(1, 2, 4, 8)))
-    assert [part.name for part in parts_of(bank)] == ["bank", "1", "2"]
+    assert [one.name for one in banks_of(bank)] == ["bank", "1", "2"]
     assert_one(bank, whole)
 
 
@@ -263,7 +263,7 @@ def test_fewer_strides_and_other_features_are_refused_and_nothing_changes(
         encode([str(toy / "videos")], bank, replace(toy_options, **changes))  # type: ignore[arg-type]
     assert named in str(caught.value)
     assert contents(bank) == before
-    assert parts_of(bank) == [bank]
+    assert banks_of(bank) == [bank]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_damage_beside_is_found_and_repaired(
     assert f"{bank}: sound, every byte" in result.output
     assert f"{bank / 'beside' / '2'}: " in result.output
     assert "repair" in result.output
-    with pytest.raises(UserError, match=r"repair .* writes it anew"):
+    with pytest.raises(UserError, match=r"repair .* writes it again"):
         Bank.open(bank)
     result = command("repair", bank, "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from model.tower.tower import Tower
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode import calibrate as module
 from preprocess.encode.calibrate import calibrate

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from model.tower.pixels import Pixels
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.encode.estimate import cut_away
 from preprocess.encode.features import EncodeOptions, load_tower
 from preprocess.encode.run import encode

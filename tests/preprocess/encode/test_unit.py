@@ -17,7 +17,7 @@ import torch
 
 from model.tower.forward.hidden import layers_of
 from model.tower.tower import Tower
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.calibrate import calibrate
 from preprocess.encode.features import EncodeOptions, feature_config, load_tower

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.decode.child import DecodeChild
+from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from preprocess.decode.source import identity

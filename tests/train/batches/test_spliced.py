@@ -25,7 +25,7 @@ from train.batches.plan import plan_run
 from train.batches.turns import as_turns, count_rounds
 from train.data.dataset import Dataset, open_dataset, open_records
 from train.data.records import Turn
-from train.data.shuffled import ShuffledDataset
+from train.data.swapped import SwappedDataset
 from train.settings.config import TrainConfig
 from train.start.templates import load_with_template
 
@@ -222,7 +222,7 @@ def test_shuffled_features_stand_on_the_clock_of_the_medium(
     model = make_model()
     loaders = [
         Loader(dataset, Chat.of(model), model.config)
-        for dataset in (world.spliced, ShuffledDataset.of(world.spliced))
+        for dataset in (world.spliced, SwappedDataset.of(world.spliced))
     ]
     true, shuffled = [loader.batch(loader.dataset.held_out) for loader in loaders]
     assert torch.equal(true.input_ids, shuffled.input_ids)

@@ -98,6 +98,48 @@ def test_registries_of_vila_and_lmms_engine_are_read(folder: Path) -> None:
     assert names(mixed(folder, "", lmms)[0]) == [("a", 1)]
 
 
+def test_variables_of_the_environment_stand_in_paths(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that begins with one is relative to the working folder, as on a command line."""
+    content = {
+        "a": {"records": "${DATA}/{a,b}.jsonl", "banks": "${DATA}/bank", "media_dir": "${NAME}/x"},
+        "c": {"records": "./${NAME}.jsonl"},
+    }
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("DATA", folder.name)
+    monkeypatch.setenv("NAME", "c")
+    (first, second), problems = mixed(folder, "", content)
+    assert problems == []
+    assert first.records == [f"{folder.name}/a.jsonl", f"{folder.name}/b.jsonl"]
+    assert (first.banks, first.folders.media_dir) == ([f"{folder.name}/bank"], "c/x")
+    assert second.records == [str(folder / "c.jsonl")]
+    monkeypatch.delenv("DATA")
+    _, (line,) = mixed(folder, "", content)
+    said = "a: ${DATA}: no such variable in the environment; set it"
+    assert line == f"data_config {folder / 'mix.yaml'}: {said}"
+
+
+def test_paths_of_other_trainers_are_also_looked_for_where_one_works(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "yaml").mkdir()
+    monkeypatch.chdir(folder)
+    path = folder / "yaml" / "stage1_data.yaml"
+    entry = {"json_path": "a.jsonl", "data_folder": "videos", "source": "webvid"}
+    path.write_text(yaml.safe_dump({"datasets": [entry]}))
+    problems: list[str] = []
+    (part,) = read_mixture(str(path), "", problems)
+    assert problems == []
+    assert (part.records, part.folders.media_dir) == (["a.jsonl"], "videos")
+    (folder / "yaml" / "a.jsonl").write_text((folder / "b.jsonl").read_text())
+    (part,) = read_mixture(str(path), "", problems)
+    assert part.records == [str(folder / "yaml" / "a.jsonl")]  # beside the YAML wins
+    path.write_text(yaml.safe_dump({"b": {"records": "b.jsonl"}}))
+    read_mixture(str(path), "", problems)
+    assert "no such file" in problems[0]  # ours are relative to the YAML alone
+
+
 def test_hub_names_stay_as_they_are(folder: Path) -> None:
     (part,), problems = mixed(folder, "", {"x": {"records": "lmms-lab/LLaVA-Video-178K:0_30_s"}})
     assert (part.records, problems) == (["lmms-lab/LLaVA-Video-178K:0_30_s"], [])

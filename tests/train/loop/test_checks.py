@@ -15,7 +15,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.vlm import VLM
 from shards.errors import UserError
-from train.cost import LlmShape
+from train.flops import LlmShape
 from train.loop.checks import PackMemory, UpdateCheck, digests, name_pack, out_of_memory_advice
 from train.loop.gradients import pack_seed
 from train.loop.speed import CLOCK
@@ -169,14 +169,14 @@ QWEN_7B = LlmShape(
 def test_what_a_setting_saves_follows_from_the_sizes() -> None:
     config = TrainConfig(bf16=True, pack_tokens=8192, per_device_train_batch_size=1)
     heaviest = PackMemory(8192, QWEN_7B, 1152)
-    saved = {way: size / 2**30 for size, way in heaviest.ways_out(config)}
+    saved = {way: size / 2**30 for size, way in heaviest.savings(config)}
     assert set(saved) == {"gradient_checkpointing full", "tune_llm lora", "pack_tokens 4096"}
     # 7.6 G weights: gradients and two moments are 12 bytes of each
     assert saved["tune_llm lora"] > 12 * 7.6e9 / 2**30 * 0.9
-    sizes = [size for size, _ in heaviest.ways_out(config)]
+    sizes = [size for size, _ in heaviest.savings(config)]
     assert sizes == sorted(sizes, reverse=True)
     longer = PackMemory(16384, QWEN_7B, 1152)
-    half = {way: size / 2**30 for size, way in longer.ways_out(config)}["pack_tokens 4096"]
+    half = {way: size / 2**30 for size, way in longer.savings(config)}["pack_tokens 4096"]
     assert half == pytest.approx(2 * saved["pack_tokens 4096"], rel=0.1)
 
 

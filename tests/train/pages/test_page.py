@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -168,9 +169,32 @@ def test_two_test_sets_and_a_run_of_another_bank(tmp_path: Path, runs: list[Path
     other = write_a_run(tmp_path / "other", settings={"bank": [str(tmp_path / "none")]})
     said = predictions(["x.mp4"], good=True)
     write_scores(other, "more", said, data_path="/data/more.jsonl", test_set="more")
-    words = Document(page(read_runs([runs[0], other]))).words
+    words = " ".join(Document(page(read_runs([runs[0], other]))).words.split())
     assert "Test set more" in words
     assert "on test set more" in words
+
+
+def test_a_run_that_began_as_another_one_says_whose_learning_it_may_be(tmp_path: Path) -> None:
+    first = write_a_run(tmp_path / "first")
+    second = write_a_run(tmp_path / "second", settings={"stage_path": "first"})
+    third = write_a_run(tmp_path / "third", settings={"stage_path": str(tmp_path / "llm")})
+    (tmp_path / "llm").mkdir()
+    began = [run.began_as for run in read_runs([first, second, third])]
+    assert began == ["", "first", ""]
+    said = [sentences(read_runs([folder])) for folder in (first, second, third)]
+    assert ["may have been learned there" in text for text in said] == [False, True, False]
+
+
+def test_a_control_that_said_nothing_is_not_shown_as_a_score(tmp_path: Path) -> None:
+    """An error of the whole range, 100 %, would look like a perfect score."""
+    run = write_a_run(tmp_path / "run")
+    nothing = [replace(one, answer="") for one in predictions(["x.mp4"], good=True)]
+    write_scores(run, "test-untrained", nothing, untrained=True)
+    found = page(read_runs([run]))
+    assert (
+        found.count("<td>no answer</td>") == 4
+    )  # of span, point, box and number; any text is a text
+    assert "<td>100.0 %</td>" not in found
 
 
 def test_a_page_of_a_run_that_goes_on_loads_itself_again(runs: list[Path]) -> None:

@@ -149,7 +149,7 @@ class Footage:
 
     @cached_property
     def _reader(self) -> "SourceReader":
-        from preprocess.decode.child import DecodeChild
+        from preprocess.decode.decode_child import DecodeChild
         from preprocess.decode.source import SourceReader
 
         # a process of its own, begun only if a video is opened: a damaged one cannot end the page

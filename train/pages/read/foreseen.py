@@ -48,7 +48,7 @@ class Foreseen:
 
 
 def foreseen_beside(report: Path) -> Path:
-    """Return where the frames of a test set lie: eval-NAME.json has foreseen-NAME.npz."""
+    """Return the file with the frames of a test set: eval-NAME.json has foreseen-NAME.npz."""
     return report.with_name(f"foreseen-{report.stem.removeprefix(PREFIX)}.npz")
 
 

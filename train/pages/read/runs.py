@@ -1,4 +1,4 @@
-"""A run as its folder tells of it: settings, steps, scores, answers, and whether it still goes on."""
+"""A run as its folder has it: settings, steps, scores, answers, and whether it still goes on."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from train.pages.read.metrics import Metrics, read_metrics
 from train.scores.results import CONTROLS, PREFIX, predictions_beside, read_report
 from train.scores.spread import Answers, read_answers
 from train.settings.output import RUN
-from train.settings.recorded import settings_in
+from train.settings.recorded import CHECKPOINT, settings_in
 
 METRICS, LOG = "metrics.jsonl", "train.log"
 TABLES = "lape/tables.safetensors"
@@ -98,6 +98,14 @@ class Run:
         return max(int(found[-1][1]) if found else 0, int(self.metrics.last.get("step", 0)))
 
     @cached_property
+    def began_as(self) -> str:
+        """The trained model that it started from, as its settings name it; empty for an LLM alone."""
+        stage = str(self.config.get("stage_path") or "")
+        places = [Path(stage), *(above / stage for above in self.folder.absolute().parents)]
+        files = [place / name for place in places for name in (RUN, CHECKPOINT)]
+        return stage if stage and any(file.is_file() for file in files) else ""
+
+    @cached_property
     def tables(self) -> dict[str, np.ndarray]:
         """LAPE's tables, fp32, by name: of the model, else of its newest checkpoint; else none."""
         # a run that goes on, or was stopped, has no model yet, but checkpoints
@@ -120,7 +128,7 @@ class Run:
             for row in self.metrics.rows
             if not row.keys().isdisjoint(names)
         }
-        if not found:  # a run of before it was logged
+        if not found:  # an older run, which did not log it
             for checkpoint in self.checkpoints:
                 if (checkpoint / TABLES).is_file():
                     gamma = read_tensors(checkpoint / TABLES)["gamma"]
@@ -197,7 +205,7 @@ def test_sets(folder: Path) -> list[TestSet]:
 
 
 def goes_on(folder: Path) -> bool:
-    """Tell whether a process trains in a folder: on this machine, or as its lock is touched."""
+    """Return whether a process trains in a folder: on this machine, or as its lock is touched."""
     writer = writer_of(folder)
     # a process on this machine can be asked for; of one elsewhere only its lock's time of change is seen
     if writer is None or writer.is_here:
@@ -208,7 +216,7 @@ def goes_on(folder: Path) -> bool:
 
 
 def short_names(folders: list[Path]) -> list[str]:
-    """Return a name for each folder: its last parts, as many as tell them apart."""
+    """Return a name for each folder: its last parts, as many as make the names differ."""
     parts = [folder.absolute().parts for folder in folders]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(own[-length:]) for own in parts]

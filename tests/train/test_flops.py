@@ -12,7 +12,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from model.mask import dense_mask, intervals
 from model.tower_kinds import frame_flops
-from train.cost import (
+from train.flops import (
     LlmShape,
     attended_pairs,
     forward_flops,

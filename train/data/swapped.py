@@ -1,4 +1,4 @@
-"""A control for a test set: each clip has the features of another one, on its own clock.
+"""The control `evaluate --shuffle_features`: each clip has the features of another one, on its own clock.
 
 A model that scores as well with these does not use the features: it answers from the questions and from
 the distribution of answers.
@@ -19,7 +19,7 @@ from train.data.records import Record
 
 
 @dataclass(frozen=True)
-class ForeignClip(BankedClip):
+class SwappedClip(BankedClip):
     """The facts of one clip with the features of another, each frame's from the same share of the way."""
 
     theirs: int
@@ -32,14 +32,14 @@ class ForeignClip(BankedClip):
 
 
 @dataclass(frozen=True)
-class ShuffledDataset(Dataset):
+class SwappedDataset(Dataset):
     """A dataset whose held-out records have other clips' features."""
 
     others: Mapping[Place, Place] = field(default_factory=dict)
     """Each clip's place -> the place from which its features are read."""
 
     @classmethod
-    def of(cls, dataset: Dataset, seed: int = 0) -> "ShuffledDataset":
+    def of(cls, dataset: Dataset, seed: int = 0) -> "SwappedDataset":
         """Give each clip of the held-out records the features of another; UserError if there is none."""
         groups: dict[tuple[int, int], list[Place]] = defaultdict(list)
         media = [medium for record in dataset.held_out for medium in record.places]
@@ -65,7 +65,7 @@ class ShuffledDataset(Dataset):
         """Return the media of a record, with other clips' features."""
         found: list[BankedClip | SplicedClip] = []
         for medium in record.places:
-            clips = [foreign(place, self.others[place]) for place in places_of(medium)]
+            clips = [swapped(place, self.others[place]) for place in places_of(medium)]
             if isinstance(medium, Timeline):
                 found.append(splice(clips, medium.stretches))
             else:
@@ -73,7 +73,7 @@ class ShuffledDataset(Dataset):
         return found
 
 
-def foreign(place: Place, other: Place) -> ForeignClip:
+def swapped(place: Place, other: Place) -> SwappedClip:
     """Return a clip with the features of another one."""
     info = place.clip().info
-    return ForeignClip(other.bank, other.row, info, len(other.clip().info.timestamps))
+    return SwappedClip(other.bank, other.row, info, len(other.clip().info.timestamps))

@@ -10,7 +10,7 @@ import pytest
 from shards.errors import UserError
 from shards.read.banks import BankedClip
 from train.data.dataset import Dataset, open_records
-from train.data.shuffled import ShuffledDataset
+from train.data.swapped import SwappedDataset
 
 
 def values(clip: int, frames: int, side: int = 2) -> dict[int, np.ndarray]:
@@ -52,7 +52,7 @@ def test_every_clip_has_the_features_of_another_one(
 ) -> None:
     names = ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
     plain = dataset(("a.mp4", "b.mp4"), ("c.mp4",), ("d.mp4",), ("a.mp4",))
-    shuffled = ShuffledDataset.of(plain, seed)
+    shuffled = SwappedDataset.of(plain, seed)
     taken = {}
     for record in plain.held_out:
         for own, other in zip(plain.clips(record), shuffled.clips(record), strict=True):
@@ -67,7 +67,7 @@ def test_every_clip_has_the_features_of_another_one(
 
 def test_frames_are_as_early_in_the_other_clip(dataset: Callable[..., Dataset]) -> None:
     plain = dataset(("c.mp4",), ("d.mp4",))
-    shuffled = ShuffledDataset.of(plain)
+    shuffled = SwappedDataset.of(plain)
     long, short = (shuffled.clips(record)[0] for record in plain.held_out)
     frames = [int(value) % 100 for value in long.read(4, range(8))[:, 0, 0, 0]]
     assert frames == [0, 0, 0, 0, 1, 1, 1, 1]
@@ -77,4 +77,4 @@ def test_frames_are_as_early_in_the_other_clip(dataset: Callable[..., Dataset]) 
 
 def test_a_clip_alone_is_refused(dataset: Callable[..., Dataset]) -> None:
     with pytest.raises(UserError, match=r"no other clip has the grid of a\.mp4, got 8x6"):
-        ShuffledDataset.of(dataset(("a.mp4",), ("a.mp4",)))
+        SwappedDataset.of(dataset(("a.mp4",), ("a.mp4",)))

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from real tokens and attended pairs.
+"""FLOPs and memory of a training step, from its real tokens and attended pairs.
 
 A matrix product (m, k) x (k, n) is 2 m k n. Forward of the LLM (PaLM, appendix B, with the pairs
 that the mask allows in the place of all): 2 N tokens + 4 layers heads head_dim pairs, N the weights
@@ -12,21 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.settings.config import LlmSettings, checkpoint_every
+from train.settings.config import DEVICES, LlmSettings, checkpoint_every
 
 Number = Any
 """An int, a float, or a NumPy array of either."""
-
-# the first name whose words fit is taken: H200 NVL stands before H200, as its name contains both
-DEVICES = {
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
-"""Dense bf16 FLOP/s in NVIDIA's data sheets (for Hopper half of the figure with sparsity)."""
 
 MFU_IS = (
     "MFU = FLOPs of real (unpadded) tokens and attended pairs / (seconds x devices x peak); factor "

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
+from preprocess.decode.child_process import ChildDied, ChildProcess, serve
 from preprocess.decode.clip import FileReader
-from preprocess.decode.frames import Begin, Clip, ClipFacts, Event, collect
-from preprocess.decode.process import ChildDied, ChildProcess, serve
+from preprocess.decode.events import Begin, Clip, ClipFacts, Event, collect
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
 from shards.format.quarantine import Reason
@@ -50,7 +50,7 @@ TOGETHER = 16
 class DecodeChild(ChildProcess):
     """Reads clips, one at a time."""
 
-    program = ("-m", "preprocess.decode.child")
+    program = ("-m", "preprocess.decode.decode_child")
     scan_seconds = 30.0
     """CPU seconds that a scan may take."""
     base_seconds = 10.0
