@@ -38,13 +38,18 @@ def held_out_loss(
     sums = torch.zeros(-(-len(records) // size), NUM_SUMS, dtype=torch.float64)
     sums = sums.to(accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
-    for begin in range(rank * size, len(records), size * world):
+    for first in range(0, len(records), size * world):
+        begin = first + rank * size
+        # a rank without a batch passes with the first one: with FSDP all wait for each other in a pass
+        own = begin if begin < len(records) else 0
         # with_copy: evaluations are few, so that reading both streams costs little here
-        batch = loader.batch(records[begin : begin + size], with_copy=True)
+        batch = loader.batch(records[own : own + size], with_copy=True)
         batch = to_device(batch, accelerator.device)
         with torch.no_grad(), accelerator.autocast():
             beside = floor.losses(batch) if floor else {}
-            sums[begin // size] = sums_of(model(batch) | beside, batch)
+            found = sums_of(model(batch) | beside, batch)
+        if begin < len(records):
+            sums[begin // size] = found
     model.train(was_training)
     total = accelerator.reduce(sums, reduction="sum").sum(dim=0)
     return summarise(total, model.config.loss_weight)

@@ -2,8 +2,9 @@
 
 pytest tests/train/paper/test_runs.py -m slow
 
-Replaced are the tower (SigLIP of the same patches, tiny and random), the LLM, the number of steps and
-rows, and the folder DATA; what is run, in which order and with which flags is what the heads say.
+Replaced are the tower (SigLIP of the same patches, tiny and random), the LLaVA-OneVision checkpoint (as
+tiny), the number of steps and rows, and the folder DATA; what is run, in which order and with which flags
+is what the heads say.
 """
 
 import glob
@@ -26,6 +27,7 @@ from shards import Bank
 from tests.commands import Command
 from tests.train.paper import published
 from tests.train.paper.heads import PRESETS, ROOT, STAGES, commands_of
+from tests.train.start.tiny import LLAVA_VISION, onevision, save_llava
 
 pytestmark = pytest.mark.slow
 SMALL = "--max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --lora_r 2"
@@ -36,7 +38,7 @@ class Place:
     """A folder in which the commands are run, one after the other."""
 
     root: Path
-    llm: Path
+    llava: Path
     plans: dict[str, str] = field(default_factory=dict)
     """What `--plan` printed before each run, by the preset."""
 
@@ -56,7 +58,7 @@ class Place:
         else:
             flags = [*words[words.index("train/run.py") + 1 :], *SMALL.split()]
             if preset.stem in ("content_alignment", "llava_video_178k"):
-                flags += ["--stage_path", str(self.llm)]
+                flags += ["--stage_path", str(self.llava)]
             capsys.readouterr()
             train.run.main([*flags, "--plan"])
             self.plans[preset.stem] = capsys.readouterr().out
@@ -80,10 +82,11 @@ def place(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place
     config = SiglipVisionConfig(**sizes, num_hidden_layers=2, image_size=384, patch_size=14)
     SiglipVisionModel(config).save_pretrained(root / "tower")
     SiglipImageProcessorPil(size={"height": 384, "width": 384}).save_pretrained(root / "tower")
+    save_llava(root / "llava", onevision(LLAVA_VISION), toy)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("DATA", "data")
-        yield Place(root, toy / "llm")
+        yield Place(root, root / "llava")
 
 
 def in_shell(word: str) -> list[str]:
@@ -137,6 +140,17 @@ def check_banks(banks: Path) -> None:
     assert [coco.shape(row, 3)[:3] for row in range(len(coco))] == [(1, 9, 9)] * 2
     stvg = Bank.open(banks / "hc_stvg")
     assert [stvg.shape(row, 9)[:3] for row in range(2)] == [(100, 3, 3)] * 2
+    # the part of frames 20 to 59 of 10 a second holds these and no other, and lasts 4 seconds
+    for folder, id_ in (
+        ("vidstg", "0000/2401075277.mp4#2-6"),
+        ("st_align_3", "2401075277.mp4#2-6"),
+    ):
+        bank = Bank.open(banks / folder)
+        part = bank.clip(bank.row(id_))
+        assert list(part.frame_index) == list(range(20, 60))
+        assert part.timestamps - part.start == pytest.approx([k / 10 for k in range(40)])
+        assert part.duration == pytest.approx(4)
+    assert [stvg.clip(row).duration for row in range(2)] == pytest.approx([20, 20])
 
 
 def check_stages(runs: Path) -> None:
@@ -144,6 +158,7 @@ def check_stages(runs: Path) -> None:
     logs = {stage.name: (stage / "train.log").read_text() for stage in runs.iterdir()}
     assert len(logs) == len(STAGES)
     assert not (runs / "content" / "lape").exists()
+    assert "projector: from the stage (mlp2x_gelu" in logs["content"]
     assert "lape/tables.safetensors: new, runs/llava_st/content has none" in logs["coordinates"]
     assert "projector.safetensors: from runs/llava_st/content" in logs["coordinates"]
     assert "lape/tables.safetensors: from runs/llava_st/coordinates" in logs["instructions"]

@@ -168,6 +168,26 @@ def test_parts_to_train_and_to_test_on_are_not_mixed(
     assert not out.exists()
 
 
+def test_a_pickle_of_python_2_is_read_and_a_text_that_is_not_utf_8_named(tmp_path: Path) -> None:
+    """Whose texts are bytes, as in the published files."""
+    published.write_refcoco(tmp_path, "refcoco")
+    path = tmp_path / "refcoco" / "refs(unc).p"
+    found = [
+        published.ref(0, 3007, 98304, "train", "small dog"),
+        published.ref(1, 3007, 98304, "train", "a caf\u00e9"),
+    ]
+    written = re.sub(rb"V([^\n]*)\n", rb"S'\1'\n", pickle.dumps(found, protocol=0))
+    path.write_bytes(written.replace(b"\xe9", rb"\xe9"))
+    problems: list[str] = []
+    bad: list[RowError] = []
+    (row,) = imported("refcoco", path, problems, bad, split="train")
+    assert row["conversations"][0]["value"].endswith(": small dog")
+    assert row["video"] == "COCO_train2014_000000098304.jpg"
+    assert problems == []
+    assert "write UTF-8 text" in str(bad[0])
+    assert len(bad) == 1
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("ran",))
