@@ -113,6 +113,7 @@ class BadRecords:
 
 def most_of(limit: str, rows: int) -> Fraction:
     """Return the number of bad rows that a limit allows: `100`, or `1%` of the rows."""
+    # as fractions: 29% of 100 rows are 29, and in floats 28.999999999999996
     if limit.endswith("%"):
         return Fraction(limit[:-1]) / 100 * rows
     return Fraction(limit)
@@ -125,10 +126,12 @@ def counted(reasons: Sequence[str]) -> str:
 
 def write_drops(file: Path, drops: Sequence[Drop]) -> None:
     """Write the list of dropped records; without any, remove it."""
+    # a list of an earlier start of the run would be read as this one's
     if not drops:
         file.unlink(missing_ok=True)
         return
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # backslashreplace: JSON may hold half a surrogate pair, which UTF-8 has no bytes for
     lines = [json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in drops]
     temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, file)

@@ -118,6 +118,7 @@ def _load_parts(ours: dict[str, Tensor], folder: Path) -> None:
     for name, shape in saved.items():
         if name not in ours:
             raise _not_trained(folder, name)
+        # a scalar, such as AdamW's count of steps, is saved with one row
         if shape != (tuple(ours[name].shape) or (1,)):
             raise UserError(f"{folder}: parts of {name} are missing; copy all of the folder again")
     if absent := ours.keys() - saved.keys():

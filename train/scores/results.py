@@ -42,6 +42,8 @@ class Results:
         if other == self.data_path:
             return []
         ending = next((e for e in CONTROLS.values() if self.report.stem.endswith(e)), "")
+        # the first is the name itself, which the present records take; the others are free, or hold
+        # the same records' scores from an earlier time
         places = [self.report.with_name(f"{PREFIX}{n}{ending}.json") for n in longer_names(other)]
         free = [p for p in places[1:] if read_report(p).get("data_path", other) == other]
         report = [*free, places[-1]][0]
