@@ -17,18 +17,18 @@ RATES = "rates"
 def in_seconds(item: Json) -> Json:
     """Return an item whose part, if it has one, is `start` and `end`, and its times shares of these.
 
-    Without `rates` an item is returned as it is: a part in frames is refused where rows are read.
+    Without `rates`, or a video, an item is returned as it is, and refused where rows are read.
     """
     meta, file = item.get("meta"), item.get(RATES)
     item = {name: value for name, value in item.items() if name != RATES}
     split = meta.get("split") if isinstance(meta, dict) else None
-    if not file or split is None:
+    if not file or split is None or "video" not in item:
         return item
     whole_numbers = isinstance(split, list) and [type(frame) for frame in split] == [int, int]
     if not whole_numbers or {"start", "end"} & item.keys():
         what = "`meta.split` is not two frames, or stands beside `start` and `end`"
         raise RowError("bad start or end", what, got=short(split))
-    name = Path(str(item.get("video"))).stem
+    name = Path(str(item["video"])).stem
     if name not in rates(file):
         what = f"the rate of video {name!a}, of which `meta.split` is a part, is not in {file}"
         raise RowError("bad start or end", what)
