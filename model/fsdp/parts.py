@@ -79,6 +79,7 @@ def _file_numbers(tensors: Mapping[str, "Tensor"], processes: int) -> dict[str, 
     """Return the number from 1 of each tensor's file, the same on every process."""
     numbers, number, held = {}, 1, 0
     for name, value in tensors.items():
+        # a process writes one part of each tensor, so that its files grow by that alone
         own = value.numel() * value.element_size() // processes
         if held and held + own > FILE_BYTES:
             number, held = number + 1, 0
@@ -115,6 +116,7 @@ def read_into(folder: Path, tensors: Mapping[str, "Tensor"]) -> None:
     """
     from torch.distributed import checkpoint
 
+    # first: where a part is missing, nothing of what is there is copied
     _facts(folder)
     wanted = {name: _with_a_row(value.detach()) for name, value in tensors.items()}
     with _readable(folder), warnings.catch_warnings():
