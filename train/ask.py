@@ -145,7 +145,8 @@ def ask(
 def banked(clip_id: str, banks: Banks) -> Medium:
     """Return a clip by its id, or a medium by its timeline, as JSON; UserError for one not banked."""
     cuts = [Cut(clip_id)]
-    if clip_id.startswith("["):
+    # a bracket may begin a file's name, too
+    if clip_id.startswith("[") and banks.find(clip_id) is None:
         cuts = cuts_of({"timeline": clip_id}, lambda video: path_of(video, "timeline"))
     places = [banks.find(cut.video) for cut in cuts]
     for cut, place in zip(cuts, places, strict=True):

@@ -18,5 +18,10 @@ def side_by_side(forward: Callable[[np.ndarray], Tensor], batch: np.ndarray, par
 
     batch: `(rows, ...)`, rows a multiple of parts. forward: rows do not depend on each other.
     """
-    with ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        return torch.cat(list(threads.map(forward, np.split(batch, parts))))
+    others = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            return torch.cat(list(threads.map(forward, np.split(batch, parts))))
+    finally:
+        # what a thread sets is also the number with which later threads of the process begin
+        torch.set_num_threads(others)

@@ -384,6 +384,14 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     assert str(tmp_path / "none") in line
 
 
+def test_a_bracket_may_begin_the_name_of_a_banked_clip(
+    make_bank: Callable[..., Path], tmp_path: Path
+) -> None:
+    cells = {4: np.zeros((2, 2, 2, 64), np.float16), 8: np.zeros((2, 1, 1, 64), np.float16)}
+    folder = make_bank(tmp_path / "bank", {"[a].mp4": cells})
+    assert banked("[a].mp4", Banks.open([folder])).info.id == "[a].mp4"
+
+
 def test_a_banked_timeline_is_asked_as_it_is_trained_on(trained_run: Path, toy_bank: Path) -> None:
     banks = Banks.open([toy_bank])
     first, second = banks.banks[0].ids[0], banks.banks[0].ids[1]

@@ -231,7 +231,7 @@ def banner(
     ]
     lines.append(f"saves     {saves_line(config)}")
     if model.lape is not None:
-        extra = parts.get("lape", 0) * 12 / 1e6
+        extra = parts.get("lape", 0) * 16 / 1e6
         lines.append(
             f"LAPE      on: {config.num_temporal_tokens} temporal, {config.num_spatial_tokens} spatial "
             f"tokens, preset {config.lape_preset}; tables, gradients and moments take {extra:.1f} MB more"
