@@ -147,6 +147,7 @@ def _moved(item: T, place: Callable[[Tensor], Tensor], *, floats: bool = False) 
             return place(value)
         if isinstance(value, tuple):
             return tuple(move(v) for v in value)
+        # decoded after the copy: half the bytes cross to the device
         if isinstance(value, Quantised):
             moved = _moved(value, place)
             return moved.floats() if floats else moved
@@ -209,9 +210,12 @@ class Quantised:
         out = torch.empty(tokens.shape, dtype=self.dtype, device=tokens.device)
         # clamping is another pass over the values: left out where no product can leave the dtype's range
         fits = on_cpu and len(tokens) and 127 * scale.max() * self.channel_scale.max() <= most
+        # a GPU takes all at once: its kernels want many values, and nothing is gained by a cache
         at_once = max(1, VALUES_AT_ONCE // tokens.shape[1]) if on_cpu else max(1, len(tokens))
         for begin in range(0, len(tokens), at_once):
             some = slice(begin, begin + at_once)
+            # channel, then token, in fp32: `shards.format.codec` multiplies in this
+            # order, and so rounds alike
             floats = tokens[some].float().mul_(self.channel_scale).mul_(scale[some])
             out[some] = floats if fits else floats.clamp_(-most, most)
         return out.view(self.shape)
@@ -225,11 +229,14 @@ def joined(reads: Sequence[np.ndarray | Int8]) -> Tensor:
     arrays = [read for read in reads if isinstance(read, np.ndarray)]
     if not arrays:
         stored: list[Int8] = list(reads)  # type: ignore[arg-type]
+        # by identity: reads of one bank and stride hold the same array, and
+        # comparing values costs each step
         scales = {(id(read.channel_scale), read.dtype) for read in stored}
         if len(scales) == 1:
             return cast(Tensor, Quantised.of(stored))
     elif len(arrays) == len(reads) and len({array.dtype for array in arrays}) == 1:
         return as_tensor(np.concatenate(arrays))
+    # float16 and bfloat16 hold different numbers: only fp32 holds both
     floats = [as_tensor(read) for read in reads]
     same = len({one.dtype for one in floats}) == 1
     return torch.cat(floats if same else [one.float() for one in floats])

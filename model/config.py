@@ -23,6 +23,7 @@ PROJECTORS = (
 JOINED = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
 """Projector -> cells on a side that it joins to one token. VILA's two 2x2 projectors differ only in
 the order of their tokens: the older one's run down the columns; here both are row-major."""
+# one digit from 1: `mlp0x_gelu` would be no layer at all
 MLP = re.compile(r"(norm_)?mlp([1-9])x_gelu")
 
 
@@ -112,10 +113,13 @@ class ModelSettings:
             "auto, none or two tokens with a comma between",
         ),
     )
+    # a published projector was trained on single patches: pooling its output is not pooling its
+    # input, since GELU is between
     pool_after_projector: bool = setting(
         False,
         "pool 2x2 banked cells to one token after the projector, bilinearly, as LLaVA-OneVision does",
     )
+    # off adds no token and no parameter: logits are those of the same model without LAPE, bit for bit
     enable_lape: bool = setting(True, "coordinate tokens and positions (LAPE)")
     # LLaVA-ST's number; more anchors buy little, since decoding is finer than one bin
     num_temporal_tokens: int = setting(100, "anchors on the time axis", least=2, most=MOST_ANCHORS)
@@ -142,6 +146,7 @@ class ModelSettings:
     # of a usual cross-entropy
     loss_weight: float = setting(0.15, "weight of the frame-causal loss; 0 builds no head", least=0)
     predictor: str = setting("resample", "frame predictor", choices=PREDICTORS)
+    # `token` is what flash_attention_2 and LLMs with a recurrent state can compute
     frame_attention: str = setting(
         "block",
         "attention inside a frame: block, each token sees the whole frame; token, causal",
@@ -211,8 +216,10 @@ class VLMConfig(ModelSettings):
         "control tokens around each medium, or none",
         valid=(lambda word: MEDIA_TAGS.fullmatch(word) is not None, "none or two tokens"),
     )
+    # strides belong to the model: its projector has seen cells of this size and no other
     slow_stride: int = setting(4, "the bank's stride that slow frames are read at", least=1)
     fast_stride: int = setting(8, "the bank's stride that fast frames are read at", least=1)
+    # M-RoPE and DeepStack are facts of the stage's LLM, so no setting of a run
     mrope_sections: str = setting("", "rotary frequencies by time, row, column, such as 16,24,24")
     mrope_tokens_per_second: float = setting(
         0.0, "positions of time per second (Qwen2.5-VL); 0 counts frames (Qwen2-VL)", least=0
@@ -248,6 +255,7 @@ def read_model_config(folder: Path) -> Json:
         facts = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"not valid JSON: {error}", where=path) from None
+    # its weights would be refused by their shapes later, which says nothing of the cause
     if facts.get("format") in OLDER:
         raise UserError(
             f"a model of format {facts['format']}, before framebank's {FORMAT}: "
@@ -261,6 +269,7 @@ def read_model_config(folder: Path) -> Json:
             where=path,
             fix="--model takes the output folder of train/run.py or a checkpoint-N in it",
         )
+    # a setting of a newer version may change the forward pass: left out, it would change logits silently
     unknown = set(facts["model"]) - {item.name for item in fields(VLMConfig)}
     if unknown:
         raise UserError(

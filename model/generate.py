@@ -38,6 +38,7 @@ def generate(
     batch's own mask; each new token then sees its row's prompt and the tokens generated so far, never
     the padding between them. Raises UserError where the LLM's context is too short.
     """
+    # before the first token: an answer cut off by the context would look like a short answer
     check_room(model, int(batch.lengths.max()), max_new_tokens)
     reader = (Cached if model.masked else Reread)(model, batch)
     hidden = reader.prompt()
@@ -45,6 +46,7 @@ def generate(
     open_rows = set(range(len(answers)))
     for _ in range(max_new_tokens):
         pieces = choose(model, hidden)
+        # rows that ended go on being computed beside the others, and what they give is dropped
         for row in sorted(open_rows):
             if pieces[row].token in stop:
                 open_rows.remove(row)
@@ -77,6 +79,7 @@ class Cached:
         self.rope_end = None
         """The greatest of the three M-RoPE positions of each row's last token: int64 `(rows,)`."""
         if batch.rope is not None:
+            # text after frames goes on from the greatest of the three, see `model.family.mrope`
             rows = torch.arange(len(batch.lengths), device=device)
             self.rope_end = batch.rope[:, rows, batch.lengths - 1].amax(dim=0)
 
@@ -92,6 +95,8 @@ class Cached:
         """Return the hidden state after one more token of each row, `(rows, width)`."""
         model = self.model
         read = self.positions.shape[1] - self.batch.input_ids.shape[1]
+        # prompts differ in length and are padded on the right: a new token's position is its
+        # record's, while in the cache it is behind the padding
         at = self.batch.lengths + read
         self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1])], dim=1)
         self.positions = torch.cat([self.positions, at[:, None]], dim=1)
@@ -156,6 +161,7 @@ def choose(model: VLM, hidden: Tensor) -> list[Piece]:
     if model.lape is None:
         return [Piece(token) for token in logits.argmax(dim=-1).tolist()]
     counts = model.lape.tokens.counts
+    # anchors stand behind the text's columns, axis after axis, as `LanguageHead.logits` lays them
     text, *axes = logits.split([logits.shape[-1] - sum(counts), *counts], dim=-1)
     best, token = text.max(dim=-1)
     mass = torch.stack([best] + [axis.logsumexp(dim=-1) for axis in axes])
@@ -178,6 +184,8 @@ def write_answer(model: VLM, pieces: list[Piece], duration: float) -> str:
     before = model.tokenizer("\n", add_special_tokens=False).input_ids
     head = len(model.tokenizer.decode(before))
     text, run = "", list[int]()
+    # a run of text tokens is decoded as one: a letter of several bytes may be cut between two
+    # tokens; the last piece is none, and ends the last run
     for piece in [*pieces, Piece(-1, axis=-2)]:
         if piece.axis == -1:
             run.append(piece.token)
@@ -197,5 +205,7 @@ def _embed_pieces(model: VLM, pieces: list[Piece], device: torch.device) -> Tens
         if piece.axis >= 0:
             assert model.lape is not None
             coord = torch.tensor([piece.coord], device=device)
+            # the decoded coordinate itself, as in training; its nearest anchor would
+            # be off by up to half a bin
             embeds[row] = model.lape.embed(piece.axis, coord)[0].to(embeds.dtype)
     return embeds

@@ -72,9 +72,11 @@ def cell_spans(patches: int, stride: int, mode: str) -> Tensor:
     """
     count = num_cells(patches, stride, mode)
     if mode == "bilinear":
+        # `F.interpolate` scales by size: its samples are even, whatever the stride leaves over
         edges = torch.linspace(0, 1, count + 1, dtype=torch.float64)
     else:
         edges = torch.arange(count + 1, dtype=torch.float64) * stride
+        # a last window over the border has the patches that are there: 3 of 4 for 27 patches at stride 4
         edges = edges.clamp(max=patches) / patches
     return torch.stack([edges[:-1], edges[1:]], dim=1)
 
@@ -128,13 +130,18 @@ def resample_map(source: Grid, target: Grid) -> Tensor:
 
 def _resample_axis(source: Tensor, target: Tensor) -> Tensor:
     if len(target) <= len(source):
+        # coarser: shares of overlap, so that no source cell is lost and a constant stays what it is
         start = torch.maximum(target[:, None, 0], source[None, :, 0])
         end = torch.minimum(target[:, None, 1], source[None, :, 1])
         overlap = (end - start).clamp(min=0)
+        # by what is covered, not by the target's length: modes that drop patches end before the border
         return overlap / overlap.sum(dim=1, keepdim=True)
+    # finer: overlap would repeat each source cell in blocks; between centres a gradient stays smooth
     source_centres, target_centres = source.mean(dim=1), target.mean(dim=1)
+    # no second centre to interpolate towards
     if len(source) == 1:
         return torch.ones(len(target), 1, dtype=torch.float64)
+    # the border pair serves targets outside of all centres too; their weight is clamped to 0 or 1
     right = torch.searchsorted(source_centres, target_centres).clamp(1, len(source) - 1)
     left = right - 1
     gap = source_centres[right] - source_centres[left]

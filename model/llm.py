@@ -65,6 +65,7 @@ def load_llm(
     for weight in llm.parameters():
         weight.data = weight.data.to(dtype)
     if (Path(path) / "lora").exists():
+        # peft is an extra: only those who train adapters need it
         from peft import PeftModel
 
         llm = PeftModel.from_pretrained(llm, Path(path) / "lora", is_trainable=True)
@@ -106,6 +107,7 @@ def _load_plain(path: str | Path, dtype: torch.dtype) -> Any:
                 f"{path}: not a causal LLM, nor a LLaVA checkpoint that holds one, nor a Qwen-VL one: "
                 f"{reason}"
             ) from None
+    # transformers draws them at random and only warns
     if found["missing_keys"]:
         raise UserError(f"{path}: weights are missing: {', '.join(sorted(found['missing_keys']))}")
     if not isinstance(llm.get_input_embeddings(), nn.Embedding):
@@ -153,6 +155,7 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
 
 def _empty(config: Any) -> Any:
     """Return a causal LLM without weights."""
+    # only for its class and names: on "meta" it takes no memory and no time
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -196,6 +199,7 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
 def _load_base(named: LlmBase, named_in: str | Path, base: LlmBase | None) -> Any:
     if base is None:
         base = replace(named, digest=llm_digest(named.path, adapter=named.merged))
+    # the same path may hold another model today: weights trained over one mean nothing over the other
     if base.digest != named.digest:
         raise UserError(
             f"{base.path}: not the LLM that {named_in} was trained over (digest {base.digest[:12]}, "
@@ -203,6 +207,7 @@ def _load_base(named: LlmBase, named_in: str | Path, base: LlmBase | None) -> An
         )
     dtype = getattr(torch, base.dtype)
     if base.merged:
+        # merged once more in the dtype of training, since sums in another dtype round to other weights
         return load_llm(base.path, dtype).merge_and_unload()
     return _load_plain(base.path, dtype)
 
@@ -222,6 +227,7 @@ def base_of(path: str | Path, dtype: torch.dtype, *, merged: bool) -> LlmBase:
     if named is not None and not merged:
         # weights that were once rounded to bfloat16 stay so when they are loaded as float32
         return named if kind == "float32" else replace(named, dtype=kind)
+    # an absolute path: a resumed run may start from another working directory
     place = str(Path(path).resolve()) if Path(path).exists() else str(path)
     return LlmBase(place, llm_digest(path, adapter=merged), kind, merged)
 
@@ -230,6 +236,7 @@ def tower_digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> st
     """Return blake2b (16 bytes, hex) over a vision tower's configuration and weights, sorted by name."""
     kept = {key: value for key, value in config.items() if key not in VOLATILE}
     total = hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=16)
+    # by name: the order of tensors depends on how files were split and saved
     for name, weight in sorted(weights.items()):
         total.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         total.update(weight.detach().cpu().contiguous().numpy().data)
@@ -262,6 +269,8 @@ def llm_digest(path: str | Path, *, adapter: bool) -> str:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
+            # the cache alone: a digest must be that of what was trained over, not
+            # of what is published today
             folder = Path(snapshot_download(str(path), local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
             raise UserError(
@@ -311,6 +320,7 @@ def save_reference(llm: Any, path: Path, base: LlmBase) -> None:
 
 def base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return an adapted LLM's weights without the adapter, by the names that they have without it."""
+    # PEFT wraps each adapted layer: under the names without it, transformers alone can load them
     return {
         name.replace(".base_layer", ""): value
         for name, value in state.items()

@@ -33,9 +33,11 @@ def intervals(
     """
     assert frame_attention in FRAME_ATTENTION, frame_attention
     position = np.arange(len(sample), dtype=np.int32)
+    # a sample's tokens are consecutive, so its first token bounds what any of them sees
     start = _run_starts(sample)[position]
     end = position + 1
     if frame_attention == "block":
+        # a run's end is its start in the reversed row
         run_end = len(block) - _run_starts(block[::-1])[::-1]
         end = np.where(block >= 0, run_end, end)
     padding = sample < 0
@@ -51,7 +53,9 @@ def other_turns(sample: np.ndarray, turn: np.ndarray) -> tuple[np.ndarray, np.nd
     before them; 1, 2, ... for the tokens of turns that do not see each other.
     """
     begin = _run_starts(sample)
+    # one number for (sample, turn): a turn also ends where the next sample has the same turn number
     own = _run_starts(sample * (turn.max(initial=0) + 1) + turn)
+    # what turns share comes first in a sample, so its last place is the first one plus their count
     shared = np.cumsum(turn == 0)
     behind_shared = begin + shared - shared[begin] + (turn[begin] == 0)
     start, end = (np.where(turn > 0, bound, 0) for bound in (behind_shared, own))
@@ -120,12 +124,14 @@ class Reach:
         """
         place = torch.arange(start.shape[1], device=start.device)
         if self.window is not None:
+            # a window counts the query itself, as transformers' sliding window does
             near = place - self.window + 1
         elif self.chunk is not None:
             near = place - position % self.chunk
         else:
             return start
         if others is not None:
+            # keys of other turns are between: a window that reaches over them goes on as far before them
             first, behind = others
             near = torch.where(near < behind, near - (behind - first), near)
         return torch.maximum(start, torch.minimum(near, frame_start)).to(start.dtype)

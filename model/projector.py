@@ -49,6 +49,7 @@ def build_projector(kind: str, tower_width: int, llm_width: int) -> nn.Module:
         widths = [joined, llm_width, llm_width]
     else:
         widths = [joined, side * tower_width, llm_width, llm_width]
+    # in a Sequential, in this order, a layer's number is its name in VILA's files
     layers: list[nn.Module] = [JoinCells(side), nn.LayerNorm(joined)] if side > 1 else []
     layers += [ChannelNorm(tower_width)] if kind.startswith("norm_") else []
     for place, (before, after) in enumerate(pairwise(widths)):
@@ -88,10 +89,12 @@ class ChannelNorm(nn.Module):
         The deviation has a lower bound (`LEAST_STD`): a channel that hardly varies in these few clips
         may vary more in others, where it would be scaled up without limit.
         """
+        # in double: a mean far from 0 leaves few digits to the deviation
         cells = torch.cat([part.flatten(0, -2).double() for part in features])
         std = cells.std(dim=0, unbiased=False)
         least = LEAST_STD * std.median()
         self.mean.copy_(cells.mean(dim=0))
+        # all channels constant, as over one blank clip: leave them as they are rather than divide by 0
         self.std.copy_(std.clamp(min=least) if least > 0 else torch.ones_like(std))
 
     def forward(self, cells: Tensor) -> Tensor:
@@ -111,6 +114,7 @@ class JoinCells(nn.Module):
         """`(frames, rows, cols, width)` -> `(frames, ceil(rows/n), ceil(cols/n), n n width)`."""
         side = self.side
         rows, cols = cells.shape[1:3]
+        # VILA pads below and to the right, by zeros: elsewhere its weights would see another block
         cells = F.pad(cells, (0, 0, 0, -cols % side, 0, -rows % side))
         blocks = cells.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # f, R, n, C, n, width
         return torch.flatten(blocks.permute(0, 1, 3, 2, 4, 5), 3)

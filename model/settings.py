@@ -45,6 +45,7 @@ def setting(
         "finite": finite,
         "valid": valid,
     }
+    # one list shared by all instances would keep what the first of them appends
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=facts)
     return field(default=default, metadata=facts)
@@ -60,8 +61,10 @@ def problem_of(item: Field[Any], value: object) -> str | None:
         return wrong
     if facts["valid"] and not facts["valid"][0](value):
         return wrong
+    # a switch has no bounds, though a bool is an int in Python
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
+    # before the bounds: every comparison with NaN is false, so no bound would refuse it
     if math.isnan(value) or (facts["finite"] and math.isinf(value)):
         return "must be a finite number"
     if not _within(facts, value):
@@ -84,6 +87,7 @@ def expected(item: Field[Any]) -> str:
         return "true or false"
     if kind not in (int, float):
         return "a list" if isinstance(kind, types.GenericAlias) else "a text"
+    # the words come from the bounds themselves, so that a message cannot differ from the check
     noun = "integer" if kind is int else "number"
     article = "an" if kind is int else "a"
     least, most, more_than, less_than = (
@@ -103,6 +107,7 @@ def _is_of(value: object, kind: Any) -> bool:
     """Return whether a value is of a setting's type; integers are numbers, true and false are not."""
     if isinstance(kind, types.GenericAlias):
         return isinstance(value, list)
+    # `learning_rate: true` is a slip of the pen, not a rate of 1
     if kind in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, int | float if kind is float else kind)

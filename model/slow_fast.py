@@ -21,6 +21,7 @@ def uniform_indices(total: int, count: int) -> list[int]:
     count = min(count, total)
     if count == 1:
         return [0]
+    # integers: a floating-point step may fall just below a whole number and take the frame before
     return [k * (total - 1) // (count - 1) for k in range(count)]
 
 
@@ -39,12 +40,14 @@ def slow_frames(strategy: str, ratio: float | str | Fraction, num_frames: int) -
         )
     if num_frames < 1:
         raise UserError(f"a slow/fast pattern needs at least one frame, got {num_frames}")
+    # rounded up: any ratio above 0 keeps at least one frame at the finer grid
     num_slow = _ceil(rho * num_frames)
     if strategy == "interleave":
         # frame i is slow where the running count ceil(i rho) rises: an even spread for any ratio
         return [_ceil((i + 1) * rho) > _ceil(i * rho) for i in range(num_frames)]
     if strategy == "first_slow":
         return [i < num_slow for i in range(num_frames)]
+    # ratio 0: `uniform_indices` would take one frame at least
     slow = set(uniform_indices(num_frames, num_slow)) if num_slow else set()
     return [i in slow for i in range(num_frames)]
 
@@ -52,6 +55,7 @@ def slow_frames(strategy: str, ratio: float | str | Fraction, num_frames: int) -
 def exact_ratio(ratio: float | str | Fraction) -> Fraction:
     """Return the exact fraction that a ratio's decimal text means; UserError outside [0, 1]."""
     try:
+        # by way of its text: `Fraction(0.07)` is the nearest binary number, a little above 7/100
         rho = Fraction(str(ratio))
     except (ValueError, ZeroDivisionError):
         raise UserError(f"slow_frame_ratio must be a number in [0, 1], got {ratio!r}") from None

@@ -44,6 +44,7 @@ def named(name: str) -> Any:
 def patch_of(config: Mapping[str, Any]) -> int:
     """Return the pixels on a side of a patch; UserError where its sides differ."""
     sides = config["patch_size"]
+    # some configs write one number, some a list
     sides = {sides} if isinstance(sides, int) else set(sides)
     if len(sides) > 1:
         raise UserError("its patches are not square", got=f"patch_size {sorted(sides)}")
@@ -62,6 +63,7 @@ def vit_flops(config: Mapping[str, Any], patches: int, layer: int) -> int:
         raise KeyError("use_gated_mlp")
     width, depth, side = config["hidden_size"], config["num_hidden_layers"], patch_of(config)
     mlp = config.get("intermediate_size") or width * config["mlp_ratio"]
+    # of `depth` + 1 hidden states the first is the patches' embeddings: -2 means depth - 1 layers
     used = depth + 1 + layer if layer < 0 else layer
     per_layer = patches * (8 * width**2 + 4 * width * mlp + 4 * patches * width)
     return int(used * per_layer + 2 * 3 * side**2 * width * patches)
@@ -236,6 +238,7 @@ def find_kind(model_type: str) -> TowerKind:
     for kind in KINDS:
         if model_type in kind.model_types:
             return kind
+    # towers that people are likely to ask for get their reason, others the list of what there is
     for part, why in REFUSED.items():
         if part in model_type:
             raise UserError(f"{model_type} {why}")
@@ -258,6 +261,7 @@ def frame_flops(config: Mapping[str, Any], patches: int, layer: Layer = -2) -> i
     the hidden state that is taken, as in `preprocess encode --layer`.
     """
     kind = next((k for k in KINDS if config.get("model_type") in k.model_types), None)
+    # merged tokens have passed a merger, which the formula does not count
     if kind is None or kind.flops is None or isinstance(layer, str):
         return None
     try:

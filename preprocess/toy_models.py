@@ -72,6 +72,7 @@ def save_llm(folder: Path, texts: Iterable[str], seed: int, tokens: int = TOKENI
     """
     # Coordinates never reach the LLM as markup: they become tokens of their own or plain numbers.
     plain = [re.sub(r"<[txy]:([0-9.]+)>|<video>\n", r"\1", text) for text in texts]
+    # often enough that each role becomes one token, as in real tokenizers
     roles = ["user\n", "assistant\n", "system\n"] * len(plain)
     tokenizer = Qwen2Tokenizer(pad_token=PAD).train_new_from_iterator(
         plain + roles, tokens, new_special_tokens=[START, END], show_progress=False

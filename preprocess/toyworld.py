@@ -155,6 +155,7 @@ def make_clip(out: Path, seed: int, split: str, index: int) -> tuple[dict[str, l
     write_video(out / "videos" / video, draw(rng, things, frames), FPS)
     ask = train_records if split == "train" else test_records
     records = {split: ask(rng, video, things, frames)}
+    # a stream of its own: the questions of place, which came later, change no drawn pixel
     rng = np.random.default_rng([seed, SPLITS.index(split), index, 1])
     steps = place_records(rng, video, things, frames, FPS, is_test=split == "test")
     records |= {f"places/{split}-{step}": rows for step, rows in steps.items()}
@@ -167,8 +168,10 @@ def make_clip(out: Path, seed: int, split: str, index: int) -> tuple[dict[str, l
 def plan_things(rng: np.random.Generator, frames: int) -> list[Thing]:
     """Return the objects of a clip in drawing order; none is ever hidden by those drawn over it."""
     count = int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))
+    # no colour twice: a name is one object's
     colours = rng.permutation(list(COLOURS))[:count].tolist()
     things: list[Thing] = []
+    # rejection: an object that would hide another is drawn once more
     while len(things) < count:
         thing = plan_thing(rng, colours[len(things)], frames)
         if all(apart(thing, other) for other in things):
@@ -205,6 +208,7 @@ def draw(rng: np.random.Generator, things: Sequence[Thing], frames: int) -> np.n
     coarse = Image.fromarray(rng.integers(0, 256, size=(8, 8), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC), dtype=np.float64)
     grain = rng.normal(0, 4, size=(SIZE, SIZE, 1))
+    # grey, textured and noisy: colours of shapes stay clear, and no frame is flat
     ground = tint + (smooth[..., None] / 255 - 0.5) * 50 + grain
     clip = np.repeat(ground[None], frames, axis=0)
     pixel = np.arange(SIZE) + 0.5
@@ -213,6 +217,7 @@ def draw(rng: np.random.Generator, things: Sequence[Thing], frames: int) -> np.n
         distance = SHAPES[thing.shape](pixel - x, pixel[:, None] - y, thing.radius * SIZE)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]  # (frames shown, height, width, 1)
         part = clip[thing.first : thing.last + 1]
+        # antialiased: half a pixel of the outline on either side is blended
         part += cover * (np.array(COLOURS[thing.colour], dtype=np.float64) - part)
     return np.clip(np.rint(clip), 0, 255).astype(np.uint8)
 
@@ -279,6 +284,7 @@ def ask_seen(rng: np.random.Generator, things: Sequence[Thing], frames: int) -> 
     shown = [sum(thing.shown(k) for thing in things) for k in range(frames)]
     # At most 8 edges rule out at most 24 of at least 32 frames.
     clear = [k for k in range(frames) if min(abs(k - edge) for edge in edges) > 1]
+    # the number first, then a frame: by frame most answers would be of one number
     number = rng.choice(sorted({shown[k] for k in clear}))
     frame = int(rng.choice([k for k in clear if shown[k] == number]))
     in_order = sorted(things, key=lambda thing: list(COLOURS).index(thing.colour))

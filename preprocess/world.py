@@ -33,6 +33,7 @@ def record(id_: str, video: str, turns: Iterable[Turn]) -> Json:
         for turn in turns
         for speaker, value in (("human", turn.question), ("gpt", turn.answer))
     ]
+    # once: later turns are about the same video
     conversation[0]["value"] = "<video>\n" + conversation[0]["value"]
     return {"id": id_, "video": video, "conversations": conversation}
 
@@ -86,6 +87,7 @@ def bouncing(rng: np.random.Generator, room: float, most: float, steps: int) -> 
     start = rng.uniform(0, room, size=2)
     step = rng.uniform(-most, most, size=2)
     path = start + step * np.arange(steps)[:, None]
+    # a triangle wave: the straight path folded at both walls
     return np.asarray(room - abs(path % (2 * room) - room))
 
 
@@ -96,14 +98,17 @@ def write_video(path: Path, clip: np.ndarray, fps: int, crf: int = 12) -> None:
     """
     import av
 
+    # no B-frames, a keyframe every 12: any frame is a short seek away
     options = {"preset": "veryfast", "crf": str(crf), "bf": "0", "g": "12"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = clip.shape[1:3]
+        # what every player and decoder reads; colours have half the resolution
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
         for index, image in enumerate(clip):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, fps)
             container.mux(stream.encode(frame))
+        # the frames that the encoder still holds
         container.mux(stream.encode())

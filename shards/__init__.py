@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shards.read.bank import Bank
     from shards.read.banks import Banks
 
+# the public names; everything else in the package may move
 __all__ = ["Bank", "Banks"]
 
 HOMES = {"Bank": "shards.read.bank", "Banks": "shards.read.banks"}

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text, for use in a message; its type if it has no text."""
+    # messages of other libraries run over many lines; the first is the one that says what is wrong
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -30,6 +31,7 @@ class UserError(Exception):
         where: object = None,
         fix: str | None = None,
     ) -> None:
+        # all fields as arguments: pickle rebuilds an exception by calling its class with `args`
         super().__init__(what, got, expected, where, fix)
         self.what, self.got, self.expected, self.where, self.fix = what, got, expected, where, fix
 

@@ -31,16 +31,19 @@ def refusal(repo: str, kind: str = "model") -> str | None:
 
     probe = PROBES[kind]
     place = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    # what was downloaded before serves without the Hub: a training node often has no network
     cached = is_cached(repo, kind)
     if constants.HF_HUB_OFFLINE:
         where = f"not among the downloads in {constants.HF_HUB_CACHE}"
         return None if cached else f"offline mode is set (HF_HUB_OFFLINE), and it is {where}"
     try:
+        # the metadata of one small file: a gated repository shows its page, and refuses its files
         url = f"{place}/resolve/main/{probe}"
         get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=constants.ENDPOINT)
     except GatedRepoError:
         asked = f"the Hub's {repo} is gated: ask for access at {place}, then `hf auth login`"
         return None if cached else f"{asked} or set HF_TOKEN"
+    # the Hub answers alike for both, so that nobody can find out which private names exist
     except RepositoryNotFoundError:
         has = f"the Hub has no {kind} of that name, or a private one (`hf auth login`, HF_TOKEN)"
         return None if cached else has
@@ -59,6 +62,7 @@ def refusal(repo: str, kind: str = "model") -> str | None:
 
 def absent(name: str, kind: str = "model") -> str | None:
     """Return why a name is neither a local path nor a repository; None if it is one, or is not a name."""
+    # a path that exists is never asked for: a folder may look like owner/name
     if Path(name).exists() or not NAME.fullmatch(name):
         return None
     why = refusal(name, kind)

@@ -93,6 +93,7 @@ def kind_of(head: bytes) -> Kind | None:
 
     head: the first `HEAD` bytes, or all of a shorter file.
     """
+    # containers before plain starts: `BM` or 0x80 begin many files by chance, a named box does not
     for find in (_nothing, _iso, _riff, _ogg, _png, _start, _transport, _text):
         if found := find(head):
             return found
@@ -105,6 +106,7 @@ def kind_of(head: bytes) -> Kind | None:
 def _nothing(head: bytes) -> Kind | None:
     if not head.strip():
         return Kind("none", "empty", "get it again")
+    # some download tools reserve the whole file as zeros before they fetch it
     if len(head) >= 512 and not head.strip(b"\0"):
         return Kind("none", "nothing but zeros", "its download was not finished, get it again")
     return None
@@ -130,6 +132,7 @@ def _riff(head: bytes) -> Kind | None:
 def _ogg(head: bytes) -> Kind | None:
     if not head.startswith(b"OggS"):
         return None
+    # an Ogg file lists all of its streams in its first pages: Theora, VP8, Dirac, or Skeleton's index
     moves = any(codec in head[:4096] for codec in (b"\x80theora", b"OVP80", b"BBCD", b"fishead"))
     return (
         Kind("video", "an Ogg file") if moves else Kind("sound", "sound (Ogg)", "it has no picture")
@@ -156,6 +159,7 @@ def _transport(head: bytes) -> Kind | None:
     # correction (DVB); each begins with 0x47.
     for size, skip in ((188, 0), (192, 4), (204, 0)):
         syncs = head[skip : skip + 4 * size : size]
+        # 0x47 is the letter G: one proves nothing, two at a packet's distance do
         if len(syncs) >= 2 and set(syncs) == {0x47}:
             return Kind("video", "an MPEG transport stream")
     return None
@@ -185,6 +189,7 @@ LETTERS = re.compile(rb"[^\x00-\x08\x0e-\x1a\x1c-\x1f]*")
 
 def is_text(head: bytes) -> bool:
     """Return whether a file with these first bytes is text: UTF-8 without control characters."""
+    # control characters beside tab, newline, form feed and escape are in no text that people write
     if not head or not LETTERS.fullmatch(head):
         return False
     try:

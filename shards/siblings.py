@@ -14,6 +14,7 @@ def refuse_other_projects(*packages: str) -> None:
     """
     home = Path(__file__).resolve().parents[1]
     for name in packages:
+        # by its spec: importing the stranger would already run its code
         spec = importlib.util.find_spec(name)
         if spec and spec.origin and Path(spec.origin).resolve().parents[1] != home:
             line = f"{spec.origin}: this {name!r} is not framebank's, which is in {home}"

@@ -17,6 +17,7 @@ Json = dict[str, Any]
 
 def canonical_json(data: Json) -> bytes:
     """Return `data` in the one serialisation that hashes and shard members use."""
+    # sorted, without blanks, ASCII: equal content gives equal bytes, whoever wrote it
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
@@ -28,6 +29,7 @@ def write_synced(file: io.FileIO, data: bytes) -> None:
     """Write all of the data and wait until it is on the disk."""
     left = memoryview(data)
     while left:
+        # an unbuffered write may take a part: on a nearly full disk it does
         left = left[file.write(left) :]
     os.fsync(file.fileno())
 
@@ -49,6 +51,7 @@ def parse_signed_json(data: bytes, where: str) -> Json:
         claimed = record.pop("self_hash")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: not a framebank record; restore it or encode again") from None
+    # over the parsed content, not the bytes: blanks that an editor adds do not count, values do
     if digest(canonical_json(record)) != claimed:
         raise UserError(f"{where}: its content does not match its own hash; restore it from a copy")
     return dict(record)
@@ -116,6 +119,8 @@ def file_facts(path: Path) -> Json:
     """Return a file's size, sha256 and crc32c."""
     sha256, crc = hashlib.sha256(), google_crc32c.Checksum()
     with open(path, "rb") as file:
+        # one pass for both hashes: a shard may be a gigabyte, and reading it twice
+        # takes longer than hashing
         while piece := file.read(1 << 22):
             sha256.update(piece)
             crc.update(piece)

@@ -98,6 +98,7 @@ class LocalFiles:
             with open(self.folder / name, "rb") as file:
                 file.seek(offset)
                 return file.read()
+        # pread, not seek and read: threads and forked processes share a descriptor's position
         return os.pread(self._file(name).number, nbytes, offset)
 
     def read_into(self, name: str, offset: int, target: np.ndarray) -> int:
@@ -137,6 +138,7 @@ class LocalFiles:
         return opened
 
     def __getstate__(self) -> dict[str, object]:
+        # descriptors mean nothing in another process
         return self.__dict__ | {"_opened": {}}
 
 
@@ -157,6 +159,7 @@ class RemoteFiles:
         self._opened: tuple[int, Any, str] | None = None
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        # an empty range cannot be asked for: HTTP's `bytes=a-b` has at least one byte
         if nbytes == 0:
             return b""
         system, root = self._system()
@@ -164,7 +167,9 @@ class RemoteFiles:
         return bytes(system.cat_file(f"{root}/{name}", start=offset, end=end))
 
     def read_into(self, name: str, offset: int, target: np.ndarray) -> int:
+        # fsspec gives bytes of its own: one copy more than `preadv` into the target
         data = self.read(name, offset, len(target))
+        # a server that ignores ranges answers with the whole file
         assert len(data) <= len(target), f"{self.where}/{name}: gives more bytes than asked for"
         target[: len(data)] = np.frombuffer(data, np.uint8)
         return len(data)

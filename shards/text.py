@@ -7,6 +7,7 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 def in_bytes(nbytes: int) -> str:
     """Return a number of bytes with at most four digits and its unit."""
+    # powers of 1000, as disks are sold and `df -H` counts
     power = min(4, len(str(nbytes)) // 3 - (len(str(nbytes)) % 3 == 0))
     return f"{nbytes / 1000**power:.{min(power, 1)}f} {UNITS[power]}"
 

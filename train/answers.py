@@ -43,6 +43,7 @@ def new_tokens(
     for record, turn in questions:
         blank = question_of(loader, record, turn)
         if asked is None:
+            # twice: a wrong answer may be longer than the right one, and is read to its end
             needed = 2 * reference_tokens(loader.chat, blank.reference, blank.duration)
             most[blank.asked.kind] = max(most.get(blank.asked.kind, FEWEST_NEW_TOKENS), needed)
         else:
@@ -52,6 +53,7 @@ def new_tokens(
 
 def reference_tokens(chat: "Chat", reference: str, duration: float) -> int:
     """Return the number of tokens of an answer as the model would write it, its end included."""
+    # a time in an answer is written as a share of a clip, so that a clip has to stand before it
     media = [duration] if duration > 0 else []
     said = Turn("assistant", MEDIA_TAG.sub("", reference))
     turns = [Turn("user", "<video>" * len(media)), said]
@@ -88,6 +90,7 @@ def evaluate(
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
+    # rank::world: each process has as many questions as the others, give or take one
     rank, world = accelerator.process_index, accelerator.num_processes
     losses = held_out_loss(model, loader, records, batch_size, accelerator, floor)
     questions = questions_of(records)
@@ -109,11 +112,13 @@ def limits_of(loader: "Loader", records: Sequence[Record]) -> Json:
     """Return the limits of a test set's records, and the frames that these leave out."""
     config = loader.config
     names = ("max_frames_num", "frame_sampling_strategy", "slow_frame_ratio", "frame_time")
+    # counted from lengths, as the loader cuts: no features are read for it
     frames = used = shortened = too_long = 0
     for record in records:
         fitting = loader.fitting(record)
         banked = [len(clip.info.timestamps) for clip in loader.dataset.clips(record)]
         wanted = sum(min(count, config.max_frames_num) for count in banked)
+        # 1: a question that is asked has one frame of each clip at least
         left = sum(min(count, max(fitting, 1)) for count in banked)
         frames, used = frames + wanted, used + min(left, wanted)
         shortened += left < wanted
@@ -137,6 +142,7 @@ def question_of(loader: "Loader", record: Record, turn: int) -> Prediction:
     """Return a prediction without its answer: the question and its reference."""
     durations = [clip.info.duration for clip in loader.dataset.clips(record)]
     duration = duration_before(record, durations, turn)
+    # the last question before the answer; the turns before it are in the prompt, not in the report
     asked = [t.text for t in record.turns[:turn] if t.role == "user"]
     return Prediction(
         record=record.id,
@@ -164,6 +170,8 @@ def answer(
     batch = to_device(loader.prompts(questions), device_of(model))
     blanks = [question_of(loader, *question) for question in questions]
     caps = [most[blank.asked.kind] for blank in blanks]
+    # one generation for the batch, as long as its longest kind may be; each
+    # answer is cut to its own below
     said = generate(model, batch, stop=loader.chat.stop, max_new_tokens=max(caps))
     out = []
     for blank, cap, pieces in zip(blanks, caps, said, strict=True):
@@ -183,8 +191,10 @@ def foresee(
 
     from model.batch import to_device
 
+    # without the loss nothing has learned to predict frames
     if model.frame_causal is None:
         return []
+    # by clip: several questions about one would give the same picture
     chosen: dict[tuple[str, ...], Record] = {}
     for record in records:
         if len(record.clips) == 1 and len(chosen) < MOST_CLIPS:
@@ -195,6 +205,7 @@ def foresee(
         (medium,) = loader.dataset.clips(record)
         with torch.no_grad(), accelerator.autocast():
             frames = list(next_frames(model, batch, medium.info.duration))
+        # they come pair of streams by pair, and a picture shows them in time
         frames.sort(key=lambda frame: frame.time)
         found.append(Foreseen(clip, tuple(frames[:MOST_FRAMES])))
     return found
@@ -212,6 +223,7 @@ def next_frames(model: "VLM", batch: "Batch", duration: float) -> Iterator[NextF
         times = target.time[pairs.target_frame]
         guess = model.frame_causal.predict(states, source, target, times, pairs.gap)
         assert pairs.copy is not None
+        # compared as the loss compares them, so that these errors add up to the reported one
         truth = frame_target(target.features[pairs.target_frame])
         three = (truth, guess.float(), frame_target(pairs.copy))
         errors = [(t - truth).square().mean(dim=(1, 2)).tolist() for t in three[1:]]

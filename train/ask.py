@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
     args = arguments().parse_args(argv)
     if args.max_new_tokens < 1:
         raise UserError("must be at least 1", got=args.max_new_tokens, where="--max_new_tokens")
+    # flags that would have no effect are refused: who gives them expects one
     if args.bank and args.tower:
         raise UserError(
             "a banked clip needs no tower", where="--tower", fix="leave out --tower or --bank"
@@ -86,6 +87,7 @@ def main(argv: list[str]) -> None:
         said = ask_banked(args.video, *question, args.bank, args.max_new_tokens)
     else:
         video = Path(args.video)
+        # before the model is loaded, which takes far longer than to see that a picture cannot be written
         picture = Picture.of(args.show, args.truth, video, args.question) if args.show else None
         said = ask(video, *question, args.tower, args.max_new_tokens, picture)
     print(said)  # noqa: T201
@@ -130,6 +132,7 @@ def ask(
     """Return a model's answer about a video, in seconds and pixels, and draw the picture of it."""
     answerer = Answerer.load(folder)
     with DecodeChild() as child:
+        # decoded in a child: a damaged file can crash the decoder, and then says so in a line
         clip = fresh_clip(video, answerer.features, answerer.load_tower(tower), child)
     truth = asked(question, clip.info, picture.truth)[1].text if picture else ""
     said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
@@ -150,6 +153,7 @@ def banked(clip_id: str, banks: Banks) -> Medium:
             why = "in quarantine" if cut.video in banks.quarantined() else "in no bank"
             raise UserError(f"the clip {cut.video!r} is {why}", fix=advice(cut.video, banks))
     found = [place for place in places if place is not None]
+    # a bare id is one clip; anything else was written as a timeline
     return found[0].clip() if clip_id == cuts[0].video else timeline_of(found, cuts).clip()
 
 
@@ -160,6 +164,7 @@ def ask_banked(
     opened = Banks.open(banks)
     clip = banked(clip_id, opened)
     answerer = Answerer.load(folder)
+    # before the answer: the features of another tower have the same shape, and give nonsense
     check_features(answerer.model, opened, folder)
     said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
     return in_pixels(said, clip.info.display_size)
@@ -208,6 +213,7 @@ class Answerer:
         from train.batches.collate import collate
 
         infos = [clip.info for clip in clips]
+        # for messages alone; a text without media has no clip
         ids = [info.id for info in infos[:1]] or ["question"]
         batch = collate([self.row(infos, turns)], [clips], self.model.config, ids)
         batch = to_device(batch, self.model.visual.frame_end.device)
@@ -220,9 +226,11 @@ class Answerer:
         from train.batches.collate import frames_within, lay_out
 
         config, pool, stamp = self.model.config, self.features.pool, self.chat.stamp
+        # answer: the prompt ends where the answer would begin, as in training
         encoded = self.chat.encode(turns, [i.duration for i in infos], answer=len(turns) - 1)
         most = config.max_frames_num
         if self.limit:
+            # 1: even a question that leaves no room for a frame is asked of one
             most = max(frames_within(encoded, infos, config, pool, self.limit, stamp), 1)
         return lay_out(encoded, infos, config, pool, most, stamp)
 
@@ -233,6 +241,7 @@ def asked(question: str, clip: ClipInfo, answer: str = "") -> list[Turn]:
     if MEDIA_TAG.search(question):  # the chat says that it has no medium for it
         return list(turns)
     asked_record = Record(clip.id, (clip.id,), turns, "", "the question")
+    # by the rules for records, so that a question is read as it would be in training
     record, _, problems = resolved(asked_record, [clip.duration], clip=False)
     if problems:
         raise UserError.of(
@@ -249,23 +258,29 @@ def tower_places(name: str, folder: Path) -> list[str]:
     A new one is searched for by the end of its path in the folders above the model and above the banks
     of its run: model, banks and tower may have been moved together, or be mounted elsewhere.
     """
+    # run.json is in the model's folder, or one above a checkpoint-N
     above = [folder.resolve(), *folder.resolve().parents]
     runs = [place / "run.json" for place in above[:2]]
     run: Json = next((json.loads(path.read_text()) for path in runs if path.is_file()), {})
+    # banks are named relative to where the run was started, which is not recorded:
+    # every folder above is tried
     banks = [base / bank for bank in run.get("config", {}).get("bank", []) for base in above]
     for bank in banks:
         if bank.is_dir():
             above += [place for place in bank.resolve().parents if place not in above]
     parts = Path(name).parts
+    # the longest end of its path first: fewer folders match it by chance
     tails = [parts[k:] for k in range(1, len(parts))] if Path(name).is_absolute() else [parts]
     found = [str(base.joinpath(*tail)) for tail in tails for base in above]
     found = [place for place in found if Path(place).is_dir()]
+    # a name that is no path here, moved or of the Hub, is tried only where nothing else was found
     return list(dict.fromkeys([name, *found] if Path(name).exists() or not found else found))
 
 
 def with_strides(features: FeatureConfig, config: VLMConfig) -> FeatureConfig:
     """Return a bank's features with all strides that a model reads: some may be beside the bank."""
     read = {config.slow_stride, config.fast_stride}
+    # a projector that joins cells reads them finer than the stride that it gives
     read |= {stride // joined_cells(config.mm_projector_type) for stride in read}
     return replace(features, strides=tuple(sorted({*features.strides, *read})))
 
@@ -278,6 +293,7 @@ def load_tower(features: FeatureConfig, places: Sequence[str]) -> "Tower":
             return _load_tower(features, place)
         except UserError as error:  # another tower, or a folder of the same name
             problems.append(error)
+    # of the likeliest place: what others say about it would mislead
     raise problems[0]
 
 
@@ -289,6 +305,7 @@ def _load_tower(features: FeatureConfig, name: str) -> "Tower":
     tower = Tower.load(
         name, layer=features.layer, dtype=features.tower_dtype, attention=features.attention
     )
+    # names and places change; weights are the same only if their digest is
     if tower.digest != features.tower_digest:
         raise UserError(
             "not the tower that the model was trained on (digest "
@@ -296,6 +313,7 @@ def _load_tower(features: FeatureConfig, name: str) -> "Tower":
             where=f"tower {name}",
             fix="name it with --tower",
         )
+    # frames may have been padded, stretched or cropped for the bank: set alike, before it is compared
     tower.fit_like(features.processor)
     if tower.pixels.to_json() != features.processor:
         raise UserError(

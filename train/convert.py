@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     problems: list[str] = []
     rows: list[Json] = []
     settings = record_settings(args)
+    # judged file by file: the limit of bad records is one of a file
     judged, drops = BadRecords(settings), list[Drop]()
     for path in local_copies(args.inputs, problems) if args.form == "records" else args.inputs:
         bad: list[RowError] = []
@@ -53,10 +54,12 @@ def main(argv: Sequence[str]) -> None:
                 problems.append(f"{path}: no ref of the split {own['split']}")
         rows += made
         drops += judged.judge(path, bad, len(made) + len({e.place for e in bad}), problems)
+    # nothing is written: half of the records would look like all of them
     if problems:
         raise UserError.of(judged.advised(shorten(problems)))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     args.out.write_text("".join(lines), encoding="utf-8")
+    # written without drops as well: a list of an earlier attempt must not stay beside
     listed = args.out.with_suffix(".dropped.jsonl")
     write_drops(listed, drops)
     why = counted([drop.reason for drop in drops])

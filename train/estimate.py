@@ -27,7 +27,9 @@ from train.start.stage import llm_name, read_config
 def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> str:
     """Return the table of a run's records, steps, memory and time."""
     rows_of = f"rows of {plan.pack_tokens} tokens" if plan.pack_tokens else "rows of one record"
+    # -- what the plan knows from lengths alone
     step_tokens = plan.per_step(plan.tokens)
+    # records that the data drops are in no plan; only those that lengths drop are subtracted
     records = len(plan.frames) - sum(
         count for reason, count in plan.dropped.items() if reason not in dataset.dropped
     )
@@ -35,6 +37,7 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
     pack = plan.pack(step, number)
     names = [dataset.record(k).id for row in pack for k in row]
     shown = some(names)
+    # a pack is a rectangle: each of its rows is padded to the longest
     widest = max(int(plan.tokens[row].sum()) for row in pack)
     lines = [
         ("records", f"{records} kept{drawn_line(dataset)}, {plan.dropped_line}"),
@@ -61,6 +64,7 @@ def table(config: TrainConfig, dataset: Dataset, plan: RunPlan, world: int) -> s
     if plan.frames_line:
         lines.insert(1, ("frames", plan.frames_line))
     lines += [("note", note) for note in dataset.notes]
+    # -- what takes the LLM's sizes: read from its config.json, as no weights are loaded for a plan
     shape = LlmShape.of(read_config(llm_name(config.stage_path)) or {})
     if shape is None:
         lines.append(("model", "its config.json is of another family: no FLOPs, memory and time"))
@@ -79,6 +83,7 @@ def costs(
     places: int,
 ) -> list[tuple[str, str]]:
     """Return the lines that depend on the LLM's sizes; places: tokens of the heaviest pack."""
+    # only with block attention does a frame's token see the later ones of its frame
     whole_frames = plan.frame_pairs if config.frame_attention == "block" else 0
     pairs = plan.causal_pairs + whole_frames
     flops = step_flops(
@@ -90,6 +95,7 @@ def costs(
     seconds = per_step / speed
     memory = memory_bytes(config, shape, dataset.banks.manifest.tower_width, places)
     read = float(plan.per_step(read_bytes(config, dataset, plan)).mean())
+    # no tokens and no pairs: what is left is the head
     head = float(plan.per_step(forward_flops(shape, 0, 0, plan.supervised)).mean())
     at = f"at {config.assumed_mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s a device"
     return [
@@ -144,10 +150,12 @@ def teraflops(flops: float) -> str:
 def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.ndarray:
     """Return the bytes of features that each record reads; the copy baseline's are left out."""
     width = dataset.banks.manifest.tower_width
+    # a clip has one frame more than it has steps from frame to frame
     frames = plan.transitions + plan.clips
     side = settings.finer
     # the cells that are joined, beside those that are predicted, which may be pooled of them
     read = (side**2 if side > 1 else 0) + (not settings.pool_after_projector)
+    # 2: banks hold 16-bit numbers. Tokens that close a frame are parameters of the model, not read.
     return (plan.visual - frames * settings.closing_tokens) * width * 2 * read
 
 
@@ -170,5 +178,6 @@ def tower_flops(dataset: Dataset) -> int | None:
     config = read_config(name) if name else None
     if not config:
         return None
+    # of the first clip, for all: an estimate where grids follow the sizes of the clips
     patches = dataset.banks.banks[0].clip(0).patch_grid
     return frame_flops(config, patches[0] * patches[1], dataset.banks.config.layer)

@@ -82,6 +82,7 @@ def main(argv: list[str]) -> None:
     media = Folders(args.media_dir, tuple(args.strip_prefix))
     settings = replace(record_settings(args), turns=args.turns or turns_of(args.model))
     sets = [open_records(args.bank, [path], *strides, settings, media) for path in args.data_path]
+    # another clip's frames under the same questions: what is still scored, the text gives away
     if args.control == "shuffled":
         sets = [SwappedDataset.of(dataset) for dataset in sets]
     records = [dataset.held_out[: args.max_records or None] for dataset in sets]
@@ -101,7 +102,9 @@ def main(argv: list[str]) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = untrained(args.model) if args.untrained else load(args.model, sets)
     model.to(accelerator.device).eval()
+    # questions that do not see each other take a mask that not every LLM keeps to
     admit(model, apart=any(record.independent for own in records for record in own))
+    # baselines fitted on the training clips: fitted on the test clips they would be too good
     floor = floor_of_model(args.model, model.config)
     loaders = [loader_of(model, dataset, limit) for dataset in sets]
     caps = [
@@ -171,6 +174,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     if args.untrained and args.shuffle_features:
         parser.error("--untrained and --shuffle_features are a control each: take one of them")
     args.control = "untrained" if args.untrained else "shuffled" * args.shuffle_features
+    # not required=True: --rescore needs none of them
     needed = [name for name in ("model", "bank", "data_path") if not getattr(args, name)]
     if needed and not args.rescore:
         parser.error(f"the following arguments are required: --{', --'.join(needed)}")
@@ -190,6 +194,7 @@ def rescore(path: Path, output: Path | None) -> None:
     report_path = output or report_beside(path)
     if problem := report_problem(report_path):
         raise UserError(problem)
+    # losses and limits cannot be computed without the model: they stay as they were
     known = {k: v for k, v in read_report(report_beside(path)).items() if k not in SCORED}
     report = {"records": len({p.record for p in predictions})} | known | report_of(predictions)
     write_predictions(predictions_beside(report_path), predictions)
@@ -208,6 +213,7 @@ def check_questions(records: Sequence[Record]) -> None:
     questions = questions_of(records)
     if not questions:
         raise UserError("no record has an answer to be scored against")
+    # pycocoevalcap is an extra, and would be missed after all answers were generated
     if any(asked_of(r, k, r.turns[k].text, 0.0).kind == "caption" for r, k in questions):
         check_captions()
 
@@ -243,6 +249,7 @@ def check_features(model: "VLM", banks: Banks, folder: Path) -> None:
     from shards.read.banks import joint
 
     theirs = FeatureConfig.from_json(model.features)
+    # strides are compared elsewhere: a bank may have more of them than the model reads
     lines = differences(joint(banks.config), joint(theirs))
     if lines:
         raise UserError(f"the bank's features are not those of {folder}: {'; '.join(lines)}")
@@ -265,6 +272,7 @@ def untrained(folder: Path) -> "VLM":
     from train.start.stage import assemble
 
     config = untrained_config(folder)
+    # features and tower as saved with the model: the banks of its run may be gone
     saved = json.loads((folder / "config.json").read_text())
     return assemble(
         config,

@@ -67,12 +67,16 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
 
     from model.vlm import VLM
 
+    # everything that can be refused is refused above: this takes the memory of the whole model
     model = VLM.load(run)
     if merge_lora:
         model.llm = model.llm.merge_and_unload()
+    # the LLM alone: the parts beside it are small, and stay fp32
     for weight in model.llm.parameters():
         weight.data = weight.data.to(getattr(torch, dtype))
+    # an export has no run.json: its README says how long records were
     limit = token_limit(trained_with(run) or {})
+    # beside the target, so that the renaming stays on one disk
     aside = out.resolve().with_name(f"{out.resolve().name}.tmp")  # renamed once it is complete
     shutil.rmtree(aside, ignore_errors=True)
     model.save(aside)

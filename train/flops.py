@@ -39,6 +39,7 @@ class LlmShape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "LlmShape | None":
         """Return the shape that a config.json describes, or None where it is of another family."""
+        # multimodal checkpoints keep the LLM's sizes one level down
         config = config.get("text_config", config)
         try:
             width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -46,7 +47,9 @@ class LlmShape:
                 layers=config["num_hidden_layers"],
                 width=width,
                 heads=heads,
+                # `or`, not a default: configs write null for "as many as heads" and "width / heads"
                 kv_heads=config.get("num_key_value_heads") or heads,
+                # Qwen3 has heads wider than width / heads, and says so
                 head_dim=config.get("head_dim") or width // heads,
                 mlp=config["intermediate_size"],
                 rows=config["vocab_size"],
@@ -57,6 +60,8 @@ class LlmShape:
     @property
     def layer_weights(self) -> int:
         """Weights of all layers, without norms and biases."""
+        # products of a layer: queries and output (heads x head_dim each), keys and values (kv_heads
+        # x head_dim each), gate, up and down of the MLP
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return self.layers * self.width * (2 * queries + 2 * keys + 3 * self.mlp)
 
@@ -67,6 +72,7 @@ def attended_pairs(length: Number, *frames: tuple[Number, int]) -> Number:
     length: tokens of the record. frames: (number of frames, tokens of each) per stream, under `block`
     attention; a frame's closing token is one of its tokens. Ints or NumPy arrays.
     """
+    # a token sees itself and all before it: n(n+1)/2 pairs; whole frames add the later ones, n(n-1)/2
     return length * (length + 1) // 2 + sum(
         count * (size * (size - 1) // 2) for count, size in frames
     )
@@ -74,6 +80,7 @@ def attended_pairs(length: Number, *frames: tuple[Number, int]) -> Number:
 
 def forward_flops(shape: LlmShape, tokens: Number, pairs: Number, supervised: Number) -> Number:
     """Return the FLOPs of one forward pass of LLM and head."""
+    # queries x keys and weights x values are 2 head_dim FLOPs a pair and head each
     attention = 4 * shape.layers * shape.heads * shape.head_dim
     return (
         2 * shape.layer_weights * tokens
@@ -86,6 +93,7 @@ def step_flops(
     shape: LlmShape, tokens: Number, pairs: Number, supervised: Number, tune_llm: str
 ) -> Number:
     """Return the FLOPs of forward and backward; tune_llm: full, frozen or lora."""
+    # backward: gradients of activations cost a forward, those of weights another
     return forward_flops(shape, tokens, pairs, supervised) * (3 if tune_llm == "full" else 2)
 
 
@@ -111,6 +119,7 @@ def memory_bytes(settings: LlmSettings, shape: LlmShape, tower_width: int, place
 
     places: tokens of a pack, padding included.
     """
+    # embedding and head are counted apart; where they are tied it is the estimate's safe side
     llm = shape.layer_weights + 2 * shape.rows * shape.width
     heads = 4 * shape.width * (shape.width + tower_width)
     trained = heads + (llm if settings.tune_llm == "full" else 0)
@@ -119,8 +128,11 @@ def memory_bytes(settings: LlmSettings, shape: LlmShape, tower_width: int, place
     small = 2 if settings.bf16 is True else 4
     frozen = 0 if settings.tune_llm == "full" else llm * small
     every = checkpoint_every(settings.gradient_checkpointing)
+    # of recomputed layers one at a time is held whole, while its backward runs
     whole = shape.layers if not every else shape.layers - -(-shape.layers // every) + 1
+    # ACTIVATIONS counts 16-bit numbers, fp32 keeps twice as many bytes; a recomputed layer's input stays
     kept = small / 2 * shape.width * places * (ACTIVATIONS * whole + 2 * shape.layers)
+    # the head takes 1024 supervised rows at once (HEAD_ROWS): their fp32 logits, and the gradient
     logits = 2 * 4 * min(1024, places) * shape.rows
     # 16 bytes a trained weight: the weight, its gradient and two moments, all fp32
     return 16 * trained + frozen + kept + logits

@@ -73,6 +73,7 @@ class Framebank(lmms):
             )
         if not pretrained:
             raise UserError("model_args: name the model, as pretrained=runs/a")
+        # "auto" is lmms-eval's wish for whatever fits
         if str(batch_size) not in ("1", "auto"):
             raise UserError(
                 f"batch_size {batch_size}: questions are answered one at a time", fix="use 1"
@@ -80,6 +81,7 @@ class Framebank(lmms):
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
+        # of several processes each has a device of its own, whatever --device says
         self.device = self.accelerator.device if self._world_size > 1 or not device else device
         self.max_new_tokens = int(max_new_tokens)
         self.answerer = Answerer.load(Path(pretrained), self.device)
@@ -106,12 +108,14 @@ class Framebank(lmms):
         split: str,
     ) -> str:
         where = f"task {task}, document {doc_id}"
+        # a task may name one medium, several, or none
         found = doc_to_visual(self.task_dict[task][split][doc_id])
         media = [found] if isinstance(found, str | Path) else list(found or [])
         clips = [self._clip(medium, where) for medium in media]
         turns = [Turn("user", with_media(context, len(clips), where)), Turn("assistant", "")]
         check_greedy(settings, where)
         most = int(settings.get("max_new_tokens") or self.max_new_tokens)
+        # plain numbers: tasks read answers by patterns that know nothing of coordinate tokens
         said = in_plain_numbers(self.answerer.answer(clips, turns, most))
         return until(said, settings.get("until"))
 
@@ -121,6 +125,7 @@ class Framebank(lmms):
             key = str(medium)
             if key not in self.clips:
                 self.clips[key] = self._encoded(Path(key))
+            # the one that was asked for longest ago is dropped first
             self.clips.move_to_end(key)
             while len(self.clips) > KEPT:
                 self.clips.popitem(last=False)
@@ -129,6 +134,7 @@ class Framebank(lmms):
             raise UserError("neither a file nor a picture", got=type(medium).__name__, where=where)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "picture.png"
+            # PNG keeps each pixel, so that its features are those of the picture in memory
             medium.convert("RGB").save(path)
             return self._encoded(path)
 
@@ -144,6 +150,7 @@ class Framebank(lmms):
 
 def with_media(context: str, count: int, where: str) -> str:
     """Return a task's text with a tag for each medium, put first if it has none."""
+    # tags in a task's own text stand where the media belong: only a text without any gets them in front
     tags = len(MEDIA_TAG.findall(context))
     if tags == count:
         return context
@@ -154,6 +161,7 @@ def with_media(context: str, count: int, where: str) -> str:
 
 def check_greedy(settings: Mapping[str, Any], where: str) -> None:
     """Raise UserError where a task asks for sampling or beam search."""
+    # temperature 0 is greedy, whatever do_sample says
     drawn = settings.get("do_sample") and float(settings.get("temperature") or 0) > 0
     if drawn or int(settings.get("num_beams") or 1) > 1:
         raise UserError(
@@ -171,6 +179,7 @@ def in_plain_numbers(answer: str) -> str:
 
     def written(match: re.Match[str]) -> str:
         letters, numbers = zip(*MARK.findall(match[0]), strict=True)
+        # GROUPS tells spans, times, points and boxes apart by the order of their axes
         parts, rest = [], list(numbers)
         for group in GROUPS.findall("".join(letters)):
             own, rest = rest[: len(group)], rest[len(group) :]
@@ -186,5 +195,6 @@ def in_plain_numbers(answer: str) -> str:
 def until(answer: str, ends: str | Sequence[str] | None) -> str:
     """Return an answer up to the first of a task's stop strings."""
     for end in [ends] if isinstance(ends, str) else (ends or []):
+        # tasks say by these where an answer ends; generation itself stops at the chat's own end
         answer = answer.split(end)[0] if end else answer
     return answer

@@ -40,15 +40,18 @@ def main(argv: list[str]) -> None:
     args = arguments(argv)
     strides = strides_of(args.model)
     results = results_of(args.model, args.data_path, None, control="probe")
+    # a splice of one part each: its reader finds banked stretches and their phrases, nothing is spliced
     scenes = TrainConfig(bank=args.bank, splice_path=args.scenes, splice=["parts=1"])
     scenes = replace(scenes, slow_frame_ratio="1")  # which frames are slow is not asked
     sources = [source for splice in open_dataset(scenes).splices for source in splice.sources]
+    # the coarser of the two grids: cells are averaged anyway, and there are fewer to read
     probe = Probe(sources, strides[1])
     for place, path in zip(results, args.data_path, strict=True):
         dataset = open_records(args.bank, [path], *strides)
         said, hits = [], []
         for record in dataset.held_out:
             clips = dataset.clips(record)
+            # of several clips it is not known which one the span is of
             if len(clips) == 1 and (found := probe.answer(record, clips[0])):
                 said.append(found[0])
                 hits.append(found[1])
@@ -59,6 +62,7 @@ def main(argv: list[str]) -> None:
                 where=path,
                 fix="name the rows that the test set's phrases are from",
             )
+        # over frames, not over questions: how often a frame shows its meaning
         named = float(np.concatenate(hits).mean())
         report: Json = {"test_set": place.name, "data_path": place.data_path}
         report |= {name: name == "probe" for name in CONTROLS} | {"records": len(said)}
@@ -104,11 +108,13 @@ class Probe:
             for phrase in phrases
             if phrase in question
         ]
+        # the longest: "a cat" stands in "a cat on a roof" as well, whose meaning is another
         return max(named)[1] if named else None
 
     def answer(self, record: Record, clip: Medium) -> tuple[Prediction, np.ndarray] | None:
         """Return the answer to a record's one question, and of each frame in the span whether it is
         named right; None where it is no question about the span of a phrase."""
+        # one question and its answer: later turns would be about what was said before
         if len(record.turns) != 2:
             return None
         asked, reference = (turn.text for turn in record.turns)
@@ -120,9 +126,11 @@ class Probe:
             return None
         times = info.timestamps - info.start
         seen = means(clip, self.stride, 0, len(times))
+        # `(frames, meanings)`
         distances = ((seen[:, None] - self.centres) ** 2).sum(axis=-1)
         named = distances.argmin(axis=1) == meaning
         start, end = longest_run(named, distances[:, meaning], times, info.duration)
+        # whether frames are named right is asked of the true span, not of the one that was found
         begins, ends = blank.asked.coordinates
         inside = (times >= begins) & (times < ends)
         return replace(blank, answer=f"from {start:.3f} to {end:.3f}"), named[inside]
@@ -131,9 +139,11 @@ class Probe:
 def means(clip: Medium, stride: int, first: int, last: int) -> np.ndarray:
     """Return the mean of each frame's cells, float32 `(frames, dim)`."""
     frames = range(first, last)
+    # part by part: the parts of a spliced clip may have grids of different sizes
     if isinstance(clip, SplicedClip):
         whole = [means(part, stride, 0, len(part.info.timestamps)) for part in clip.parts]
         return np.concatenate(whole)[first:last]
+    # as_tensor: NumPy has no bfloat16, banks hold it as uint16
     cells = as_tensor(clip.read(stride, frames)).float().flatten(1, 2)
     return cells.mean(dim=1).numpy()
 
@@ -146,6 +156,7 @@ def longest_run(
     A frame is seen from half way to the one before it until half way to the next.
     """
     edges = np.concatenate([[0.0], (times[1:] + times[:-1]) / 2, [duration]])
+    # a False at both ends: runs that touch an end have edges too
     steps = np.diff(np.concatenate([[0], named.astype(int), [0]]))
     begins, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
     if not len(begins):

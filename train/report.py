@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     if args.watch:
         check_drawing()
         watch(args.runs, place)
+    # the table first: it needs no matplotlib
     runs = read_runs(args.runs)
     print(table(runs))  # noqa: T201
     check_drawing()
@@ -76,14 +77,17 @@ def watch(folders: Sequence[Path], place: Path) -> None:
     seen: list[int] = []
     while any(goes_on(folder) for folder in folders):
         begun = [folder for folder in folders if has_steps(folder)]
+        # by the time of change: a page is remade only if a run has taken a step since
         now = [(folder / METRICS).stat().st_mtime_ns for folder in begun]
         pause = float(PAUSE_SECONDS)
         if begun and now != seen:
             began = time.monotonic()
             write_report(read_runs(begun), place, refresh=PAUSE_SECONDS)
+            # once: a line each time would bury the table at the end
             if not seen:
                 print(f"written: {place}; it is remade until the run ends", flush=True)  # noqa: T201
             seen = now
+            # so long that drawing / (drawing + pause) is SHARE
             pause = max(pause, (time.monotonic() - began) * (1 / SHARE - 1))
         wait_while(folders, pause)
 
@@ -97,6 +101,7 @@ def has_steps(folder: Path) -> bool:
 def wait_while(folders: Sequence[Path], seconds: float) -> None:
     """Wait for so long, or until no process trains in any of the folders."""
     end = time.monotonic() + seconds
+    # looked at each second, so that the last page comes soon after the end of the run
     while time.monotonic() < end and any(goes_on(folder) for folder in folders):
         time.sleep(min(1.0, seconds))
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 @command
 def main(argv: list[str]) -> None:
+    # a sweep has settings of many runs: it parses them itself, and starts each as a process of its own
     if any(word.partition("=")[0] == "--sweep" for word in argv):
         run_sweeps(argv, os.environ, accelerate_words(argv))
         return
@@ -45,11 +46,14 @@ def main(argv: list[str]) -> None:
     config = parse(argv, os.environ, accelerate_words(argv))
     with no_garbage():
         dataset = open_inputs(config)
+        # `auto` settings become those of the stage, which decide how many tokens a clip has: a plan
+        # has to count them as the run would
         config = as_its_stage(config)
         if config.plan:
             launched = int(os.environ.get("WORLD_SIZE", "1"))
             show_plan(config, dataset, config.plan_devices or launched)
     if not config.plan:
+        # after everything that can be refused: a refused command leaves no folder and no lock behind
         with only_run_in(config.output_dir, argv):
             start(config, dataset, holding)
 
@@ -66,6 +70,7 @@ def no_garbage() -> Iterator[None]:
 
 def open_inputs(config: TrainConfig) -> Dataset:
     """Open banks and records; UserError with every problem of them and of the stage."""
+    # stage and records are looked at both, so that one attempt names everything that is wrong
     stage = stage_problem(config.stage_path)
     problems = [stage] if stage else []
     try:
@@ -80,6 +85,7 @@ def open_inputs(config: TrainConfig) -> Dataset:
 
 def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
     """Print what the run would be on so many devices: from lengths alone, without torch."""
+    # only --plan needs these here; a run plans once it knows its processes
     from train.batches.plan import plan_run, rows_per_step
     from train.estimate import table
 
@@ -94,6 +100,7 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
 
     holding: the processes whose end is to end the run.
     """
+    # -- before torch is imported: it reads both variables while it loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the loader's
     # DDP warns where it finds no unused parameter: a later pack may have some
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -107,23 +114,33 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
 
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     on_cpu = not torch.accelerator.is_available()
+    # decided before the Accelerator is made, whose mixed precision cannot be changed afterwards
     if config.bf16 == "auto":
         config, note = with_arithmetic(config, dataset, on_cpu)
         dataset = replace(dataset, notes=(*dataset.notes, note))
+    # -- one Accelerator: the processes find each other, and learn in which precision
     accelerator = Accelerator(
         cpu=on_cpu,  # else processes on the CPU do not find each other
         mixed_precision="bf16" if config.bf16 else "no",
         # ours alone, which have taken in what the launcher was asked for
         dynamo_backend="no",
+        # Accelerate divides each loss by num_steps; ours are divided by the whole step's
+        # denominators already
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # a pack without frames gives the frame predictor no gradient, and DDP would wait for it for
+        # ever. It also keeps the buckets as they are: DDP otherwise rearranges them after its first
+        # step, so that a resumed run would sum in another order than one that never stopped.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    # only now is it known what Accelerate made of the launcher's wish
     refuse_lost_fsdp(accelerator, os.environ)
+    # one clock decides: processes that each looked at their own would not save at the same step
     save_seconds = 60 * config.save_minutes if accelerator.is_main_process else 0
     with StopSignals(holding, save_seconds) as signals:
         stopped_by = train(config, dataset, accelerator, signals)
     accelerator.end_training()
     if stopped_by is not None:
+        # as shells report a process that died of a signal, so that schedulers see which one it was
         raise SystemExit(128 + stopped_by)
 
 
@@ -140,6 +157,7 @@ def refuse_lost_fsdp(accelerator: "Accelerator", environ: Mapping[str, str]) -> 
 
 def only_run_in(output_dir: str, argv: Sequence[str]) -> AbstractContextManager[None]:
     """Keep a second run out of the output folder; of several processes the first one does."""
+    # processes of one run would lock each other out
     if int(os.environ.get("RANK", "0")) > 0:
         return nullcontext()
     command = shlex.join(["train/run.py", *argv])

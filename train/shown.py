@@ -34,6 +34,7 @@ class Picture:
 
         if problem := file_problem(path):
             raise UserError(problem, where="--show")
+        # by Pillow's own table, before the model is asked: it would fail after the answer
         if path.suffix.lower() not in Image.registered_extensions():
             raise UserError("no format of pictures", path.name, expected="a .png", where="--show")
         return cls(path, find_truth(truth, video, question) if truth else "")
@@ -49,6 +50,7 @@ class Picture:
 
         size = info.display_size
         with DecodeChild() as child:
+            # without pixels: frames as displayed, not as the tower takes them
             clip = child.read_clip(ReadRequest(video, sampling))
         about = asked(truth, info.duration, question=question)
         title = in_pixels(said, size) + shown_score(score(about, said) if truth else {})
@@ -63,6 +65,7 @@ class Picture:
 def find_truth(truth: str, video: Path, question: str) -> str:
     """Return the right answer: the text itself, or the answer in a file of records."""
     if not Path(truth).exists():
+        # a misspelt file name is no answer: it has neither times nor places
         if MARKUP.search(truth) or SHARE.search(truth):
             return truth
         raise UserError(
@@ -74,6 +77,8 @@ def find_truth(truth: str, video: Path, question: str) -> str:
     problems: list[str] = []
     found = set()
     for record in read_records(truth, problems):
+        # by the end of the path, whole folders: records name videos relative to a
+        # root that is not known here
         if any(f"/{video.absolute().as_posix()}".endswith(f"/{clip}") for clip in record.clips):
             for one, other in pairwise(record.turns):
                 if one.role == "user" and MEDIA_TAG.sub("", one.text).strip() == question.strip():

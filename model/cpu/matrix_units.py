@@ -52,6 +52,7 @@ def least_seconds(
             take(kind)
             seconds = time.process_time() - began
             spent[kind] = seconds if number < 2 else min(spent[kind], seconds)
+        # a large tower's minute is not spent four times over a question that one round answers
         if spent[kinds[0]] > long:
             break
     return spent

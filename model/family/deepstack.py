@@ -5,8 +5,8 @@
 
 A frame's tokens enter the LLM as its tower's merged tokens; after the LLM's first layer those of an
 earlier layer of the tower are added to them, after the second those of the next, and so on. A bank's
-`layer` names these layers of the tower: `5,11,17,merged`. The formula is transformers'
-(`Qwen3VLTextModel`).
+`layer` names these layers of the tower: `5,11,17,merged`. The idea is that of arXiv 2406.04334, the
+formula transformers' (`Qwen3VLTextModel`).
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,7 @@ def install(decoder: Any, layers: int) -> None:
             f"DeepStack adds the features of {layers} layers of a tower, a layer of the LLM each",
             got=f"an LLM of {len(decoder.layers)} layers",
         )
+    # a second hook would add everything twice
     if getattr(decoder, "deepstack", 0):
         assert decoder.deepstack == layers
         return
@@ -60,5 +61,6 @@ def _add(number: int, module: Any, args: Any, kwargs: dict[str, Any], output: Te
     if added is None:
         return output
     places, values = added
+    # out of place: the layer's own output may be kept for the backward pass
     states = output.flatten(0, 1).index_add(0, places, values[number].to(output.dtype))
     return states.view_as(output)

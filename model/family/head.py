@@ -20,6 +20,7 @@ def own_head(llm: Any) -> Callable[[Tensor], Tensor]:
     def logits(hidden: Tensor) -> Tensor:
         rows = hidden[:, None]  # n rows of one token
         over = _Over(plain, decoder, rows)
+        # the class's forward with our proxy as self: scales, caps and casts are whatever the family does
         out = type(plain).forward(over, inputs_embeds=rows, use_cache=False, return_dict=True)
         return out.logits[:, 0]
 
@@ -50,6 +51,8 @@ def seen_head(llm: Any) -> Tensor:
     plain, own = head(states).float(), own_head(llm)(states).float()
     if torch.equal(plain, own):
         return weight
+    # least squares through the origin: minimising |own - c plain|^2 gives c =
+    # <plain, own> / <plain, plain>
     return weight * float((plain * own).sum() / plain.square().sum())
 
 
@@ -83,6 +86,7 @@ class _Over:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
         modules = getattr(found, "modules", None)
+        # the decoder may be nested: whatever contains it is wrapped too, anything else is the LLM's own
         if modules is None or not any(inner is self._decoder for inner in modules()):
             return found
         return _Over(found, self._decoder, self._rows)
@@ -97,6 +101,7 @@ class _Decoded(MoeModelOutputWithPast):
     """A decoder's output with hidden states only; every other field reads as None."""
 
     def __getattr__(self, name: str) -> None:
+        # copy and pickle ask for such names, and must learn that there are none
         if name.startswith("_"):
             raise AttributeError(name)
         return None

@@ -24,6 +24,7 @@ def context_length(config: dict[str, Any], tokenizer_limit: float | None = None)
     scaling = inner.get("rope_parameters") or inner.get("rope_scaling") or {}
     before = scaling.get("original_max_position_embeddings")
     if limits and before and scaling.get("factor"):
+        # YaRN and Llama 3's scaling: some configs state the length before it, some the one after
         limits = [max(limits[0], int(before * scaling["factor"]))]
     found = [limits[0]] if limits else []
     if tokenizer_limit is not None and 0 < tokenizer_limit < MOST_SANE:
@@ -77,6 +78,7 @@ def check_tokenizer(tokenizer: Any, rows: int | None, where: object) -> None:
         )
     ids = tokenizer(SAMPLE, add_special_tokens=False).input_ids
     back = tokenizer.decode(ids)
+    # without blanks and capitals, which some tokenizers drop by design (uncased ones)
     if _letters(back) != _letters(SAMPLE):
         raise UserError(
             f"its tokenizer loses text: {SAMPLE!r} comes back as {back!r}", where=where, fix=FIX

@@ -82,6 +82,7 @@ def frame_starts(batch: Batch) -> Tensor:
     rows, length = batch.input_ids.shape
     flat = torch.arange(rows * length, device=batch.input_ids.device)
     for group in batch.groups:
+        # a closing token belongs to its frame: whatever sees a part of the frame sees it too
         first = group.token_index[:, :1]
         flat.index_copy_(
             0, group.token_index.flatten(), first.expand_as(group.token_index).flatten()

@@ -97,14 +97,17 @@ def mrope_positions(
         extent = 0
         times = time_positions([frame.seconds for frame in run], tokens_per_second)
         for frame, time in zip(run, times, strict=True):
+            # a coarse frame covers the same picture: its cells are further apart, not in a corner of it
             step = max(frame.grid.stride // unit, 1)
             rows, cols = np.indices((frame.grid.rows, frame.grid.cols)).reshape(2, -1) * step
             ends = np.asarray([[frame.grid.rows * step], [frame.grid.cols * step]])
+            # the closing token, which Qwen does not have, is put after the last row and column
             places = np.concatenate([np.stack([rows, cols]), ends], axis=1)[:, : frame.tokens]
             until = frame.first + frame.tokens
             out[0, frame.first : until] = start + time
             out[1:, frame.first : until] = start + places
             extent = max(extent, int(places.max()) + 1)
+        # within the record alone: the next one in the row starts at 0
         rest = (np.arange(len(position)) >= behind) & (sample == sample[first])
         shift[rest] = start + extent - (int(position[first]) + behind - first)
     text = np.ones(len(position), bool)
@@ -167,11 +170,13 @@ class MRope(nn.Module):
         if self.positions is None:
             return self.rotary(x, position_ids, *args, **kwargs)
         assert self.positions.shape[1:] == x.shape[:2], "positions of other rows"
+        # three directions as three times as many rows: the LLM's own rotary computes every angle
         every = self.rotary(x, self.positions.flatten(0, 1), *args, **kwargs)
         return tuple(self._joined(part.unflatten(0, (AXES, -1))) for part in every)
 
     def _joined(self, part: Tensor) -> Tensor:
         """`(3, rows, length, head_dim)` -> `(rows, length, head_dim)`, each frequency from its axis."""
+        # the rotary repeats its frequencies in both halves, as `rotate_half` in transformers pairs them
         half = part[..., : part.shape[-1] // 2]
         axes = torch.tensor(self.axes, device=half.device).expand(1, *half.shape[1:])
         chosen = half.gather(0, axes)[0]

@@ -57,6 +57,7 @@ def mrope_of(config: Json) -> MRopeFacts | None:
         return None
     text = config.get("text_config") or config
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    # Qwen3-VL, which writes times, counts frames too, as Qwen2-VL does; only Qwen2.5-VL counts seconds
     seconds = 0.0
     if kind == "qwen2_5_vl":
         vision = config.get("vision_config") or {}
@@ -111,7 +112,9 @@ def inner_config(whole: Any, written: Json) -> dict[str, Any]:
         raise UserError(problem)
     text = whole.text_config.to_dict()
     ours = ("mrope_section", "mrope_interleaved", "type")
+    # a plain Qwen knows no sections: what is M-RoPE goes to `mrope`, the frequencies stay
     rope = {k: v for k, v in text["rope_parameters"].items() if k not in ours}
+    # facts of the whole checkpoint or of its file, which would describe the LLM alone wrongly
     left_out = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype")
     facts = {name: value for name, value in text.items() if name not in left_out}
     mrope = mrope_of(written)

@@ -39,6 +39,7 @@ def text_batch(
     if turns:
         turn = np.repeat(np.arange(len(turns)), turns)
         ends = np.cumsum(turns)
+        # each turn goes on from the end of what is shared, as if the turns before it were not there
         position = [np.arange(length) - np.where(turn > 0, (ends - turns)[turn] - turns[0], 0)]
         names = "others_start", "others_end"
         found = other_turns(np.zeros(length, np.int64), turn)

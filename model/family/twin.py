@@ -134,6 +134,7 @@ def make_twin(llm_class: type, config: Any, seed: int = 0) -> Any:
     """
     small = type(config).from_dict(shrunk(config))
     small._attn_implementation = "eager"
+    # sizes first, on "meta": a class whose large field is unknown here must not fill the memory
     with torch.device("meta"):
         size = sum(p.numel() for p in llm_class(small).parameters())
     if size > MOST_WEIGHTS:
@@ -141,12 +142,14 @@ def make_twin(llm_class: type, config: Any, seed: int = 0) -> Any:
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
+        # a run may have set bfloat16, in which no check to 1e-4 could pass
         torch.set_default_dtype(torch.float32)
         try:
             twin = llm_class(small)
         finally:
             torch.set_default_dtype(dtype)
         for p in twin.parameters():
+            # vectors (norms, biases) keep their ones and zeros
             if p.dim() > 1 and p.is_floating_point():
                 p.data.normal_(std=0.2)
     return twin.eval()
@@ -201,8 +204,10 @@ def _layers(own: dict[str, Any], config: Any) -> dict[str, Any]:
     lists = {n: v for n, v in own.items() if isinstance(v, list | tuple) and len(v) == count > 1}
     worked_out = getattr(config, "layer_types", None)
     sorts = [*lists.values(), *([worked_out] if worked_out and len(worked_out) == count else [])]
+    # a layer's kind is all that its lists say of it together
     kinds = [tuple(str(v[k]) for v in sorts) for k in range(count)]
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    # two at least, so that something passes from layer to layer
     kept = list(range(min(count, max(2, firsts[-1] + 1))))
     if len(kept) > MOST_LAYERS:
         kept = firsts if len(firsts) > 1 else [0, 1]

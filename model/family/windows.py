@@ -22,12 +22,14 @@ def reaches(config: Any) -> dict[str, Reach] | None:
     (`create_masks_for_generate`).
     """
     window = getattr(config, "sliding_window", None)
+    # Qwen2's configs state a window that this field then turns off
     if not getattr(config, "use_sliding_window", True):
         window = None
     chunk = getattr(config, "attention_chunk_size", None)
     kinds = getattr(config, "layer_types", None)
     if not kinds:
         return {"": Reach(window=window, chunk=chunk if window is None else None)}
+    # a kind of layer that is not known here may do anything with a mask
     if not set(kinds) <= set(KINDS):
         return None
     own = {"window": getattr(config, "sliding_window", None), "chunk": chunk}

@@ -1,7 +1,7 @@
 """Tensors in parts: each process writes its own, and any number of processes reads what it needs.
 
 Files are those of `torch.distributed.checkpoint` in its safetensors form, `shard-00002-model-00001-of-
-00003.safetensors` for the second process: the header says where in its tensor a part lies. Unlike that
+00003.safetensors` for the second process: the header says where in its tensor a part is. Unlike that
 library's own form it holds no pickle, so that reading a copied folder runs no code.
 """
 
@@ -79,6 +79,7 @@ def _file_numbers(tensors: Mapping[str, "Tensor"], processes: int) -> dict[str, 
     """Return the number from 1 of each tensor's file, the same on every process."""
     numbers, number, held = {}, 1, 0
     for name, value in tensors.items():
+        # a process writes one part of each tensor, so that its files grow by that alone
         own = value.numel() * value.element_size() // processes
         if held and held + own > FILE_BYTES:
             number, held = number + 1, 0
@@ -115,10 +116,11 @@ def read_into(folder: Path, tensors: Mapping[str, "Tensor"]) -> None:
     """
     from torch.distributed import checkpoint
 
+    # first: where a part is missing, nothing of what is there is copied
     _facts(folder)
     wanted = {name: _with_a_row(value.detach()) for name, value in tensors.items()}
     with _readable(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it tells that this process reads alone
+        warnings.simplefilter("ignore", UserWarning)  # it warns that this process reads alone
         reader = checkpoint.HuggingFaceStorageReader(str(folder))
         checkpoint.load(wanted, storage_reader=reader, no_dist=True)
 

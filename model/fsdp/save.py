@@ -78,7 +78,9 @@ def save_cut(model: VLM, folder: Path, *, whole: bool) -> None:
 def llm_state(model: VLM) -> dict[str, Tensor]:
     """Return the LLM's live tensors by name, a tied one once."""
     reshard(model)
+    # the parameters themselves: without keep_vars each entry is an object of its own, tied or not
     own = model.llm.state_dict(keep_vars=True)
+    # reversed: of a tied tensor's names the first one is set last, and stays
     first = {id(value): name for name, value in reversed(own.items())}
     return {name: value.detach() for name, value in own.items() if first[id(value)] == name}
 
@@ -99,6 +101,7 @@ def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if isinstance(value, DTensor):  # with FSDP's offloading its parts are on the CPU
                 there = cast(DTensor, value.detach().to(value.device_mesh.device_type))
                 full = there.full_tensor()
+            # all processes have it whole by now, as full_tensor gathers on each; one keeps it
             whole[id(value)] = full.detach().cpu() if is_first() else torch.empty(0)
     return {name: whole[id(value)] for name, value in state.items()}
 
@@ -118,6 +121,7 @@ def pieces(model: VLM, folder: Path, whole: bool) -> list[Piece]:
         found.append(Piece(adapter, partial(_save_adapter, llm, path / "lora")))
     for file, module in model.modules_on_disk():
         found.append(Piece(module.state_dict(), partial(_save_part, folder / file)))
+    # the tokenizer last: it goes into llm/, which is put into place as a whole before
     return [*found, Piece({}, lambda _: model.save_facts(folder))]
 
 
@@ -131,6 +135,7 @@ def _whole_llm(llm: Any, path: Path) -> list[Piece]:
         Piece({name: state[name] for name in names}, partial(_save_file, plain, aside / str(k)))
         for k, names in enumerate(_in_files(state))
     ]
+    # files of a save that was killed would count as this one's
     begin = Piece({}, lambda _: shutil.rmtree(aside, ignore_errors=True))
     return [begin, *files, Piece({}, lambda _: _put_into_place(aside, path))]
 
@@ -164,7 +169,8 @@ def _save_file(plain: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _put_into_place(aside: Path, path: Path) -> None:
-    """Make one LLM folder of the files that lie each in a folder of its own."""
+    """Make one LLM folder of the files that are each in a folder of their own."""
+    # by number: as texts 10 would stand before 2
     made = sorted(aside.iterdir(), key=lambda folder: int(folder.name))
     weight_map: dict[str, str] = {}
     size = 0
@@ -176,6 +182,7 @@ def _put_into_place(aside: Path, path: Path) -> None:
         size += file.stat().st_size
         with safe_open(file, framework="pt") as saved:
             weight_map |= dict.fromkeys(saved.keys(), name)
+    # save_pretrained has written the configs beside each file: one copy of them is kept
     for file in made[0].iterdir():
         os.replace(file, aside / file.name)
     for folder in made:
@@ -183,6 +190,7 @@ def _put_into_place(aside: Path, path: Path) -> None:
     if len(made) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(aside / "model.safetensors.index.json", index)
+    # an earlier LLM goes only now that the new one is whole
     shutil.rmtree(path, ignore_errors=True)
     os.replace(aside, path)
 
@@ -190,6 +198,7 @@ def _put_into_place(aside: Path, path: Path) -> None:
 def _save_configs(llm: Any, path: Path) -> None:
     """Write what an LLM's folder holds beside weights and tokenizer."""
     path.mkdir(parents=True)
+    # FSDP2 gives the module a class of its own, named FSDP and the old name, which no library knows
     llm.config.architectures = [type(llm).__name__.removeprefix("FSDP")]
     llm.config.save_pretrained(path)
     if llm.can_generate():

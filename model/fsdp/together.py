@@ -33,6 +33,7 @@ def on_all(act: Callable[[], T]) -> list[T]:
     try:
         mine = act(), ""
     except (OSError, SafetensorError) as error:
+        # an error without words would pass for none
         mine = None, str(error) or repr(error)
     found: list[Any] = [mine]
     if dist.is_initialized():

@@ -34,6 +34,7 @@ class LanguageHead:
         if self.lape is None:
             return text
         own = [i for i in self.lape.tokens.all_ids if i < text.shape[-1]]
+        # rows of a padded matrix may stand at these ids; -1e9, since infinite logits make NaN gradients
         text = text.index_fill(-1, torch.tensor(own, device=text.device, dtype=torch.long), -1e9)
         return torch.cat([text, self.lape.logits(hidden)], dim=-1)
 
@@ -52,6 +53,7 @@ class LanguageHead:
             return self._loss_of_rows(*whole)
         chunks = zip(*(tensor.split(HEAD_ROWS) for tensor in whole), strict=True)
         parts = [
+            # nothing is drawn at random here, so there is no RNG state to keep
             checkpoint(self._loss_of_rows, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in chunks
         ]
@@ -73,8 +75,11 @@ class LanguageHead:
             each = F.cross_entropy(logits, labels, reduction="none")
             total = each.sum()
             return {"ce": total, "coordinate_ce": total.detach() * 0, "token_ce": each.detach()}
+        # -sum q log softmax(l) = log Z - sum q l, where the target's shares q sum to 1
         log_z = logits.logsumexp(dim=-1)
+        # anchors are the last columns, axis after axis
         offset = logits.shape[-1] - sum(self.lape.tokens.counts)
+        # a coordinate's label is an anchor's id, beyond the head's columns: column 0 stands in, uncounted
         is_text = label_axis < 0
         picked = logits.gather(1, labels.where(is_text, 0)[:, None]).squeeze(1)
         losses = log_z - picked

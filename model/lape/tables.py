@@ -50,6 +50,7 @@ def gaussian_weights(k: Tensor, bins: int, sigma: float) -> Tensor:
     edges = torch.arange(bins + 1, device=k.device, dtype=k.dtype) - 0.5
     cdf = torch.special.ndtr((edges - k[..., None]) / sigma)
     mass = cdf[..., 1:] - cdf[..., :-1]
+    # what falls beyond the axis goes to the bins that are there: a border target sums to 1 too
     return mass / mass.sum(dim=-1, keepdim=True)
 
 
@@ -59,6 +60,7 @@ def quantile(shares: Tensor, level: float) -> Tensor:
     Anchor i's share is spread evenly over [i - 1, i + 1], what is beyond the axis put on its end. The
     median of two equal neighbours is then their mean, and every quantile is in [0, bins - 1].
     """
+    # half of an anchor's share is on either side of it: cumsum(i) - share(i) / 2 up to anchor i
     reached = shares.cumsum(dim=-1) - shares / 2
     low = ((reached <= level).sum(dim=-1, keepdim=True) - 1).clamp(0, shares.shape[-1] - 2)
     start, end = reached.gather(-1, low), reached.gather(-1, low + 1)
@@ -121,6 +123,7 @@ class Lape(nn.Module):
         for axis, bins in enumerate(tokens.counts):
             distance = torch.arange(bins).float()
             spread = 0.5 ** (distance[:, None] - distance[None, :]).abs()
+            # follows from the number of anchors, so no file holds it
             self.register_buffer(f"spread_{axis}", spread, persistent=False)
 
     def initialise(self, embeddings: Tensor, head: Tensor) -> None:
@@ -134,6 +137,7 @@ class Lape(nn.Module):
         """
         # transformers' own new rows (mean + covariance x 1e-9) would make all anchors start equal, and
         # LLaVA-ST's N(0, 1) ignores the LLM's scale and which anchors are neighbours
+        # a generator of its own: the run's random numbers are the same with LAPE on and off
         generator = torch.Generator().manual_seed(0)
         width = embeddings.shape[1]
         frequency = torch.logspace(math.log10(0.5), math.log10(12), NUM_FREQUENCIES)
@@ -141,9 +145,12 @@ class Lape(nn.Module):
             for axis, bins in enumerate(self.tokens.counts):
                 phase = 2 * math.pi * torch.linspace(0, 1, bins)[:, None] * frequency
                 code = torch.cat([phase.sin(), phase.cos()], dim=1)  # bins, 32
+                # an LLM narrower than the code's 32 numbers (toys) takes the first ones
                 code = code[:, : min(code.shape[1], width)]
+                # orthonormal columns keep the cosines between codes, whatever the width
                 basis, _ = torch.linalg.qr(torch.randn(width, code.shape[1], generator=generator))
                 direction = code @ basis.T
+                # to an RMS of 1, so that `scale` is in deviations of the LLM's own rows
                 direction = direction / direction.square().mean().sqrt()
                 for tables, rows, scale in (
                     (self.input_tables, embeddings, 1.0),
@@ -168,6 +175,7 @@ class Lape(nn.Module):
         if self.preset == "plus":
             return rows
         spread = self.get_buffer(f"spread_{axis}") @ rows
+        # forward: rows, exactly; backward: (I + M) times the gradient
         return rows + (spread - spread.detach())
 
     def embed(self, axis: int, coord: Tensor) -> Tensor:
@@ -199,6 +207,7 @@ class Lape(nn.Module):
         self, patches: int, grid: Grid, axis: int, covered: tuple[float, ...], device: torch.device
     ) -> Tensor:
         place = (grid, axis, covered, device)
+        # frames of a run have few shapes; made once, the weights also stay on the device
         if place not in self._spans:
             weights = cell_hat_weights(patches, grid, axis, covered, self.tokens.counts[axis])
             self._spans[place] = weights.to(device)
@@ -234,7 +243,10 @@ class Lape(nn.Module):
         # model is unsure: on one toy run box IoU rose from 0.208 to 0.286, R@0.7 of spans from 0.530
         # to 0.616.
         bins = self.tokens.counts[axis]
+        # fp64: differences of `TIED` (1e-9) are below fp32's 6e-8
         shares = logits.cpu().double().softmax(dim=-1)
+        # just below and just above a half: equal where the median is one point, the ends of a flat
+        # stretch otherwise
         ends = torch.stack([quantile(shares, 0.5 - TIED), quantile(shares, 0.5 + TIED)])
         if self.preset == "plus":  # the median of a two-hot target is its coordinate already
             ends = centre_of(ends, bins, self.sigma)

@@ -41,6 +41,7 @@ class LapeTokens:
         Raises UserError where the tokenizer has coordinate tokens of other counts.
         """
         counts = (num_temporal, num_spatial, num_spatial)
+        # the strings of LLaVA-ST's `constants.py`, in its order
         placeholders = [f"<{name}-{role}>" for name in NAMES for role in ("INPUT", "OUTPUT")]
         anchors = [[f"<{NAMES[a]}-{i:03d}>" for i in range(counts[a])] for a in range(3)]
         tokens = placeholders + [token for axis in anchors for token in axis]
@@ -52,8 +53,10 @@ class LapeTokens:
                 f"num_temporal_tokens {num_temporal}, num_spatial_tokens {num_spatial}; "
                 "use the numbers it was made with or a tokenizer without them"
             )
+        # special: no tokenizer splits them, and ordinary text is never merged with them
         tokenizer.add_tokens([t for t in tokens if t not in known], special_tokens=True)
         ids = tokenizer.convert_tokens_to_ids(tokens)
+        # `first` and `counts` stand for all ids only where there is no gap
         assert ids == list(range(ids[0], ids[0] + len(ids))), "coordinate ids are not contiguous"
         first = ids[len(placeholders)]
         return cls(

@@ -33,6 +33,7 @@ def _qwen2_vl(
     if count is not None:
         count = round(count / PAIR) * PAIR
     else:
+        # an odd last frame would be half a unit: the processor leaves it out
         limit = min(most or total, total) // PAIR * PAIR
         count = int(min(max(_within(total, rate, fps), LEAST), limit)) // PAIR * PAIR
     if not 0 < count < total:

@@ -29,6 +29,8 @@ class Inlet:
         pinned, left = self._buffer(frames.size)
         pinned = pinned[: frames.size].view(frames.shape)
         pinned.numpy()[...] = frames
+        # from pageable memory the copy would wait for the host; on the current
+        # stream, for the batch before
         with torch.cuda.stream(self._stream):
             there = pinned.to(self._device, non_blocking=True)
             left.record(self._stream)
@@ -44,6 +46,7 @@ class Inlet:
         else:
             self._buffers.rotate(-1)
             pinned, left = self._buffers[-1]
+            # written while its copy still runs, the GPU would get parts of two batches
             left.synchronize()
             if len(pinned) < nbytes:
                 self._buffers[-1] = _pinned(nbytes), left

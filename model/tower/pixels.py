@@ -39,6 +39,7 @@ class OwnSize:
 
     def of(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that a frame of this size is resized to."""
+        # Python's round, ties to even, because `smart_resize` uses it
         rows, cols = (round(side / self.multiple) for side in (height, width))
         area = rows * cols * self.multiple**2
         if area > self.most:
@@ -122,6 +123,7 @@ class Pixels:
             "mean": tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
             "std": tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
         }
+        # -- by what its values are, not by its name: processors of many classes resize alike
         if not size and hasattr(processor, "max_num_patches") and processor.do_resize:
             most = MostPatches(processor.patch_size, processor.max_num_patches)
             return cls(0, 0, False, crop=None, own_size=most, **values)
@@ -219,11 +221,13 @@ class Pixels:
         if self.own_size:
             return self.own_size.of(height, width)
         if self.pad:
+            # the longer side just fits
             scale = min(self.height / height, self.width / width)
             return max(1, round(height * scale)), max(1, round(width * scale))
         if not self.shortest_edge:
             return self.height, self.width
         if height <= width:
+            # rounded down, as `get_resize_output_image_size` of transformers does
             return self.height, int(self.height * width / height)
         return int(self.height * height / width), self.height
 
@@ -236,6 +240,7 @@ class Pixels:
         """
         rows, cols = self.resized(height, width)
         kept_rows, kept_cols = self.output_size(height, width)
+        # negative where the frame is padded: it then begins inside the output
         top, left = (rows - kept_rows) // 2, (cols - kept_cols) // 2
         bottom = top + kept_rows // patch * patch
         right = left + kept_cols // patch * patch
@@ -266,8 +271,10 @@ class Pixels:
         self.check(height, width)
         rows, cols = self.resized(height, width)
         out = np.empty((len(frames), *self.output_size(height, width), 3), np.uint8)
+        # the centre, rounded down, as transformers crops
         top, left = (rows - out.shape[1]) // 2, (cols - out.shape[2]) // 2
         if self.pad:
+            # normalised, the mean colour is 0: padding is as little of a picture as can be
             out[:] = [round(level / self.scale) for level in self.mean]
         for place, frame in enumerate(frames):
             image = Image.fromarray(frame).resize((cols, rows), Image.Resampling(self.resample))

@@ -106,6 +106,7 @@ class Pooling:
         return self.stored, self.underflowed
 
     def _add(self, frames: np.ndarray) -> None:
+        # the tower alone runs in the bank's number of threads: what its features round to depends on it
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -116,6 +117,7 @@ class Pooling:
         self._computed.append(([self._pooled(patches, stride) for stride in self.strides], event))
         if event:
             event.record(torch.cuda.current_stream(patches.device))
+        # on a GPU the newest batch is left in flight, so that the next one is launched before it is read
         while len(self._computed) > (1 if event else 0):
             self._keep()
 
@@ -131,6 +133,7 @@ class Pooling:
         else:
             kept = cells.half()
             lost = ((kept == 0) & (cells != 0)).sum()
+        # in fp32, before rounding: as float16 a value of 70000 is infinite, and its size is lost
         largest = cells.abs().amax(dim=(1, 2, 3))
         return Pooled(stride, *map(brought_back, (kept, largest, lost)))
 
@@ -145,6 +148,7 @@ class Pooling:
             self.underflowed += int(one.underflowed)
             kept = one.kept.numpy()
             if one.stride not in self.stored:
+                # once, at its whole size: joining batches at the end would hold the clip twice
                 self.stored[one.stride] = np.empty((self._units, *kept.shape[1:]), kept.dtype)
             self.stored[one.stride][self._done : self._done + len(kept)] = kept
         self._done += len(batch[0].kept)

@@ -65,6 +65,7 @@ def fastest(tower: Retyped, threads: int) -> Choice:
     units = matrix_units()
     if not units:
         return Choice("float32", "this CPU has no matrix units for bfloat16")
+    # a tower that cannot run at all is to be refused in its own words, not fail in a timer
     check_size(tower)
     return decided(units, *timed(tower, threads))
 
@@ -88,6 +89,7 @@ def timed(tower: Retyped, threads: int) -> tuple[float, float, float]:
     their features, relative to the norm of those in float32."""
     picture = tower.pixels.resize(test_picture(*PICTURE)[None])
     frames = np.repeat(picture, tower.frames_per_unit, 0)
+    # the loaded ones, unrounded: from bfloat16 there is no way back to float32
     weights = [weight.data for weight in tower.model.parameters()]
     found: dict[str, Tensor] = {}
 

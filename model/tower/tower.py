@@ -74,6 +74,7 @@ class Tower:
         vision = model.config
         _check_layer(name, kind, layer, vision)
         pixels = _pixels_of(name, processor, kind.side_of(vision))
+        # of the fp32 weights as loaded, before they are moved or converted: the same on every device
         digest = tower_digest(vision.to_dict(), model.state_dict())
         _to_device(model, dtype, device)
         tower = cls(
@@ -93,6 +94,7 @@ class Tower:
             window=kind.window_of(vision),
             inlet=Inlet(torch.device(device)) if torch.device(device).type == "cuda" else None,
         )
+        # last, since it needs the whole tower: our arithmetic is held against the processor's own
         check_processor(tower, processor)
         return tower
 
@@ -107,6 +109,7 @@ class Tower:
         """Choose the one of `FITS` that gives the processor of a bank's fingerprint, if one does."""
         if self.pixels.own_size or self.pixels.to_json() == processor:
             return
+        # pad and stretch fit any frame to any size; crop makes a square one alone
         fitted = [self.pixels.fitted(how) for how in ("pad", "stretch")]
         if self.pixels.height == self.pixels.width:
             fitted.append(self.pixels.fitted("crop"))
@@ -169,9 +172,12 @@ class Tower:
         shape = units * each if self.window else shape
         filled = np.zeros((shape, *frames.shape[1:]), np.uint8)
         filled[: len(frames)] = frames
+        # black frames would be half of the last unit's content; Qwen's processors
+        # repeat the last frame too
         filled[len(frames) : units * each] = frames[-1]
         # frames of a window attend to each other, and a GPU has parallelism of its own
         whole = self.window or self.device.type != "cpu"
+        # a divisor of both: equal parts have one shape, and so one rounding
         parts = 1 if whole else math.gcd(shape // each, threads)
         if parts == 1:
             return self._forward(filled)[:units]
@@ -215,6 +221,7 @@ class Tower:
         levels, mean, std = _levels(
             pixels.scale, tuple(pixels.mean), tuple(pixels.std), self.device
         )
+        # by table: there are 256 levels, and each then has the same rounding on every device
         values = levels[there.permute(0, 3, 1, 2).long()]
         values = (values - mean[:, None, None]) / std[:, None, None]
         return values.to(DTYPES[self.dtype])

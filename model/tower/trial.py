@@ -94,6 +94,7 @@ def check_size(tower: Tried) -> None:
 
 def test_picture(height: int, width: int) -> np.ndarray:
     """Return uint8 `(height, width, 3)`: edges, gradients and noise, different in each channel."""
+    # each channel has its own content, so that swapped channels are seen, and edges show another filter
     row, col = np.mgrid[:height, :width]
     picture = np.stack(
         [row * 255 // height, col * 255 // width, (row // 7 + col // 5) % 2 * 255], 2

@@ -33,6 +33,7 @@ def corrected(
         except TypeError as error:
             raise UserError(f"its image processor cannot be read: {error}", where=bank) from None
         place = pixels.output_size(*meta.display_size), meta.patch_grid
+        # one search per frame size: a bank has few
         if place not in known:
             known[place] = _patch(bank, pixels, *place, load)
         return replace(meta, covered=pixels.covered(*meta.display_size, known[place]))
@@ -63,6 +64,7 @@ def _patch(
     if len(found) == 1:
         return found[0]
     try:
+        # only where several patch sizes give this grid: loading a tower takes far longer
         return load().patch
     except UserError as error:
         shown = f"{grid[0]}x{grid[1]} patches of {size[0]}x{size[1]} pixels"

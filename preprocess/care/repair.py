@@ -98,6 +98,7 @@ def repair(
     """
     refuse_no_bank(bank)
     with folder_lock(bank, "preprocess repair"):
+        # -- an older format first: the checks below read the present one
         migrated = migrate(
             bank,
             lambda plan: corrected(
@@ -112,6 +113,7 @@ def repair(
         inventory = read_inventory(bank)
         if not done.damages:
             return done
+        # which clips a shard should hold is said nowhere else
         if inventory.plan is None:
             done.remaining = done.damages
             done.notes.append("nothing can be repaired without plan.json; restore it from a copy")
@@ -136,6 +138,7 @@ def repair(
                     shard.run()
         inventory = read_inventory(bank)
         _rewrite_derived(inventory, plan, done, damaged)
+        # not what was meant to be repaired, but what is damaged now
         done.remaining = verify(bank, deep=True)
         return done
 
@@ -173,6 +176,7 @@ class ClipEncoder:
         """
         tower = self.load()
         known = ("batch_frames", "tower_threads")
+        # the batch shape of that shard: another one would round otherwise
         numbers = {name: int(str(provenance[name])) for name in known if name in provenance}
         options = replace(self.options, **numbers)  # type: ignore[arg-type]
         if self._reader is None:
@@ -234,6 +238,7 @@ class ShardRepair:
     def run(self) -> None:
         """Restore tar, index and commit record."""
         damaged = any(damage.file == f"shards/{self.name}" for damage in self.done.damages)
+        # bank.json has the shard's checksum, and it is right: what is lost is the record alone
         if self.commit is None and is_as_listed(self.inventory, self.name):
             fingerprint = self.plan.features.fingerprint
             self._write_small_files(commit_of(self.path, self.unit, fingerprint, None, {}))
@@ -258,11 +263,13 @@ class ShardRepair:
 
         After a kill between the renames, the next repair finds undamaged samples and continues.
         """
+        # beside the old shard, so that the move is a renaming on one disk
         folder = self.path.parent / ".repair"
         shutil.rmtree(folder, ignore_errors=True)
         fingerprint = self.plan.features.fingerprint
         refused: dict[str, SampleRecord] = {}
         with (
+            # an empty file has no samples: everything is encoded
             Tar(self.path if self.path.exists() else Path(os.devnull)) as tar,
             ShardWriter(
                 folder / self.name, self.unit, fingerprint, plan_codec(self.plan)
@@ -271,6 +278,7 @@ class ShardRepair:
             scan = ShardScan(tar)
             for key, sample in self._wanted().items():
                 state = scan.state(sample) if sample else None
+                # copied, never encoded once more: a copy is right on any machine
                 if sample and state and state.sound:
                     writer.copy(state.blob, sample)
                     continue
@@ -297,6 +305,7 @@ class ShardRepair:
         if self.commit:
             return {sample.key: sample for sample in self.commit.samples}
         failed = {entry.key for entry in read_quarantine(self.inventory.bank)}
+        # without the record: every clip of the unit that has not failed
         return {clip.key: None for clip in self.plan.work()[self.unit] if clip.key not in failed}
 
     def _encode(
@@ -363,6 +372,7 @@ def _rewrite_derived(inventory: Inventory, plan: Plan, done: Repaired, damaged: 
     stale = any(entry.sha256 != sums.get(name) for name, entry in inventory.listed.items())
     if not stale and not damaged & {"bank.json", "index.zarr"}:
         return
+    # a manifest of whole shards alone would make readers take them for all
     if None in inventory.commits.values():
         done.notes.append("catalogue and bank.json wait for the shards that are not repaired")
         return

@@ -59,6 +59,7 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
     # still: they are put into new units below.
     plan = without_cut_off_retry(bank, plan, set(failed))
     refuse_missing_shards(bank, plan)
+    # a unit that is not made is encode's to make: its clips have not failed
     if not all(committed(bank, unit) for unit in range(len(plan.units))):
         raise UserError(
             f"{bank}: its run is not finished; finish `preprocess encode` before a retry"
@@ -74,6 +75,7 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
     loaded, options = Loading(options).tower()
     refuse_other_features(bank, feature_config(loaded, options), features)
     refuse_other_device(bank, plan, options)
+    # probed as new ones: they may have been replaced since they failed
     sources = probe(relocated(clips_under(sources, roots)), {}, features.sampling)
     plan = calibrated(bank, plan, loaded, options)
     codec = plan_codec(plan)
@@ -93,6 +95,7 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
                         break
             if committed(bank, unit):
                 plan = longer
+        # without the unit that had no clip
         write_plan(bank, plan)
         finish(bank, plan, loaded, encoder.summary.failures)
     return encoder.summary
@@ -117,6 +120,7 @@ def relocated(sources: Sequence[ClipSource]) -> list[ClipSource]:
     }
     found = []
     for source in sources:
+        # an archive that was packed once more has its members at other offsets
         member = members.get((source.path, source.relative))
         found.append(
             replace(source, offset=member.offset, nbytes=member.nbytes) if member else source

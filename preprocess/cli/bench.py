@@ -64,6 +64,7 @@ def bench(
     preprocess bench videos/ --tower google/siglip-so400m-patch14-384 --price 2.5
     preprocess bench videos/ --tower ./tower --frames 16 --decoders 1,4,16 --devices 8 --machines 1,2,4
     """
+    # writing is measured on the bank's disk where --out names one: /tmp may be memory
     folder = out or Path(gettempdir())
     if not folder.is_dir():
         raise UserError("no such folder", where=f"--out {folder}")
@@ -75,12 +76,14 @@ def bench(
     from preprocess.encode.tower import Loading, measured
     from preprocess.sources.probe import probe
 
+    # the tower loads in a thread while headers are read
     loading = Loading(options)
     clips = probe(found.clips, {}, options.sampling)
     tower, options = loading.tower()
     if choice := measured(tower, options, None):  # as encode would take it
         options = replace(options, tower_dtype=choice.dtype)
     print_skips(found, folder)
+    # the cores that this process may use: a container or a Slurm task has fewer than the machine
     cores = len(os.sched_getaffinity(0)) if tower.device.type == "cpu" else None
     with tqdm(
         total=min(most, len(clips)), desc="bench", unit="clip", leave=False, disable=None

@@ -40,7 +40,9 @@ def verify(bank: Path, deep: bool) -> None:
 
     banks, found = banks_of(bank), []
     with bytes_bar(banks, "verify") as bar:
+        # all are verified before anything is printed: lines would tear the bar apart
         for one in banks:
+            # a whole bank is held by its lock, single units by leases of workers
             writer = writer_of(one) or next(iter(holders(one).values()), None)
             found.append((one, writer, check(one, deep, bar.update)))
     sound = [_print_verified(*each, deep=deep) for each in found]
@@ -59,6 +61,7 @@ def _verify_beside(bank: Path) -> bool:
 
     try:
         read_sides(LocalFiles(bank))
+        # without bank.json the run is not finished, and nothing is read with it yet
         missing = Bank.open(bank).missing if (bank / "bank.json").exists() else {}
     except UserError as error:
         click.echo(printable(str(error)))
@@ -78,6 +81,7 @@ def _print_verified(
 
     if writer:
         click.echo(f"note: {writer} writes here; finished shards were checked")
+    # leftovers are known by the plan: with a damaged one everything would look like one
     elif not any(damage.file in ("plan.json", "bank.json") for damage in damages):
         pieces = leftovers(read_inventory(bank))
         if pieces:
@@ -142,6 +146,7 @@ def repair(bank: Path, tower: str | None, device: str, video_roots: tuple[str, .
         with bytes_bar([one], "verify") as bar:
             done = run(one, tower, device, video_roots, bar.update)
         whole = _print_repaired(one, done) and whole
+    # what was repaired may be read together once more: the record of that is made of the present files
     compare_sides(bank, "preprocess repair")
     if not whole:
         raise SystemExit(1)
@@ -218,6 +223,7 @@ def _collect_of(bank: Path, dry_run: bool) -> None:
     writer = writer_of(bank)
     if dry_run and writer:
         click.echo(f"note: {writer} writes here; some of these may be its own")
+    # collect takes the bank's lock: a writer's files are no leftovers
     pieces = leftovers(inventory) if dry_run else collect(bank)
     for piece in pieces:
         name = printable(str(piece.path.relative_to(bank)))

@@ -52,4 +52,5 @@ def derive(
     with tqdm(total=0, unit="clip", desc="derive", leave=False, disable=None) as bar:
         manifest = run(bank, out, Asked(strides, codec, frames), shard_size << 20, bar)
     click.echo(held(out, manifest))
+    # clips that failed in the source are failures of the new bank, too: it does not have them
     failed(out, read_quarantine(out))

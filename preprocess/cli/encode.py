@@ -139,9 +139,11 @@ def prepared(
     sampling = make_sampling(frames, fps, max_frames, frames_like)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
+    # as one spelling, like --fps: 2, 2.0 and 4/2 are one rate
     rest["picture_fps"] = make_sampling(None, rest["picture_fps"], None).fps
     find = FindOptions(**{item.name: rest.pop(item.name) for item in fields(FindOptions)})
     found = find_clips(inputs, find)
+    # read once, for the defaults here and for the run itself
     seen = plan_as_read(out)
     known = seen.plan
     tower = known.tower if known else TowerSettings()
@@ -152,6 +154,7 @@ def prepared(
         sampling=sampling,
         device=device,
         tower_dtype=tower_dtype,
+        # the bank's own values where none are given: in other batches sums are rounded otherwise
         batch_frames=batch_frames or tower.batch_frames,
         tower_threads=tower_threads or tower.threads,
         processor=known.features.processor if known else None,
@@ -212,6 +215,7 @@ def finish_all(bank: Path) -> None:
     entries: dict[str, QuarantineEntry] = {}
     for one in banks_of(bank):
         click.echo(held(one, finish_alone(one)))
+        # the bank's own entry wins over that of a side: it was tried first
         entries = read_entries(one) | entries
     compare_sides(bank, "preprocess finish")
     failed(bank, [*entries.values()])
@@ -247,6 +251,7 @@ def held(bank: Path, manifest: "Manifest") -> str:
 
 def failed(bank: Path, failures: "Sequence[QuarantineEntry]") -> None:
     """Print which clips failed, and exit with 1 if there are any."""
+    # the first 20: the file has them all
     if failures:
         clips = counted(len(failures), "clip")
         click.echo(f"{clips} failed, listed in {bank / 'quarantine.jsonl'}:")

@@ -19,6 +19,7 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
     """
     if out and not key:
         raise UserError(f"--out {out}: a picture shows one clip; add its KEY")
+    # before the clip's video is decoded
     if out and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
 

@@ -27,6 +27,7 @@ class Commands(click.Group):
     """A command group whose usage errors are one line, as all other errors are."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        # in the order of use, as they are added below; click sorts by name
         return list(self.commands)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -43,6 +44,7 @@ def one_line_errors() -> Iterator[None]:
     """Print user, usage and OS errors, a line each, and exit with 2; for a bug its traceback, and 70."""
     try:
         yield
+    # click's own: a command without arguments prints its help
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
@@ -52,6 +54,7 @@ def one_line_errors() -> Iterator[None]:
     except (click.exceptions.Exit, click.Abort):
         raise
     except Exception:
+        # a bug keeps its traceback, and no clip is blamed for it
         traceback.print_exc()
         raise SystemExit(70) from None  # EX_SOFTWARE of sysexits.h
     else:
@@ -72,6 +75,7 @@ def ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # where Python refuses handlers
         yield
         return
+    # SIGTERM as Ctrl-C: what schedulers send has to clean up as well
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

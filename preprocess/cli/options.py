@@ -65,6 +65,7 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
     """Return a decorator that adds options to a command, in this order."""
 
     def add(command: Command) -> Command:
+        # decorators apply from the last to the first
         for option in reversed(options):
             command = option(command)
         return command
@@ -261,6 +262,7 @@ def make_sampling(
     if frames is not None:
         return Sampling(num_frames=frames, like=like)
     sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64, like=like)
+    # 0.50, 0.5 and 1/2 are one sampling, and must have one fingerprint
     return replace(sampling, fps=str(Fraction(sampling.fps or "1")))
 
 
@@ -277,5 +279,6 @@ def given(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def bytes_bar(banks: Sequence[Path], what: str) -> "tqdm[Any]":
     """Return a progress bar over the bytes of all shards."""
+    # by the bytes that are read: shards differ in size
     total = sum(path.stat().st_size for bank in banks for path in bank.glob("shards/*.tar"))
     return tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=None)

@@ -68,11 +68,13 @@ def _is_numbered(by: Numbered, environ: Mapping[str, str]) -> bool:
 
 def _fraction(by: Numbered, environ: Mapping[str, str]) -> float:
     first = _whole(by.first, environ) if by.first in environ else by.least
+    # an array 0-100:10 has the numbers 0, 10, 20 ...
     step = _whole(by.step, environ) if by.step in environ else 1
     number = (_whole(by.number, environ) - first) // max(step, 1)
     if by.count not in environ:
         return number * GOLDEN % 1
     count = _whole(by.count, environ)
+    # an array with holes has numbers beyond its count
     return number / count if 0 <= number < count else number * GOLDEN % 1
 
 

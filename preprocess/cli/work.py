@@ -85,6 +85,7 @@ def work(
     from shards.format.plan import planned
 
     refuse_address(engine, address)
+    # both before torch: a wrong share or no plan is said at once
     start, plan = start_of(share, os.environ), planned(bank)
     if engine:
         from preprocess.encode.on_ray import encode_on_ray
@@ -126,6 +127,7 @@ def report_units(bank: Path) -> None:
 
 def slurm_script(bank: Path) -> str:
     """Return a job script that makes a bank on a Slurm cluster, with this machine's Python and path."""
+    # absolute, both: the script may be submitted from any folder, and this Python has framebank
     path = shlex.quote(str(bank.absolute()))
     command = f"{shlex.quote(sys.executable)} -m preprocess"
     finish = shlex.quote(f"{command} finish {path}")

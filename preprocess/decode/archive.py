@@ -84,6 +84,7 @@ class Archive(AbstractContextManager["Archive"]):
         """
         if self._zip:
             info = self._infos.get(offset)
+            # the archive may have been replaced since it was planned: its offsets are then others'
             if info is None or info.file_size != nbytes:
                 raise zipfile.BadZipFile(CHANGED)
             with self._zip.open(info) as file:
@@ -133,6 +134,7 @@ class Unpacker(AbstractContextManager["Unpacker"]):
             ) from None
 
     def _copy(self, path: Path, offset: int, nbytes: int, copy: IO[bytes]) -> None:
+        # kept open between members: a compressed tar is unpacked once, not from its start for each clip
         if self._archive is None or path != self._archive.path:
             self._close()
             self._archive = Archive(path)

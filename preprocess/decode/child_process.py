@@ -115,6 +115,7 @@ class ChildProcess(ExitStack):
         assert self._process
         assert self._process.stdout
         while b"\n" not in self._unread:
+            # with a timeout: a hanging child sends nothing, and only its CPU time says so
             if not select.select([self._process.stdout], [], [], POLL_SECONDS)[0]:
                 self.watch()
                 continue
@@ -130,6 +131,8 @@ class ChildProcess(ExitStack):
 
     def _spawn(self, words: Sequence[str] = (), files: Sequence[int] = ()) -> None:
         """Start the process. files: descriptors that it inherits."""
+        # a file, not a pipe: FFmpeg may write more than a pipe holds, and would
+        # wait for a reader for ever
         self._stderr = os.memfd_create("framebank-stderr")
         self.callback(os.close, self._stderr)
         inherited = os.environ.get("PYTHONPATH")
@@ -193,6 +196,7 @@ def serve(answers: Callable[[Json, Callable[[], Json]], Iterable[Json]]) -> NoRe
             answer = {"error": error.args}
         except (OSError, MemoryError) as error:
             answer = {"error": _machine_error(error, request.get("path")).args}
+        # the child lives on: a bug with one clip says nothing of the next one
         except Exception:
             answer = {"bug": f"with {json.dumps(request)}\n{traceback.format_exc()}"}
         print(json.dumps(answer), file=replies)

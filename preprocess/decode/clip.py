@@ -90,6 +90,7 @@ class FileReader:
         for reader in _readers(scan, request.decoder):
             try:
                 if reader == "pyav-scan":
+                    # the next part of the file goes on in the same pass
                     self._whole = self._whole or WholeFile(scan, transform)
                     yield from _from_start(self._whole, request)
                     return
@@ -111,6 +112,7 @@ def _identity(request: ReadRequest) -> tuple[object, ...]:
     try:
         stat = request.path.stat()
     except OSError:
+        # equal to nothing: a file that cannot be looked at is never taken for the last one
         return (object(),)
     how = request.pixels, request.picture_fps, request.decoder, request.allow_truncated
     return request.path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, *how
@@ -119,6 +121,8 @@ def _identity(request: ReadRequest) -> tuple[object, ...]:
 def _facts(scan: Scan, picked: "_Picked", reader: str) -> ClipFacts:
     return ClipFacts(
         display_size=scan.display_size,
+        # a frame that was on the screen already counts from the part's start, so
+        # that times stay in the part
         timestamps=np.maximum(scan.seconds[picked.index], picked.start),
         frame_index=np.array(picked.index, dtype=np.int64),
         start=picked.start,
@@ -208,6 +212,7 @@ def _pick(scan: Scan, request: ReadRequest, start_: float | None, end_: float | 
             where=scan.path,
         )
     first = int(np.searchsorted(times, float(start)))
+    # a frame is shown until the next one: at a start between two, the earlier one is on the screen
     if first == len(times) or times[first] > float(start):
         first = max(0, first - 1)
     stop = len(times)
@@ -215,6 +220,8 @@ def _pick(scan: Scan, request: ReadRequest, start_: float | None, end_: float | 
         stop = max(first + 1, int(np.searchsorted(times, end_)))
     since_start = times[first:stop]
     if start:
+        # exact ticks: floats of a late part would differ from those of the same
+        # frames in a file of their own
         ticks = scan.pts[first:stop]
         since_start = np.array([float((t - scan.pts[0]) * scan.time_base - start) for t in ticks])
     taken = sample_indices(since_start, float(end - start), scan.fps, request.sampling)
@@ -230,6 +237,7 @@ def _from_start(whole: WholeFile, request: ReadRequest) -> Iterator[Event]:
     """
     expected: list[int] = []
     if whole.decoded is None:
+        # the packets may promise no frame here, and some may come all the same
         with suppress(VideoError):
             expected = _pick(whole.scan, request, request.start, request.end).index
         if expected:

@@ -8,8 +8,9 @@ The child is this module run as a script, without torch. It answers with the sca
 deadline follows, then with a block of frames for each line that the parent sends, and last with the
 facts of the clip or the error. Frames are resized in the child where the request says so, and are
 passed in an anonymous memory file without a copy; the file is reused when the last array over it has
-been freed, and disappears with the two processes. The deadline counts the child's CPU seconds, so a
-busy machine changes no outcome. Linux only.
+been freed, and disappears with the two processes. `DecodeChild.watch` says when the child is killed:
+past its deadline, deadlocked, or stalled. The deadline counts CPU seconds, so a busy machine changes no
+outcome. Linux only.
 """
 
 # Why a process and not a thread: on `missing_first_keyframe.mp4` decord loops for ever, SIGALRM, SIGINT
@@ -114,6 +115,7 @@ class DecodeChild(ChildProcess):
         if "scan" not in answer:
             return answer
         scan = answer["scan"]
+        # all packets, though few frames are kept: to reach the last one a decoder may pass through all
         pixels = scan["width"] * scan["height"] * scan["packets"]
         self._deadline = self.base_seconds + self.seconds_per_pixel * pixels
         self._seen, self._moved = self._began, time.monotonic()
@@ -125,6 +127,8 @@ class DecodeChild(ChildProcess):
         assert self.pid
         used, now = _cpu_seconds(self.pid), time.monotonic()
         idle = now - self._moved
+        # by CPU seconds: under load the same clip takes longer by the wall clock, and would be in
+        # the quarantine of one run and in the bank of another
         if used - self._began > self._deadline:
             raise VideoError(
                 Reason.TIMEOUT,
@@ -262,6 +266,7 @@ class _FrameFile:
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
         nbytes = math.prod(shape)
+        # grown and never shrunk here: pages that were faulted in serve the next clips
         if os.fstat(self.number).st_size < nbytes:
             os.ftruncate(self.number, nbytes)
         if self._view is None or len(self._view) < nbytes:
@@ -271,6 +276,7 @@ class _FrameFile:
 
 def main(frame_files: list[int]) -> None:
     files = [_FrameFile(number) for number in frame_files]
+    # one for the life of the child: parts of one file share its scan and frames
     reader = FileReader()
     serve(lambda request, next_line: _read(request, next_line, reader, files))
 

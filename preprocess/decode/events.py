@@ -80,6 +80,7 @@ def collect(events: Iterator[Event]) -> Clip:
     frames, taken, count = None, 0, 0
     for event in events:
         if isinstance(event, Begin):
+            # whatever came before belongs to a reader that turned out to be wrong
             frames, taken, count = None, 0, event.frames
         elif isinstance(event, ClipFacts):
             assert frames is not None
@@ -87,6 +88,7 @@ def collect(events: Iterator[Event]) -> Clip:
             return Clip(frames=frames, **vars(event))
         else:
             several = event if event.ndim == 4 else event[None]
+            # made with the first picture: only it tells the size
             if frames is None:
                 frames = np.empty((count, *several.shape[1:]), np.uint8)
             frames[taken : taken + len(several)] = several
@@ -111,4 +113,5 @@ def over_white(picture: np.ndarray) -> np.ndarray:
     if opaque.min(initial=255) == 255:
         return np.ascontiguousarray(colour)
     shown = colour * opaque.astype(np.uint16) + 255 * (255 - opaque.astype(np.uint16))
+    # + 127: rounded to the nearest, in integers
     return ((shown + 127) // 255).astype(np.uint8)

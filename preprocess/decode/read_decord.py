@@ -72,6 +72,8 @@ def _native(scan: Scan, index: Sequence[int]) -> list[np.ndarray]:
     frames: list[np.ndarray] = []
     step = max(1, DECORD_BATCH_BYTES // (scan.height * scan.width * 3))
     try:
+        # num_threads=1: by default each open reader starts threads of its own; fault_tol=1: damage
+        # raises rather than repeats the last good frame
         reader = decord.VideoReader(str(scan.path.absolute()), num_threads=1, fault_tol=1)
         for first in range(0, len(index), step):
             batch = reader.get_batch(index[first : first + step]).asnumpy()
@@ -83,6 +85,7 @@ def _native(scan: Scan, index: Sequence[int]) -> list[np.ndarray]:
         raise Distrust(f"decord: {first_line(error)}") from None
     finally:
         reader = None  # closes it: decord has no method for that
+    # the packets are counted apart from it: an edit list's hidden ones make decord count too many
     if counted != len(scan.pts):
         raise Distrust(f"decord counts {counted} frames, the packets {len(scan.pts)}")
     return frames

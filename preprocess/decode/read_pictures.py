@@ -73,6 +73,7 @@ def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
         ends = _animation_ends(path)
         tick, kind = Fraction(1, 1000), "animation" if len(ends) > 1 else "still"
     starts = [0, *ends[:-1]]
+    # the first picture's size is the clip's; others are compared with it as they are read
     (picture,) = _frames(first, [0])
     height, width, _ = picture.shape
     return Scan(
@@ -146,6 +147,7 @@ def _animation_ends(path: Path) -> list[int]:
             image.seek(frame)
             image.load()  # Pillow knows the duration of a WebP frame only after decoding it
             end += Fraction(image.info.get("duration") or NO_DURATION)
+            # rounded sums, not a sum of rounded ones: errors of half a millisecond would add up
             ends.append(round(end))
         return ends
 

@@ -86,6 +86,8 @@ class WholeDecode:
         import av
 
         with opened(self.scan.path, self.scan.stream) as (container, stream):
+            # demuxed here, not by `container.decode`: after a damaged packet decoding
+            # goes on with the next one
             packets, decoder = container.demux(stream), decoder_of(stream)
             errors = _av_errors()
             ended, count = False, 0
@@ -95,6 +97,7 @@ class WholeDecode:
                     ended = packet is None or not packet.size
                     if packet is not None and packet.size:
                         if packet.pts is not None:
+                            # before decoding, so that frames come with the straightened clock
                             packet.pts += shift_of(count, self.scan.jumps)
                         count += 1
                     frames = decoder.decode(packet)
@@ -129,6 +132,7 @@ class WholeDecode:
         last_duration = self._duration or scan.last_duration
         known = [value for value in pts if value is not None]
         if len(known) < len(pts):
+            # one frame without a time makes all times doubtful: frames are then evenly spaced
             known = [i * last_duration for i in range(len(pts))]
         order = list(range(len(known)))
         if scan.container in TRUE_PTS and not scan.jumps:
@@ -166,6 +170,7 @@ class WholeFile:
         """Decode the file to its end, yielding the pictures of the frames `wanted` (numbers)."""
         decode = WholeDecode(self.scan)
         for count, frame in enumerate(decode.frames()):
+            # all frames are decoded, as each is needed for the next; only some become pictures
             if count in wanted or count in later:
                 resized = self._transform(picture(frame, self.scan))
                 if count in later:
@@ -189,6 +194,7 @@ class WholeFile:
 
     def _advance(self, count: int, waiting: Collection[int], later: Collection[int]) -> None:
         """Decode up to a frame, and keep it."""
+        # back, or not begun: a decoder can only go forwards
         if count < self._position or not self._position:
             self._frames, self._position = WholeDecode(self.scan).frames(), 0
         while self._position <= count:

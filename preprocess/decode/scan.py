@@ -163,6 +163,7 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
         if "no_index" not in flags:
             delivered = (ticks[shown[-1]] + last_duration) * stream.time_base
             missing = _missing(container, stream, packets, delivered)
+        # a GIF promises no length: its last byte, the trailer, is all that shows that it is whole
         cut_gif = container.format.name == "gif" and not _ends_with(path, b";")
         first = packets.first_frame
         also = {
@@ -178,6 +179,7 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
             container=container.format.name,
             stream=stream.index,
             codec=stream.codec_context.codec.canonical_name,
+            # the frame's own size, which need not be the header's
             width=first.width if first else stream.codec_context.width,
             height=first.height if first else stream.codec_context.height,
             orientation=_orientation(path, first),

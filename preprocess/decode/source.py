@@ -95,6 +95,7 @@ class SourceReader(ExitStack):
         """
         seconds, attempts = 0.0, 0
         facts, size, hash_, error = None, 0, "", None
+        # a damaged file fails the same way each time; a stall or a crash may be the machine's
         while attempts < ATTEMPTS and facts is None and (error is None or error.retryable):
             attempts += 1
             began = time.monotonic()
@@ -124,6 +125,7 @@ class SourceReader(ExitStack):
             if source.offset is None:
                 raise better from None
             reason, what, got, expected, _, fix = better.args
+            # the path of the unpacked copy says nothing to the user: the archive and its member do
             raise VideoError(reason, what, got, expected, source.where, fix) from None
 
     def unpack_ahead(self, source: ClipSource) -> None:
@@ -137,6 +139,7 @@ class SourceReader(ExitStack):
             return Path(source.path)
         assert source.nbytes is not None
         place = source.path, source.offset
+        # parts of one member follow each other: it stays unpacked for the next
         if self._unpacked is None or self._unpacked[0] != place:
             self._unpacked = None
             self._member.close()
@@ -171,4 +174,5 @@ def identity_of(file: IO[bytes], offset: int, size: int) -> tuple[int, str]:
     file.seek(offset)
     head = file.read(min(size, HEAD_TAIL))
     file.seek(offset + max(0, size - HEAD_TAIL))
+    # the size is hashed too: two files may share their ends
     return size, digest(str(size).encode() + head + file.read(min(size, HEAD_TAIL)))

@@ -45,6 +45,7 @@ def explained(error: VideoError, path: Path) -> VideoError:
             head = file.read(HEAD)
             if _is_scrambled(head) or _is_encrypted_matroska(head):
                 return _encrypted(where)
+            # a file that was opened is a video: its reader knows best what is wrong with it
             if reason is not Reason.CANNOT_OPEN:
                 return error
             kind = kind_of(head)
@@ -90,6 +91,7 @@ def _cut_short(file: IO[bytes], where: str) -> VideoError | None:
     found = list(boxes(file))
     if any(box.name == b"moov" for box in found):
         return None
+    # a box that ends beyond the file says how long it was to be
     more = f" of at least {found[-1].end:,}" if found and found[-1].end > size else ""
     return VideoError(
         Reason.CANNOT_OPEN,
@@ -105,6 +107,7 @@ def _cut_short(file: IO[bytes], where: str) -> VideoError | None:
 def _is_encrypted_mp4(file: IO[bytes]) -> bool:
     """Return whether a sample description is that of encrypted video, `encv` (ISO/IEC 23001-7)."""
     for box in boxes(file):
+        # bounded: a file that claims a huge index is not read into memory
         if box.name == b"moov" and box.end - box.begin < LARGEST_INDEX:
             file.seek(box.begin)
             return b"encv" in file.read(box.end - box.begin)
@@ -122,6 +125,7 @@ def _is_encrypted_matroska(head: bytes) -> bool:
 
 def _holds(data: bytes, at: int, end: int, path: tuple[int, ...]) -> bool:
     """Return whether EBML elements are nested as the ids in `path` (RFC 8794, sections 4 to 6)."""
+    # the leading zeros of an id's first byte tell its length: a zero byte begins none
     while at < end and data[at]:
         head = 9 - data[at].bit_length()  # bytes of the id
         size_at = at + head
@@ -145,6 +149,7 @@ def _is_scrambled(head: bytes) -> bool:
     # sizes of packets: plain, with a time code before each (M2TS), with error correction (DVB)
     for size, skip in ((188, 0), (192, 4), (204, 0)):
         packets = [head[at : at + 4] for at in range(skip, len(head) - 3, size)]
+        # 0x47 begins each packet; three in a row are no chance
         if len(packets) > 2 and all(packet[0] == 0x47 for packet in packets):
             return sum(packet[3] >> 6 > 1 for packet in packets) > SCRAMBLED_SHARE * len(packets)
     return False

@@ -39,6 +39,7 @@ def derive_arrays(
     `(frames, rows, cols, dim)`.
     """
     banked: dict[int, np.ndarray] = {}
+    # a set: several coarser strides may be pooled from one, which is decoded once
     for stride in {finer or stride for stride, finer in target.pooled.items()}:
         some, of = _taken(clip.stored[stride], frames), clip.shapes[stride][1:]
         banked[stride] = codec.decode(stride, some.data, of, some.frame_nbytes, some.scale)
@@ -49,6 +50,7 @@ def derive_arrays(
             continue
         cells = pool_cells(banked[finer], clip.meta.patch_grid, finer, stride, target.features.pool)
         arrays[stride] = from_float32(cells, codec.dtype)
+        # bfloat16 has float32's range, so that nothing pooled from it becomes zero
         if codec.dtype == "float16":
             underflowed += int(((arrays[stride] == 0) & (cells != 0)).sum())
     return arrays, underflowed
@@ -62,6 +64,7 @@ def described(
     meta = replace(clip.meta, cell_grids=grids)
     if frames is None:
         return meta
+    # units of several frames cannot be parted: refused in refuse_no_cells
     assert meta.frames_per_unit == 1
     return replace(
         meta,
@@ -75,6 +78,7 @@ def _taken(stored: Stored, frames: Sequence[int] | None) -> Stored:
     if frames is None:
         return stored
     if stored.frame_nbytes is not None:
+        # blosc frames have different lengths: each begins where the one before ends
         edges = list(pairwise(accumulate(stored.frame_nbytes, initial=0)))
         data = np.concatenate([stored.data[slice(*edges[frame])] for frame in frames])
         return Stored(data, frame_nbytes=[stored.frame_nbytes[frame] for frame in frames])

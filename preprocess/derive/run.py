@@ -47,6 +47,7 @@ def derive(bank: Path, out: Path, asked: Asked, shard_bytes: int, bar: "tqdm[Any
     """
     with BankSource(bank) as source, disk_errors(out):
         target = target_of(source.features, asked, bank)
+        # -- refused before a folder is made
         refuse_no_cells(source, target)
         if out.resolve() == bank.resolve():
             raise UserError("is the bank itself", where=f"--out {out}", fix="name another folder")
@@ -59,8 +60,10 @@ def derive(bank: Path, out: Path, asked: Asked, shard_bytes: int, bar: "tqdm[Any
             for lease in left:
                 deriver.make_unit(lease, work[lease.unit])
         with folder_lock(out, COMMAND):
+            # another process may have extended the plan meanwhile
             plan = read_plan(out) or plan
             refuse_unfinished(out, plan, "run the same command again when they are made")
+            # what was no clip there is none here
             skips = bank / "skipped.jsonl"
             if skips.exists():
                 shutil.copyfile(skips, out / skips.name)
@@ -72,6 +75,7 @@ def refuse_no_cells(source: BankSource, target: Target) -> None:
     """Raise UserError for strides and frames that some clip does not have; before a folder is made."""
     columns = source.columns
     grids = zip(columns["patch_rows"].tolist(), columns["patch_cols"].tolist(), strict=True)
+    # Grid refuses a stride that leaves no cell; a bank has few sizes of frames
     for rows, cols in sorted(set(grids)):
         for stride in target.pooled:
             Grid(rows, cols, stride, target.features.pool)
@@ -104,8 +108,10 @@ def make_plan(source: BankSource, out: Path, target: Target, shard_bytes: int) -
     if most is not None:
         todo = [replace(clip, frames=min(clip.frames or 0, most)) for clip in todo]
     plan = plan.extended(todo, shard_bytes, clip_bytes(source, target))
+    # a derived bank follows its source: what is not served there is not served here
     there = {clip.key for clip in source.clips}
     plan = replace(plan, pruned=frozenset(c.key for c in plan.clips if c.key not in there))
+    # once: every later unit has to have the same scales
     if plan.quality is None and plan.units:
         plan = calibration(source, target).kept_in(plan)
     if plan != known:
@@ -141,6 +147,7 @@ def clip_bytes(source: BankSource, target: Target) -> Callable[[ClipSource], int
             frames, rows, cols, dim = streams[finer or stride].shape
             together = stride // (finer or stride)
             cells = -(-rows // together) * -(-cols // together)
+            # dim bytes and a float32 scale for each cell, or two bytes a value
             total += min(frames, most or frames) * cells * (dim + 4 if is_int8 else 2 * dim)
         return total
 
@@ -152,6 +159,7 @@ def calibration(source: BankSource, target: Target) -> Calibration:
     features = target.features
     if features.codec != "int8":
         return lossless(features.strides)
+    # bytes are copied, so the source's scales are theirs; fewer strides need no other ones
     if target.as_stored:
         facts = source.manifest.codec.strides
         return Calibration(
@@ -191,6 +199,8 @@ class Deriver:
     def make_unit(self, lease: Lease, clips: Sequence[ClipSource]) -> None:
         """Make one shard; the work is dropped if another process takes the unit."""
         fingerprint, keys = self.plan.features.fingerprint, {clip.key for clip in clips}
+        # -- an earlier holder may have died between writing the shard and
+        # recording it: that is completed
         tokens = [one.token for one in lease.earlier]
         if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token):
             self.bar.update(len(clips))
@@ -212,6 +222,7 @@ class Deriver:
 
     def _write(self, clip: ClipSource, writer: ShardWriter) -> None:
         if clip not in self.source:
+            # with the entry of the source: a derived bank names the reason that was found there
             writer.fail(self.source.failed[clip.id])
             return
         stored, features = self.source.sample(clip), self.target.features

@@ -113,6 +113,7 @@ class _OneBank(ExitStack):
     def sample(self, key: str, codec: Codec) -> StoredClip:
         unit, record = self.samples[key]
         blob = self._tar(unit).read(record.offset, record.nbytes)
+        # a damaged cell would be pooled into a sound one, and its new checksum would vouch for it
         if google_crc32c.value(blob) != record.crc32c:
             raise UserError(
                 f"sample {record.key}: checksum does not match",
@@ -126,6 +127,7 @@ class _OneBank(ExitStack):
         return StoredClip(meta, stored, {stride: stream.shape for stride, stream in streams})
 
     def _tar(self, unit: int) -> Tar:
+        # clips come in the order of their shards: one open file is enough
         if self._open is None or self._open[0] != unit:
             self.close()
             self._open = unit, self.enter_context(Tar(shard_path(self.bank, unit)))

@@ -55,6 +55,7 @@ def target_of(features: FeatureConfig, asked: Asked, where: Path) -> Target:
             fix="ask for another stride, codec or count",
         )
     pooled = {stride: _finer(features, stride, where) for stride in strides}
+    # int8 rounds by token and channel: pooled or stored otherwise, the error would have no bound here
     if features.codec == "int8" and (codec != "int8" or any(pooled.values())):
         raise UserError(
             "its features are already rounded to int8",
@@ -110,4 +111,5 @@ def _finer(features: FeatureConfig, stride: int, where: Path) -> int | None:
             where=where,
             fix=encode,
         )
+    # the finest: of most cells, whose rounding errors average out
     return found[0]

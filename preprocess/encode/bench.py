@@ -61,6 +61,7 @@ class Pace:
     @property
     def decoders(self) -> int:
         """Number of decoders that keep a device busy; on a CPU at most its cores."""
+        # the next stage takes max(tower, write): so many decoders give a frame in that time
         enough = math.ceil(self.decode / max(self.tower, self.write))
         return min(enough, self.cores or enough)
 
@@ -134,6 +135,7 @@ def measure_pace(
     if options.codec == "int8":
         found = [arrays for _, _, arrays in made]
         scales = measured(found, options.strides, options.dtype).channel_scale
+    # on the bank's own disk, since that is what is measured
     with TemporaryDirectory(prefix="framebank-bench-", dir=folder) as beside:
         codec = Codec(options.codec, options.dtype, scales)
         began = time.perf_counter()
@@ -149,6 +151,7 @@ def measure_pace(
 def spread(clips: Sequence[ClipSource], most: int) -> list[ClipSource]:
     """Return up to `most` readable clips, spread evenly over the clips sorted by size."""
     good = sorted((clip for clip in clips if clip.frames), key=lambda c: (c.size or 0, c.key))
+    # the middles of equal shares: neither the smallest nor the largest file stands for others
     places = (np.arange(min(most, len(good))) + 0.5) * len(good) / max(1, min(most, len(good)))
     return [good[int(place)] for place in places]
 

@@ -42,6 +42,7 @@ class Side:
         truncated = plan.allow_truncated
         empty = Plan(features, [], plan.tower, decoder=plan.decoder, allow_truncated=truncated)
         asked, failed = {clip.key for clip in found.clips}, read_entries(self.bank)
+        # what the bank serves and no more: a side with other clips could not be read with it
         clips = [
             clip
             for clip in plan.clips
@@ -61,6 +62,7 @@ def shared_out(
     if not sides or plan is None:
         return options, []
     own = replace(options, strides=plan.features.strides)
+    # run as the bank was, so that cells of all strides are of the same numbers
     run = replace(options, batch_frames=plan.tower.batch_frames, tower_threads=plan.tower.threads)
     run = as_banked(run, plan)
     return own, [Side(bank, replace(run, strides=strides)) for strides in sides]
@@ -75,6 +77,7 @@ def strides_beside(bank: Path, plan: Plan | None, asked: Sequence[int]) -> list[
         return []
     wanted = set(asked) - set(plan.features.strides)
     there = [tuple(map(int, path.name.split("-"))) for path in sides_of(bank)]
+    # a side is made whole: asking for one of its strides makes them all
     found = [strides for strides in there if wanted & set(strides)]
     new = wanted.difference(*found)
     if new and isinstance(plan.features.layer, str):

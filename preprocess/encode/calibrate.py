@@ -92,6 +92,7 @@ def measured(
 
 def drawn(clips: Iterable[ClipSource]) -> list[ClipSource]:
     """Return clips in the order in which they are tried: by the hash in their keys."""
+    # a key ends with the hash of the id: unrelated to folders, names and dates
     return sorted(clips, key=lambda clip: (clip.key[-16:], clip.key))
 
 
@@ -100,11 +101,13 @@ def _encoded(
 ) -> Iterator[dict[int, np.ndarray]]:
     """Yield the features of up to 2 * `CLIPS` clips: by stride `(frames, rows, cols, dim)`."""
     good = 0
+    # more than are needed: some may not be readable
     for source in drawn(clips)[:TRIED]:
         outcome = reader.read(source, options.request(source, tower.pixels))
         if outcome.clip is None:
             continue
         frames, each = outcome.clip.frames, tower.frames_per_unit
+        # whole units: half a pair of frames is no input of a Qwen tower
         units = uniform_indices(-(-len(frames) // each), FRAMES // each)
         chosen = np.concatenate([frames[each * unit : each * (unit + 1)] for unit in units])
         try:

@@ -46,6 +46,7 @@ def forecast(
     plan, failed = changes.plan, read_entries(bank)
     served = plan.served()
     clips = [clip for clip in plan.clips if clip.key in served]
+    # encode leaves failed ones alone
     todo = [clip for clip in _todo(bank, plan) if clip.id not in failed]
     frames = sum(clip.frames or 0 for clip in clips)
     done = sum(committed(bank, unit) for unit in range(len(plan.units)))
@@ -123,10 +124,12 @@ def measure(
     good = sorted(
         (clip for clip in todo if clip.frames), key=lambda clip: (clip.size or 0, clip.key)
     )
+    # the middles of thirds by size: the largest and the smallest clip stand for no other
     chosen = [good[len(good) * (2 * k + 1) // (2 * TRIED)] for k in range(TRIED)] if good else []
     decode = encode = 0.0
     nbytes = frames = clips = 0
     with SourceReader(DecodeChild(), bank) as reader:
+        # of few clips the thirds have the same middle
         for clip in dict.fromkeys(chosen):
             request = options.request(clip, tower.pixels)
             outcome = reader.read(clip, request)

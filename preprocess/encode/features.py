@@ -90,6 +90,7 @@ class EncodeOptions:
 
 def load_tower(options: EncodeOptions) -> "Tower":
     """Load a tower; in float32 if its dtype has yet to be chosen by measuring."""
+    # before torch is imported
     if why := absent(options.tower):
         raise UserError(why, where=f"tower {options.tower}")
     from model.tower.tower import Tower
@@ -98,6 +99,7 @@ def load_tower(options: EncodeOptions) -> "Tower":
     tower = Tower.load(options.tower, layer=options.layer, dtype=dtype, device=options.device)
     if options.fit:
         tower.fit(options.fit)
+    # as a bank was made: without --fit its own way is meant, not the processor's default
     elif options.processor:
         tower.fit_like(options.processor)
     return tower
@@ -151,6 +153,7 @@ def predicted_bytes(tower: "Tower", options: EncodeOptions) -> Callable[[ClipSou
     """Return a function of a clip: the predicted bytes of its features, without headers."""
     frame = sum(frame_bytes(tower, options).values())
     most = options.sampling.most_frames
+    # unknown (in an archive, whose headers are not read): as many as sampling allows
     return lambda clip: frame * (most if clip.frames is None else clip.frames)
 
 

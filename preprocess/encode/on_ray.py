@@ -41,6 +41,7 @@ class Worker:
         """Return what was done. UserError and OSError, of one line, as of `preprocess work`."""
         import os
 
+        # before torch is imported: OpenMP reads it once
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from preprocess.encode.run import work
 
@@ -74,9 +75,11 @@ def encode_on_ray(
         actor = ray.remote(
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
+            # one worker on each machine rather than all on one: each brings its cores for decoding
             scheduling_strategy="SPREAD",
             **resources,
         )(Worker)
+        # absolute: workers run in other folders, on other machines
         words = str(bank.absolute()), tower, list(roots), bool(gpus), decoders
         actors = [actor.remote() for _ in range(count)]
         running = [one.work.remote(*words, k / count) for k, one in enumerate(actors)]
@@ -85,7 +88,9 @@ def encode_on_ray(
             while running:
                 done, running = ray.wait(running, timeout=SECONDS)
                 problems += [problem for ref in done if (problem := _problem(ray, ref))]
+                # counted on the disk: units that a lost worker had finished are there all the same
                 bar.update(sum(committed(*unit) for unit in units) - bar.n)
+        # a worker that was lost is a problem only if no other one has made its units
         if problems and not all(committed(*unit) for unit in units):
             raise UserError.of(dict.fromkeys(problems))
         for problem in dict.fromkeys(problems):  # others have made its units

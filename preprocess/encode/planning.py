@@ -77,13 +77,16 @@ class Survey:
         """Return the changes if there is nothing to do, else None: a finished bank has all clips with the
         same features, made by unchanged files of the tower. This needs no torch."""
         plan = self.known
+        # -- whatever could differ is looked at, from the cheapest on; the first doubt loads the tower
         if plan is None or plan.quality is None or plan.tower.files is None:
             return None
         # with --fit the processor's values are only known after loading the tower
         if options.fit is not None or plan.features.derived is not None:
             return None
+        # whatever differs is refused by name later, with the tower loaded
         if any(getattr(options, name) != getattr(plan.features, name) for name in ASKED):
             return None
+        # by names, sizes and times of its files: the digest of its weights needs them read
         same_tower = options.tower == plan.tower.name
         if not same_tower or tower_files(options.tower) != plan.tower.files:
             return None
@@ -140,8 +143,10 @@ def make_plan(
     changes = survey.changes(out, plan)
     plan = changed_of(changes, options, prune)
     clip_bytes = predicted_bytes(tower, options)
+    # appended as new units: finished shards stay as they are
     plan = plan.extended(changes.todo, options.shard_bytes, clip_bytes)
     update_quarantine(out, {clip.key for clip in changes.changed})  # so that they are tried again
+    # before any decoding: workers on other machines read what to do from it
     if plan != known:
         write_plan(out, plan)
     if choice and known is None:
@@ -184,6 +189,7 @@ def fitting(
     try:
         return do(plan, options), options
     except GpuMemoryError as error:
+        # `fewer` is 0 where a single frame does not fit: nothing smaller can be tried
         if not error.fewer or any((out / "shards").glob("*")):
             raise
         plan = _with_fewer_frames(out, plan, error.fewer)
@@ -195,6 +201,7 @@ def _with_fewer_frames(out: Path, plan: Plan, frames: int) -> Plan:
     """Write and return the plan of an empty bank with fewer frames per batch."""
     import torch
 
+    # the failed batch's memory is still cached, in pieces of its own size
     torch.cuda.empty_cache()
     plan = replace(plan, tower=replace(plan.tower, batch_frames=frames))
     write_plan(out, plan)

@@ -98,6 +98,7 @@ def encode_clips(
     """
     seen = plan_as_read(out, seen)
     how: dict[str, Any] = {"procs": procs, "decoders": decoders, "prune": prune}
+    # -- the bank first, then what is beside it: sides take the clips that the bank serves by then
     own, beside = shared_out(out, seen.plan, options)
     summary, changes = _encode_bank(found, out, own, seen, **how)
     for side in beside:
@@ -124,13 +125,16 @@ def _encode_bank(
     """Make one bank of one plan. probed: the clips, where they have been looked at."""
     loading, probed = _before_a_folder(out, found, options, probed)
     with disk_errors(out), folder_lock(out, "preprocess encode"):
+        # under the lock: another process may have planned in between
         known = plan_as_read(out, seen).plan
         options = as_banked(options, known)
+        # loaded in a thread while clips are probed, and only if some unit is left
         if loading is None and (known is None or units_left(out, known)):
             loading = Loading(options)
         survey = Survey.of(out, found.clips, options, known, probed)
         if loading is None and (changes := survey.of_nothing(out, options, prune=prune)):
             write_skips(out, found.skips)
+            # what workers that died have left of finished units
             sweep(out)
             return _with_earlier(out, changes.plan, found.clips, Summary()), changes
         tower, options = (loading or Loading(options)).tower()
@@ -206,6 +210,7 @@ def _before_a_folder(
     loading = Loading(options, here=here)
     if probed is None:
         probed = probe(found.clips, {}, options.sampling)
+    # a stride that leaves no cell of the tower's grid raises here
     predicted_bytes(*loading.tower())
     return loading, probed
 
@@ -230,6 +235,7 @@ def execute(
         left = units_left(out, plan)
         work = _work(out, plan, left, "preprocess encode", decoders=decoders)
         summary = _encode_left(work, plan, tower, options, procs)
+        # units may be held by workers elsewhere, who go on after this process
         refuse_unfinished(out, plan, f"`preprocess finish {out}` when they are made")
         with disk_errors(out):
             finish(out, plan, tower)
@@ -275,7 +281,9 @@ def work(
     summaries = []
     for one in banks_of(bank):
         own = plan if plan is not None and one == bank else planned(one)
+        # a derived bank is made of another bank's cells: no video has its features
         refuse_derived(one, own.features)
+        # a tower is loaded only for a bank that has something left
         if left := units_left(one, own):
             how = {"tower": tower} if tower else {}
             options = EncodeOptions.of_plan(own, device=device, **how)
@@ -293,11 +301,13 @@ def _work_on(
             where=work.out,
             fix="run `preprocess plan` again",
         )
+    # while the tower loads, videos are searched for under the roots
     loading = Loading(options)
     if roots:
         units = {unit: clips_under(clips, roots) for unit, clips in work.units.items()}
         work = replace(work, units=units)
     tower, options = loading.tower()
+    # by its weights: a folder of the same name on another machine may hold another tower
     refuse_other_features(work.out, feature_config(tower, options), plan.features)
     return _encode_left(work, plan, tower, options, procs)
 
@@ -321,6 +331,7 @@ def _encode_left(
     if not work.units:
         return Summary()
     refuse_other_device(work.out, plan, options)
+    # a process more than units would load a tower for nothing
     procs = min(procs, len(work.units))
     if procs > 1:
         tower.model.to("cpu")  # free the GPU's memory for the workers

@@ -69,6 +69,7 @@ class Loading:
                 if not self._here and is_elsewhere(device):
                     loaded = replace(loaded, device="cpu")
                 self._tower = load_tower(loaded)
+        # kept for the thread that asks for the tower: raised here it would only be printed
         except BaseException as error:
             self._error = error
 
@@ -151,6 +152,7 @@ def refuse_other_device(bank: Path, plan: Plan, options: EncodeOptions) -> None:
 def tower_files(name: str) -> str | None:
     """Return a hash of the names, sizes and mtimes of a tower's files; None if they are not local."""
     folder = Path(name)
+    # a Hub name: the files of its cache, without a request
     if not folder.is_dir():
         config = cached_file(name, "config.json")
         if config is None:

@@ -65,6 +65,7 @@ class Encoder(ExitStack):
         """failed: by id, clips that failed in earlier runs. They are tried again only if `retried`, even
         if an earlier holder of their unit has tried them. decoders: processes; None for one per core."""
         super().__init__()
+        # another codec's bytes would be read by the bank's without an error
         assert (codec.name, codec.dtype) == (features.codec, features.dtype)
         self.out, self.features, self.tower, self.options = out, features, tower, options
         self.codec = codec
@@ -91,6 +92,8 @@ class Encoder(ExitStack):
         after which nothing of the shard is kept, since all of its clips must have one batch shape.
         """
         with disk_errors(self.out):
+            # -- an earlier holder may have died between the shard and its record: then the record
+            # alone is written
             tokens, keys = [one.token for one in lease.earlier], {one.key for one in sources}
             fingerprint = self.features.fingerprint
             if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token):
@@ -123,10 +126,13 @@ class Encoder(ExitStack):
         with Writing(writer) as writing:
             self._fill(writer, writing, lease, sources)
             with self._clocked("write"):
+                # the last clips are still on their way to the disk
                 writing.wait()
+        # a retry in which all fail: an empty shard would only lengthen the plan
         if not writer.entries and not keep_empty:
             writer.abandon()
             return False
+        # last look before the commit: a worker that slept for minutes may have lost its unit
         lease.check()
         with self._clocked("write"):
             writer.commit(provenance(self.tower, self.options))
@@ -140,6 +146,8 @@ class Encoder(ExitStack):
         done = set(writer.keys)
         for source in sources:
             if source.id in self.failed and source.key not in done and not self.retried:
+                # a failure of an earlier run is written down once more: its unit is complete only
+                # with all of its clips
                 writing.fail(self.failed[source.id])
                 done.add(source.key)
         todo = [source for source in sources if source.key not in done]
@@ -163,6 +171,7 @@ class Encoder(ExitStack):
             self.summary.spent[stage] += time.monotonic() - began
 
     def _see_folders(self, sources: Sequence[ClipSource]) -> None:
+        # folders that hold files now: one that is empty later was unmounted, not mistaken
         for folder in {Path(source.path).parent for source in sources} - self._folders:
             if not _is_gone(folder):
                 self._folders |= {folder, *folder.parents}
@@ -181,6 +190,7 @@ class Encoder(ExitStack):
         Only a few frames are in memory at a time, for clips of any length.
         """
         pooling: Pooling | FeatureRangeError | None = None
+        # the largest batch: a clip of any length is cut into whole batches
         together = self.tower.batch_shape(sys.maxsize, self.options.batch_frames)
         with closing(self._decoders.events(self._jobs(sources), together)) as events:
             while True:
@@ -189,6 +199,8 @@ class Encoder(ExitStack):
                 if source is None or event is None:
                     return
                 if isinstance(event, Begin):
+                    # before the expensive part: frames of a unit that another process has taken
+                    # over are for nobody
                     lease.check()
                     pooling = pooling_of(self.tower, event.frames, self.options)
                 elif isinstance(event, Outcome):
@@ -196,6 +208,7 @@ class Encoder(ExitStack):
                     pooling = None
                 else:
                     pooling = self._pooled(pooling, event)
+                # its frames would stay in memory while the next ones are decoded
                 del event
 
     def _pooled(

@@ -121,6 +121,7 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                         del waiting[receiver]
                         process = workers[rank][1]
                         process.join()
+                        # a worker that was killed sends nothing: its closed pipe and its exit code tell
                         if process.exitcode:
                             problems.append(_death(rank, procs, process.exitcode))
                         continue
@@ -128,6 +129,7 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                         count, done[rank] = fact
                         bar.update(count)
                         show_pace(bar, Summary.of(list(done.values())))
+                    # every worker has the same notes: the first one's are printed
                     elif what == "note" and not rank:
                         bar.write(fact, file=sys.stderr)
                     elif what == "failed":
@@ -138,11 +140,14 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
                         done[rank] = fact
         finally:
             for _, process in workers:
+                # by a bug, an interrupt or at the end: a lease that they hold is free
+                # as soon as they have died
                 process.terminate()
             for _, process in workers:
                 process.join()
         seconds = bar.format_dict["elapsed"]
     if problems:
+        # one line for what several workers met alike (a full disk)
         raise UserError.of(dict.fromkeys(problems))
     return replace(Summary.of(list(done.values())), seconds=seconds)
 
@@ -161,11 +166,13 @@ def _start(
         options = replace(options, device=f"cuda:{rank % torch.cuda.device_count()}")
     share = replace(
         work,
+        # spread over the units, so that workers seldom ask for the same lease
         start=(work.start + rank / procs) % 1,
         decoders=work.decoders or decoders_for(procs),
     )
     process = context.Process(target=_worker, args=(share, options, sender), daemon=True)
     process.start()
+    # the parent's copy: with it open, the end of the worker would not close the pipe
     sender.close()
     return receiver, process
 
@@ -191,6 +198,7 @@ def _end_with_parent() -> None:
     assert parent
     # A daemon process is only ended by a parent that exits normally; the sentinel also notices `kill -9`.
     wait([parent.sentinel])
+    # no cleaning up: the parent is gone, and its leases are taken over by whoever comes next
     os._exit(1)
 
 
@@ -203,6 +211,7 @@ class RemoteBar(tqdm):
         self.summary = Summary()
 
     def update(self, n: float | None = 1) -> bool | None:
+        # the failures are in the shard's record, and need not travel with each clip
         self.send(("clips", (n, replace(self.summary, failures=[]))))
         return None
 

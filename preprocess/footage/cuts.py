@@ -82,7 +82,9 @@ def cut_clip(
 ) -> Clip:
     """Return the plan of a clip of `frames` frames: random sources, order and lengths."""
     shortest, longest = lengths(frames)
+    # one source is left for the small picture, which must be in no scene
     count = int(rng.integers(SCENES[0], min(SCENES[1], len(parts) - 1) + 1))
+    # drawn until all lengths are allowed: cuts anywhere, so that no constant answer is good
     while True:
         edges = [0, *sorted(rng.integers(1, frames, size=count - 1).tolist()), frames]
         steps = np.diff(edges)
@@ -92,6 +94,7 @@ def cut_clip(
 
     def cut(source: int, first: int, length: int) -> Cut:
         part = parts[source][split]
+        # anywhere in its part of the source: the same scene twice is seldom the same frames
         begins = part.first + int(rng.integers(0, part.count - length + 1))
         return Cut(source, part, begins, first, length)
 
@@ -107,6 +110,7 @@ def cut_inset(rng: np.random.Generator, cut: Any, source: int, frames: int, size
     """
     length = int(rng.integers(lengths(frames)[1] // 2, lengths(frames)[1] + 1))
     shown = cut(source, int(rng.integers(0, frames - length + 1)), length)
+    # 200: per cent, and in pairs of pixels
     side = 2 * int(rng.integers(size * INSET_SIDE[0] // 200, size * INSET_SIDE[1] // 200 + 1))
     x, y = (2 * rng.integers(0, (size - side) // 2 + 1, size=2)).tolist()
     path = bouncing(rng, size - side, INSET_SPEED * size / FPS, length)

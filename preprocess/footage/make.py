@@ -67,13 +67,16 @@ def make_footage(
         raise UserError("bad --size", got=size, expected=f"an even number, {LEAST_SIZE} or more")
     if seconds < LEAST_SECONDS:
         raise UserError("bad --seconds", got=seconds, expected=f"{LEAST_SECONDS} or more")
+    # all that can be refused before anything is written
     check_empty(out)
     sources = find_sources(inputs, phrases, lengths(seconds * FPS)[1])
     for split in SPLITS:
         (out / "videos" / split).mkdir(parents=True)
     with TemporaryDirectory(prefix=".frames-", dir=out) as folder:
+        # each source is decoded once, though many clips are cut of it
         footage = read_footage(sources, size, Path(folder))
         counts = dict(zip(SPLITS, (train_clips, test_clips), strict=True))
+        # all plans before the first pixel: questions need no video
         clips = cut_all(sources, counts, seed, seconds * FPS, size)
         with tqdm(total=train_clips + test_clips, desc="cutting", unit="clip") as bar:
             for video, clip, _ in clips:
@@ -89,6 +92,7 @@ def make_footage(
     world: Json = {"seed": seed, "fps": FPS, "size": size, "seconds": seconds}
     world["sources"] = [source.to_json() for source in sources]
     world["clips"] = [{"video": video} | describe(clip, names, size) for video, clip, _ in clips]
+    # last: a folder without it is a world that was not completed
     (out / "footage.json").write_text(json.dumps(world), encoding="utf-8")
     return sources
 
@@ -105,6 +109,7 @@ def cut_all(
     clips = []
     for number, (split, count) in enumerate(counts.items()):
         for index in range(count):
+            # a stream for each clip: more clips leave the first ones as they are
             rng = np.random.default_rng([seed, number, index])
             clip = cut_clip(rng, parts, split, frames, size)
             clips.append((f"{split}/clip-{index:05d}.mp4", clip, rng))
@@ -133,7 +138,9 @@ def draw(clip: Clip, footage: Sequence[np.ndarray]) -> np.ndarray:
     frames = np.concatenate([shown(scene) for scene in clip.scenes])
     inset, side = clip.inset, clip.inset.side
     left, top = inset.corner
+    # a copy: its border would be painted into the source
     square = shown(inset.cut)[:, top : top + side, left : left + side].copy()
+    # white outside, black within: one of them shows on any ground
     for edge, grey in ((0, 255), (EDGE, 0)):
         paint_edge(square[:, edge : side - edge, edge : side - edge], grey)
     for frame, picture, (x, y) in zip(

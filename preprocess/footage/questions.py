@@ -87,6 +87,7 @@ def ask_span(named: Named) -> Turn:
 
 
 def ask_first(rng: np.random.Generator, named: Sequence[Named]) -> Turn:
+    # shuffled before they are named: else the answer would be the first name
     (a, one), (b, other) = shuffled(rng, named)[:2]
     answer = one if a.first < b.first else other
     return Turn("first", f"Which comes first, {one} or {other}?", answer)
@@ -105,6 +106,7 @@ def ask_seen(rng: np.random.Generator, scene: Cut, sources: Sequence[Source]) ->
     """Ask in the middle half of a scene, so that the sampled frames near it show the same scene."""
     frame = scene.first + int(rng.integers(scene.count // 4, scene.count - scene.count // 4))
     question = f"What does the video show at {seconds(frame / FPS)}?"
+    # the first phrase, always: an answer is scored by its words
     return Turn("seen", question, sources[scene.source].phrases[0])
 
 

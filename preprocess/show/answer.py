@@ -67,10 +67,12 @@ def answer_page(
     tiles = [
         Image.fromarray(frame).resize(layout.tile, Image.Resampling.LANCZOS) for frame in frames
     ]
+    # the truth first and wider: the answer's thin line stays visible on it
     for width, (_, ink, pointed) in reversed(list(zip(LINES, layers, strict=False))):
         for seen, place in pointed.places:
             for k in frames_of(seen, pointed.spans, times):
                 draw_place(tiles[k], place, ink, width)
+    # from 0, not from the first frame's time: a share for each frame, and none left over
     edges = [0.0, *times[1:], end]
     timed = any(pointed.spans for _, _, pointed in layers)
     for k, (tile, share) in enumerate(zip(tiles, pairwise(edges), strict=True)):
@@ -97,6 +99,7 @@ def frames_of(
 
 def draw_place(tile: Image.Image, place: Sequence[float], ink: str, width: int) -> None:
     """Draw a box, its line centred on the edge, or a point as a ring."""
+    # size * 2: width and height once for each corner
     corners = [round(u * side) for u, side in zip(place, tile.size * 2, strict=False)]
     draw = ImageDraw.Draw(tile)
     for colour, thick in ((PAPER, width + HALO), (ink, width)):
@@ -125,6 +128,7 @@ def draw_share(
     start, end = share
     for a, b in spans:
         first, last = max(a, start), min(b, end)
+        # a span of no length is drawn too, two pixels wide
         if first < last or (a == b and start <= a < end):
             near, far = ((t - start) / (end - start) * width for t in (first, last))
             left, right = round(x + near), max(round(x + far), round(x + near) + 2)

@@ -30,6 +30,7 @@ def table(path: Path) -> str:
     """Return the table of the bank at `path`, as text for a terminal or a log."""
     bank = Bank.open(path)
     durations = bank.columns["end"] - bank.columns["start"]
+    # one after the other: not all descriptions are held together
     metas = (bank.meta(row) for row in range(len(bank)))
     lines = [*facts(bank), *histogram(durations), *origins(metas)]
     return "\n".join([*lines, *quarantine(read_quarantine(path))])
@@ -39,6 +40,7 @@ def find(bank: Bank, name: str) -> int:
     """Return the catalogue row of the clip whose id or key is `name`; raises UserError if none has it."""
     keys = split_text(bank.columns, "key")
     same = [normalize(form, name) for form in ("NFC", "NFD")]  # macOS may store names as NFD
+    # ids first: a clip may be called as another one's key
     for names in (bank.ids, keys):
         for asked in (name, *same):
             if asked in names:
@@ -118,9 +120,11 @@ def histogram(durations: np.ndarray) -> list[str]:
         return []
     low, middle, high = np.percentile(durations, (0, 50, 100))
     lines = [f"{'durations':<12} {low:.2f} s shortest, {middle:.2f} s median, {high:.2f} s longest"]
+    # classes as people count time, not of equal width: clips of seconds and of hours are in one bank
     counts, _ = np.histogram(durations, [*DURATIONS.values(), np.inf])
     names = [*DURATIONS, "more"]
     for k in range(np.flatnonzero(counts)[0], np.flatnonzero(counts)[-1] + 1):
+        # one block at least: a class with a single clip is not empty
         bar = "█" * max(int(counts[k] > 0), round(BAR * counts[k] / counts.max()))
         lines.append(f"  {names[k]:>6} to {names[k + 1]:<6}  {bar:<{BAR}}  {counts[k]:,}")
     return lines

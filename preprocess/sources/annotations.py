@@ -82,6 +82,7 @@ def _look_for(file: Path, lookup: Lookup, found: Media, problems: list[str]) -> 
     folders = [*map(Path, lookup.video_roots), file.parent]
     for where, names in _named(file, lookup, found, problems):
         for name in names:
+            # thousands of rows may name one video: each is looked up once
             if name.medium not in places:
                 places[name.medium] = _place(file, name.medium, folders, problems)
             place = places[name.medium]
@@ -92,6 +93,7 @@ def _look_for(file: Path, lookup: Lookup, found: Media, problems: list[str]) -> 
         lost = [name.medium for name in names if name in missing]
         if lost and lookup.missing == "drop":
             found.skips.append(Skip(Why.MISSING, where, some(lost)))
+    # sorted: the plan must not depend on the order of rows
     for name in sorted(named, key=str):
         relative = Path(name.medium).as_posix()
         found.clips.append((named[name], relative, name.start, name.end))
@@ -135,7 +137,9 @@ def _named(
 def _place(file: Path, medium: str, folders: Sequence[Path], problems: list[str]) -> Path | None:
     """Return the path of a medium: under the roots, else beside its file, which is the last folder."""
     *roots, beside = [_reached(folder, medium) for folder in folders]
+    # beside its file only if no root has it: a root is what the user has named
     there = [path for path in roots if _is_source(path)] or [beside] * _is_source(beside)
+    # by real paths: two roots that lead to one file are no contradiction
     places = {os.path.realpath(path): path for path in there[::-1]}
     if len(places) > 1:
         problems.append(
@@ -150,6 +154,7 @@ def _reached(folder: Path, medium: str) -> Path:
 
     HFS+ of macOS stores accents apart from their letters (NFD); most others keep what is written (NFC).
     """
+    # ASCII has one form, and a name that is there needs no search
     if medium.isascii() or os.path.lexists(folder / medium):
         return folder / medium
     here = folder

@@ -48,6 +48,7 @@ def compare(
     ]
     planned = {clip.key for clip in [*new, *changed]}
     current = {clip.key: _refreshed(clip, known.get(clip.key)) for clip in clips}
+    # only paths and times are refreshed: units keep their clips, as their shards are made of them
     units = [
         [clip if clip.key in planned else current.get(clip.key, clip) for clip in unit]
         for unit in plan.units
@@ -58,22 +59,26 @@ def compare(
         for clip in known.values()
         if clip.key not in current and clip.key not in plan.pruned and _is_gone(clip, archives)
     ]
+    # a clip among the inputs is there once more, whatever was pruned before
     refreshed = replace(plan, units=units, pruned=plan.pruned - set(current))
     return Changes(refreshed, new, changed, removed)
 
 
 def is_other(clip: ClipSource, known: ClipSource) -> bool:
     """Return whether a source's digest differs from the planned one; False where one is unknown."""
+    # unknown (unreadable now, or planned by an old version) is no evidence of a change
     return None not in (clip.digest, known.digest) and clip.digest != known.digest
 
 
 def _refreshed(clip: ClipSource, known: ClipSource | None) -> ClipSource:
     """Return the clip with the predicted frames of the plan."""
+    # units were cut by these predictions: another one would make the plan another, though no byte is
     return clip if known is None else replace(clip, frames=known.frames)
 
 
 def _is_gone(clip: ClipSource, archives: Collection[str]) -> bool:
     """Return whether the path no longer exists, or the member in an archive among the inputs."""
+    # a member is gone only if its archive was looked into
     return not Path(clip.path).exists() or (clip.offset is not None and clip.path in archives)
 
 
@@ -89,6 +94,7 @@ def refuse_other_sources(
     for clip in clips:
         other = known.get(clip.id)
         path = Path(other.path) if other else None
+        # moved: the id is free for it
         if other is None or path is None or not path.exists():
             continue
         if clip.picture_fps and other.picture_fps and clip.picture_fps != other.picture_fps:

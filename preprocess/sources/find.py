@@ -90,6 +90,7 @@ def find_clips(inputs: Sequence[str], options: FindOptions = FindOptions()) -> F
             if Path(source.path).is_dir():
                 source = replace(source, picture_fps=options.picture_fps)
             other = clips.setdefault(source.id, source)
+            # a file that two inputs name is one clip; two files of one id would overwrite each other
             same_file = os.path.realpath(other.path) == os.path.realpath(source.path)
             if not same_file or other.offset != source.offset:
                 clashes.setdefault(_place(source, other), []).append(source.id)
@@ -137,6 +138,7 @@ def _sources(
         fix = "rename it, or name a link to its folder (ln -s)"
         raise UserError("its path is not UTF-8", where=ascii(text)[1:-1], fix=fix)
     if not path.exists():
+        # `clips/a.mp4` has the form of a Hub name: a missing video is said to be missing
         if not is_hub_name(text) or path.suffix.lower() in CLIP_SUFFIXES | PICTURE_SUFFIXES:
             broken = "a broken link" if path.is_symlink() else "no such file or folder"
             raise UserError(broken, where=path)

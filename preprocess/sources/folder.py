@@ -135,6 +135,7 @@ def _walk(root: Path, follow_links: bool, skips: list[Skip]) -> Iterator[tuple[P
             else:
                 (found.folders if kind == "folder" else found.files).append(entry.name)
         yield folder, found
+        # reversed: the stack gives the last one first
         waiting += [(folder / name, here) for name in reversed(found.folders)]
 
 
@@ -178,6 +179,7 @@ def _clips_in(
             yield name, [path]
         else:
             skips.append(Skip(why, str(path)))
+    # beside other files pictures may be thumbnails or covers: nothing is guessed
     if pictures and alone and all(name.lower() in JUNK_FOLDERS for name in entries.folders):
         yield ".", pictures
     else:

@@ -66,6 +66,7 @@ def predicted_frames(
     span = max(0.0, min(header.seconds, math.inf if end is None else end) - (start or 0))
     wanted = sampling.most_frames
     if sampling.fps is not None:
+        # 1e-6: a span of 2.0000001 s at 1 fps has two instants, not three
         wanted = min(wanted, max(1, math.ceil(span * float(Fraction(sampling.fps)) - 1e-6)))
     return wanted if header.fps is None else min(wanted, max(1, round(span * header.fps)))
 

@@ -107,6 +107,7 @@ def _next_tar(file: IO[bytes], end: int) -> int | None:
         raise tarfile.ReadError(f"damaged header at byte {end}")
     at = end + tarfile.BLOCKSIZE
     while data := file.read(2048 * tarfile.BLOCKSIZE):
+        # after its end a tar may be padded to any length; the next header begins at a whole block
         rest = data.lstrip(b"\0")
         if rest:
             zeros = len(data) - len(rest)

@@ -55,6 +55,7 @@ def probe(
 
     known: clips of an earlier plan by key, reused where size and modification time are the same.
     """
+    # once per file: an archive of a hundred thousand members is one file
     stats = {path: _stat(Path(path)) for path in {clip.path for clip in clips}}
     now = []
     for clip in clips:
@@ -62,6 +63,7 @@ def probe(
         size = size if clip.nbytes is None else clip.nbytes
         now.append(replace(clip, size=size, mtime_ns=mtime_ns))
     unknown = [clip for clip in now if not _is_known(clip, known.get(clip.key))]
+    # by source: clips that are parts of one file are probed once
     probed = _probe_sources(sorted({_source(clip) for clip in unknown}, key=repr))
     found = []
     for clip in now:
@@ -73,6 +75,7 @@ def probe(
             continue
         header = facts.header or Header(None, None)
         clip = replace(clip, height=header.height, width=header.width)
+        # a source that cannot be opened stays in the plan: the reader names the reason in the quarantine
         frames = 0
         if facts.header is not None:
             frames = predicted_frames(facts.header, sampling, clip.start, clip.end)
@@ -85,6 +88,7 @@ def _source(clip: ClipSource) -> Source:
 
 
 def _is_known(clip: ClipSource, old: ClipSource | None) -> bool:
+    # one that could not be read is tried each time: it may have been replaced
     if old is None or old.digest is None or old.frames is None:
         return False
     return (clip.size, clip.mtime_ns) == (old.size, old.mtime_ns)

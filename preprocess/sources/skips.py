@@ -108,6 +108,7 @@ def report(skips: Sequence[Skip], out: Path | None = None) -> list[str]:
 def _more(why: Why, skips: Sequence[Skip]) -> str:
     """Return the suffixes of unknown files, the names of missing videos, or advice."""
     if why is Why.UNKNOWN:
+        # by ending: one line for a thousand files of one unknown kind
         endings = Counter(PurePath(skip.where).suffix.lower() or "no ending" for skip in skips)
         shown = [f"{ending} {count:,}" for ending, count in endings.most_common()]
         return f": {some(shown, 8, ' ')}"

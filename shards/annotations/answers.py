@@ -34,6 +34,7 @@ def asked_and_answered(row: Mapping[str, Any]) -> tuple[str, str]:
         if name in NUMBERED:
             raise RowError(NO_FIT, f"`{name}` is the number of an option, and there are no options")
         return question, answer
+    # options that bring their letters ("A. red") would get a second one
     plain = [re.sub(r"^\(?[A-Z][.):]\s*", "", option) for option in options]
     letters = string.ascii_uppercase[: len(options)]
     lines = [f"{letter}. {text}" for letter, text in zip(letters, plain, strict=True)]
@@ -52,6 +53,7 @@ def asked_and_answered(row: Mapping[str, Any]) -> tuple[str, str]:
             or (by_number and answer.strip() == by_number[k])
         }
         _refuse_unclear(name, row[name], len(own), letters)
+        # text and number may both be given: they must be one option
         meant |= own
     if len(meant) != 1:
         said = " and ".join(f"`{name}` {short(answer)}" for name, answer in answers)
@@ -94,6 +96,7 @@ def _options(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     if not 2 <= len(given) <= 26:
         raise RowError(NO_FIT, f"`{named[0]}`", got=f"{len(given)} options", expected="2 to 26")
     options = [_option(option, named[0]) for option in given]
+    # an answer that is two options has no letter
     if len(set(options)) < len(options):
         raise RowError(NO_FIT, f"`{named[0]}` has an option twice: {short(options)}")
     return options, [name[-1] for name in columns if name[-1].isdigit()]
@@ -133,11 +136,13 @@ def _answers(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _one_answer(row: Mapping[str, Any], name: str) -> str:
     """Return the text of an answer; of a list, the text that all entries share (VQA's are objects)."""
     value = row[name]
+    # csv files hold such lists as text
     if isinstance(value, str) and name == "answers" and value.lstrip()[:1] == "[":
         value = listed(row, name)
     if not isinstance(value, list):
         return _text(value, name)
     texts = [one.get("answer") if isinstance(one, dict) else one for one in value]
+    # ten annotators of one question: an answer on which they differ cannot be a target
     if len({_text(text, name) for text in texts}) > 1:
         raise RowError(
             "several answers",

@@ -24,6 +24,7 @@ class RowError(UserError):
         fix: str | None = None,
     ) -> None:
         super().__init__(what, got, expected, where, fix)
+        # pickle calls the class with `args`: workers raise this across processes
         self.args = (reason, *self.args)
         self.reason = reason
         self.place, self.id = "", ""
@@ -54,6 +55,7 @@ def short(value: object) -> str:
 
 
 def _written(value: object) -> str:
+    # as JSON writes them, since users see their own file, not Python
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):

@@ -55,6 +55,7 @@ class Fields(dict[str, Any]):
         return super().get(name, default)
 
     def items(self) -> Any:
+        # whoever iterates over all fields has read them
         self.read |= set(self)
         return super().items()
 
@@ -63,6 +64,8 @@ class Fields(dict[str, Any]):
 
         texts: of the row's turns; a field whose values occur in them is not refused.
         """
+        # a field whose values are in the turns (`answer` beside a conversation that ends with it)
+        # says nothing more
         said = "\n".join(texts).casefold()
         for name in (name for name in self if name not in self.read):
             value = super().__getitem__(name)

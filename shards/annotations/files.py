@@ -150,6 +150,7 @@ def annotation_files(path: Path) -> list[Path]:
         raise UserError(
             f"{path}: no annotation files in this folder (looked for {', '.join(SUFFIXES)}){beside}"
         )
+    # json beside parquet is often the same data twice: nothing is guessed
     if len(found) > 1:
         kinds = ", ".join(f"{len(files)} {suffix}" for suffix, files in sorted(found.items()))
         raise UserError(f"{path}: this folder has {kinds}; name the files of one kind")
@@ -232,6 +233,7 @@ def _lines(file: Path, text: str) -> Rows:
 
 def unreadable(file: Path, error: json.JSONDecodeError) -> UserError:
     """Return the error for a file that is not JSON."""
+    # where the parser ran out of text, a download that was cut short is likelier than a typing mistake
     at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
     last = "; is the file cut short?" * at_end
     problem = f"line {error.lineno}, column {error.colno}: {error.msg}{last}"
@@ -242,6 +244,7 @@ def unreadable(file: Path, error: json.JSONDecodeError) -> UserError:
 
 
 def _csv(file: Path, text: str) -> Rows:
+    # newline="": csv itself handles line breaks inside of quoted cells
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
     header = [name.strip() for name in reader.fieldnames or []]
     if not is_record(dict.fromkeys(header)):
@@ -315,6 +318,7 @@ def _parquet(file: Path) -> Rows:
     try:
         opened = pq.ParquetFile(file)
         index = 0
+        # in batches: a parquet file of millions of rows is larger as Python objects than as columns
         for batch in opened.iter_batches():
             for row in batch.to_pylist():
                 yield f"{file}[{index}]", row

@@ -60,6 +60,7 @@ def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = 
     """
     if not isinstance(row, dict):
         raise RowError("no known form", f"expected an object, got {json_type(row)}")
+    # which fields are read is recorded: what is left over and may matter is refused at the end
     fields = Fields(row, ignored)
     form = form_of(row, fields, media_only)
     out = {name: fields[name] for name in ("id", "start", "end", "task") if name in fields}
@@ -125,6 +126,7 @@ def system_turn(fields: Fields, turns: Sequence[Json]) -> list[Json]:
     for name, text in texts.items():
         if not isinstance(text, str):
             raise RowError("not a text", f"`{name}`", got=short(text), expected="a text")
+    # a system prompt in both places is fine if it is one text: exporters repeat it
     own = [turn["value"] for turn in turns[:1] if turn["from"] == "system"]
     if len({text.strip() for text in [*own, *texts.values()]}) > 1:
         where = [*texts, *(["the first turn"] if own else [])]
@@ -196,6 +198,7 @@ class Media:
             source = source["url"]
         if not is_empty(source):
             self.brought.append(self._path(source, kind))
+        # Qwen-VL's messages carry the part of a video beside its path
         times = {name.removeprefix("video_"): part[name] for name in PART_TIMES if name in part}
         self.part |= times
         return f"<{kind}>"
@@ -222,6 +225,7 @@ class Media:
             raise RowError(
                 TAGS, f"{counts}: which tag is which medium? write one tag of its kind each"
             )
+        # pictures and videos in fields of their own: the tags alone say how they alternate
         waiting = {kind: iter([p for k, p in self.listed if k == kind]) for kind in kinds}
         return [next(waiting[kind]) for kind in tags]
 
@@ -275,6 +279,8 @@ def turn_of(turn: Any, media: Media) -> Json:
     who, what = turn[pairs[0][0]], turn[pairs[0][1]]
     if isinstance(what, list):
         what = "".join(_content(part, media) for part in what)
+    # OpenAI's form has null for an answer that is a tool call; as an empty answer
+    # it is refused by name later
     if what is None and ROLES.get(str(who).lower()) == "assistant":
         what = ""
     if not isinstance(what, str):
@@ -296,6 +302,7 @@ def _content(part: Any, media: Media) -> str:
         raise RowError(
             TURNS, f"a part of a message must be an object with `type`, got {short(part)}"
         )
+    # Arrow gives every part all fields that any part has, null where it has none
     part = {name: value for name, value in part.items() if value is not None}
     kind = part.get("type")
     if kind == "text" and isinstance(part.get("text"), str):
@@ -353,11 +360,13 @@ def filled_in(turns: Sequence[Json], variables: Any) -> list[Json]:
     """
     if not isinstance(variables, dict):
         raise RowError(SLOTS, f"`variables` must be an object of lists, got {short(variables)}")
+    # Arrow gives every row all variables, null where it has none
     variables = {name: numbers for name, numbers in variables.items() if numbers is not None}
     lists = {slot: listed({name: [], **variables}, name) for slot, name in VARIABLES.items()}
     waiting = {slot: iter(numbers) for slot, numbers in lists.items()}
     texts = "".join(turn["value"] for turn in turns)
     for slot, name in VARIABLES.items():
+        # one number too few and each later slot would get its neighbour's
         slots, numbers = texts.count(f"<{'-'.join(slot)}>"), len(lists[slot])
         if slots != numbers:
             raise RowError(SLOTS, f"{slots} <{'-'.join(slot)}> for {numbers} numbers in {name}")
@@ -370,6 +379,7 @@ def filled_in(turns: Sequence[Json], variables: Any) -> list[Json]:
             raise RowError(
                 SLOTS, f"{name}: {short(value)} is no share of the clip or frame, 0 to 1"
             )
+        # decimal: 0.57 x 100 is 57, and 56.99999999999999 as floats
         exact = Decimal(repr(value))
         if axis == "TEMP":
             return f"<t:{(exact * 100).normalize():f}%>"

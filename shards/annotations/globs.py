@@ -9,6 +9,7 @@ from shards.errors import UserError
 
 def is_glob(name: str) -> bool:
     """Return whether a name is a pattern: it contains `*`, `?` or `[`, and no such path exists."""
+    # a file may be called a[1].json: what exists is meant as it is
     return glob.has_magic(name) and not Path(name).exists()
 
 
@@ -18,11 +19,13 @@ def matches(pattern: str) -> list[str]:
     `**` matches any number of folders; `*` does not match hidden files. Raises UserError if nothing
     matches, naming the deepest folder that exists.
     """
+    # in one order on every machine: the order of files is that of records, and so of the whole run
     found = sorted(glob.glob(pattern, recursive=True), key=lambda path: Path(path).parts)
     files = [path for path in found if not os.path.isdir(path)]
     if found:
         return files or found
     parts = Path(pattern).parts
+    # the deepest folder before the pattern: what is there shows the typing mistake
     plain = next(k for k, part in enumerate(parts) if glob.has_magic(part))
     above = Path(*parts[:plain]) if plain else Path()
     if not above.is_dir():

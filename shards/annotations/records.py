@@ -50,6 +50,8 @@ def rows_of(
     A row that cannot be read comes as an `UnreadableRow`, which `parse_row` refuses.
     """
     try:
+        # all rows first: a file that cannot be read to its end gives none, and a
+        # share is one of its number
         rows = list(read_rows(path))
     except UserError as error:
         problems.append(str(error))
@@ -71,6 +73,7 @@ def parse_row(
     and no turns; otherwise one without an answer is an UnsupervisedError. ignored: fields of the row
     that are not read.
     """
+    # before anything is parsed: the fault of a row is reported with its id, whatever the fault is
     given = data.get("id") if isinstance(data, dict) else None
     id_ = printable(where if given is None else str(given))
     own_id = "" if given is None else id_
@@ -108,8 +111,10 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
         if not allow_outside:
             check_inside(medium)
     start, end = _part(data)
+    # encode needs only the media: what a row says is training's concern
     if not media_only:
         refuse_unanswered(turns)
+    # without an answer (encode alone reads such rows) tags are not counted: nothing is learned from them
     if any(role == "assistant" and text.strip() for role, text in turns):
         turns = with_tags(joined(turns), 1 if timeline else len(media))
     return Row(id_, tuple(media), start, end, tuple(turns), str(data.get("task", "")), timeline)
@@ -132,6 +137,7 @@ def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:
             got=short(turns[blank[0]][1]),
             expected="an answer",
         )
+    # a question at the end is a file that was cut off, or an answer that was lost
     if turns[-1][0] != "assistant":
         raise RowError(
             "last question without an answer",
@@ -168,6 +174,7 @@ def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, s
             )
     first = next((k for k, (role, _) in enumerate(turns) if role == "user"), None)
     if media and not sum(tags) and first is not None:
+        # without any tag the media come first, before what is asked about them
         asked = turns[first][0], "<video>\n" * media + turns[first][1]
         return [*turns[:first], asked, *turns[first + 1 :]]
     if sum(tags) != media:
@@ -184,6 +191,7 @@ def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, s
 def _part(data: Json) -> tuple[float | None, float | None]:
     times = data.get("start"), data.get("end")
     for side, time in zip(("start", "end"), times, strict=True):
+        # bool is an int in Python, and `true` no second
         a_number = isinstance(time, int | float) and not isinstance(time, bool)
         if time is not None and not (a_number and 0 <= time < math.inf):
             raise RowError(

@@ -29,6 +29,7 @@ METADATA = {
 
 def not_records(data: bytes) -> str | None:
     """Return the kind of a file without records, and a fix, by its first bytes; None for others."""
+    # before the kinds: to them it is plain text, as JSON lines are
     if re.match(rb"\S+ \d+(\.\d+)? \d+(\.\d+)? ?##", data):
         return "this is Charades-STA; python -m train.convert charades-sta makes records of it"
     kind = kind_of(data)
@@ -45,12 +46,14 @@ def object_kind(data: dict[str, Any]) -> str:
     """Return what a JSON object in place of a list of records probably is, and a fix."""
     keys = ", ".join(ascii(key) for key in list(data)[:4]) + (", ..." if len(data) > 4 else "")
     got = f"expected a list of records, got an object with {keys or 'nothing'}"
+    # -- from the surest sign to the weakest; each names the command that reads it, or what to do by hand
     if {"images", "annotations"} <= data.keys():
         return f"{got}: a COCO file; python -m train.convert refcoco makes records of its boxes"
     if {"features", "splits"} & data.keys() or {"citation", "license"} <= data.keys():
         return f"{got}: the description of a dataset; name the files with its records"
     if set(data) <= {"error", "message", "detail", "status", "code"}:
         return f"{got}: a server's answer ({ascii(data)[:120]}); get the file again"
+    # one list of objects beside plain facts: the usual wrapper of a data set
     lists = [k for k, v in data.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
     if len(lists) == 1 and all(not isinstance(v, dict) for v in data.values()):
         return f"{got}: the records may be the list {lists[0]!a}; write it to a file of its own"
@@ -78,19 +81,24 @@ def is_stray(file: Path) -> bool:
         return True
     with file.open("rb") as opened:
         head = opened.read(HEAD)
+    # a list, or lines of records: metadata is one object
     if head.startswith(GZIP) or not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return False
+    # only the beginning is decoded: an annotation file may be gigabytes, and a character
+    # cut at the end is replaced
     first, _, rest = head.decode("utf-8-sig", "replace").strip().partition("\n")
     try:
         row = json.loads(first)
     except json.JSONDecodeError:
         return not rest_is_lines(head)
+    # one object on the first line and others below it are JSON lines under the name .json
     return not rest.strip() and not is_record(row)
 
 
 def rest_is_lines(head: bytes) -> bool:
     """Return whether a file whose first line cannot be parsed is probably JSON lines."""
     lines = head.decode("utf-8-sig", "replace").strip().split("\n")
+    # 20 lines: a pretty-printed object has lines that begin with a quote or a bracket
     return len(lines) == 1 or all(line.lstrip().startswith("{") for line in lines[:20])
 
 

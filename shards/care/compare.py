@@ -35,6 +35,7 @@ def diff(a: Path, b: Path) -> list[str]:
     ours, theirs = (flat(read_features(path)) for path in (a, b))
     return [
         f"{name} ({LABELS[name.split('.')[0]]}): {ours.get(name)} in {a}, {theirs.get(name)} in {b}"
+        # of both: a field that only one of them has is a difference, too
         for name in sorted(set(ours) | set(theirs))
         if ours.get(name) != theirs.get(name)
     ]
@@ -60,6 +61,7 @@ def read_features(path: Path) -> Json:
         raise UserError(f"{file}: not a json file; name a bank, a plan or a config") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: not a feature config; name a bank, a plan or a config")
+    # a file of a bank; a FeatureConfig alone, as people write it by hand, has no hash
     if "self_hash" in data:
         data = read_signed_json(file)
         refuse_other_version(data, file.parent, file.name)
@@ -69,6 +71,7 @@ def read_features(path: Path) -> Json:
         raise UserError(
             f"{file}: not a feature config ({error}); name a bank, a plan or a config"
         ) from None
+    # strides that were encoded later count as the bank's own, as they do for readers
     beside = banks_of(path)[1:] if path.is_dir() else []
     return together(features, [planned(side).features for side in beside]).to_json()
 

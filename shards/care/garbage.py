@@ -73,15 +73,18 @@ def _unreferenced(inventory: Inventory) -> Iterator[tuple[Path, str]]:
     for pattern in TEMPORARY:
         for path in bank.glob(pattern):
             yield path, "left by a write that was cut off"
+    # both: a plan may be newer than the manifest, and a manifest may be all that is left
     needed = {*inventory.planned, *inventory.listed}
     for path in bank.glob("shards/*"):
         attempt = ATTEMPT_FILE.fullmatch(path.name)
         match = attempt or SHARD.fullmatch(path.name)
+        # temporary files were found above; what has no name of ours is not ours to remove
         if path.name.endswith(".tmp") or not match:
             continue
         shard = bank / "shards" / (match[1] or f"{match[2]}.tar")
         if shard.name not in needed:
             yield path, "of no unit of the plan"
+        # attempts of an unfinished unit stay: they are what the next run continues from
         elif attempt and inventory.commits.get(shard.name) is not None:
             yield path, "of a shard that is finished"
 

@@ -75,6 +75,7 @@ def read_inventory(bank: Path) -> Inventory:
     """
     found = Inventory(bank)
     refuse_no_bank(bank)
+    # a manifest alone is no plan: which clips a unit was to have is said nowhere else
     if not (bank / "plan.json").exists():
         found.damages.append(Damage("plan.json", "is missing; restore it from a copy", "restore"))
     found.plan = _read(found, "plan.json", lambda data: Plan.from_json(data, bank), "restore")
@@ -98,6 +99,7 @@ def _read_commits(found: Inventory) -> None:
     names = {path.name for path in (bank / "shards").glob("*.tar")}
     begun = {shard.name for _, shard, kind in attempt_files(bank / "shards") if kind == "journal"}
     done = {path.with_suffix(".tar").name for path in (bank / "shards").glob("*.done")}
+    # from all three: a shard is missed if any of tar, commit record and manifest entry knows of it
     for name in sorted(names | done | set(found.listed)):
         path = bank / "shards" / name
         file = f"shards/{done_path(path).name}"
@@ -105,6 +107,7 @@ def _read_commits(found: Inventory) -> None:
             continue  # a leftover
         if name in done:
             found.commits[name] = _read(found, file, partial(CommitRecord.from_json, where=file))
+        # a shard that is begun has a journal and no record yet: no damage
         elif name in found.listed or name not in begun:
             found.commits[name] = None
             found.damages.append(Damage(file, "is missing"))
@@ -129,6 +132,7 @@ def _read(
     ):  # bytes too: a flipped bit may turn 1e-3 into 1E-3
         try:
             return parse(record)
+        # an older format is no damage: `repair` migrates it
         except OtherVersion:
             raise
         except UserError as error:
@@ -141,6 +145,7 @@ def _read(
 def _check_presence_of_manifest(found: Inventory) -> None:
     if (found.bank / "bank.json").exists():
         return
+    # only a finished run is due to have a manifest
     over = found.plan is not None and set(found.planned) <= set(found.commits)
     if over or (found.bank / "index.zarr").exists():
         found.damages.append(Damage("bank.json", "is missing"))

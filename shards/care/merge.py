@@ -63,9 +63,11 @@ def merge(
     seen: called with the bytes of each shard when it is done. Raises UserError naming each difference of
     the features, the clips that two banks have, a bank that is being written, and an `out` that exists.
     """
+    # a folder with a lock alone is left by a merge that was killed
     if out.exists() and not {path.name for path in out.iterdir()} <= {".lock"}:
         raise UserError("exists already", where=out, fix="name a new folder for the merged bank")
     sides = _common_sides(banks)
+    # all refusals come before the first byte is copied
     everything = [[_part(bank) for bank in banks]]
     everything += [[_part(side_path(bank, strides)) for bank in banks] for strides in sides]
     for parts in everything:
@@ -74,12 +76,14 @@ def merge(
     beside = out.with_name(f"{out.name}.merging")
     beside.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, "preprocess merge"):
+        # of a merge that was killed: links are made once more, at no cost
         shutil.rmtree(beside, ignore_errors=True)
         manifest = _join(everything[0], beside, seen)
         for strides, parts in zip(sides, everything[1:], strict=True):
             _join(parts, side_path(beside, strides), seen)
         for why in pair(beside, "preprocess merge"):
             log.warning(why)
+    # only the lock had made this folder: the merged bank takes its name in one rename
     os.rmdir(out)
     os.replace(beside, out)
     sync_folder(out.parent)
@@ -93,6 +97,7 @@ def _join(parts: Sequence[Part], out: Path, seen: Callable[[int], object]) -> Ma
     plan = replace(
         parts[0].plan,
         units=units,
+        # only of clips that were brought: others are in no unit of the new plan
         pruned=frozenset().union(*(part.plan.pruned & part.clips.keys() for part in parts)),
     )
     write_plan(out, plan)
@@ -134,6 +139,7 @@ def _part(bank: Path) -> Part:
     commits = read_commits(bank, plan)
     for commit in commits:
         shard = bank / "shards" / commit.shard
+        # by size: reading every byte is `verify --deep`, which a merge of terabytes cannot wait for
         if commit.samples and shard.stat().st_size != commit.nbytes:
             raise UserError(
                 "is damaged",
@@ -151,6 +157,7 @@ def _refuse_different(parts: Sequence[Part]) -> None:
     for part in parts[1:]:
         ours, theirs = first.plan.features.to_json(), part.plan.features.to_json()
         lines = differences(ours, theirs)
+        # one bank has one scale per channel: values stored by two scales cannot be distinguished
         if first.plan.calibration != part.plan.calibration:
             lines.append(
                 "the scales of int8, which were calibrated separately: plan once, and copy plan.json"
@@ -199,6 +206,7 @@ def _bring_shards(
                 seen(commit.nbytes)
             commits.append(replace(commit, shard=new.name, unit=len(units)))
             write_commit(new, commits[-1])
+            # numbered as they are brought: units that were never made leave no gap
             units.append(part.plan.units[commit.unit])
     return units, commits
 

@@ -47,6 +47,7 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
     it can be repeated. Raises UserError if the plan lacks a field that has no default.
     """
     plan_json, manifest = _signed(bank / "plan.json"), _signed(bank / "bank.json")
+    # either: a migration that was killed has a new plan and an old manifest
     if not any(record and is_older(record) for record in (plan_json, manifest)):
         return []
     if plan_json is None:
@@ -60,9 +61,11 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
     written = []
     for unit in range(len(plan.units)):
         shard = shard_path(bank, unit)
+        # first, since a killed migration may have left a revised shard half in its place
         resume_move(shard, fingerprint)
         sha256 = listed.get(shard.name, {}).get("sha256")
         commit = _commit(shard, unit, fingerprint, sha256)
+        # a shard that nothing proves keeps its old record: verify names it, and repair encodes its clips
         if not commit:
             continue
         if not commit.samples:
@@ -72,6 +75,7 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
             written += [f"shards/{path.name}" for path in (shard, index_path(shard))]
         write_commit(shard, revised)
         written.append(f"shards/{done_path(shard).name}")
+    # after the shards: until then the old plan says that there is still something to migrate
     write_plan(bank, plan)
     written.append("plan.json")
     if (bank / "bank.json").exists():
@@ -80,6 +84,8 @@ def migrate(bank: Path, correcting: Callable[[Plan], Correct]) -> list[str]:
             finish(bank, plan, TowerFacts.of(plan, commits), commits=commits)
             written += ["index.zarr", "bank.json"]
         except (UserError, FileNotFoundError):  # repair writes it after it has repaired the shards
+            # an old one beside new shards is refused by every reader; without one the bank is
+            # unfinished, as it is
             (bank / "bank.json").unlink()
     return written
 
@@ -100,6 +106,7 @@ def _plan(bank: Path, old: Json, manifest: Json) -> Plan:
     how = {"batch_frames": tower.get("batch_frames"), "tower_threads": tower.get("threads")}
     how = {name: value for name, value in how.items() if value is not None}
     how |= {"tower": tower["name"]} if "name" in tower else {}
+    # what format 1 wrote under `how` wins: the rest is put together from other fields
     how |= old.get("how", {})
     default = TowerSettings()
     filled = {
@@ -140,6 +147,7 @@ def _commit(
     except UserError:  # it lacks fields that were added later
         pass
     sha256 = old.get("sha256", listed_sha256)
+    # offsets computed from a damaged shard would look as good as any
     if sha256 is None or not shard.exists() or file_sha256(shard) != sha256:
         return None
     return commit_of(shard, unit, fingerprint, old["underflowed"], old["provenance"])

@@ -47,6 +47,7 @@ def revise(shard: Path, commit: CommitRecord, correct: Correct) -> CommitRecord:
         if not revised:
             return commit
         folder = shard.parent / ".repair"
+        # of an attempt that was killed before its commit record: nothing there is needed
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         beside = folder / shard.name
@@ -73,6 +74,7 @@ def resume_move(shard: Path, fingerprint: str) -> bool:
     except (FileNotFoundError, UserError):
         return False
     if whole:
+        # in the order of a commit; each move can be repeated, and a file that has moved is skipped
         for at in (lambda path: path, index_path, done_path):
             if at(beside).exists():
                 os.replace(at(beside), at(shard))
@@ -86,6 +88,7 @@ def _corrected(tar: Tar, sample: SampleRecord, correct: Correct) -> SampleMeta |
     if fault_of_json(sample.key, data):
         return None
     meta = correct(SampleMeta.from_json(json.loads(data)))
+    # compared as bytes: only what would be written otherwise is written
     return None if canonical_json(meta.to_json()) == data else meta
 
 
@@ -107,6 +110,7 @@ def with_meta(blob: bytes, sample: SampleRecord, meta: SampleMeta) -> tuple[byte
     old = layout(sample)["json"]
     data = canonical_json(meta.to_json())
     new = Member(old.name, old.begin, len(data))
+    # only the json changes its length; what follows moves by whole blocks, with its bytes as they are
     before = blob[: old.end - old.begin]
     after = new.header() + data + bytes(new.padding)
     by = len(after) - len(before)
@@ -126,6 +130,7 @@ def _crc_with(after: bytes, before: bytes, crc32c: int, rest: int) -> int:
     A CRC is linear over XOR: crc(after + rest) ^ crc(before + rest) depends only on the two beginnings
     and the length of the rest. So the true checksum is known even if the features are damaged.
     """
+    # crc(a + rest) ^ crc(b + rest) = crc(a + zeros) ^ crc(b + zeros), for a rest of as many zeros
     zeros = bytes(rest)
     moved = [google_crc32c.extend(google_crc32c.value(piece), zeros) for piece in (before, after)]
     return int(crc32c ^ moved[0] ^ moved[1])

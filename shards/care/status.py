@@ -72,7 +72,9 @@ class Status:
 def status(bank: Path) -> Status:
     """Return the state of a bank; raises UserError if there is none."""
     inventory = read_inventory(bank)
+    # -- everything is read once, without a lock: what changes meanwhile is counted as it was found
     writer, workers = writer_of(bank), list(holders(bank).values())
+    # the first of them: the rate is that of all together
     began = min(map(_began, filter(None, [writer, *workers])), default=None)
     begun = _begun(inventory)
     entries = _failures(inventory, begun)
@@ -87,12 +89,14 @@ def status(bank: Path) -> Status:
         workers=workers,
         quarantine=dict(Counter(entry.reason.value for entry in entries).most_common()),
         problems=[str(damage) for damage in inventory.damages],
+        # not 0, by which the rate is divided: the clock of another host may be behind
         seconds=None if began is None else max(time.time() - began, 1e-9),
     )
     for samples in dead_samples(inventory).values():
         found.dead += len(samples)
         found.dead_bytes += sum(sample.nbytes for sample in samples)
     found.dead_shards = dead_shards(inventory)
+    # what is needed cannot be distinguished from what is left over with a damaged plan or manifest
     if not inventory.damages:
         try:
             pieces = leftovers(inventory)
@@ -103,6 +107,7 @@ def status(bank: Path) -> Status:
 
 
 def _began(writer: Writer) -> float:
+    # timegm, not mktime: the time is UTC, whatever zone this machine is in
     return calendar.timegm(time.strptime(writer.started, "%Y-%m-%dT%H:%M:%SZ"))
 
 
@@ -137,6 +142,7 @@ def _begun_unit(shard: Path) -> Begun:
             moment = max(moment, journal_path(shard, token).stat().st_mtime)
         except FileNotFoundError:
             continue
+    # the journal that the next holder would continue from
     return Begun(max(found, key=lambda written: len(written.keys)), moment)
 
 
@@ -146,6 +152,7 @@ def _failures(inventory: Inventory, begun: Mapping[int, Begun]) -> list[Quaranti
     if inventory.plan:
         since = new_failures(inventory.bank, inventory.plan, inventory.sound_commits())
         since += [entry for unit in begun.values() for entry in unit.written.failures]
+        # later ones replace earlier ones: a clip that was tried twice is one failure
         found |= {entry.id: entry for entry in since}
     return list(found.values())
 
@@ -158,11 +165,13 @@ def _progress(
         name, todo = shard_name(unit), {clip.key for clip in work}
         commit = inventory.commits.get(name)
         if commit:
+            # of superseded clips another unit has the sample that is served
             banked = [sample for sample in commit.samples if sample.key in todo]
             found.units_done += 1
             found.clips += len(banked)
             found.frames += sum(sample.frames for sample in banked)
             moment = _moment(done_path(inventory.bank / "shards" / name))
+            # by the time of the file: records do not say which run made them
             if began is not None and moment >= began:
                 found.clips_new += len(banked)
             continue
@@ -244,6 +253,7 @@ def _state(found: Status) -> str:
     if found.workers:
         who = some([f"process {one.pid} on {one.host}" for one in found.workers])
         return f"being written by {counted(len(found.workers), 'worker')}: {printable(who)}"
+    # a lock file without a live holder: whoever ends in order removes it
     killed = " (its writer was killed)" if lock_path(found.bank).exists() else ""
     command = "derive" if found.features and found.features.derived else "encode"
     if left:
@@ -255,6 +265,7 @@ def _state(found: Status) -> str:
 
 
 def _rate(progress: Progress, seconds: float) -> str:
+    # clips of this run alone: those that were there before took none of its seconds
     rate = progress.clips_new / seconds
     if not rate:
         return "no clip of this run is written yet"

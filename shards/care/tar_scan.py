@@ -139,6 +139,7 @@ class ShardScan:
             0 < lost <= list(parts.values())[-1].padding
         ):  # only zeros of the last sample are missing
             blob += bytes(lost)
+        # one checksum settles the usual case; members are looked at only where it fails
         if google_crc32c.value(blob) == sample.crc32c:
             return SampleState(True, blob)
         faults: list[Fault] = []
@@ -149,6 +150,7 @@ class ShardScan:
                 faults.append((part, fault))
             away += not in_place
             data = data if in_place else b""
+            # a blob of the right length in any case, so that what is copied keeps its place
             pieces += [member.header(), data, bytes(member.end - member.data - len(data))]
         if not faults:
             faults = [("json", "its bytes do not match the checksum of the sample")]
@@ -159,6 +161,8 @@ class ShardScan:
     ) -> tuple[bytes, str | None, bool]:
         """Return a member's data, its fault, and whether it is at its offset at all."""
         data = self.tar.read(member.data, member.nbytes)
+        # headers are a function of name and size, so that a changed one is found
+        # without a checksum of its own
         there = self.tar.read(member.begin, BLOCK) == member.header()
         if member.begin >= self.tar.nbytes:
             return data, "is lost: the shard ends before it", False
@@ -172,6 +176,7 @@ class ShardScan:
             return data, "its tar header is changed", True
         if len(data) < member.nbytes:
             return data, fault, False
+        # by name: a member that moved is still there, under another offset
         return data, "is not in its place" if self.names[member.name] else "is missing", False
 
 
@@ -206,6 +211,7 @@ def fault_of_json(key: str, data: bytes) -> str | None:
 def npy_heads(stream: StreamRecord, part: str) -> list[bytes]:
     """Return the npy headers that a stream's member may have."""
     shape: tuple[int, ...] = stream.shape
+    # float16, or bfloat16 in uint16
     kinds = ["<f2", "<u2"]
     if part.endswith("_scale"):
         shape, kinds = shape[:3], ["<f4"]
@@ -245,6 +251,7 @@ def records(path: Path) -> list[SampleRecord]:
     """Return the sample records of a shard that is known to be undamaged, from its bytes."""
     with tarfile.open(path, "r:") as opened, Tar(path) as tar:
         members = [Member(info.name, info.offset, info.size) for info in opened]
+        # as webdataset groups them: up to the first dot of a name
         samples = groupby(members, lambda member: member.name.partition(".")[0])
         return [_record(tar, key, group) for key, group in samples]
 
@@ -256,6 +263,7 @@ def _record(tar: Tar, key: str, group: Iterator[Member]) -> SampleRecord:
     for member in arrays:
         part = member.name.removeprefix(f"{key}.stride").removesuffix(".npy")
         stride = int(part.removesuffix("_scale"))
+        # far more than the npy header of an array of four dimensions takes
         head = io.BytesIO(tar.read(member.data, min(member.nbytes, 4096)))
         np.lib.format.read_magic(head)
         shape, _, _ = np.lib.format.read_array_header_1_0(head)

@@ -4,7 +4,8 @@
         print(damage)
 
 `deep` reads every byte. Otherwise only sizes, headers and json members are checked, which finds the
-damage of a broken copy or another tool, but not a flipped bit among the features.
+damage of a broken copy or another tool, but not a flipped bit among the features. A process that reads a
+bank compares the checksum of a clip's stream by itself, the first time it reads from it (`Bank.read`).
 """
 
 import hashlib
@@ -48,8 +49,10 @@ def verify(
     damages = list(inventory.damages)
     with ThreadPoolExecutor(THREADS) as pool:
         names = sorted(inventory.commits)
+        # threads: hashing and reading release the lock
         for found in pool.map(lambda name: check_shard(inventory, name, deep, seen), names):
             damages += found
+    # the catalogue is compared with the records only where these can be trusted
     sound = not any(
         damage.file.endswith((".tar", ".done")) or damage.file == "plan.json" for damage in damages
     )
@@ -76,6 +79,7 @@ def check_shard(
         if commit:
             damages += _check_samples(path, commit, deep)
             damages += _check_index(path, commit.samples)
+        # without a record the manifest's sha256 alone can tell, and that takes reading every byte
         elif deep and not is_as_listed(inventory, name):
             what = "is not as bank.json has it, and its commit record is lost"
             damages.append(Damage(file, what, "encode"))
@@ -142,6 +146,7 @@ def _is_sound(tar: Tar, commit: CommitRecord) -> bool:
         sha256.update(blob)
         if google_crc32c.value(blob) != sample.crc32c:
             return False
+    # the zeros at the end belong to the file's sha256 too
     end = end_of(commit.samples)
     sha256.update(tar.read(end, tar.nbytes - end))
     return sha256.hexdigest() == commit.sha256
@@ -173,6 +178,7 @@ def examine(tar: Tar, samples: Sequence[SampleRecord]) -> list[Damage]:
             damages.append(Damage(file, "is no member that was committed", part=name))
         elif count > 1:
             damages.append(Damage(file, f"is there {count} times", key=key, part=part))
+    # only where nothing else is wrong: a lost sample moves the end, too
     if not damages and not _is_tail_sound(tar, samples):
         nbytes = max(tar.nbytes - end_of(samples), 0)
         what = f"ends with {nbytes} bytes that are not the zeros of an archive's end"
@@ -209,6 +215,7 @@ def check_catalogue(inventory: Inventory, shards_are_sound: bool) -> list[Damage
         except CatalogueMismatch as mismatch:
             return [Damage("index.zarr", what, part=name) for name, what in mismatch.wrong.items()]
         damages += _check_counts(manifest, columns)
+    # from damaged shards other columns would be built, and undamaged ones reported
     if not shards_are_sound or not inventory.plan:
         return damages
     fresh = _fresh_columns(inventory)
@@ -256,6 +263,7 @@ def _check_files(path: Path, columns: Columns) -> list[Damage]:
     Another version of zarr may write other metadata for the same columns: then all of the zarr.json
     files differ, and are not reported as long as they are json.
     """
+    # written once more by the zarr that is installed here: whatever else is in the folder was changed
     with tempfile.TemporaryDirectory() as folder:
         fresh_path = Path(folder) / "index.zarr"
         write_columns(fresh_path, columns)

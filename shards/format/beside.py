@@ -53,6 +53,7 @@ class Sides:
 def state_of(manifest: Manifest) -> str:
     """Return a digest that changes when a bank serves other samples, or other bytes of them."""
     shards = [[shard.name, shard.sha256] for shard in manifest.shards]
+    # hashes, not times: a copy of a bank has the same state
     held = {"of": manifest.fingerprint, "shards": shards, "superseded": manifest.superseded}
     return digest(canonical_json(held))
 

@@ -52,6 +52,8 @@ def build_columns(
         for sample in commit.samples:
             if serving is not None and serving.get(sample.key) != commit.unit:
                 continue
+            # from the tars themselves: a catalogue can be rebuilt at any time, and
+            # cannot disagree with them
             text = files.read(commit.shard, *sample.json)
             try:
                 metas.append(SampleMeta.from_json(json.loads(text)))
@@ -64,6 +66,7 @@ def build_columns(
             places.append((number, sample.offset))
             for stride in strides:
                 streams[stride].append(sample.streams[stride])
+    # an id is found by binary search of its hash: no dictionary of a million texts is built at start
     hashes = _column((int(key[-16:], 16) for key in keys), np.uint64)
     columns: Columns = {
         "shard": _column((place[0] for place in places), np.uint32),
@@ -188,9 +191,11 @@ LARGE = ("timestamps", "frame_index", "key", "id")
 def _read_column(files: Files, name: str) -> np.ndarray:
     """Return a column; raises OSError, ValueError, KeyError or TypeError for anything else."""
     facts = json.loads(files.read(f"{name}/zarr.json"))
+    # another writer's column (sharded, compressed) would be read as numbers that mean nothing
     (rows,) = facts["shape"]
     if [codec["name"] for codec in facts["codecs"]] != ["bytes"]:
         raise ValueError("not plain values")
+    # zarr writes no chunk for an array of length 0
     values = files.read(f"{name}/c/0") if rows else b""
     column = np.frombuffer(values, np.dtype(facts["data_type"]))
     if len(column) != rows:
@@ -213,6 +218,7 @@ class TextColumn(Sequence[str]):
     def __getitem__(self, row):  # type: ignore[no-untyped-def]
         if isinstance(row, slice):
             return [self[k] for k in range(*row.indices(len(self)))]
+        # range knows negative indices and raises IndexError, as a list does
         row = range(len(self))[row]
         return self._blob[self._offsets[row] : self._offsets[row + 1]].tobytes().decode()
 

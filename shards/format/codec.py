@@ -79,9 +79,11 @@ class Codec:
         if self.name == "none":
             return Stored(features)
         if self.name == "blosc":
+            # frame by frame, so that a read of 8 of 64 frames decompresses 8
             frames = [BLOSC.encode(frame) for frame in features]
             data = np.frombuffer(b"".join(frames), np.uint8)
             return Stored(data, frame_nbytes=[len(frame) for frame in frames])
+        # in float32: divided by a small scale, a value may pass the largest float16
         relative = as_float32(features) / self.channel_scale[stride]
         largest = np.abs(relative).max(axis=-1)
         scale = np.maximum(
@@ -143,11 +145,13 @@ def channel_rms(arrays: Iterable[np.ndarray]) -> np.ndarray:
     A scale is at least 1/16 of the median. For a nearly constant channel a smaller one would make a token
     in which that channel is large lose the precision of all others.
     """
+    # in float64: sums of millions of squares lose float32's digits
     total, count = 0.0, 0
     for array in arrays:
         values = as_float32(array).reshape(-1, array.shape[-1]).astype(np.float64)
         total, count = total + np.square(values).sum(axis=0), count + len(values)
     rms = np.sqrt(np.asarray(total) / count)
+    # channels that are always 0 have no scale of their own, and would lower the median
     varying = rms[rms > 0]
     least = np.median(varying) / 16 if len(varying) else 1.0
     return np.maximum(rms, least).astype(np.float32)
@@ -166,6 +170,7 @@ def token_cosine(features: np.ndarray, decoded: np.ndarray) -> np.ndarray:
     """Return the cosine similarity of each token and its decoded form: float32 `(..., cols)`."""
     a, b = as_float32(features), as_float32(decoded)
     dots, sizes = (a * b).sum(-1), np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    # a token of zeros has no direction, and comes back as zeros: 1
     return np.where(sizes > 0, dots / np.where(sizes > 0, sizes, 1), 1.0).astype(np.float32)
 
 

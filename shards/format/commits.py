@@ -16,6 +16,7 @@ from shards.format.plan import Plan
 from shards.format.quarantine import QuarantineEntry
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
 
+# the token may be missing: a writer without a lease (of repair) has none
 ATTEMPT_FILE = re.compile(
     r"(.+\.tar)(?:\.[0-9a-f]+)?\.(part|journal|record|index|holder|lease)(?:\.tmp)?"
 )
@@ -83,7 +84,10 @@ class SampleRecord:
     def to_json(self) -> Json:
         streams = {
             str(stride): {
-                name: value for name, value in asdict(stream).items() if value is not None
+                # a plain bank's records stay short: they are one line for each clip and stride
+                name: value
+                for name, value in asdict(stream).items()
+                if value is not None
             }
             for stride, stream in self.streams.items()
         }

@@ -49,6 +49,7 @@ class Sampling:
     """One of `FRAMES_LIKE`: whose processor chooses the frames."""
 
     def __post_init__(self) -> None:
+        # both or neither: each alone decides the number of frames
         if (self.num_frames is None) == (self.fps is None):
             raise UserError("sampling takes either --frames N or --fps F --max-frames N, not both")
         if self.like not in (None, *FRAMES_LIKE):
@@ -137,6 +138,7 @@ class FeatureConfig:
     def to_json(self) -> Json:
         """Return the fields as json, without those that only a derived bank has, unless this is one."""
         data = asdict(self) | {"strides": list(self.strides)}
+        # absent unless set: banks from before these fields keep their fingerprint
         for name in ("kept", "like"):
             if data["sampling"][name] is None:
                 del data["sampling"][name]

@@ -26,6 +26,7 @@ def parse(kind: type[Record], data: object, where: str) -> Record:
     try:
         found: Record = _reader(kind)(data, "")  # type: ignore[arg-type]  # a class can be hashed
     except UserError as error:
+        # the inner readers know the field, this one the file: together a line that can be acted on
         raise UserError(error.what, error.got, error.expected, where, error.fix) from None
     return found
 
@@ -39,6 +40,7 @@ def _reader(kind: Any) -> Reader:
     if origin is UnionType and args == (int, str):
         return lambda value, where: _of(value, args, "an integer or a text", where)
     if origin is UnionType:
+        # `X | None`: null means that the field is not set
         inner = _reader(next(one for one in args if one is not NoneType))
         return lambda value, where: None if value is None else inner(value, where)
     if origin in (list, tuple, frozenset):
@@ -77,6 +79,7 @@ def _member(kind: type[Enum], value: object, where: str) -> Enum:
 
 
 def _items(origin: type, args: tuple[Any, ...]) -> Reader:
+    # tuple[int, int] has a length, tuple[int, ...] has none
     fixed = origin is tuple and args[-1] is not Ellipsis
     readers = [_reader(one) for one in args if one is not Ellipsis]
 
@@ -95,6 +98,7 @@ def _mapping(key_kind: type, value_kind: Any) -> Reader:
 
     def read(value: object, where: str) -> Any:
         items = _of(value, (dict,), "an object", where).items()
+        # json has texts as keys; strides are numbers here
         if key_kind is int:
             if not all(name.isdecimal() for name, _ in items):
                 raise UserError(f"{where.lstrip('.')} must have numbers for keys")
@@ -107,6 +111,7 @@ def _mapping(key_kind: type, value_kind: Any) -> Reader:
 def _record(kind: Any) -> Reader:
     hints = get_type_hints(kind)
     readers = {field.name: _reader(hints[field.name]) for field in dataclasses.fields(kind)}
+    # a default of None is a field that may be absent; any other default was a choice at its time
     needed = {field.name for field in dataclasses.fields(kind) if field.default is not None}
 
     def read(value: object, where: str) -> Any:

@@ -1,4 +1,7 @@
-"""`bank.json`, the manifest. It is written last: a folder is a complete bank only if it exists."""
+"""`bank.json`, the manifest, which `shards.write.finish` writes.
+
+It is written last: a folder is a complete bank only if it exists.
+"""
 
 import math
 import platform
@@ -40,6 +43,7 @@ class TowerFacts:
     @classmethod
     def of(cls, plan: Plan, commits: Sequence[CommitRecord]) -> "TowerFacts":
         """Return the facts on a bank's tower in its plan and commit records."""
+        # the first stream of any sample: all have one width
         streams = (s for commit in commits for one in commit.samples for s in one.streams.values())
         first = next(streams, None)
         return cls(plan.tower.name, first.shape[-1] if first else 0)
@@ -145,6 +149,7 @@ class Manifest:
     def is_of(self, plan: Plan, commits: Sequence[CommitRecord]) -> bool:
         """Return whether the manifest is that of these finished shards, as served by a plan."""
         banked, superseded = split_served(plan, commits)
+        # all that a finish could change; provenance may differ without any effect
         ours = self.features, self.calibration, self.clips, self.superseded, self.shards
         now = plan.features, plan.calibration, len(banked), superseded, entries_of(commits)
         return ours == now
@@ -157,6 +162,7 @@ class Manifest:
     def to_json(self) -> Json:
         """Return the contents of bank.json."""
         features = {"features": self.features.to_json()}
+        # `features` by its own rule, which leaves out unset fields: its digest is the fingerprint
         return {"format_version": FORMAT_VERSION} | asdict(self) | features
 
     @classmethod
@@ -202,6 +208,7 @@ def compression(samples: Sequence[SampleRecord], strides: Sequence[int]) -> dict
     for sample in samples:
         for stride, stream in sample.streams.items():
             stored[stride] += stream.nbytes + (stream.scale.nbytes if stream.scale else 0)
+            # 2 bytes a value: float16, and bfloat16 too
             plain[stride] += 2 * math.prod(stream.shape)
     return {
         str(stride): stored[stride] / plain[stride] if plain[stride] else None for stride in strides
@@ -233,6 +240,7 @@ def read_manifest(place: str | Path | Files) -> Manifest:
     if manifest is not None:
         return Manifest.from_json(manifest, path)
     plan = read_small(files, "plan.json")
+    # a plan without a manifest is a run that was stopped, and not a broken bank
     if plan is not None:
         refuse_other_version(plan, path, "plan.json")
         command = "derive" if plan.get("features", {}).get("derived") else "encode"

@@ -72,6 +72,7 @@ class ClipSource:
     def place(self) -> tuple[str, str, int, str, float, str]:
         """Sort key of units: parts of a file are adjacent, in the order of their starts."""
         start = self.start or 0.0
+        # empty texts sort before names of archives: files come first
         if self.offset is None:
             return "", "", 0, sample_key(self.relative), start, self.key
         return self.archive, self.path, self.offset, "", start, self.key
@@ -124,6 +125,7 @@ class Plan:
             "quality": self.quality,
             "tower": {k: v for k, v in asdict(self.tower).items() if v is not None},
             "decoder": self.decoder,
+            # sorted: a set's order differs from process to process, and the file is signed
             "pruned": sorted(self.pruned),
             "units": [[clip.to_json() for clip in unit] for unit in self.units],
         } | ({"allow_truncated": True} if self.allow_truncated else {})
@@ -142,6 +144,7 @@ class Plan:
     @property
     def clips(self) -> list[ClipSource]:
         """Each clip once, as in the last unit that contains it."""
+        # a later unit's entry replaces an earlier one's in the dict
         return list({clip.key: clip for unit in self.units for clip in unit}.values())
 
     @property
@@ -219,6 +222,8 @@ def plan_as_read(
     """
     try:
         stat = (bank / "plan.json").stat()
+        # the inode too: an atomic write gives a new file, even of equal size
+        # within one tick of the clock
         stamp = stat.st_ino, stat.st_size, stat.st_mtime_ns
     except FileNotFoundError:
         stamp = None

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     fix: str
 
     def __new__(cls, slug: str, meaning: str = "", fix: str = "") -> "Reason":
+        # a str: the slug itself goes into json, and compares equal to what is read back
         reason = str.__new__(cls, slug)
         reason._value_ = slug
         reason.meaning, reason.fix = meaning, fix
@@ -174,6 +175,7 @@ def read_quarantine(place: str | Path) -> list[QuarantineEntry]:
         try:
             entry = QuarantineEntry.from_line(line)
         except (ValueError, KeyError, TypeError):
+            # without a line end: cut off while it was written
             if number == len(lines):
                 break
             raise UserError(
@@ -181,6 +183,7 @@ def read_quarantine(place: str | Path) -> list[QuarantineEntry]:
                 where=f"{files.where}/quarantine.jsonl:{number}",
                 fix="remove the line, its clip is encoded again by `preprocess encode` into another bank",
             ) from None
+        # the last line of a clip wins: its newest attempt
         entries[entry.id] = entry
     return list(entries.values())
 
@@ -207,5 +210,6 @@ def update_quarantine(
     data = b"".join(entry.to_line() for entry in kept)
     if not kept:
         path.unlink(missing_ok=True)
+    # equal content is not rewritten: a run that finds nothing to do changes no file
     elif not path.exists() or data != path.read_bytes():
         write_atomic(path, data)

@@ -93,6 +93,7 @@ def sample_key(id_: str) -> str:
 
     Without dots and slashes: webdataset splits a member's name into key and field at its first dot.
     """
+    # the end of the id, which names the file; what the slug loses, the hash keeps apart
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", id_)[-60:].strip("-")
     return f"{slug}-{digest(id_.encode(), size=8)}".lstrip("-")
 

@@ -24,6 +24,7 @@ def refuse_other_version(record: Json, bank: object, name: str) -> None:
             f"{bank}: format {version}, this framebank reads {FORMAT_VERSION}; run `preprocess repair "
             f"{bank}`: it rewrites the bank's metadata, keeps its features and encodes nothing"
         )
+    # a newer format may mean other things by the same names: reading on would be a guess
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise OtherVersion(
             f"{bank}: format {version}, this framebank reads up to {FORMAT_VERSION}; update framebank"

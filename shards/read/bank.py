@@ -98,6 +98,7 @@ class Bank:
             for stride, scale in (self.whole.calibration or {}).items()
         }
         self.codec = Codec(self.config.codec, self.config.dtype, scales)
+        # sorted once: each search then takes 20 steps among a million clips
         self._sorted_hashes = self.columns["key_hash"][self.columns["key_order"]]
         self._checked = self._none_checked()
 
@@ -113,6 +114,7 @@ class Bank:
         """
         files = open_files(path)
         manifest, columns = (load_partial if allow_partial else load)(files)
+        # when the bank is opened, not at the first read hours later
         refuse_missing_shards(files, manifest.shards)
         return cls(files, open_beside(files, manifest, columns))
 
@@ -200,6 +202,7 @@ class Bank:
             out = np.empty((len(wanted), *cells), codec.stored_dtype)
         assert out.shape == (len(wanted), *cells), (out.shape, len(wanted), cells)
         assert out.dtype == codec.stored_dtype
+        # bytes are read into it as they are
         assert out.flags.c_contiguous
         if codec.name == "int8":
             some = self.read_int8(row, stride, wanted)
@@ -213,6 +216,7 @@ class Bank:
             data = np.empty(sum(frame_nbytes), np.uint8)
             edges = [0, *np.cumsum(sizes).tolist()]
         else:
+            # stored as it is returned: bytes are read straight into the caller's array
             data, edges = out, _even(total, int(np.prod(cells)) * out.itemsize)
         self._fill(data, self._place(row, stride, name, edges), wanted)
         self._checked[stride][row] = True
@@ -243,6 +247,7 @@ class Bank:
         shard = self._shard(row, self.config.strides[0])
         begin = int(self.columns["offset"][row])
         try:
+            # the json's length is in its tar header: no column of the catalogue has it
             header = self.files.read(shard, begin, tarfile.BLOCKSIZE)
             member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
             text = self.files.read(shard, begin + tarfile.BLOCKSIZE, member.size)
@@ -270,6 +275,7 @@ class Bank:
                 _gather(view, everything, edges, frames)
             return
         filled = 0
+        # neighbouring frames are neighbours in the file: one read for each run of them
         for first, last in runs(frames):
             begin, end = edges[frames[first]], edges[frames[last] + 1]
             self._read(view[filled : filled + end - begin], place, begin)

@@ -48,6 +48,7 @@ class Banks:
                 raise UserError(
                     f"{first.where} and {other.where} cannot be joined: {'; '.join(lines)}"
                 )
+            # each pair: which bank a clip is read from must not depend on their order
             for earlier in [] if apart else self.banks[:number]:
                 _refuse_common_clips(earlier, other)
 
@@ -58,6 +59,7 @@ class Banks:
     def among(self, numbers: Sequence[int]) -> "Banks":
         """Return some of the banks, by index; raises UserError if two of them share a clip."""
         chosen = Banks([self.banks[k] for k in numbers])
+        # kept for messages: a clip that is not found here may be in one of them
         chosen.beside = [bank for k, bank in enumerate(self.banks) if k not in numbers]
         return chosen
 
@@ -108,6 +110,7 @@ class Banks:
 
 
 def _refuse_common_clips(one: Bank, other: Bank) -> None:
+    # hashes first: ids of millions of clips are decoded only where two may be equal
     common = np.intersect1d(one.columns["key_hash"], other.columns["key_hash"])
     for row in np.flatnonzero(np.isin(other.columns["key_hash"], common)):
         if other.ids[row] in one:
@@ -134,5 +137,6 @@ class BankedClip:
 
 def joint(config: FeatureConfig) -> Json:
     """Return the settings that banks of one run must share; sampling, codec and dtype may differ."""
+    # none of these changes what a feature is: reads bring frames, and floats of one kind or the other
     own = ("sampling", "codec", "dtype", "format_version", "derived")
     return {name: value for name, value in config.to_json().items() if name not in own}

@@ -44,6 +44,7 @@ def open_beside(files: Files, manifest: Manifest, columns: Columns) -> Beside:
     for side in read_sides(files):
         place = open_files(f"{files.where}/{side.folder}")
         try:
+            # compared before the side is opened: a stale one costs nothing but this
             if side.bank != state:
                 raise _behind(files.where, side)
             theirs, beside = load(place)
@@ -73,6 +74,7 @@ def _behind(where: str, side: Side) -> UserError:
 
 def rows_in(columns: Columns, beside: Columns) -> np.ndarray:
     """Return of each row of a bank the row of the same clip in a side, which holds all of them."""
+    # by key: the side was planned on its own, and may have its clips in other shards and rows
     row_of = {key: row for row, key in enumerate(split_text(beside, "key"))}
     return np.asarray([row_of[key] for key in split_text(columns, "key")], np.int64)
 
@@ -82,6 +84,7 @@ def taken(columns: Columns, prefix: str, rows: np.ndarray) -> Columns:
     found: Columns = {}
     for name in [name for name in columns if name.startswith(prefix)]:
         column = columns[name]
+        # written with the values that they belong to
         if name.endswith("_frame_nbytes_offsets"):
             continue
         if name.endswith("_frame_nbytes"):

@@ -46,6 +46,7 @@ def write_wids(bank: Path) -> Path:
 
 def samples_in(bank: Path, shard: ShardEntry) -> int:
     """Return the number of samples in a shard, served or not, by its `.idx`."""
+    # the index has one offset for each sample and one for the end, 8 bytes each
     path = index_path(bank / "shards" / shard.name)
     if not path.exists():
         raise UserError("is missing", where=path, fix=f"run `preprocess repair {bank}`")
@@ -58,6 +59,7 @@ def write_hf(bank: Path) -> Path:
     if not manifest.shards:
         raise UserError("no clip is banked, so there is nothing to load", where=bank)
     path = bank / "README.md"
+    # a README that somebody wrote about the bank is not ours to replace
     if path.exists() and CARD not in path.read_text("utf-8"):
         raise UserError(
             "exists and was not written by framebank", where=path, fix="move it and run again"

@@ -76,6 +76,7 @@ class NearIds:
         name = plain_name(id_)
         begin = int(np.searchsorted(self._sorted, hash(name)))
         end = int(np.searchsorted(self._sorted, hash(name), side="right"))
+        # bounded: "frame" or "video" may be the name of a million clips
         found = [self._id(int(k)) for k in self._order[begin : min(end, begin + MOST)]]
         found = [other for other in found if plain_name(other) == name]  # hashes may collide
         return sorted(found, key=lambda other: (_distance(difference(id_, other)), other))[:most]
@@ -90,10 +91,12 @@ def difference(wanted: str, banked: str) -> Difference:
     (ours, our_part), (theirs, their_part) = split_part(wanted), split_part(banked)
     slashes = ("\\" in ours) != ("\\" in theirs)
     form = is_normalized("NFC", ours) != is_normalized("NFC", theirs)
+    # macOS stores names with accents as separate characters (NFD): the same name, other bytes
     ours, theirs = normalize("NFC", ours), normalize("NFC", theirs)
     ours, theirs = ours.replace("\\", "/"), theirs.replace("\\", "/")
     endings = [found.group() if (found := ENDING.search(path)) else "" for path in (ours, theirs)]
     ours, theirs = ours.removesuffix(endings[0]), theirs.removesuffix(endings[1])
+    # what more of the tail agrees once `%20` is a blank is due to percent-encoding
     written = _tail(ours, theirs)
     ours, theirs = unquote(ours), unquote(theirs)
     shared = _tail(ours, theirs)
@@ -129,5 +132,6 @@ def _tail(one: str, other: str) -> int:
 
 
 def _distance(found: Difference) -> int:
+    # 4: a folder less in common weighs more than a difference in writing
     folders = len(found.wanted_folder.split("/")) + len(found.banked_folder.split("/"))
     return 4 * folders + sum(map(int, found[2:]))

@@ -28,6 +28,7 @@ def load(files: Files) -> tuple[Manifest, Columns]:
     """
     seen = []
     for left in reversed(range(TRIES)):
+        # the manifest first: it has the checksums that its catalogue must have
         manifest = read_manifest(files)
         seen.append(manifest)
         try:
@@ -43,12 +44,15 @@ def load(files: Files) -> tuple[Manifest, Columns]:
 def _diagnosis(files: Files, manifest: Manifest, error: CatalogueMismatch, written: bool) -> str:
     """Return the most likely cause of a catalogue that does not match its manifest."""
     writer = writer_of(files)
+    # a manifest that changed between two tries has a writer, even if its lock is not seen here
     if writer or written:
         return (
             f"{files.where}: is being written{f' by {writer}' if writer else ''}, its catalogue and "
             "bank.json change; open it when the writer has finished"
         )
     repair = f"run `preprocess repair {files.where}`"
+    # three causes that look alike, distinguished by what is wrong: a writer at
+    # work, mixed copies, lost files
     gone = [name for name, what in error.wrong.items() if what != "has another checksum"]
     if error.rows is not None and (error.rows != manifest.clips or len(error.wrong) > 2):
         return (
@@ -76,8 +80,10 @@ def load_partial(files: Files) -> tuple[Manifest, Columns]:
         record = read_small(files, name)
         if record is not None:
             commits.append(CommitRecord.from_json(record, f"{files.where}/{name}"))
+    # read after the records: a run that finished meanwhile is opened as a whole bank
     finished = read_small(files, "bank.json")
     shards = [commit for commit in commits if commit.samples]
+    # as many shards as the manifest lists: nothing was made since
     if finished and len(Manifest.from_json(finished, files.where).shards) == len(shards):
         return load(files)
     shards_dir = f"{files.where}/shards"
@@ -87,6 +93,7 @@ def load_partial(files: Files) -> tuple[Manifest, Columns]:
 
 def refuse_missing_shards(files: Files, shards: Sequence[ShardEntry]) -> None:
     """Raise UserError naming the shards that are missing or have another size."""
+    # sizes alone: they find a copy that was cut short, and cost no reading
     with ThreadPoolExecutor(STATTERS) as pool:
         sizes = list(pool.map(files.size, (f"shards/{shard.name}" for shard in shards)))
     problems = [

@@ -84,6 +84,7 @@ class SplicedClip:
             end=first.end,
             timestamps=np.concatenate([info.timestamps for info in infos]),
             frame_index=np.concatenate([info.frame_index for info in infos]),
+            # of the first part, for whoever asks about the whole; each frame is placed by its own part
             display_size=first.display_size,
             patch_grid=first.patch_grid,
             covered=first.covered,
@@ -131,6 +132,7 @@ def splice(clips: Sequence[ClipFeatures], stretches: Sequence[Stretch]) -> Splic
             id=info.id,
             start=0.0,
             end=total,
+            # from the clip's clock to the medium's: seconds since the cut, after all that precedes it
             timestamps=begins + (info.timestamps[own] - info.start - stretch.start),
             frame_index=info.frame_index[own],
             display_size=info.display_size,
@@ -167,6 +169,7 @@ def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, f
     if end > info.duration + SLACK:
         what = f"{where}: ends at {end:g} s, after its clip"
         raise RowError(REASON, what, expected=f"at most {info.duration:.3f}")
+    # within SLACK: the part ends with its clip
     end = min(end, info.duration)
     times = info.timestamps - info.start
     first, last = frames_between(times.tolist(), start, end)
@@ -192,6 +195,7 @@ def places_of(medium: Place | Timeline) -> list[Place]:
 
 def frames_between(times: Sequence[float], start: float, end: float) -> tuple[int, int]:
     """Return (first, one after the last) of the frames in [start, end). times: ascending seconds."""
+    # half-open, so that two parts that meet at a time share no frame
     return bisect_left(times, start - ROUNDING), bisect_left(times, end - ROUNDING)
 
 

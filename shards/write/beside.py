@@ -27,6 +27,7 @@ def pair(bank: Path, command: str) -> list[str]:
 
     Does nothing for a bank without sides. What was compared, and is as it was, is not compared again.
     """
+    # an unfinished bank is paired when it is finished
     if not sides_of(bank) or not (bank / "bank.json").exists():
         return []
     with folder_lock(bank, command):
@@ -40,6 +41,7 @@ def pair(bank: Path, command: str) -> list[str]:
                 theirs = read_manifest(path)
                 now = _side(path, ours, theirs)
                 if known.get(now.folder) != now:
+                    # only once something has changed: it reads the json of every sample
                     described = described or descriptions(bank, ours)
                     refuse_other_clips(path, theirs, ours, described)
             except UserError as error:
@@ -48,6 +50,7 @@ def pair(bank: Path, command: str) -> list[str]:
                 sides += [old] if old else []  # readers see that it is out of date, and say so
             else:
                 sides.append(now)
+        # written only if it says something else: a run with nothing to do changes no file
         if there is None or sides != [*there]:
             write_sides(bank, sides)
         return problems
@@ -98,6 +101,7 @@ def descriptions(bank: Path, manifest: Manifest) -> dict[str, str]:
         for sample in read_commit(bank / "shards" / shard.name).samples:
             if sample.key not in superseded:
                 facts = json.loads(files.read(shard.name, *sample.json))
+                # grids differ with the stride; video, frames, times and crop may not
                 same = {name: value for name, value in facts.items() if name not in OF_CELLS}
                 found[sample.key] = digest(canonical_json(same))
     return found

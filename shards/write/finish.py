@@ -50,8 +50,11 @@ def finish(
     commits = read_commits(out, plan) if commits is None else commits
     served = plan.served()
     columns = build_columns(out / "shards", commits, plan.features.strides, served)
+    # -- catalogue, quarantine, manifest: in this order, so that each is there
+    # before the next one needs it
     write_columns(out / "index.zarr", columns)
     banked = {key for one in commits for key in one.keys if served.get(key) == one.unit}
+    # before the manifest: a bank that is declared complete must already say what it lacks
     update_quarantine(out, banked | plan.pruned, [*new_failures(out, plan, commits), *failed])
     manifest = Manifest.of(plan, commits, columns, tower)
     write_atomic(out / "bank.json", signed_json(manifest.to_json()))
@@ -66,6 +69,7 @@ def is_finished(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> bool
     """
     try:
         manifest = read_manifest(bank)
+        # checksums included, or a run with nothing to do would leave a damaged catalogue
         read_columns(open_files(bank), manifest.catalogue)
     except UserError:
         return False
@@ -106,6 +110,7 @@ def _made_before_finish(bank: Path) -> Callable[[CommitRecord], bool]:
 
 def refuse_unfinished(bank: Path, plan: Plan, fix: str) -> None:
     """Raise UserError if units of the plan are not made, naming the holders of their leases."""
+    # a manifest over missing units would declare the bank complete
     left = [unit for unit in range(len(plan.units)) if not committed(bank, unit)]
     if not left:
         return

@@ -86,9 +86,11 @@ def read_journal(shard: Path, unit: int, fingerprint: str, token: str = "") -> W
     disk and earlier ones not.
     """
     written, part = Written(), part_path(shard, token)
+    # both: lines about samples that are not there prove nothing
     if not journal_path(shard, token).exists() or not part.exists():
         return written
     lines = journal_lines(shard, token)
+    # features of another plan or config may have the same keys: nothing of them is continued
     if not lines or lines[0] != _head(unit, fingerprint):
         return written
     with open(part, "rb") as file:
@@ -98,6 +100,7 @@ def read_journal(shard: Path, unit: int, fingerprint: str, token: str = "") -> W
                 continue
             sample = entry.sample
             blob = file.read(sample.nbytes)
+            # no gap either: the tar must be what an uninterrupted writer would have written
             if sample.offset != written.end or google_crc32c.value(blob) != sample.crc32c:
                 break
             written.samples.append(entry)
@@ -124,10 +127,12 @@ def take_part(shard: Path, old: str, new: str, nbytes: int, over: bool) -> None:
     """
     source, target = part_path(shard, old), part_path(shard, new)
     if over:
+        # an ended holder writes no more: its file is taken as it is, without a copy
         os.replace(source, target)
         return
     with open(source, "rb") as file, open(target, "wb") as copy:
         shutil.copyfileobj(file, copy, 1 << 22)
+        # what follows the last complete sample may still be written to by its holder
         copy.truncate(nbytes)
         copy.flush()
         os.fsync(copy.fileno())

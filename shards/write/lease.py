@@ -108,6 +108,7 @@ class Leases(ExitStack):
         self._guard = threading.Lock()
         self._over = threading.Event()
         (bank / "shards").mkdir(parents=True, exist_ok=True)
+        # a thread, since encoding a clip may take longer than others watch before they take over
         threading.Thread(target=self._beat, daemon=True).start()
         self.callback(self._over.set)
         self.callback(self._release)
@@ -127,8 +128,10 @@ class Leases(ExitStack):
                     self.held[unit] = holder.writer if holder else None
                     return None
             if holder:
+                # all earlier holders' attempts count: the one with most finished clips is continued
                 earlier.append(Attempt(holder.token, _has_ended(lease_path(shard, number), holder)))
             number += 1
+        # random: two processes that race for one number must not write into the same files
         lease = Lease(unit, shard, number, secrets.token_hex(4), earlier)
         if not self._create(lease):
             return None
@@ -144,6 +147,7 @@ class Leases(ExitStack):
 
         first: the index in `units` to begin at. A lease is released when the next one is requested.
         """
+        # workers begin at different places, so that they seldom ask for the same unit
         todo, logged = [*units[first:], *units[:first]], False
         while todo:
             took = False
@@ -157,6 +161,7 @@ class Leases(ExitStack):
                 elif done_path(shard_path(self.bank, unit)).exists():
                     self.elsewhere.add(unit)
             todo = [unit for unit in todo if not done_path(shard_path(self.bank, unit)).exists()]
+            # left to holders that were seen alive; a silent one is watched until it can be taken over
             if not took and all(self._is_alive(unit) for unit in todo):
                 return
             if not took:
@@ -203,6 +208,7 @@ class Leases(ExitStack):
         if now is None or (holder is not None and _has_ended(path, holder)):
             return True
         clock, soon = time.monotonic(), 3 * lock.BEAT_SECONDS
+        # two looks that are far apart prove nothing: the touch may be from long before the second one
         seen = self._watched.get(path)
         if seen is None or seen.time != now:
             lives = seen is not None and clock - seen.looked < soon

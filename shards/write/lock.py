@@ -120,6 +120,7 @@ def folder_lock(
     folder.mkdir(parents=True, exist_ok=True)
     over = threading.Event()
     with _acquired(folder, fix) as file:
+        # emptied only now that it is ours: before it named its holder
         file.truncate(0)
         file.write(json.dumps(asdict(Writer.here(command)), sort_keys=True) + "\n")
         file.flush()
@@ -128,6 +129,8 @@ def folder_lock(
             yield
         finally:
             over.set()
+            # while it is still locked: whoever has opened it meanwhile sees that the name leads
+            # elsewhere, and tries again
             lock_path(folder).unlink(missing_ok=True)
 
 
@@ -140,11 +143,13 @@ def _acquired(folder: Path, fix: str) -> TextIO:
     path = lock_path(folder)
     deadline = time.monotonic() + ORPHANS_SECONDS
     while True:
+        # append, not write: opening must not empty the file that names its holder
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the folder is free
         try:
             by_kernel = _flock(file)
         except BlockingIOError:
             file.close()
+            # locked, and nobody named or alive: the lock of a child that is about to let go of it
             if writer_of(folder) is None and time.monotonic() < deadline:
                 time.sleep(0.02)
                 continue
@@ -156,6 +161,7 @@ def _acquired(folder: Path, fix: str) -> TextIO:
             if _is_touched(path):
                 file.close()
                 raise _taken(folder, fix)
+        # the lock must be that of the file under this name, which another process may have replaced
         if _is_at(file, path):
             return file
         file.close()  # the last holder removed the file between open and flock
@@ -193,6 +199,7 @@ def _is_touched(path: Path) -> bool:
     """Return whether a lock file's holder touches it, within `WATCHED_SECONDS`."""
     seen = touched(path)
     deadline = time.monotonic() + WATCHED_SECONDS
+    # the monotonic clock here, the server's there: only a change of the file's time is looked for
     while seen is not None and time.monotonic() < deadline:
         time.sleep(BEAT_SECONDS / 10)
         now = touched(path)

@@ -119,6 +119,8 @@ class ShardWriter:
         """One entry per clip that could not be encoded."""
         self.keys = Written(self.entries, self.failures).keys
         """Keys of the finished clips."""
+        # the journal before the part: after a kill in between its lines are ignored; a part without
+        # lines would be lost
         write_journal(path, unit, fingerprint, token, [*self.entries, *self.failures])
         if best.token != token and self.entries:
             take_part(path, best.token, token, done[best].end, best.over)
@@ -172,7 +174,9 @@ class ShardWriter:
         """Append one clip as the codec stores it; shapes: of the features that were stored."""
         assert KEY_PATTERN.fullmatch(key), key
         assert key not in self.keys, key
+        # the order of members is part of the bytes, and must not follow the order of a dict
         stored = {stride: stored[stride] for stride in sorted(stored)}
+        # in the json too: without the catalogue a compressed member could not be cut into frames
         frames = {str(s): one.frame_nbytes for s, one in stored.items() if one.frame_nbytes}
         sample = _Sample(self.nbytes)
         place = sample.add(
@@ -183,6 +187,7 @@ class ShardWriter:
             for stride, one in stored.items()
         }
         blob = sample.blob()
+        # headers and padding included: `verify` then proves a whole sample by one number
         crc32c = google_crc32c.value(blob)
         record = SampleRecord(key, self.nbytes, len(blob), crc32c, place, streams)
         self._append(blob, record, underflowed)

@@ -28,6 +28,7 @@ class Kind:
     """Its processor's way to choose frames, for `encode --frames-like`."""
 
 
+# only models whose logits, gradients and answers from a bank were compared with those of their own tower
 KINDS = (
     Kind("qwen2_vl", "visual", True, "qwen2_vl"),
     Kind("qwen2_5_vl", "visual", True, "qwen2_vl"),
@@ -62,6 +63,7 @@ def bank_problem(kind: Kind, config: Json, features: FeatureConfig) -> str | Non
 
     config: the model's, as a dictionary. The digest says whether the weights are the same.
     """
+    # these models pool or merge by themselves, and need each token that the tower gives
     if 1 not in features.strides:
         return (
             f"the bank holds the strides {', '.join(map(str, features.strides))}, and the model takes "
@@ -74,6 +76,7 @@ def bank_problem(kind: Kind, config: Json, features: FeatureConfig) -> str | Non
             f"the bank holds layer {features.layer} of a tower, and the model takes merged tokens; "
             f"encode with --tower CHECKPOINT --layer {layer_of(config)} --stride 1"
         )
+    # a tower that was saved by itself has its own type, one inside a whole checkpoint the model's
     expected = kind.model_type, config["vision_config"]["model_type"]
     if features.tower_type not in expected:
         return f"the bank's tower is a {features.tower_type}, the model's a {expected[1]}"

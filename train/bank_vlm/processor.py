@@ -51,6 +51,7 @@ def bank_processor(
     opened = Bank.open(bank)
     if problem := bank_problem(kind, model_config.to_dict(), opened.whole.features):
         raise UserError(problem, where=opened.where)
+    # the digest of weights says nothing about how frames were made pixels of
     theirs, banked = (
         pixels_of(one)
         for one in (
@@ -64,14 +65,18 @@ def bank_processor(
             where=opened.where,
             fix="encode with a tower folder whose preprocessor_config.json has the processor's values",
         )
+    # one source for processor and copies: it counts what was made live, and holds the one loaded tower
     source = Source(opened, kind, Path(media_dir), missing, str(tower))
     return _made(processor, source)
 
 
 def pixels_of(pixels: Pixels) -> dict[str, Any]:
     """Return what there is to compare of two ways to make pixels, clip by clip sizes left out."""
+    # a crop to the very size of the picture cuts nothing
     crop = None if pixels.crop == (pixels.height, pixels.width) else pixels.crop
     values = asdict(replace(pixels, crop=pixels.crop if pixels.shortest_edge else crop))
+    # limits of pixels are compared clip by clip, by the number of patches: other
+    # limits may give the same size
     multiple = pixels.own_size.multiple if pixels.own_size else None
     return values | {"own_size": multiple}
 
@@ -79,6 +84,7 @@ def pixels_of(pixels: Pixels) -> dict[str, Any]:
 def _made(processor: Any, source: Source) -> Any:
     own = type(processor)
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    # a copy: the given processor goes on to take pixels, and is what is saved
     out = copy.copy(processor)
     # its class's name is what the folder of a saved processor says
     out.__class__ = type(own.__name__, (FromBank, own), names)
@@ -95,6 +101,8 @@ class FromBank:
     image_processor: Any
 
     def __reduce__(self) -> Any:
+        # the class was made here and has no name to import it by, which pickle would
+        # look for in a worker process
         return _made, (self.plain, self.source)
 
     def prepare_inputs_layout(self, images: Any = None, **others: Any) -> Any:
@@ -107,6 +115,7 @@ class FromBank:
         super().validate_inputs(images=standing_in, **others)  # type: ignore[misc]
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> Any:
+        # a saved checkpoint is to be loaded by transformers alone, without a bank
         return self.plain.save_pretrained(folder, **kwargs)
 
     def to_dict(self) -> Any:
@@ -115,6 +124,8 @@ class FromBank:
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
         given = _given(self.image_processor, kwargs)
         taken = [self.source.image(name, self.image_processor, given) for name in names_of(images)]
+        # field names of pixels, values of features: collators and trainers hand on
+        # the fields that they know
         features = torch.cat([picture.features.flatten(0, 2) for picture in taken])
         grids = torch.tensor([picture.grid for picture in taken])
         out = BatchFeature({"pixel_values": features, "image_grid_thw": grids})
@@ -127,6 +138,7 @@ class FromBank:
             return str(token(video_inputs, video_idx=video_idx, **kwargs))
         # it counts by pixels, which are not there
         frames, rows, cols, _ = video_inputs["pixel_values_videos"][video_idx].shape
+        # 4: the model pools 2x2 patches to a token
         return str(self.video_token) * (rows * cols // 4 * frames)  # type: ignore[attr-defined]
 
 
@@ -139,6 +151,7 @@ class Videos:
     def __getattr__(self, name: str) -> Any:
         if name in ("plain", "source"):  # while it is unpickled
             raise AttributeError(name)
+        # chat templates and trainers ask it for patch sizes, frame rates, limits
         return getattr(self.plain, name)
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
@@ -150,6 +163,8 @@ class Videos:
             out["pixel_values_videos"] = torch.cat([part.flatten(0, 2) for part in features])
             out["video_grid_thw"] = torch.tensor([clip.grid for clip in clips])
         else:
+            # LLaVA stacks the clips of a batch into one tensor, Qwen lays their
+            # tokens one after the other
             counts = {len(part) for part in features}
             if len(counts) > 1:
                 raise UserError(
@@ -158,6 +173,7 @@ class Videos:
                     fix="pass one clip at a time, or encode with --frames N",
                 )
             out["pixel_values_videos"] = torch.stack(features)
+        # Qwen3-VL writes the seconds of frames into the text, which it computes from these
         if given.get("return_metadata"):
             out["video_metadata"] = [clip.metadata for clip in clips]
         return BatchFeature(out)
@@ -165,6 +181,7 @@ class Videos:
 
 def _given(plain: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a processor's settings, its own where a call does not give them."""
+    # transformers lets a call leave out what the processor was saved with
     own = {name: getattr(plain, name, None) for name in plain.valid_kwargs.__annotations__}
     return {name: value for name, value in {**own, **kwargs}.items() if value is not None}
 
@@ -173,6 +190,8 @@ def names_of(media: Any) -> list[str]:
     """Return the names in what a processor was given, in order; UserError where it is no name."""
     if isinstance(media, str | Path):
         return [str(media)]
+    # an array can be iterated over, too: its shape (or a picture's size) tells
+    # that it is no list of names
     if isinstance(media, Iterable) and not hasattr(media, "shape") and not hasattr(media, "size"):
         return [name for part in media for name in names_of(part)]
     raise UserError(

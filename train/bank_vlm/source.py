@@ -53,6 +53,7 @@ class Source:
         return self  # what is saved of a processor is a copy of it
 
     def __getstate__(self) -> Mapping[str, Any]:
+        # a worker process loads the tower itself if it needs it: its weights are too much to be pickled
         return self.__dict__ | {"_tower": None}
 
     def video(self, name: str, plain: Any, given: Mapping[str, Any]) -> Taken:
@@ -65,6 +66,8 @@ class Source:
                 fix="leave it out",
             )
         found = self._find(name)
+        # asked to sample, a processor would choose by its own rule: the bank
+        # has to hold that very choice
         if given.get("do_sample_frames"):
             check_frames(found, plain, given, self.bank, self.kind)
         units, rows, cols, _ = found.features.shape
@@ -73,6 +76,7 @@ class Source:
             count = len(found.metadata.frames_indices)
             # the last unit is filled up, which transformers before 5.9 does not count
             count += -count % plain.temporal_patch_size
+            # asked of the processor itself, so that its own limits of pixels and rounding decide
             patches = plain.get_num_of_video_patches(count, *found.size, given)
             check_size(found, units * rows * cols, patches, self.bank)
         return replace(found, grid=(units, rows, cols))
@@ -87,6 +91,7 @@ class Source:
             )
         found = self._find(name)
         units, rows, cols, _ = found.features.shape
+        # one unit holds what one picture gives, and nothing else says whether a clip was one
         if units > 1:
             raise UserError("a video, and asked for as a picture", where=name)
         rows, cols = rows * plain.merge_size, cols * plain.merge_size
@@ -108,6 +113,8 @@ class Source:
         ):  # of a part: its frames count from its first one, as if it had been cut out
             count, index = self.bank.meta(row).frame_count, index - index[0]
         else:
+            # a bank keeps duration and mean rate: their product is the number
+            # of frames, but for rounding
             count = max(round(clip.duration * fps), 1)
         facts = count, fps, clip.duration, clip.display_size
         return _taken(name, self.bank.read(row, 1), index, *facts)
@@ -119,6 +126,7 @@ class Source:
             raise self._absent(self._id(name))
         if self._tower is None:
             self._tower = self._load_tower()
+        # made as encode makes them, frames by the bank's own sampling
         with DecodeChild() as child:
             clip, stored = encoded(Path(name), config, self._tower, child)
         self.live += 1
@@ -154,6 +162,7 @@ class Source:
                 fix="leave it out, or repair the file and encode again",
             )
         is_local = isinstance(self.bank.files, LocalFiles)
+        # nothing can be added at a URL: the command names a copy
         out = self.bank.where if is_local else "A-COPY-OF-IT"
         return UserError(
             f"the clip {id_!r} is not in the bank",
@@ -217,6 +226,7 @@ def check_frames(
     encoded; a video reader of its own may count the frames of a damaged file otherwise.
     """
     metadata = found.metadata
+    # one frame: nothing to choose from
     if metadata.total_num_frames == 1:
         return
     wanted = {name: given[name] for name in given if name not in ("videos", "video_metadata")}
@@ -234,6 +244,7 @@ def check_frames(
     sampling = _sampling_of(given, len(expected), kind)
     got, wanted_ = f"{len(banked)} frames", f"{len(expected)} of them"
     if len(banked) == len(expected):
+        # the first that differs: of equally many frames the numbers tell nothing
         place = next(k for k in range(len(banked)) if banked[k] != expected[k])
         got, wanted_ = (f"frame {one[place]} at place {place}" for one in (banked, expected))
     raise UserError(
@@ -250,6 +261,7 @@ def _sampling_of(given: Mapping[str, Any], count: int, kind: Kind) -> Sampling:
     fps, frames = given.get("fps"), given.get("num_frames")
     if frames is None and fps is not None:
         most = int(given.get("max_frames") or count)
+        # by its digits: Fraction(0.1) would be the binary number beside it
         rate = str(Fraction(str(fps)))
         return Sampling(fps=rate, max_frames=most, like=kind.frames_like)
     return Sampling(num_frames=int(frames or count), like=kind.frames_like)
@@ -261,6 +273,7 @@ def _right(sampling: Sampling, metadata: VideoMetadata, expected: list[int], ban
     fps = None if sampling.fps is None else float(Fraction(sampling.fps))
     asked = sampling.num_frames, fps, sampling.max_frames
     total, rate = metadata.total_num_frames, metadata.fps
+    # tried before it is advised: a command that does not give these frames would be refused once more
     if processor_frames(sampling.like, total, rate, *asked) != expected:
         return "encode has no flags for its way to sample: "
     return f"encode with {encode_command(bank, sampling, 'ANOTHER')}, or "

@@ -46,10 +46,12 @@ def use_bank(model: Model, bank: "str | Path | Bank") -> Model:
             where=type(model).__name__,
             fix="call use_bank on the model itself, before PEFT or DDP wraps it",
         )
+    # a second time its weights would be taken for those of the tower
     if isinstance(tower, BankedTower):
         raise UserError("its tower was taken out before", where=type(model).__name__)
     if problem := bank_problem(kind, config.to_dict(), opened.config):
         raise UserError(problem, where=opened.where)
+    # in fp32, as encode digests them: a model in bfloat16 has the digest of its rounded weights
     weights = {name: value.float() for name, value in tower.state_dict().items()}
     digest = tower_digest(tower.config.to_dict(), weights)
     if digest != opened.config.tower_digest:
@@ -62,6 +64,7 @@ def use_bank(model: Model, bank: "str | Path | Bank") -> Model:
             "preprocessor_config.json, and encode with --tower FOLDER; a model that was loaded in "
             "another type than its checkpoint's has other weights, too",
         )
+    # -- the tower's memory is free from here on
     setattr(inner, kind.tower, BankedTower(kind, tower, config))
     return model
 
@@ -78,9 +81,11 @@ class BankedTower(nn.Module):
         self.like: Tensor
         self.train(tower.training)
         if kind.is_merged:
+            # the model reads this off its tower, to divide features between media
             self.spatial_merge_size = tower.spatial_merge_size
             self.layers = len(deepstack_of(config.to_dict())) + 1
         else:
+            # "default": the model drops the tower's first token, which for CLIP is the class token
             self.has_cls = config.vision_feature_select_strategy == "default"
             side = tower.config.image_size // tower.config.patch_size
             self.features = (side, side, tower.config.hidden_size)
@@ -102,12 +107,14 @@ class BankedTower(nn.Module):
         `(media, 3)`; of another `(frames, rows, cols, width)`.
         """
         given = tuple(features.shape)
+        # as the tower's last layer would give them, whatever type the bank has
         features = features.to(self.like)
         if self.kind.is_merged:
             assert grid_thw is not None
             tokens = int(grid_thw.prod(dim=1).sum()) // self.spatial_merge_size**2
             if given[0] != tokens:
                 raise _not_features(given, f"{tokens} tokens of their grids")
+            # the bank's layer `merged` holds DeepStack's layers first, the merged tokens last
             *earlier, merged = features.chunk(self.layers, dim=-1)
             out = BaseModelOutputWithPooling(last_hidden_state=merged, pooler_output=merged)
             if earlier:
@@ -119,11 +126,14 @@ class BankedTower(nn.Module):
         if self.has_cls:  # which the model leaves out
             cells = torch.cat([torch.zeros_like(cells[:, :1]), cells], dim=1)
         layers = self.config.num_hidden_layers + 1
+        # the model picks a layer by its number in its config: any gives the banked one
         return BaseModelOutputWithPooling(last_hidden_state=cells, hidden_states=(cells,) * layers)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        # asked for by save_pretrained and by state_dict: a checkpoint is whole,
+        # though memory holds no tower
         destination.update({prefix + name: value for name, value in self.weights.read().items()})
 
     def _load_from_state_dict(
@@ -145,6 +155,7 @@ class _Weights:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="framebank-tower-")
         self.path = Path(self.folder.name) / "tower.safetensors"
+        # safetensors refuses tensors that are views into others
         save_file({name: value.contiguous() for name, value in tensors.items()}, self.path)
 
     def read(self) -> dict[str, Tensor]:
@@ -152,6 +163,7 @@ class _Weights:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def __deepcopy__(self, _: Any) -> "_Weights":
+        # weights do not change: a copied model (an average, a reference) shares the file
         return self
 
 

@@ -57,10 +57,12 @@ class Looks:
         patterns, ratios = own.pattern or (self.strategy,), own.ratio or (self.ratio,)
         pattern = (draw(*key, 0, PATTERN) * len(patterns)).astype(np.int64)
         ratio = (draw(*key, 0, RATIO) * len(ratios)).astype(np.int64)
+        # 0 to floor(drop x total) frames, all equally likely
         least = np.floor(own.drop * total).astype(np.int64) + 1
         dropped = (draw(*key, medium, DROPPED) * least).astype(np.int64)
         dropped_at = (draw(*key, medium, DROPPED_AT) * (total - dropped + 1)).astype(np.int64)
         left = total - dropped
+        # media of equal counts share one pattern, which is then computed once
         groups = np.stack([left, np.minimum(left, most), pattern, ratio], axis=1)
         kinds, kind_of = np.unique(groups, axis=0, return_inverse=True)
         found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -73,6 +75,8 @@ class Looks:
             frames = np.broadcast_to(even, (len(these), count))
             if own.jitter:
                 frames = self._jittered(record[these], medium[these], banked, count)
+            # a stretch of neighbours is dropped, as a cut in a video would be:
+            # what follows it moves down
             late = frames >= dropped_at[these, None]
             frames = frames + dropped[these, None] * late
             found.append((np.repeat(these, count), frames.reshape(-1), np.tile(slow, len(these))))
@@ -84,6 +88,7 @@ class Looks:
         self, record: np.ndarray, medium: np.ndarray, banked: int, count: int
     ) -> np.ndarray:
         """Return a random frame of each of `count` equal stretches of those banked: `(media, count)`."""
+        # stretches do not overlap, so frames stay in order and none is taken twice
         edges = np.arange(count + 1) * banked // count
         places = draw(
             self.seed, self.epoch, record[:, None], medium[:, None], JITTER + np.arange(count)

@@ -253,6 +253,7 @@ class Chat:
             )
         out = Pieces(self.segments)
         media = iter(durations)
+        # times before the first tag belong to the first medium, later ones to the last before them
         duration = durations[0] if durations else 0.0
         rendered = self.rendered(tuple(turn.role for turn in turns))
         head = rendered[0]

@@ -70,6 +70,7 @@ class Clips:
             digest.update(canonical_json({"cuts": cuts}))
         values = np.zeros((4, len(places)))
         found = np.zeros(len(places), bool)
+        # by bank, in columns: a plan of a hundred thousand clips has no time for one object each
         for bank in banks.banks:
             here = np.asarray([place.bank is bank for place in places], bool)
             rows = np.asarray([place.row for place in places if place.bank is bank], np.int64)
@@ -77,6 +78,7 @@ class Clips:
             for name in (
                 "start",
                 "end",
+                # checksums of the features: a bank remade with other features is another run
                 *(f"stride{s}_crc32c" for s in (slow_stride, fast_stride)),
             ):
                 digest.update(columns[name][rows].tobytes())
@@ -170,6 +172,7 @@ class Stamps:
     def taken(self, banked: np.ndarray, taken: np.ndarray) -> np.ndarray:
         """Return the tokens of each medium, with `taken` of its `banked` frames used, evenly spaced."""
         out = np.zeros_like(taken)
+        # most clips of a data set have the same number of frames: few pairs, each an indexing of arrays
         for most, count in set(zip(banked.tolist(), taken.tolist(), strict=True)):
             these = np.flatnonzero((banked == most) & (taken == count))
             places = self.first[these, None] + np.asarray(uniform_indices(most, count), np.int64)
@@ -180,6 +183,7 @@ class Stamps:
 def frame_times(records: Sequence[Record]) -> np.ndarray:
     """Return the seconds of all banked frames of the records' media, one after the other."""
     seconds: dict[Place | Timeline, np.ndarray] = {}
+    # each clip once, however many records ask about it
     for place in {place: None for record in records for place in record.places}:
         info = place.clip().info
         seconds[place] = info.timestamps - info.start

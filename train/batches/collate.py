@@ -326,6 +326,8 @@ def group_frames(
             source = clips[number][frame.clip]
             key = (frame.stream, frame.grid, source.info.covered)
             group = members.setdefault(key, [])
+            # no transition from one medium, or part of one, to the next: nothing
+            # in it foretells the other
             if previous is not None and previous[2].clip == frame.clip:
                 last, times = previous[2].frame, source.info.timestamps
                 gap = float(times[frame.frame] - times[last])

@@ -17,6 +17,8 @@ def fit_frames(lengths: Lengths, frames: np.ndarray, limit: int) -> np.ndarray:
     low, high = np.zeros_like(frames), frames.copy()
     high[lengths.total(np.ones_like(frames)) > limit] = 0
     while (low < high).any():
+        # bisection of all records at once: tokens rise with frames, and each try
+        # is a few sums over arrays
         middle = (low + high + 1) // 2
         fits = lengths.total(middle) <= limit
         low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
@@ -48,6 +50,7 @@ def fit_records(lengths: Lengths, most_frames: int, max_tokens: int, pack_tokens
     frames = fit_frames(lengths, unlimited, limit) if limit else unlimited
     too_long = (frames == 0) & (lengths.text >= 0)
     left_out[f"longer than {name} {limit} with one frame"] = np.flatnonzero(too_long)
+    # left-out records keep one frame, so that sums over all of them stay defined
     frames = np.maximum(frames, 1)
     kept = np.flatnonzero((lengths.text >= 0) & ~too_long)
     line = _frames_line(lengths, frames, unlimited, kept, limit)

@@ -108,6 +108,7 @@ class Lengths:
         if self.apart is None:
             return attended_pairs(total)
         own = self.text - self.apart.shared
+        # every turn sees all shared tokens, and of the others its own alone
         shared = total - own
         return attended_pairs(shared) + shared * own + self.apart.pairs
 
@@ -152,6 +153,7 @@ class Lengths:
         """Return the frames used of each use of a clip; the last results are kept, plans repeat them."""
         key = blake2b(np.ascontiguousarray(frames).tobytes(), digest_size=16).digest()
         if key not in self._known:
+            # a plan asks for tokens, transitions and pairs of the same frames; each answer is of all uses
             if len(self._known) > 3:
                 del self._known[next(iter(self._known))]
             most = frames[self.clips.record[self.clips.first]]
@@ -162,6 +164,8 @@ class Lengths:
         """Return them for media of one use each; most: int64 `(media,)`."""
         assert self.clips.uses is None
         taken = np.minimum(self.clips.frames, most)
+        # ceil in integers, as `slow_frames` does: one frame off and the row would
+        # not have the planned length
         slow = -(-taken * self.slow_ratio.numerator // self.slow_ratio.denominator)
         stamps = self.written.taken(self.clips.frames, taken) if self.written else 0 * taken
         return Taken(slow, taken - slow, stamps)
@@ -172,6 +176,8 @@ class Lengths:
         assert self.looks is not None
         record = clips.record[clips.first]
         seen = self.looks.choose(record, clips.place, clips.banked, most)
+        # a spliced medium's frames run through its parts: the frame's place in the
+        # line tells which part it is
         frame = clips.line[clips.first][seen.medium] + seen.frame
         use = np.searchsorted(clips.line, frame, side="right") - 1
         stamps = self.written.tokens[frame] if self.written else np.zeros(len(frame))
@@ -211,6 +217,7 @@ def text_lengths(
     width = 2
     if file.independent:
         facts["turns"], width = "independent", len(Count._fields)
+    # durations decide how times are written without anchors, and so how many tokens they are
     key = blake2b(canonical_json(facts) + durations.tobytes(), digest_size=16)
 
     def count() -> np.ndarray:
@@ -272,6 +279,8 @@ def counted(
             except UserError as error:
                 problems.append(f"{record.where} (id {record.id}): {error}")
                 talks.append(None)
+        # in chunks: one call of a fast tokenizer for many texts uses its own
+        # threads, and memory stays bounded
         made = iter(count_talks(chat, [talk for talk in talks if talk is not None]))
         unwritable = Count(*[UNWRITABLE] * len(Count._fields))
         counts += [unwritable if talk is None else next(made) for talk in talks]
@@ -296,6 +305,7 @@ def read_counts(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except OSError:
         return None
     body, seal = data[:-16], data[-16:]
+    # a torn or altered cache is recounted: its numbers are denominators of the loss
     if len(body) != shape[0] * shape[1] * 8 or blake2b(body, digest_size=16).digest() != seal:
         return None
     return np.frombuffer(body, np.int64).reshape(shape)

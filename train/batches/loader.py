@@ -75,6 +75,8 @@ class Loader:
         kept = 1_000 if dataset.splices else 100_000
         self._encoded = lru_cache(maxsize=kept)(self._encode)
         self.fitting = lru_cache(maxsize=kept)(self._fitting)
+        # lru_cache on the instance: the caches die with the loader, and no record
+        # needs a hash of the dataset
         self._record = lru_cache(maxsize=1_000)(dataset.record)
 
     def _encode(self, record: Record, answer: int | None) -> Encoded:
@@ -83,6 +85,7 @@ class Loader:
             return self.chat.encode(record.turns, durations, answer=answer)
         if answer is None:
             return encode_apart(self.chat, record, durations)
+        # the number of the question among those that are asked alone
         asked = sum(turn.role == "assistant" for turn in record.turns[:answer])
         alone = one_by_one(record.turns)[asked]  # as in training: without the turns before
         return self.chat.encode(alone, durations, answer=len(alone) - 1)
@@ -108,6 +111,7 @@ class Loader:
     ) -> tuple[Row, list[Medium]]:
         """Return a record's row, cut where an answer begins if one is given, and the media in it."""
         encoded = self._encoded(record, answer)
+        # a prompt may end before the record's last medium, whose features would be read for nothing
         media: list[Medium] = [*self.dataset.clips(record)[: encoded.ids.count(MEDIA)]]
         most = max(self.fitting(record), 1) if most is None else most
         infos = [clip.info for clip in media]
@@ -131,11 +135,13 @@ class Loader:
         if self.dataset.augment.is_on:
             looks = [[self._looks(k) for k in row] for row in chosen]
         batch = self.rows(rows, with_copy, looks=looks)
+        # denominators, memory and packing were counted before: one token more and all three are wrong
         assert batch.lengths.tolist() == [int(plan.tokens[row].sum()) for row in chosen]
         return batch
 
     def _looks(self, number: int) -> list[Look]:
         """Return the choice of frames for each medium of a plan's record."""
+        # records of drawn epochs are numbered through: the number alone says which epoch drew it
         epoch, place = divmod(number, self.dataset.count)
         looks = Looks.of_epoch(self.dataset, self.config, epoch)
         return [looks.of(place, medium) for medium in range(self._record(number).media)]
@@ -193,6 +199,7 @@ class Loader:
 
         The features of the baselines are read every `copy_every` steps.
         """
+        # threads: nothing is pickled between processes, and reading and copying release the lock
         with ThreadPoolExecutor(max_workers=min(prefetch, THREADS)) as pool:
             running: deque[Future[list[Batch]]] = deque()
             ahead = first
@@ -202,4 +209,6 @@ class Loader:
                     with_copy = (ahead + 1) % copy_every == 0
                     running.append(pool.submit(self.packs, plan, share, ahead, with_copy=with_copy))
                     ahead += 1
+                # in the order of submission, whichever thread is first: the
+                # content of a step is the plan's
                 yield step, running.popleft().result()

@@ -60,6 +60,7 @@ class Measure:
     def epoch(self, number: int) -> Lengths:
         """Return the lengths of an epoch's records."""
         dataset, settings = self.dataset, self.settings
+        # a dataset of spliced records alone has no others, whose empty columns could not be joined
         lots = [self._read] if self._read.clips.record.size or not dataset.splices else []
         lots += [self._spliced(file, number) for file in dataset.files if file.splice]
         text, supervised, *apart = widened([lot.counts for lot in lots]).T
@@ -78,6 +79,7 @@ class Measure:
         ratio = exact_ratio(settings.slow_frame_ratio)
         if settings.newline_tokens:
             media = np.bincount(clips.record[clips.first], minlength=len(text))
+            # below 0 is UNWRITABLE, which stays what it is
             newlines = np.where(text < 0, 0, media * settings.newline_tokens)
             text = text + newlines
             if apart:  # they are among the tokens that all turns see
@@ -100,6 +102,7 @@ class Measure:
             first += media * file.repeats
             facts = durations, self.template, self.anchors, self.chat
             own = text_lengths(file, *facts, lenient=self.lenient)
+            # `name*2` in a mixture: the same records once more, counted once
             counts.append(np.tile(own, (file.repeats, 1)))
         stamped = bool(self.settings.time_form)
         return Lot(clips, widened(counts), frame_times(records) if stamped else NO_TIMES)
@@ -114,6 +117,8 @@ class Measure:
         facts["settings"] = repr(splice.settings)
         facts |= {"turns": "independent"} if splice.independent else {}
         talks = splice.questions(laid, timed=self.in_words)
+        # phrases, choices and times decide the texts; the first few texts too, in
+        # case their wording changes
         key = blake2b(canonical_json(facts | {"first": repr(talks[:64])}), digest_size=16)
         for column in laid:
             key.update(np.ascontiguousarray(column).tobytes())

@@ -76,6 +76,7 @@ class RunPlan:
     @cached_property
     def pack_start(self) -> np.ndarray:
         """The row that each pack of the run begins with: int64 `(packs,)`."""
+        # packs never span steps: the last pack of a short step has what rows are left
         packs = zip(self.step_start.tolist(), self.num_packs.tolist(), strict=False)
         starts = [first + self.rows_per_pack * np.arange(count) for first, count in packs]
         return np.concatenate(starts)
@@ -145,6 +146,7 @@ class RunPlan:
         Tokens with padding, since memory follows them: activations are allocated for padding too.
         """
         cost = np.add.reduceat(self.row_cost, self.pack_start)
+        # lexsort takes the most significant key last
         place = int(np.lexsort((cost, self.pack_slots))[-1])
         first = np.concatenate([[0], np.cumsum(self.num_packs)])
         step = int(np.searchsorted(first, place, side="right")) - 1
@@ -153,6 +155,7 @@ class RunPlan:
     @property
     def efficiency(self) -> float:
         """Return the share of places that hold a token: of `pack_tokens`, or of padded rows."""
+        # packed rows have a fixed length, others that of the longest in their pack
         places = len(self.row_tokens) * self.pack_tokens or int(self.pack_slots.sum())
         return float(self.row_tokens.sum()) / places
 

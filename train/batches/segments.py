@@ -49,6 +49,8 @@ class Segments:
         named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         special = named | added
         self._spelled = _any_of(special)
+        # an unknown word closes no turn; but some tokenizers have one id for it
+        # and for the end of a text
         plain = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
         controls = {name: id_ for name, id_ in special.items() if id_ not in plain}
         self.controls_in = _any_of(controls)
@@ -66,6 +68,7 @@ class Segments:
 
     def cut(self, text: str) -> list[tuple[str, bool]]:
         """Return a turn's text as (piece, whether it spells a control token)."""
+        # nearly all texts: none spells a control token
         if text and not self._spelled.search(text):
             return [(text, False)]
         pieces, at = [], 0
@@ -125,6 +128,7 @@ class Segments:
             return ids
         if len(text) == 1:
             raise UserError(f"the tokenizer reads {text!a} as a control token; leave it out")
+        # in halves: the text stays as it is, only its tokens are shorter
         middle = len(text) // 2
         return [*self._plain(text[:middle], before), *self._plain(text[middle:], "")]
 
@@ -144,6 +148,7 @@ class Segments:
         found = []
         for (text, _), anchor, ids in zip(texts, first, wholes, strict=True):
             head = heads[anchor] if anchor else []
+            # the anchor's ids must stand at the front unchanged, or it has merged with the text
             same = ids[: len(head)] == head
             found.append(ids[len(head) :] if same else self._after_another(text, split=split))
         return found

@@ -44,6 +44,7 @@ def encode_apart(chat: Chat, record: Record, durations: Sequence[float]) -> Enco
     """Return the tokens of a record of independent turns; raises as `Chat.encode`."""
     talks = [chat.encode(turns, durations) for turns in one_by_one(record.turns)]
     first = talks[0].ids
+    # up to the last medium: what stands before it is the same in every turn's own conversation
     end = len(first) - first[::-1].index(MEDIA) if MEDIA in first else 0
     columns = ("ids", "axis", "coord", "supervised")
     heads = [[getattr(talk, name)[:end] for name in columns] for talk in talks]
@@ -101,6 +102,7 @@ def apart(talks: np.ndarray, sizes: Sequence[int], shared: np.ndarray | int) -> 
     begins = np.cumsum(sizes, dtype=np.int64) - np.asarray(sizes)
     shared = np.broadcast_to(shared, len(begins))
     own = talks[:, 0] - np.repeat(shared, sizes)
+    # causal pairs of n tokens: 1 + 2 + ... + n
     columns = (own, talks[:, 1], own * (own + 1) // 2)
     text, supervised, pairs = (np.add.reduceat(column, begins) for column in columns)
     return np.stack([shared + text, supervised, shared, np.maximum.reduceat(own, begins), pairs], 1)
@@ -173,6 +175,7 @@ def count_rounds(
             numbers.setdefault(key, len(numbers))
             for key in zip(texts, beside[len(texts)], strict=True)
         ]
+    # an answer with thoughts of its own changes the template's text before it
     if any(OWN_THOUGHT.match(text) for text, _ in numbers):
         return None
     kinds = [*sides]
@@ -180,6 +183,7 @@ def count_rounds(
     frames = [_between(gaps) for gaps in shapes.values() if gaps]
     counts = np.asarray(chat.count([*turns, *frames]), np.int64).reshape(-1, 2)
     lengths = np.asarray([2 * len(talk) for talk in talks])
+    # each text is tokenised once, however many records have it, and added up by record
     found = np.add.reduceat(counts[used], np.cumsum(lengths) - lengths)
     for length, frame in zip(shapes, counts[len(turns) :], strict=True):
         found[lengths == length] += frame
@@ -228,6 +232,7 @@ def _gaps(chat: Chat, turns: int) -> list[_Gap] | None:
     gaps = []
     for place, text in enumerate([rendered[0], *rendered[4::4]]):
         found = [match.span() for match in chat.segments.controls_in.finditer(text)]
+        # before the first turn there is none to close
         if place == 0:
             end = found[-1][1] if found else 0
             opening = text[slice(*found[-1])] if found else None
@@ -255,6 +260,7 @@ def _turn(chat: Chat, text: str, role: str, before: _Gap, after: _Gap) -> list[P
     """Return a turn's pieces, as `Chat.pieces` cuts them, without the text that belongs to no turn."""
     out = Pieces(chat.segments, before.opening)
     answers = role == "assistant"
+    # as `Chat.pieces`: a blank before an answer belongs to the answer's first token
     kept = before.head.rstrip(" ") if answers else before.head
     out.template(kept)
     if answers:

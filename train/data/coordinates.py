@@ -32,10 +32,12 @@ def resolved(
     durations: seconds of each of its clips. clip: whether a span that begins in its clip and ends after
     it is ended with the clip.
     """
+    # most records have no coordinates, and are handed on as they are
     text = "".join(turn.text for turn in record.turns)
     if not MARKUP.search(text) and not SHARE.search(text):
         return record, False, []
     if SHARE.search(text):
+        # a share of nothing: a picture has no duration
         if not durations or min(durations) <= 0:
             error = RowError(OUTSIDE, "a time in %, and a medium without a duration")
             return record, False, [error.at(record.where, record.id)]
@@ -66,6 +68,7 @@ def stretches(
     duration = durations[0] if durations else 0.0
     for turn in record.turns:
         parts: list[tuple[str, float | None]] = []
+        # the pattern is a group, so that split keeps the tags: they are at the odd places
         for place, part in enumerate(MEDIA_TAGS.split(turn.text)):
             if place % 2:
                 duration = next(media)
@@ -75,11 +78,13 @@ def stretches(
 
 def _share_in_seconds(turn: Turn, duration: float) -> str:
     seconds = duration / 100
+    # .6f: to the microsecond, finer than any clock of frames
     return SHARE.sub(lambda share: f"<t:{float(share[1]) * seconds:.6f}>", turn.text)
 
 
 def _clipped(turn: Turn, duration: float) -> str:
     text = turn.text
+    # from the last one: what is replaced moves only what stands behind it
     for first, second in reversed(list(spans(turn.text, answer=turn.role == "assistant"))):
         if unit_of(second) == "s" and value_of(first) < duration < value_of(second) - SLACK:
             text = f"{text[: second.start()]}<t:{duration:.6f}>{text[second.end() :]}"
@@ -101,6 +106,7 @@ def check_coordinates(record: Record, durations: Sequence[float]) -> list[RowErr
 def repeating(record: Record) -> bool:
     """Return whether a later answer of a record repeats a coordinate of an earlier answer."""
     seen = set[Coordinate]()
+    # turns that do not see each other repeat nothing
     for turn in record.turns if not record.independent else ():
         if turn.role == "assistant":
             own = {piece for piece in split_markup(turn.text) if isinstance(piece, Coordinate)}
@@ -113,6 +119,7 @@ def repeating(record: Record) -> bool:
 def _outside(piece: Coordinate, duration: float) -> RowError | None:
     """Return the fault of a coordinate, None if it is inside; duration: of its clip, 0 without one."""
     limit = duration if piece.axis == 0 else 1.0
+    # 1e-3: places are often rounded to three digits
     slack = SLACK if piece.axis == 0 else 1e-3
     if piece.anchor is not None or (limit > 0 and -1e-3 <= piece.value <= limit + slack):
         return None

@@ -158,6 +158,7 @@ def repeated_warnings(files: Sequence[RecordFile]) -> tuple[str, ...]:
         if file.independent:
             continue
         size = file.count // file.repeats
+        # spread over the file, not its first ones: files are often sorted by kind
         records = [file.record(0, k) for k in range(0, size, size // SAMPLED + 1)]
         found = sum(map(repeating, records))
         if found >= max(1, len(records) * WORTH_SAYING):

@@ -68,12 +68,14 @@ class BadRecords:
         """
         dropped: dict[str, RowError] = {}
         for error in errors:
+            # the first fault of a record is the one that is listed
             if self._may_drop(error):
                 dropped.setdefault(error.place, error)
                 continue
             problems.append(str(error))
             self.refused.add(error.place)
             self.mute |= isinstance(error, UnsupervisedError)
+        # records that a setting of their own lets go do not count: the limit is for surprises
         bad = [error for error in dropped.values() if not self._asked_for(error)]
         limit = self.settings.bad_record_limit
         if len(bad) > most_of(limit, rows):
@@ -111,6 +113,7 @@ class BadRecords:
 
 def most_of(limit: str, rows: int) -> Fraction:
     """Return the number of bad rows that a limit allows: `100`, or `1%` of the rows."""
+    # as fractions: 29% of 100 rows are 29, and in floats 28.999999999999996
     if limit.endswith("%"):
         return Fraction(limit[:-1]) / 100 * rows
     return Fraction(limit)
@@ -123,10 +126,12 @@ def counted(reasons: Sequence[str]) -> str:
 
 def write_drops(file: Path, drops: Sequence[Drop]) -> None:
     """Write the list of dropped records; without any, remove it."""
+    # a list of an earlier start of the run would be read as this one's
     if not drops:
         file.unlink(missing_ok=True)
         return
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # backslashreplace: JSON may hold half a surrogate pair, which UTF-8 has no bytes for
     lines = [json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in drops]
     temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, file)

@@ -53,6 +53,8 @@ def importer(name: str, read: Reader = read_rows) -> Callable[[Importer], Import
 
 def lines(path: Path) -> Rows:
     """Yield the lines of a text file."""
+    # utf-8-sig: files saved on Windows begin with a mark of order, which would
+    # be a part of the first name
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", line
@@ -104,6 +106,7 @@ def boxed_images(path: Path) -> Rows:
     if not isinstance(data, dict):
         yield from read_rows(path)
         return
+    # COCO keeps sizes and names with the images, boxes and texts with annotations
     images = {image["id"]: image for image in data.get("images", [])}
     for index, entry in enumerate(data.get("annotations", [])):
         image = images.get(entry.get("image_id", entry.get("id")))
@@ -111,6 +114,7 @@ def boxed_images(path: Path) -> Rows:
         if image is None:
             yield where, UnreadableRow(f"no image has the id {entry.get('image_id')!a}")
         else:
+            # entry last: both have an `id`, and a record is an annotation
             yield where, {"boxes": "xywh", **image, **entry}
 
 
@@ -122,6 +126,7 @@ def charades_sta(line: str) -> list[Json]:
         raise RowError(NOT_ONE, f"expected `VIDEO START END##SENTENCE`, got {ascii(line)[:80]}")
     video, start, end, sentence = match.groups()
     answer = span(float(start), float(end))
+    # Charades' files are all .mp4, and annotations name them without
     return [asked(f"{video}_{start}_{end}", f"{video}.mp4", WHEN.format(sentence.strip()), answer)]
 
 
@@ -179,6 +184,7 @@ def hc_stvg(item: Json) -> list[Json]:
     start, end = float(item["st_time"]), float(item["ed_time"])
     height, width = item["img_size"] if "img_size" in item else (item["height"], item["width"])
     boxes = item["bbox"]
+    # boxes are one a frame from start to end, and the annotation gives no frame rate
     seconds = (end - start) / max(1, len(boxes) - 1)
     answer = tube(
         start,
@@ -271,6 +277,7 @@ def tube(
     if not boxes:
         raise RowError("no answer", "a tube without boxes")
     written = min(TUBE_BOXES, len(boxes))
+    # evenly from the first box to the last one, both included; max: a tube of one box has no steps
     last = max(1, written - 1)
     chosen = [boxes[k * (len(boxes) - 1) // last] for k in range(written)]
     parts = [f"{time(seconds)} {box(corners, kind, *size)}" for seconds, corners in chosen]
@@ -309,6 +316,7 @@ def box(values: Sequence[float], boxes: str, width: float, height: float) -> str
             f"box {corners} leaves its frame of {width:g} x {height:g}; are boxes {boxes} here?",
         )
     pairs = [("x", x1 / width), ("y", y1 / height), ("x", x2 / width), ("y", y2 / height)]
+    # clamped: what leaves the frame by less than SLACK is rounding
     return "".join(f"<{axis}:{min(max(value, 0.0), 1.0):.4f}>" for axis, value in pairs)
 
 
@@ -338,11 +346,14 @@ def imported(
             try:
                 if isinstance(item, UnreadableRow):
                     raise RowError("not readable", str(item))
+                # what an annotation says of itself wins over the command line
                 made = convert(settings | item if isinstance(item, dict) else item)
                 for row in made:
+                    # read as training will read it: what it would refuse is found now, with its place
                     parse_record(row, where)
             except RowError as error:
                 bad.append(error if error.place else error.at(where, id_of(item)))
+            # whatever an annotation lacks is its fault, and the others are still read
             except KeyError as error:
                 bad.append(RowError(NOT_ONE, f"no field {error}").at(where, id_of(item)))
             except (AttributeError, TypeError, ValueError, UserError) as error:

@@ -78,6 +78,7 @@ def misspelt(text: str) -> Iterator[tuple[str, str]]:
         start = match.start()
         if MARKUP.match(text, start) or SHARE.match(text, start):
             continue
+        # `x <y 3` compares, and is no markup
         compared = not match["end"] and re.match(r"[\w)\]]", text[start - 1 : start])
         if text[:start].endswith("\\") or compared or not _is_near(match):
             continue
@@ -87,11 +88,13 @@ def misspelt(text: str) -> Iterator[tuple[str, str]]:
 def _is_near(match: re.Match[str]) -> bool:
     """Return whether text that looks like markup is hardly anything else, as `x <y 3` and `<t1>` are."""
     name, between, rest = match["name"].lower(), match["between"].strip(), match["rest"].strip()
+    # a colon after t, x or y stands in no other text; \uff1a is the full-width one of Chinese keyboards
     if between == ":" or between == "\uff1a":
         return True
     if name in ("temp", "height", "width"):
         return between in ("-", "_", "") and bool(match["end"]) and not rest
     a_unit = re.fullmatch(r"%|[a-z]{0,7}\.?", rest, re.IGNORECASE) is not None
+    # <t1> may be a tag of something else, <t1.5> hardly
     a_fraction = "." in match["number"].strip(".,")
     return bool(match["end"]) and a_unit and (bool(match["between"]) or a_fraction)
 
@@ -108,6 +111,7 @@ def _meant(match: re.Match[str]) -> str:
     if clock and letter == "t" and rest in ("", "s"):
         hours, minutes, seconds = (float(part or 0) for part in clock.groups())
         return f"<t:{hours * 3600 + minutes * 60 + seconds:g}>"
+    # 1,5 is 1.5 in many languages
     plain = number.replace(",", ".").lstrip("+")
     if not re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", plain):
         return ""

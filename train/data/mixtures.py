@@ -84,9 +84,11 @@ def all_parts(
         if Path(path).suffix.lower() in (".yaml", ".yml"):
             found += read_mixture(path, "", problems, notes)
         else:
+            # without banks of its own a file is looked up in all of the run's
             found.append(MixturePart(expanded([path], problems), [], 1, name=f"data_path {path}"))
     if data_config:
         found += read_mixture(data_config, mixture, problems, notes)
+    # a dataset's own folders bind it; the run's are for those that say nothing
     found = [
         part if part.folders != Folders() else replace(part, folders=folders) for part in found
     ]
@@ -100,6 +102,7 @@ def refuse_repeats(parts: Sequence[MixturePart], problems: list[str]) -> None:
     for part in parts:
         here = set()
         for file in [file for path in part.records for file in files_of(path)]:
+            # the same rows of other banks, or under other folders, are other records
             key = (file, part.chosen, real_banks(part), part.folders)
             other = part if key in here else seen.get(key)
             here.add(key)
@@ -146,6 +149,7 @@ def read_mixture(
             "`datasets: [{json_path: ...}]`"
         )
         return []
+    # -- three forms, distinguished by their keys
     if isinstance(named.get("datasets"), list):
         if mixture:
             problems.append(
@@ -160,6 +164,7 @@ def read_mixture(
         return _asked(mixture, named, config, problems)
     notes = [] if notes is None else notes
     joined = [str(name) for name, entry in named.items() if isinstance(entry, str | list)]
+    # names that stand for others would give the same records a second time
     if joined:
         notes.append(
             f"{config}: {', '.join(joined)} stand for other names, and are left out without "
@@ -180,6 +185,7 @@ def _once(parts: Sequence[MixturePart], problems: list[str], notes: list[str]) -
     for part in parts:
         records = []
         for path in part.records:
+            # VILA's registries have second names for one dataset, which a mixture would choose from
             other = seen.setdefault((*files_of(path), real_banks(part), part.folders), part)
             if other is part:
                 records.append(path)
@@ -229,6 +235,7 @@ def _terms(
         inner = named.get(name)
         if not isinstance(inner, str | list):
             yield name
+        # a registry may name itself by way of others
         elif name in above:
             problems.append(f"data_mixture: {' -> '.join((*above, name))} never ends")
         else:
@@ -258,6 +265,7 @@ def _part(
         seed = 0
     strategy = entry.get("sampling_strategy")
     try:
+        # both choose rows: a share of a choice could be meant, or the other way round
         if share is not None and strategy is not None:
             raise UserError(f"both @{share} and sampling_strategy {strategy!r}; keep one")
         if share is not None:
@@ -318,6 +326,7 @@ def share_of(text: str, seed: int) -> Selection:
         share = 0.0
     if not 0 < share <= 1:
         raise UserError(f"@{text}: take a share above 0, at most 1, like @0.1")
+    # six digits: @0.1 is exactly a tenth, whatever floats make of it
     return Selection.parse(f"random:{share * 100:.6f}%", seed)
 
 
@@ -339,6 +348,7 @@ def _paths(
             names = [f"{braces[1]}{part.strip()}{braces[3]}" for part in braces[2].split(",")]
         for name in names:
             path = name if str(written).startswith("${") else str(Path(config).parent / name)
+            # a folder on this disk wins over a name of the Hub that looks like it
             if not Path(path).exists() and (is_hub_name(name) or (foreign and Path(name).exists())):
                 path = name
             found.append(path)

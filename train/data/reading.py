@@ -84,8 +84,11 @@ class Reading:
             chosen=part.chosen,
             folders=part.folders,
         )
+        # a row with several faults is one bad row: the limit counts rows
         rows = len(read) + len({error.place for error in errors})
         kept = []
+        # None: records are read all the same, so that their faults are reported
+        # together with those of the banks
         if banks is not None:
             missing = settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)
@@ -168,6 +171,7 @@ def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders
 
     Raises RowError with its place and id.
     """
+    # paths are checked without their prefix below: /data/videos/a.mp4 may become a.mp4
     lenient = settings.allow_outside or bool(folders.strip_prefix)
     ignored = settings.ignore_fields
     row = parse_row(data, where, allow_outside=lenient, media_only=True, ignored=ignored)
@@ -188,6 +192,7 @@ def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders
             check_inside(folders.stripped(medium))
     except RowError as error:
         raise error.at(where, row.id) from None
+    # without a full stop: phrases are put into the middle of questions
     texts = dict.fromkeys(" ".join(phrase.split()).removesuffix(".") for phrase in phrases)
     cut = Cut(medium, row.start, row.end)
     source = data.get("data_source")

@@ -134,6 +134,7 @@ def parse_record(
     folders: Folders = PLAIN,
 ) -> Record:
     """Return the record of a row; RowError, with its place and id, where it is invalid."""
+    # checked below instead, without the prefix
     lenient = allow_outside or bool(folders.strip_prefix)
     row = parse_row(data, where, allow_outside=lenient, ignored=ignored)
     try:
@@ -165,6 +166,7 @@ def duration_before(record: Record, durations: Sequence[float], turn: int) -> fl
 
 def task_of(record: Record) -> int:
     """Return the index in `TASKS` of a record's first answer that is more than text; 0 if none is."""
+    # a dialogue counts as its first answer with coordinates: losses by task are per record, not per turn
     return next((kind for kind in _kinds(record) if kind), 0)
 
 
@@ -188,6 +190,7 @@ def made_independent(record: Record) -> Record:
     questions = record.turns[roles[0] == "system" :]
     first, texts = questions[0].text, [turn.text for turn in questions[1:]]
     got = expected = ""
+    # -- alone, each question needs its answer, and all need the media, which only the first one has
     if roles[-len(questions) :] != ["user", "assistant"] * (len(questions) // 2):
         got, expected = ", ".join(roles), "user, assistant, user, assistant, ..."
     elif any(
@@ -210,6 +213,7 @@ def one_by_one(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     system = tuple(turns[: turns[0].role == "system"])
     questions, answers = turns[len(system) :: 2], turns[len(system) + 1 :: 2]
     first = questions[0].text
+    # as text, tags and all: a record of that question alone would be written so
     media = first[: _media_end(first)]
     asked = [questions[0], *(Turn("user", media + turn.text) for turn in questions[1:])]
     return [(*system, *pair) for pair in zip(asked, answers, strict=True)]
@@ -236,6 +240,7 @@ def join(
     """
     kept = []
     quarantined = banks.quarantined()
+    # data sets ask several questions about a clip, each a row
     find = lru_cache(maxsize=None)(banks.find)
     dropped = [] if dropped is None else dropped
     for record in records:

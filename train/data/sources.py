@@ -90,8 +90,11 @@ class Tables(NamedTuple):
                 lines.append(frames)
                 bases.append(base)
                 seconds.append(source.times)
+                # in integers, so that a clip's times are as exact behind a thousand clips as behind none
                 times.append(base + np.rint(1e6 * source.times).astype(np.int64))
                 frames += len(source.times)
+                # a gap of a thousand seconds between clips: one sorted array of all
+                # times, searched once for all
                 base = int(times[-1][-1]) + math.ceil(1e6 * source.stretch.end) + 10**9
         phrase = np.asarray([numbers[source.phrases] for source in sources])
         clip = np.asarray([clips[source.clip] for source in sources])

@@ -27,6 +27,7 @@ BOX = re.compile(
 def refuse_misspelt(turns: Sequence[tuple[str, str]]) -> None:
     """Raise RowError for misspelt markup, a slot without a number, a span or box that is backwards."""
     for number, (role, text) in enumerate(turns, start=1):
+        # most turns have no markup at all
         if "<" not in text:
             continue
         where = f"turn {number} ({role})"
@@ -56,6 +57,7 @@ def spans(text: str, *, answer: bool) -> Iterator[tuple[re.Match[str], re.Match[
     if len(times) < 2:
         return
     rest = TIME.sub("", text)
+    # in an answer two times with little text are a span, whatever joins them
     alone = answer and len(times) == 2 and len(rest) <= FEW and not MARKUP.search(rest)
     for first, second in pairwise(times):
         between = text[first.end() : second.start()]
@@ -64,9 +66,11 @@ def spans(text: str, *, answer: bool) -> Iterator[tuple[re.Match[str], re.Match[
         is_span = (
             alone
             or BETWEEN.fullmatch(between)
+            # "and" alone joins two moments as often as the ends of a span
             or (between.strip().lower() == "and" and before.lower().endswith("between"))
             or (between.strip() in ("", ",") and bracketed)
         )
+        # seconds and shares cannot be compared without the duration
         if is_span and unit_of(first) == unit_of(second):
             yield first, second
 

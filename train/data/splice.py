@@ -132,6 +132,7 @@ class Splice:
 
         def drawn(what: int, *columns: int) -> np.ndarray:
             """Return random numbers in [0, 1): `(records, *columns)`."""
+            # counted numbers as a key, no state: any rank and any resumed run draws the same record
             key = (self.key, self.seed, epoch)
             wide = numbers.reshape(-1, *(1 for _ in columns))
             return draw(*key, wide, what, *map(np.arange, columns))
@@ -139,9 +140,11 @@ class Splice:
         source, parts = self._sources(tables, drawn)
         first, last, start, end = self._stretches(tables, source, drawn)
         on = np.arange(source.shape[1]) < parts[:, None]
+        # -1: columns beyond a record's parts are equal to none of its phrases
         phrase = np.where(on, tables.phrase[source], -1)
         alike = (phrase[:, :, None] == phrase[:, None, :]) & on[:, :, None]
         once = on & (alike.sum(axis=1) == 1)
+        # a phrase that is shown twice is asked about once, at its first part
         earlier = np.tril(alike.transpose(0, 2, 1), -1).any(axis=2)
         asked = self._asked(on & ~earlier, once, drawn)
         letter, name = drawn(LETTER, source.shape[1]), drawn(NAME, source.shape[1])
@@ -162,9 +165,11 @@ class Splice:
             chosen = np.column_stack([chosen, other])
         source = tables.pick(chosen, drawn(SOURCE_OF, most))
         on = np.arange(most) < parts[:, None]
+        # numbers of their own for columns that are not on, which so repeat no clip
         clip = np.where(on, tables.clip[source], -1 - np.arange(most))
         # not the same clip twice: another phrase of it may describe the same frames
         on &= ~np.tril(clip[:, :, None] == clip[:, None, :], -1).any(axis=2)
+        # parts that stay move to the left, in their order
         kept = np.argsort(~on, axis=1, kind="stable")
         source, parts = np.take_along_axis(source, kept, axis=1), on.sum(axis=1)
         if "count" in self.settings.questions:
@@ -174,6 +179,7 @@ class Splice:
     def _repeat(self, tables: Tables, source: np.ndarray, parts: np.ndarray, drawn: Any) -> None:
         """Repeat a phrase in about half of the records, in place of one that is not its neighbour."""
         again, instead = ((drawn(what) * parts).astype(np.int64) for what in (AGAIN, INSTEAD))
+        # 1: two neighbours of one phrase would be one long stretch, and the count open to dispute
         rows = np.flatnonzero((drawn(TWICE) < 0.5) & (np.abs(again - instead) > 1))
         own = source[rows, again[rows]]
         other = tables.pick(tables.phrase[own], drawn(SOURCE_AGAIN)[rows])
@@ -193,6 +199,8 @@ class Splice:
         frame = tables.first[source] + (drawn(FRAME, columns) * frames).astype(np.int64)
         line = tables.line[source]
         moment = (tables.times[line + frame] - tables.base[source]) // 1000
+        # the drawn frame is inside: no part is without a frame
+        # 0.9: the drawn frame is never at the very end, where rounding could leave it out
         start = moment - (drawn(BEFORE, columns) * 0.9 * length).astype(np.int64)
         start = np.clip(start, low, high - length)
         first, last = (
@@ -209,6 +217,7 @@ class Splice:
         plain = np.asarray([k for name, k in KINDS.items() if name in asked] or [COUNT])
         rounds = np.minimum(self.settings.rounds, free.sum(axis=1))
         most = min(self.settings.rounds, free.shape[1])
+        # 2 sorts behind all numbers below 1: parts that cannot be asked about come last
         lots = np.where(free, drawn(ASKED, free.shape[1]), 2.0)
         about = np.argsort(lots, axis=1, kind="stable")[:, :most]
         kind = plain[(drawn(KIND, most) * len(plain)).astype(np.int64)]
@@ -224,6 +233,7 @@ class Splice:
             rounds = np.where(only, 1, rounds)
             rows = np.flatnonzero(ordered)
             kind[rows, (drawn(IN_ORDER_AT) * rounds).astype(np.int64)[rows]] = ORDER
+        # the middle four fifths: near a cut both parts could be meant
         return rounds, kind, about, 0.1 + 0.8 * drawn(MOMENT, most)
 
     def draw(self, epoch: int, number: int) -> Record:
@@ -276,6 +286,8 @@ class Splice:
         laid = self._kept.get(epoch)
         if laid is None:
             laid = self.layout(epoch, np.arange(min(self.count, MOST_KEPT)))
+            # two: the next epoch's records are prepared while the last ones of this
+            # epoch are still asked for
             while len(self._kept) > 1:
                 self._kept.pop(next(iter(self._kept)), None)
             self._kept[epoch] = laid

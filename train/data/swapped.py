@@ -44,6 +44,7 @@ class SwappedDataset(Dataset):
         groups: dict[tuple[int, int], list[Place]] = defaultdict(list)
         media = [medium for record in dataset.held_out for medium in record.places]
         for place in dict.fromkeys(place for medium in media for place in places_of(medium)):
+            # within one grid: features of another shape would not fit the record's row
             groups[place.clip().info.patch_grid].append(place)
         others = {}
         for grid, places in groups.items():

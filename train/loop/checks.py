@@ -36,6 +36,7 @@ def digests(tensors: Iterable[Tensor]) -> Tensor:
     sums = []
     for tensor in tensors:
         own = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a rank's shard
+        # bits, not values: a float sum may hide a small change, and NaN never equals itself
         bits = own.detach().contiguous().view(-1).view(BITS[own.element_size()])
         sums.append(bits.sum(dtype=torch.int64))
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
@@ -63,6 +64,7 @@ class UpdateCheck:
         have a gradient. warming_up: whether the LLM's was dropped. Every rank calls this after the step;
         once all parts have moved it costs nothing.
         """
+        # text moves the LLM alone; projector, marks, tables and predictor learn from frames
         due = {name for name in self.waiting if (not warming_up if name == "llm" else frames)}
         if not due:
             return
@@ -107,7 +109,9 @@ def rehearse(
     """
     device = model.visual.frame_end.device
     # the bare model, not DDP's wrapper, whose buckets would count these gradients as a step's
+    # dropout draws here what step 1 is to draw: the run's own random state is put back
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # later packs of a step find the gradients of earlier ones in memory: the rehearsal must, too
         if accumulated:
             reduction.hold_gradients()
         loss_of(model, 0, to_device(batch, device)).backward()
@@ -142,6 +146,7 @@ class PackMemory:
         elif config.pack_tokens:
             fewer = "pack_tokens", config.pack_tokens // 2
         settings: list[tuple[str, Any, int]] = [
+            # in any order: they are sorted by what they save, and one that is set already saves nothing
             ("gradient_checkpointing", "full", self.places),
             ("bf16", True, self.places),
             ("tune_llm", "lora", self.places),
@@ -187,6 +192,7 @@ def name_pack(rows: Tensor, own: Mapping[int, Batch]) -> str:
     rows: `(packs, n)` sums of all packs; own: this rank's packs.
     """
     bad = [k for k, row in enumerate(rows.tolist()) if not all(map(_finite, row))]
+    # a NaN that shows in the gradient alone marks no pack: then all of this rank's records are named
     names = [id_ for k in bad or own for id_ in (own[k].record_ids if k in own else ())]
     if names:
         return f"records {', '.join(names)}"
@@ -194,6 +200,7 @@ def name_pack(rows: Tensor, own: Mapping[int, Batch]) -> str:
 
 
 def _finite(value: float) -> bool:
+    # false for NaN and both infinities
     return value - value == 0
 
 

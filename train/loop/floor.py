@@ -138,8 +138,11 @@ class Moments:
         n, cells, _ = last.shape
         at_once = max(1, CELLS_AT_ONCE // cells)
         for some, following in zip(last.split(at_once), truth.split(at_once), strict=True):
+            # fp64: normal equations square the condition number of the features
             x = F.pad(some.double(), (0, 1), value=1.0).flatten(0, 1)
             y = following.double().flatten(0, 1)
+            # a frame's cells together weigh 1, as in the loss, where frames count
+            # alike whatever their grid
             self.xx += x.T @ x / cells
             self.xy += x.T @ y / cells
             self.yy += y.square().sum() / cells
@@ -164,18 +167,22 @@ class Moments:
 def ridge(of: Moments, share: float) -> Tensor:
     """Return the ridge regression `(dim + 1, dim)` from x to y: (X'X + penalty I)^-1 X'Y.
 
-    share: the penalty, as a share of the mean square of x's features. The last row, the vector, is not
-    penalised.
+    Hoerl and Kennard 1970. share: the penalty, as a share of the mean square of x's features. The last
+    row, the vector, is not penalised.
     """
     dim = of.xy.shape[1]
     penalised = of.xx.clone()
+    # the sums alone are kept (dim^2 numbers), so that clips are read once for seven penalties
     squares = penalised.diagonal()[:dim]
+    # a view of the diagonal: the addition is to `penalised` itself; never 0, which a constant
+    # channel would make singular
     squares += max(share * float(squares.mean()), 1e-12)
     return torch.linalg.solve(penalised, of.xy)
 
 
 def error(matrix: Tensor, of: Moments) -> float:
     """Return the sum of squared errors of `x @ matrix`: tr(Y'Y) - 2 tr(M'X'Y) + tr(M'X'X M)."""
+    # |Y - X M|^2 multiplied out, from the sums: no clip is read twice
     return float(of.yy - 2 * (matrix * of.xy).sum() + (matrix * (of.xx @ matrix)).sum())
 
 
@@ -183,6 +190,7 @@ def best_ridge(first: Moments, held_in: Moments) -> float:
     """Return the penalty with which a fit of some clips predicts others best; the largest if none are."""
     if not (first.weight and held_in.weight):
         return RIDGES[-1]
+    # the largest penalty where nothing can be compared: it predicts least boldly
     return min(RIDGES, key=lambda share: error(ridge(first, share), held_in))
 
 
@@ -200,6 +208,8 @@ def mix(of: Moments) -> tuple[Tensor, dict[str, Tensor]]:
     # the mean's product with the next frames equals its product with itself
     normal = torch.stack([last_last, last_mean, last_mean, mean_mean]).view(2, 2)
     right = torch.stack([last_next, mean_mean])
+    # pinv: where every last frame is the mean (stills), the two inputs are one,
+    # and the matrix is singular
     return torch.linalg.pinv(normal, hermitian=True) @ right, means
 
 
@@ -209,6 +219,7 @@ def fitted(pair: str, first: Moments, held_in: Moments) -> dict[str, Tensor]:
     SF.matrix `(dim, dim)`, SF.vector `(dim,)`, SF.ridge: the chosen share; SF.mix `(2,)`, SF.mean.2x3
     `(cells, dim)` of each grid, SF.mean `(dim,)` of all cells.
     """
+    # the penalty is chosen on clips left out; the fit itself then has all of them
     whole = first + held_in
     share = best_ridge(first, held_in)
     matrix = ridge(whole, share)
@@ -262,6 +273,7 @@ def records_to_fit(dataset: Dataset, plan: RunPlan) -> list[int]:
         able = able[uniform_indices(len(able), MOST_DRAWN)] if len(able) else able
     for k in able.tolist():
         places = {place for medium in dataset.record(k).places for place in places_of(medium)}
+        # several records of one clip would count its frames several times
         if not places & taken:
             taken |= places
             found.append(k)
@@ -307,6 +319,7 @@ def floor_of_run(
         floor = _kept(folder / FILE, facts)
         if floor is None:
             say(f"floor     fitting copy, affine mix and ridge on {len(records)} training records")
+            # by place in the list, with no random number: the same clips on every rank and resume
             chosen = [k for k in range(len(records)) if k % HELD_IN == HELD_IN - 1]
             held_in = [records[k] for k in chosen]
             first = [k for k in records if k not in set(held_in)]
@@ -367,6 +380,7 @@ def floor_of_model(folder: Path, config: VLMConfig) -> Floor | None:
     Raises UserError where it was fitted on other frames than the model takes.
     """
     is_checkpoint = (folder / "checkpoint.json").exists()
+    # a checkpoint's floor is its run's: clips and fit are the same at every step
     path = (folder.resolve().parent if is_checkpoint else folder) / FILE
     if not path.exists():
         return None

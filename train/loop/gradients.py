@@ -89,10 +89,12 @@ class Fast:
 
     def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        # a rank with one pass less would leave the others waiting in their all-reduce for ever
         assert len(batches) == -(-packs // world), "every rank must make as many passes"
         self.drop_gradients()
         for place, batch in enumerate(batches):
             last = place == len(batches) - 1
+            # one reduction a step: between packs the ranks' sums stay their own
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 # DDP averages over ranks, the denominators are global already
                 loss = loss_of(self.model, rank + place * world, batch) * world
@@ -118,6 +120,7 @@ class Exact:
         self, accelerator: "Accelerator", model: VLM, optimizer: torch.optim.Optimizer
     ) -> None:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        # evaluation_mode: autocast and compilation, but no DDP, whose sums follow its buckets
         self.model = accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -126,9 +129,12 @@ class Exact:
             # warn only: some backward kernels on CUDA have no deterministic form
             torch.use_deterministic_algorithms(True, warn_only=True)
         if self.world > 1:
+            # DDP would do this: ranks may have drawn or loaded their weights on their own
             for value in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(value.data, src=0)
         size = sum(p.numel() for p in self.parameters)
+        # Two fp32 copies: a pack's gradient is kept apart until those of lower numbers are added. In one
+        # copy a rank's packs would meet first, (0 + 2) + (1 + 3) on two ranks, and round otherwise.
         self.own = torch.zeros(size, device=accelerator.device)
         """The gradient of this rank's pack; the parameters' gradients are views of it."""
         self.total = torch.zeros_like(self.own)
@@ -137,6 +143,7 @@ class Exact:
     def gradients(self, packs: int, batches: Sequence[Batch], loss_of: LossOf) -> None:
         self.hold_gradients()
         self.total.zero_()
+        # a round is one pack of each rank; the packs of a round are added one after the other, by number
         for place, first in enumerate(range(0, packs, self.world)):
             if first + self.rank < packs:
                 self.own.zero_()
@@ -164,6 +171,7 @@ def pack_seed(seed: int, step: int, pack: int) -> int:
     So a resumed run needs no saved random state, and the number of ranks changes no mask.
     """
     mixed = hashlib.blake2b(f"{seed} {step} {pack}".encode(), digest_size=8)
+    # one bit less: a positive int64, which every generator takes
     return int.from_bytes(mixed.digest(), "big") >> 1
 
 

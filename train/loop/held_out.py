@@ -42,6 +42,7 @@ def held_out_loss(
         begin = first + rank * size
         # a rank without a batch passes with the first one: with FSDP all wait for each other in a pass
         own = begin if begin < len(records) else 0
+        # with_copy: evaluations are few, so that reading both streams costs little here
         batch = loader.batch(records[own : own + size], with_copy=True)
         batch = to_device(batch, accelerator.device)
         with torch.no_grad(), accelerator.autocast():

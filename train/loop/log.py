@@ -72,6 +72,7 @@ class RunLog:
         self._bar: Any = None
         if not active:
             return
+        # here, so that ranks that write nothing do without it
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = output_dir / "metrics.jsonl"
@@ -120,6 +121,8 @@ class RunLog:
         """Append a line to metrics.jsonl, the source of truth, and copy it to TensorBoard and W&B."""
         if not self.active:
             return
+        # opened for each line: what was written survives a kill, and `--watch`
+        # reads it while the run goes on
         with open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         numbers = {f"{kind}/{n}": v for n, v in metrics.items() if isinstance(v, int | float)}
@@ -141,6 +144,7 @@ class RunLog:
 
 def _drop_stderr() -> None:
     """Discard stderr from now on: the terminal is closed, or `| tee` ended by the same Ctrl-C."""
+    # by the descriptor: libraries below Python write there, too
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stderr.fileno())
     os.close(nowhere)
@@ -153,6 +157,7 @@ def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
     """
     import wandb
 
+    # the id is kept in the folder: a resumed run goes on in the same curves
     path = output_dir / WANDB_ID
     if not (first_step and path.exists()):
         path.write_text(f"{secrets.token_hex(4)}\n")
@@ -231,6 +236,7 @@ def banner(
             f"LAPE      on: {config.num_temporal_tokens} temporal, {config.num_spatial_tokens} spatial "
             f"tokens, preset {config.lape_preset}; tables, gradients and moments take {extra:.1f} MB more"
         )
+        # NaN, which is unequal to itself: nothing was measured
         if ratio == ratio:
             lines.append(f"          positions / features by RMS at gamma 1: {ratio:.2f}")
     else:

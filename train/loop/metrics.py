@@ -84,6 +84,7 @@ def sums_of(out: "dict[str, Tensor]", batch: "Batch") -> "Tensor":
         counts["task_ce"] = zeros.index_add(0, task, losses)
         counts["task_count"] = zeros.index_add(0, task, torch.ones_like(losses))
     values = {**out, **counts}
+    # one flat vector in a fixed order, so that one reduction adds up all metrics of a step
     sizes = dict.fromkeys(SCALARS, 1) | dict.fromkeys(VECTORS, len(PAIRS))
     parts = [
         values[name].detach().reshape(size) if name in values else torch.zeros(size)
@@ -121,10 +122,12 @@ def summarise(sums: "Tensor", loss_weight: float) -> Json:
         out["autoregressive_loss_weighted"] = loss_weight * out["autoregressive_loss"]
         loss += out["autoregressive_loss_weighted"]
         out |= {f"ar_{pair}": ar[k] / count[k] for k, pair in enumerate(PAIRS) if count[k]}
+    # only where baselines were computed for all transitions: a skill over some would compare two sets
     if transitions and sum(copy_count) == transitions and sum(copy) > 0:
         found = {"copy": sum(copy), **dict(zip(BASELINES[1:], map(sum, fits), strict=True))}
         out |= {f"ar_{name}_baseline": s / transitions for name, s in found.items() if s > 0}
         if all(found.values()):
+            # the least of three sums, not the sum of the least: one baseline predicts all transitions
             out["ar_skill"] = skill(sum(ar), min(found.values()))
             floors = [min(sums) for sums in zip(copy, *fits, strict=True)]
             out |= {

@@ -54,6 +54,7 @@ def parameter_groups(model: VLM, settings: OptimizerSettings) -> list[dict[str, 
 def make_optimizer(model: VLM, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Return AdamW over `parameter_groups`; `set_rates` sets its rates before each step."""
     groups = parameter_groups(model, settings)
+    # 0 until `set_rates`: a step that forgot it would change nothing, which `UpdateCheck` finds
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, settings.adam_beta2))
 
 
@@ -63,6 +64,7 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
     Before the rehearsal, so that this measures the memory of a real step, and for `load_optimizer`.
     """
     for group in optimizer.param_groups:
+        # torch's own rule for where AdamW keeps its step counter (`_init_group`)
         on_device = group["fused"] or group["capturable"]
         for p in group["params"]:
             state: dict[str, Tensor] = optimizer.state[p]
@@ -116,6 +118,7 @@ def _load_parts(ours: dict[str, Tensor], folder: Path) -> None:
     for name, shape in saved.items():
         if name not in ours:
             raise _not_trained(folder, name)
+        # a scalar, such as AdamW's count of steps, is saved with one row
         if shape != (tuple(ours[name].shape) or (1,)):
             raise UserError(f"{folder}: parts of {name} are missing; copy all of the folder again")
     if absent := ours.keys() - saved.keys():
@@ -135,6 +138,7 @@ def _named_state(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the state's own tensors, by name and in the order of the model."""
+    # by name: AdamW numbers its parameters by group, so another freeze would shift all numbers
     for name, p in model.named_parameters():
         for what, value in optimizer.state.get(p, {}).items():
             yield f"{name}/{what}", value
@@ -169,5 +173,7 @@ def rate(step: int, total: int, warmup_ratio: float) -> float:
     """Return the learning rate at a step as a share of its peak: linear warm-up, then cosine."""
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
+        # from 1 / warmup: a first step at rate 0 would be a batch for nothing
         return (step + 1) / warmup
+    # half a cosine from 1 to 0: SGDR without restarts (Loshchilov and Hutter, arXiv 1608.03983)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -59,6 +59,8 @@ class StopSignals:
         A save is reported once, a stop until the run has ended. Every rank calls this once per step.
         """
         if self.stop is None:
+            # a killed launcher sends no signal, and its workers would go on without
+            # it, holding their devices
             ended = next((one for one in self._holding if not one.is_alive()), None)
             if ended:
                 self.stop, self.cause = signal.SIGTERM, f"the end of {ended}"
@@ -91,5 +93,6 @@ class StopSignals:
 def asked_of_all(counts: Sequence[float]) -> tuple[signal.Signals | None, bool]:
     """Return (the signal that stops the run, whether to save), from `take()` summed over the ranks."""
     *stops, save = counts
+    # ranks may have got different signals: the order of STOPS decides, the same on all of them
     stop = next((number for number, count in zip(STOPS, stops, strict=True) if count), None)
     return stop, bool(save)

@@ -65,6 +65,7 @@ class StepTimer:
             "tokens_per_second": metrics["tokens"] / seconds,
             "supervised_per_second": metrics["supervised_tokens"] / seconds,
             "memory_gb": memory_gb(),
+            # from the mean over the run, pauses included: later checkpoints and evaluations take time
             "eta_seconds": (now - self._started) / (step - self.first) * (self.total - step),
         }
         if self.flops and self.peak:
@@ -106,5 +107,6 @@ def memory_gb() -> float:
     """Return the peak memory of this process in GB: allocated on its GPU, resident without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    # getrusage counts bytes on macOS, kilobytes on Linux
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

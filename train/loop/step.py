@@ -50,6 +50,7 @@ class Losses:
         """seed: of the run. loss_weight: of the frame-causal loss. floor: that loss's baselines."""
         self.seed, self.loss_weight, self.floor = seed, loss_weight, floor
         self.step, self.accelerator = step, accelerator
+        # a step without an answer (or a transition) has a sum of 0: its loss is then 0, not 0 / 0
         self.num_labels = max(1, int(plan.num_labels[step]))
         self.num_transitions = max(1, int(plan.num_transitions[step]))
         self.sums = torch.zeros(
@@ -72,9 +73,11 @@ class Losses:
         if not idle:
             beside = self.floor.losses(batch) if self.floor else {}
             self.sums[pack] = sums_of(out | beside, batch)
+        # L = CE / tokens + weight x MSE / transitions, each count over all packs of all ranks
         loss: Tensor = out["ce"] / self.num_labels
         if "ar" in out:
             loss = loss + self.loss_weight * out["ar"].sum() / self.num_transitions
+        # times 0, not a new 0: the backward pass must reach every parameter, for which other ranks wait
         return loss * 0 if idle else loss
 
 
@@ -106,10 +109,12 @@ def run_step(
     reduction.gradients(packs, moved, losses)
     if llm_waits:
         drop_llm_gradients(model)
+    # signals reach ranks at different moments: summed over all, they stop every rank after the same step
     asked = torch.tensor(signals.take(), dtype=torch.float64)
     sums, asked = sum_in_order(accelerator, losses.sums, asked.to(accelerator.device))
     metrics = summarise(sums.sum(dim=0), losses.loss_weight)
     norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+    # before the update: the weights of the last checkpoint and those in memory are still good
     if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
         raise UserError(
             f"step {losses.step + 1}: loss {metrics['loss']}, gradient norm {norm} with the "

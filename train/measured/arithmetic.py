@@ -38,17 +38,20 @@ def with_arithmetic(config: TrainConfig, dataset: Dataset, on_cpu: bool) -> tupl
     found: list[tuple[bool, str] | None] = [None]
     if state.is_main_process:
         found = [decide(config, dataset, on_cpu)]
+    # one process measures: several would each find another time, and could decide differently
     ((bf16, why),) = broadcast_object_list(found)
     return replace(config, bf16=bf16), f"bf16 {str(bf16).lower()} (auto): {why}"
 
 
 def decide(config: TrainConfig, dataset: Dataset, on_cpu: bool) -> tuple[bool, str]:
     """Return whether to take bfloat16, and why."""
+    # -- from what costs nothing to what costs seconds
     before = recorded(config)
     if before is not None:
         return before, "as the run began"
     if not on_cpu:
         return True, "an accelerator is here"
+    # without such units each number is converted to float32 and back, which is slower than float32
     if not matrix_units():
         return False, "torch has no products of it on this CPU"
     pace = measure(config, dataset)
@@ -75,9 +78,12 @@ def measure(config: TrainConfig, dataset: Dataset) -> dict[bool, float]:
 
     On a model that is discarded; the least of several rounds, alternating.
     """
+    # with the run's threads, which decide how much the units gain; and then as it was found
     threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads or threads)
     try:
+        # the model that is measured draws weights: the run's own must be the same
+        # whether it was measured or not
         with torch.random.fork_rng(devices=[]):
             model, batch = first_pack(replace(config, bf16=False), dataset)
             return least_seconds((False, True), lambda bf16: step(model, batch, bf16))
@@ -89,6 +95,7 @@ def first_pack(config: TrainConfig, dataset: Dataset) -> tuple[VLM, Batch]:
     """Return the run's model, as for its first step, and the first pack that it would see."""
     world = PartialState().num_processes
     plan = plan_run(config, dataset, rows_per_step(config, world, {}))
+    # in silence: the run says the same lines when it builds its own
     model = build(config, dataset, lambda line: None)
     longest, apart = int(plan.tokens.max()), dataset.independent
     attention, _ = admit_llm(model, config, "cpu", longest, torch.device("cpu"), apart=apart)
@@ -101,6 +108,7 @@ def step(model: VLM, batch: Batch, bf16: bool) -> None:
     """Run a batch forward and backward, and drop the gradients."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         out = model(batch)
+    # sums, without denominators: only the arithmetic counts here
     loss = out["ce"] + (out["ar"].sum() if "ar" in out else 0.0)
     loss.backward()
     model.zero_grad(set_to_none=True)

@@ -54,12 +54,14 @@ class Question:
 def questions_of(own: Sequence[tuple[Run, TestSet]], name: str) -> list[Question]:
     """Return the questions of a kind that every run has answered, the worst first."""
     kind = KINDS[name]
+    # so that large is good for errors, too
     sign = -1.0 if kind.errs else 1.0
     by_run = [
         {(row["record"], row["turn"]): row for row in test.rows if row["kind"] == name}
         for _, test in own
     ]
     found = []
+    # only what all have answered: runs may have been scored with another --max_records
     for key, row in by_run[0].items() if by_run else ():
         if all(key in rows for rows in by_run):
             said = tuple((run, rows[key]) for (run, _), rows in zip(own, by_run, strict=True))
@@ -84,6 +86,7 @@ def kind_section(
 ) -> str:
     kind = KINDS[name]
     worst = questions[:SHOWN]
+    # of the rest: few questions would be among the worst and the best
     best = questions[SHOWN:][::-1][:SHOWN]
     parts = [f"<h4>{escape(name.capitalize())}: {escape(kind.asks)}</h4>"]
     if name == "span":
@@ -104,6 +107,7 @@ def kind_section(
 
 def card(runs: Sequence[Run], name: str, kind: Kind, question: Question, footage: Footage) -> str:
     """Return a question with its picture and what was answered."""
+    # a video is opened only for answers that point at something in it
     look = footage.look(question.clip) if name in (*TIMED, *PLACED) else None
     picture = ""
     if name in TIMED:
@@ -174,6 +178,7 @@ def frames_strip(look: Look, clip: str) -> str:
     count = min(FRAMES, len(look.pictures))
     pictures = []
     for k in range(count):
+        # the middle of a part stands above that part of the time line
         number = look.near((k + 0.5) * duration / count)
         words = f"{look.what} at {look.times[number]:.2f} s of {clip}"
         pictures.append(f'<img src="{look.pictures[number]}" alt="{escape(words)}" {sized(look)}>')
@@ -192,6 +197,7 @@ def bar(who: str, colour: str, spans: Sequence[tuple[float, float]], duration: f
     marks = []
     for start, end in spans:
         left = min(max(100 * start / duration, 0), 100)
+        # 0.8: a moment is a mark that can still be seen
         width = max(min(100 * end / duration, 100) - left, 0.8)
         marks.append(f'<i style="left:{min(left, 99.2):.2f}%;width:{width:.2f}%"></i>')
     said = ", ".join(f"{a:.2f} to {b:.2f} s" for a, b in spans) or "none"
@@ -207,7 +213,9 @@ def places(runs: Sequence[Run], question: Question, look: Look) -> str:
     text = question.row["question"]
     true = pointed(question.row["reference"], text).places
     times = next((seen for seen, _ in true if seen), ())
+    # without a time in the answer nothing says which frame is meant: the one in the middle
     number = look.near(times[0]) if times else len(look.pictures) // 2
+    # thick below the thin ones: where an answer is right both are seen
     shapes = [shape(place, "good", 5) for _, place in true]
     for run, row in question.said:
         for _, place in pointed(row["answer"], text).places:
@@ -250,6 +258,7 @@ def overview(runs: Sequence[Run], questions: Sequence[Question]) -> str:
         if not values:
             continue
         counts = [
+            # the last class has its upper end: a perfect overlap is no eleventh class
             sum(low <= v < high or (high == 1.0 and v == 1.0) for v in values)
             for low, high in pairwise(edges)
         ]

@@ -25,6 +25,8 @@ SIZE = (4.4, 2.6)  # inches, of which the page shows 72 points as about 90 pixel
 COLOURS = tuple(f"run-{k}" for k in range(12))
 """Names of variables in page.css, one for each run."""
 NAMES = ("ink", "faint", "grid", "good", "bad", *COLOURS)
+# matplotlib takes no CSS variables: each name has a colour that no drawing uses,
+# and is put back in the text
 HEX = {name: f"#0e{k:02x}0f" for k, name in enumerate(NAMES, start=16)}
 """Colours that stand for the variables until the drawing is text."""
 MOST_NAME = 22
@@ -86,6 +88,7 @@ def line_chart(
     says: what it shows, for those who cannot see it, and below the title. zero: what a line at 0
     means, drawn where it is given. percent: the numbers are shares.
     """
+    # older runs, and runs without LAPE or frame loss, did not log everything: their curves are empty
     drawn = [line for line in lines if len(line.curve)]
     if not drawn:
         return ""
@@ -96,6 +99,7 @@ def line_chart(
         axes.axhline(0, color=HEX["ink"], linewidth=0.8)
     if log:
         axes.set_yscale("log")
+    # losses are read from 0, or a small difference would look like a large one
     elif min(float(line.curve.low.min()) for line in drawn) >= 0 and not zero:
         axes.set_ylim(bottom=0)
     if zoom(axes, drawn, log):
@@ -106,6 +110,7 @@ def line_chart(
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     else:
         axes.yaxis.set_major_formatter(short_number)
+        # a log axis over less than a decade would label its minor ticks, too
         axes.yaxis.set_minor_formatter(lambda value, _: "")
     if drawn[0].style != "dots":
         axes.xaxis.set_major_formatter(short_number)
@@ -120,6 +125,7 @@ def draw_line(axes: "Axes", line: Line) -> None:
     if line.kind == "dots":
         axes.plot(curve.steps, curve.mean, "o", color=colour, markersize=4, clip_on=False)
         return
+    # the band of one run alone: those of several would cover each other
     if line.band and (curve.high > curve.low).any():
         axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.14, linewidth=0)
     axes.plot(curve.steps, curve.mean, color=colour, linewidth=1.5, linestyle=DASHES[line.style])
@@ -130,10 +136,12 @@ def zoom(axes: "Axes", lines: Sequence[Line], log: bool) -> bool:
 
     A curve is read by its other nine tenths.
     """
+    # the first tenth is left out: losses fall from where the weights were drawn, by far more than later
     ends = [line.curve.mean[len(line.curve) // 10 :] for line in lines]
     late = np.concatenate(ends)
     low, high = float(late.min()), float(late.max())
     whole = axes.get_ylim()
+    # a curve that never changes has no height of its own
     room = 0.12 * (high - low) or abs(high) or 1.0
     above = not log and whole[1] > high + 4 * room
     below = not log and whole[0] < min(low - 4 * room, 0)
@@ -159,6 +167,7 @@ def interval_chart(
     rows: (name, colour, score, interval or None). marks: (name, colour, score), vertical lines.
     most: the end of the axis, which begins at 0.
     """
+    # 0.019 of the width a letter, at this size of text
     longest = max(len(name) for name, *_ in rows)
     left = min(0.06 + 0.019 * longest, 0.5)
     figure, axes = new_figure(0.42 + 0.3 * len(rows), left, labelled=False)
@@ -166,10 +175,12 @@ def interval_chart(
         if interval:
             axes.plot(interval, (k, k), color=HEX[colour], linewidth=2.5, solid_capstyle="butt")
         axes.plot(value, k, "o", color=HEX[colour], markersize=6)
+    # not by colour alone: marks are distinct in print, and by those who do not see colours
     styles = ("dashed", "dotted", "dashdot")
     for (_, colour, value), style in zip(marks, styles * len(marks), strict=False):
         axes.axvline(value, color=HEX[colour], linewidth=1.2, linestyle=DASHES[style])
     axes.set_yticks(range(len(rows)), [name[-MOST_NAME:] for name, *_ in rows])
+    # upside down: the first row is the uppermost
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, most)
     if percent:
@@ -192,6 +203,7 @@ def new_figure(
     import matplotlib
     from matplotlib.figure import Figure
 
+    # text stays text, in the page's font: it can be searched, read out and scaled
     matplotlib.rcParams["svg.fonttype"] = "none"
     figure = Figure(figsize=(SIZE[0], height))
     below = (
@@ -224,11 +236,14 @@ def svg_of(figure: "Figure", says: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # matplotlib's rules for all lines and joins: in a page they would hold for every other drawing
     text = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    # matplotlib names the parts of every drawing alike (axes_1, line2d_1), and an id counts for the page
     own = f"c{digest(text.encode(), size=4)}-"  # of all drawings of a page
     text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{own}", text)
     for name, colour in HEX.items():
         text = text.replace(colour, f"var(--{name})")
+    # the size stays, the font is the page's
     text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
     view = re.search(r'viewBox="[^"]+"', text)
     assert view

@@ -57,6 +57,7 @@ def kinds_charts(runs: Sequence[Run]) -> list[str]:
     """Return a chart of the loss by kind of answer, for a run alone."""
     if len(runs) > 1:
         return []
+    # by kind of answer; ce_loss is the loss of all
     names = sorted(n for n in runs[0].metrics.names if n.startswith("ce_") and n != "ce_loss")
     lines = [
         Line(name[3:], runs[0].metrics.curve(name), colour_of(k)) for k, name in enumerate(names)
@@ -70,6 +71,7 @@ def frames_chart(runs: Sequence[Run]) -> str:
     lines = by_run(runs, "autoregressive_loss")
     first = runs[0].metrics
     for name, words, style in BASELINES:
+        # of the first run alone, as the text says: three lines more for each run would be too many
         lines.append(Line(words, first.curve(name), "ink", style))
     return line_chart(
         "The next frame",
@@ -125,6 +127,7 @@ def rates(runs: Sequence[Run]) -> list[str]:
         metrics = runs[0].metrics
         others = sorted(n for n in metrics.names if n.startswith("learning_rate_"))
         if others:
+            # the plain name is the LLM's rate, as soon as other parts have one of their own
             lines = [Line("LLM", metrics.curve("learning_rate"), colour_of(0))]
         lines += [
             Line(name.removeprefix("learning_rate_"), metrics.curve(name), colour_of(k))
@@ -138,6 +141,7 @@ def rates(runs: Sequence[Run]) -> list[str]:
     norm = line_chart(
         "Gradient norm",
         by_run(runs, "grad_norm"),
+        # norms of a run can differ by powers of ten, and a peak would flatten everything else
         log=True,
         says="How strongly the weights are pulled, before clipping. Sudden peaks mean trouble.",
     )

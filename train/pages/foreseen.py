@@ -39,10 +39,12 @@ def strip(clip: Foreseen, footage: Footage) -> str:
     """Return a clip's rows: frames of the video where it is there, then target, prediction and copy."""
     if not clip.frames:
         return ""
+    # one palette for all rows: the same features have the same colour in what came and in the prediction
     palette = coloured(clip)
     look = footage.look(clip.clip)
     heads = "".join(f"<th scope=col>{frame.time:.2f} s</th>" for frame in clip.frames)
     rows = []
+    # features as colours stand below anyway
     if look and look.of_video:
         cells = "".join(
             f'<td><img src="{look.pictures[look.near(f.time)]}" alt="frame at {f.time:.2f} s" '
@@ -63,6 +65,7 @@ def strip(clip: Foreseen, footage: Footage) -> str:
     ):
         cells = "".join(f"<td>{error:.2f}</td>" for error in errors)
         rows.append(f"<tr><th scope=row>error, {WORDS[role]}</th>{cells}</tr>")
+    # by frames, not by the mean: one frame with a cut would decide it
     better = sum(frame.error < frame.copy_error for frame in clip.frames)
     table = (
         f'<table class="foreseen"><thead><tr><td></td>{heads}</tr></thead>'
@@ -79,6 +82,7 @@ def coloured(clip: Foreseen) -> dict[tuple[int, str], str]:
     from preprocess.show.picture import colours
 
     places = [(number, role) for number in range(len(clip.frames)) for role in ROLES]
+    # a place each, as the palette is made for arrays by number: these grids may differ
     arrays = {k: getattr(clip.frames[n], role)[None] for k, (n, role) in enumerate(places)}
     shades = colours(arrays)
     return {place: tiles(shades[k][0]) for k, place in enumerate(places)}

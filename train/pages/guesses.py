@@ -42,12 +42,15 @@ def fixed_guess(kind: str, metric: str, rows: Sequence[Json]) -> float | None:
 def fixed_answers(kind: str, about: Sequence[Asked]) -> list[str]:
     """Return the fixed answer as it is to each question: the same, or the same share of each clip."""
     if kind in WORDS:
+        # the most frequent one is right most often: no fixed word can score more
         return [Counter(a.reference for a in about).most_common(1)[0][0]] * len(about)
     numbers = np.asarray([a.coordinates for a in about])
     if kind == "time":
         durations = np.asarray([a.duration or 1.0 for a in about])
+        # of absolute errors the median is least, and clips differ in length: so it is a share of each
         share = float(np.median(numbers[:, 0] / durations))
         return [f"<t:{share * duration}>" for duration in durations]
     if kind in MARKS:
+        # of each coordinate the median: the point of least mean distance has no closed form
         return [MARKS[kind].format(*np.median(numbers, axis=0))] * len(about)
     return []

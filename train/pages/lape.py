@@ -21,6 +21,7 @@ RAMP = np.asarray([(32, 70, 140), (245, 245, 240), (178, 50, 20)], float)
 
 def similarities(rows: np.ndarray) -> np.ndarray:
     """Return the cosines between anchors, without what all have in common: `(n, width)` -> `(n, n)`."""
+    # what all anchors share (where rows of the LLM are) would make all of them alike
     own = rows - rows.mean(axis=0)
     own = own / np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
     return np.asarray(own @ own.T)
@@ -29,13 +30,17 @@ def similarities(rows: np.ndarray) -> np.ndarray:
 def order(similar: np.ndarray) -> float:
     """Return how far anchors are ordered: the rank correlation, over all pairs, of nearness in place and
     likeness; 1 where nearer ones are always more alike, 0 where place says nothing."""
+    # each pair once, without an anchor beside itself
     first, second = np.triu_indices(len(similar), 1)
     near, alike = ranks(-(second - first).astype(float)), ranks(similar[first, second])
+    # Spearman's rank correlation: Pearson's, of the ranks. Likeness need not
+    # fall in a line with distance.
     return float(np.corrcoef(near, alike)[0, 1])
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Return the mean rank of each value among all: equal ones share theirs."""
+    # sorted places 1 .. n; c equal values end at cumsum, so that their mean is (c - 1) / 2 below it
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
 
@@ -57,6 +62,7 @@ def section(runs: Sequence[Run]) -> str:
             figure(run, role, axis)
             for role in ROLES
             for axis in range(3)
+            # tied tables are saved once
             if f"{role}.{axis}" in run.tables
         )
         parts.append(f"<h4>{escape(run.name)}</h4><div class='maps'>{maps}</div>")
@@ -93,6 +99,7 @@ def gammas(runs: Sequence[Run]) -> str:
     charts, words = [], []
     for run in runs:
         steps, gamma = run.gammas()
+        # a single point is no curve
         if len(steps) == 1:
             each = ", ".join(
                 f"{axis} {value:.2f}" for axis, value in zip(AXES, gamma[0], strict=True)

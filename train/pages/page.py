@@ -35,6 +35,7 @@ def page(runs: Sequence[Run], *, refresh: int = 0) -> str:
 
     refresh: seconds after which a browser loads it again, 0 for never.
     """
+    # videos are read while sections are made: the readers end with them
     with ExitStack() as stack:
         album = Album.of(runs, stack)
         sections = [s for s in sections_of(runs, album) if s.body]
@@ -54,6 +55,7 @@ class Album:
         problems: list[str] = []
         for run in runs:
             banks = banks_of(run.config, run.folder)
+            # runs of one bank share its footage: its videos are decoded once
             if banks not in found:
                 footage, why = Footage.of(banks, read_config_features(run.folder))
                 found[banks] = stack.enter_context(footage)
@@ -139,6 +141,7 @@ def tokens_section(runs: Sequence[Run], album: Album) -> str:
     for run in runs:
         clip = example_clip(run, album[run])
         body = tokens.section(run, album[run], clip) if clip else ""
+        # runs that lay out tokens alike are shown once, whatever they are called
         layout = body.replace(escape(run.name), "")
         if body and layout not in known:
             shown.append(f"<h4>{escape(run.name)}</h4>{body}" if len(runs) > 1 else body)
@@ -149,6 +152,7 @@ def tokens_section(runs: Sequence[Run], album: Album) -> str:
 def example_clip(run: Run, footage: Footage) -> str:
     """Return a clip to show: of a test set, else the banks' first."""
     asked = (row["media"][0] for test in run.tests for row in test.rows if row["media"])
+    # a clip that answers are about is more telling than the bank's first
     clip = next((clip for clip in asked if footage.place(clip)), "")
     return clip or next((bank.ids[0] for bank in footage.banks if len(bank)), "")
 
@@ -165,6 +169,7 @@ def sampled_note(runs: Sequence[Run]) -> list[str]:
 def document(
     runs: Sequence[Run], sections: Sequence[Section], notes: Sequence[str], refresh: int
 ) -> str:
+    # whatever stands in names, answers and paths is text: it must not become a part of the page
     title = escape(story.heading(runs))
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     live = "<p class='live' role='status'>Still training; this page loads itself again.</p>" * (

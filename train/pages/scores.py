@@ -77,6 +77,7 @@ class Reached:
     def interval(self) -> Interval | None:
         """The interval of 95 % of 2,000 draws of the test clips; None where answers were not kept."""
         answers = self.test.answers
+        # of one clip every draw is the same: an interval of no width would look sure
         if answers is None or self.metric not in answers.totals or len(answers.clips) < 2:
             return None
         return mean_interval([answers], self.metric)
@@ -84,6 +85,7 @@ class Reached:
     @cached_property
     def guess(self) -> float | None:
         """The best fixed answer's score."""
+        # evaluate has computed it already, over all its answers
         if self.name == "span" and "constant_span_miou" in self.test.report:
             return float(self.test.report["constant_span_miou"])
         rows = [row for row in self.test.rows if row["kind"] == self.name]
@@ -107,6 +109,8 @@ class Reached:
     @property
     def beats(self) -> dict[str, float]:
         """What a run that has learned from the videos is better than, by what it is called."""
+        # what needs no look at the video, or no training: each is a way to a
+        # score without having learned
         named = {
             "a fixed guess": self.guess,
             "other clips' features": self.control("shuffled"),
@@ -120,9 +124,11 @@ class Reached:
         if not self.beats:
             return ""
         sign = -1 if self.kind.errs else 1
+        # the strongest of them: a model that beats two of three has not shown that it looks
         bar = max(sign * value for value in self.beats.values())
         if sign * self.value <= bar:
             return NOT
+        # learned only if the whole interval is beyond the bar
         worst = min(sign * end for end in self.interval) if self.interval else sign * self.value
         return LEARNED if worst > bar else PERHAPS
 
@@ -147,6 +153,7 @@ def same_tests(runs: Sequence[Run]) -> Tests:
     for run in runs:
         for test in run.tests:
             if test.report:
+                # by the path of the records, not by name: two test sets may be called alike
                 found.setdefault(test.data_path, []).append((run, test))
     return found
 
@@ -218,6 +225,7 @@ def chart_of(runs: Sequence[Run], group: Sequence[Reached]) -> str:
     rows = [
         (one.run.name, colour_of(runs.index(one.run)), one.value, one.interval) for one in group
     ]
+    # of the first run, as the text says: guesses are the same for all, controls are a run's own
     marks = [(name, "ink", value) for name, value in first.beats.items()]
     probe = first.control("probe")
     if probe is not None:
@@ -247,6 +255,7 @@ def differences(own: Sequence[tuple[Run, TestSet]], groups: dict[str, list[Reach
     for group in groups.values():
         base, *others = group
         for one in others:
+            # draws are of clips: other clips cannot be paired
             if not (a := one.test.answers) or not (b := base.test.answers) or a.clips != b.clips:
                 continue
             low, high = difference_interval([a], [b], one.metric)

@@ -32,6 +32,7 @@ def whole(run: Run) -> Json:
 def section(runs: Sequence[Run]) -> str:
     """Return the table of what differs, of what the runs said of themselves, and of all settings."""
     parts = []
+    # what differs first: it is what several runs are compared for
     if len(runs) > 1:
         names = differing(runs)
         if names:
@@ -42,6 +43,7 @@ def section(runs: Sequence[Run]) -> str:
     rows = [
         (word, [run.said.get(word, "") for run in runs])
         for word in words
+        # warnings have a place of their own, among what fails
         if word not in ("note", "warning")
     ]
     if rows:

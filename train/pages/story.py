@@ -84,6 +84,7 @@ def did_line(run: Run) -> str:
 
 def answers_line(run: Run, test: TestSet, where: str) -> list[str]:
     """Return which kinds of answers are better than what needs no video, the best known first."""
+    # in this order on the page: what was learned before what was not
     by: dict[str, list[Reached]] = {LEARNED: [], PERHAPS: [], NOT: []}
     for one in reached(run, test):
         if one.verdict:
@@ -102,6 +103,7 @@ def answers_line(run: Run, test: TestSet, where: str) -> list[str]:
 
 def versus(one: Reached) -> str:
     """Return a score beside the strongest thing that it has to beat."""
+    # the strongest of them, which decides the verdict
     best = min if one.kind.errs else max
     name, bar = best(one.beats.items(), key=lambda item: item[1])
     less = " (smaller is better)" if one.kind.errs else ""
@@ -143,6 +145,7 @@ def frames_lines(run: Run) -> list[str]:
 
 def foresees(skill: float) -> str:
     """Return whether next frames are predicted; so little may be chance, and has no interval."""
+    # no interval is kept of frame losses, so that small differences are not judged
     return PERHAPS if abs(skill) < SMALL else LEARNED if skill > 0 else NOT
 
 
@@ -191,6 +194,7 @@ def troubles_of(one: Reached) -> list[str]:
         found.append(
             "no record that it was trained on asks for it" if known is False else "not learned"
         )
+    # 1: scores that have no such share (choices, texts) are read whatever they say
     if entry.get("parsed", 1) < PARSED:
         found.append(f"{100 - 100 * entry['parsed']:.0f} % of the answers are not of its form")
     if cut := one.test.report.get("cut", {}).get(one.name):
@@ -220,6 +224,7 @@ def memorised(run: Run, test: TestSet, where: str) -> list[str]:
             f"New records{where} are harder than those it was trained on; its loss per token: "
             f"{', '.join(found)}."
         )
+    # a skill below 0 means that a guess without any model is better
     if trained is not None and tested is not None and trained > 0 > tested:
         lines.append(
             f"Next frames{where}: better than the guesses on the clips that it was trained on alone. It "
@@ -236,6 +241,7 @@ def failing_training(run: Run) -> list[str]:
         lines.append("Some steps have losses that are no numbers (NaN or infinity): it broke down.")
     _, losses = metrics.column("loss")
     if (
+        # a tenth of fewer steps would be one step
         len(losses) >= 20
         and losses[-len(losses) // 10 :].mean() >= losses[: len(losses) // 10].mean()
     ):
@@ -293,6 +299,7 @@ def overview(runs: Sequence[Run]) -> str:
     ]
     rows = []
     for run in runs:
+        # a run without scores has a row, too
         tests: list[TestSet | None] = [test for one, test in own if one is run]
         for test in tests or [None]:
             found = {one.name: one for one in reached(run, test)} if test else {}

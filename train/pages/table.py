@@ -55,6 +55,7 @@ def strongest(losses: Json) -> str:
     """Return the lowest loss of those that `ar_skill` is read against, and whose it is."""
     if "ar_skill" not in losses:
         return "-"
+    # read as the skill is: against the lowest of the three
     loss, name = min((losses[f"ar_{name}_baseline"], name) for name in ("copy", "affine", "ridge"))
     return f"{loss:.3f} {name}"
 

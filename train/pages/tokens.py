@@ -43,6 +43,7 @@ class Layout:
 
 def layout_of(config: TrainConfig, bank: Bank, row: int) -> Layout:
     """Return where the tokens of a banked clip come from; without drawn frames or written times."""
+    # as the run chooses them where its settings name none: the finest is slow, the coarsest fast
     strides = bank.config.strides
     slow = config.mm_spatial_pool_stride or min(strides)
     fast = config.fast_stride or max(strides)
@@ -61,12 +62,14 @@ def layout_of(config: TrainConfig, bank: Bank, row: int) -> Layout:
 
 
 def grid(config: TrainConfig, bank: Bank, row: int, stride: int) -> tuple[int, int]:
+    # rounded up, as LLaVA-OneVision pools (bilinear, to half the rows and columns)
     rows, cols = (-(-side // config.pooled) for side in bank.shape(row, stride)[1:3])
     return rows, cols
 
 
 def settings_of(run: Run) -> TrainConfig:
     """Return a run's settings, those of its version that today's do not know left out."""
+    # a report is of runs of any age: settings that were since removed are no reason to draw nothing
     known = {field.name for field in fields(TrainConfig)}
     return TrainConfig(**{name: value for name, value in run.config.items() if name in known})
 
@@ -80,6 +83,7 @@ def section(run: Run, footage: Footage, clip: str) -> str:
     layout = layout_of(settings_of(run), *found)
     tokens = layout.by_kind
     total = sum(tokens.values())
+    # as frames themselves are chosen: first and last are among them
     shown = uniform_indices(len(layout.chosen), MOST)
     tiles = "".join(tile(layout, look, k) for k in shown)
     parts = "".join(
@@ -110,6 +114,7 @@ def tile(layout: Layout, look: Look, k: int) -> str:
     """Return a frame with its tokens' grid over the part of it that the tower saw."""
     is_slow, number = layout.slow[k], layout.chosen[k]
     rows, cols = layout.cells[is_slow]
+    # a tower that crops does not see the edges: no token comes from there
     y0, x0, y1, x1 = (100 * edge for edge in look.info.covered)
     lines = [f"M{x0 + (x1 - x0) * c / cols:.1f} {y0:.1f}V{y1:.1f}" for c in range(cols + 1)]
     lines += [f"M{x0:.1f} {y0 + (y1 - y0) * r / rows:.1f}H{x1:.1f}" for r in range(rows + 1)]

@@ -23,6 +23,7 @@ CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
 
 def load(checkpoint: str, bank: str, media_dir: str = "") -> tuple[Any, Any]:
     """Return a model without its tower, and the processor that gives it banked features."""
+    # in the type of the checkpoint: the tower's digest, which use_bank compares, is of its weights
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     plain = AutoProcessor.from_pretrained(checkpoint)
     processor = bank_processor(plain, bank, model_config=model.config, media_dir=media_dir)
@@ -43,6 +44,7 @@ def train_with(
     trainer = make_trainer(model, Collator(processor), read(records), out, **settings)
     trainer.train()
     trainer.save_model()
+    # a checkpoint without its processor cannot be asked anything; this one is saved as the plain one
     processor.save_pretrained(out)
 
 
@@ -74,12 +76,15 @@ class Collator:
 
     def labels(self, ids: Tensor) -> Tensor:
         """Return the ids of answers, with what ends them, and -100 elsewhere; `(rows, places)`."""
+        # -100: the label that torch's cross-entropy leaves out
         out = torch.full_like(ids, -100)
         for row, tokens in enumerate(ids.tolist()):
             place = 0
             while (begin := _after(tokens, self.before, place)) is not None:
+                # an answer that is cut off has no end: it is learned to the end of the row
                 place = _after(tokens, self.after, begin) or len(tokens)
                 out[row, begin:place] = ids[row, begin:place]
+        # a template with other marks would otherwise train on nothing, with a loss of NaN
         assert (out >= 0).any(dim=1).all(), "a record without an answer between its marks"
         return out
 

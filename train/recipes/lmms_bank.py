@@ -59,6 +59,7 @@ class BankDataProcessor(Qwen2_5_VLDataProcessor):
             where = "dataset_config.processor_config.extra_kwargs"
             raise UserError("no bank is named", where=where, fix="add bank: BANK")
         config = AutoConfig.from_pretrained(self.config.processor_name)
+        # the data processor above is that of Qwen2.5-VL; those of other models were not tried
         if config.model_type != MODEL:
             raise UserError("not a model of this recipe", got=config.model_type, expected=MODEL)
         plain = super()._build_processor()
@@ -72,6 +73,7 @@ class BankCollator(VisionCollator):
     def __call__(self, instances: Any) -> Any:
         batch = super().__call__(instances)
         ids = batch["input_ids"]
+        # 2: transformers' number for the tokens of a video, 1 for those of an image
         batch["mm_token_type_ids"] = 2 * (ids == self.processor.video_token_id).to(ids)
         return batch
 
@@ -82,6 +84,7 @@ class BankDataset(VisionSFTDataset):
 
     def _build_from_config(self) -> None:
         fields = type(self.config).model_fields
+        # a setting that has no effect is refused: who gives it expects other frames
         given = [n for n in OF_DECODING if getattr(self.config, n) != fields[n].default]
         if given:
             raise UserError(
@@ -97,13 +100,16 @@ class BankDataset(VisionSFTDataset):
         media = [part for part in parts if part["type"] != "text"]
         if others := {part["type"] for part in media} - {"video_url"}:
             raise UserError("only videos come from the bank", got=", ".join(sorted(others)))
+        # joined as lmms-engine joins them for opening a file
         names = [os.path.join(data_folder or "", part["video_url"]["url"]) for part in media]
         made: dict[str, Any] = self.processor.process(
             images=None,
             hf_messages=TrainUtilities.convert_open_to_hf(data["messages"]),
             videos=names or None,
+            # the bank's frames as they are: lmms-engine would have chosen them before the processor
             do_sample_frames=False,
         )
+        # seconds of a unit of frames, from the bank's own times: M-RoPE counts by them
         if facts := made.pop("video_metadata", None):
             step = self.processor.processor.video_processor.temporal_patch_size
             made["second_per_grid_ts"] = torch.tensor([step / one.sampled_fps for one in facts])
@@ -137,6 +143,7 @@ class BankRunner(TrainRunner):
             raise UserError(
                 "not the processor of this recipe", expected=NAME, where="processor_type"
             )
+        # here, as the model is made before the dataset that knows the bank
         use_bank(self.model, dataset.processor.processor.source.bank)
         return dataset
 

@@ -30,6 +30,7 @@ def train(
         collate_fn=collator,
         num_workers=workers,
     )
+    # of the model without its tower: use_bank has taken it out before
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     model.train()
     losses: list[float] = []
@@ -50,6 +51,7 @@ def main(checkpoint: str, bank: str, records: str, out: str, media_dir: str = ""
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = read(records)
     print(*train(model, Collator(processor), rows, steps=3 * len(rows)))  # noqa: T201
+    # an ordinary checkpoint: the tower's weights are put back while it is saved
     model.save_pretrained(out)
     processor.save_pretrained(out)
 

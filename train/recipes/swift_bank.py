@@ -34,6 +34,7 @@ def named(variable: str) -> str:
 
 def refuse_decoding() -> None:
     """Raise UserError for a setting of frames that would have no effect."""
+    # swift reads these wherever it decodes, and from the bank nothing is decoded
     set_here = [name for name in sorted(os.environ) if name.endswith(OF_DECODING)]
     if set_here:
         raise UserError(
@@ -80,11 +81,14 @@ class BankTemplate:
     def replace_tag(self, media_type: str, index: int, inputs: Any) -> list[str]:
         if media_type == "audio":
             raise UserError("a bank holds no sound", where=media_type)
+        # one token for each medium, filled up in _encode: the number of its
+        # tokens comes with its features
         return [getattr(self.processor, f"{media_type}_token")]
 
     def _encode(self, inputs: Any) -> dict[str, Any]:
         if self.max_pixels is not None:
             raise UserError("the size of frames is that of the bank", where="--max_pixels")
+        # Template's own, not that of the Qwen class between, which opens the videos
         encoded: dict[str, Any] = Template._encode(self, inputs)
         row = [encoded[name] for name in ("input_ids", "labels", "loss_scale")]
         mask = [False] * len(row[0])

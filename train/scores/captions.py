@@ -29,6 +29,7 @@ def rouge_l(reference: str, said: str) -> float:
     from pycocoevalcap.rouge.rouge import Rouge
 
     words = split(said)
+    # an F-measure of the longest common subsequence, beta 1.2 (Lin 2004); of no words it is undefined
     return float(Rouge().calc_score([words], [split(reference)])) if words else 0.0
 
 
@@ -38,6 +39,7 @@ def cider(references: Sequence[str], said: Sequence[str]) -> float:
 
     truth: dict[int, Any] = {k: [split(text)] for k, text in enumerate(references)}
     guess: dict[int, Any] = {k: [split(text)] for k, text in enumerate(said)}
+    # cosine of tf-idf weighted n-grams, n to 4, times 10 (Vedantam et al. 2015)
     return float(Cider().compute_score(truth, guess)[0])
 
 

@@ -69,6 +69,7 @@ def _kind(reference: str, question: str, task: str, options: Sequence[str]) -> s
     marks = _marks(reference)
     if marks:
         return _kind_of_coordinates(reference, marks, task)
+    # -- from the narrowest form to the widest: a single letter is a choice before it is a text
     if letter_of(reference, options) and (options or re.fullmatch(r"\(?[A-Z][.)]?", reference)):
         return "choice"
     if number_of(reference) is not None:
@@ -89,8 +90,10 @@ def _kind_of_coordinates(reference: str, marks: Sequence[Coordinate], task: str)
     if letters == "xyxy" and values[0] <= values[2] and values[1] <= values[3]:
         return "box"
     if re.fullmatch("(tt)+", letters) and _in_order(values) and _linked(reference):
+        # one window, too, where the benchmark scores windows (QVHighlights): its mAP is not an IoU
         several = len(marks) > 2 or task in ("windows", "qvhighlights")
         return "windows" if several else "span"
+    # HC-STVG's answers: a box after each time, with or without the span before them
     tube = re.fullmatch("(tt)?((?:txyxy)+)", letters)
     if tube and ((tube[1] and values[0] < values[1]) or (not tube[1] and values[0] < values[-5])):
         return "tube"

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from math import isfinite
 
+# of Unicode's private use area: each is one place in a pattern, and no letter
 TIME, X, Y, SECONDS, PLAIN = "\ue010\ue011\ue012\ue013\ue014"
 """Characters for `<t:…>`, `<x:…>`, `<y:…>`, a number of seconds, a number without a unit."""
 MARKED = {"t": TIME, "x": X, "y": Y}
@@ -58,6 +59,7 @@ class Text:
 
 def text_of(raw: str) -> Text:
     """Return a text with each number as a character; blanks are single, and line breaks stay."""
+    # the marks themselves first: a text may hold private-use characters of its own
     raw = re.sub(f"{ANY}|[^\\S\n]+", " ", raw).strip()
     raw = re.sub(r" ?\n\s*", "\n", raw)
     out, values, position = "", dict[int, float](), 0
@@ -65,6 +67,7 @@ def text_of(raw: str) -> Text:
         out += raw[position : match.start()]
         position = match.end()
         mark, value = _read(match)
+        # hundreds of digits, of a model that repeats itself, are read as infinity
         if value is not None and isfinite(value):
             values[len(out)] = value
         out += mark if value is None or isfinite(value) else "#"
@@ -78,6 +81,7 @@ def _read(match: re.Match[str]) -> tuple[str, float | None]:
         return MARKED[found["axis"].lower()], float(found["marked"])
     if found["clock"]:
         seconds = 0.0
+        # 1:02:03 in base 60
         for part in found["clock"].split(":"):
             seconds = 60 * seconds + float(part)
         return SECONDS, seconds

@@ -20,6 +20,7 @@ def interval_iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the overlap of two intervals over their union; 1 for the same moment without length."""
     if a[0] > a[1] or b[0] > b[1]:
         return 0.0
+    # a moment has no extent: without this its own reference would score 0
     if a[0] == a[1] and tuple(a) == tuple(b):
         return 1.0
     shared = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
@@ -39,6 +40,7 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 def windows_iou(truth: Sequence[Pair], guess: Sequence[Pair]) -> float:
     """Return the overlap of the time in any window of two lists over the time in either."""
+    # windows that overlap count their time once
     own, other = _merged(truth), _merged(guess)
     shared = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in own for b in other)
     union = sum(end - start for start, end in [*own, *other]) - shared

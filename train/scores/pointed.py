@@ -31,6 +31,7 @@ def pointed(text: str, question: str) -> Places:
     marks = [piece for piece in split_markup(text) if not isinstance(piece, str)]
     letters = "".join("tyx"[mark.axis] for mark in marks)
     numbers = [mark.value for mark in marks]
+    # a model without coordinate tokens writes numbers: they are read by the same rules as for its score
     if not marks:
         letters, numbers = written_plainly(text)
     spans: list[tuple[float, float]] = []
@@ -42,6 +43,7 @@ def pointed(text: str, question: str) -> Places:
         elif values[0] <= values[-1]:
             spans.append((values[0], values[-1]))
     asked = [p for p in split_markup(question) if not isinstance(p, str) and p.axis == 0]
+    # with several times in the question it is open which one a place is of
     when = (asked[0].value,) if len(asked) == 1 and not spans else ()
     return Places(tuple(spans), tuple((times or when, place) for times, place in found))
 

@@ -62,6 +62,7 @@ def report_of(predictions: Sequence[Prediction]) -> Json:
     about, said = [p.asked for p in predictions], [p.answer for p in predictions]
     scores = [score(*pair) for pair in zip(about, said, strict=True)]
     report: Json = {"answers": len(predictions), "tasks": summarise_scores(about, said, scores)}
+    # by kind: limits of answers are, too
     if cut := Counter(p.asked.kind for p in predictions if p.cut):
         report["cut"] = dict(cut)
     constant = constant_span(about)
@@ -100,6 +101,7 @@ def read_predictions(path: Path) -> list[Prediction]:
             ) from None
     if not found:
         raise UserError("holds no answer", where=path)
+    # before scoring begins, not after the last of ten thousand answers
     if any(p.asked.kind == "caption" for p in found):
         check_captions()
     return found

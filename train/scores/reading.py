@@ -78,6 +78,7 @@ def read_windows(said: str) -> Reading:
         found = list(_search(pattern, answer))
         if found:
             reading = _alone(answer, found)
+            # a span that is listed twice is a model that repeats itself
             pairs = list(zip(reading.numbers[::2], reading.numbers[1::2], strict=True))
             return RUN_ON if len(set(pairs)) < len(pairs) else reading
     return NOTHING
@@ -96,6 +97,7 @@ def read_tube(said: str, boxes: int) -> Reading:
     numbers = tuple(answer.values.values())
     rows = [numbers[k : k + 5] for k in range(len(found[1] or ""), len(numbers), 5)]
     behind = found[1] is not None and rows[-1][0] > numbers[1]
+    # more boxes than the reference has are right if they are others, of times within the span
     repeats = len(rows) > boxes and (len(set(rows)) < len(rows) or behind)
     return RUN_ON if repeats or runs_on(answer.text[max(answer.values) + 1 :]) else Reading(numbers)
 
@@ -159,6 +161,7 @@ def _search(pattern: str, answer: Text) -> list[list[int]]:
 def _alone(answer: Text, found: Sequence[Sequence[int]]) -> Reading:
     """Return the numbers at some places, unless the answer has more coordinates, or goes on."""
     places = [place for match in found for place in match]
+    # marked coordinates beyond those asked for: a list of guesses, of which one would be right by luck
     others = {answer.text[place] for place in answer.values if place not in places}
     if others & set(MARKED.values()) or runs_on(answer.text[places[-1] + 1 :]):
         return RUN_ON

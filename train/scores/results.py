@@ -42,6 +42,8 @@ class Results:
         if other == self.data_path:
             return []
         ending = next((e for e in CONTROLS.values() if self.report.stem.endswith(e)), "")
+        # the first is the name itself, which the present records take; the others are free, or hold
+        # the same records' scores from an earlier time
         places = [self.report.with_name(f"{PREFIX}{n}{ending}.json") for n in longer_names(other)]
         free = [p for p in places[1:] if read_report(p).get("data_path", other) == other]
         report = [*free, places[-1]][0]
@@ -99,6 +101,7 @@ def absolute(path: str) -> str:
 def longer_names(path: str) -> list[str]:
     """Return names for a test set, from that of its file to one with all folders above it."""
     parts = ENDINGS.sub("", path).replace("\\", "/").split("/")
+    # letters, digits and . = - alone: what every file system takes
     words = [word for part in parts if (word := re.sub(r"[^\w.=-]+", "-", part).strip("-."))]
     return ["-".join(words[k:]) for k in range(len(words) - 1, -1, -1)] or ["records"]
 
@@ -111,6 +114,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     choices = [longer_names(path) for path in absolutes]
     names = [own[0] for own in choices]
     for length in range(1, max(map(len, choices))):
+        # file systems of macOS and Windows take A.json and a.json for one file
         counts = Counter(name.casefold() for name in names)
         names = [
             own[min(length, len(own) - 1)] if counts[name.casefold()] > 1 else name
@@ -127,6 +131,7 @@ def report_problem(path: Path) -> str | None:
     """Return why a report may not be written to a file, checked before scoring; None if it may."""
     if (problem := file_problem(path)) or not path.exists():
         return problem
+    # a report is replaced by a newer one; anything else is somebody's own file
     is_report = "tasks" in read_report(path)
     return None if is_report else f"{path}: holds something else than a report; name another file"
 

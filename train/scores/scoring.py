@@ -123,6 +123,7 @@ def of_mixed(asked: Asked, numbers: Sequence[float]) -> Json:
         own = asked.coordinates[begin : begin + len(group)]
         said = numbers[begin : begin + len(group)]
         begin += len(group)
+        # an IoU needs a start before its end: other pairs are compared number by number
         if group == "tt" and own[0] <= own[1]:
             ious.append(interval_iou(own, said) if said else 0.0)
         elif group == "xyxy" and own[0] <= own[2] and own[1] <= own[3]:
@@ -139,6 +140,7 @@ def _error(truth: Sequence[float], numbers: Sequence[float], most: float) -> flo
     """Return the mean absolute error, each at most the range `most`, which unread answers have too."""
     if not numbers:
         return most
+    # at most the range: one wild number must not outweigh a hundred good answers
     errors = [min(abs(a - b), most) for a, b in zip(truth, numbers, strict=True)]
     return math.fsum(errors) / len(errors)
 
@@ -183,9 +185,12 @@ def of_choice(asked: Asked, said: str) -> Json:
 def of_order(asked: Asked, said: str) -> Json:
     """Compare an order: equal or not, and the share of pairs in the right order."""
     truth, guess = items_of(asked.reference), items_of(said)
+    # with an item left out or made up, pairs have no place in it
     if sorted(truth) != sorted(guess):
         return {"parsed": 0.0, "exact": 0.0, "pairs": 0.0}
+    # Kendall's concordant pairs: of n items n (n - 1) / 2, each in the right order or not
     pairs = list(combinations(truth, 2))
+    # <=: an item that stands twice is in the right order with itself
     right = [guess.index(a) <= guess.index(b) for a, b in pairs]
     share = sum(right) / len(pairs) if pairs else 1.0
     return {"parsed": 1.0, "exact": float(truth == guess), "pairs": share}

@@ -56,6 +56,7 @@ def read_answers(path: Path) -> Answers:
 def drawn(clips: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Return how often each clip is in each draw, float64 `(draws, clips)`; not to be written to."""
     rng = np.random.default_rng(seed)
+    # n clips out of n with replacement: how often each is drawn is multinomial
     found = rng.multinomial(clips, np.full(clips, 1 / clips), size=draws).astype(float)
     found.flags.writeable = False
     return found
@@ -65,6 +66,7 @@ def means(answers: Answers, metric: Metric, draws: np.ndarray) -> np.ndarray:
     """Return the mean score in each draw, float64 `(draws,)`; NaN where a draw has no such answer."""
     total, count = answers.totals[metric]
     with np.errstate(invalid="ignore"):
+        # a ratio of sums, since clips have different numbers of answers
         return np.asarray((draws @ total) / (draws @ count))
 
 

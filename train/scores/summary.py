@@ -40,6 +40,7 @@ def constant_span(asked: Sequence[Asked]) -> float | None:
     if not spans:
         return None
     shares = [[n / a.duration for n in a.coordinates] for a in spans]
+    # twentieths: 210 spans, each compared with every answer
     grid = [k / 20 for k in range(21)]
     guesses = [(start, end) for start in grid for end in grid if start < end]
     return max(sum(interval_iou(share, guess) for share in shares) for guess in guesses) / len(

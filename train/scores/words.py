@@ -24,6 +24,7 @@ def folded(text: str) -> str:
 
 def number_of(text: str) -> float | None:
     """Return the value of a text that is nothing but a number, in digits or in words."""
+    # the whole text: "3 of them" asks for more than a number
     match = _NUMBER.fullmatch(_plain(folded(text)))
     return _value(match[0]) if match else None
 
@@ -42,6 +43,7 @@ def decimals(text: str) -> int:
 def items_of(text: str) -> list[str]:
     """Return the items of a list separated by commas, arrows, lines or `then`, or of letters (BAC)."""
     plain = without_thinking(text).strip(" .\n()[]")
+    # a word in capitals is no order: its letters must be the first ones of the alphabet, each once
     if re.fullmatch(r"[A-Z]{2,}", plain) and len(set(plain)) == len(plain) == ord(max(plain)) - 64:
         return list(plain.lower())
     parts = re.split(
@@ -62,12 +64,14 @@ def letter_of(answer: str, options: Sequence[str]) -> str | None:
     letters = string.ascii_uppercase[: len(options) or 26]
     if texts.count(folded(said)) == 1:
         return letters[texts.index(folded(said))]
+    # how chat models begin: "The correct answer is: B."
     lead = r"(?:(?:the|my|best|correct|answer|option|choice|is)\b[:\s]*)*"
     match = re.fullmatch(rf"(?is){lead}\(?([A-Z])(?:[.):,]+(.*))?", said)
     if not match or match[1].upper() not in letters:
         return None
     letter, text = match[1].upper(), folded(match[2] or "")
     own = dict(zip(letters, texts, strict=False)).get(letter, "")
+    # a letter with another option's text is two answers
     return letter if text in ("", own) else None
 
 

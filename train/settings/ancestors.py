@@ -46,6 +46,7 @@ class Process:
     def is_alive(self) -> bool:
         """Return whether this very process is still running."""
         now = Process.read(self.pid)
+        # a pid is given to another process in time: only number and start together are the same one
         return now is not None and now.started == self.started
 
     def is_shell(self) -> bool:
@@ -78,6 +79,7 @@ class Process:
                 words[start : start + 1] and words[start].startswith("-") and words[start] != "-m"
             ):
                 start += 1
+            # -m NAME: the module is the program
             words = words[start + (words[start : start + 1] == ("-m",)) :]
         return (_name(words[0]), *words[1:]) if words else ()
 
@@ -111,6 +113,7 @@ def holders() -> list[Process]:
     for process in ancestors():
         if process.launches() is not None:
             group = process.group  # torchrun's workers are sessions of their own
+        # the sweep alone: what is above it ends the sweep, which ends its runs
         elif process.is_sweep():
             return [*found, process]
         elif not process.is_shell() or in_background or process.group != group:
@@ -128,6 +131,7 @@ def accelerate_words(argv: Sequence[str]) -> tuple[str, ...] | None:
         words = process.launches()
         if words is not None and process.is_accelerate():
             own = tuple(argv)
+            # another script stands between: the launcher's words end with that one's, not with ours
             if own and words[-len(own) :] != own:
                 return None
             return words[: len(words) - len(own) - 1]  # before the script's name

@@ -29,6 +29,7 @@ from train.settings.output import output_problem
 from train.settings.packages import missing_packages
 from train.settings.parse import BOOLEANS, Origin, merge, obey
 
+# the first name whose words fit is taken: H200 NVL stands before H200, as its name contains both
 DEVICES = {
     "H200 NVL": 835e12,
     "H200": 989e12,
@@ -271,6 +272,7 @@ def parse(
     if problems:
         refuse(problems)
     config = TrainConfig(**{name: value for name, (value, _) in values.items()})
+    # after the merge: what contradicts what is known only of the final values
     problems = check(config, {name: origin for name, (_, origin) in values.items()}, environ)
     if problems:
         refuse(problems)
@@ -282,6 +284,7 @@ def check(
 ) -> list[str]:
     """Return the problems of a config whose values have the right types, a line each."""
     problems = []
+    # -- what is missing, then what does not exist, then what does not go together
     for name in ("stage_path", "output_dir"):
         if not getattr(config, name):
             problems.append(f"{name}: missing; give --{name} PATH or set it in the YAML")
@@ -312,10 +315,12 @@ def check(
         problems.append("data_path: missing; give --data_path RECORDS.jsonl, or data_config")
     for name in ("data_path", "splice_path", "eval_path"):
         for path in getattr(config, name):
+            # patterns and Hub names are looked up where they are read, with messages of their own
             if not Path(path).exists() and not is_glob(path) and not is_hub_name(path):
                 problems.append(f"{origins.get(name, name)} {name}: no such file: {path}")
     if config.attn.startswith("flash") and (why := needs_mask(config)):
         problems.append(f"{origins.get('attn', 'attn')} attn {config.attn}: {why}")
+    # a plan trains nothing and logs nothing: it needs none of them
     if not config.plan:
         problems += missing_packages(vars(config), origins, environ)
     if (

@@ -24,11 +24,14 @@ def draw(*key: int | np.ndarray) -> np.ndarray:
     gives the same numbers.
     """
     mixed = np.zeros(np.broadcast_shapes((1,), *(np.shape(part) for part in key)), np.uint64)
+    # splitmix64's finaliser (Stafford's variant 13), once for each part of the key: neighbouring
+    # records and epochs give unrelated numbers
     for part in key:
         mixed = mixed + np.uint64(0x9E3779B97F4A7C15) + np.asarray(part).astype(np.uint64)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed = mixed ^ (mixed >> np.uint64(31))
+    # the upper 53 bits: as many as a float64 holds exactly
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -136,6 +139,7 @@ def _count(text: str) -> int:
 
 
 def _share(text: str) -> float:
+    # at most 0.9: of every medium something has to be left
     return float(text) if re.fullmatch(r"0?\.\d+", text) and float(text) <= 0.9 else _no()
 
 

@@ -47,8 +47,12 @@ def refuse(problems: Iterable[str]) -> typing.NoReturn:
     If several processes have the same problem, one prints it, below the launcher's own report.
     """
     problems = list(problems)
+    # every rank finds the same problem: printed by each, it would stand there as
+    # often as there are processes
     if rank := int(os.environ.get("RANK", "0")):
         wait_to_be_ended(rank)
+    # the launcher prints its own report of a failed process after this one has ended: what is
+    # printed now would stand far above the end
     if is_launched(os.environ):
         report_to_launcher(problems, os.environ)
         say_last([f"error: {problem}" for problem in problems])
@@ -62,6 +66,7 @@ def wait_to_be_ended(rank: int) -> None:
     """Wait until the launcher ends this process, as it does if another one has the same problem."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # later ranks wait longer: if no launcher ends them, they speak one after the other
     time.sleep(GRACE_SECONDS + 0.5 * rank)
 
 
@@ -91,6 +96,7 @@ def report_to_launcher(problems: Sequence[str], environ: Mapping[str, str]) -> N
 def say_last(lines: Sequence[str]) -> None:
     """Print lines after the launcher, this process' parent, has ended, below all that it prints."""
     subprocess.Popen(
+        # -I -S: no site-packages, no user paths: it starts in milliseconds and imports nothing of others
         [sys.executable, "-I", "-S", last_word.__file__, str(os.getppid()), *lines],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

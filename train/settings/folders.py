@@ -42,10 +42,13 @@ class Folders:
         if not short.startswith("/"):
             folders = PurePosixPath(self.media_dir).parts if self.media_dir else ()
             own = PurePosixPath(source).parts if source else ()
+            # several datasets of LLaVA-Video name the folder of a row in data_source
             names += ["/".join([*own, short])]
+            # every ending of the folder's path: ids begin at whatever root was encoded
             for k in range(len(folders)):
                 above = PurePosixPath(*folders[k:])
                 names += [(above / short).as_posix(), above.joinpath(*own, short).as_posix()]
+        # the exact id was tried before: it always wins
         return [name for name in dict.fromkeys(names) if name != id_]
 
 
@@ -59,6 +62,7 @@ def several(id_: str, names: list[str]) -> UserError:
 
 def advice(id_: str, banks: Banks) -> str:
     """Return the fix for a clip that no bank has: similar banked ids, and how they differ."""
+    # beside: banks of other datasets of this run
     holder = next((bank for bank in banks.beside if id_ in bank), None)
     if holder:
         return (

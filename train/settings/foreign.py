@@ -208,12 +208,15 @@ def unknown(name: str, known: Mapping[str, Field[Any]]) -> str:
         return f"here it is {HERE[name]} ({known[HERE[name]].metadata['help']})"
     if name in FOREIGN:
         return FOREIGN[name]
+    # other trainers write one name with dashes, dots or capitals
     plain = name.strip().lower().replace("-", "_").replace(".", "_")
     negated = plain.removeprefix("no_")
     if negated != plain and negated in known:
         return f"unknown setting; did you mean {negated}: false?"
+    # 0.6 is difflib's own cutoff; the foreign names are some hundreds, of which one is near anything
     close = _closest(plain, known, 0.6)
     other = _closest(plain, [*HERE, *FOREIGN], 0.8)
+    # a slip in another trainer's name is answered as that name, not as the nearest of ours
     if other and (not close or _alike(plain, other) > _alike(plain, close)):
         return f"unknown setting; did you mean {other}? {unknown(other, known)}"
     return f"unknown setting; did you mean {close}?" if close else "unknown setting (see --help)"

@@ -41,6 +41,7 @@ def main(pid: int, lines: Sequence[str]) -> None:
     deadline = time.monotonic() + LONGEST_SECONDS
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.002)
+    # in one write, so that no other process's line comes between
     sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 

@@ -198,6 +198,7 @@ def wishes(environ: Mapping[str, str], words: Sequence[str] | None = None) -> Wi
 
     words: what stands between `accelerate launch` and the script; None where that is not known.
     """
+    # -- all that was asked for, wherever: variables, the launcher's file, its flags
     asked = {name: (value, name) for name, value in environ.items() if rule_of(name)}
     if words is not None:
         asked |= _by_launcher(environ, words)
@@ -210,6 +211,7 @@ def wishes(environ: Mapping[str, str], words: Sequence[str] | None = None) -> Wi
         rule = rule_of(variable)
         assert rule is not None, variable
         low = value.strip().lower()
+        # -- each by its rule
         idle = variable.startswith("FSDP_") and not with_fsdp
         refusal = NO_FSDP if idle else rule.refusal
         if low in rule.unset and not (idle and low):
@@ -242,6 +244,7 @@ def rule_of(variable: str) -> Rule | None:
     if variable in RULES:
         return RULES[variable]
     family = (name for name in RULES if name.endswith("*") and variable.startswith(name[:-1]))
+    # the longest prefix: ACCELERATE_FP8_* is meant more closely than ACCELERATE_*
     return RULES[best] if (best := max(family, key=len, default="")) else None
 
 
@@ -258,6 +261,7 @@ def variable_of(flag: str) -> str | None:
 def _by_launcher(environ: Mapping[str, str], words: Sequence[str]) -> Asked:
     """Return the values of the launcher's flags and file; flags win, as they do for Accelerate."""
     flags = dict(_flags(words))
+    # --cpu makes Accelerate read no file
     path = flags.get("config_file") or ("" if "cpu" in flags else str(default_file(environ)))
     asked: Asked = {}
     for key, value in _file_items(path):
@@ -275,6 +279,7 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             following = words[place + 1 : place + 2]
+            # argparse takes the next word, unless it is a flag
             if not equals:
                 value = following[0] if following and not following[0].startswith("-") else "true"
             yield name.replace("-", "_"), value

@@ -31,6 +31,7 @@ def folder_problem(folder: Path) -> str | None:
     """Return why nothing can be written in a folder, which may not exist yet; None if it can."""
     if "://" in str(folder) or re.match(r"[a-z0-9]+:/[^/]", str(folder)):  # Path joins the slashes
         return f"{folder}: a URL; name a local folder"
+    # up to the nearest folder that exists: what is above it is made by the run
     for place in (folder, *folder.absolute().parents):
         if place.is_symlink() and not place.exists():
             return (
@@ -69,6 +70,7 @@ def output_problem(folder: Path, inputs: Mapping[str, Sequence[str]]) -> str | N
         for path in filter(os.path.exists, paths):
             if is_overwritten(Path(path), folder):
                 return f"{folder}: the run would write over its own {setting} {path}; {fix}"
+    # not "is it empty": logs of a scheduler and notes are in the folders of new runs
     found = foreign(folder) if folder.exists() else None
     return f"{folder}: {found}, which a run would write into; {fix}" if found else None
 
@@ -90,8 +92,10 @@ def foreign(folder: Path) -> str | None:
         return "a checkpoint of a run (checkpoint.json)"
     if name := _first(folder, lambda name: (folder / name / "trainer_state.json").exists()):
         return f"another trainer's output ({name}/trainer_state.json)"
+    # before the patterns of models: a run's folder holds files that look like one
     if is_run(folder):
         config = folder / "config.json"
+        # without a config the run was stopped before its model was saved
         made = _json(config).get("format") if config.exists() else FORMAT
         if made in OLDER:
             return f"a run of an older framebank, model format {made} (config.json)"
@@ -120,11 +124,13 @@ def _is_data(path: Path) -> bool:
         return True
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
+    # 64 bytes: a file of records may be gigabytes
     with open(path, "rb") as file:
         return file.read(64).lstrip().startswith(b"[")  # a list is records, a mapping settings
 
 
 def _first(folder: Path, fits: Callable[[str], object]) -> str | None:
+    # scandir: stops at the first, a folder of videos may have a million files
     with os.scandir(folder) as entries:
         return next((entry.name for entry in entries if fits(entry.name)), None)
 

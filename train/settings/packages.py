@@ -33,6 +33,7 @@ def missing_packages(
     asked: setting -> value.
     """
     problems = []
+    # curves are written by every run, whatever its settings
     if not installed("tensorboard"):
         problems.append(
             "tensorboard: not installed, a run writes curves by it; pip install tensorboard"
@@ -82,6 +83,7 @@ def _wandb_settings(environ: Mapping[str, str]) -> dict[str, str]:
     here = Path(environ.get("WANDB_DIR", "."))
     found: dict[str, str] = {}
     for path in (home / "settings", here / ".wandb" / "settings", here / "wandb" / "settings"):
+        # a key may hold percent signs
         parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read(path)

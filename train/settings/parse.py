@@ -47,6 +47,7 @@ def merge(
     settings: the dataclass that declares them. written: those of a sweep's run (name, raw, where), over
     all but the flags.
     """
+    # -- from the weakest to the strongest: each later value replaces an earlier one
     flags = read_flags(settings, argv, problems)
     values: dict[str, tuple[Any, Origin]] = {}
     for path in [value for name, value, _ in flags if name == "config"]:
@@ -107,10 +108,12 @@ def read_flags(
             problems.append(f"{word!r}: expected --setting value (see --help)")
             continue
         name, equals, value = word[2:].replace("-", "_").partition("=")
+        # the value as written: only the name has its dashes replaced
         value = word.partition("=")[2]
         following = []
         while words and not words[0].startswith("--"):
             following.append(words.pop(0))
+        # --x=a b: a list goes on after its =
         if equals:
             following.insert(0, value)
         if name != "config" and name not in names:
@@ -131,6 +134,7 @@ def read_flags(
 def read_yaml(path: str, problems: list[str]) -> list[tuple[str, Any, Origin]]:
     """Return a YAML file's settings with the line that each stands on."""
     try:
+        # compose, not load: nodes keep their lines, and scalars their spelling (1e-5, 0.07, on)
         root = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
     except OSError as error:
         problems.append(f"--config {path}: {error.strerror}")
@@ -155,6 +159,7 @@ def _lines(
     found: list[tuple[str, Any, Origin]] = []
     for key, node in root.value:
         line = key.start_mark.line + 1
+        # PyYAML's loaders keep the last one without a word
         if key.value in seen:
             problems.append(f"{path}:{line} {key.value}: already set in line {seen[key.value]}")
             continue
@@ -227,6 +232,7 @@ def with_variables(text: str, environ: Mapping[str, str]) -> tuple[str, list[str
     lacking = [
         f"${{{name}}}: no such variable in the environment; set it"
         for name in VARIABLE.findall(text)
+        # an empty one, too: ${WORLD}/bank would become /bank
         if not environ.get(name)
     ]
     return VARIABLE.sub(lambda found: environ.get(found[1], ""), text), lacking

@@ -37,10 +37,13 @@ def write_run(folder: Path, config: Mapping[str, Any], since: int) -> None:
     ours: Json = {"config": dict(config), "since_step": since}
     if since and path.exists():
         last: Json = json.loads(path.read_text())
+        # runs of before it was recorded
         last.setdefault("since_step", 0)
         before = [*last.pop("before", []), last]
+        # resumed with the same settings: nothing new to write down
         if not was_now(last["config"], ours["config"]):
             return
+        # a resume from an earlier checkpoint drops the parts after it, whose steps are taken once more
         ours["before"] = [old for old in before if old["since_step"] < since]
     write_atomic(path, json.dumps(ours, indent=2).encode() + b"\n")
 
@@ -53,6 +56,7 @@ def token_limit(config: Mapping[str, Any]) -> int:
 
 def trained_with(folder: Path) -> Json | None:
     """Return the settings that a model was trained with; None in a folder that no run has written."""
+    # a checkpoint-N has its own: the run above it may have gone on with others
     path = next((folder / name for name in (CHECKPOINT, RUN) if (folder / name).is_file()), None)
     return None if path is None else settings_in(path)
 
@@ -118,6 +122,7 @@ def facts_changed(before: Mapping[str, Json], now: Mapping[str, Json]) -> list[s
 def files_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return in words how the record files of two runs differ; another name is no difference."""
     old, new = _files(before), _files(now)
+    # without names: bytes, count and repeats are what is trained on
     if [file[1:] for file in old] == [file[1:] for file in new]:
         return []
     if sorted(file[1:] for file in old) == sorted(file[1:] for file in new):
@@ -151,6 +156,7 @@ def _files(written: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
     for key, value in written.items():
         place, _, name = key.partition(" ")
         digest, count, _, times = value.split(" ")
+        # by number, as JSON objects that were sorted by key have lost the order
         found.append((int(place), (name, digest, count, times)))
     return [file for _, file in sorted(found)]
 

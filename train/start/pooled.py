@@ -45,6 +45,8 @@ def tokens_problem(settings: ModelSettings, features: Json, strides: Collection[
             f"{AFTER}: {settings.mm_projector_type} joins cells itself; leave {AFTER} out, or use "
             "mlp2x_gelu"
         )
+    # bilinear pooling to ceil(n / 2) cells has to start from all patches; a mode
+    # that rounds down loses a row
     if features.get("pool") not in NESTING and set(strides) != {1}:
         return (
             f"{AFTER}: the bank's pool mode is {features.get('pool')}, whose coarser grids leave "
@@ -60,6 +62,7 @@ def deepstack_problem(
 
     layers: of the tower, whose features the LLM adds at its first layers (DeepStack); usually none.
     """
+    # a projector takes whatever layer is banked; only `identity` hands on the tower's own tokens
     if settings.mm_projector_type != "identity":
         return None
     held, needed = features.get("layer"), merged_layer(layers)
@@ -105,6 +108,7 @@ def features_problem(written: Json, features: Json) -> str | None:
     """Return why a bank's features differ from those that a LLaVA checkpoint of transformers takes."""
     kind, vision = str(written.get("model_type")), written.get("vision_config") or {}
     layer, select = LAYERS[kind]
+    # configs leave out what is transformers' default
     layer = written.get("vision_feature_layer", layer)
     select = written.get("vision_feature_select_strategy", select)
     tower = vision.get("model_type", "")
@@ -117,6 +121,7 @@ def features_problem(written: Json, features: Json) -> str | None:
             f"it reads layer {layer} of its tower, and the bank holds layer {features.get('layer')}; "
             f"encode with --layer {layer}"
         )
+    # `default` drops the first token: of CLIP that is CLS, of SigLIP a patch
     if (select == "default") != (tower in CLS):
         return (
             f"its vision_feature_select_strategy {select} does not take just the patches of {tower}"

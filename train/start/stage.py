@@ -40,6 +40,7 @@ Say = Callable[[str], None]
 
 def kind_of(name: str) -> str:
     """Return the kind of a stage: run, vila, llava, qwen_vl or llm."""
+    # -- by what only this kind has: a run's folder has a config.json as well
     if (Path(name) / "projector.safetensors").exists():
         return "run"
     config = read_config(name) or {}
@@ -56,6 +57,7 @@ def on_disk(name: str, *, weights: bool) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
+    # never *.bin or *.pt: a pickle can run code when it is read
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     return Path(snapshot_download(name, allow_patterns=patterns))
 
@@ -79,6 +81,7 @@ def as_its_stage(settings: Settings) -> Settings:
     kind = kind_of(stage)
     if kind == "run":
         found |= (read_config(stage) or {}).get("model", {})
+    # an LLM that was trained with M-RoPE misplaces frames without it
     elif qwen_vl.mrope_of(read_config(llm_name(stage)) or {}):
         found["frame_positions"] = "mrope"
         if kind == "qwen_vl" and has_tokens(stage, qwen_vl.MEDIA_TAGS.split(",")):
@@ -169,6 +172,7 @@ def assemble(
         raise UserError(problem)
     if problem := deepstack_problem(config, deepstack_of(settings.stage_path), features):
         raise UserError(problem)
+    # before the first new weight: projector, heads and adapters follow from the seed
     torch.manual_seed(seed)
     kind = kind_of(settings.stage_path)
     folder = (
@@ -189,6 +193,7 @@ def assemble(
         features=features,
         tower=tower,
     )
+    # so that a checkpoint of a frozen LLM names it and holds no copy
     model.base = llm_base(settings)
     lines = [f"LLM: {type(llm).__name__} from {llm_path}"]
     lines += frame_lines(config)
@@ -223,6 +228,8 @@ def llm_base(settings: LlmSettings) -> "LlmBase | None":
     if settings.tune_llm == "full":
         return None
     path = llm_name(settings.stage_path)
+    # a frozen LLM with its stage's adapter is neither the base nor the adapter:
+    # the merged one is named so
     merged = settings.tune_llm == "frozen" and (Path(path) / "lora").exists()
     return base_of(path, llm_dtype(settings), merged=merged)
 
@@ -247,6 +254,7 @@ def model_config(settings: ModelSettings, dataset: "Dataset") -> Any:
         facts["mrope_interleaved"] = mrope.interleaved
     if settings.mm_projector_type == "identity":
         facts["deepstack"] = len(deepstack_of(settings.stage_path))  # type: ignore[attr-defined]
+    # resolved ones: 0 in the settings means those of this bank, and another bank has others
     facts |= {"slow_stride": dataset.slow_stride, "fast_stride": dataset.fast_stride}
     return VLMConfig(turns=dataset.turns, **facts)
 
@@ -267,6 +275,7 @@ def refuse_other_tower(folder: Path, model: "VLM") -> None:
             fix=f"set mm_projector_type: {made}, or start from its LLM alone: stage_path: {folder}/llm",
         )
     ours, theirs = model.features, facts["features"]
+    # width alone would not tell: towers of one family share it
     differing = [name for name in ("tower_digest", "layer") if ours.get(name) != theirs.get(name)]
     if facts["tower_width"] != model.tower_width or differing:
         raise UserError(

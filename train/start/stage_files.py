@@ -143,6 +143,7 @@ def _config_problem(where: str, config: Json) -> str | None:
     for facts in (config, inner or {}):
         written = facts.get("quantization_config") or facts.get("compression_config")
         if isinstance(written, dict):
+            # GPTQ and AWQ say bits, bitsandbytes says which of two loaders
             bits = written.get("bits") or (4 if written.get("load_in_4bit") else None)
             bits = bits or (8 if written.get("load_in_8bit") else None)
             return _quantised(where, str(written.get("quant_method", "")), bits)
@@ -160,6 +161,7 @@ def _config_problem(where: str, config: Json) -> str | None:
         return f"{where}: a vision tower ({kind}), which `preprocess encode --tower` takes; {LLM}"
     if config.get("is_encoder_decoder"):
         return f"{where}: an encoder-decoder ({kind}), not a causal LLM; {LLM}"
+    # some encoders can be built as decoders, and their config says so
     if ENCODERS.fullmatch(kind) and not config.get("is_decoder"):
         return f"{where}: an encoder ({kind}), whose tokens see later ones; {LLM}"
     if any(CLASSIFIERS.fullmatch(str(name)) for name in names):
@@ -209,6 +211,7 @@ def _pointer_problem(folder: Path) -> str | None:
     """Return a line where Git LFS left pointers in place of files; else None."""
     found = []
     for path in sorted(folder.iterdir()):
+        # a pointer has some 130 bytes; weights need not be opened
         if path.is_file() and path.stat().st_size < 1024:
             with open(path, "rb") as file:
                 if file.read(len(LFS)) == LFS:
@@ -225,6 +228,7 @@ def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
     """Return what is wrong with a folder's weight files, or None; must: whether it needs some."""
     names = {path.name for path in folder.iterdir()}
     cut = is_cut(folder)
+    # safetensors first, as transformers takes them where a folder has both
     for index, one in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -236,6 +240,7 @@ def _weights_problem(folder: Path, *, must: bool = False) -> str | None:
     parts = [found for name in sorted(names) if (found := PART.fullmatch(name))]
     if parts and not cut:
         stem, _, count, ending = parts[0].groups()
+        # the count stands in each name: a missing part is known without the index
         every = {f"{stem}-{k:05d}-of-{count}.{ending}" for k in range(1, int(count) + 1)}
         if lacking := _lacking(every, names):
             return f"{folder}: weights are missing: {lacking}; {COPY}"
@@ -274,6 +279,8 @@ def _lacking(wanted: set[str], names: set[str]) -> str:
 
 def _file_problem(path: Path) -> str | None:
     """Return what is wrong with a weight file: cut off, not a weight file, quantised; or None."""
+    # since torch 1.6 a file of torch.save is a zip, whose directory stands at
+    # its end: cut off, it is none
     if path.suffix != ".safetensors":
         return (
             None
@@ -309,6 +316,7 @@ def safetensors_header(path: Path) -> Mapping[str, Json]:
     except (ValueError, KeyError, TypeError, AttributeError):
         cut = len(data) < length
         raise ValueError("cut off in its header" if cut else "not a safetensors file") from None
+    # the header says where the last tensor ends: a download that was cut off is found without reading it
     whole = 8 + length + max(ends, default=0)
     if size != whole:
         raise ValueError(f"cut off, it has {size:,} of {whole:,} bytes")

@@ -34,6 +34,8 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
     )
     asked, tower = config.mm_projector_type, tower_of(written)
     lines = []
+    # -- the projector: it fits only behind the same tower, pooled the same way;
+    # each line says what differs
     if not projector:
         lines.append(f"projector: new ({asked}), the stage has none")
     elif made != asked:
@@ -64,6 +66,7 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
                 f"; the bank's tower, {model.tower}, has other weights than that in the checkpoint, "
                 "which vision_tower.save_pretrained of transformers takes out of it"
             )
+    # -- what closes a medium: one vector for both, as a video of LLaVA-OneVision ends with image_newline
     closes = newline is not None and config.frame_marks == "media"
     if closes:
         load_newline(model.visual, newline, folder)
@@ -93,6 +96,7 @@ def load_qwen(model: "VLM", folder: Path) -> list[str]:
             "mm_projector_type: identity"
         )
     else:
+        # not by name: merged tokens of a fine-tuned tower have the same shape and another meaning
         own = own_tower_digest(folder, ("model.visual.", "visual."))
         if features["tower_digest"] != own:
             raise UserError(
@@ -144,6 +148,7 @@ def load_tables(model: "VLM", folder: Path, tables: Tensors) -> list[str]:
     counts = [len(tables.get(f"input_tables.{axis}", ())) for axis in (0, 1)]
     fix = f"set num_temporal_tokens {counts[0]}, num_spatial_tokens {counts[1]}"
     load_weights(model.lape, tables | gamma, f"{folder}: coordinate tables", fix)
+    # what the stage gives needs no measuring; what it lacks still does
     model.calibrated = not model.unmeasured()
     return [f"lape: from the stage, {counts[0]} temporal, {counts[1]} spatial anchors (LLaVA-ST)"]
 
@@ -154,4 +159,5 @@ def load_weights(module: Any, weights: Tensors, what: str, fix: str) -> None:
 
     if wrong := shape_problems(weights, module.state_dict()):
         raise UserError(f"{what}: {'; '.join(wrong)}; {fix}")
+    # in fp32, whatever type they were saved in: trained weights are fp32 here
     module.load_state_dict({name: value.float() for name, value in weights.items()})

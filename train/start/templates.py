@@ -46,6 +46,8 @@ def dated(template: str, today: date) -> str:
 
     Raises UserError for a call whose format is not a literal.
     """
+    # a template that writes today's date would give other tokens tomorrow: a resumed
+    # run would not be the same
     written = TODAY.sub(lambda call: repr(today.strftime(call[2])), template)
     if "strftime_now(" in written:
         raise UserError("the chat template asks for the date by a format that is not written in it")
@@ -54,6 +56,7 @@ def dated(template: str, today: date) -> str:
 
 def give_template(tokenizer: Any, name: str) -> None:
     """Set a tokenizer's chat template to one of `TEMPLATES`, which is then saved with it."""
+    # asked by use: tokenizers differ in how they say that they begin texts with a BOS
     ids = tokenizer("a").input_ids
     starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + TEMPLATES[name]

@@ -47,6 +47,7 @@ def read_vila(folder: Path) -> Parts:
         projector = read_tensors(place, lambda name: name.removeprefix("layers."))
     known = {"llm", "mm_projector", "config.json"}
     others = []
+    # all else is named in the log: nothing of a stage is dropped without a word
     for path in sorted(folder.iterdir()):
         if path.name == "vision_tower":
             others.append("vision_tower: the bank's features replace it")
@@ -64,6 +65,7 @@ def read_llava(folder: Path) -> Parts:
     ignored: dict[str, int] = {}
 
     def renamed(name: str) -> str | None:
+        # newer transformers put one more level around the parts
         name = name.removeprefix("model.")
         if name.startswith("multi_modal_projector."):
             part = name.removeprefix("multi_modal_projector.")
@@ -77,11 +79,13 @@ def read_llava(folder: Path) -> Parts:
         if name in LAPE_TABLES:
             return f"lape.{LAPE_TABLES[name]}"
         part = name.partition(".")[0]
+        # parts of the LLM are read elsewhere, by its own loader
         if part not in ("language_model", "lm_head", "embed_tokens", "layers", "norm"):
             ignored[part] = ignored.get(part, 0) + 1
         return None
 
     found = read_tensors(folder, renamed)
+    # a projector that is silently new would look like a run from the checkpoint
     if not found.keys() - {NEWLINE}:
         raise UserError(
             f"{folder}: no projector in its *.safetensors (pickled weights are not read); convert "
@@ -93,6 +97,7 @@ def read_llava(folder: Path) -> Parts:
         return {key.removeprefix(f"{name}."): value for key, value in own.items()}
 
     made = config.get("mm_projector_type", "mlp2x_gelu")
+    # LLaVA's own configs have no such field: their type names GELU
     if "text_config" in config and config.get("projector_hidden_act", "gelu") != "gelu":
         made = f"an mlp2x with {config['projector_hidden_act']}"
     others = [

@@ -54,9 +54,13 @@ class Inputs:
     def _opened(self, config: TrainConfig, test_path: tuple[str, ...]) -> tuple[Dataset, Json]:
         names = [item.name for item in fields(DataSettings)] + ["slow_frame_ratio"]
         drawn = config.splice_path or config.data_config or config.augment
+        # what is drawn (spliced records, augmented frames, mixtures) depends on
+        # the seed, all else does not
         names += ["seed"] if drawn else []
+        # runs that differ in rates or steps alone share what was read: records are opened once
         key: Key = (test_path, *(repr(getattr(config, name)) for name in names))
         if key not in self._known:
+            # test records are checked as held-out ones: before the first run trains, not after the last
             eval_path = [*config.eval_path, *(p for p in test_path if p not in config.eval_path)]
             opened = open_dataset(replace(config, eval_path=eval_path))
             self._known[key] = opened, facts_of(opened)
@@ -79,6 +83,7 @@ def facts_of(dataset: Dataset) -> Json:
     return {
         "bank": joint(dataset.banks.config),
         "plan": {"records": records, "clips": clips(kept)},
+        # apart from the plan: scores are made again where the test set changed, training is not
         "test": {"records": held_out.hexdigest(), "clips": clips(dataset.held_out)},
     }
 
@@ -89,9 +94,11 @@ def weights_digest(stage: str) -> str:
     files = sorted(
         path
         for path in folder.rglob("*.safetensors")
+        # a run that is a stage may leave checkpoints behind, which nothing starts from
         if not path.relative_to(folder).parts[0].startswith("checkpoint-")
     )
     whole = hashlib.blake2b(digest_size=16)
+    # not the whole files: a model of many gigabytes would be read for every sweep
     for path in files:
         size = path.stat().st_size
         with open(path, "rb") as file:

@@ -61,8 +61,10 @@ def head(folder: Path) -> list[str]:
     trained = sum(record.seconds for path in runs if (record := record_of(path)))
     lines += [f"- encoded once: {line}" for line, _, _ in encoded]
     once = sum(seconds for _, _, seconds in encoded)
+    # what encoding for each run would cost is said of the bank that the runs read
     main_bank = next((own for own in encoded if own[0].startswith(f"{folder}/bank:")), encoded[0])
     _, clips, seconds = main_bank
+    # two ways to do without a bank: encode for each run, or each time that a clip is trained on
     again = seconds * len(runs)
     seen = sum(map(clips_seen, runs))
     lines += [
@@ -76,6 +78,7 @@ def head(folder: Path) -> list[str]:
 
 
 def machine() -> str:
+    # not os.cpu_count(): that is the machine's, of which a process may have few
     cores = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS")
     said = f"{counted(cores, 'core')} of {processor()}, Python {platform.python_version()}"
@@ -94,6 +97,7 @@ def read_encoded(path: Path) -> list[tuple[str, int, float]]:
     """Return (the line, clips, seconds of all of them) of an encoding; nothing where it did not end."""
     lines = [line for line in path.read_text().splitlines() if ENCODED.search(line)]
     out = []
+    # the last line alone: a file holds the attempts that were stopped, too
     for line in lines[-1:]:
         found = ENCODED.search(line)
         assert found

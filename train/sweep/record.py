@@ -44,6 +44,7 @@ class Record:
     """Control (empty: none) -> what the scores are of."""
 
     def write(self, folder: Path) -> None:
+        # written last: a run without it is not finished, whatever else lies there
         write_atomic(folder / MARK, json.dumps(asdict(self), indent=2).encode() + b"\n")
 
 
@@ -67,12 +68,15 @@ def changes(run: Run, inputs: Json) -> list[str]:
     """
     lines: list[str] = []
     written = _json(run.folder / RUN)
+    # a run that went on with other settings was trained with several: one that
+    # differs makes it another run
     for number, part in enumerate([written, *written.get("before", [])]):
         if isinstance(part.get("config"), dict):
             theirs, ours = plain(part["config"]), plain(asdict(as_its_stage(run.config)))
             if ours["bf16"] == "auto":  # a run writes down what it measured
                 ours["bf16"] = theirs["bf16"]
             lines += was_now(theirs, ours)
+        # the present ones differ: that is the message, and earlier ones would only repeat it
         if number == 0 and lines:
             break
     record = record_of(run.folder)
@@ -85,6 +89,7 @@ def changes(run: Run, inputs: Json) -> list[str]:
 
 def plain(config: Mapping[str, Any]) -> Json:
     """Return settings as they are compared: without idle ones, with the real paths of places."""
+    # a setting that came after the run was as its default now is
     found = asdict(TrainConfig()) | dict(config)
     return {
         name: real(value) if name in PATHS else value
@@ -97,6 +102,7 @@ def real(value: Any) -> Any:
     """Return where a path, or each of a list, really leads; what is none stays as it is."""
     if isinstance(value, list):
         return [real(item) for item in value]
+    # a link, a relative path and an absolute one to the same place are the same input
     return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 

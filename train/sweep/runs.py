@@ -49,6 +49,8 @@ def runs_of(
     words, paths = without_sweeps(argv, problems)
     sweeps = [read_sweep(path, environ, problems) for path in paths]
     asked = wishes(environ, launched)
+    # first what is written, then what follows from it: runs of a misread file
+    # would only add wrong messages
     problems += asked.problems
     if problems:
         raise UserError.of(dict.fromkeys(problems))
@@ -74,6 +76,7 @@ def without_sweeps(argv: Sequence[str], problems: list[str]) -> tuple[list[str],
             words.append(word)
             continue
         paths += [word.partition("=")[2]] if "=" in word else []
+        # as argparse reads a flag with several values: up to the next flag
         while "=" not in word and rest and not rest[0].startswith("--"):
             paths.append(rest.pop(0))
     if not paths:
@@ -99,6 +102,7 @@ class Builder:
         return {name for name, _, _ in read_flags(TrainConfig, self.argv, [])}
 
     def runs(self) -> list[Run]:
+        # -- the command line speaks for all runs: what a run says too would be overruled without a word
         given = self.given
         if "config" in given and self.sweep.config:
             self.problems.append(f"--config: {self.sweep.path} names one: take one of them out")
@@ -110,8 +114,10 @@ class Builder:
                 for name, where in names
                 if name in given
             )
+        # -- in order: a run that starts from another one needs that one's folder
         built: dict[tuple[str, str], Run] = {}
         for own, seed in self.sweep.in_order():
+            # of the same seed, so that pairs of runs differ in one thing
             stage = built.get((own.stage, seed))
             if own.stage and stage is None:
                 self.problems.append(
@@ -128,6 +134,8 @@ class Builder:
         written = [*self.sweep.settings, *own.settings]
         written += [("seed", seed, f"{self.sweep.path} seeds")] if seed else []
         words = [*self.argv, *(w for path in self.sweep.config for w in ("--config", path))]
+        # merged as the run itself will merge its words, so that the settings checked
+        # here are those that it gets
         values = merge(TrainConfig, words, self.environ, problems, written)
         obey(TrainConfig, values, self.asked, problems)
         below(values, own.name, where)
@@ -135,9 +143,12 @@ class Builder:
             self.problems.extend(problems)
             return None
         config = TrainConfig(**{name: value for name, (value, _) in values.items()})
+        # each problem names the line of the sweep that it is from
         problems = check(config, {name: place for name, (_, place) in values.items()}, self.environ)
+        # as flags, which win over presets; what the command line itself gives stays
         words += flags_of([own for own in written if own[0] not in self.given])
         words += ["--output_dir", config.output_dir]
+        # after the check: the stage is made by an earlier run, and is not there yet
         if stage:
             config = replace(config, stage_path=str(stage.folder))
             words += ["--stage_path", config.stage_path]
@@ -170,6 +181,7 @@ def clashes(runs: Sequence[Run]) -> list[str]:
     lines = []
     first: dict[Path, Run] = {}
     for run in runs:
+        # two sweeps may share a run (a baseline): it is trained once, if its settings are the same
         other = first.setdefault(run.folder, run)
         what = "settings" if other.config != run.config else ""
         if run.sweep.test_path and other.sweep.test_path:

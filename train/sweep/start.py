@@ -39,13 +39,18 @@ class Launcher:
 
         words: the flags of `accelerate launch`, None where it started nothing.
         """
+        # -- the environment and the words of the launcher, without what it has added for this process
         environ = dict(os.environ)
         launch: tuple[str, ...] = ()
         if words is not None:
             above = next(p for p in ancestors() if p.launches() is not None)
+            # the launcher has given this process a rank and a port, which its runs must not inherit
             environ = environ_of(above) or environ
+            # the sweep may have been started as a module; runs are started as files
             plain = [word for word in words if word not in ("-m", "--module")]
+            # by module: the command `accelerate` may be another environment's
             launch = ("-m", "accelerate.commands.launch", *plain)
+        # torchrun has started the sweep itself several times, and its flags are not known here
         elif int(environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
                 "a sweep starts each run by itself, and this launcher has started several of it",
@@ -58,6 +63,7 @@ class Launcher:
                 where="--sweep",
                 fix="give each machine a sweep of its own",
             )
+        # runs find this very code, from whatever folder the sweep was started
         root = str(HERE.parent)
         paths = [root, *filter(None, [environ.get("PYTHONPATH")])]
         return cls((sys.executable, *launch), environ | {"PYTHONPATH": os.pathsep.join(paths)})
@@ -106,6 +112,7 @@ class Children:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # under nohup
             self._before[number] = signal.signal(number, self._stop)
+        # a daemon: it never keeps the sweep from ending
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -117,14 +124,19 @@ class Children:
         """Run a command to its end; what it prints is printed."""
         began, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command = self.launcher.command(script, words)
+        # stderr is piped to keep its last line for the table of failures; stdout
+        # goes where the sweep's goes
         self._running = subprocess.Popen(
             command, stderr=subprocess.PIPE, env=self.launcher.environ, start_new_session=True
         )
         if self.stopped:  # between the last look and the start
             self._end()
+        # until all processes of the run have closed it: reading to the end keeps
+        # any of them from blocking
         last = forward(self._running)
         code = self._running.wait()
         self._running = None
+        # of children that were waited for, their own children included: launcher, ranks and loaders
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
         return Ended(code, last, time.monotonic() - began, cpu)
@@ -140,6 +152,7 @@ class Children:
         self._end()
 
     def _end(self) -> None:
+        # the group: the launcher alone would leave its processes behind
         if self._running is not None and self._running.poll() is None:
             os.killpg(self._running.pid, signal.SIGTERM)
 
@@ -152,6 +165,7 @@ def forward(process: "subprocess.Popen[bytes]") -> str:
     assert process.stderr is not None
     error = last = ""
     for raw in process.stderr:
+        # at once and as written: what is not UTF-8 passes, too
         sys.stderr.buffer.write(raw)
         sys.stderr.flush()
         line = raw.decode(errors="replace").strip()

@@ -39,6 +39,7 @@ def run_sweeps(
     """
     if int(environ.get("RANK", "0")) > 0:
         return  # the first process starts all, by the same launcher
+    # -- everything that can be refused, of all runs, before the first one trains
     launcher, holding = Launcher.here(launched), holders()
     runs = runs_of(argv, environ, launched)
     inputs = Inputs()
@@ -46,12 +47,16 @@ def run_sweeps(
     say(listing(runs))
     if any(run.config.plan for run in runs):
         return
+    # OUTPUT_DIR of OUTPUT_DIR/NAME/seed-N
     top = Path(runs[0].config.output_dir).parents[1]
     command = shlex.join(["train/run.py", *argv])
+    # -- one sweep in a folder at a time; each run locks its own besides
     with folder_lock(top, command[:SHOWN]), Children(launcher, holding) as children:
         failed = take_all(runs, inputs, children)
+    # also after a stop or a failure: what is finished can be read
     for path in write_tables(runs, command, failed, top):
         say(f"{path.read_text()}\nwritten: {path}")
+    # who stopped it waits for it to end
     if not children.stopped:
         draw(runs, top / REPORT, launcher)
     if failed:
@@ -93,6 +98,7 @@ def draw(runs: Sequence[Run], place: Path, launcher: Launcher) -> None:
     done = [str(run.folder) for run in first_of_each(runs).values() if record_of(run.folder)]
     if done:
         words = [sys.executable, str(HERE / "report.py"), *done, "--output", str(place)]
+        # without the launcher: a page needs no ranks; a page that fails does not fail the sweep
         subprocess.run(words, env=launcher.environ, check=False)
 
 
@@ -109,6 +115,7 @@ def listing(runs: Sequence[Run]) -> str:
         shown = f"{hours:.2f} CPU-h" if hours else "?"
         rows.append(f"  {run.sweep.name:12} {name:44} {state:9} {shown:>11}".rstrip())
         if not record:
+            # of unknown ones nothing is added, which the word "at least" says
             left, known = left + hours, known and hours > 0
     done = sum(record is not None for record in measured.values())
     last = f"{counted(len(rows), 'run')}: {done} finished, {len(rows) - done} to do"
@@ -151,6 +158,7 @@ def take_all(runs: Sequence[Run], inputs: Inputs, children: Children) -> dict[st
     """
     failed: dict[str, str] = {}
     for number, run in enumerate(runs, start=1):
+        # two sweeps may share a run: it is not tried twice
         if run.name in failed:
             continue
         why = None
@@ -160,6 +168,7 @@ def take_all(runs: Sequence[Run], inputs: Inputs, children: Children) -> dict[st
         else:
             say(f"--- {number} of {len(runs)}: {run.name}")
             why = take(run, inputs, children)
+        # told to end, which is no failure: the same command goes on
         if children.stopped:
             break
         if why:
@@ -170,6 +179,8 @@ def take_all(runs: Sequence[Run], inputs: Inputs, children: Children) -> dict[st
 
 def take(run: Run, inputs: Inputs, children: Children) -> str | None:
     """Train a run and score it, as far as that is not done; return why it failed, if it did."""
+    # looked at now, not when the sweep began: a stage that an earlier run has made
+    # since is known by its weights
     now = inputs.of(run)
     record = record_of(run.folder)
     if record is None:
@@ -182,11 +193,13 @@ def take(run: Run, inputs: Inputs, children: Children) -> str | None:
             seconds=time.monotonic() - began,
             cpu_seconds=ended.cpu_seconds,
         )
+        # before the scoring: if that fails, the training is not done a second time
         record.write(run.folder)
     else:
         say(f"    finished before, in {duration(record.seconds)}")
     for control in ("", *run.sweep.controls) if run.sweep.test_path else ():
         asked: Json = now["test"] | {"max_records": run.sweep.max_records}
+        # both: scores of other records, or files that were removed, are made again
         if record.scored.get(control) == asked and all_scored(run, control):
             continue
         ended = children.run("evaluate.py", evaluation(run, control))
@@ -205,7 +218,9 @@ def evaluation(run: Run, control: str) -> list[str]:
     words += ["--data_path", *run.sweep.test_path]
     for name in RECORD_FLAGS:
         value = getattr(config, name)
+        # only what differs: a command line in a log is read by people
         if value != getattr(default, name):
+            # a switch has no value
             items = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{name}", *items]
     if run.sweep.max_records:

@@ -108,6 +108,7 @@ def tables_of(sweep: Sweep, test: str, scored: Sequence[Scored], runs: Sequence[
         for metric in METRICS
         if any(score_of(one.report, metric) is not None for one in scored)
     ]
+    # -- means over the seeds of each run
     groups: dict[str, list[Scored]] = {}
     for one in scored:
         groups.setdefault(one.run.variant.name, []).append(one)
@@ -128,6 +129,7 @@ def tables_of(sweep: Sweep, test: str, scored: Sequence[Scored], runs: Sequence[
         grid_of(rows),
         "",
     ]
+    # -- differences: seeds and clips are the same on both sides, so what varies between them cancels
     rows = [["", *(METRICS[m] for m in metrics)]]
     for name, own in groups.items():
         other = own[0].run.variant.against or sweep.baseline
@@ -143,6 +145,7 @@ def tables_of(sweep: Sweep, test: str, scored: Sequence[Scored], runs: Sequence[
 def each_run(sweep: Sweep, scored: Sequence[Scored], metrics: Sequence[Metric]) -> list[list[str]]:
     """Return the rows of a table with every run by itself, its controls beside the first score."""
     first = metrics[0]
+    # controls of the first score alone, or the table would be too wide to read
     header = ["run", *(METRICS[m] for m in metrics), "ar_skill"]
     header += [f"{METRICS[first]}, {control}" for control in sweep.controls]
     header += ["train s", "CPU-h"]
@@ -171,6 +174,7 @@ def cell(own: Sequence[Scored], metric: Metric) -> str:
     values = [value for one in own if (value := score_of(one.report, metric)) is not None]
     if not values:
         return NONE
+    # draws are of clips: runs that were scored on different ones have no draw in common
     if not alike(own):
         return spread_of(values)
     low, high = mean_interval([one.answers for one in own], metric)
@@ -184,6 +188,7 @@ def alike(scored: Sequence[Scored]) -> bool:
 
 def difference(own: Sequence[Scored], base: Sequence[Scored], metric: Metric) -> str:
     """Return how much the mean differs from the baseline's, over the seeds that both have."""
+    # a run with fewer seeds is compared over these: another seed's luck would count as a difference
     both = {one.run.config.seed for one in own} & {one.run.config.seed for one in base}
     ours, theirs = ([one for one in group if one.run.config.seed in both] for group in (own, base))
     lists = [[score_of(one.report, metric) for one in group] for group in (ours, theirs)]
@@ -205,6 +210,7 @@ def spread_of(values: Sequence[float]) -> str:
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return f"{mean:.3f}"
+    # of a sample: n - 1, as few seeds stand for all
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
     return f"{mean:.3f} ±{deviation:.3f}"
 
@@ -227,6 +233,7 @@ def settings_of(runs: Sequence[Run], sweep: Sweep) -> dict[str, str]:
     out = {}
     for name, config in configs.items():
         own = differing(config, [configs[against[name]]])
+        # 4: the baseline's row says what the others change, as long as that is a few
         if name == against[name] and len(few := differing(config, list(configs.values()))) <= 4:
             own = few
         out[name] = ", ".join(f"{setting} {shown(config[setting])}" for setting in own)
@@ -246,6 +253,7 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(shown(item) for item in value) or "none"
     text = str(value).lower() if isinstance(value, bool) else str(value)
+    # paths are too long for a cell, and differ from machine to machine
     return Path(text).name if "/" in text else text
 
 
@@ -253,6 +261,7 @@ def trained_seconds(folder: Path) -> float:
     """Return the seconds of a run's steps, those before a stop too."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
+    # steps alone: loading, compiling and saving would hide what a setting costs
     return math.fsum(row["seconds"] for row in rows if row["kind"] == "train")
 
 

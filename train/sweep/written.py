@@ -43,6 +43,7 @@ NOT_OF_A_RUN = {
     "plan": "give it on the command line, for all runs",
 }
 CONTROLS = ("shuffled", "untrained")
+# a folder's name on any system, and never hidden or a flag
 NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]{0,100}")
 
 Setting = tuple[str, Any, Origin]
@@ -87,6 +88,7 @@ class Sweep:
 
     def in_order(self) -> list[tuple[Variant, str]]:
         """Return each run with its seed (empty: that of all): all runs of a seed before the next."""
+        # all runs of a seed before the next: a sweep that is stopped early has compared all runs once
         seeds = dict.fromkeys(seed for own in self.variants for seed in own.seeds or ("",))
         return [
             (own, seed) for seed in seeds for own in self.variants if seed in (own.seeds or ("",))
@@ -96,6 +98,7 @@ class Sweep:
 def read_sweep(path: str, environ: Mapping[str, str], problems: list[str]) -> Sweep:
     """Return the sweep of a file; what is wrong with it is added to `problems`, each with its line."""
     try:
+        # compose, not load: nodes keep their lines, for messages, and their texts as written
         root = yaml.compose(Path(path).read_text("utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         problems.append(f"--sweep {path}: {error.strerror}")
@@ -127,10 +130,12 @@ class Reader:
         runs = self.mapping(nodes.get("runs"), "runs: expected `name: {setting: value}` lines")
         variants = [self.variant(name, *run, seeds, hours) for name, run in runs.items()]
         grid = self.grid(nodes.get("grid"))
+        # a grid without runs is a run of its own in each cell
         if grid or not variants:
             variants = [crossed(own, cell) for own in variants or [Variant("")] for cell in grid]
         if not variants:
             self.problems.append(f"{self.path}: no runs; name them under `runs` or `grid`")
+        # cells have no keys of a run: they take those of the sweep
         if grid and not runs:
             variants = [replace(own, seeds=seeds, cpu_hours=hours) for own in variants]
         self.check(variants)
@@ -196,6 +201,7 @@ class Reader:
                 )
             if own.name in above:
                 self.problems.append(f"{own.origin or self.path} {own.name}: two runs of this name")
+            # above, not anywhere: runs are taken in this order, and circles cannot arise
             if own.stage and own.stage not in above:
                 self.problems.append(
                     f"{own.origin} stage: {own.stage} is no run above {own.name}, whose model it "
@@ -216,6 +222,7 @@ class Reader:
             self.problems.append(f"{self.origin(node)} {expected}")
             return found
         for key, value in node.value:
+            # YAML itself would keep the last one without a word
             if str(key.value) in found:
                 self.problems.append(f"{self.origin(key)} {key.value}: there already")
             found[str(key.value)] = value, self.origin(key)

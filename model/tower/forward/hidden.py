@@ -21,6 +21,7 @@ def hidden_state(model: Any, layer: int, *inputs: Any, **named: Any) -> Tensor:
         states = model(*inputs, **named, output_hidden_states=True).hidden_states
         found: Tensor = states[layer]
         return found
+    # state k is what layer k - 1 gives: state 0 are the embeddings
     hook = layers[place - 1].register_forward_hook(_end_here)
     try:
         model(*inputs, **named)
@@ -34,6 +35,7 @@ def hidden_state(model: Any, layer: int, *inputs: Any, **named: Any) -> Tensor:
 def layers_of(model: Any) -> nn.ModuleList:
     """Return the tower's layers: its first list of as many modules as its config counts."""
     config = model.config
+    # Qwen's towers call it depth
     depth = config.depth if hasattr(config, "depth") else config.num_hidden_layers
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return next(found for found in lists if len(found) == depth)
@@ -48,4 +50,6 @@ class _LayerReached(Exception):
 
 
 def _end_here(layer: nn.Module, inputs: Any, output: Any) -> None:
+    # an exception, as a forward has no other way out; layers of some versions
+    # give a tuple, the state first
     raise _LayerReached(output[0] if isinstance(output, tuple) else output)

@@ -21,6 +21,7 @@ def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     grid = [length // side for length in pixels.shape[2:]]
     patches = lay_out(model.config, pixels)
     shapes = torch.tensor([grid] * len(pixels), device=pixels.device)
+    # the model asks for a mask; in a clip, whose frames have one shape, no patch is padding
     every = torch.ones(patches.shape[:2], dtype=torch.int32, device=pixels.device)
     assert isinstance(layer, int), "it has no merger"
     known = {"pixel_attention_mask": every, "spatial_shapes": shapes}

@@ -38,6 +38,7 @@ def encode(model: Any, pixels: Tensor, layer: Layer) -> Tensor:
     hidden = hidden.unflatten(0, (units, rows * cols))
     window = getattr(config, "window_size", 0) // side // merge  # in blocks
     places = torch.from_numpy(patch_order(rows, cols, merge, window)).to(pixels.device)
+    # scattered back: hidden states come in the order of blocks and windows, cells are row-major
     in_rows = torch.empty_like(hidden)
     in_rows[:, places] = hidden
     return in_rows.unflatten(1, (rows, cols))
@@ -75,4 +76,5 @@ def patch_order(rows: int, cols: int, merge: int, window: int) -> np.ndarray:
     keys = [block_row, block_col, row, col]
     if window:
         keys = [block_row // window, block_col // window, *keys]
+    # lexsort takes the most significant key last
     return np.lexsort(keys[::-1])

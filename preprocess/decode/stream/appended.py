@@ -42,6 +42,7 @@ def boxes(file: IO[bytes]) -> Iterator[Box]:
         file.seek(begin)
         head = file.read(16)
         length = int.from_bytes(head[:4])
+        # a box of more than 4 GiB: its length is in the 8 bytes that follow
         if length == 1:
             length = int.from_bytes(head[8:])
         elif length == 0:  # to the file's end

@@ -61,6 +61,7 @@ def find_jumps(
             jumps.append((first, shift))
         last = max(range(first, stop), key=times.pts.__getitem__)
         hold = times.durations[last]
+        # a packet's own duration where it is believable: a damaged one would open a gap of hours
         end = times.pts[last] + shift + (hold if 0 < hold <= LONG_GAP * second else step)
     return tuple(jumps), odd
 

@@ -35,6 +35,7 @@ class Orientation:
         a, b, u, c, d, v, *_ = struct.unpack("=9i", data[:36])
         if not any((a, b, c, d)):
             return cls()
+        # rotation by a multiple of 90 degrees leaves one diagonal of (a b; c d) at 0
         straight, across = min(abs(a), abs(d)), min(abs(b), abs(c))
         if u or v or not max(straight, across):
             return None

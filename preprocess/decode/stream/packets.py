@@ -57,6 +57,7 @@ def read_packets(container: Any, stream: Any) -> Packets:
 
     found = Packets()
     decoder = decoder_of(stream)
+    # of all streams: those beside the video tell a real pause from a jump of its clock
     packets = container.demux()
     others: list[float] = []  # times of other streams since the last packet of this one
     latest = None

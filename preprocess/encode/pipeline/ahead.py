@@ -62,6 +62,7 @@ class Ahead(Generic[Group, Item]):
                 self._change.notify_all()
             for thread in threads:
                 thread.join(NUDGE_SECONDS)
+                # a worker may be waiting for a decoder: it is interrupted until it returns
                 while thread.is_alive():
                     interrupt()
                     thread.join(NUDGE_SECONDS)
@@ -82,6 +83,7 @@ class Ahead(Generic[Group, Item]):
                 item = first.items.popleft()
                 self._bytes -= bytes_of(item)
                 self._change.notify_all()
+            # outside of the lock: the consumer may take minutes with it
             yield item
             del item
 
@@ -108,6 +110,7 @@ class Ahead(Generic[Group, Item]):
                 if group is None:
                     return False
                 with self._change:
+                    # under the lock that gives out groups: streams stand in the order of the groups
                     self._streams.append(stream)
                 items = worker(group)
             with closing(items):

@@ -42,6 +42,7 @@ class Summary:
     """Seconds of all towers together: waiting for decoding, working, waiting for writing."""
 
     def copy(self) -> "Summary":
+        # lists and dicts too: the original goes on to change
         return replace(self, failures=[*self.failures], spent=dict(self.spent))
 
     @classmethod
@@ -59,6 +60,7 @@ class Summary:
 
     def beside(self, more: "Summary") -> "Summary":
         """Return what a run did to a bank and then beside it: clips are counted where they were made."""
+        # a clip that failed in the bank fails beside it, too: it is one failure
         counted = {entry.id for entry in self.failures}
         total = Summary.of([replace(self, failures=[]), replace(more, failures=[])])
         total.failures = self.failures + [one for one in more.failures if one.id not in counted]
@@ -85,6 +87,7 @@ class Summary:
 
 def show_pace(bar: "tqdm[Any]", summary: Summary) -> None:
     """Show frames per second and the shares of the towers' time beside a bar."""
+    # 1e-9: the first clip may come before the clock has moved
     rate = summary.frames / max(bar.format_dict["elapsed"], 1e-9)
     shown = {stage: f"{share:.0%}" for stage, share in summary.shares.items()}
     bar.set_postfix({"frames/s": f"{rate:.1f}"} | shown, refresh=False)

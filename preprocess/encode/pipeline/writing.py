@@ -68,6 +68,7 @@ class Writing:
         with self._change:
             self._change.wait_for(lambda: self._error or not self._bytes or self._has_room(nbytes))
             self._raise()
+            # + 1: a failure has no bytes, and must still count as waiting
             self._waiting.append((do, nbytes + 1))
             self._bytes += nbytes + 1
             self._change.notify_all()
@@ -87,12 +88,14 @@ class Writing:
                     return
                 do, nbytes = self._waiting.popleft()
             try:
+                # not under the lock: the tower goes on while the disk is busy
                 do()
             except BaseException as error:
                 with self._change:
                     self._error = error
                     self._change.notify_all()
                 return
+            # it holds the arrays of its clip
             del do
             with self._change:
                 self._bytes -= nbytes

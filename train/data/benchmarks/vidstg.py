@@ -37,10 +37,12 @@ class Part:
 
     @property
     def end(self) -> float:
+        # down: the next frame begins at the exact time, and a part rounded up would have it, too
         return math.floor(1000 * (self.last + 1) / self.fps) / 1000
 
     def seconds(self, frame: int) -> float:
         """Return the seconds of the clip at which a frame of the video begins."""
+        # the start is rounded up, by which the first frame would begin before 0
         return max(0.0, frame / self.fps - self.start)
 
     def bounds(self) -> Json:

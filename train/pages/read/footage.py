@@ -85,6 +85,7 @@ class Footage:
             except (UserError, OSError) as error:
                 problems.append(first_line(error))
                 continue
+            # another bank may be there by now: its frames would be shown beside answers about others
             if theirs and (lines := differences(joint(bank.config), joint(theirs))):
                 problems.append(f"{path} is another bank than the run's: {'; '.join(lines)}")
             else:
@@ -113,6 +114,7 @@ class Footage:
         """Return a clip's pictures; None where no bank has it, or its features are damaged."""
         if clip not in self._looks:
             found = self.place(clip)
+            # a clip is asked for by many answers, and decoded once
             self._looks[clip] = self._look(*found) if found else None
         return self._looks[clip]
 
@@ -122,6 +124,7 @@ class Footage:
         if not isinstance(frames, str):
             return Look(info, tuple(map(jpeg, frames)), True, "")
         try:
+            # the finest: the most to see
             cells = bank.read(row, min(bank.config.strides))
         except UserError:
             return None
@@ -134,11 +137,14 @@ class Footage:
         source = self._sources.get(bank.where, {}).get(bank.ids[row])
         if source is None or not Path(source.path).exists():
             return "video missing"
+        # bounded: a page is not to decode a whole test set
         if self._opened >= MOST_CLIPS:
             return "enough videos read"
         self._opened += 1
         meta = bank.meta(row)
+        # by the bank's own sampling: these are the frames that the model saw
         frames = read_frames(self._reader, source, meta, bank.config.sampling)
+        # of the frames that make a unit the first
         return frames if isinstance(frames, str) else frames[:: meta.frames_per_unit]
 
     @cached_property
@@ -146,6 +152,7 @@ class Footage:
         from preprocess.decode.decode_child import DecodeChild
         from preprocess.decode.source import SourceReader
 
+        # a process of its own, begun only if a video is opened: a damaged one cannot end the page
         return self._stack.enter_context(SourceReader(DecodeChild(), Path(gettempdir())))
 
     @cached_property
@@ -194,6 +201,7 @@ def banks_of(config: Json, run: Path) -> tuple[Path, ...]:
     for name in config.get("bank", []):
         if "://" in name:
             continue
+        # runs, banks and videos may have been moved together
         places = [Path(name), *(above / name for above in run.absolute().parents)]
         found.append(next((place for place in places if place.is_dir()), Path(name)))
     return tuple(found)

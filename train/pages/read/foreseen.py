@@ -57,6 +57,7 @@ def write_foreseen(path: Path, clips: Sequence[Foreseen]) -> None:
     about: list[Json] = []
     for k, clip in enumerate(clips):
         for name, values in in_few_directions(clip).items():
+            # three of a thousand numbers a cell, in half precision: they become colours
             arrays[f"{k}.{name}"] = values.astype(np.float16)
         frames = [
             {name: getattr(frame, name) for name in ("time", "pair", "error", "copy_error")}
@@ -72,6 +73,7 @@ def read_foreseen(path: Path) -> list[Foreseen]:
     """Return the clips of a file that `write_foreseen` wrote; none where there is no file."""
     if not path.is_file():
         return []
+    # no pickles: a report may be made of a run that came from somebody else
     with np.load(path, allow_pickle=False) as arrays:
         about = json.loads(str(arrays["about"]))
         return [
@@ -95,8 +97,10 @@ def in_few_directions(clip: Foreseen) -> dict[str, np.ndarray]:
     }
     if not arrays:
         return {}
+    # of what came alone: a poor prediction does not choose the directions in which it is shown
     came = [a.reshape(-1, a.shape[-1]) for name, a in arrays.items() if name.endswith(".target")]
     cells = np.concatenate(came)
     centre = cells.mean(axis=0)
+    # principal components: eigenvectors of the scatter matrix, eigh's last have the largest eigenvalues
     axes = np.linalg.eigh((cells - centre).T @ (cells - centre)).eigenvectors[:, -SHOWN:]
     return {name: (array - centre) @ axes for name, array in arrays.items()}

@@ -76,7 +76,9 @@ class Metrics:
 def read_metrics(path: Path) -> Metrics:
     """Read a run's metrics.jsonl, also while it is written: a last line that is torn is left out."""
     data = path.read_bytes()
+    # what follows the last line end is empty, or a line that is being written
     lines = data.split(b"\n")[:-1]
+    # sorted by bytes, parsed after the draw: JSON of all lines of a long run takes seconds
     others = [line for line in lines if b'"kind": "eval"' in line]
     if others:
         lines = [line for line in lines if b'"kind": "train"' in line]
@@ -89,6 +91,7 @@ def read_metrics(path: Path) -> Metrics:
         rows=tuple(map(json.loads, chosen)),
         held_out=tuple(map(json.loads, others)),
         steps=len(lines),
+        # over all lines, not over the sample
         seconds=float(np.asarray(SECONDS.findall(data), np.float64).sum()),
         not_finite=b": NaN" in data or b": Infinity" in data or b": -Infinity" in data,
     )
@@ -96,10 +99,12 @@ def read_metrics(path: Path) -> Metrics:
 
 def bucketed(steps: np.ndarray, values: np.ndarray, buckets: int = BUCKETS) -> Curve:
     """Return the mean, least and most of values over stretches of steps, in as many points at most."""
+    # a NaN would make its whole point one, and matplotlib a gap
     kept = np.isfinite(values)
     steps, values = steps[kept], values[kept]
     if len(steps) <= buckets:
         return Curve(steps, values, values, values)
+    # unique: no stretch is empty, of which reduceat would return the next value
     begins = np.unique(np.linspace(0, len(steps), buckets, endpoint=False).astype(int))
     counts = np.diff(begins, append=len(steps))
     return Curve(

@@ -84,6 +84,7 @@ class Run:
 
     @cached_property
     def warnings(self) -> list[str]:
+        # a run that was resumed says the same warnings at each start
         return list(
             dict.fromkeys(line for word, line in SAID.findall(self.log) if word == "warning")
         )
@@ -91,7 +92,9 @@ class Run:
     @cached_property
     def total(self) -> int:
         """Steps that the run is to take; those that it took where nothing says more."""
+        # the last one: a run may go on with more steps than it began with
         found = STEP_OF.findall(self.log)
+        # no log, or one that was cut: the steps that were taken, at least
         return max(int(found[-1][1]) if found else 0, int(self.metrics.last.get("step", 0)))
 
     @cached_property
@@ -105,6 +108,7 @@ class Run:
     @cached_property
     def tables(self) -> dict[str, np.ndarray]:
         """LAPE's tables, fp32, by name: of the model, else of its newest checkpoint; else none."""
+        # a run that goes on, or was stopped, has no model yet, but checkpoints
         places = [self.folder / TABLES, *(c / TABLES for c in reversed(self.checkpoints))]
         found = next((place for place in places if place.is_file()), None)
         return read_tensors(found) if found else {}
@@ -191,6 +195,7 @@ def test_sets(folder: Path) -> list[TestSet]:
             found.setdefault(report["data_path"], {})[control] = (report, path)
     out = []
     for data_path, own in found.items():
+        # where only a control was scored, its files tell name and place
         report, place = own.get("", next(iter(own.values())))
         controls = {name: own[name][0] for name in CONTROLS if name in own}
         out.append(
@@ -202,9 +207,11 @@ def test_sets(folder: Path) -> list[TestSet]:
 def goes_on(folder: Path) -> bool:
     """Return whether a process trains in a folder: on this machine, or as its lock is touched."""
     writer = writer_of(folder)
+    # a process on this machine can be asked for; of one elsewhere only its lock's time of change is seen
     if writer is None or writer.is_here:
         return writer is not None
     when = touched(lock_path(folder))
+    # twice: one touch may be late
     return when is not None and time.time() - when / 1e9 < 2 * WATCHED_SECONDS
 
 
