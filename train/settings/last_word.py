@@ -9,6 +9,7 @@ without site-packages, to start in a few milliseconds.
 """
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -37,7 +38,15 @@ def is_running(pid: int) -> bool:
 
 
 def main(pid: int, lines: Sequence[str]) -> None:
-    """Wait for a process to end, then print the lines to stderr."""
+    """Wait for a process to end, then print the lines to stderr, unless another one already waits."""
+    claim = socket.socket(socket.AF_UNIX)
+    if sys.platform == "linux":
+        try:
+            # a name without a file, free again when this process ends: on a slow machine several ranks
+            # get here with the same problem before the launcher ends them
+            claim.bind(f"\0framebank-last-word-{pid}")
+        except OSError:
+            return
     deadline = time.monotonic() + LONGEST_SECONDS
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -159,7 +159,7 @@ def test_removed_videos_stay_until_they_are_pruned_and_may_come_back(
     words = ["encode", videos, "--out", bank, "--tower", toy / "tower", "--frames", 8]
     result = command(*words, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    (line,) = [line for line in result.stdout.splitlines() if "are gone" in line]
+    (line,) = [line for line in result.stdout.splitlines() if "no longer exist" in line]
     assert "1 clip (clip-00001.mp4)" in line
     assert "--prune" in line
     assert set(features(bank)) == set(old)

@@ -222,6 +222,6 @@ def test_a_kept_plan_is_shown_without_torch_and_without_a_tokenizer(
     assert done.returncode == 0, done.stdout + done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
     shown = ["records", "packs", "steps", "tokens", "heaviest", "model", "encoder", "memory"]
-    assert names == [*shown, "read", "time", "plan"]
+    assert names == [*shown, "read", "time", "hours", "encoding", "plan"]
     assert "6 kept, 0 dropped" in done.stdout
     assert not (tmp_path / "out").exists()
