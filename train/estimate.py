@@ -90,7 +90,7 @@ def costs(
         shape, plan.tokens, pairs, plan.supervised, config.tune_llm
     )  # of each record
     per_step = float(plan.per_step(flops).mean())
-    peak = config.device_flops or DEVICES[config.plan_device]
+    peak = peak_of(config)
     speed = world * peak * config.assumed_mfu
     seconds = per_step / speed
     memory = memory_bytes(config, shape, dataset.banks.manifest.tower_width, places)
@@ -116,6 +116,11 @@ def costs(
     ]
 
 
+def peak_of(config: TrainConfig) -> float:
+    """Return the peak FLOP/s of the device that a plan is for."""
+    return config.device_flops or DEVICES[config.plan_device]
+
+
 def hours_line(config: TrainConfig, seconds: float, world: int) -> str:
     """Return the hours that so many seconds are, and on what: as a line, with what is assumed."""
     hours = seconds / 3600
@@ -132,8 +137,7 @@ def encoding_lines(config: TrainConfig, dataset: Dataset, world: int) -> list[tu
     if frame is None:
         return []
     frames = sum(len(bank.columns["frame_index"]) for bank in dataset.banks.banks)
-    peak = config.device_flops or DEVICES[config.plan_device]
-    seconds = frames * frame / (world * peak * config.assumed_mfu)
+    seconds = frames * frame / (world * peak_of(config) * config.assumed_mfu)
     return [
         (
             "encoding",

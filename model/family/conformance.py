@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import VLMConfig
+from model.cpu.threads import cpu_threads
 from model.family.head import plain_llm
 from model.family.limits import context_length
 from model.family.rows import text_batch
@@ -124,12 +125,8 @@ def verdict_of(llm_class: type, config: Any) -> Verdict:
     facts = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     key = f"{llm_class.__qualname__} {json.dumps(facts, sort_keys=True, default=str)}"
     if key not in _VERDICTS:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # on a network this small, more threads cost more than they save
-        try:
+        with cpu_threads(1):  # on a network this small, more threads cost more than they save
             _VERDICTS[key] = try_twin(llm_class, config)
-        finally:
-            torch.set_num_threads(threads)
     return _VERDICTS[key]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.cpu.threads import cpu_threads
 from model.grid import pool
 from model.tower.faults import FeatureRangeError, GpuMemoryError
 from model.tower.inlet import brought_back
@@ -107,12 +108,8 @@ class Pooling:
 
     def _add(self, frames: np.ndarray) -> None:
         # the tower alone runs in the bank's number of threads: what its features round to depends on it
-        others = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
+        with cpu_threads(self.threads):
             patches = self.tower.encode(frames, shape=self.shape, threads=self.threads)
-        finally:
-            torch.set_num_threads(others)
         event = torch.cuda.Event() if patches.is_cuda else None
         self._computed.append(([self._pooled(patches, stride) for stride in self.strides], event))
         if event:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.cpu.matrix_units import least_seconds, matrix_units
+from model.cpu.threads import cpu_threads
 from model.tower.trial import Tried, check_size, test_picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,17 +97,15 @@ def timed(tower: Retyped, threads: int) -> tuple[float, float, float]:
     def take(dtype: str) -> None:
         found[dtype] = tower.encode_batch(frames, len(frames))
 
-    others = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
-        spent = least_seconds(
-            ("float32", "bfloat16"),
-            take,
-            lambda dtype: retype(tower, dtype, weights),
-            LONG_SECONDS,
-        )
+        with cpu_threads(threads):
+            spent = least_seconds(
+                ("float32", "bfloat16"),
+                take,
+                lambda dtype: retype(tower, dtype, weights),
+                LONG_SECONDS,
+            )
     finally:
-        torch.set_num_threads(others)
         retype(tower, "float32", weights)
     error = (found["bfloat16"] - found["float32"]).norm() / found["float32"].norm()
     return spent["float32"], spent["bfloat16"], float(error)

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.cpu.threads import cpu_threads
+
 
 def side_by_side(forward: Callable[[np.ndarray], Tensor], batch: np.ndarray, parts: int) -> Tensor:
     """Return forward(batch) from `parts` equal parts of the batch, each in a thread of its own.
 
     batch: `(rows, ...)`, rows a multiple of parts. forward: rows do not depend on each other.
     """
-    others = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            return torch.cat(list(threads.map(forward, np.split(batch, parts))))
-    finally:
-        # what a thread sets is also the number with which later threads of the process begin
-        torch.set_num_threads(others)
+    # what a thread sets is also the number with which later threads of the process begin
+    with (
+        cpu_threads(1),
+        ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,)) as threads,
+    ):
+        return torch.cat(list(threads.map(forward, np.split(batch, parts))))

@@ -9,7 +9,7 @@ stamps and positions are those that the processor gives for the frames in the ba
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,17 @@ from train.bank_vlm.kinds import bank_problem, find_kind
 from train.bank_vlm.source import Source
 
 MISSING = ("refuse", "live")
+
+
+def refuse_decoding(given: Sequence[str], where: str) -> None:
+    """Raise UserError for another trainer's settings of frames, which have no effect on a bank's."""
+    if given:
+        raise UserError(
+            "frames and their size are those of the bank",
+            got=", ".join(given),
+            where=where,
+            fix="leave it out, and give preprocess encode --fps and a tower folder with these limits",
+        )
 
 
 def bank_processor(

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from model.batch import Batch
 from model.cpu.matrix_units import least_seconds, matrix_units
+from model.cpu.threads import cpu_threads
 from model.vlm import VLM
 from train.batches.chat import Chat
 from train.batches.loader import Loader
@@ -79,16 +80,14 @@ def measure(config: TrainConfig, dataset: Dataset) -> dict[bool, float]:
     On a model that is discarded; the least of several rounds, alternating.
     """
     # with the run's threads, which decide how much the units gain; and then as it was found
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.num_threads or threads)
-    try:
-        # the model that is measured draws weights: the run's own must be the same
-        # whether it was measured or not
-        with torch.random.fork_rng(devices=[]):
-            model, batch = first_pack(replace(config, bf16=False), dataset)
-            return least_seconds((False, True), lambda bf16: step(model, batch, bf16))
-    finally:
-        torch.set_num_threads(threads)
+    # the model that is measured draws weights: the run's own must be the same whether it was
+    # measured or not
+    with (
+        cpu_threads(config.num_threads or torch.get_num_threads()),
+        torch.random.fork_rng(devices=[]),
+    ):
+        model, batch = first_pack(replace(config, bf16=False), dataset)
+        return least_seconds((False, True), lambda bf16: step(model, batch, bf16))
 
 
 def first_pack(config: TrainConfig, dataset: Dataset) -> tuple[VLM, Batch]:

@@ -30,7 +30,7 @@ from lmms_engine.utils.train_utils import TrainUtilities
 from transformers import AutoConfig
 
 from shards.errors import UserError
-from train.bank_vlm.processor import bank_processor
+from train.bank_vlm.processor import bank_processor, refuse_decoding
 from train.bank_vlm.tower import use_bank
 
 NAME = "framebank"
@@ -86,13 +86,7 @@ class BankDataset(VisionSFTDataset):
         fields = type(self.config).model_fields
         # a setting that has no effect is refused: who gives it expects other frames
         given = [n for n in OF_DECODING if getattr(self.config, n) != fields[n].default]
-        if given:
-            raise UserError(
-                "frames and their size are those of the bank",
-                got=", ".join(given),
-                where="dataset_config",
-                fix="leave it out, and give preprocess encode --fps and a tower folder with these limits",
-            )
+        refuse_decoding(given, where="dataset_config")
         super()._build_from_config()
 
     def load_from_json(self, data: Any, data_folder: str | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from swift.template import TEMPLATE_MAPPING, Template
 from swift.template.utils import findall
 
 from shards.errors import UserError
-from train.bank_vlm.processor import bank_processor
+from train.bank_vlm.processor import bank_processor, refuse_decoding
 from train.bank_vlm.tower import use_bank
 
 MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -32,19 +32,6 @@ def named(variable: str) -> str:
     return found
 
 
-def refuse_decoding() -> None:
-    """Raise UserError for a setting of frames that would have no effect."""
-    # swift reads these wherever it decodes, and from the bank nothing is decoded
-    set_here = [name for name in sorted(os.environ) if name.endswith(OF_DECODING)]
-    if set_here:
-        raise UserError(
-            "frames and their size are those of the bank",
-            got=", ".join(set_here),
-            where="the environment",
-            fix="leave it out, and give preprocess encode --fps and a tower folder with these limits",
-        )
-
-
 def of_tokenizer(processor: Any, name: str) -> Any:
     """Return what a processor does not have, from its tokenizer."""
     if name == "tokenizer" or name.startswith("__"):
@@ -56,7 +43,9 @@ class BankLoader:
     """What is otherwise in a loader of swift."""
 
     def get_processor(self, model_dir: str, config: Any) -> Any:
-        refuse_decoding()
+        # swift reads these wherever it decodes, and from the bank nothing is decoded
+        set_here = [name for name in sorted(os.environ) if name.endswith(OF_DECODING)]
+        refuse_decoding(set_here, where="the environment")
         plain = super().get_processor(model_dir, config)  # type: ignore[misc]
         names = {"media_dir": named("framebank_media_dir"), "model_config": config}
         processor = bank_processor(plain, named("framebank"), **names)
