@@ -53,6 +53,11 @@ DESCRIBE = "Describe this in detail."
 """The question of a row with a caption and no question."""
 
 
+def tags_in(text: str) -> int:
+    """Return the number of media tags in a text."""
+    return len(MEDIA_TAG.findall(text)) if "<" in text else 0
+
+
 def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = ()) -> Json:
     """Return a row of any known form in our form; raises RowError if it has none, or two.
 

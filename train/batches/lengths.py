@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from hashlib import blake2b
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from shards.signed import canonical_json
 from train.batches.augment import Looks
 from train.batches.chat import VERSION, Chat
 from train.batches.clips import Clips, Stamps
-from train.batches.turns import Count, Talk, count_talks
+from train.batches.turns import Count, Tally
 from train.data.dataset import RecordFile
 from train.data.records import Record
 from train.flops import attended_pairs
@@ -34,6 +35,8 @@ REFUSED = "refused by the chat template"
 """The reason for which such a record is left out."""
 CHUNK = 4096
 """Records that are tokenised together."""
+KEPT = 2**18
+"""Stretches of conversations whose counts are kept, at most."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -267,30 +270,36 @@ def counted(
 ) -> np.ndarray:
     """Return a `Count` of each record, int64 `(records, 5)`; lenient as in `count_tokens`."""
     problems: list[str] = []
-    counts: list[Count] = []
+    counts = [np.zeros((0, len(Count._fields)), np.int64)]
+    tally = Tally(chat)
     place = 0
     for first in range(0, len(records), CHUNK):
-        talks: list[Talk | None] = []
-        for record in records[first : first + CHUNK]:
+        if len(tally) > KEPT:
+            tally.forget()
+        talks, written = list[list[list[int]]](), list[bool]()
+        some = records[first : first + CHUNK]
+        for record in some:
             own = durations[place : place + record.media]
             place += record.media
             try:
-                talks.append(Talk.of(chat, record, own))
+                talks.append(tally.stretches(record, own))
+                written.append(True)
             except UserError as error:
                 problems.append(f"{record.where} (id {record.id}): {error}")
-                talks.append(None)
+                written.append(False)
         # in chunks: one call of a fast tokenizer for many texts uses its own
         # threads, and memory stays bounded
-        made = iter(count_talks(chat, [talk for talk in talks if talk is not None]))
-        unwritable = Count(*[UNWRITABLE] * len(Count._fields))
-        counts += [unwritable if talk is None else next(made) for talk in talks]
+        found = np.full((len(some), len(Count._fields)), UNWRITABLE, np.int64)
+        own_turns = [record.independent for record in compress(some, written)]
+        found[written] = tally.count(talks, own_turns)
+        counts.append(found)
     if problems and not lenient:
         more = f"; and {len(problems) - 3} more like these" if len(problems) > 3 else ""
         raise UserError(
             "; ".join(problems[:3]) + more,
             fix="correct them, or set on_bad_record: drop, which leaves such records out",
         )
-    return np.asarray(counts, np.int64).reshape(-1, len(Count._fields))
+    return np.concatenate(counts)
 
 
 def cache_folder() -> Path:
