@@ -14,7 +14,7 @@ from typing import Any
 
 from shards.annotations.fault import RowError, UnsupervisedError, short
 from shards.annotations.files import ALL, Selection, UnreadableRow, read_rows
-from shards.annotations.forms import MEDIA_TAG, ROLES, TAGS, TURNS, Json, canonical
+from shards.annotations.forms import MEDIA_TAG, ROLES, TAGS, TURNS, Json, canonical, tags_in
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.text import printable
@@ -101,8 +101,9 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
                 f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
                 f"known are {', '.join(ROLES)}",
             )
-        turn["value"].encode()  # JSON may contain half of a surrogate pair, which is not text
-        turns.append((role, turn["value"]))
+        text = turn["value"]
+        text.isascii() or text.encode()  # JSON may contain half of a surrogate pair: not text
+        turns.append((role, text))
     timeline = tuple(Cut(**part) for part in data.get("timeline", []))
     video = data.get("video", [cut.video for cut in timeline])
     media = video if isinstance(video, list) else [video]
@@ -126,7 +127,7 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
 def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:
     """Raise RowError for an empty answer, and for a last question without an answer."""
     blank = [k for k, (role, text) in enumerate(turns) if role == "assistant" and not text.strip()]
-    if len(blank) == sum(role == "assistant" for role, _ in turns):
+    if len(blank) == [role for role, _ in turns].count("assistant"):
         raise UnsupervisedError(
             "no supervised text", "no supervised text: no gpt turn with an answer"
         )
@@ -163,26 +164,28 @@ def joined(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, str]]:
     """Return turns with a tag for each medium; if they have none, all tags before the first question."""
-    tags = [len(MEDIA_TAG.findall(text)) for _, text in turns]
+    tags = [tags_in(text) for _, text in turns]
     escape = "for the literal text, write \\<image> or \\<video>"
-    for number, ((role, text), count) in enumerate(zip(turns, tags, strict=True), start=1):
-        if role == "assistant" and count:
+    for number, count in enumerate(tags, start=1):
+        if count and turns[number - 1][0] == "assistant":
+            text = turns[number - 1][1]
             raise RowError(
                 TAGS,
                 f"turn {number} (gpt) has the tag {MEDIA_TAG.findall(text)[0]}, and tags belong in "
                 f"questions; {escape}",
             )
+    found = sum(tags)
+    if found == media:
+        return list(turns)
     first = next((k for k, (role, _) in enumerate(turns) if role == "user"), None)
-    if media and not sum(tags) and first is not None:
+    if media and not found and first is not None:
         # without any tag the media come first, before what is asked about them
         asked = turns[first][0], "<video>\n" * media + turns[first][1]
         return [*turns[:first], asked, *turns[first + 1 :]]
-    if sum(tags) != media:
-        raise RowError(
-            TAGS,
-            f"{sum(tags)} <video>/<image> tags for {media} media; write one tag per medium; {escape}",
-        )
-    return list(turns)
+    raise RowError(
+        TAGS,
+        f"{found} <video>/<image> tags for {media} media; write one tag per medium; {escape}",
+    )
 
 
 # -- parts and paths

@@ -93,7 +93,7 @@ class Clips:
         frames, slow, fast = values[:3].astype(np.int64)
         frames[list(taken)] = list(taken.values())
         duration = values[3][np.cumsum(uses) - uses]
-        duration[spliced] = [media[k][1].duration for k in spliced]  # type: ignore[union-attr]
+        duration[spliced] = [media[k][1].duration for k in spliced]
         facts = frames, slow, fast, duration, digest.hexdigest()
         return cls(record, *facts, uses if spliced else None)
 

@@ -14,7 +14,7 @@ from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.format.samples import clip_id
 from shards.read.banks import Banks, Place
-from shards.read.timeline import timeline_of
+from shards.read.timeline import Timeline, timeline_of
 from shards.text import some
 from train.data.coordinates import resolved
 from train.data.drops import BadRecords, Drop, counted
@@ -131,7 +131,7 @@ class Reading:
             except RowError as error:
                 errors.append(error.at(record.where, record.id))
                 continue
-            seconds = [place.clip().info.duration for place in record.places]
+            seconds = [seconds_of(place) for place in record.places]
             clip = self.settings.times_past_end == "clip"
             resolved_record, clipped, faults = resolved(record, seconds, clip=clip)
             errors += faults
@@ -208,6 +208,11 @@ def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
     if cut[1:] == (None, None) or known_id(id_, source.source, banks, (), folders) is None:
         return source
     return replace(source, clips=(id_,), cuts=(Cut(id_),))
+
+
+def seconds_of(place: Place | Timeline) -> float:
+    """Return the duration of a medium."""
+    return place.duration if isinstance(place, Place) else place.clip().info.duration
 
 
 def joined_on_timeline(record: Record) -> Record:

@@ -15,7 +15,7 @@ from typing import Any
 
 from shards.annotations.fault import RowError, short
 from shards.annotations.files import ALL, Selection
-from shards.annotations.forms import MEDIA_TAG, Json, canonical
+from shards.annotations.forms import MEDIA_TAG, Json, canonical, tags_in
 from shards.annotations.records import check_inside, parse_row, rows_of
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
@@ -69,6 +69,8 @@ class Record:
         return sum(turn.role == "assistant" for turn in self.turns)
 
 
+_turn = lru_cache(maxsize=2**16)(Turn)
+"""A turn: the same one for all records that ask or answer the same."""
 PLAIN = Folders()
 """For records that name clips by their ids."""
 ENTANGLED = "turns that cannot be independent"
@@ -146,8 +148,8 @@ def parse_record(
     source = data.get("data_source")
     return Record(
         id=row.id,
-        clips=tuple(clip_id(medium, row.start, row.end) for medium in row.media),
-        turns=tuple(Turn(role, text) for role, text in row.turns),
+        clips=tuple([clip_id(medium, row.start, row.end) for medium in row.media]),
+        turns=tuple([_turn(role, text) for role, text in row.turns]),
         task=row.task,
         where=where,
         source=source if isinstance(source, str) else "",
@@ -193,9 +195,7 @@ def made_independent(record: Record) -> Record:
     # -- alone, each question needs its answer, and all need the media, which only the first one has
     if roles[-len(questions) :] != ["user", "assistant"] * (len(questions) // 2):
         got, expected = ", ".join(roles), "user, assistant, user, assistant, ..."
-    elif any(
-        map(MEDIA_TAG.search, [*texts, *(turn.text for turn in record.turns[: -len(questions)])])
-    ):
+    elif any(map(tags_in, [*texts, *(turn.text for turn in record.turns[: -len(questions)])])):
         got, expected = "media in another turn", "all in the first question"
     elif MEDIA_TAG.sub("", first[: _media_end(first)]).strip():
         got, expected = f"text before them: {short(first)}", "the media first in their question"
@@ -244,20 +244,19 @@ def join(
     find = lru_cache(maxsize=None)(banks.find)
     dropped = [] if dropped is None else dropped
     for record in records:
-        named = f"{record.where} (id {record.id})"
         try:
             ids = [
                 id_ if find(id_) else known_id(id_, record.source, banks, quarantined, folders)
                 for id_ in record.clips
             ]
         except UserError as error:
-            problems.append(f"{named}: {error}")
+            problems.append(f"{record.where} (id {record.id}): {error}")
             continue
-        places = [find(id_) if id_ is not None else None for id_ in ids]
+        places = [find(id_) for id_ in ids if id_ is not None]
         found = replace(
             record,
-            clips=tuple(id_ for id_ in ids if id_ is not None),
-            places=tuple(place for place in places if place is not None),
+            clips=tuple([id_ for id_ in ids if id_ is not None]),
+            places=tuple([place for place in places if place is not None]),
         )
         if len(found.places) == len(record.clips):
             kept.append(found)
@@ -269,8 +268,8 @@ def join(
         else:
             unknown = record.clips[ids.index(None)]
             problems.append(
-                f"{named}: no bank knows the clip {unknown!r}; {advice(unknown, banks)}, or set "
-                "missing: drop"
+                f"{record.where} (id {record.id}): no bank knows the clip {unknown!r}; "
+                f"{advice(unknown, banks)}, or set missing: drop"
             )
     return kept
 
