@@ -1,0 +1,286 @@
+"""What reading a record file found, kept on disk: the next run need not read all of its records.
+
+A plan needs of a record its media and its lengths, not its text. So a file that was read before and has
+not changed is not read again: its records are parsed as they are asked for, by the code that read them
+at first. Kept are numbers, drops and digests, no texts. All that decides what is found is in the name of
+the kept file (`key_of`): nothing is looked up that another file, setting, bank or version has written.
+"""
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from shards.annotations import forms
+from shards.annotations.files import ALL, Selection, annotation_files, parsed, suffix_of
+from shards.annotations.timeline import Cut
+from shards.errors import UserError
+from shards.read.banks import Banks, Place
+from shards.read.timeline import Timeline
+from shards.signed import canonical_json
+from train.data.drops import Drop
+from train.data.known.sealed import cache_root, code_digest, read_sealed, versions, write_sealed
+from train.data.mixtures import MixturePart
+from train.data.records import Record
+from train.settings.config import DataSettings
+
+ELSEWHERE = {
+    *("bank", "data_path", "data_config", "data_mixture", "splice_path", "splice", "eval_path"),
+    *("augment", "mm_spatial_pool_stride", "fast_stride", "media_dir", "strip_prefix", "turns"),
+}
+"""Settings that decide nothing, or only by way of a dataset's own rows, banks, folders and turns."""
+CODE = ("shards", "train/data", "train/settings")
+"""The folders of the code that reads records."""
+COLUMNS = ("row", "media", "bank", "place")
+
+
+class Media(NamedTuple):
+    """The media of a record, as `Record` has them."""
+
+    clips: tuple[str, ...]
+    places: tuple[Place | Timeline, ...]
+    cuts: tuple[Cut, ...] = ()
+
+    @property
+    def media(self) -> int:
+        return len(self.clips)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What reading a file found."""
+
+    rows: int
+    """Rows that were chosen, bad ones included."""
+    row: np.ndarray
+    """int64 `(records,)`, the row of each record that was kept."""
+    media: np.ndarray
+    """int64 `(records,)`, media of each."""
+    bank: np.ndarray
+    """int64 `(media,)`, the number of each medium's bank."""
+    place: np.ndarray
+    """int64 `(media,)`, its row there."""
+    texts: str
+    """`texts_digest` of the records."""
+    dialogues: bool
+    """Whether any record has several questions."""
+    clipped: list[str]
+    """Places of records with a span that was ended with its clip."""
+    drops: list[Drop]
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        places: Sequence[str],
+        records: Sequence[Record],
+        banks: Banks,
+        clipped: Collection[str],
+        drops: Sequence[Drop],
+    ) -> "Facts | None":
+        """Return the facts of a file's records; None for those with timelines, which have no one place.
+
+        places: of its rows, `file:line`.
+        """
+        row_of = {place: row for row, place in enumerate(places)}
+        if any(record.cuts for record in records) or len(row_of) < len(places):
+            return None
+        bank_of = {id(bank): number for number, bank in enumerate(banks.banks)}
+        media = [place for record in records for place in record.places]
+        columns = (
+            [row_of[record.where] for record in records],
+            [len(record.places) for record in records],
+            [bank_of[id(place.bank)] for place in media if isinstance(place, Place)],
+            [place.row for place in media if isinstance(place, Place)],
+        )
+        found = dict(zip(COLUMNS, (np.asarray(c, np.int64) for c in columns), strict=True))
+        texts, dialogues = texts_digest(path, records), has_dialogues(records)
+        own = [record.where for record in records if record.where in clipped]
+        return cls(len(places), **found, texts=texts, dialogues=dialogues, clipped=own,
+                   drops=list(drops))  # fmt: skip
+
+    def to_bytes(self) -> bytes:
+        columns = [getattr(self, name) for name in COLUMNS]
+        head = {
+            "rows": self.rows,
+            "sizes": list(map(len, columns)),
+            "texts": self.texts,
+            "dialogues": self.dialogues,
+            "clipped": self.clipped,
+            "drops": [asdict(drop) for drop in self.drops],
+        }
+        return canonical_json(head) + b"\n" + b"".join(column.tobytes() for column in columns)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Facts":
+        head, _, body = data.partition(b"\n")
+        facts = json.loads(head)
+        ends = np.cumsum(facts.pop("sizes")).tolist()
+        values = np.frombuffer(body, np.int64)
+        assert len(values) == ends[-1]
+        columns = dict(zip(COLUMNS, np.split(values, ends[:-1]), strict=True))
+        facts["drops"] = [Drop(**drop) for drop in facts["drops"]]
+        return cls(**columns, **facts)
+
+
+class LazyRecords(Sequence[Record]):
+    """The records of a file, each parsed when it is asked for."""
+
+    def __init__(
+        self,
+        facts: Facts,
+        banks: Banks,
+        rows: Sequence[tuple[str, Any]],
+        read: Callable[[str, Any], Record],
+    ) -> None:
+        """rows: place and unparsed row of all that the file has. read: returns a sound row's record."""
+        self.facts, self.banks, self._rows, self._read = facts, banks, rows, read
+
+    def __len__(self) -> int:
+        return len(self.facts.row)
+
+    @overload
+    def __getitem__(self, k: int) -> Record: ...
+    @overload
+    def __getitem__(self, k: slice) -> Sequence[Record]: ...
+    def __getitem__(self, k: int | slice) -> Record | Sequence[Record]:
+        if isinstance(k, slice):
+            return [self[number] for number in range(*k.indices(len(self)))]
+        k = range(len(self))[k]
+        where, row = self._rows[self.facts.row[k]]
+        record = self._read(where, parsed(row))
+        assert record.places == self.media[k].places, where
+        return record
+
+    @cached_property
+    def media(self) -> list[Media]:
+        """The media of each record."""
+        banks, facts = self.banks.banks, self.facts
+        numbers = zip(facts.bank.tolist(), facts.place.tolist(), strict=True)
+        places = [Place(banks[bank], row) for bank, row in numbers]
+        ids = [place.bank.ids[place.row] for place in places]
+        ends = np.cumsum(facts.media).tolist()
+        return [
+            Media(tuple(ids[end - count : end]), tuple(places[end - count : end]))
+            for end, count in zip(ends, facts.media.tolist(), strict=True)
+        ]
+
+
+def media_of(records: Sequence[Record]) -> Sequence[Record | Media]:
+    """Return the media of records, without parsing them where these are known."""
+    return records.media if isinstance(records, LazyRecords) else records
+
+
+def has_dialogues(records: Sequence[Record]) -> bool:
+    """Return whether any record has several questions."""
+    if isinstance(records, LazyRecords):
+        return records.facts.dialogues
+    return any(record.questions > 1 for record in records)
+
+
+def texts_digest(path: str, records: Sequence[Record]) -> str:
+    """Return a digest of records' texts as read, and of which rows of their file they are.
+
+    A file's digest covers neither how it is read nor which of its records are kept. path: the file's,
+    which is not in the digest.
+    """
+    if isinstance(records, LazyRecords):
+        return records.facts.texts
+    digest = blake2b(digest_size=16)
+    path = str(Path(path))
+    for record in records:
+        texts = [text for turn in record.turns for text in (turn.role, turn.text)]
+        digest.update("\0".join([record.where.removeprefix(path), *texts, "\1"]).encode())
+    return digest.hexdigest()
+
+
+# -- the kept files
+
+
+def load(key: str) -> Facts | None:
+    """Return the facts that were kept under a key."""
+    data = read_sealed(_file(key))
+    return None if data is None else Facts.from_bytes(data)
+
+
+def store(key: str, facts: Facts) -> None:
+    write_sealed(_file(key), facts.to_bytes(), "records")
+
+
+def _file(key: str) -> Path:
+    return cache_root() / "framebank-records" / f"{key}.bin"
+
+
+def key_of(
+    path: str,
+    digest: str,
+    part: MixturePart,
+    settings: DataSettings,
+    banks: Banks,
+    *,
+    independent: bool,
+) -> str:
+    """Return the key of the facts of a file: a digest of all that decides what reading it finds.
+
+    digest: `file_digest` of the file and the choice of its rows.
+    """
+    names = [item.name for item in fields(DataSettings) if item.name not in ELSEWHERE]
+    files = annotation_files(Path(path))
+    parquet = any(suffix_of(file) == ".parquet" for file in files)
+    facts = {
+        "code": code_digest(*CODE),
+        "versions": versions(["pyarrow"] if parquet else []),
+        # a form that a user has added is code, too
+        "forms": [f"{form.__module__}.{form.__qualname__}" for form in forms.FORMS.values()],
+        # records are named by their path and line
+        "path": path,
+        "files": [str(file) for file in files],
+        "digest": digest,
+        "chosen": repr(part.chosen),
+        "folders": repr(part.folders),
+        "independent": independent,
+        "settings": {name: getattr(settings, name) for name in names},
+        "banks": [bank_digest(bank.columns) for bank in banks.banks],
+        "quarantined": sorted(banks.quarantined()),
+    }
+    return blake2b(canonical_json(facts), digest_size=16).hexdigest()
+
+
+def is_known_code() -> bool:
+    """Return whether all forms of rows are our own, whose code is in the key."""
+    return all(form.__module__ == forms.__name__ for form in forms.FORMS.values())
+
+
+def bank_digest(columns: Any) -> str:
+    """Return a digest of the ids and times of a bank's clips, in their order."""
+    digest = blake2b(digest_size=16)
+    for name in ("id", "id_offsets", "start", "end"):
+        digest.update(np.ascontiguousarray(columns[name]).tobytes())
+    return digest.hexdigest()
+
+
+def stamps(path: str) -> list[tuple[str, int, int, int]]:
+    """Return (file, size, time of change, inode) of a path's files, to see whether they are written to."""
+    found = []
+    for file in annotation_files(Path(path)):
+        stat = file.stat()
+        found.append((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    return found
+
+
+def file_digest(path: str, chosen: Selection = ALL) -> str:
+    """Return a digest of the bytes of a file or of a folder's annotations, and of the rows chosen."""
+    digest = blake2b(digest_size=16)
+    try:
+        for file in annotation_files(Path(path)):
+            digest.update(file.read_bytes())
+    except (OSError, UserError):
+        pass  # a problem by then, and counted as empty here
+    if chosen != ALL:
+        digest.update(repr(chosen).encode())
+    return digest.hexdigest()
