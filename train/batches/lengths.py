@@ -5,8 +5,6 @@ cached under `$XDG_CACHE_HOME/framebank`: tokenising takes most of a plan's time
 24.8 s the first time, 11.8 s with cached lengths). Frames are counted from the banks' catalogues.
 """
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -25,6 +23,8 @@ from train.batches.chat import VERSION, Chat
 from train.batches.clips import Clips, Stamps
 from train.batches.turns import Count, Tally
 from train.data.dataset import RecordFile
+from train.data.known.facts import texts_digest
+from train.data.known.sealed import cache_root, read_sealed, write_sealed
 from train.data.records import Record
 from train.flops import attended_pairs
 from train.start.templates import load_with_template
@@ -214,9 +214,7 @@ def text_lengths(
     facts = {"version": VERSION, "tokenizer": tokenizer, "source": file.digest}
     facts["anchors"] = [*anchors.counts, *anchors.axes] if anchors else None
     # the records of a file that are used differ with the clips that are banked
-    path = str(Path(file.path))
-    facts["records"] = [record.where.removeprefix(path) for record in file.records]
-    facts["texts"] = texts_digest(file.records)
+    facts["texts"] = texts_digest(file.path, file.records)
     width = 2
     if file.independent:
         facts["turns"], width = "independent", len(Count._fields)
@@ -240,19 +238,8 @@ def kept_counts(
     # cached UNWRITABLE counts serve lenient callers only: others need the error of each record
     if counts is None or not (lenient or (counts >= 0).all()):
         counts = count()
-        write_counts(file, counts)
+        write_sealed(file, np.ascontiguousarray(counts, np.int64).tobytes(), "lengths")
     return counts
-
-
-def texts_digest(records: Sequence[Record]) -> str:
-    """Return a digest of records' texts as read: a file's digest does not cover how it is read."""
-    digest = blake2b(digest_size=16)
-    for record in records:
-        digest.update(
-            "\0".join(part for turn in record.turns for part in (turn.role, turn.text)).encode()
-        )
-        digest.update(b"\1")
-    return digest.hexdigest()
 
 
 def count_tokens(
@@ -304,32 +291,16 @@ def counted(
 
 def cache_folder() -> Path:
     """Return the folder of cached counts."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framebank"
+    return cache_root() / "framebank"
 
 
 def read_counts(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """Return cached counts, or None where they are missing or damaged."""
-    try:
-        data = file.read_bytes()
-    except OSError:
-        return None
-    body, seal = data[:-16], data[-16:]
+    body = read_sealed(file)
     # a torn or altered cache is recounted: its numbers are denominators of the loss
-    if len(body) != shape[0] * shape[1] * 8 or blake2b(body, digest_size=16).digest() != seal:
+    if body is None or len(body) != shape[0] * shape[1] * 8:
         return None
     return np.frombuffer(body, np.int64).reshape(shape)
-
-
-def write_counts(file: Path, counts: np.ndarray) -> None:
-    """Write counts so that they exist whole or not at all; print a line where they cannot be written."""
-    body = np.ascontiguousarray(counts, np.int64).tobytes()
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(body + blake2b(body, digest_size=16).digest())
-        os.replace(temporary, file)
-    except OSError as error:
-        print(f"lengths are not cached: {file}: {error.strerror}", file=sys.stderr)  # noqa: T201
 
 
 def tokenizer_digest(name: str) -> str:

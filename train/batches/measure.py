@@ -17,6 +17,7 @@ from train.batches.clips import Clips, Stamps, frame_times
 from train.batches.lengths import Apart, Lengths, counted, kept_counts, text_lengths
 from train.batches.turns import Count, Rounds, as_turns, count_rounds, count_rounds_apart
 from train.data.dataset import Dataset, RecordFile
+from train.data.known.facts import media_of
 from train.data.records import Record
 from train.start.templates import load_with_template
 
@@ -93,19 +94,25 @@ class Measure:
         """The records that are the same in every epoch."""
         dataset = self.dataset
         files = [file for file in dataset.files if not file.splice]
-        records = [record for file in files for record in file.records * file.repeats]
-        clips = Clips.of(records, dataset.banks, *self._strides, self.settings.pooled)
+        own_media = [media_of(file.records) for file in files]
+        media = [
+            one
+            for file, own in zip(files, own_media, strict=True)
+            for _ in range(file.repeats)
+            for one in own
+        ]
+        clips = Clips.of(media, dataset.banks, *self._strides, self.settings.pooled)
         counts, first = [np.zeros((0, 2), np.int64)], 0
-        for file in files:
-            media = sum(record.media for record in file.records)
-            durations = clips.duration[first : first + media]
-            first += media * file.repeats
+        for file, own in zip(files, own_media, strict=True):
+            number = sum(one.media for one in own)
+            durations = clips.duration[first : first + number]
+            first += number * file.repeats
             facts = durations, self.template, self.anchors, self.chat
-            own = text_lengths(file, *facts, lenient=self.lenient)
+            found = text_lengths(file, *facts, lenient=self.lenient)
             # `name*2` in a mixture: the same records once more, counted once
-            counts.append(np.tile(own, (file.repeats, 1)))
+            counts.append(np.tile(found, (file.repeats, 1)))
         stamped = bool(self.settings.time_form)
-        return Lot(clips, widened(counts), frame_times(records) if stamped else NO_TIMES)
+        return Lot(clips, widened(counts), frame_times(media) if stamped else NO_TIMES)
 
     def _spliced(self, file: RecordFile, epoch: int) -> "Lot":
         """The records that are spliced for an epoch."""

@@ -7,17 +7,17 @@ from typing import Any
 
 from shards.annotations.fault import RowError, short
 from shards.annotations.fields import is_empty
-from shards.annotations.files import stray_files
+from shards.annotations.files import stray_files, unparsed_rows
 from shards.annotations.forms import MEDIA_TAG
 from shards.annotations.records import check_inside, parse_row, rows_of
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.format.samples import clip_id
-from shards.read.banks import Banks, Place
-from shards.read.timeline import Timeline, timeline_of
+from shards.read.banks import Banks
 from shards.text import some
-from train.data.coordinates import resolved
 from train.data.drops import BadRecords, Drop, counted
+from train.data.known.facts import Facts, LazyRecords, file_digest, load, stamps, store
+from train.data.known.manner import Manner, finished
 from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
 from train.data.records import (
@@ -26,8 +26,7 @@ from train.data.records import (
     Turn,
     join,
     known_id,
-    made_independent,
-    read_records,
+    records_of,
 )
 from train.data.spans import refuse_misspelt
 from train.settings.config import DataSettings
@@ -49,6 +48,8 @@ class Reading:
         self.drops: list[Drop] = []
         self.left_out: list[Drop] = []
         """Dropped records of the last dataset."""
+        self.digest = ""
+        """`file_digest` of the last file that was read to train on."""
         self.clipped: set[str] = set()
         """Places of records with a span that was ended with its clip."""
         self.passed_over: dict[str, None] = {}
@@ -56,45 +57,77 @@ class Reading:
 
     def records(
         self, part: MixturePart, banks: Banks | None, *, held_out: bool = False
-    ) -> list[Record]:
+    ) -> Sequence[Record]:
         """Return the sound records of a dataset's files, joined to their clips.
 
         banks: those in which clips are searched; None where they could not be opened.
         """
-        kept = []
+        kept: Sequence[Record] = []
+        sound: Sequence[Record]
         self.left_out = []
         for path in part.records:
             self.passed_over |= dict.fromkeys(map(str, stray_files(Path(path))))
-            sound, drops = self._file(path, part, banks)
-            kept += sound
+            if held_out or banks is None:
+                rows = list(rows_of(path, self.problems, part.chosen))
+                sound, drops = self._file(path, rows, part, banks)[:2]
+            else:
+                sound, drops = self._known(path, part, banks)
+            kept = [*kept, *sound] if kept else sound
             self.left_out += [replace(drop, held_out=held_out) for drop in drops]
         self.drops += self.left_out
         return kept
 
+    def _known(
+        self, path: str, part: MixturePart, banks: Banks
+    ) -> tuple[Sequence[Record], list[Drop]]:
+        """Return the sound records of a file and its drops; what was read before is not read again."""
+        before = stamps(path)
+        how = Manner(self.settings, part, banks, self.independent(part))
+        self.digest = file_digest(path, part.chosen)
+        key = how.key(path, self.digest) if before else None
+        if key and (facts := load(key)):
+            every = list(unparsed_rows(path))
+            rows = [every[k] for k in part.chosen.of(len(every))]
+            # a file that is being written to is not the one that the digest is of
+            if stamps(path) == before and len(rows) == facts.rows:
+                self.clipped |= set(facts.clipped)
+                return LazyRecords(facts, banks, rows, how.record), facts.drops
+        problems = len(self.problems)
+        rows = list(rows_of(path, self.problems, part.chosen))
+        kept, drops, clipped = self._file(path, rows, part, banks)
+        if key and len(self.problems) == problems and stamps(path) == before:
+            places = [where for where, _ in rows]
+            found = Facts.of(path, places, kept, banks, clipped, drops)
+            if found:
+                store(key, found)
+        return kept, drops
+
     def _file(
-        self, path: str, part: MixturePart, banks: Banks | None
-    ) -> tuple[list[Record], list[Drop]]:
+        self, path: str, rows: list[tuple[str, Any]], part: MixturePart, banks: Banks | None
+    ) -> tuple[list[Record], list[Drop], set[str]]:
+        """Return the sound records of rows, drops, and the places of records that were clipped."""
         settings, errors, unbanked = self.settings, list[RowError](), list[tuple[Record, str]]()
-        read = read_records(
-            path,
+        read = records_of(
+            rows,
             self.problems,
             errors,
             allow_outside=settings.allow_outside,
             ignored=settings.ignore_fields,
-            chosen=part.chosen,
             folders=part.folders,
         )
         # a row with several faults is one bad row: the limit counts rows
-        rows = len(read) + len({error.place for error in errors})
-        kept = []
+        count = len(read) + len({error.place for error in errors})
+        kept, clipped = list[Record](), set[str]()
         # None: records are read all the same, so that their faults are reported
         # together with those of the banks
         if banks is not None:
             missing = settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)
-            kept = self._resolved(joined, errors, independent=self.independent(part))
-        drops = self.bad.judge(path, errors, rows, self.problems)
-        return kept, drops + [Drop.of_record(record, reason) for record, reason in unbanked]
+            kept, clipped = self._resolved(joined, errors, independent=self.independent(part))
+            self.clipped |= clipped
+        drops = self.bad.judge(path, errors, count, self.problems)
+        left_out = [Drop.of_record(record, reason) for record, reason in unbanked]
+        return kept, drops + left_out, clipped
 
     def independent(self, part: MixturePart) -> bool:
         """Return whether a dataset's records have independent turns."""
@@ -115,7 +148,9 @@ class Reading:
                     errors.append(error)
             missing = self.settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)
-            kept += self._resolved(joined, errors)
+            sound, clipped = self._resolved(joined, errors)
+            kept += sound
+            self.clipped |= clipped
             self.left_out += self.bad.judge(path, errors, len(rows), self.problems)
             self.left_out += [Drop.of_record(record, reason) for record, reason in unbanked]
         self.drops += self.left_out
@@ -123,22 +158,16 @@ class Reading:
 
     def _resolved(
         self, records: Sequence[Record], errors: list[RowError], *, independent: bool = False
-    ) -> list[Record]:
-        kept = []
+    ) -> tuple[list[Record], set[str]]:
+        kept, clipped = [], set()
         for record in records:
-            try:
-                record = joined_on_timeline(made_independent(record) if independent else record)
-            except RowError as error:
-                errors.append(error.at(record.where, record.id))
-                continue
-            seconds = [seconds_of(place) for place in record.places]
-            clip = self.settings.times_past_end == "clip"
-            resolved_record, clipped, faults = resolved(record, seconds, clip=clip)
+            own, was_clipped, faults = finished(record, self.settings, independent=independent)
             errors += faults
             if not faults:
-                kept.append(resolved_record)
-                self.clipped |= {record.where} if clipped else set()
-        return kept
+                kept.append(own)
+                if was_clipped:
+                    clipped.add(own.where)
+        return kept, clipped
 
     def refuse(self) -> None:
         """Raise UserError that lists every problem, if there are any."""
@@ -208,19 +237,6 @@ def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
     if cut[1:] == (None, None) or known_id(id_, source.source, banks, (), folders) is None:
         return source
     return replace(source, clips=(id_,), cuts=(Cut(id_),))
-
-
-def seconds_of(place: Place | Timeline) -> float:
-    """Return the duration of a medium."""
-    return place.duration if isinstance(place, Place) else place.clip().info.duration
-
-
-def joined_on_timeline(record: Record) -> Record:
-    """Return a record with its clips joined to one medium, if it has a timeline."""
-    if not record.cuts:
-        return record
-    places = [place for place in record.places if isinstance(place, Place)]
-    return replace(record, places=(timeline_of(places, record.cuts),))
 
 
 def shorten(problems: Sequence[str]) -> list[str]:

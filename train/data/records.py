@@ -7,7 +7,7 @@ or `<t:41.3%>` (a share of it), `<x:0.31>` and `<y:0.52>` (fractions of the fram
 such as `<TEMP-037>`.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -95,8 +95,24 @@ def read_records(
     paths may be absolute or lead out of their root; else they may not, after the prefixes of `folders`
     are removed. ignored: fields that are not read.
     """
+    rows = rows_of(path, problems, chosen)
+    return records_of(
+        rows, problems, bad, allow_outside=allow_outside, ignored=ignored, folders=folders
+    )
+
+
+def records_of(
+    rows: Iterable[tuple[str, Any]],
+    problems: list[str],
+    bad: list[RowError] | None = None,
+    *,
+    allow_outside: bool = False,
+    ignored: Collection[str] = (),
+    folders: Folders = PLAIN,
+) -> list[Record]:
+    """Return the records of rows, each given with its place; otherwise as `read_records`."""
     records = []
-    for where, row in rows_of(path, problems, chosen):
+    for where, row in rows:
         try:
             record = parse_record(
                 row, where, allow_outside=allow_outside, ignored=ignored, folders=folders

@@ -3,12 +3,12 @@
 A plan needs of a record its media and its lengths, not its text. So a file that was read before and has
 not changed is not read again: its records are parsed as they are asked for, by the code that read them
 at first. Kept are numbers, drops and digests, no texts. All that decides what is found is in the name of
-the kept file (`key_of`): nothing is looked up that another file, setting, bank or version has written.
+the kept file (`Manner.key`): what another file, setting, bank or version has left is never found.
 """
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -16,27 +16,15 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from shards.annotations import forms
-from shards.annotations.files import ALL, Selection, annotation_files, parsed, suffix_of
+from shards.annotations.files import ALL, Selection, annotation_files, parsed
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.read.banks import Banks, Place
 from shards.read.timeline import Timeline
 from shards.signed import canonical_json
 from train.data.drops import Drop
-from train.data.known.sealed import cache_root, code_digest, read_sealed, versions, write_sealed
-from train.data.mixtures import MixturePart
+from train.data.known.sealed import cache_root, read_sealed, write_sealed
 from train.data.records import Record
-from train.settings.config import DataSettings
-
-ELSEWHERE = {
-    *("bank", "data_path", "data_config", "data_mixture", "splice_path", "splice", "eval_path"),
-    *("augment", "mm_spatial_pool_stride", "fast_stride", "media_dir", "strip_prefix", "turns"),
-}
-"""Settings that decide nothing, or only by way of a dataset's own rows, banks, folders and turns."""
-CODE = ("shards", "train/data", "train/settings")
-"""The folders of the code that reads records."""
-COLUMNS = ("row", "media", "bank", "place")
 
 
 class Media(NamedTuple):
@@ -51,20 +39,26 @@ class Media(NamedTuple):
         return len(self.clips)
 
 
+class Columns(NamedTuple):
+    """Records and their media as arrays, all int64."""
+
+    row: np.ndarray
+    """`(records,)`, the row of each record that was kept."""
+    media: np.ndarray
+    """`(records,)`, media of each."""
+    bank: np.ndarray
+    """`(media,)`, the number of each medium's bank."""
+    place: np.ndarray
+    """`(media,)`, its row there."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What reading a file found."""
 
     rows: int
     """Rows that were chosen, bad ones included."""
-    row: np.ndarray
-    """int64 `(records,)`, the row of each record that was kept."""
-    media: np.ndarray
-    """int64 `(records,)`, media of each."""
-    bank: np.ndarray
-    """int64 `(media,)`, the number of each medium's bank."""
-    place: np.ndarray
-    """int64 `(media,)`, its row there."""
+    columns: Columns
     texts: str
     """`texts_digest` of the records."""
     dialogues: bool
@@ -98,23 +92,25 @@ class Facts:
             [bank_of[id(place.bank)] for place in media if isinstance(place, Place)],
             [place.row for place in media if isinstance(place, Place)],
         )
-        found = dict(zip(COLUMNS, (np.asarray(c, np.int64) for c in columns), strict=True))
-        texts, dialogues = texts_digest(path, records), has_dialogues(records)
-        own = [record.where for record in records if record.where in clipped]
-        return cls(len(places), **found, texts=texts, dialogues=dialogues, clipped=own,
-                   drops=list(drops))  # fmt: skip
+        return cls(
+            len(places),
+            Columns(*(np.asarray(column, np.int64) for column in columns)),
+            texts_digest(path, records),
+            has_dialogues(records),
+            [record.where for record in records if record.where in clipped],
+            list(drops),
+        )
 
     def to_bytes(self) -> bytes:
-        columns = [getattr(self, name) for name in COLUMNS]
         head = {
             "rows": self.rows,
-            "sizes": list(map(len, columns)),
+            "sizes": list(map(len, self.columns)),
             "texts": self.texts,
             "dialogues": self.dialogues,
             "clipped": self.clipped,
             "drops": [asdict(drop) for drop in self.drops],
         }
-        return canonical_json(head) + b"\n" + b"".join(column.tobytes() for column in columns)
+        return canonical_json(head) + b"\n" + b"".join(column.tobytes() for column in self.columns)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Facts":
@@ -123,9 +119,8 @@ class Facts:
         ends = np.cumsum(facts.pop("sizes")).tolist()
         values = np.frombuffer(body, np.int64)
         assert len(values) == ends[-1]
-        columns = dict(zip(COLUMNS, np.split(values, ends[:-1]), strict=True))
         facts["drops"] = [Drop(**drop) for drop in facts["drops"]]
-        return cls(**columns, **facts)
+        return cls(columns=Columns(*np.split(values, ends[:-1])), **facts)
 
 
 class LazyRecords(Sequence[Record]):
@@ -142,7 +137,7 @@ class LazyRecords(Sequence[Record]):
         self.facts, self.banks, self._rows, self._read = facts, banks, rows, read
 
     def __len__(self) -> int:
-        return len(self.facts.row)
+        return len(self.facts.columns.row)
 
     @overload
     def __getitem__(self, k: int) -> Record: ...
@@ -152,7 +147,7 @@ class LazyRecords(Sequence[Record]):
         if isinstance(k, slice):
             return [self[number] for number in range(*k.indices(len(self)))]
         k = range(len(self))[k]
-        where, row = self._rows[self.facts.row[k]]
+        where, row = self._rows[self.facts.columns.row[k]]
         record = self._read(where, parsed(row))
         assert record.places == self.media[k].places, where
         return record
@@ -160,7 +155,7 @@ class LazyRecords(Sequence[Record]):
     @cached_property
     def media(self) -> list[Media]:
         """The media of each record."""
-        banks, facts = self.banks.banks, self.facts
+        banks, facts = self.banks.banks, self.facts.columns
         numbers = zip(facts.bank.tolist(), facts.place.tolist(), strict=True)
         places = [Place(banks[bank], row) for bank, row in numbers]
         ids = [place.bank.ids[place.row] for place in places]
@@ -216,60 +211,18 @@ def _file(key: str) -> Path:
     return cache_root() / "framebank-records" / f"{key}.bin"
 
 
-def key_of(
-    path: str,
-    digest: str,
-    part: MixturePart,
-    settings: DataSettings,
-    banks: Banks,
-    *,
-    independent: bool,
-) -> str:
-    """Return the key of the facts of a file: a digest of all that decides what reading it finds.
-
-    digest: `file_digest` of the file and the choice of its rows.
-    """
-    names = [item.name for item in fields(DataSettings) if item.name not in ELSEWHERE]
-    files = annotation_files(Path(path))
-    parquet = any(suffix_of(file) == ".parquet" for file in files)
-    facts = {
-        "code": code_digest(*CODE),
-        "versions": versions(["pyarrow"] if parquet else []),
-        # a form that a user has added is code, too
-        "forms": [f"{form.__module__}.{form.__qualname__}" for form in forms.FORMS.values()],
-        # records are named by their path and line
-        "path": path,
-        "files": [str(file) for file in files],
-        "digest": digest,
-        "chosen": repr(part.chosen),
-        "folders": repr(part.folders),
-        "independent": independent,
-        "settings": {name: getattr(settings, name) for name in names},
-        "banks": [bank_digest(bank.columns) for bank in banks.banks],
-        "quarantined": sorted(banks.quarantined()),
-    }
-    return blake2b(canonical_json(facts), digest_size=16).hexdigest()
-
-
-def is_known_code() -> bool:
-    """Return whether all forms of rows are our own, whose code is in the key."""
-    return all(form.__module__ == forms.__name__ for form in forms.FORMS.values())
-
-
-def bank_digest(columns: Any) -> str:
-    """Return a digest of the ids and times of a bank's clips, in their order."""
-    digest = blake2b(digest_size=16)
-    for name in ("id", "id_offsets", "start", "end"):
-        digest.update(np.ascontiguousarray(columns[name]).tobytes())
-    return digest.hexdigest()
-
-
 def stamps(path: str) -> list[tuple[str, int, int, int]]:
-    """Return (file, size, time of change, inode) of a path's files, to see whether they are written to."""
+    """Return (file, size, time of change, inode) of a path's files; none where they cannot be read.
+
+    They tell whether a file was written to in between.
+    """
     found = []
-    for file in annotation_files(Path(path)):
-        stat = file.stat()
-        found.append((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    try:
+        for file in annotation_files(Path(path)):
+            stat = file.stat()
+            found.append((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    except (OSError, UserError):  # reported where the file is read
+        return []
     return found
 
 
