@@ -93,7 +93,7 @@ ALL = Selection()
 
 
 def read_rows(path: str | Path) -> Rows:
-    """Yield the rows of `unparsed_rows`, an `UnreadableRow` for each that cannot be read; raises alike."""
+    """Yield rows as `unparsed_rows`, but parsed: an `UnreadableRow` for each that cannot be read."""
     for where, row in unparsed_rows(path):
         try:
             row = parsed(row)

@@ -28,8 +28,6 @@ from train.start.templates import dated
 if TYPE_CHECKING:
     from model.vlm import VLM
 
-VERSION = 3
-"""To be raised when `Chat.encode` gives other tokens for the same text: cached lengths are then stale."""
 Stamp = Callable[[float], tuple[list[int], list[int]]]
 """Seconds of a clip -> the tokens before a frame at that time, and those after it."""
 MARKER = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")

@@ -17,14 +17,14 @@ import numpy as np
 
 from model.lape.tokens import LapeTokens
 from shards.errors import UserError
-from shards.signed import canonical_json
+from shards.signed import Json, canonical_json
 from train.batches.augment import Looks
-from train.batches.chat import VERSION, Chat
+from train.batches.chat import Chat
 from train.batches.clips import Clips, Stamps
 from train.batches.turns import Count, Tally
 from train.data.dataset import RecordFile
 from train.data.known.facts import texts_digest
-from train.data.known.sealed import cache_root, read_sealed, write_sealed
+from train.data.known.sealed import cache_root, code_digest, read_sealed, versions, write_sealed
 from train.data.records import Record
 from train.flops import attended_pairs
 from train.start.templates import load_with_template
@@ -37,6 +37,8 @@ CHUNK = 4096
 """Records that are tokenised together."""
 KEPT = 2**18
 """Stretches of conversations whose counts are kept, at most."""
+CODE = ("model", "shards", "train/batches", "train/data", "train/start")
+"""The folders of our code that makes tokens of text."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -211,7 +213,7 @@ def text_lengths(
     columns of a `Count` for independent turns. Raises UserError naming the records that cannot be
     encoded; if lenient, their counts are UNWRITABLE.
     """
-    facts = {"version": VERSION, "tokenizer": tokenizer, "source": file.digest}
+    facts: Json = {"code": counting_code(), "tokenizer": tokenizer, "source": file.digest}
     facts["anchors"] = [*anchors.counts, *anchors.axes] if anchors else None
     # the records of a file that are used differ with the clips that are banked
     facts["texts"] = texts_digest(file.path, file.records)
@@ -227,6 +229,11 @@ def text_lengths(
 
     shape = len(file.records), width
     return kept_counts(key.hexdigest(), shape, count, lenient=lenient)
+
+
+def counting_code() -> list[str]:
+    """Return digests and versions of the code that makes tokens of text."""
+    return [code_digest(*CODE), *versions(("tokenizers", "transformers", "jinja2"))]
 
 
 def kept_counts(

@@ -12,9 +12,9 @@ from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.slow_fast import exact_ratio
 from shards.signed import Json, canonical_json
 from train.batches.augment import Looks
-from train.batches.chat import VERSION, Chat
+from train.batches.chat import Chat
 from train.batches.clips import Clips, Stamps, frame_times
-from train.batches.lengths import Apart, Lengths, counted, kept_counts, text_lengths
+from train.batches.lengths import Apart, Lengths, counted, counting_code, kept_counts, text_lengths
 from train.batches.turns import Count, Rounds, as_turns, count_rounds, count_rounds_apart
 from train.data.dataset import Dataset, RecordFile
 from train.data.known.facts import media_of
@@ -120,8 +120,8 @@ class Measure:
         assert splice is not None
         laid = splice.layout(epoch, np.arange(file.count))
         clips = self._sources[file.path].spliced(laid)
-        facts = {"tokenizer": self.template, "anchors": repr(self.anchors), "version": VERSION}
-        facts["settings"] = repr(splice.settings)
+        facts: Json = {"tokenizer": self.template, "anchors": repr(self.anchors)}
+        facts |= {"settings": repr(splice.settings), "code": counting_code()}
         facts |= {"turns": "independent"} if splice.independent else {}
         talks = splice.questions(laid, timed=self.in_words)
         # phrases, choices and times decide the texts; the first few texts too, in

@@ -16,7 +16,8 @@ from shards.format.samples import clip_id
 from shards.read.banks import Banks
 from shards.text import some
 from train.data.drops import BadRecords, Drop, counted
-from train.data.known.facts import Facts, LazyRecords, file_digest, load, stamps, store
+from train.data.known import facts
+from train.data.known.facts import Facts, LazyRecords, file_digest, stamps
 from train.data.known.manner import Manner, finished
 from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
@@ -84,14 +85,15 @@ class Reading:
         before = stamps(path)
         how = Manner(self.settings, part, banks, self.independent(part))
         self.digest = file_digest(path, part.chosen)
-        key = how.key(path, self.digest) if before else None
-        if key and (facts := load(key)):
+        large = sum(size for _, size, _, _ in before) >= facts.WORTH_KEEPING
+        key = how.key(path, self.digest) if large else None
+        if key and (known := facts.load(key)):
             every = list(unparsed_rows(path))
             rows = [every[k] for k in part.chosen.of(len(every))]
             # a file that is being written to is not the one that the digest is of
-            if stamps(path) == before and len(rows) == facts.rows:
-                self.clipped |= set(facts.clipped)
-                return LazyRecords(facts, banks, rows, how.record), facts.drops
+            if stamps(path) == before and len(rows) == known.rows:
+                self.clipped |= set(known.clipped)
+                return LazyRecords(known, banks, rows, how.record), known.drops
         problems = len(self.problems)
         rows = list(rows_of(path, self.problems, part.chosen))
         kept, drops, clipped = self._file(path, rows, part, banks)
@@ -99,7 +101,7 @@ class Reading:
             places = [where for where, _ in rows]
             found = Facts.of(path, places, kept, banks, clipped, drops)
             if found:
-                store(key, found)
+                facts.store(key, found)
         return kept, drops
 
     def _file(

@@ -26,6 +26,9 @@ from train.data.drops import Drop
 from train.data.known.sealed import cache_root, read_sealed, write_sealed
 from train.data.records import Record
 
+WORTH_KEEPING = 2**18
+"""Bytes of the smallest file whose facts are kept: to read a smaller one takes no time."""
+
 
 class Media(NamedTuple):
     """The media of a record, as `Record` has them."""
