@@ -18,7 +18,7 @@ from shards.annotations.forms import MEDIA_TAG
 from train.batches.chat import MEDIA, OWN_THOUGHT, Chat, Encoded, Stretch
 from train.batches.segments import WHOLLY, Piece, Pieces, Segment
 from train.data.markup import MARKUP, MEDIA_TAGS
-from train.data.records import Record, Turn, one_by_one
+from train.data.records import Record, Turn, media_end, one_by_one
 from train.data.splice import ONE_MEDIUM
 
 ROLES = ("user", "assistant")
@@ -87,10 +87,14 @@ class Tally:
         if not record.independent:
             return [self._numbers(record.turns, durations)]
         found = []
-        for turns in one_by_one(record.turns):
-            key = (*[turn.text for turn in turns], *durations)
+        texts = [turn.text for turn in record.turns]
+        begin = len(texts) % 2  # after the system prompt
+        media = texts[begin][: media_end(texts[begin])]
+        for k in range(begin, len(texts), 2):
+            key = (*texts[:begin], media, *texts[k : k + 2], k == begin, *durations)
             numbers = self._rounds.get(key)
             if numbers is None:
+                turns = one_by_one(record.turns)[k // 2]
                 numbers = self._rounds[key] = self._numbers(turns, durations)
             found.append(numbers)
         return found

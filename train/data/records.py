@@ -202,18 +202,19 @@ def made_independent(record: Record) -> Record:
 
     Raises RowError where a turn would lack its question, its answer, or the media.
     """
-    if record.questions < 2:
-        return record
     roles = [turn.role for turn in record.turns]
+    if roles.count("assistant") < 2:
+        return record
     questions = record.turns[roles[0] == "system" :]
-    first, texts = questions[0].text, [turn.text for turn in questions[1:]]
+    first, system = questions[0].text, record.turns[: -len(questions)]
+    others = "\n".join([turn.text for turn in (*questions[1:], *system)])
     got = expected = ""
     # -- alone, each question needs its answer, and all need the media, which only the first one has
     if roles[-len(questions) :] != ["user", "assistant"] * (len(questions) // 2):
         got, expected = ", ".join(roles), "user, assistant, user, assistant, ..."
-    elif any(map(tags_in, [*texts, *(turn.text for turn in record.turns[: -len(questions)])])):
+    elif tags_in(others):
         got, expected = "media in another turn", "all in the first question"
-    elif MEDIA_TAG.sub("", first[: _media_end(first)]).strip():
+    elif MEDIA_TAG.sub("", first[: media_end(first)]).strip():
         got, expected = f"text before them: {short(first)}", "the media first in their question"
     if got:
         fix = "set turns: dialogue for these records, or make a record of each question"
@@ -230,12 +231,12 @@ def one_by_one(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     questions, answers = turns[len(system) :: 2], turns[len(system) + 1 :: 2]
     first = questions[0].text
     # as text, tags and all: a record of that question alone would be written so
-    media = first[: _media_end(first)]
+    media = first[: media_end(first)]
     asked = [questions[0], *(Turn("user", media + turn.text) for turn in questions[1:])]
     return [(*system, *pair) for pair in zip(asked, answers, strict=True)]
 
 
-def _media_end(text: str) -> int:
+def media_end(text: str) -> int:
     """Return the end of a text's last media tag, the blanks after it included; 0 without tags."""
     end = max((match.end() for match in MEDIA_TAG.finditer(text)), default=0)
     return len(text) - len(text[end:].lstrip()) if end else 0
