@@ -236,6 +236,7 @@ def one_by_one(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     return [(*system, *pair) for pair in zip(asked, answers, strict=True)]
 
 
+@lru_cache(maxsize=64)  # asked several times for each record
 def media_end(text: str) -> int:
     """Return the end of a text's last media tag, the blanks after it included; 0 without tags."""
     end = max((match.end() for match in MEDIA_TAG.finditer(text)), default=0)
