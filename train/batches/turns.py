@@ -94,8 +94,10 @@ class Tally:
             key = (*texts[:begin], media, *texts[k : k + 2], k == begin, *durations)
             numbers = self._rounds.get(key)
             if numbers is None:
-                turns = one_by_one(record.turns)[k // 2]
-                numbers = self._rounds[key] = self._numbers(turns, durations)
+                # as `one_by_one` has them, without the turns of the other questions
+                asked = record.turns[k] if k == begin else Turn("user", media + texts[k])
+                alone = (*record.turns[:begin], asked, record.turns[k + 1])
+                numbers = self._rounds[key] = self._numbers(alone, durations)
             found.append(numbers)
         return found
 
