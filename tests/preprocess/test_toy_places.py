@@ -54,9 +54,8 @@ def test_places_are_those_of_the_truth(world: Path, split: str, step: str) -> No
             assert match, question
             name, stamp = match.groups()
             assert (stamp is not None) == (step in (*SLIDES, "moment"))
-            if (
-                step == "slides"
-            ):  # the slide that is shown at the time, and its frame's time in its clip
+            if step in SLIDES:
+                # the slide that is shown at the time, and its frame's time in its clip
                 ends = np.cumsum([cut["end"] - cut["start"] for cut in cuts])
                 cut = cuts[int(np.searchsorted(ends, float(stamp), side="right"))]
                 clip = clips[cut["video"]]
