@@ -138,8 +138,8 @@ def make_toyworld(
         for step in SLIDES:
             # a stream of its own, as for a clip's questions of place
             rng = np.random.default_rng([seed, number])
-            rows = slide_records(rng, step, drawn, FPS, is_test=split == "test")
-            records[f"places/{split}-{step}"] = list(rows)
+            slides = slide_records(rng, step, drawn, FPS, is_test=split == "test")
+            records[f"places/{split}-{step}"] = list(slides)
     (out / "places").mkdir()
     for name, rows in records.items():
         write_rows(out / f"{name}.jsonl", rows)
