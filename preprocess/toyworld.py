@@ -9,7 +9,7 @@ moves along a straight or bouncing line and vanishes, and no colour occurs twice
     videos/{train,test}/clip-00000.mp4   h264, 64x64, 8 frames per second, 4 to 6 seconds
     train.jsonl                          one conversation of several turns per clip
     test.jsonl                           one question per record
-    places/{train,test}-{still,clip,moment}.jsonl   questions of place alone, see toy_places.py
+    places/{train,test}-still.jsonl ...  questions of place alone, in five steps: see toy_places.py
     tower/  llm/                         a random SigLIP and a random Qwen2 with its tokenizer
     world.json                           the truth about every clip; written last
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from preprocess.toy_models import SIZE, save_llm, save_tower
-from preprocess.toy_places import place_records
+from preprocess.toy_places import SLIDES, place_records, slide_records
 from preprocess.world import (
     Json,
     Turn,
@@ -133,6 +133,13 @@ def make_toyworld(
             for name, rows in made.items():
                 records.setdefault(name, []).extend(rows)
             truth.append(described)
+    for number, split in enumerate(SPLITS):
+        drawn = [clip for clip in truth if clip["video"].startswith(f"{split}/")]
+        for step in SLIDES:
+            # a stream of its own, as for a clip's questions of place
+            rng = np.random.default_rng([seed, number])
+            slides = slide_records(rng, step, drawn, FPS, is_test=split == "test")
+            records[f"places/{split}-{step}"] = list(slides)
     (out / "places").mkdir()
     for name, rows in records.items():
         write_rows(out / f"{name}.jsonl", rows)

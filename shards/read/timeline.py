@@ -2,9 +2,10 @@
 
     {"timeline": [{"video": "a.mp4", "start": 3, "end": 7}, {"video": "b.mp4"}], ...}
 
-Of each clip the banked frames in [start, end) are taken, in seconds of the clip. The first part begins at
-0, each other one at the end of the part before it. Parts may differ in grids and crops: each frame keeps
-its own. Tower, layer, pooling and strides are the same, as in all banks of one run.
+Of each clip the banked frames in [start, end) are taken, in seconds of the clip; a picture, which has no
+length, is shown for `end` seconds. The first part begins at 0, each other one at the end of the part
+before it. Parts may differ in grids and crops: each frame keeps its own. Tower, layer, pooling and
+strides are the same, as in all banks of one run.
 """
 
 from bisect import bisect_left
@@ -165,6 +166,11 @@ def frames_of(info: ClipInfo, cut: Cut, number: int) -> tuple[int, int, float, f
     """
     where = f"part {number} of `timeline`, {cut.video}"
     start = cut.start or 0.0
+    if not info.duration:  # a picture
+        if cut.end is None or start:
+            what = f"{where}: a picture, which has no length"
+            raise RowError(REASON, what, expected="`end` alone: the seconds for which it is shown")
+        return 0, len(info.timestamps), 0.0, cut.end
     end = info.duration if cut.end is None else cut.end
     if end > info.duration + SLACK:
         what = f"{where}: ends at {end:g} s, after its clip"

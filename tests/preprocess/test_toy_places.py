@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from model.slow_fast import uniform_indices
-from preprocess.toy_places import BANKED, STEPS
+from preprocess.toy_places import BANKED, SLIDES, STEPS
 from preprocess.toyworld import FPS, make_toyworld
 
 QUESTION = re.compile(
@@ -27,6 +27,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def banked_time(clip: dict[str, Any], cut: dict[str, Any]) -> float:
+    """Return the time of the one banked frame in a cut."""
+    times = np.asarray(uniform_indices(clip["frames"], BANKED)) / FPS
+    (time,) = times[(times >= cut["start"]) & (times < cut["end"])].tolist()
+    return float(time)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("step", STEPS)
 def test_places_are_those_of_the_truth(world: Path, split: str, step: str) -> None:
@@ -36,18 +43,23 @@ def test_places_are_those_of_the_truth(world: Path, split: str, step: str) -> No
     assert len({record["id"] for record in records}) == len(records)
     asked: dict[str, set[str]] = {}
     for record in records:
-        (cut,) = record.get("timeline", [{"video": record.get("video")}])
-        clip, at = clips[cut["video"]], 0.0
+        cuts = record.get("timeline", [{"video": record.get("video")}])
+        clip, at = clips[cuts[0]["video"]], 0.0
         if step == "still":
-            times = np.asarray(uniform_indices(clip["frames"], BANKED)) / FPS
-            (at,) = times[(times >= cut["start"]) & (times < cut["end"])].tolist()
+            at = banked_time(clip, *cuts)
         assert (len(record["conversations"]) == 2) == (split == "test")
         values = [turn["value"] for turn in record["conversations"]]
         for question, answer in zip(values[::2], values[1::2], strict=True):
             match = QUESTION.fullmatch(question)
             assert match, question
             name, stamp = match.groups()
-            assert (stamp is not None) == (step == "moment")
+            assert (stamp is not None) == (step in (*SLIDES, "moment"))
+            if step in SLIDES:
+                # the slide that is shown at the time, and its frame's time in its clip
+                ends = np.cumsum([cut["end"] - cut["start"] for cut in cuts])
+                cut = cuts[int(np.searchsorted(ends, float(stamp), side="right"))]
+                clip = clips[cut["video"]]
+                stamp = str(banked_time(clip, cut))
             thing: dict[str, Any] = next(o for o in clip["objects"] if o["name"] == name)
             first, last = thing["frames"]
             frame = (first + last) // 2 if step == "clip" else round(FPS * float(stamp or at))
@@ -56,6 +68,8 @@ def test_places_are_those_of_the_truth(world: Path, split: str, step: str) -> No
             found = [float(number) for number in re.findall(r":([\d.]+)>", answer)]
             assert found == truth[frame - first]
             asked.setdefault(record["id"].split("/still")[0], set()).add(name)
-    if step != "still" and split == "train":
+        if step in SLIDES and split == "train":
+            assert len(values) == 2 * len(cuts)
+    if step in ("clip", "moment") and split == "train":
         for record in records:
             assert asked[record["id"]] == {o["name"] for o in clips[record["video"]]["objects"]}

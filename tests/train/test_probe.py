@@ -1,4 +1,4 @@
-"""Spans read off the frames: exact where features tell scenes apart, chance where they do not."""
+"""Spans and places read off the frames: exact where features tell, chance where they do not."""
 
 import json
 import shutil
@@ -13,7 +13,8 @@ import pytest
 
 from train.pages.read.runs import read_runs
 from train.pages.table import table
-from train.probe import longest_run, main
+from train.probe import main
+from train.probes.spans import longest_run
 
 MEANINGS = [["a street", "a road"], ["a cat"], ["a cat on a roof", "an animal high up"]]
 FRAMES = 12
@@ -103,3 +104,66 @@ def test_the_longest_run_and_where_it_is_cut() -> None:
     assert longest_run(np.ones(6, bool), far, times, 6.0) == (0.0, 6.0)
     far[4] = 0.5
     assert longest_run(np.zeros(6, bool), far, times, 6.0) == (4.0, 5.0)
+
+
+def pictures(
+    folder: Path, make_bank: Callable[..., Path], features: Any, noise: float
+) -> list[str]:
+    """Write a bank of pictures of two things each, whose places their cells say; return flags."""
+    rng = np.random.default_rng(1)
+    mixed = rng.normal(size=(4, 6))  # four coordinates, six channels
+    clips: dict[str, Any] = {}
+    learned, tests = [], []
+    for number in range(400):
+        places = rng.uniform(size=(2, 2)).round(4)
+        seen = places.reshape(-1) @ mixed + noise * rng.normal(size=6)
+        clips[f"{number}.jpg"] = {
+            s: np.broadcast_to(seen, (1, 8 // s, 8 // s, 6)).astype(np.float16) for s in (4, 8)
+        }
+        talk = []
+        for name, (x, y) in zip(("cat", "dog"), places.tolist(), strict=True):
+            talk.append({"from": "human", "value": f"Where is the {name}?"})
+            talk.append({"from": "gpt", "value": f"<x:{x}><y:{y}>"})
+        if number < 300:
+            learned.append({"video": f"{number}.jpg", "conversations": talk})
+        else:
+            turns = talk[:2] if number % 2 else talk[2:]
+            tests.append({"video": f"{number}.jpg", "conversations": turns})
+    tests.append({"video": "300.jpg", "question": "How many?", "answer": "2"})
+    bank = make_bank(folder / "bank", clips, config=replace(features, strides=(4, 8)))
+    flags = ["--bank", str(bank), "--places", write(folder / "places.jsonl", learned)]
+    return [*flags, "--data_path", write(folder / "test.jsonl", tests)]
+
+
+@pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 0.0, 0.06), (100.0, 0.2, 0.4)])
+def test_places_are_as_good_as_the_features(
+    run: Path,
+    make_bank: Callable[..., Path],
+    features: Any,
+    tmp_path: Path,
+    noise: float,
+    low: float,
+    high: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("train.probes.places.STEPS", 600)
+    # the middle of the frame is 0.25 away in the mean
+    main([*pictures(tmp_path, make_bank, features, noise), "--model", str(run)])
+    report = json.loads((run / "eval-test-probe.json").read_text())
+    assert report["answers"] == 100, "one of each test picture, and no other question"
+    assert low <= report["tasks"]["point"]["error"] <= high
+    assert report["probe"] is True
+    assert "frames_named" not in report
+
+
+def test_places_of_clips_are_not_read_off(
+    run: Path, make_bank: Callable[..., Path], features: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    bank, _, *rest = world(tmp_path, make_bank, features, 0.1)[1:]
+    flags = ["--bank", bank, "--places", rest[0], *rest[1:], "--model", str(run)]
+    write(Path(rest[0]), [{"video": "9.mp4", "question": "Where?", "answer": "<x:0.5><y:0.5>"}])
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    assert stopped.value.code == 2
+    assert "frames of one grid are what places are learned from" in capsys.readouterr().err

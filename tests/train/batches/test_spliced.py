@@ -513,6 +513,38 @@ def test_parts_of_other_grids_and_crops_keep_their_own(
     assert torch.isfinite(model(batch)["ar"]).all()
 
 
+def test_pictures_are_shown_for_as_long_as_a_record_says(
+    make_bank: Callable[..., Path], features: Any, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        id_: {s: rng.normal(size=(n, *CELLS[s], WIDTH)).astype(np.float16) for s in CELLS}
+        for id_, n in {"a.jpg": 1, "b.jpg": 1, "c.mp4": 3}.items()
+    }
+    config = replace(features, strides=(2, 4))
+    stills = {id_: arrays[id_] for id_ in ("a.jpg", "b.jpg")}
+    banks = [
+        str(make_bank(tmp_path / "a", stills, config=config, meta={"end": 0.0})),
+        str(make_bank(tmp_path / "b", {"c.mp4": arrays["c.mp4"]}, config=config)),
+    ]
+    parts = [{"video": "a.jpg", "end": 2}, {"video": "c.mp4"}, {"video": "b.jpg", "end": 0.5}]
+    path = tmp_path / "r.jsonl"
+    path.write_text(rows([{"timeline": parts}]))
+    dataset = open_records(banks, [str(path)], 2, 4)
+    (medium,) = dataset.clips(dataset.held_out[0])
+    assert medium.info.duration == 2 + 3 / 8 + 0.5
+    assert medium.info.timestamps.tolist() == [0, 2, 2.125, 2.25, 2.375]
+    shown = [arrays[id_][2][k] for id_, k in (("a.jpg", 0), ("c.mp4", 1), ("b.jpg", 0))]
+    read = [part.read(2, [k])[0] for part, k in zip(medium.parts, (0, 1, 0), strict=True)]
+    assert np.array_equal(read, shown)
+    for wrong in ({"video": "b.jpg"}, {"video": "b.jpg", "start": 0.1, "end": 1}):
+        path.write_text(rows([{"timeline": [{"video": "c.mp4"}, wrong]}]))
+        with pytest.raises(UserError) as error:
+            open_records(banks, [str(path)], 2, 4)
+        (problem,) = error.value.problems
+        assert "part 2 of `timeline`, b.jpg: a picture, which has no length" in problem
+
+
 def test_a_cut_without_a_frame_or_behind_its_clip_is_named(world: World, tmp_path: Path) -> None:
     bank = world.spliced.banks.banks[0].where
     near = "no banked frame from 0.13 to 0.2 s, expected frames, of which the nearest are at 0.125"

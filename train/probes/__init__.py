@@ -1,0 +1,1 @@
+"""Answers that are read off banked frames without a language model."""

@@ -1,0 +1,123 @@
+"""Places in single frames: a small network from a frame's cells and a question's words to coordinates."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.batch import as_tensor
+from shards.errors import UserError
+from shards.read.timeline import Medium, parts_of
+from train.data.records import Record
+from train.scores.predictions import Prediction
+
+KINDS = {"point": "xy", "box": "xyxy"}
+"""Kinds of answers, and the axes of their coordinates."""
+WORDS = 2000
+"""The most frequent words, which the network sees."""
+WIDTH, STEPS, BATCH, RATE = 256, 3000, 256, 2e-3
+
+
+class Example(NamedTuple):
+    """A question about a medium of one frame, and its answer."""
+
+    cells: Tensor
+    """fp32 `(cell_rows, cell_cols, dim)`."""
+    words: frozenset[str]
+    blank: Prediction
+    """Without an answer; `blank.asked.coordinates` are those that are asked for."""
+
+
+class Places:
+    """A network for each kind of answer, trained on records of media of one frame."""
+
+    none = "no question about a point or a box in a medium of one frame"
+
+    def __init__(self, media: Iterable[tuple[Record, Medium]], stride: int) -> None:
+        self.stride = stride
+        examples = [one for record, medium in media for one in examples_of(record, medium, stride)]
+        counts = Counter(word for one in examples for word in one.words)
+        self.words = [word for word, _ in counts.most_common(WORDS)]
+        shapes = {one.cells.shape for one in examples}
+        if len(shapes) != 1:
+            grids = ", ".join(sorted(f"{rows}x{cols}" for rows, cols, _ in shapes)) or "none"
+            raise UserError(
+                "frames of one grid are what places are learned from",
+                got=f"grids {grids}",
+                where="--places",
+                fix="name records of single frames with points or boxes, of clips of one shape",
+            )
+        (self.shape,) = shapes
+        # channels differ in scale by orders of magnitude
+        cells = torch.stack([one.cells for one in examples]).flatten(0, 2)
+        self.mean, self.spread = cells.mean(dim=0), cells.std(dim=0).clamp(min=1e-6)
+        by_kind = {k: [one for one in examples if one.blank.asked.kind == k] for k in KINDS}
+        self.networks = {
+            kind: self._trained(own, len(KINDS[kind])) for kind, own in by_kind.items() if own
+        }
+
+    def answer(self, record: Record, medium: Medium) -> tuple[Prediction, None] | None:
+        """Return the answer to a record's one question; None where it is no question of this kind."""
+        examples = examples_of(record, medium, self.stride) if len(record.turns) == 2 else []
+        one = next(iter(examples), None)
+        if (
+            one is None
+            or one.blank.asked.kind not in self.networks
+            or one.cells.shape != self.shape
+        ):
+            return None
+        kind = one.blank.asked.kind
+        with torch.no_grad():
+            places = self.networks[kind](self._inputs([one]))[0].clamp(0, 1).tolist()
+        marks = "".join(f"<{a}:{u:.4f}>" for a, u in zip(KINDS[kind], places, strict=True))
+        return replace(one.blank, answer=marks), None
+
+    def _trained(self, examples: Sequence[Example], coordinates: int) -> nn.Module:
+        inputs = self._inputs(examples)
+        wanted = torch.tensor([one.blank.asked.coordinates for one in examples])
+        with torch.random.fork_rng(devices=[]):  # the same network each time
+            torch.manual_seed(0)
+            network = nn.Sequential(
+                nn.Linear(inputs.shape[1], WIDTH), nn.GELU(),
+                nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, coordinates),
+            )  # fmt: skip
+            optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
+            decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+            for _ in range(STEPS):
+                some = torch.randint(len(inputs), (BATCH,))
+                # the mean absolute error, which is what is scored
+                loss = (network(inputs[some]) - wanted[some]).abs().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                decay.step()
+        return network
+
+    def _inputs(self, examples: Sequence[Example]) -> Tensor:
+        """Return cells in deviations and which words are there: fp32 `(examples, inputs)`."""
+        cells = torch.stack([one.cells for one in examples])
+        cells = ((cells - self.mean) / self.spread).flatten(1)
+        words = torch.tensor([[word in one.words for word in self.words] for one in examples])
+        return torch.cat([cells, words.float()], dim=1)
+
+
+def examples_of(record: Record, medium: Medium, stride: int) -> list[Example]:
+    """Return a record's questions about a point or a box, if its medium has one frame."""
+    parts = parts_of([medium])
+    if len(medium.info.timestamps) != 1:
+        return []
+    cells = as_tensor(parts[0].read(stride, [0]))[0].float()
+    found = []
+    for turn in range(1, len(record.turns), 2):
+        asked, reference = (record.turns[k].text for k in (turn - 1, turn))
+        blank = Prediction(
+            record.id, record.clips, turn, record.task, asked, reference,
+            medium.info.duration, "", cut=False,
+        )  # fmt: skip
+        if blank.asked.kind in KINDS:
+            found.append(Example(cells, frozenset(re.findall(r"\w+", asked.lower())), blank))
+    return found
