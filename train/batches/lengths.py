@@ -1,8 +1,9 @@
 """The length of each record: tokens of text, supervised ones, and frames; without weights or torch.
 
-Text is tokenised once for each (record file, tokenizer, clip durations, settings) and the counts are
-cached under `$XDG_CACHE_HOME/framebank`: tokenising takes most of a plan's time (100,000 records took
-24.8 s the first time, 11.8 s with cached lengths). Frames are counted from the banks' catalogues.
+Text is tokenised once for each (record file, tokenizer, clip durations, settings, code) and the counts
+are cached under `$XDG_CACHE_HOME/framebank`, beside what reading the file found (`train/data/known`): a
+plan of 100,000 records takes ten times as long the first time. Frames are counted from the banks'
+catalogues.
 """
 
 from collections.abc import Callable, Sequence

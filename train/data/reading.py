@@ -1,24 +1,31 @@
 """Reads the record files of a run by the same rules, joins records to clips, and keeps the sound ones."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from shards.annotations import forms
 from shards.annotations.fault import RowError, short
 from shards.annotations.fields import is_empty
-from shards.annotations.files import stray_files, unparsed_rows
+from shards.annotations.files import annotation_files, stray_files, suffix_of, unparsed_rows
 from shards.annotations.forms import MEDIA_TAG
 from shards.annotations.records import check_inside, parse_row, rows_of
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.format.samples import clip_id
-from shards.read.banks import Banks
+from shards.read.banks import Banks, Place
+from shards.read.timeline import Timeline, timeline_of
+from shards.signed import canonical_json
 from shards.text import some
+from train.data.coordinates import resolved
 from train.data.drops import BadRecords, Drop, counted
 from train.data.known import facts
 from train.data.known.facts import Facts, LazyRecords, file_digest, stamps
-from train.data.known.manner import Manner, finished
+from train.data.known.sealed import code_digest, versions
 from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
 from train.data.records import (
@@ -27,6 +34,8 @@ from train.data.records import (
     Turn,
     join,
     known_id,
+    made_independent,
+    parse_record,
     records_of,
 )
 from train.data.spans import refuse_misspelt
@@ -38,6 +47,15 @@ SOURCE = "no source of splice"
 EXPECTED = "one `video`, and its `phrase` or `caption`"
 SHOWN = 30
 """Most problems that are printed; a file in the wrong form has one for each of its rows."""
+
+
+ELSEWHERE = {
+    *("bank", "data_path", "data_config", "data_mixture", "splice_path", "splice", "eval_path"),
+    *("augment", "mm_spatial_pool_stride", "fast_stride", "media_dir", "strip_prefix", "turns"),
+}
+"""Settings that decide nothing here, or by way of the entry, the banks, and `independent` alone."""
+CODE = ("shards", "train/data", "train/settings")
+"""The folders of the code that reads records."""
 
 
 class Reading:
@@ -93,13 +111,15 @@ class Reading:
             # a file that is being written to is not the one that the digest is of
             if stamps(path) == before and len(rows) == known.rows:
                 self.clipped |= set(known.clipped)
-                return LazyRecords(known, banks, rows, how.record), known.drops
+                drops = [Drop(**drop) for drop in known.drops]
+                return LazyRecords(known, banks, rows, how.record), drops
         problems = len(self.problems)
         rows = list(rows_of(path, self.problems, part.chosen))
         kept, drops, clipped = self._file(path, rows, part, banks)
         if key and len(self.problems) == problems and stamps(path) == before:
             places = [where for where, _ in rows]
-            found = Facts.of(path, places, kept, banks, clipped, drops)
+            listed = [asdict(drop) for drop in drops]
+            found = Facts.of(path, places, kept, banks, clipped, listed)
             if found:
                 facts.store(key, found)
         return kept, drops
@@ -239,6 +259,90 @@ def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
     if cut[1:] == (None, None) or known_id(id_, source.source, banks, (), folders) is None:
         return source
     return replace(source, clips=(id_,), cuts=(Cut(id_),))
+
+
+@dataclass(frozen=True)
+class Manner:
+    """All that decides what is read of a file, beside the file itself and our code."""
+
+    settings: DataSettings
+    part: MixturePart
+    banks: Banks
+    independent: bool
+    """Whether its records have independent turns."""
+
+    def record(self, where: str, row: Any) -> Record:
+        """Return the record of a sound row, as reading the whole file finds it."""
+        settings, part = self.settings, self.part
+        outside, ignored = settings.allow_outside, settings.ignore_fields
+        record = parse_record(
+            row, where, allow_outside=outside, ignored=ignored, folders=part.folders
+        )
+        problems: list[str] = []
+        joined = join([record], self.banks, settings.missing, problems, folders=part.folders)
+        assert joined, (where, problems)
+        record, _, faults = finished(joined[0], settings, independent=self.independent)
+        assert not faults, faults
+        return record
+
+    def key(self, path: str, digest: str) -> str | None:
+        """Return a digest of all that decides what reading a file finds; None for code that is not ours.
+
+        digest: `file_digest` of the file and the choice of its rows.
+        """
+        # a form that a user has added
+        if any(form.__module__ != forms.__name__ for form in forms.FORMS.values()):
+            return None
+        files = annotation_files(Path(path))
+        parquet = any(suffix_of(file) == ".parquet" for file in files)
+        names = [item.name for item in fields(DataSettings) if item.name not in ELSEWHERE]
+        own = {
+            "code": code_digest(*CODE),
+            "versions": versions(["numpy", *["pyarrow"] * parquet]),
+            "path": path,  # records are named by their path and line
+            "files": [[str(file), file.stat().st_size] for file in files],
+            "digest": digest,
+            "chosen": repr(self.part.chosen),
+            "folders": repr(self.part.folders),
+            "independent": self.independent,
+            "settings": {name: getattr(self.settings, name) for name in names},
+            "banks": [bank_digest(bank.columns) for bank in self.banks.banks],
+            "quarantined": sorted(self.banks.quarantined()),
+        }
+        return blake2b(canonical_json(own), digest_size=16).hexdigest()
+
+
+def bank_digest(columns: Any) -> str:
+    """Return a digest of the ids and times of a bank's clips, in their order."""
+    digest = blake2b(digest_size=16)
+    for name in ("id", "id_offsets", "start", "end"):
+        digest.update(np.ascontiguousarray(columns[name]).tobytes())
+    return digest.hexdigest()
+
+
+def finished(
+    record: Record, settings: DataSettings, *, independent: bool
+) -> tuple[Record, bool, Sequence[RowError]]:
+    """Return (record that was joined to its clips, ready for use; whether a span was clipped; faults)."""
+    try:
+        record = joined_on_timeline(made_independent(record) if independent else record)
+    except RowError as error:
+        return record, False, [error.at(record.where, record.id)]
+    seconds = [seconds_of(place) for place in record.places]
+    return resolved(record, seconds, clip=settings.times_past_end == "clip")
+
+
+def seconds_of(place: Place | Timeline) -> float:
+    """Return the duration of a medium."""
+    return place.duration if isinstance(place, Place) else place.clip().info.duration
+
+
+def joined_on_timeline(record: Record) -> Record:
+    """Return a record with its clips joined to one medium, if it has a timeline."""
+    if not record.cuts:
+        return record
+    places = [place for place in record.places if isinstance(place, Place)]
+    return replace(record, places=(timeline_of(places, record.cuts),))
 
 
 def shorten(problems: Sequence[str]) -> list[str]:

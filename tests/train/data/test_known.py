@@ -17,8 +17,9 @@ from shards.annotations.forms import FORMS
 from shards.errors import UserError
 from shards.read.banks import Banks
 from train.batches.measure import measure
+from train.data import reading
 from train.data.dataset import Dataset, open_dataset
-from train.data.known import facts, manner
+from train.data.known import facts
 from train.data.known.facts import LazyRecords
 from train.data.mixtures import MixturePart
 from train.settings.config import DataSettings, TrainConfig
@@ -225,7 +226,7 @@ VALUES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "name", [item.name for item in fields(DataSettings) if item.name not in manner.ELSEWHERE]
+    "name", [item.name for item in fields(DataSettings) if item.name not in reading.ELSEWHERE]
 )
 def test_each_setting_of_reading_is_in_the_key(world: World, name: str) -> None:
     config = world.config(world.file(SOUND), **LENIENT)
@@ -243,7 +244,7 @@ def test_settings_out_of_the_key_decide_nothing_that_the_key_lacks(world: World)
 
     def key(**changes: Any) -> str | None:
         own: dict[str, Any] = {"settings": DataSettings(), "part": part, "independent": False}
-        return manner.Manner(banks=banks, **(own | changes)).key(path, "digest")
+        return reading.Manner(banks=banks, **(own | changes)).key(path, "digest")
 
     first = key()
     assert first == key(settings=DataSettings(bank=["x"], turns="independent", eval_path=["y"]))
@@ -269,9 +270,9 @@ def test_another_file_or_code_is_another_key(
         names = {"moved": "sub/r.jsonl", "name": "s.jsonl"}
         config = replace(config, data_path=[world.file(SOUND, names[change])])
     elif change == "code":
-        monkeypatch.setattr(manner, "code_digest", lambda *_: "other")
+        monkeypatch.setattr(reading, "code_digest", lambda *_: "other")
     elif change == "version":
-        monkeypatch.setattr(manner, "versions", lambda *_: ["4.0"])
+        monkeypatch.setattr(reading, "versions", lambda *_: ["4.0"])
     else:
         monkeypatch.setitem(FORMS, "poem", lambda own, media: [])  # a user's own
     dataset = open_dataset(config)
@@ -299,8 +300,6 @@ def test_damaged_facts_are_found_anew(world: World, damage: str) -> None:
 def test_a_file_that_changes_while_it_is_read_is_not_kept(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.data import reading
-
     config = world.config(world.file(SOUND))
     rows_of = reading.rows_of
 

@@ -3,16 +3,16 @@
 A plan needs of a record its media and its lengths, not its text. So a file that was read before and has
 not changed is not read again: its records are parsed as they are asked for, by the code that read them
 at first. Kept are numbers, drops and digests, no texts. All that decides what is found is in the name of
-the kept file (`Manner.key`): what another file, setting, bank or version has left is never found.
+the kept file (`reading.Manner`): what another file, setting, bank or version has left is never found.
 """
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -21,10 +21,11 @@ from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.read.banks import Banks, Place
 from shards.read.timeline import Timeline
-from shards.signed import canonical_json
-from train.data.drops import Drop
+from shards.signed import Json, canonical_json
 from train.data.known.sealed import cache_root, read_sealed, write_sealed
-from train.data.records import Record
+
+if TYPE_CHECKING:
+    from train.data.records import Record
 
 WORTH_KEEPING = 2**18
 """Bytes of the smallest file whose facts are kept: to read a smaller one takes no time."""
@@ -68,17 +69,18 @@ class Facts:
     """Whether any record has several questions."""
     clipped: list[str]
     """Places of records with a span that was ended with its clip."""
-    drops: list[Drop]
+    drops: list[Json]
+    """The fields of each `Drop`."""
 
     @classmethod
     def of(
         cls,
         path: str,
         places: Sequence[str],
-        records: Sequence[Record],
+        records: "Sequence[Record]",
         banks: Banks,
         clipped: Collection[str],
-        drops: Sequence[Drop],
+        drops: Sequence[Json],
     ) -> "Facts | None":
         """Return the facts of a file's records; None for those with timelines, which have no one place.
 
@@ -111,7 +113,7 @@ class Facts:
             "texts": self.texts,
             "dialogues": self.dialogues,
             "clipped": self.clipped,
-            "drops": [asdict(drop) for drop in self.drops],
+            "drops": self.drops,
         }
         return canonical_json(head) + b"\n" + b"".join(column.tobytes() for column in self.columns)
 
@@ -122,11 +124,10 @@ class Facts:
         ends = np.cumsum(facts.pop("sizes")).tolist()
         values = np.frombuffer(body, np.int64)
         assert len(values) == ends[-1]
-        facts["drops"] = [Drop(**drop) for drop in facts["drops"]]
         return cls(columns=Columns(*np.split(values, ends[:-1])), **facts)
 
 
-class LazyRecords(Sequence[Record]):
+class LazyRecords(Sequence["Record"]):
     """The records of a file, each parsed when it is asked for."""
 
     def __init__(
@@ -134,7 +135,7 @@ class LazyRecords(Sequence[Record]):
         facts: Facts,
         banks: Banks,
         rows: Sequence[tuple[str, Any]],
-        read: Callable[[str, Any], Record],
+        read: "Callable[[str, Any], Record]",
     ) -> None:
         """rows: place and unparsed row of all that the file has. read: returns a sound row's record."""
         self.facts, self.banks, self._rows, self._read = facts, banks, rows, read
@@ -143,10 +144,10 @@ class LazyRecords(Sequence[Record]):
         return len(self.facts.columns.row)
 
     @overload
-    def __getitem__(self, k: int) -> Record: ...
+    def __getitem__(self, k: int) -> "Record": ...
     @overload
-    def __getitem__(self, k: slice) -> Sequence[Record]: ...
-    def __getitem__(self, k: int | slice) -> Record | Sequence[Record]:
+    def __getitem__(self, k: slice) -> "Sequence[Record]": ...
+    def __getitem__(self, k: int | slice) -> "Record | Sequence[Record]":
         if isinstance(k, slice):
             return [self[number] for number in range(*k.indices(len(self)))]
         k = range(len(self))[k]
@@ -169,19 +170,19 @@ class LazyRecords(Sequence[Record]):
         ]
 
 
-def media_of(records: Sequence[Record]) -> Sequence[Record | Media]:
+def media_of(records: "Sequence[Record]") -> "Sequence[Record | Media]":
     """Return the media of records, without parsing them where these are known."""
     return records.media if isinstance(records, LazyRecords) else records
 
 
-def has_dialogues(records: Sequence[Record]) -> bool:
+def has_dialogues(records: "Sequence[Record]") -> bool:
     """Return whether any record has several questions."""
     if isinstance(records, LazyRecords):
         return records.facts.dialogues
     return any(record.questions > 1 for record in records)
 
 
-def texts_digest(path: str, records: Sequence[Record]) -> str:
+def texts_digest(path: str, records: "Sequence[Record]") -> str:
     """Return a digest of records' texts as read, and of which rows of their file they are.
 
     A file's digest covers neither how it is read nor which of its records are kept. path: the file's,
