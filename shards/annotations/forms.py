@@ -55,8 +55,7 @@ DESCRIBE = "Describe this in detail."
 
 def tags_in(text: str) -> int:
     """Return the number of media tags in a text."""
-    has_any = "<video>" in text or "<image>" in text  # far faster than the pattern
-    return len(MEDIA_TAG.findall(text)) if has_any else 0
+    return len(MEDIA_TAG.findall(text)) if "<video>" in text or "<image>" in text else 0
 
 
 def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = ()) -> Json:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -24,8 +24,8 @@ from shards.read.timeline import Timeline
 from shards.signed import Json, canonical_json
 from train.data.known.sealed import cache_root, read_sealed, write_sealed
 
-if TYPE_CHECKING:
-    from train.data.records import Record
+Record = Any
+"""A `train.data.records.Record`, whose module is above this folder: only its attributes are used."""
 
 WORTH_KEEPING = 2**18
 """Bytes of the smallest file whose facts are kept: to read a smaller one takes no time."""
