@@ -35,4 +35,6 @@ def duration(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """Return text with non-printable characters escaped, so that it cannot control a terminal."""
+    if text.isprintable():  # nearly always
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -7,6 +7,7 @@ A field that could affect it (an answer, options, times, boxes) and that no form
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from shards.annotations.fault import RowError, short
@@ -64,19 +65,14 @@ class Fields(dict[str, Any]):
 
         texts: of the row's turns; a field whose values occur in them is not refused.
         """
-        # a field whose values are in the turns (`answer` beside a conversation that ends with it)
-        # says nothing more
-        said = "\n".join(texts).casefold()
         for name in (name for name in self if name not in self.read):
             value = super().__getitem__(name)
             if isinstance(value, dict):
                 refuse_part(name, value)
-            more = SAYS_MORE.fullmatch(name) and not all(
-                re.search(rf"(?<!\w){re.escape(leaf.strip().casefold())}(?!\w)", said)
-                for leaf in leaves(value)
-            )
-            when = SAYS_WHEN.fullmatch(name) and any_number(value)
-            where = NAMES_MEDIA.fullmatch(name) and not has_media
+            says_more, says_when, names_media = kinds_of(name)
+            more = says_more and not is_said(value, texts)
+            when = says_when and any_number(value)
+            where = names_media and not has_media
             if more or when or where:
                 raise RowError(
                     "a field that nothing reads",
@@ -84,6 +80,23 @@ class Fields(dict[str, Any]):
                     got=short(value),
                     fix=fix_of(name, medium=bool(where)),
                 )
+
+
+@lru_cache(maxsize=1024)
+def kinds_of(name: str) -> tuple[bool, bool, bool]:
+    """Return whether a field's name matches `SAYS_MORE`, `SAYS_WHEN` and `NAMES_MEDIA`."""
+    more, when, media = (p.fullmatch(name) for p in (SAYS_MORE, SAYS_WHEN, NAMES_MEDIA))
+    return more is not None, when is not None, media is not None
+
+
+def is_said(value: Any, texts: Sequence[str]) -> bool:
+    """Return whether all texts and numbers in a value occur in texts, each as whole words."""
+    # `answer` beside a conversation that ends with it says nothing more
+    said = "\n".join(texts).casefold()
+    return all(
+        re.search(rf"(?<!\w){re.escape(leaf.strip().casefold())}(?!\w)", said)
+        for leaf in leaves(value)
+    )
 
 
 def refuse_part(name: str, value: Mapping[str, Any]) -> None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.annotations.fault import json_type, short
+from shards.annotations.fault import json_type, short, split_place
 from shards.annotations.forms import FORMS
 from shards.annotations.sniff import GZIP, is_record, is_stray, not_records, object_kind
 from shards.errors import UserError
@@ -26,6 +26,7 @@ from shards.hub import refusal
 from shards.kinds import HEAD
 from shards.text import some
 
+UNREADABLE = "not readable as records"
 Rows = Iterator[tuple[str, Any]]
 """(`file:line` or `file[index]`, row)."""
 
@@ -35,6 +36,14 @@ HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w./-]+))?")
 
 class UnreadableRow(str):
     """The reason why a row could not be read, in place of the row."""
+
+
+class UnparsedRow(NamedTuple):
+    """A line of JSON lines, in place of the row: `parsed` makes the row of it."""
+
+    text: str
+    is_last: bool
+    """Whether it is the last line of its file."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,17 @@ ALL = Selection()
 
 
 def read_rows(path: str | Path) -> Rows:
-    """Yield the rows of a file or folder; an `UnreadableRow` for each that cannot be read.
+    """Yield rows as `unparsed_rows`, but parsed: an `UnreadableRow` for each that cannot be read."""
+    for where, row in unparsed_rows(path):
+        try:
+            row = parsed(row)
+        except RecursionError as error:
+            raise UserError(f"{UNREADABLE}: {error}", where=split_place(where)[0]) from None
+        yield where, row
+
+
+def unparsed_rows(path: str | Path) -> Rows:
+    """Yield the rows of a file or folder, those of JSON lines as an `UnparsedRow` each.
 
     Raises UserError if reading cannot continue: a folder of several kinds of files, a damaged file, a
     file without records.
@@ -99,14 +118,10 @@ def read_rows(path: str | Path) -> Rows:
                 yield from _csv(file, text)
             else:
                 yield from _json(file, text)
-        except (
-            OSError,
-            csv.Error,
-            RecursionError,
-        ) as error:  # RecursionError: JSON nested too deeply
-            raise UserError(f"not readable as records: {error}", where=file) from None
         except UnicodeDecodeError as error:
-            raise UserError(f"not readable as records: not UTF-8: {error}", where=file) from None
+            raise UserError(f"{UNREADABLE}: not UTF-8: {error}", where=file) from None
+        except (OSError, csv.Error, RecursionError) as error:  # the last: JSON nested too deeply
+            raise UserError(f"{UNREADABLE}: {error}", where=file) from None
 
 
 # -- files and folders
@@ -223,12 +238,18 @@ def _lines(file: Path, text: str) -> Rows:
     for number, line in enumerate(lines, start=1):
         line = line.strip("\ufeff \t\r")  # byte order marks remain inside of concatenated files
         if line:
-            try:
-                row: Any = json.loads(line)
-            except json.JSONDecodeError as error:
-                last = "; it is the last line: is the file cut short?" * (number == len(lines))
-                row = UnreadableRow(f"not JSON: {error.msg} (column {error.colno}){last}")
-            yield f"{file}:{number}", row
+            yield f"{file}:{number}", UnparsedRow(line, number == len(lines))
+
+
+def parsed(row: Any) -> Any:
+    """Return the row of an `UnparsedRow`, or an `UnreadableRow`; any other row as it is."""
+    if not isinstance(row, UnparsedRow):
+        return row
+    try:
+        return json.loads(row.text)
+    except json.JSONDecodeError as error:
+        last = "; it is the last line: is the file cut short?" * row.is_last
+        return UnreadableRow(f"not JSON: {error.msg} (column {error.colno}){last}")
 
 
 def unreadable(file: Path, error: json.JSONDecodeError) -> UserError:
@@ -237,7 +258,7 @@ def unreadable(file: Path, error: json.JSONDecodeError) -> UserError:
     at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
     last = "; is the file cut short?" * at_end
     problem = f"line {error.lineno}, column {error.colno}: {error.msg}{last}"
-    return UserError(f"not readable as records: {problem}", where=file)
+    return UserError(f"{UNREADABLE}: {problem}", where=file)
 
 
 # -- csv
@@ -329,7 +350,6 @@ def _parquet(file: Path) -> Rows:
 
 # -- datasets of the Hub
 
-
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 """Suffixes of annotation files; all but .parquet may be followed by .gz."""
 
@@ -365,9 +385,7 @@ def local_copy(name: str) -> str:
         if why := refusal(repo, "dataset"):
             raise UserError(why)
         found = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)) / under
-    except (
-        Exception
-    ) as error:  # offline, unknown or gated, of any type: the dataset is not available
+    except Exception as error:  # offline, unknown or gated, of any type: it is not available
         reason = str(error) if isinstance(error, UserError) else type(error).__name__
         # `*` is quoted for the shell that this line is copied into
         wanted = " ".join(f"--include '{pattern}'" for pattern in patterns)

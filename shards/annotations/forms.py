@@ -53,6 +53,11 @@ DESCRIBE = "Describe this in detail."
 """The question of a row with a caption and no question."""
 
 
+def tags_in(text: str) -> int:
+    """Return the number of media tags in a text."""
+    return len(MEDIA_TAG.findall(text)) if "<video>" in text or "<image>" in text else 0
+
+
 def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = ()) -> Json:
     """Return a row of any known form in our form; raises RowError if it has none, or two.
 
@@ -66,7 +71,8 @@ def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = 
     out = {name: fields[name] for name in ("id", "start", "end", "task") if name in fields}
     named = Media(fields)
     turns = FORMS[form](fields, named) if form else []
-    slots = any(COORDINATE_SLOT.search(turn["value"]) for turn in turns)
+    said = "\n".join([turn["value"] for turn in turns])
+    slots = "PUT>" in said and COORDINATE_SLOT.search(said)
     if "variables" in fields or (slots and not media_only):
         turns = filled_in(turns, fields.get("variables", {}))
     turns = [*system_turn(fields, turns), *turns]
@@ -123,6 +129,8 @@ SYSTEM = ("system", "system_prompt", "system_message")
 def system_turn(fields: Fields, turns: Sequence[Json]) -> list[Json]:
     """Return a row's system prompt as a turn, unless it has none or its turns contain it."""
     texts = {name: fields[name] for name in SYSTEM if name in fields}
+    if not texts:
+        return []
     for name, text in texts.items():
         if not isinstance(text, str):
             raise RowError("not a text", f"`{name}`", got=short(text), expected="a text")
@@ -267,6 +275,10 @@ def turn_of(turn: Any, media: Media) -> Json:
     needs = "a turn needs `from` (human or gpt) and `value`"
     if not isinstance(turn, dict):
         raise RowError(TURNS, f"{needs}, got {short(turn)}")
+    who, what = turn.get("from"), turn.get("value")
+    # nearly all turns: there is nothing else to read
+    if len(turn) == 2 and isinstance(who, str) and who in ROLES and isinstance(what, str):
+        return turn
     pairs = [
         pair for pair in (("from", "value"), ("role", "content")) if not is_empty(turn.get(pair[0]))
     ]

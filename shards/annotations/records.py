@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from shards.annotations.fault import RowError, UnsupervisedError, short
+from shards.annotations.fields import kinds_of
 from shards.annotations.files import ALL, Selection, UnreadableRow, read_rows
-from shards.annotations.forms import MEDIA_TAG, ROLES, TAGS, TURNS, Json, canonical
+from shards.annotations.forms import (
+    FORMS,
+    MEDIA_TAG,
+    ROLES,
+    TAGS,
+    TURNS,
+    Json,
+    canonical,
+    tags_in,
+)
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.text import printable
@@ -80,6 +90,9 @@ def parse_row(
     try:
         if isinstance(data, UnreadableRow):
             raise RowError("not readable", str(data))
+        plain = None if media_only or ignored else _plain(data, id_, allow_outside)
+        if plain is not None:
+            return plain
         ours = canonical(data, media_only=media_only, ignored=ignored)
         return _parse(ours, id_, allow_outside, media_only)
     except UnicodeEncodeError:
@@ -101,13 +114,13 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
                 f"a turn needs `from` (human or gpt) and `value`: unknown role {turn['from']!a}; "
                 f"known are {', '.join(ROLES)}",
             )
-        turn["value"].encode()  # JSON may contain half of a surrogate pair, which is not text
+        refuse_halves(turn["value"])
         turns.append((role, turn["value"]))
     timeline = tuple(Cut(**part) for part in data.get("timeline", []))
     video = data.get("video", [cut.video for cut in timeline])
     media = video if isinstance(video, list) else [video]
     for medium in media:
-        medium.encode()
+        refuse_halves(medium)
         if not allow_outside:
             check_inside(medium)
     start, end = _part(data)
@@ -120,13 +133,80 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
     return Row(id_, tuple(media), start, end, tuple(turns), str(data.get("task", "")), timeline)
 
 
+# -- plain rows
+
+
+PLAIN = {"id", "video", "conversations", "task"}
+"""The fields of a plain row that say something."""
+READ = {
+    *("start", "end", "videos", "image", "images", "media_dir", "timeline", "is_video"),
+    *("variables", "system", "system_prompt", "system_message"),
+}
+"""Other fields that a conversation's row is read for."""
+
+
+def _plain(data: Any, id_: str, allow_outside: bool) -> Row | None:
+    """Return a row of a video and alternating turns with nothing unusual in it; None for any other.
+
+    It is the one that `_parse` returns. Most rows are such, and far sooner read as a whole than turn by
+    turn.
+    """
+    if not isinstance(data, dict):
+        return None
+    video, talk, task = data.get("video"), data.get("conversations"), data.get("task", "")
+    if not (isinstance(video, str) and isinstance(talk, list) and isinstance(task, str)):
+        return None
+    if not all(_is_aside(name, data[name]) for name in data.keys() - PLAIN):
+        return None
+    try:
+        asked = [turn["from"] for turn in talk]
+        texts = [turn["value"] for turn in talk]
+    except (TypeError, KeyError):
+        return None
+    rounds = len(talk) // 2
+    if asked not in (["human", "gpt"] * rounds, ["user", "assistant"] * rounds):
+        return None
+    if set(map(len, talk)) != {2} or set(map(type, texts)) != {str}:
+        return None
+    said = "\n".join(texts)
+    tags = said.count("<video>") + said.count("<image>")
+    # slots of variables, escapes, several media, tags elsewhere, URLs and empty answers take more care
+    if "PUT>" in said or "\\<" in said or tags > 1 or tags != tags_in(texts[0]):
+        return None
+    if ":" in video or not video.strip() or not all(map(str.strip, texts[1::2])):
+        return None
+    refuse_halves(said)
+    refuse_halves(video)
+    if not allow_outside:
+        check_inside(video)
+    if not tags:
+        texts[0] = f"<video>\n{texts[0]}"
+    turns = tuple(zip(("user", "assistant") * rounds, texts, strict=True))
+    return Row(id_, (video,), None, None, turns, task if task.strip() else "")
+
+
+def _is_aside(name: str, value: Any) -> bool:
+    """Return whether a field of a row with turns and a video says nothing that matters."""
+    if value is None:
+        return True
+    says_more, says_when, _ = kinds_of(name)
+    known = name in READ or name in FORMS
+    return not (known or says_more or says_when or isinstance(value, dict))
+
+
 # -- turns
+
+
+def refuse_halves(text: str) -> None:
+    """Raise UnicodeEncodeError for half of a surrogate pair, which JSON may contain, and is not text."""
+    if not text.isascii():
+        text.encode()
 
 
 def refuse_unanswered(turns: Sequence[tuple[str, str]]) -> None:
     """Raise RowError for an empty answer, and for a last question without an answer."""
     blank = [k for k, (role, text) in enumerate(turns) if role == "assistant" and not text.strip()]
-    if len(blank) == sum(role == "assistant" for role, _ in turns):
+    if len(blank) == [role for role, _ in turns].count("assistant"):
         raise UnsupervisedError(
             "no supervised text", "no supervised text: no gpt turn with an answer"
         )
@@ -163,26 +243,28 @@ def joined(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def with_tags(turns: Sequence[tuple[str, str]], media: int) -> list[tuple[str, str]]:
     """Return turns with a tag for each medium; if they have none, all tags before the first question."""
-    tags = [len(MEDIA_TAG.findall(text)) for _, text in turns]
+    tags = [tags_in(text) for _, text in turns]
     escape = "for the literal text, write \\<image> or \\<video>"
-    for number, ((role, text), count) in enumerate(zip(turns, tags, strict=True), start=1):
-        if role == "assistant" and count:
+    for number, count in enumerate(tags, start=1):
+        if count and turns[number - 1][0] == "assistant":
+            text = turns[number - 1][1]
             raise RowError(
                 TAGS,
                 f"turn {number} (gpt) has the tag {MEDIA_TAG.findall(text)[0]}, and tags belong in "
                 f"questions; {escape}",
             )
+    found = sum(tags)
+    if found == media:
+        return list(turns)
     first = next((k for k, (role, _) in enumerate(turns) if role == "user"), None)
-    if media and not sum(tags) and first is not None:
+    if media and not found and first is not None:
         # without any tag the media come first, before what is asked about them
         asked = turns[first][0], "<video>\n" * media + turns[first][1]
         return [*turns[:first], asked, *turns[first + 1 :]]
-    if sum(tags) != media:
-        raise RowError(
-            TAGS,
-            f"{sum(tags)} <video>/<image> tags for {media} media; write one tag per medium; {escape}",
-        )
-    return list(turns)
+    raise RowError(
+        TAGS,
+        f"{found} <video>/<image> tags for {media} media; write one tag per medium; {escape}",
+    )
 
 
 # -- parts and paths

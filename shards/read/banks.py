@@ -27,6 +27,12 @@ class Place(NamedTuple):
     def clip(self) -> "BankedClip":
         return BankedClip(self.bank, self.row, self.bank.clip(self.row))
 
+    @property
+    def duration(self) -> float:
+        """Seconds of the clip, as its `ClipInfo` has them."""
+        start, end = (self.bank.columns[name][self.row] for name in ("start", "end"))
+        return float(end) - float(start)
+
 
 class Banks:
     """Several banks read as one: a clip is found by its id in whichever bank holds it."""

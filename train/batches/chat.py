@@ -9,7 +9,7 @@ exactly as it was in training.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.config import CHAT_TEMPLATES, TEMPLATE_DATE
 from model.lape.tokens import AXES, LapeTokens
-from shards.annotations.forms import MEDIA_TAG
+from shards.annotations.forms import MEDIA_TAG, tags_in
 from shards.errors import UserError
-from train.batches.segments import Segment, Segments
+from train.batches.segments import CLOSING, NOT, WHOLLY, Piece, Pieces, Segment, Segments
+from train.batches.segments import MEDIA as MEDIA  # of all who read what it encodes
 from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, split_markup
 from train.data.records import Turn
 from train.start.templates import dated
@@ -27,10 +28,6 @@ from train.start.templates import dated
 if TYPE_CHECKING:
     from model.vlm import VLM
 
-VERSION = 3
-"""To be raised when `Chat.encode` gives other tokens for the same text: cached lengths are then stale."""
-MEDIA = -1
-"""Placeholder in `Encoded.ids` for all tokens of one medium."""
 Stamp = Callable[[float], tuple[list[int], list[int]]]
 """Seconds of a clip -> the tokens before a frame at that time, and those after it."""
 MARKER = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
@@ -57,84 +54,21 @@ class Encoded:
     """The place where each independent turn begins; all turns see the tokens before the first."""
 
 
-NOT, WHOLLY, CLOSING = range(3)
-"""Supervised tokens of a piece: none, all, or all up to the control token that closes the answer."""
+Part = tuple[str, str, tuple[float, ...]]
+"""The template's text before a turn; the turn's; seconds of the medium before it, then of its own."""
 
 
-class Piece(NamedTuple):
-    """A part of a conversation between two cuts: text, a medium, or a coordinate."""
+class Stretch(NamedTuple):
+    """The turns of a conversation from one answer to where the next one begins.
 
-    segment: Segment | None
-    """None for a medium and a coordinate."""
-    learned: int = NOT
-    axis: int = MEDIA
-    """The axis of a coordinate, `MEDIA` for a medium."""
-    coord: float = 0.0
+    Its tokens depend on nothing else of the conversation but the control token that it follows.
+    """
 
-
-class Pieces:
-    """Collects a conversation's pieces, joining texts that need not be cut apart."""
-
-    def __init__(self, segments: Segments, before: str | None = None) -> None:
-        """before: the control token that the first piece follows, None at a row's start."""
-        self.segments = segments
-        self.pieces: list[Piece] = []
-        self.learned = NOT
-        """For the text that is added next: `NOT`, `WHOLLY` or `CLOSING`."""
-        self._parts: list[tuple[str, bool]] = []
-        self._before = before
-
-    def template(self, text: str) -> None:
-        """Add text that the template writes, whose control tokens count as such."""
-        if text:
-            self._parts.append((text, True))
-
-    def text(self, text: str) -> None:
-        """Add text of a turn, in which a control token is spelled out, not one."""
-        for piece, spells_control in self.segments.cut(text):
-            if spells_control:
-                self.cut()
-            self._parts.append((piece, False))
-            if spells_control:
-                self.cut()
-
-    def close(self, text: str) -> None:
-        """Add what the template writes after an answer."""
-        self.template(text)
-        self.learned = CLOSING
-        if not self._parts:
-            self.pieces.append(Piece(Segment((("", True),), ""), CLOSING))
-
-    def medium(self, around: tuple[str, str] | None) -> None:
-        """Add a medium between control tokens, which are never supervised."""
-        if around is None:
-            self.add()
-            return
-        self.cut()
-        before, self.learned = self.learned, NOT
-        self.template(around[0])
-        self.add()
-        self.template(around[1])
-        if before != NOT:
-            self.cut()
-            self.learned = before
-
-    def add(self, axis: int = MEDIA, coord: float = 0.0) -> None:
-        """Add a medium or a coordinate."""
-        self.cut()
-        learned = WHOLLY if self.learned == WHOLLY and axis != MEDIA else NOT
-        self.pieces.append(Piece(None, learned, axis, coord))
-        self._before = ""
-
-    def cut(self) -> None:
-        """End the current piece of text."""
-        if self._parts:
-            self.pieces.append(Piece(Segment(tuple(self._parts), self._before), self.learned))
-            text, template = self._parts[-1]
-            self._before = self.segments.last_control(text) if template else ""
-            self._parts = []
-        if self.learned == CLOSING:
-            self.learned = NOT
+    answers: bool
+    """Whether its first turn is an answer."""
+    parts: tuple[Part, ...]
+    end: str
+    """The template's text after the last turn."""
 
 
 class Chat:
@@ -246,49 +180,72 @@ class Chat:
         self, turns: Sequence[Turn], durations: Sequence[float], *, answer: int | None = None
     ) -> list[Piece]:
         """Return a conversation in pieces, before anything is tokenised; raises as `encode`."""
-        tags = sum(len(MEDIA_TAG.findall(turn.text)) for turn in turns)
-        if tags != len(durations):
+        pieces: list[Piece] = []
+        before = None
+        for stretch in self.stretches(turns, durations, answer=answer):
+            own, before = self.cut(stretch, before)
+            pieces += own
+        return pieces
+
+    def stretches(
+        self, turns: Sequence[Turn], durations: Sequence[float], *, answer: int | None = None
+    ) -> Iterator[Stretch]:
+        """Yield a conversation in stretches, each up to where an answer begins; raises as `encode`."""
+        tags = [tags_in(turn.text) for turn in turns]
+        if sum(tags) != len(durations):
             raise UserError(
-                f"{tags} <video>/<image> tags for {len(durations)} media; write one tag per medium"
+                f"{sum(tags)} <video>/<image> tags for {len(durations)} media; write one tag per medium"
             )
-        out = Pieces(self.segments)
-        media = iter(durations)
         # times before the first tag belong to the first medium, later ones to the last before them
-        duration = durations[0] if durations else 0.0
-        rendered = self.rendered(tuple(turn.role for turn in turns))
-        head = rendered[0]
+        duration, seen = durations[0] if durations else 0.0, 0
+        rendered = self.rendered(tuple([turn.role for turn in turns]))
+        head, parts, begun = rendered[0], list[Part](), False
         for number, turn in enumerate(turns):
             lead, _, trail, following = rendered[1 + 4 * number : 5 + 4 * number]
-            text = turn.text if lead else turn.text.lstrip()
-            text = text if trail else text.rstrip()
-            answers = turn.role == "assistant"
-            if answers:
-                if OWN_THOUGHT.match(turn.text):
-                    head = EMPTY_THOUGHT.sub("", head)
-                # a blank before an answer belongs to its first token: `▁yes`, not `▁` and `yes`
-                kept = head.rstrip(" ")
-                out.template(kept)
-                out.cut()
+            if turn.role == "assistant":
+                kept = head
+                # what follows another answer closes that one, as it is
+                if not (begun and len(parts) == 1):
+                    if OWN_THOUGHT.match(turn.text):
+                        head = EMPTY_THOUGHT.sub("", head)
+                    # a blank before an answer belongs to its first token: `▁yes`, not `▁` and `yes`
+                    kept = head.rstrip(" ")
+                yield Stretch(begun, tuple(parts), kept)
                 if number == answer:
-                    return out.pieces
-                out.learned = WHOLLY
-                out.template(head[len(kept) :])
-            else:
-                out.template(head)
-            for part in MEDIA_TAGS.split(text):
+                    return
+                head, parts, begun = head[len(kept) :], [], True
+            text = turn.text if lead else turn.text.lstrip()
+            own: tuple[float, ...] = ()
+            if "<" in text:
+                own = (duration, *durations[seen : seen + tags[number]])
+                duration, seen = own[-1], seen + tags[number]
+            parts.append((head, text if trail else text.rstrip(), own))
+            head = following
+        yield Stretch(begun, tuple(parts), head)
+
+    def cut(self, stretch: Stretch, before: str | None) -> tuple[list[Piece], str | None]:
+        """Return a stretch's pieces, and the control token that ends it as in `Segment.before`.
+
+        before: the control token that it follows. Raises UserError for a time without a clip.
+        """
+        out = Pieces(self.segments, before)
+        out.learned = WHOLLY if stretch.answers else NOT
+        heads = [head for head, _, _ in stretch.parts] + [stretch.end]
+        for number, head in enumerate(heads):
+            out.close(head) if stretch.answers and number == 1 else out.template(head)
+            if number == len(stretch.parts):
+                break
+            _, text, seconds = stretch.parts[number]
+            media = iter(seconds)
+            duration = next(media, 0.0)
+            for part in MEDIA_TAGS.split(text) if "<" in text else [text]:
                 if MEDIA_TAG.fullmatch(part):
                     duration = next(media)
                     out.medium(self.around)
                 elif part:
                     self.add_content(out, part, duration)
-            if answers:
-                out.close(following)
-                head = ""
-            else:
-                head = following
-        out.template(head)
         out.cut()
-        return out.pieces
+        return out.pieces, out.before
 
     def in_numbers(self, text: str, duration: float) -> str:
         """Return a text with anchors by name (`<TEMP-037>`) written as times and places (`<t:4.5>`)."""

@@ -12,6 +12,7 @@ from shards.read.banks import Banks, Place
 from shards.read.timeline import Timeline
 from shards.signed import canonical_json
 from train.batches.chat import Chat
+from train.data.known.facts import Media
 from train.data.records import Record
 from train.data.splice import Layout
 
@@ -40,7 +41,7 @@ class Clips:
     @classmethod
     def of(
         cls,
-        records: Sequence[Record],
+        records: Sequence[Record | Media],
         banks: Banks,
         slow_stride: int,
         fast_stride: int,
@@ -93,7 +94,7 @@ class Clips:
         frames, slow, fast = values[:3].astype(np.int64)
         frames[list(taken)] = list(taken.values())
         duration = values[3][np.cumsum(uses) - uses]
-        duration[spliced] = [media[k][1].duration for k in spliced]  # type: ignore[union-attr]
+        duration[spliced] = [media[k][1].duration for k in spliced]
         facts = frames, slow, fast, duration, digest.hexdigest()
         return cls(record, *facts, uses if spliced else None)
 
@@ -180,7 +181,7 @@ class Stamps:
         return out
 
 
-def frame_times(records: Sequence[Record]) -> np.ndarray:
+def frame_times(records: Sequence[Record | Media]) -> np.ndarray:
     """Return the seconds of all banked frames of the records' media, one after the other."""
     seconds: dict[Place | Timeline, np.ndarray] = {}
     # each clip once, however many records ask about it

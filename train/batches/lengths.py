@@ -1,16 +1,16 @@
 """The length of each record: tokens of text, supervised ones, and frames; without weights or torch.
 
-Text is tokenised once for each (record file, tokenizer, clip durations, settings) and the counts are
-cached under `$XDG_CACHE_HOME/framebank`: tokenising takes most of a plan's time (100,000 records took
-24.8 s the first time, 11.8 s with cached lengths). Frames are counted from the banks' catalogues.
+Text is tokenised once for each (record file, tokenizer, clip durations, settings, code) and the counts
+are cached under `$XDG_CACHE_HOME/framebank`, beside what reading the file found (`train/data/known`): a
+plan of 100,000 records takes ten times as long the first time. Frames are counted from the banks'
+catalogues.
 """
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from hashlib import blake2b
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +18,14 @@ import numpy as np
 
 from model.lape.tokens import LapeTokens
 from shards.errors import UserError
-from shards.signed import canonical_json
+from shards.signed import Json, canonical_json
 from train.batches.augment import Looks
-from train.batches.chat import VERSION, Chat
+from train.batches.chat import Chat
 from train.batches.clips import Clips, Stamps
-from train.batches.turns import Count, Talk, count_talks
+from train.batches.turns import Count, Tally
 from train.data.dataset import RecordFile
+from train.data.known.facts import texts_digest
+from train.data.known.sealed import cache_root, code_digest, read_sealed, versions, write_sealed
 from train.data.records import Record
 from train.flops import attended_pairs
 from train.start.templates import load_with_template
@@ -34,6 +36,10 @@ REFUSED = "refused by the chat template"
 """The reason for which such a record is left out."""
 CHUNK = 4096
 """Records that are tokenised together."""
+KEPT = 2**18
+"""Stretches of conversations whose counts are kept, at most."""
+CODE = ("model", "shards", "train/batches", "train/data", "train/start")
+"""The folders of our code that makes tokens of text."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -208,12 +214,10 @@ def text_lengths(
     columns of a `Count` for independent turns. Raises UserError naming the records that cannot be
     encoded; if lenient, their counts are UNWRITABLE.
     """
-    facts = {"version": VERSION, "tokenizer": tokenizer, "source": file.digest}
+    facts: Json = {"code": counting_code(), "tokenizer": tokenizer, "source": file.digest}
     facts["anchors"] = [*anchors.counts, *anchors.axes] if anchors else None
     # the records of a file that are used differ with the clips that are banked
-    path = str(Path(file.path))
-    facts["records"] = [record.where.removeprefix(path) for record in file.records]
-    facts["texts"] = texts_digest(file.records)
+    facts["texts"] = texts_digest(file.path, file.records)
     width = 2
     if file.independent:
         facts["turns"], width = "independent", len(Count._fields)
@@ -228,6 +232,11 @@ def text_lengths(
     return kept_counts(key.hexdigest(), shape, count, lenient=lenient)
 
 
+def counting_code() -> list[str]:
+    """Return digests and versions of the code that makes tokens of text."""
+    return [code_digest(*CODE), *versions(("tokenizers", "transformers", "jinja2"))]
+
+
 def kept_counts(
     key: str, shape: tuple[int, int], count: Callable[[], np.ndarray], *, lenient: bool = False
 ) -> np.ndarray:
@@ -237,19 +246,8 @@ def kept_counts(
     # cached UNWRITABLE counts serve lenient callers only: others need the error of each record
     if counts is None or not (lenient or (counts >= 0).all()):
         counts = count()
-        write_counts(file, counts)
+        write_sealed(file, np.ascontiguousarray(counts, np.int64).tobytes(), "lengths")
     return counts
-
-
-def texts_digest(records: Sequence[Record]) -> str:
-    """Return a digest of records' texts as read: a file's digest does not cover how it is read."""
-    digest = blake2b(digest_size=16)
-    for record in records:
-        digest.update(
-            "\0".join(part for turn in record.turns for part in (turn.role, turn.text)).encode()
-        )
-        digest.update(b"\1")
-    return digest.hexdigest()
 
 
 def count_tokens(
@@ -267,60 +265,50 @@ def counted(
 ) -> np.ndarray:
     """Return a `Count` of each record, int64 `(records, 5)`; lenient as in `count_tokens`."""
     problems: list[str] = []
-    counts: list[Count] = []
+    counts = [np.zeros((0, len(Count._fields)), np.int64)]
+    tally = Tally(chat)
     place = 0
     for first in range(0, len(records), CHUNK):
-        talks: list[Talk | None] = []
-        for record in records[first : first + CHUNK]:
+        if len(tally) > KEPT:
+            tally.forget()
+        talks, written = list[list[list[int]]](), list[bool]()
+        some = records[first : first + CHUNK]
+        for record in some:
             own = durations[place : place + record.media]
             place += record.media
             try:
-                talks.append(Talk.of(chat, record, own))
+                talks.append(tally.stretches(record, own))
+                written.append(True)
             except UserError as error:
                 problems.append(f"{record.where} (id {record.id}): {error}")
-                talks.append(None)
+                written.append(False)
         # in chunks: one call of a fast tokenizer for many texts uses its own
         # threads, and memory stays bounded
-        made = iter(count_talks(chat, [talk for talk in talks if talk is not None]))
-        unwritable = Count(*[UNWRITABLE] * len(Count._fields))
-        counts += [unwritable if talk is None else next(made) for talk in talks]
+        found = np.full((len(some), len(Count._fields)), UNWRITABLE, np.int64)
+        own_turns = [record.independent for record in compress(some, written)]
+        found[written] = tally.count(talks, own_turns)
+        counts.append(found)
     if problems and not lenient:
         more = f"; and {len(problems) - 3} more like these" if len(problems) > 3 else ""
         raise UserError(
             "; ".join(problems[:3]) + more,
             fix="correct them, or set on_bad_record: drop, which leaves such records out",
         )
-    return np.asarray(counts, np.int64).reshape(-1, len(Count._fields))
+    return np.concatenate(counts)
 
 
 def cache_folder() -> Path:
     """Return the folder of cached counts."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "framebank"
+    return cache_root() / "framebank"
 
 
 def read_counts(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """Return cached counts, or None where they are missing or damaged."""
-    try:
-        data = file.read_bytes()
-    except OSError:
-        return None
-    body, seal = data[:-16], data[-16:]
+    body = read_sealed(file)
     # a torn or altered cache is recounted: its numbers are denominators of the loss
-    if len(body) != shape[0] * shape[1] * 8 or blake2b(body, digest_size=16).digest() != seal:
+    if body is None or len(body) != shape[0] * shape[1] * 8:
         return None
     return np.frombuffer(body, np.int64).reshape(shape)
-
-
-def write_counts(file: Path, counts: np.ndarray) -> None:
-    """Write counts so that they exist whole or not at all; print a line where they cannot be written."""
-    body = np.ascontiguousarray(counts, np.int64).tobytes()
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(body + blake2b(body, digest_size=16).digest())
-        os.replace(temporary, file)
-    except OSError as error:
-        print(f"lengths are not cached: {file}: {error.strerror}", file=sys.stderr)  # noqa: T201
 
 
 def tokenizer_digest(name: str) -> str:

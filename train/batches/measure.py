@@ -12,11 +12,12 @@ from model.lape.tokens import LAPE_AXES, LapeTokens
 from model.slow_fast import exact_ratio
 from shards.signed import Json, canonical_json
 from train.batches.augment import Looks
-from train.batches.chat import VERSION, Chat
+from train.batches.chat import Chat
 from train.batches.clips import Clips, Stamps, frame_times
-from train.batches.lengths import Apart, Lengths, counted, kept_counts, text_lengths
+from train.batches.lengths import Apart, Lengths, counted, counting_code, kept_counts, text_lengths
 from train.batches.turns import Count, Rounds, as_turns, count_rounds, count_rounds_apart
 from train.data.dataset import Dataset, RecordFile
+from train.data.known.facts import media_of
 from train.data.records import Record
 from train.start.templates import load_with_template
 
@@ -93,19 +94,25 @@ class Measure:
         """The records that are the same in every epoch."""
         dataset = self.dataset
         files = [file for file in dataset.files if not file.splice]
-        records = [record for file in files for record in file.records * file.repeats]
-        clips = Clips.of(records, dataset.banks, *self._strides, self.settings.pooled)
+        own_media = [media_of(file.records) for file in files]
+        media = [
+            one
+            for file, own in zip(files, own_media, strict=True)
+            for _ in range(file.repeats)
+            for one in own
+        ]
+        clips = Clips.of(media, dataset.banks, *self._strides, self.settings.pooled)
         counts, first = [np.zeros((0, 2), np.int64)], 0
-        for file in files:
-            media = sum(record.media for record in file.records)
-            durations = clips.duration[first : first + media]
-            first += media * file.repeats
+        for file, own in zip(files, own_media, strict=True):
+            number = sum(one.media for one in own)
+            durations = clips.duration[first : first + number]
+            first += number * file.repeats
             facts = durations, self.template, self.anchors, self.chat
-            own = text_lengths(file, *facts, lenient=self.lenient)
+            found = text_lengths(file, *facts, lenient=self.lenient)
             # `name*2` in a mixture: the same records once more, counted once
-            counts.append(np.tile(own, (file.repeats, 1)))
+            counts.append(np.tile(found, (file.repeats, 1)))
         stamped = bool(self.settings.time_form)
-        return Lot(clips, widened(counts), frame_times(records) if stamped else NO_TIMES)
+        return Lot(clips, widened(counts), frame_times(media) if stamped else NO_TIMES)
 
     def _spliced(self, file: RecordFile, epoch: int) -> "Lot":
         """The records that are spliced for an epoch."""
@@ -113,8 +120,8 @@ class Measure:
         assert splice is not None
         laid = splice.layout(epoch, np.arange(file.count))
         clips = self._sources[file.path].spliced(laid)
-        facts = {"tokenizer": self.template, "anchors": repr(self.anchors), "version": VERSION}
-        facts["settings"] = repr(splice.settings)
+        facts: Json = {"tokenizer": self.template, "anchors": repr(self.anchors)}
+        facts |= {"settings": repr(splice.settings), "code": counting_code()}
         facts |= {"turns": "independent"} if splice.independent else {}
         talks = splice.questions(laid, timed=self.in_words)
         # phrases, choices and times decide the texts; the first few texts too, in

@@ -24,6 +24,10 @@ ANCHORS = ("\n", "0", "\u00b6")
 """Texts to put before a segment: characters that do not merge with what follows, the usual one first."""
 
 
+MEDIA = -1
+"""Placeholder in `Encoded.ids` for all tokens of one medium."""
+
+
 class Segment(NamedTuple):
     """The text between two cuts: parts of the template and of turns, side by side."""
 
@@ -178,6 +182,87 @@ class Segments:
                 verbose=False,
             )
         return list(tokens.input_ids)
+
+
+NOT, WHOLLY, CLOSING = range(3)
+"""Supervised tokens of a piece: none, all, or all up to the control token that closes the answer."""
+
+
+class Piece(NamedTuple):
+    """A part of a conversation between two cuts: text, a medium, or a coordinate."""
+
+    segment: Segment | None
+    """None for a medium and a coordinate."""
+    learned: int = NOT
+    axis: int = MEDIA
+    """The axis of a coordinate, `MEDIA` for a medium."""
+    coord: float = 0.0
+
+
+class Pieces:
+    """Collects a conversation's pieces, joining texts that need not be cut apart."""
+
+    def __init__(self, segments: Segments, before: str | None = None) -> None:
+        """before: the control token that the first piece follows, None at a row's start."""
+        self.segments = segments
+        self.pieces: list[Piece] = []
+        self.learned = NOT
+        """For the text that is added next: `NOT`, `WHOLLY` or `CLOSING`."""
+        self._parts: list[tuple[str, bool]] = []
+        self.before = before
+        """The control token before the next piece, or empty."""
+
+    def template(self, text: str) -> None:
+        """Add text that the template writes, whose control tokens count as such."""
+        if text:
+            self._parts.append((text, True))
+
+    def text(self, text: str) -> None:
+        """Add text of a turn, in which a control token is spelled out, not one."""
+        for piece, spells_control in self.segments.cut(text):
+            if spells_control:
+                self.cut()
+            self._parts.append((piece, False))
+            if spells_control:
+                self.cut()
+
+    def close(self, text: str) -> None:
+        """Add what the template writes after an answer."""
+        self.template(text)
+        self.learned = CLOSING
+        if not self._parts:
+            self.pieces.append(Piece(Segment((("", True),), ""), CLOSING))
+
+    def medium(self, around: tuple[str, str] | None) -> None:
+        """Add a medium between control tokens, which are never supervised."""
+        if around is None:
+            self.add()
+            return
+        self.cut()
+        before, self.learned = self.learned, NOT
+        self.template(around[0])
+        self.add()
+        self.template(around[1])
+        if before != NOT:
+            self.cut()
+            self.learned = before
+
+    def add(self, axis: int = MEDIA, coord: float = 0.0) -> None:
+        """Add a medium or a coordinate."""
+        self.cut()
+        learned = WHOLLY if self.learned == WHOLLY and axis != MEDIA else NOT
+        self.pieces.append(Piece(None, learned, axis, coord))
+        self.before = ""
+
+    def cut(self) -> None:
+        """End the current piece of text."""
+        if self._parts:
+            self.pieces.append(Piece(Segment(tuple(self._parts), self.before), self.learned))
+            text, template = self._parts[-1]
+            self.before = self.segments.last_control(text) if template else ""
+            self._parts = []
+        if self.learned == CLOSING:
+            self.learned = NOT
 
 
 def _any_of(names: Any) -> re.Pattern[str]:

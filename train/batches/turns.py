@@ -9,15 +9,16 @@ has none between two turns, or the sum differs from a whole conversation's, noth
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
 from shards.annotations.forms import MEDIA_TAG
-from train.batches.chat import MEDIA, OWN_THOUGHT, WHOLLY, Chat, Encoded, Piece, Pieces
-from train.batches.segments import Segment
+from train.batches.chat import MEDIA, OWN_THOUGHT, Chat, Encoded, Stretch
+from train.batches.segments import WHOLLY, Piece, Pieces, Segment
 from train.data.markup import MARKUP, MEDIA_TAGS
-from train.data.records import Record, Turn, one_by_one
+from train.data.records import Record, Turn, media_end, one_by_one
 from train.data.splice import ONE_MEDIUM
 
 ROLES = ("user", "assistant")
@@ -60,37 +61,101 @@ def encode_apart(chat: Chat, record: Record, durations: Sequence[float]) -> Enco
     return Encoded(ids, axis, coord, supervised, starts)
 
 
-class Talk(NamedTuple):
-    """A record in pieces: its conversation, or those of its independent turns."""
+class Tally:
+    """Counts conversations stretch by stretch: one that several share is cut and tokenised once."""
 
-    pieces: list[list[Piece]]
-    shared: list[Piece] | None
-    """The pieces that independent turns share; None for a dialogue."""
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        # where times are tokens there is one for each, whichever time it is
+        self._timeless = chat.anchors is not None and 0 in chat.anchors.axes
+        self._rounds: dict[tuple[object, ...], list[int]] = {}
+        """Conversation of one question -> its stretches."""
+        self._known: dict[tuple[Stretch, str | None], tuple[int, str | None]] = {}
+        """Stretch and the control token before it -> its number, and the control token that ends it."""
+        self._new: list[list[Piece]] = []
+        """The pieces of stretches that are not counted yet."""
+        self._counts = np.zeros((0, 3), np.int64)
+        """Of each stretch: tokens, supervised ones, and tokens up to its last medium."""
 
-    @classmethod
-    def of(cls, chat: Chat, record: Record, durations: Sequence[float]) -> "Talk":
-        """Return the pieces of a record; raises as `Chat.pieces`."""
+    def stretches(self, record: Record, durations: Sequence[float]) -> list[list[int]]:
+        """Return the numbers of the stretches of a record's conversation, or of its independent turns'.
+
+        Raises as `Chat.encode`.
+        """
+        if self._timeless:
+            durations = [1.0 if seconds > 0 else seconds for seconds in durations]
         if not record.independent:
-            return cls([chat.pieces(record.turns, durations)], None)
-        pieces = [chat.pieces(turns, durations) for turns in one_by_one(record.turns)]
-        whole = [piece.segment is None and piece.axis == MEDIA for piece in pieces[0]]
-        return cls(pieces, pieces[0][: len(whole) - whole[::-1].index(True)] if any(whole) else [])
+            return [self._numbers(record.turns, durations)]
+        found = []
+        texts = [turn.text for turn in record.turns]
+        begin = len(texts) % 2  # after the system prompt
+        media = texts[begin][: media_end(texts[begin])]
+        for k in range(begin, len(texts), 2):
+            key = (*texts[:begin], media, *texts[k : k + 2], k == begin, *durations)
+            numbers = self._rounds.get(key)
+            if numbers is None:
+                # as `one_by_one` has them, without the turns of the other questions
+                asked = record.turns[k] if k == begin else Turn("user", media + texts[k])
+                alone = (*record.turns[:begin], asked, record.turns[k + 1])
+                numbers = self._rounds[key] = self._numbers(alone, durations)
+            found.append(numbers)
+        return found
+
+    def _numbers(self, turns: Sequence[Turn], durations: Sequence[float]) -> list[int]:
+        numbers, before = [], None
+        for stretch in self.chat.stretches(turns, durations):
+            known = self._known.get((stretch, before))
+            if known is None:
+                pieces, after = self.chat.cut(stretch, before)
+                known = self._known[stretch, before] = len(self._counts) + len(self._new), after
+                self._new.append(pieces)
+            number, before = known
+            numbers.append(number)
+        return numbers
+
+    def count(self, talks: Sequence[list[list[int]]], apart_: Sequence[bool]) -> np.ndarray:
+        """Return the counts of records by their stretches: int64 `(records, 5)`, columns as in `Count`.
+
+        apart_: whether each has independent turns.
+        """
+        self._count_new()
+        if not talks:
+            return np.zeros((0, len(Count._fields)), np.int64)
+        flat = [numbers for talk in talks for numbers in talk]
+        sizes = np.asarray(list(map(len, flat)))
+        counts = self._counts[list(chain.from_iterable(flat))]
+        own = np.add.reduceat(counts[:, :2], np.cumsum(sizes) - sizes)
+        # media stand before the first answer, and all turns see what is before the last of them
+        shared = self._counts[[talk[0][0] for talk in talks], 2]
+        found = apart(own, list(map(len, talks)), shared)
+        # a dialogue is one conversation, all of it shared
+        found[~np.asarray(apart_), 2:] = 0
+        found[:, 2] += np.where(apart_, 0, found[:, 0])
+        return found
+
+    def forget(self) -> None:
+        """Forget what is known: for data whose texts are all different."""
+        self._rounds.clear()
+        self._known.clear()
+        self._counts = self._counts[:0]
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def _count_new(self) -> None:
+        """Count the stretches that are new since the last time."""
+        if self._new:
+            whole = self.chat.count([*self._new, *map(up_to_media, self._new)])
+            counts = np.asarray(whole, np.int64).reshape(2, -1, 2)
+            own = np.column_stack([counts[0], counts[1, :, 0]])
+            self._counts = np.concatenate([self._counts, own])
+            self._new = []
 
 
-def count_talks(chat: Chat, talks: Sequence[Talk]) -> list[Count]:
-    """Return the counts of records, equal to those of `encode_apart` or `Chat.encode`."""
-    if not talks:
-        return []
-    flat = [pieces for talk in talks for pieces in talk.pieces]
-    found = np.asarray(chat.count(flat + [talk.shared or [] for talk in talks]), np.int64)
-    own, shared = found[: len(flat)], found[len(flat) :, 0]
-    counted = apart(own, [len(talk.pieces) for talk in talks], shared)
-    return [
-        Count(text, supervised, shared=text)
-        if talk.shared is None
-        else Count(text, supervised, *more)
-        for talk, (text, supervised, *more) in zip(talks, counted.tolist(), strict=True)
-    ]
+def up_to_media(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces up to the last medium; none without one."""
+    ends = [k for k, own in enumerate(pieces, 1) if own.segment is None and own.axis == MEDIA]
+    return list(pieces[: ends[-1]]) if ends else []
 
 
 def apart(talks: np.ndarray, sizes: Sequence[int], shared: np.ndarray | int) -> np.ndarray:
@@ -209,8 +274,8 @@ def count_rounds_apart(
     counts = count_rounds(chat, alone, np.repeat(durations, sizes).tolist())
     if counts is None:
         return None
-    first = Record("", ("",), tuple(as_turns(talks[0])), "", "", independent=True)
-    shared = chat.count([Talk.of(chat, first, durations[:1]).shared or []])[0][0]
+    first = chat.pieces(as_turns(alone[0]), durations[:1])
+    shared = chat.count([up_to_media(first)])[0][0]
     return apart(counts, sizes, shared)
 
 

@@ -3,8 +3,10 @@
 A span that ends after its clip may be clipped to it; nothing else is changed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from shards.annotations.fault import RowError
 from train.data.markup import (
@@ -32,10 +34,11 @@ def resolved(
     durations: seconds of each of its clips. clip: whether a span that begins in its clip and ends after
     it is ended with the clip.
     """
-    # most records have no coordinates, and are handed on as they are
-    text = "".join(turn.text for turn in record.turns)
-    if not MARKUP.search(text) and not SHARE.search(text):
+    # most records have all of their coordinates in all of their clips, and are handed on as they are
+    shortest = min(durations, default=0.0)
+    if all(_is_inside(turn.text, shortest) for turn in record.turns):
         return record, False, []
+    text = "".join(turn.text for turn in record.turns)
     if SHARE.search(text):
         # a share of nothing: a picture has no duration
         if not durations or min(durations) <= 0:
@@ -44,6 +47,32 @@ def resolved(
         record = rewritten(record, durations, _share_in_seconds)
     clipped = rewritten(record, durations, _clipped) if clip else record
     return clipped, clipped != record, check_coordinates(clipped, durations)
+
+
+def _is_inside(text: str, duration: float) -> bool:
+    """Return whether a text has no times in shares, and only coordinates in a clip of so many seconds."""
+    if "<" not in text:
+        return True
+    found = _reach(text)
+    if found is None:
+        return False
+    first, last = found
+    return first > last or (duration > 0 and first >= -1e-3 and last <= duration + SLACK)
+
+
+@lru_cache(maxsize=2**16)
+def _reach(text: str) -> tuple[float, float] | None:
+    """Return a text's first and last second, (inf, -inf) without times; None for what needs more care.
+
+    That are times in shares, and places outside the frame.
+    """
+    if SHARE.search(text):
+        return None
+    found = [coordinate_of(match) for match in MARKUP.finditer(text)]
+    if any(_outside(piece, 1.0) for piece in found if piece.axis != 0):
+        return None
+    times = [piece.value for piece in found if piece.axis == 0 and piece.anchor is None]
+    return min(times, default=math.inf), max(times, default=-math.inf)
 
 
 def rewritten(

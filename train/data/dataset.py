@@ -9,13 +9,14 @@ from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 
-from shards.annotations.files import ALL, Selection, annotation_files, local_copy
+from shards.annotations.files import local_copy
 from shards.annotations.globs import expanded
 from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks
 from shards.read.timeline import SplicedClip
 from train.data.coordinates import repeating
 from train.data.drops import LIST, Drop
+from train.data.known.facts import file_digest, has_dialogues
 from train.data.mixtures import MixturePart, all_parts
 from train.data.reading import Reading, shorten
 from train.data.records import PLAIN, Record
@@ -38,7 +39,7 @@ class RecordFile:
     path: str
     digest: str
     """Of the file's bytes and the choice of rows."""
-    records: list[Record]
+    records: Sequence[Record]
     """The records that are kept."""
     repeats: int
     splice: Splice | None = None
@@ -58,7 +59,7 @@ class RecordFile:
             return False
         if self.splice:
             return self.splice.settings.rounds > 1
-        return any(record.questions > 1 for record in self.records)
+        return has_dialogues(self.records)
 
     def record(self, epoch: int, number: int) -> Record:
         """Return a record of an epoch."""
@@ -299,8 +300,10 @@ def _join(
             kept = reading.records(replace(part, records=[path]), pools.of(part))
             for drop in reading.left_out:
                 dropped[drop.reason] += part.repeats
-            digest, independent = file_digest(path, part.chosen), reading.independent(part)
-            files.append(RecordFile(path, digest, kept, part.repeats, independent=independent))
+            independent = reading.independent(part)
+            files.append(
+                RecordFile(path, reading.digest, kept, part.repeats, independent=independent)
+            )
     alike = "independent" if files and all(file.independent for file in files) else config.turns
     held_out = [
         record
@@ -362,19 +365,6 @@ def local_copies(names: Sequence[str], problems: list[str]) -> list[str]:
         except UserError as error:
             problems.append(str(error))
     return found
-
-
-def file_digest(path: str, chosen: Selection = ALL) -> str:
-    """Return a digest of the bytes of a file or of a folder's annotations, and of the rows chosen."""
-    digest = blake2b(digest_size=16)
-    try:
-        for file in annotation_files(Path(path)):
-            digest.update(file.read_bytes())
-    except (OSError, UserError):
-        pass  # a problem by then, and counted as empty here
-    if chosen != ALL:
-        digest.update(repr(chosen).encode())
-    return digest.hexdigest()
 
 
 def choose_strides(

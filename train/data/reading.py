@@ -1,23 +1,31 @@
 """Reads the record files of a run by the same rules, joins records to clips, and keeps the sound ones."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from shards.annotations import forms
 from shards.annotations.fault import RowError, short
 from shards.annotations.fields import is_empty
-from shards.annotations.files import stray_files
+from shards.annotations.files import annotation_files, stray_files, suffix_of, unparsed_rows
 from shards.annotations.forms import MEDIA_TAG
 from shards.annotations.records import check_inside, parse_row, rows_of
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.format.samples import clip_id
 from shards.read.banks import Banks, Place
-from shards.read.timeline import timeline_of
+from shards.read.timeline import Timeline, timeline_of
+from shards.signed import canonical_json
 from shards.text import some
 from train.data.coordinates import resolved
 from train.data.drops import BadRecords, Drop, counted
+from train.data.known import facts
+from train.data.known.facts import Facts, LazyRecords, file_digest, stamps
+from train.data.known.sealed import code_digest, versions
 from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
 from train.data.records import (
@@ -27,7 +35,8 @@ from train.data.records import (
     join,
     known_id,
     made_independent,
-    read_records,
+    parse_record,
+    records_of,
 )
 from train.data.spans import refuse_misspelt
 from train.settings.config import DataSettings
@@ -40,6 +49,15 @@ SHOWN = 30
 """Most problems that are printed; a file in the wrong form has one for each of its rows."""
 
 
+ELSEWHERE = {
+    *("bank", "data_path", "data_config", "data_mixture", "splice_path", "splice", "eval_path"),
+    *("augment", "mm_spatial_pool_stride", "fast_stride", "media_dir", "strip_prefix", "turns"),
+}
+"""Settings that decide nothing here, or by way of the entry, the banks, and `independent` alone."""
+CODE = ("shards", "train/data", "train/settings")
+"""The folders of the code that reads records."""
+
+
 class Reading:
     """Reads datasets one after the other, and collects dropped records, notes and problems."""
 
@@ -49,6 +67,8 @@ class Reading:
         self.drops: list[Drop] = []
         self.left_out: list[Drop] = []
         """Dropped records of the last dataset."""
+        self.digest = ""
+        """`file_digest` of the last file that was read to train on."""
         self.clipped: set[str] = set()
         """Places of records with a span that was ended with its clip."""
         self.passed_over: dict[str, None] = {}
@@ -56,45 +76,80 @@ class Reading:
 
     def records(
         self, part: MixturePart, banks: Banks | None, *, held_out: bool = False
-    ) -> list[Record]:
+    ) -> Sequence[Record]:
         """Return the sound records of a dataset's files, joined to their clips.
 
         banks: those in which clips are searched; None where they could not be opened.
         """
-        kept = []
+        kept: Sequence[Record] = []
+        sound: Sequence[Record]
         self.left_out = []
         for path in part.records:
             self.passed_over |= dict.fromkeys(map(str, stray_files(Path(path))))
-            sound, drops = self._file(path, part, banks)
-            kept += sound
+            if held_out or banks is None:
+                rows = list(rows_of(path, self.problems, part.chosen))
+                sound, drops = self._file(path, rows, part, banks)[:2]
+            else:
+                sound, drops = self._known(path, part, banks)
+            kept = [*kept, *sound] if kept else sound
             self.left_out += [replace(drop, held_out=held_out) for drop in drops]
         self.drops += self.left_out
         return kept
 
+    def _known(
+        self, path: str, part: MixturePart, banks: Banks
+    ) -> tuple[Sequence[Record], list[Drop]]:
+        """Return the sound records of a file and its drops; what was read before is not read again."""
+        before = stamps(path)
+        how = Manner(self.settings, part, banks, self.independent(part))
+        self.digest = file_digest(path, part.chosen)
+        large = sum(size for _, size, _, _ in before) >= facts.WORTH_KEEPING
+        key = how.key(path, self.digest) if large else None
+        if key and (known := facts.load(key)):
+            every = list(unparsed_rows(path))
+            rows = [every[k] for k in part.chosen.of(len(every))]
+            # a file that is being written to is not the one that the digest is of
+            if stamps(path) == before and len(rows) == known.rows:
+                self.clipped |= set(known.clipped)
+                drops = [Drop(**drop) for drop in known.drops]
+                return LazyRecords(known, banks, rows, how.record), drops
+        problems = len(self.problems)
+        rows = list(rows_of(path, self.problems, part.chosen))
+        kept, drops, clipped = self._file(path, rows, part, banks)
+        if key and len(self.problems) == problems and stamps(path) == before:
+            places = [where for where, _ in rows]
+            listed = [asdict(drop) for drop in drops]
+            found = Facts.of(path, places, kept, banks, clipped, listed)
+            if found:
+                facts.store(key, found)
+        return kept, drops
+
     def _file(
-        self, path: str, part: MixturePart, banks: Banks | None
-    ) -> tuple[list[Record], list[Drop]]:
+        self, path: str, rows: list[tuple[str, Any]], part: MixturePart, banks: Banks | None
+    ) -> tuple[list[Record], list[Drop], set[str]]:
+        """Return the sound records of rows, drops, and the places of records that were clipped."""
         settings, errors, unbanked = self.settings, list[RowError](), list[tuple[Record, str]]()
-        read = read_records(
-            path,
+        read = records_of(
+            rows,
             self.problems,
             errors,
             allow_outside=settings.allow_outside,
             ignored=settings.ignore_fields,
-            chosen=part.chosen,
             folders=part.folders,
         )
         # a row with several faults is one bad row: the limit counts rows
-        rows = len(read) + len({error.place for error in errors})
-        kept = []
+        count = len(read) + len({error.place for error in errors})
+        kept, clipped = list[Record](), set[str]()
         # None: records are read all the same, so that their faults are reported
         # together with those of the banks
         if banks is not None:
             missing = settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)
-            kept = self._resolved(joined, errors, independent=self.independent(part))
-        drops = self.bad.judge(path, errors, rows, self.problems)
-        return kept, drops + [Drop.of_record(record, reason) for record, reason in unbanked]
+            kept, clipped = self._resolved(joined, errors, independent=self.independent(part))
+            self.clipped |= clipped
+        drops = self.bad.judge(path, errors, count, self.problems)
+        left_out = [Drop.of_record(record, reason) for record, reason in unbanked]
+        return kept, drops + left_out, clipped
 
     def independent(self, part: MixturePart) -> bool:
         """Return whether a dataset's records have independent turns."""
@@ -115,7 +170,9 @@ class Reading:
                     errors.append(error)
             missing = self.settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)
-            kept += self._resolved(joined, errors)
+            sound, clipped = self._resolved(joined, errors)
+            kept += sound
+            self.clipped |= clipped
             self.left_out += self.bad.judge(path, errors, len(rows), self.problems)
             self.left_out += [Drop.of_record(record, reason) for record, reason in unbanked]
         self.drops += self.left_out
@@ -123,22 +180,16 @@ class Reading:
 
     def _resolved(
         self, records: Sequence[Record], errors: list[RowError], *, independent: bool = False
-    ) -> list[Record]:
-        kept = []
+    ) -> tuple[list[Record], set[str]]:
+        kept, clipped = [], set()
         for record in records:
-            try:
-                record = joined_on_timeline(made_independent(record) if independent else record)
-            except RowError as error:
-                errors.append(error.at(record.where, record.id))
-                continue
-            seconds = [place.clip().info.duration for place in record.places]
-            clip = self.settings.times_past_end == "clip"
-            resolved_record, clipped, faults = resolved(record, seconds, clip=clip)
+            own, was_clipped, faults = finished(record, self.settings, independent=independent)
             errors += faults
             if not faults:
-                kept.append(resolved_record)
-                self.clipped |= {record.where} if clipped else set()
-        return kept
+                kept.append(own)
+                if was_clipped:
+                    clipped.add(own.where)
+        return kept, clipped
 
     def refuse(self) -> None:
         """Raise UserError that lists every problem, if there are any."""
@@ -208,6 +259,82 @@ def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
     if cut[1:] == (None, None) or known_id(id_, source.source, banks, (), folders) is None:
         return source
     return replace(source, clips=(id_,), cuts=(Cut(id_),))
+
+
+@dataclass(frozen=True)
+class Manner:
+    """All that decides what is read of a file, beside the file itself and our code."""
+
+    settings: DataSettings
+    part: MixturePart
+    banks: Banks
+    independent: bool
+    """Whether its records have independent turns."""
+
+    def record(self, where: str, row: Any) -> Record:
+        """Return the record of a sound row, as reading the whole file finds it."""
+        settings, part = self.settings, self.part
+        outside, ignored = settings.allow_outside, settings.ignore_fields
+        record = parse_record(
+            row, where, allow_outside=outside, ignored=ignored, folders=part.folders
+        )
+        problems: list[str] = []
+        joined = join([record], self.banks, settings.missing, problems, folders=part.folders)
+        assert joined, (where, problems)
+        record, _, faults = finished(joined[0], settings, independent=self.independent)
+        assert not faults, faults
+        return record
+
+    def key(self, path: str, digest: str) -> str | None:
+        """Return a digest of all that decides what reading a file finds; None for code that is not ours.
+
+        digest: `file_digest` of the file and the choice of its rows.
+        """
+        # a form that a user has added
+        if any(form.__module__ != forms.__name__ for form in forms.FORMS.values()):
+            return None
+        files = annotation_files(Path(path))
+        parquet = any(suffix_of(file) == ".parquet" for file in files)
+        names = [item.name for item in fields(DataSettings) if item.name not in ELSEWHERE]
+        own = {
+            "code": code_digest(*CODE),
+            "versions": versions(["numpy", *["pyarrow"] * parquet]),
+            "path": path,  # records are named by their path and line
+            "files": [[str(file), file.stat().st_size] for file in files],
+            "digest": digest,
+            "chosen": repr(self.part.chosen),
+            "folders": repr(self.part.folders),
+            "independent": self.independent,
+            "settings": {name: getattr(self.settings, name) for name in names},
+            "banks": [bank_digest(bank.columns) for bank in self.banks.banks],
+            "quarantined": sorted(self.banks.quarantined()),
+        }
+        return blake2b(canonical_json(own), digest_size=16).hexdigest()
+
+
+def bank_digest(columns: Any) -> str:
+    """Return a digest of the ids and times of a bank's clips, in their order."""
+    digest = blake2b(digest_size=16)
+    for name in ("id", "id_offsets", "start", "end"):
+        digest.update(np.ascontiguousarray(columns[name]).tobytes())
+    return digest.hexdigest()
+
+
+def finished(
+    record: Record, settings: DataSettings, *, independent: bool
+) -> tuple[Record, bool, Sequence[RowError]]:
+    """Return (record that was joined to its clips, ready for use; whether a span was clipped; faults)."""
+    try:
+        record = joined_on_timeline(made_independent(record) if independent else record)
+    except RowError as error:
+        return record, False, [error.at(record.where, record.id)]
+    seconds = [seconds_of(place) for place in record.places]
+    return resolved(record, seconds, clip=settings.times_past_end == "clip")
+
+
+def seconds_of(place: Place | Timeline) -> float:
+    """Return the duration of a medium."""
+    return place.duration if isinstance(place, Place) else place.clip().info.duration
 
 
 def joined_on_timeline(record: Record) -> Record:

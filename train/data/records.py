@@ -7,7 +7,7 @@ or `<t:41.3%>` (a share of it), `<x:0.31>` and `<y:0.52>` (fractions of the fram
 such as `<TEMP-037>`.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from shards.annotations.fault import RowError, short
 from shards.annotations.files import ALL, Selection
-from shards.annotations.forms import MEDIA_TAG, Json, canonical
+from shards.annotations.forms import MEDIA_TAG, Json, canonical, tags_in
 from shards.annotations.records import check_inside, parse_row, rows_of
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
@@ -69,6 +69,8 @@ class Record:
         return sum(turn.role == "assistant" for turn in self.turns)
 
 
+_turn = lru_cache(maxsize=2**16)(Turn)
+"""A turn: the same one for all records that ask or answer the same."""
 PLAIN = Folders()
 """For records that name clips by their ids."""
 ENTANGLED = "turns that cannot be independent"
@@ -93,8 +95,24 @@ def read_records(
     paths may be absolute or lead out of their root; else they may not, after the prefixes of `folders`
     are removed. ignored: fields that are not read.
     """
+    rows = rows_of(path, problems, chosen)
+    return records_of(
+        rows, problems, bad, allow_outside=allow_outside, ignored=ignored, folders=folders
+    )
+
+
+def records_of(
+    rows: Iterable[tuple[str, Any]],
+    problems: list[str],
+    bad: list[RowError] | None = None,
+    *,
+    allow_outside: bool = False,
+    ignored: Collection[str] = (),
+    folders: Folders = PLAIN,
+) -> list[Record]:
+    """Return the records of rows, each given with its place; otherwise as `read_records`."""
     records = []
-    for where, row in rows_of(path, problems, chosen):
+    for where, row in rows:
         try:
             record = parse_record(
                 row, where, allow_outside=allow_outside, ignored=ignored, folders=folders
@@ -146,8 +164,8 @@ def parse_record(
     source = data.get("data_source")
     return Record(
         id=row.id,
-        clips=tuple(clip_id(medium, row.start, row.end) for medium in row.media),
-        turns=tuple(Turn(role, text) for role, text in row.turns),
+        clips=tuple([clip_id(medium, row.start, row.end) for medium in row.media]),
+        turns=tuple([_turn(role, text) for role, text in row.turns]),
         task=row.task,
         where=where,
         source=source if isinstance(source, str) else "",
@@ -184,20 +202,19 @@ def made_independent(record: Record) -> Record:
 
     Raises RowError where a turn would lack its question, its answer, or the media.
     """
-    if record.questions < 2:
-        return record
     roles = [turn.role for turn in record.turns]
+    if roles.count("assistant") < 2:
+        return record
     questions = record.turns[roles[0] == "system" :]
-    first, texts = questions[0].text, [turn.text for turn in questions[1:]]
+    first, system = questions[0].text, record.turns[: -len(questions)]
+    others = "\n".join([turn.text for turn in (*questions[1:], *system)])
     got = expected = ""
     # -- alone, each question needs its answer, and all need the media, which only the first one has
     if roles[-len(questions) :] != ["user", "assistant"] * (len(questions) // 2):
         got, expected = ", ".join(roles), "user, assistant, user, assistant, ..."
-    elif any(
-        map(MEDIA_TAG.search, [*texts, *(turn.text for turn in record.turns[: -len(questions)])])
-    ):
+    elif tags_in(others):
         got, expected = "media in another turn", "all in the first question"
-    elif MEDIA_TAG.sub("", first[: _media_end(first)]).strip():
+    elif MEDIA_TAG.sub("", first[: media_end(first)]).strip():
         got, expected = f"text before them: {short(first)}", "the media first in their question"
     if got:
         fix = "set turns: dialogue for these records, or make a record of each question"
@@ -214,12 +231,13 @@ def one_by_one(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     questions, answers = turns[len(system) :: 2], turns[len(system) + 1 :: 2]
     first = questions[0].text
     # as text, tags and all: a record of that question alone would be written so
-    media = first[: _media_end(first)]
+    media = first[: media_end(first)]
     asked = [questions[0], *(Turn("user", media + turn.text) for turn in questions[1:])]
     return [(*system, *pair) for pair in zip(asked, answers, strict=True)]
 
 
-def _media_end(text: str) -> int:
+@lru_cache(maxsize=64)  # asked several times for each record
+def media_end(text: str) -> int:
     """Return the end of a text's last media tag, the blanks after it included; 0 without tags."""
     end = max((match.end() for match in MEDIA_TAG.finditer(text)), default=0)
     return len(text) - len(text[end:].lstrip()) if end else 0
@@ -244,20 +262,19 @@ def join(
     find = lru_cache(maxsize=None)(banks.find)
     dropped = [] if dropped is None else dropped
     for record in records:
-        named = f"{record.where} (id {record.id})"
         try:
             ids = [
                 id_ if find(id_) else known_id(id_, record.source, banks, quarantined, folders)
                 for id_ in record.clips
             ]
         except UserError as error:
-            problems.append(f"{named}: {error}")
+            problems.append(f"{record.where} (id {record.id}): {error}")
             continue
-        places = [find(id_) if id_ is not None else None for id_ in ids]
+        places = [find(id_) for id_ in ids if id_ is not None]
         found = replace(
             record,
-            clips=tuple(id_ for id_ in ids if id_ is not None),
-            places=tuple(place for place in places if place is not None),
+            clips=tuple([id_ for id_ in ids if id_ is not None]),
+            places=tuple([place for place in places if place is not None]),
         )
         if len(found.places) == len(record.clips):
             kept.append(found)
@@ -269,8 +286,8 @@ def join(
         else:
             unknown = record.clips[ids.index(None)]
             problems.append(
-                f"{named}: no bank knows the clip {unknown!r}; {advice(unknown, banks)}, or set "
-                "missing: drop"
+                f"{record.where} (id {record.id}): no bank knows the clip {unknown!r}; "
+                f"{advice(unknown, banks)}, or set missing: drop"
             )
     return kept
 

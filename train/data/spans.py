@@ -6,6 +6,7 @@ two times of an answer with little other text.
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from shards.annotations.fault import RowError
@@ -28,27 +29,33 @@ def refuse_misspelt(turns: Sequence[tuple[str, str]]) -> None:
     """Raise RowError for misspelt markup, a slot without a number, a span or box that is backwards."""
     for number, (role, text) in enumerate(turns, start=1):
         # most turns have no markup at all
-        if "<" not in text:
-            continue
-        where = f"turn {number} ({role})"
-        for written, meant in misspelt(text):
-            raise RowError(
-                "misspelt coordinate",
-                f"{where}: {written!a} is no coordinate, and would be read as text",
-                expected=meant or "<t:12.5>, <t:41.3%>, <x:0.31>, <y:0.52> or <TEMP-037>",
-                fix=f"where the text itself is meant, write \\{ascii(written)[1:-1]}",
-            )
-        if slot := COORDINATE_SLOT.search(text):
-            raise RowError(SLOTS, f"{where}: {slot[0]} without a number in `variables`")
-        for first, second in spans(text, answer=role == "assistant"):
-            if _is_backward(first, second):
-                what = f"{where}: a span from {first[0]} to {second[0]}"
-                raise RowError("span backwards", what, expected="its start before its end")
-        for match in BOX.finditer(text):
-            left, top, right, bottom = (float(number) for number in match.groups() if number)
-            if left > right or top > bottom:
-                what = f"{where}: a box {match[0]}"
-                raise RowError("box backwards", what, expected="left, top, right, bottom")
+        if "<" in text and (fault := _fault(text, answer=role == "assistant")):
+            what = f"turn {number} ({role}): {fault.what}"
+            raise RowError(fault.reason, what, expected=fault.expected, fix=fault.fix)
+
+
+@lru_cache(maxsize=2**16)
+def _fault(text: str, *, answer: bool) -> RowError | None:
+    """Return the first fault of a turn's text, kept for the next record with that text."""
+    for written, meant in misspelt(text):
+        return RowError(
+            "misspelt coordinate",
+            f"{written!a} is no coordinate, and would be read as text",
+            expected=meant or "<t:12.5>, <t:41.3%>, <x:0.31>, <y:0.52> or <TEMP-037>",
+            fix=f"where the text itself is meant, write \\{ascii(written)[1:-1]}",
+        )
+    if slot := COORDINATE_SLOT.search(text):
+        return RowError(SLOTS, f"{slot[0]} without a number in `variables`")
+    for first, second in spans(text, answer=answer):
+        if _is_backward(first, second):
+            what = f"a span from {first[0]} to {second[0]}"
+            return RowError("span backwards", what, expected="its start before its end")
+    for match in BOX.finditer(text):
+        left, top, right, bottom = (float(number) for number in match.groups() if number)
+        if left > right or top > bottom:
+            what = f"a box {match[0]}"
+            return RowError("box backwards", what, expected="left, top, right, bottom")
+    return None
 
 
 def spans(text: str, *, answer: bool) -> Iterator[tuple[re.Match[str], re.Match[str]]]:

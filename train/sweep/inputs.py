@@ -11,6 +11,7 @@ from shards.read.banks import joint
 from shards.signed import Json
 from train.batches.clips import Clips
 from train.data.dataset import Dataset, open_dataset
+from train.data.known.facts import Media, media_of
 from train.data.records import Record
 from train.settings.config import DataSettings, TrainConfig
 from train.start.stage import bank_problem
@@ -71,14 +72,14 @@ def facts_of(dataset: Dataset) -> Json:
     """Return what identifies the inputs of a run: features, records and clips by digests."""
     strides = dataset.slow_stride, dataset.fast_stride
 
-    def clips(records: Sequence[Record]) -> str:
+    def clips(records: Sequence[Record | Media]) -> str:
         return Clips.of(records, dataset.banks, *strides).digest
 
     records = {
         f"{k} {Path(file.path).name}": f"{file.digest} {file.count // file.repeats} x {file.repeats}"
         for k, file in enumerate(dataset.files)
     }
-    kept = [record for file in dataset.files for record in file.records]
+    kept = [media for file in dataset.files for media in media_of(file.records)]
     held_out = hashlib.blake2b(repr([r.turns for r in dataset.held_out]).encode(), digest_size=16)
     return {
         "bank": joint(dataset.banks.config),

@@ -18,10 +18,11 @@ from model.vlm import VLMConfig
 from shards.errors import UserError
 from train.batches.chat import MEDIA, Chat
 from train.batches.collate import lay_out
-from train.batches.lengths import cache_folder, count_tokens, tokenizer_digest
+from train.batches.lengths import cache_folder, count_tokens, counted, tokenizer_digest
 from train.batches.measure import measure
+from train.batches.turns import encode_apart
 from train.data.dataset import open_dataset
-from train.data.records import Record, Turn
+from train.data.records import Record, Turn, made_independent
 from train.settings.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,6 +64,38 @@ def test_counts_are_those_of_encoding(
         encoded = exact.encode(turns, durations)
         assert text == sum(id_ != MEDIA for id_ in encoded.ids)
         assert supervised == sum(encoded.supervised) > 0
+
+
+@given(talks=st.lists(conversations(), min_size=1, max_size=4), lape=st.booleans())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_counts_of_independent_turns_are_those_of_encoding(
+    make_tokenizer: Callable[[], Any],
+    talks: list[tuple[list[Turn], list[float]]],
+    lape: bool,
+) -> None:
+    chat = Chat(tokenizer := make_tokenizer(), None)
+    chat = Chat(tokenizer, LapeTokens.add_to(tokenizer, 20, 30)) if lape else chat
+    records, durations = [], list[float]()
+    # twice: the second time all that records share is known
+    for k, (turns, own) in enumerate([*talks, *talks[::-1]]):
+        record = Record(str(k), tuple("c" * len(own)), tuple(turns), "", str(k))
+        try:
+            records.append(made_independent(record))
+        except UserError:  # media in a later turn
+            continue
+        durations += own
+    counts = counted(chat, records, durations).tolist()
+    for record, (text, supervised, shared, longest, pairs) in zip(records, counts, strict=True):
+        own, durations = durations[: record.media], durations[record.media :]
+        apart = record.independent
+        encoded = encode_apart(chat, record, own) if apart else chat.encode(record.turns, own)
+        kept = [id_ != MEDIA for id_ in encoded.ids]
+        assert (text, supervised) == (sum(kept), sum(encoded.supervised))
+        starts = encoded.turns or (len(kept),)
+        sizes = np.diff([*starts, len(kept)]).tolist()
+        assert shared == sum(kept[: starts[0]])
+        assert longest == max(sizes)
+        assert pairs == sum(n * (n + 1) // 2 for n in sizes)
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What earlier runs found out about record files, kept on disk."""
