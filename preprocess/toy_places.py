@@ -9,9 +9,8 @@
 Trained all at once, or on few clips, none of them is learned; `train/presets/evidence/space.yaml` trains
 them step by step. Slides teach to look at the time: every slide shows the object, elsewhere in each, so
 that an answer without the time is far off. In a clip it moves so little that such an answer is nearly
-right, and a model that has learned that does not get past it. All that slides show is asked for: where
-one thing is asked for alone its name is not needed, and what else a clip shows at that time is answered.
-Stills and slides are frames cut from the bank, so the bank must hold the clip's BANKED frames.
+right, and a model that has learned that does not get past it. Stills and slides are frames cut from the
+bank, so the bank must hold the clip's BANKED frames.
 """
 
 from collections import defaultdict
@@ -82,44 +81,39 @@ def place_records(
 def slide_records(
     rng: np.random.Generator, step: str, clips: Sequence[Json], fps: int, *, is_test: bool
 ) -> Iterator[Json]:
-    """Yield records of as many media as there are clips: slides that all show an object of one name.
+    """Yield records of as many media as there are clips: slides of objects of one name.
 
-    All that they show is asked for. In a world of few clips they are of one clip. step: of `SLIDES`.
-    clips: as `world.json` has them.
+    In a world of few clips they are of one clip. step: of `SLIDES`. clips: as `world.json` has them.
     """
-    shown: dict[str, list[tuple[Json, int]]] = defaultdict(list)
+    shown: dict[str, list[tuple[str, int, Json]]] = defaultdict(list)
     for clip in clips:
-        for frame in uniform_indices(clip["frames"], BANKED):
-            for thing in _shown_at(clip, frame):
-                shown[thing["name"]].append((clip, frame))
+        banked = uniform_indices(clip["frames"], BANKED)
+        for thing in clip["objects"]:
+            first, last = thing["frames"]
+            shown[thing["name"]] += [
+                (clip["video"], k, thing) for k in banked if first <= k <= last
+            ]
     for clip in clips:
         name = rng.choice([thing["name"] for thing in clip["objects"]])
         least, most = SLIDES[step]
         count = min(int(rng.integers(least, most + 1)), len(shown[name]))
         slides = [shown[name][i] for i in rng.choice(len(shown[name]), count, replace=False)]
-        cuts = [_cut(of["video"], frame, fps) for of, frame in slides]
+        cuts = [_cut(video, frame, fps) for video, frame, _ in slides]
         edges = np.cumsum([0.0, *(cut["end"] - cut["start"] for cut in cuts)])
         turns = []
-        for (of, frame), (start, end) in zip(slides, pairwise(edges), strict=True):
+        for (_, frame, thing), (start, end) in zip(slides, pairwise(edges), strict=True):
             # in the first half: a slide's time is its start, and later ones are nearer to the next
             at = f" at {seconds(start + rng.uniform(0.1, 0.5) * (end - start))}"
-            # all that it shows, or the time would do without the name
-            for thing in _shown_at(of, frame):
-                index = frame - thing["frames"][0]
-                turns.append(
-                    _ask_point(thing["name"], at, thing["centres"][index])
-                    if rng.random() < 0.5
-                    else _ask_box(thing["name"], at, thing["boxes"][index])
-                )
+            index = frame - thing["frames"][0]
+            turns.append(
+                _ask_point(name, at, thing["centres"][index])
+                if rng.random() < 0.5
+                else _ask_box(name, at, thing["boxes"][index])
+            )
         id_ = f"{clip['video'].removesuffix('.mp4')}/{step}"
         turns = shuffled(rng, turns)
         rows = one_each(id_, turns) if is_test else [together(id_, turns)]
         yield from (_cut_from_bank(row, cuts) for row in rows)
-
-
-def _shown_at(clip: Json, frame: int) -> list[Json]:
-    """Return the objects that a clip of `world.json` shows in a frame."""
-    return [o for o in clip["objects"] if o["frames"][0] <= frame <= o["frames"][1]]
 
 
 def _turns(
