@@ -152,7 +152,7 @@ def toy_model(config: TrainConfig) -> tuple[Dataset, VLM, Loader]:
 def online_toy(toy: Path, bank: Path) -> Row:
     """(b) The toy world: 16 records of a step, each with its clip of 16 frames."""
     dataset, model, loader = toy_model(settings(toy, bank, toy / "out"))
-    tower = load_tower(dataset.banks.config, str(toy / "tower"))
+    tower = load_tower(dataset.banks.config, [str(toy / "tower")])
     records = dataset.records[:16]
     videos = [toy / "videos" / "train" / Path(record.clips[0]).name for record in records]
     sampling = dataset.banks.config.sampling
