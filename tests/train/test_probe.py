@@ -58,9 +58,22 @@ def world(folder: Path, make_bank: Callable[..., Path], features: Any, noise: fl
                 tests.append(own | {"question": question, "answer": answer})
     tests.append({"video": "30.mp4", "question": "How many scenes?", "answer": "3"})
     tests.append({"video": "30.mp4", "question": "When is rain?", "answer": "from <t:0> to <t:1>"})
-    bank = make_bank(folder / "bank", clips, config=replace(features, strides=(4, 8)))
-    flags = ["--bank", str(bank), "--scenes", write(folder / "scenes.jsonl", scenes)]
-    return [*flags, "--data_path", write(folder / "test.jsonl", tests)]
+    config = replace(features, strides=(4, 8))
+    bank = make_bank(folder / "bank", clips, config=config)
+    return flags(folder, bank, "scenes", scenes, tests)
+
+
+def flags(
+    folder: Path, bank: Path, learned_from: str, rows: list[Any], tests: list[Any]
+) -> list[str]:
+    """Write what is learned from and the tests; return the probe's flags but for the model."""
+    given = [
+        "--bank",
+        str(bank),
+        f"--{learned_from}",
+        write(folder / f"{learned_from}.jsonl", rows),
+    ]
+    return [*given, "--data_path", write(folder / "test.jsonl", tests)]
 
 
 @pytest.mark.parametrize(("noise", "low", "high"), [(0.01, 0.93, 1.0), (100.0, 0.1, 0.45)])
@@ -88,10 +101,10 @@ def test_a_test_set_without_a_known_phrase_is_refused(
     run: Path, make_bank: Callable[..., Path], features: Any, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    flags = world(tmp_path, make_bank, features, 0.1)
+    given = world(tmp_path, make_bank, features, 0.1)
     write(tmp_path / "test.jsonl", [{"video": "9.mp4", "question": "When?", "answer": "soon"}])
     with pytest.raises(SystemExit) as stopped:
-        main([*flags, "--model", str(run)])
+        main([*given, "--model", str(run)])
     assert stopped.value.code == 2
     assert "no question about a span names one phrase of the scenes" in capsys.readouterr().err
 
@@ -130,9 +143,9 @@ def pictures(
             turns = talk[:2] if number % 2 else talk[2:]
             tests.append({"video": f"{number}.jpg", "conversations": turns})
     tests.append({"video": "300.jpg", "question": "How many?", "answer": "2"})
-    bank = make_bank(folder / "bank", clips, config=replace(features, strides=(4, 8)))
-    flags = ["--bank", str(bank), "--places", write(folder / "places.jsonl", learned)]
-    return [*flags, "--data_path", write(folder / "test.jsonl", tests)]
+    config = replace(features, strides=(4, 8))
+    bank = make_bank(folder / "bank", clips, config=config)
+    return flags(folder, bank, "places", learned, tests)
 
 
 @pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 0.0, 0.06), (100.0, 0.2, 0.4)])
@@ -161,9 +174,9 @@ def test_places_of_clips_are_not_read_off(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     bank, _, *rest = world(tmp_path, make_bank, features, 0.1)[1:]
-    flags = ["--bank", bank, "--places", rest[0], *rest[1:], "--model", str(run)]
+    given = ["--bank", bank, "--places", rest[0], *rest[1:], "--model", str(run)]
     write(Path(rest[0]), [{"video": "9.mp4", "question": "Where?", "answer": "<x:0.5><y:0.5>"}])
     with pytest.raises(SystemExit) as stopped:
-        main(flags)
+        main(given)
     assert stopped.value.code == 2
     assert "frames of one grid are what places are learned from" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Reads the record files of a run by the same rules, joins records to clips, and keeps the sound ones."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -87,7 +87,7 @@ class Reading:
         for path in part.records:
             self.passed_over |= dict.fromkeys(map(str, stray_files(Path(path))))
             if held_out or banks is None:
-                rows = list(rows_of(path, self.problems, part.chosen))
+                rows = rows_of(path, self.problems, part.chosen)
                 sound, drops = self._file(path, rows, part, banks)[:2]
             else:
                 sound, drops = self._known(path, part, banks)
@@ -107,17 +107,17 @@ class Reading:
         key = how.key(path, self.digest) if large else None
         if key and (known := facts.load(key)):
             every = list(unparsed_rows(path))
-            rows = [every[k] for k in part.chosen.of(len(every))]
+            chosen = [every[k] for k in part.chosen.of(len(every))]
             # a file that is being written to is not the one that the digest is of
-            if stamps(path) == before and len(rows) == known.rows:
+            if stamps(path) == before and len(chosen) == known.rows:
                 self.clipped |= set(known.clipped)
                 drops = [Drop(**drop) for drop in known.drops]
-                return LazyRecords(known, banks, rows, how.record), drops
+                return LazyRecords(known, banks, chosen, how.record), drops
         problems = len(self.problems)
-        rows = list(rows_of(path, self.problems, part.chosen))
+        places: list[str] = []
+        rows = noting(rows_of(path, self.problems, part.chosen), places)
         kept, drops, clipped = self._file(path, rows, part, banks)
         if key and len(self.problems) == problems and stamps(path) == before:
-            places = [where for where, _ in rows]
             listed = [asdict(drop) for drop in drops]
             found = Facts.of(path, places, kept, banks, clipped, listed)
             if found:
@@ -125,7 +125,7 @@ class Reading:
         return kept, drops
 
     def _file(
-        self, path: str, rows: list[tuple[str, Any]], part: MixturePart, banks: Banks | None
+        self, path: str, rows: Iterable[tuple[str, Any]], part: MixturePart, banks: Banks | None
     ) -> tuple[list[Record], list[Drop], set[str]]:
         """Return the sound records of rows, drops, and the places of records that were clipped."""
         settings, errors, unbanked = self.settings, list[RowError](), list[tuple[Record, str]]()
@@ -215,6 +215,13 @@ class Reading:
         if self.passed_over:
             lines.append(f"without records, and not read: {some(list(self.passed_over))}")
         return tuple(lines)
+
+
+def noting(rows: Iterable[tuple[str, Any]], places: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield rows one by one, and append the place of each to `places`."""
+    for where, row in rows:
+        places.append(where)
+        yield where, row
 
 
 def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders = PLAIN) -> Record:

@@ -26,7 +26,7 @@ class Example(NamedTuple):
     """A question about a medium of one frame, and its answer."""
 
     cells: Tensor
-    """fp32 `(cell_rows, cell_cols, dim)`."""
+    """`(cell_rows, cell_cols, dim)`, as stored: a large set would fill the memory in fp32."""
     words: frozenset[str]
     blank: Prediction
     """Without an answer; `blank.asked.coordinates` are those that are asked for."""
@@ -41,7 +41,7 @@ class Places:
         self.stride = stride
         examples = [one for record, medium in media for one in examples_of(record, medium, stride)]
         counts = Counter(word for one in examples for word in one.words)
-        self.words = [word for word, _ in counts.most_common(WORDS)]
+        self.columns = {word: k for k, (word, _) in enumerate(counts.most_common(WORDS))}
         shapes = {one.cells.shape for one in examples}
         if len(shapes) != 1:
             grids = ", ".join(sorted(f"{rows}x{cols}" for rows, cols, _ in shapes)) or "none"
@@ -53,8 +53,9 @@ class Places:
             )
         (self.shape,) = shapes
         # channels differ in scale by orders of magnitude
-        cells = torch.stack([one.cells for one in examples]).flatten(0, 2)
-        self.mean, self.spread = cells.mean(dim=0), cells.std(dim=0).clamp(min=1e-6)
+        mean, squares = torch.stack([_moments(one.cells) for one in examples]).mean(dim=0)
+        self.mean = mean.float()
+        self.spread = (squares - mean**2).clamp(min=1e-12).sqrt().float()
         by_kind = {k: [one for one in examples if one.blank.asked.kind == k] for k in KINDS}
         self.networks = {
             kind: self._trained(own, len(KINDS[kind])) for kind, own in by_kind.items() if own
@@ -77,20 +78,20 @@ class Places:
         return replace(one.blank, answer=marks), None
 
     def _trained(self, examples: Sequence[Example], coordinates: int) -> nn.Module:
-        inputs = self._inputs(examples)
         wanted = torch.tensor([one.blank.asked.coordinates for one in examples])
         with torch.random.fork_rng(devices=[]):  # the same network each time
             torch.manual_seed(0)
             network = nn.Sequential(
-                nn.Linear(inputs.shape[1], WIDTH), nn.GELU(),
+                nn.Linear(self._inputs(examples[:1]).shape[1], WIDTH), nn.GELU(),
                 nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, coordinates),
             )  # fmt: skip
             optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
             decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
             for _ in range(STEPS):
-                some = torch.randint(len(inputs), (BATCH,))
+                some = torch.randint(len(examples), (BATCH,))
+                inputs = self._inputs([examples[k] for k in some.tolist()])
                 # the mean absolute error, which is what is scored
-                loss = (network(inputs[some]) - wanted[some]).abs().mean()
+                loss = (network(inputs) - wanted[some]).abs().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -99,10 +100,18 @@ class Places:
 
     def _inputs(self, examples: Sequence[Example]) -> Tensor:
         """Return cells in deviations and which words are there: fp32 `(examples, inputs)`."""
-        cells = torch.stack([one.cells for one in examples])
+        cells = torch.stack([one.cells for one in examples]).float()
         cells = ((cells - self.mean) / self.spread).flatten(1)
-        words = torch.tensor([[word in one.words for word in self.words] for one in examples])
-        return torch.cat([cells, words.float()], dim=1)
+        words = torch.zeros(len(examples), len(self.columns))
+        for row, one in enumerate(examples):
+            words[row, [self.columns[word] for word in one.words if word in self.columns]] = 1
+        return torch.cat([cells, words], dim=1)
+
+
+def _moments(cells: Tensor) -> Tensor:
+    """Return the means of a frame's channels and of their squares: fp64 `(2, dim)`."""
+    flat = cells.flatten(0, 1).double()
+    return torch.stack([flat.mean(dim=0), flat.square().mean(dim=0)])
 
 
 def examples_of(record: Record, medium: Medium, stride: int) -> list[Example]:
@@ -110,7 +119,7 @@ def examples_of(record: Record, medium: Medium, stride: int) -> list[Example]:
     parts = parts_of([medium])
     if len(medium.info.timestamps) != 1:
         return []
-    cells = as_tensor(parts[0].read(stride, [0]))[0].float()
+    cells = as_tensor(parts[0].read(stride, [0]))[0]
     found = []
     for turn in range(1, len(record.turns), 2):
         asked, reference = (record.turns[k].text for k in (turn - 1, turn))

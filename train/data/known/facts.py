@@ -77,7 +77,7 @@ class Facts:
         cls,
         path: str,
         places: Sequence[str],
-        records: "Sequence[Record]",
+        records: Sequence[Record],
         banks: Banks,
         clipped: Collection[str],
         drops: Sequence[Json],
@@ -127,7 +127,7 @@ class Facts:
         return cls(columns=Columns(*np.split(values, ends[:-1])), **facts)
 
 
-class LazyRecords(Sequence["Record"]):
+class LazyRecords(Sequence[Record]):
     """The records of a file, each parsed when it is asked for."""
 
     def __init__(
@@ -135,7 +135,7 @@ class LazyRecords(Sequence["Record"]):
         facts: Facts,
         banks: Banks,
         rows: Sequence[tuple[str, Any]],
-        read: "Callable[[str, Any], Record]",
+        read: Callable[[str, Any], Record],
     ) -> None:
         """rows: place and unparsed row of all that the file has. read: returns a sound row's record."""
         self.facts, self.banks, self._rows, self._read = facts, banks, rows, read
@@ -144,10 +144,10 @@ class LazyRecords(Sequence["Record"]):
         return len(self.facts.columns.row)
 
     @overload
-    def __getitem__(self, k: int) -> "Record": ...
+    def __getitem__(self, k: int) -> Record: ...
     @overload
-    def __getitem__(self, k: slice) -> "Sequence[Record]": ...
-    def __getitem__(self, k: int | slice) -> "Record | Sequence[Record]":
+    def __getitem__(self, k: slice) -> Sequence[Record]: ...
+    def __getitem__(self, k: int | slice) -> Record | Sequence[Record]:
         if isinstance(k, slice):
             return [self[number] for number in range(*k.indices(len(self)))]
         k = range(len(self))[k]
@@ -170,19 +170,19 @@ class LazyRecords(Sequence["Record"]):
         ]
 
 
-def media_of(records: "Sequence[Record]") -> "Sequence[Record | Media]":
+def media_of(records: Sequence[Record]) -> Sequence[Record | Media]:
     """Return the media of records, without parsing them where these are known."""
     return records.media if isinstance(records, LazyRecords) else records
 
 
-def has_dialogues(records: "Sequence[Record]") -> bool:
+def has_dialogues(records: Sequence[Record]) -> bool:
     """Return whether any record has several questions."""
     if isinstance(records, LazyRecords):
         return records.facts.dialogues
     return any(record.questions > 1 for record in records)
 
 
-def texts_digest(path: str, records: "Sequence[Record]") -> str:
+def texts_digest(path: str, records: Sequence[Record]) -> str:
     """Return a digest of records' texts as read, and of which rows of their file they are.
 
     A file's digest covers neither how it is read nor which of its records are kept. path: the file's,
