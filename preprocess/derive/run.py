@@ -29,7 +29,14 @@ from preprocess.sources.changes import is_other
 from shards.errors import UserError
 from shards.format.commits import committed, refuse_missing_shards
 from shards.format.manifest import Manifest, TowerFacts
-from shards.format.plan import ClipSource, Plan, read_plan, refuse_other_features, write_plan
+from shards.format.plan import (
+    ClipSource,
+    Plan,
+    read_plan,
+    refuse_other_features,
+    refuse_shards_without_plan,
+    write_plan,
+)
 from shards.format.quarantine import read_entries
 from shards.write.finish import finish, refuse_unfinished
 from shards.write.lease import Lease, Leases
@@ -93,6 +100,7 @@ def refuse_no_cells(source: BankSource, target: Target) -> None:
 
 def make_plan(source: BankSource, out: Path, target: Target, shard_bytes: int) -> Plan:
     """Write and return the plan of the derived bank, with new units for clips new in the source."""
+    refuse_shards_without_plan(out)
     known, theirs = read_plan(out), source.plan
     if known is not None:
         refuse_other_features(out, target.features, known.features)

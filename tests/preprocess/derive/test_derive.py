@@ -374,6 +374,18 @@ def test_int8_of_a_source_that_was_calibrated_anew_is_not_mixed(
     assert np.abs(as_float32(made.read(made.row("b"), 8)) - exact).max() < 0.02 * exact.max()
 
 
+def test_shards_without_a_plan_are_not_taken_for_new_ones(bank: Make, tmp_path: Path) -> None:
+    one, two = bank(tmp_path / "one", "a"), bank(tmp_path / "two", "b")
+    new = derived(one, tmp_path / "new", "--stride", 8).path
+    for name in ("plan.json", "bank.json"):
+        (new / name).unlink()
+    before = shards(new)
+    result = command("derive", two, "--out", new, "--stride", 8)
+    assert result.exit_code == 2
+    assert "has shards and no plan.json" in result.stderr
+    assert shards(new) == before
+
+
 def test_a_source_with_a_clip_that_is_planned_again_is_derived_once_it_is_made(
     bank: Make, tmp_path: Path
 ) -> None:
