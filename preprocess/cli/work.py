@@ -156,7 +156,8 @@ def merge(banks: tuple[Path, ...], out: Path) -> None:
 
     Shards are hard links where possible, so that they take no space twice, and copies elsewhere; BANKS
     are not changed. Of a bank whose plan is not done yet the finished units are taken: a plan may be
-    copied to machines without a shared disk, each of which makes a part of it.
+    copied to machines without a shared disk, each of which makes a part of it. Clips that none of them
+    has made are named.
 
     \b
     preprocess merge bank-a bank-b --out bank

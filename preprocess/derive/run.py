@@ -29,7 +29,14 @@ from preprocess.sources.changes import is_other
 from shards.errors import UserError
 from shards.format.commits import committed, refuse_missing_shards
 from shards.format.manifest import Manifest, TowerFacts
-from shards.format.plan import ClipSource, Plan, read_plan, refuse_other_features, write_plan
+from shards.format.plan import (
+    ClipSource,
+    Plan,
+    read_plan,
+    refuse_other_features,
+    refuse_shards_without_plan,
+    write_plan,
+)
 from shards.format.quarantine import read_entries
 from shards.write.finish import finish, refuse_unfinished
 from shards.write.lease import Lease, Leases
@@ -93,9 +100,11 @@ def refuse_no_cells(source: BankSource, target: Target) -> None:
 
 def make_plan(source: BankSource, out: Path, target: Target, shard_bytes: int) -> Plan:
     """Write and return the plan of the derived bank, with new units for clips new in the source."""
+    refuse_shards_without_plan(out)
     known, theirs = read_plan(out), source.plan
     if known is not None:
         refuse_other_features(out, target.features, known.features)
+        _refuse_other_scales(source, out, target, known)
         refuse_missing_shards(out, known)
     plan = known or Plan(
         target.features,
@@ -117,6 +126,24 @@ def make_plan(source: BankSource, out: Path, target: Target, shard_bytes: int) -
     if plan != known:
         write_plan(out, plan)
     return plan
+
+
+def _refuse_other_scales(source: BankSource, out: Path, target: Target, known: Plan) -> None:
+    """Raise UserError if int8 bytes would be copied into a bank that decodes them by other scales.
+
+    Scales are no part of the fingerprint: a source that was encoded again from other clips has the same.
+    """
+    if known.calibration is None or not target.as_stored:
+        return
+    now = source.manifest.calibration or {}
+    other = [stride for stride, scales in known.calibration.items() if now.get(stride) != scales]
+    if other:
+        raise UserError(
+            f"its clips of stride {','.join(other)} are stored by other scales of int8 than those of "
+            f"{source.bank}, which was calibrated anew",
+            where=out,
+            fix="derive into another folder",
+        )
 
 
 def _todo(source: BankSource, out: Path, plan: Plan) -> list[ClipSource]:

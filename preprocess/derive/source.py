@@ -18,6 +18,7 @@ from shards.errors import UserError
 from shards.format.beside import banks_of
 from shards.format.codec import Codec, Stored
 from shards.format.commits import SampleRecord, StreamRecord, read_commits, shard_path
+from shards.format.manifest import read_manifest
 from shards.format.plan import ClipSource, Plan, planned
 from shards.format.quarantine import read_entries
 from shards.format.samples import SampleMeta
@@ -100,10 +101,17 @@ class _OneBank(ExitStack):
     def __init__(self, bank: Path, plan: Plan) -> None:
         super().__init__()
         self.bank = bank
-        served = plan.served()
+        served, commits = plan.served(), read_commits(bank, plan)
+        # a clip that is planned again and not made yet would be left out here, though it is served there
+        if not read_manifest(bank).is_of(plan, commits):
+            raise UserError(
+                "its run is not finished: plan and shards are newer than bank.json",
+                where=bank,
+                fix="run `preprocess encode` again, or `preprocess work` and `preprocess finish`",
+            )
         self.samples: dict[str, tuple[int, SampleRecord]] = {
             sample.key: (commit.unit, sample)
-            for commit in read_commits(bank, plan)
+            for commit in commits
             for sample in commit.samples
             if served.get(sample.key) == commit.unit
         }

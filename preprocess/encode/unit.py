@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import islice, takewhile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from preprocess.encode.features import EncodeOptions, describe, pooling_of, prov
 from preprocess.encode.pipeline.decoders import Decoders, Job, decoders_for
 from preprocess.encode.pipeline.summary import Summary, progress_bar, show_pace
 from preprocess.encode.pipeline.writing import Writing
+from shards.errors import UserError
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource
@@ -96,7 +97,8 @@ class Encoder(ExitStack):
             # alone is written
             tokens, keys = [one.token for one in lease.earlier], {one.key for one in sources}
             fingerprint = self.features.fingerprint
-            if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token):
+            digests = {one.key: one.digest for one in sources if one.digest}
+            if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token, digests):
                 self.bar.update(len(sources))
                 return True
             before = self.summary.copy()  # of a unit that is lost to another holder nothing counts
@@ -108,6 +110,7 @@ class Encoder(ExitStack):
                 lease.token,
                 lease.earlier,
                 keys,
+                digests,
                 keep_failures=not self.retried,
             ) as writer:
                 try:
@@ -171,10 +174,20 @@ class Encoder(ExitStack):
             self.summary.spent[stage] += time.monotonic() - began
 
     def _see_folders(self, sources: Sequence[ClipSource]) -> None:
+        """Note the folders of these clips; raises UserError for inputs that are not on this machine."""
         # folders that hold files now: one that is empty later was unmounted, not mistaken
         for folder in {Path(source.path).parent for source in sources} - self._folders:
             if not _is_gone(folder):
                 self._folders |= {folder, *folder.parents}
+        # without a digest a clip could not be read when it was planned, either
+        for root in {_root_of(source) for source in sources if source.digest} - self._folders:
+            if _is_gone(root):
+                raise UserError(
+                    "no videos are here, where the plan has them: they have vanished, or are elsewhere",
+                    where=root,
+                    fix="mount it, name the folder here with `preprocess work --video-root`, or leave "
+                    "its clips out with `preprocess encode --prune`",
+                )
 
     def _refuse_gone_folder(self, path: Path) -> None:
         """Raise FileNotFoundError if a parent folder has vanished: the clip is not to blame."""
@@ -250,6 +263,11 @@ class Encoder(ExitStack):
                 error = outcome.error
                 writing.fail(self._failure(source, outcome, error.reason, str(error)))
                 return
+            if source.digest not in (None, outcome.digest):
+                # replaced meanwhile, or another copy on this machine: a bank of both would not show it
+                where = f"{source.where}: {Reason.NOT_AS_PLANNED.meaning}"
+                writing.fail(self._failure(source, outcome, Reason.NOT_AS_PLANNED, where))
+                return
             if isinstance(pooling, FeatureRangeError):
                 where = f"{source.where}: {pooling}"
                 writing.fail(self._failure(source, outcome, Reason.NOT_REPRESENTABLE, where))
@@ -290,6 +308,14 @@ def disk_errors(bank: Path) -> Iterator[None]:
             f"{error.filename or bank}: {error.strerror or error}; what is committed is intact, "
             "free space or repair the disk, and run the same command again"
         ) from None
+
+
+def _root_of(source: ClipSource) -> Path:
+    """Return the folder that a clip was found under; of a member, that of its archive."""
+    path, relative = Path(source.path), PurePosixPath(source.relative)
+    if source.offset is not None or path.parts[-len(relative.parts) :] != relative.parts:
+        return path.parent
+    return path.parents[len(relative.parts) - 1]
 
 
 def _is_gone(folder: Path) -> bool:

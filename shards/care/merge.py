@@ -87,7 +87,22 @@ def merge(
     os.rmdir(out)
     os.replace(beside, out)
     sync_folder(out.parent)
+    if lacking := _not_made(everything[0]):
+        log.warning(
+            f"{out}: lacks {counted(len(lacking), 'clip')} as planned, in units that none of the banks "
+            f"has made: {some(lacking)}; `preprocess encode INPUT --out {out}` encodes them"
+        )
     return manifest
+
+
+def _not_made(parts: Sequence[Part]) -> list[str]:
+    """Return the ids of the clips of the plans whose last unit is made in no bank."""
+    ids, made = dict[str, str](), set[str]()
+    for part in parts:
+        served, units = part.plan.served(), {commit.unit for commit in part.commits}
+        ids |= {clip.key: clip.id for clip in part.plan.clips if clip.key in served}
+        made |= {key for key, unit in served.items() if unit in units}
+    return sorted(id_ for key, id_ in ids.items() if key not in made)
 
 
 def _join(parts: Sequence[Part], out: Path, seen: Callable[[int], object]) -> Manifest:
@@ -164,6 +179,11 @@ def _refuse_different(parts: Sequence[Part]) -> None:
             )
         if first.plan.decoder != part.plan.decoder:
             lines.append(f"videos are read by {first.plan.decoder} here, {part.plan.decoder} there")
+        here, there = first.plan.tower.device, part.plan.tower.device
+        if here and there and here != there:
+            lines.append(
+                f"features are computed on {here} here, on {there} there, and round otherwise"
+            )
         if lines:
             problems.append(
                 f"{first.bank} and {part.bank} differ; only banks of the same features can be one: "

@@ -252,6 +252,16 @@ def write_plan(bank: Path, plan: Plan) -> None:
 # -- refusals
 
 
+def refuse_shards_without_plan(bank: Path) -> None:
+    """Raise UserError for a folder with shards and no plan: a new plan's units have the same names."""
+    if not (bank / "plan.json").exists() and any((bank / "shards").glob("*")):
+        raise UserError(
+            "has shards and no plan.json, which says what is in them",
+            where=bank,
+            fix="restore plan.json from a copy, or remove the folder `shards`",
+        )
+
+
 def refuse_derived(
     bank: Path, features: FeatureConfig, first: str = "encode or retry in that bank"
 ) -> None:

@@ -40,6 +40,11 @@ class Reason(StrEnum):
         "The archive is cut off, damaged, or another one than when it was planned.",
         "Fetch the archive again.",
     )
+    NOT_AS_PLANNED = (
+        "not-as-planned",
+        "The file is another one than when it was planned.",
+        "Run `preprocess encode` again, which plans it again, or `preprocess retry`.",
+    )
     ENCRYPTED = (
         "encrypted",
         "The samples of the file are encrypted.",

@@ -11,7 +11,7 @@ next writer continues after the last complete sample, and at most one clip is en
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,6 +136,24 @@ def take_part(shard: Path, old: str, new: str, nbytes: int, over: bool) -> None:
         copy.truncate(nbytes)
         copy.flush()
         os.fsync(copy.fileno())
+
+
+def are_of(
+    shard: Path, token: str, samples: Sequence[SampleRecord], digests: Mapping[str, str] | None
+) -> bool:
+    """Return whether a holder's samples are of the videos with these digests, by key."""
+    if not samples or not digests:
+        return True
+    part = part_path(shard, token)
+    # it may have the shard's name already
+    with open(part if part.exists() else shard, "rb") as file:
+        for sample in samples:
+            offset, nbytes = sample.json
+            file.seek(offset)
+            digest = json.loads(file.read(nbytes))["digest"]
+            if digests.get(sample.key, digest) != digest:
+                return False
+    return True
 
 
 def journal_lines(shard: Path, token: str = "") -> list[Json]:

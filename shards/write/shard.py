@@ -57,6 +57,7 @@ from shards.signed import (
 from shards.write.journal import (
     JournalEntry,
     Written,
+    are_of,
     line_of,
     read_journal,
     take_part,
@@ -96,6 +97,7 @@ class ShardWriter:
         token: str = "",
         earlier: Sequence[Attempt] = (),
         wanted: Collection[str] | None = None,
+        digests: Mapping[str, str] | None = None,
         *,
         keep_failures: bool = True,
     ) -> None:
@@ -103,15 +105,17 @@ class ShardWriter:
 
         token: part of the names of this writer's files; empty if there can be no other writer. earlier:
         attempts of earlier holders, of which the one with most clips is continued. wanted: keys of the
-        unit's clips; an attempt with other clips is of another unit and ignored. keep_failures: do not
-        try clips again that failed before.
+        unit's clips; an attempt with other clips is of another unit and ignored. digests: by key, of the
+        planned videos; an attempt that read another one is ignored, too. keep_failures: do not try clips
+        again that failed before.
         """
         self.path, self.codec, self.token = path, codec, token
         self.unit, self.fingerprint = unit, fingerprint
         self.part = part_path(path, token)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_uncommitted()
-        done = {one: self._left_by(one.token, wanted) for one in [Attempt(token, True), *earlier]}
+        attempts = [Attempt(token, True), *earlier]
+        done = {one: self._left_by(one.token, wanted, digests) for one in attempts}
         best = max(done, key=lambda one: len(done[one].keys))
         self.entries = done[best].samples
         """One entry per sample written."""
@@ -139,10 +143,14 @@ class ShardWriter:
         else:  # a commit was interrupted, and this is the part
             os.replace(self.path, self.part)
 
-    def _left_by(self, token: str, wanted: Collection[str] | None) -> Written:
+    def _left_by(
+        self, token: str, wanted: Collection[str] | None, digests: Mapping[str, str] | None
+    ) -> Written:
         written = read_journal(self.path, self.unit, self.fingerprint, token)
+        samples = [entry.sample for entry in written.samples]
         ours = wanted is None or written.keys <= set(wanted)
-        return written if ours else Written()
+        # a retry that was killed may have read a file that was replaced since
+        return written if ours and are_of(self.path, token, samples, digests) else Written()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -258,18 +266,24 @@ class ShardWriter:
 
 
 def resume_commit(
-    path: Path, fingerprint: str, wanted: Collection[str], attempts: Sequence[str], token: str
+    path: Path,
+    fingerprint: str,
+    wanted: Collection[str],
+    attempts: Sequence[str],
+    token: str,
+    digests: Mapping[str, str] | None = None,
 ) -> CommitRecord | None:
     """Complete the commit that an earlier holder of the unit had begun; None if there is none.
 
     wanted: keys of the unit's clips; a record of others belongs to another plan's unit. attempts: tokens
-    of the earlier holders. token: of this holder.
+    of the earlier holders. token: of this holder. digests: as of `ShardWriter`.
     """
     for attempt in attempts:
         try:
             record = CommitRecord.from_json(read_signed_json(record_path(path, attempt)), str(path))
             done = record.keys | {entry.key for entry in record.failures or ()}
-            if (record.fingerprint, done) != (fingerprint, set(wanted)):
+            ours = (record.fingerprint, done) == (fingerprint, set(wanted))
+            if not ours or not are_of(path, attempt, record.samples, digests):
                 continue
             put_in_place(path, attempt, record, token)
         except (FileNotFoundError, UserError, OvertakenError):

@@ -133,6 +133,60 @@ def test_a_machine_on_which_all_lies_elsewhere_is_told_where(toy: Path, tmp_path
     assert len(Bank.open(tmp_path / "bank")) == 3
 
 
+def test_shards_of_a_plan_that_was_lost_are_not_taken_for_those_of_a_new_one(
+    toy: Path, toy_bank: Path, tmp_path: Path
+) -> None:
+    bank = shutil.copytree(toy_bank, tmp_path / "bank")
+    for name in ("plan.json", "bank.json"):
+        (bank / name).unlink()
+    before = contents(bank)
+    for words in (["plan", "--no-estimate"], ["encode"]):
+        given = flags(toy, toy / "videos" / "test", bank)
+        refused = command(words[0], *given, *words[1:])
+        assert refused.exit_code == 2
+        assert "has shards and no plan.json" in refused.stderr.splitlines()[-1]
+        assert contents(bank) == before
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_a_machine_without_the_videos_takes_nothing_and_blames_no_clip(
+    toy: Path, tmp_path: Path, left: str
+) -> None:
+    videos, bank, here = tmp_path / "videos", tmp_path / "bank", tmp_path / "here"
+    shutil.copytree(toy / "videos" / "test", videos / "sub")
+    assert command("plan", *flags(toy, videos, bank), "--no-estimate").exit_code == 0
+    videos.rename(here)
+    if left == "an empty folder":  # a mount point
+        videos.mkdir()
+    stopped = command("work", bank, "--device", "cpu")
+    assert stopped.exit_code == 2
+    (line,) = stopped.stderr.splitlines()[-1:]
+    assert f"{videos}: " in line
+    assert "--video-root" in line
+    assert status(bank).quarantine == {}
+    if left == "nothing":
+        where = ["--device", "cpu", "--video-root", here]
+        assert "3 clips, 12 frames" in command("work", bank, *where).stdout
+
+
+def test_a_video_that_is_another_one_than_planned_is_named_and_planned_again(
+    toy: Path, tmp_path: Path
+) -> None:
+    videos, bank = tmp_path / "videos", tmp_path / "bank"
+    shutil.copytree(toy / "videos" / "test", videos)
+    words = flags(toy, videos, bank)
+    assert command("plan", *words, "--no-estimate").exit_code == 0
+    shutil.copy(toy / "videos" / "train" / "clip-00000.mp4", videos / "clip-00001.mp4")
+    assert command("work", bank, "--device", "cpu").exit_code == 0
+    finished = command("finish", bank)
+    assert finished.exit_code == 1
+    assert "clip-00001.mp4: not-as-planned: " in finished.stdout
+    assert sorted(Bank.open(bank).ids) == ["clip-00000.mp4", "clip-00002.mp4"]
+    assert command("encode", *words).exit_code == 0
+    assert len(Bank.open(bank)) == 3
+    assert not read_entries(bank)
+
+
 def test_encode_beside_a_worker_that_lives_ends_by_naming_it(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ from shards.format.quarantine import QuarantineEntry, Reason
 from shards.format.samples import SampleMeta
 from shards.write import lock
 from shards.write.lease import Lease, Leases, holders, sweep
-from shards.write.shard import OvertakenError, ShardWriter, resume_commit
+from shards.write.shard import PLAIN, OvertakenError, ShardWriter, resume_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 Make = Callable[..., SampleMeta]
@@ -342,6 +342,36 @@ def test_a_commit_that_was_begun_is_ended_if_it_is_of_this_unit(
         record = resume_commit(lease.shard, fingerprint, wanted, tokens, lease.token)
         assert (record is not None) == done_path(lease.shard).exists() == ours
     assert not ours or files(tmp_path / "shards") == clean
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["begun", "whole"])
+@pytest.mark.parametrize("same", [True, False])
+def test_only_samples_of_the_planned_videos_are_continued(
+    tmp_path: Path, make_meta: Make, monkeypatch: pytest.MonkeyPatch, ended: bool, same: bool
+) -> None:
+    """A retry was killed, a video was replaced, and the next retry has a unit of the same number."""
+    with Leases(tmp_path, "first") as leases, writer_of(taken(leases)) as writer:
+        for key in KEYS:
+            write(writer, key, make_meta)
+        with monkeypatch.context() as context:
+            context.setattr(os, "link", no_links)
+            context.setattr(os, "open", no_links)
+            if ended:
+                with pytest.raises(OSError, match="not permitted"):
+                    writer.commit({"machine": "x"})
+    digest = make_meta("a", arrays("a")).digest
+    digests = {"a": digest, "c": digest if same else "another"}
+    with Leases(tmp_path, "second") as leases:
+        lease = taken(leases)
+        tokens = [one.token for one in lease.earlier]
+        record = resume_commit(lease.shard, "fe" * 16, KEYS, tokens, lease.token, digests)
+        assert (record is not None) == (ended and same)
+        if not record:
+            token, earlier = lease.token, lease.earlier
+            with ShardWriter(
+                lease.shard, 0, "fe" * 16, PLAIN, token, earlier, KEYS, digests
+            ) as again:
+                assert again.keys == (set(KEYS) if same else set())
 
 
 def test_a_unit_of_which_all_has_failed_and_one_with_samples_do_not_mix(

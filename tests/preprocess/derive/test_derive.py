@@ -350,6 +350,59 @@ def test_quarantine_and_growth_follow(bank: Make, tmp_path: Path) -> None:
     assert len(planned(new).units) == 3
 
 
+@pytest.mark.parametrize("words", [["--stride", 8], ["--frames", 4]], ids=["stride", "frames"])
+@pytest.mark.parametrize(("codec", "follows"), [("int8", False), ("none", True)])
+def test_int8_of_a_source_that_was_calibrated_anew_is_not_mixed(
+    bank: Make, tmp_path: Path, words: list[object], codec: str, follows: bool
+) -> None:
+    source, new = tmp_path / "bank", tmp_path / "new"
+    bank(source, "a", codec=codec)
+    derived(source, new, *words, "--codec", "int8")
+    before = shards(new)
+    shutil.rmtree(source)
+    bank(source, "a b", codec=codec)  # of the same fingerprint, with scales of both clips
+    result = command("derive", source, "--out", new, *words, "--codec", "int8")
+    assert result.exit_code == (0 if follows else 2)
+    if not follows:
+        (line,) = result.stderr.splitlines()
+        assert "other scales of int8" in line
+        assert "derive into another folder" in line
+        assert shards(new) == before
+        return
+    made = Bank.open(new)
+    exact = as_float32(arrays("b")[8][range(6) if "--stride" in words else uniform_indices(6, 4)])
+    assert np.abs(as_float32(made.read(made.row("b"), 8)) - exact).max() < 0.02 * exact.max()
+
+
+def test_shards_without_a_plan_are_not_taken_for_new_ones(bank: Make, tmp_path: Path) -> None:
+    one, two = bank(tmp_path / "one", "a"), bank(tmp_path / "two", "b")
+    new = derived(one, tmp_path / "new", "--stride", 8).path
+    for name in ("plan.json", "bank.json"):
+        (new / name).unlink()
+    before = shards(new)
+    result = command("derive", two, "--out", new, "--stride", 8)
+    assert result.exit_code == 2
+    assert "has shards and no plan.json" in result.stderr
+    assert shards(new) == before
+
+
+def test_a_source_with_a_clip_that_is_planned_again_is_derived_once_it_is_made(
+    bank: Make, tmp_path: Path
+) -> None:
+    source, new = bank(tmp_path / "bank", "a b"), tmp_path / "new"
+    plan = planned(source)
+    changed = replace(plan.units[0][0], digest="cd" * 16)
+    write_plan(source, replace(plan, units=[*plan.units, [changed]]))
+    assert list(Bank.open(source).ids) == ["a", "b"]
+    result = command("derive", source, "--out", new, "--stride", 8)
+    assert result.exit_code == 2, "else it would lack a clip that the source serves"
+    (line,) = result.stderr.splitlines()
+    assert "its run is not finished" in line
+    assert not new.exists()
+    bank(source, "a b", "a")
+    assert sorted(derived(source, new, "--stride", 8).ids) == ["a", "b"]
+
+
 def _meta(source: Path, id_: str, values: dict[int, np.ndarray]) -> SampleMeta:
     meta = Bank.open(source).meta(0)
     return replace(meta, id=id_, path=id_)

@@ -22,7 +22,7 @@ from shards.errors import UserError
 from shards.format.commits import done_path, read_commit, shard_path
 from shards.format.features import FeatureConfig
 from shards.format.manifest import TowerFacts
-from shards.format.plan import ClipSource, Plan, TowerSettings, write_plan
+from shards.format.plan import ClipSource, Plan, TowerSettings, planned, write_plan
 from shards.format.quarantine import QuarantineEntry, Reason, read_quarantine
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
@@ -53,6 +53,7 @@ def bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> Make:
         config: FeatureConfig = features,
         undone: tuple[int, ...] = (),
         scale: list[float] | None = None,
+        device: str | None = None,
     ) -> Path:
         plan = Plan(
             config,
@@ -60,7 +61,7 @@ def bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> Make:
                 [ClipSource(id_, sample_key(id_), id_, id_) for id_ in unit.split()]
                 for unit in units
             ],
-            TowerSettings(name="unnamed"),
+            TowerSettings(name="unnamed", device=device),
             calibration=scale and {"4": scale, "8": scale},
         )
         out.mkdir(parents=True)
@@ -132,6 +133,24 @@ def test_a_plan_that_was_made_in_part_on_each_of_two_machines_becomes_whole(
     assert promised(tmp_path / "c") == promised(whole)
 
 
+def test_clips_that_no_bank_has_made_are_named(
+    bank: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    units = ("a1 a2", "b1", "bad-c", "d1")
+    first = bank(tmp_path / "a", *units, undone=(1, 2, 3))
+    second = bank(tmp_path / "b", *units, undone=(0, 1, 3))
+    merge([first, second], tmp_path / "c")
+    assert "lacks 2 clips as planned" in caplog.text
+    assert ": b1, d1; `preprocess encode" in caplog.text
+    # one that has changed is in its older version
+    plan = planned(first)
+    write_plan(first, replace(plan, units=[*plan.units, [plan.units[0][1]]]))
+    caplog.clear()
+    merge([first], tmp_path / "d")
+    assert "lacks 4 clips as planned" in caplog.text
+    assert ": a2, b1, bad-c and 1 more; `preprocess encode" in caplog.text
+
+
 def test_common_clips_are_named_and_nothing_is_made(bank: Make, tmp_path: Path) -> None:
     a, b = bank(tmp_path / "a", "a1 x1", "x2 bad-x"), bank(tmp_path / "b", "x1 b1", "x2 bad-x")
     with pytest.raises(UserError, match=r"have 3 clips in common: bad-x, x1, x2; encode") as error:
@@ -144,17 +163,18 @@ def test_common_clips_are_named_and_nothing_is_made(bank: Make, tmp_path: Path) 
 def test_other_features_scales_and_readers_are_named(
     bank: Make, tmp_path: Path, features: FeatureConfig
 ) -> None:
-    a = bank(tmp_path / "a", "a1")
+    a = bank(tmp_path / "a", "a1", device="cpu")
     others = {
         "layer": bank(tmp_path / "b", "b1", config=replace(features, layer=-1)),
         "scales of int8": bank(tmp_path / "c", "c1", scale=[1.0] * 6),
+        "computed on cpu here, on cuda there": bank(tmp_path / "d", "d1", device="cuda"),
     }
     for said, other in others.items():
         with pytest.raises(UserError, match=said):
             merge([a, other], tmp_path / "out")
     with pytest.raises(UserError, match="layer") as error:
         merge([a, *others.values()], tmp_path / "out")
-    assert len(str(error.value).splitlines()) == 2, "all at once"
+    assert len(str(error.value).splitlines()) == len(others), "all at once"
 
 
 def test_a_damaged_a_busy_and_a_missing_bank_are_refused(bank: Make, tmp_path: Path) -> None:
