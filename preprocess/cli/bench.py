@@ -35,8 +35,8 @@ class Counts(click.ParamType):
               help="Clips to measure on.")  # fmt: skip
 @click.option("--decoders", type=Counts(), default="1,2,4,8", show_default=True,
               help="Decoders per device: rows of the table.")  # fmt: skip
-@click.option("--devices", type=Counts(), default="1,8", show_default=True,
-              help="Devices per machine: columns of the table.")  # fmt: skip
+@click.option("--devices", type=Counts(),
+              help="Devices per machine: columns of the table.  [default: 1,8; on a CPU 1]")  # fmt: skip
 @click.option("--machines", type=Counts(), default="1,4", show_default=True,
               help="Machines: columns of the table.")  # fmt: skip
 @click.option(
@@ -47,7 +47,7 @@ def bench(
     out: Path | None,
     most: int,
     decoders: tuple[int, ...],
-    devices: tuple[int, ...],
+    devices: tuple[int, ...] | None,
     machines: tuple[int, ...],
     price: float | None,
     **flags: Any,
@@ -84,7 +84,8 @@ def bench(
         options = replace(options, tower_dtype=choice.dtype)
     print_skips(found, folder)
     # the cores that this process may use: a container or a Slurm task has fewer than the machine
-    cores = len(os.sched_getaffinity(0)) if tower.device.type == "cpu" else None
+    cores = len(os.sched_getaffinity(0))
+    devices = devices or ((1,) if tower.device.type == "cpu" else (1, 8))
     with tqdm(
         total=min(most, len(clips)), desc="bench", unit="clip", leave=False, disable=None
     ) as bar:

@@ -3,9 +3,10 @@
     pace = measure_pace(clips, tower, options, folder)
     table(pace, Job(clips=178_510, frames=9_100_000), Grid(decoders=(1, 4), devices=(1, 8)), price=2.0)
 
-The slowest stage sets the pace of a run, because decoders, tower and writer run in parallel: seconds per
-frame are max(decode / decoders, tower, write) / devices. Where the tower runs on the CPU, all stages
-share its cores, so seconds per frame are at least their sum / cores.
+The slowest stage sets the pace of a run, because decoders, tower and writer run in parallel: a machine's
+seconds per frame are max(decode / decoders, tower / devices, write / devices), with no more decoders than
+it has cores. Where the tower runs on the CPU, all stages share these, however many devices are asked for:
+seconds per frame are then at least those of one core / cores.
 """
 
 import math
@@ -48,22 +49,26 @@ class Pace:
     clips: int
     """Clips that were measured."""
     frames: int
-    cores: int | None = None
-    """Cores of a CPU that both decodes and runs the tower; None if the tower has its own device."""
+    cores: int
+    """Cores of a machine."""
+    tower_cores: float = 0.0
+    """Those of them that the tower keeps busy on a CPU; 0 if it has its own device."""
 
-    def seconds(self, frames: int, decoders: int, devices: int) -> float:
-        """Return the seconds for `frames` frames. decoders: per device; devices: of all machines."""
-        slowest = max(self.decode / decoders, self.tower, self.write)
-        if self.cores is not None:
-            slowest = max(slowest, (self.decode + self.tower + self.write) / self.cores)
-        return frames * slowest / devices
+    def seconds(self, frames: int, decoders: int, devices: int, machines: int = 1) -> float:
+        """Return the seconds for `frames` frames. decoders: per device; devices: per machine."""
+        decode = self.decode / min(decoders * devices, self.cores)
+        if self.tower_cores:
+            of_one_core = self.decode + self.tower * self.tower_cores + self.write
+            slowest = max(decode, self.tower, self.write, of_one_core / self.cores)
+        else:
+            slowest = max(decode, self.tower / devices, self.write / devices)
+        return frames * slowest / machines
 
     @property
     def decoders(self) -> int:
-        """Number of decoders that keep a device busy; on a CPU at most its cores."""
+        """Number of decoders that keep a device busy, at most one a core."""
         # the next stage takes max(tower, write): so many decoders give a frame in that time
-        enough = math.ceil(self.decode / max(self.tower, self.write))
-        return min(enough, self.cores or enough)
+        return min(math.ceil(self.decode / max(self.tower, self.write)), self.cores)
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,14 @@ def measure_pace(
     options: EncodeOptions,
     folder: Path,
     most: int,
-    cores: int | None,
+    cores: int,
     seen: Callable[[], object] = lambda: None,
 ) -> Pace:
     """Measure the stages on up to `most` clips of typical sizes; raises UserError if none can be encoded.
 
-    folder: on the disk of the bank. cores: as in `Pace`. seen: called after each clip.
+    folder: on the disk of the bank. cores: that this process may use. seen: called after each clip.
     """
-    spent, frames = dict.fromkeys(STAGES, 0.0), 0
+    spent, frames, tower_cpu = dict.fromkeys(STAGES, 0.0), 0, 0.0
     made: list[tuple[ClipSource, SampleMeta, dict[int, np.ndarray]]] = []
     with SourceReader(DecodeChild(), folder) as reader:
         for clip in spread(clips, most):
@@ -115,7 +120,7 @@ def measure_pace(
                         encode_frames(tower, first.clip.frames, options)
             began = time.perf_counter()
             outcome = reader.read(clip, request)
-            decoded = time.perf_counter()
+            decoded, cpu = time.perf_counter(), time.process_time()
             seen()
             if outcome.clip is None:
                 continue
@@ -125,6 +130,7 @@ def measure_pace(
                 continue
             spent["decode"] += decoded - began
             spent["tower"] += time.perf_counter() - decoded
+            tower_cpu += time.process_time() - cpu
             frames += len(outcome.clip.frames)
             made.append((clip, describe(clip, outcome, outcome.clip, tower, arrays), arrays))
     if not made:
@@ -145,7 +151,10 @@ def measure_pace(
             nbytes = writer.commit().nbytes
         spent["write"] = time.perf_counter() - began
     each = {stage: seconds / frames for stage, seconds in spent.items()}
-    return Pace(**each, nbytes=nbytes / frames, clips=len(made), frames=frames, cores=cores)
+    # the threads of a GPU's tower wait; on a CPU they work
+    busy = tower_cpu / spent["tower"] if tower.device.type == "cpu" else 0.0
+    return Pace(**each, nbytes=nbytes / frames, clips=len(made), frames=frames, cores=cores,
+                tower_cores=min(max(busy, 1.0), cores) if busy else 0.0)  # fmt: skip
 
 
 def spread(clips: Sequence[ClipSource], most: int) -> list[ClipSource]:
@@ -189,7 +198,7 @@ def table(pace: Pace, job: Job, asked: Asked) -> list[str]:
                     f"{counted(decoders, 'decoder')} a device",
                     *(
                         _cost(
-                            pace.seconds(job.frames, decoders, machines * devices),
+                            pace.seconds(job.frames, decoders, devices, machines),
                             machines * devices,
                             asked,
                         )
@@ -222,16 +231,20 @@ def _cost(seconds: float, devices: int, asked: Asked) -> str:
 
 def _advice(pace: Pace) -> str:
     """Return which stage sets the pace, and what would make it faster."""
-    if pace.cores is not None:
+    if pace.tower_cores:
         return (
             f"the {counted(pace.cores, 'core')} of this machine decode and run the tower: more "
             "machines, or a GPU"
         )
     if pace.write > pace.tower:
         return "the disk sets the pace: a faster one, or --codec int8"
+    fed = f"the {counted(pace.cores, 'core')} of this machine feed {pace.cores // pace.decoders}"
     if pace.decoders == 1:
-        return "the tower sets the pace: one decoder keeps a device busy, and more devices help"
-    return f"{pace.decoders} decoders, a core each, keep a device busy; fewer, and decoding sets the pace"
+        return f"the tower sets the pace: one decoder keeps a device busy, and more devices help; {fed}"
+    return (
+        f"{pace.decoders} decoders, a core each, keep a device busy; fewer, and decoding sets the "
+        f"pace; {fed}"
+    )
 
 
 def _columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -5,6 +5,7 @@ pytest tests/preprocess/encode/test_bench.py
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,27 +15,37 @@ from preprocess.cli.main import main
 from preprocess.encode.bench import Asked, Job, Pace, spread, table
 from shards.format.plan import ClipSource
 
-GPU = Pace(decode=0.040, tower=0.010, write=0.001, nbytes=100_000, clips=8, frames=512)
+GPU = Pace(decode=0.040, tower=0.010, write=0.001, nbytes=100_000, clips=8, frames=512, cores=16)
 JOB = Job(clips=1_000, frames=36_000)
 
 
-def hours(pace: Pace, decoders: int, devices: int) -> float:
-    return pace.seconds(JOB.frames, decoders, devices) / 3600
+def hours(pace: Pace, decoders: int, devices: int, machines: int = 1) -> float:
+    return pace.seconds(JOB.frames, decoders, devices, machines) / 3600
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:
     assert hours(GPU, 1, 1) == pytest.approx(0.4)
     assert hours(GPU, 2, 1) == pytest.approx(0.2)
     assert hours(GPU, 4, 1) == hours(GPU, 64, 1) == pytest.approx(0.1)
-    assert hours(GPU, 4, 8) == pytest.approx(0.1 / 8)
+    assert hours(GPU, 4, 4) == pytest.approx(0.1 / 4)
+    assert hours(GPU, 4, 4, 2) == pytest.approx(0.1 / 8)
     assert GPU.decoders == 4
 
 
-def test_on_a_cpu_all_stages_share_its_cores() -> None:
-    cpu = Pace(decode=0.010, tower=0.060, write=0.010, nbytes=1, clips=1, frames=1, cores=1)
-    assert hours(cpu, 1, 1) == pytest.approx(0.8)
-    assert hours(cpu, 8, 1) == pytest.approx(0.8)
+def test_decoders_share_the_cores_of_their_machine() -> None:
+    assert hours(GPU, 4, 8) == hours(GPU, 64, 8) == hours(GPU, 2, 8) == pytest.approx(0.4 / 16)
+    assert hours(GPU, 4, 8, 2) == pytest.approx(0.4 / 32)
+
+
+def test_on_a_cpu_all_stages_share_its_cores_whatever_devices_are_asked_for() -> None:
+    cpu = Pace(decode=0.010, tower=0.060, write=0.010, nbytes=1, clips=1, frames=1, cores=1,
+               tower_cores=1)  # fmt: skip
+    for decoders, devices in ((1, 1), (8, 1), (1, 8)):
+        assert hours(cpu, decoders, devices) == pytest.approx(0.8)
+    assert hours(cpu, 1, 1, 2) == pytest.approx(0.4)
     assert cpu.decoders == 1
+    # a tower that keeps two cores busy leaves none for decoding: (10 + 2 * 60 + 10) / 2 ms
+    assert hours(replace(cpu, cores=2, tower_cores=2), 2, 1) == pytest.approx(0.7)
 
 
 def test_the_table_tells_hours_and_money() -> None:
@@ -49,6 +60,7 @@ def test_the_table_tells_hours_and_money() -> None:
     assert re.search(r"1 decoder a device +0\.4 \(0\.80\) +0\.2 \(0\.80\)", text)
     assert re.search(r"4 decoders a device +0\.1 \(0\.20\) +0\.05 \(0\.20\)", text)
     assert lines[-1].startswith("4 decoders, a core each, keep a device busy")
+    assert lines[-1].endswith("; the 16 cores of this machine feed 4")
     assert "(" not in table(GPU, JOB, Asked((1,), (1,), (1,)))[7]
 
 
