@@ -9,7 +9,7 @@ ambiguous answer is a RowError: nothing is guessed, and a list is never turned i
 
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shards.annotations.fault import RowError, UnsupervisedError, short
@@ -21,6 +21,8 @@ COLUMNS = re.compile(r"a\d|option[ _]?\d"), re.compile(r"[A-Z]")
 """Names of fields with one option each: NExT-QA's a0, EgoSchema's `option 0`; MMBench's A, B."""
 NUMBERED = ("answer_id", "answer_idx", "answer_index", "correct_choice", "correct_answer_index")
 """Fields with the number of the right option; the first is 0 (PerceptionTest, LongVideoBench)."""
+BROUGHT = re.compile(r"\(?([A-Z])[.):]\s*")
+"""A letter before an option's text: `A. red`, `(A) red`."""
 NO_FIT = "answer and options do not fit"
 
 
@@ -34,8 +36,7 @@ def asked_and_answered(row: Mapping[str, Any]) -> tuple[str, str]:
         if name in NUMBERED:
             raise RowError(NO_FIT, f"`{name}` is the number of an option, and there are no options")
         return question, answer
-    # options that bring their letters ("A. red") would get a second one
-    plain = [re.sub(r"^\(?[A-Z][.):]\s*", "", option) for option in options]
+    plain, other_letters = _without_letters(options)
     letters = string.ascii_uppercase[: len(options)]
     lines = [f"{letter}. {text}" for letter, text in zip(letters, plain, strict=True)]
     asked = "\n".join([question, *lines, "Answer with the letter and the option."])
@@ -49,7 +50,9 @@ def asked_and_answered(row: Mapping[str, Any]) -> tuple[str, str]:
             for k, names in enumerate(zip(options, plain, lines, strict=True))
             # columns a0, a1 define which option is 0; a list of options does not
             if (answer.strip() in names and name not in NUMBERED)
-            or re.fullmatch(rf"\(?{letters[k]}[.)]?", answer.strip().upper())
+            or (
+                not other_letters and re.fullmatch(rf"\(?{letters[k]}[.)]?", answer.strip().upper())
+            )
             or (by_number and answer.strip() == by_number[k])
         }
         _refuse_unclear(name, row[name], len(own), letters)
@@ -100,6 +103,25 @@ def _options(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     if len(set(options)) < len(options):
         raise RowError(NO_FIT, f"`{named[0]}` has an option twice: {short(options)}")
     return options, [name[-1] for name in columns if name[-1].isdigit()]
+
+
+def _without_letters(options: Sequence[str]) -> tuple[list[str], bool]:
+    """Return options without the letters that they bring, and whether they keep letters of their own.
+
+    Raises RowError for A, B, C in another order, which an answer's letter could mean or not.
+    """
+    brought = [BROUGHT.match(option) for option in options]
+    found = [match[1] for match in brought if match]
+    letters = list(string.ascii_uppercase[: len(options)])
+    # they would get a second one
+    if found == letters:
+        plain = [o[m.end() :] for o, m in zip(options, brought, strict=True) if m]
+        return plain, False
+    if sorted(found) == letters:
+        got, expected = ", ".join(found), f"{', '.join(letters)}, or none"
+        raise RowError(NO_FIT, "the options bring letters of another order", got, expected)
+    # "J. K. Rowling" begins as a letter does: part of the text
+    return list(options), len(found) == len(options)
 
 
 def _given(row: Mapping[str, Any], name: str) -> list[Any]:

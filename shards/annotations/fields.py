@@ -22,12 +22,19 @@ SAYS_MORE = re.compile(
 )
 """Names of fields with questions, answers, or weights of the loss."""
 SAYS_WHEN = re.compile(
-    r"(?:start|end|begin|st|ed)_?(?:times?|secs?|seconds?|frames?)?|clip_(?:start|end)"
-    r"|video_(?:start|end)|times?|time_?spans?|timestamps?|spans?|segments?|windows?|moments?"
-    r"|relevant_windows|gt_spans?|bbox(?:es)?|box(?:es)?|crop",
+    r"(?:(?:clip|video|segment|moment|event|action|narration|parent)_)*(?:"
+    r"(?:start|end|begin|st|ed|stop)(?:_?(?:times?|timestamps?|secs?|seconds?|ms|frames?|fid|idx|offset))*"
+    r"|(?:gt_|relevant_)?(?:times?|time_?spans?|time_?stamps?|spans?|segments?|windows?|moments?"
+    r"|intervals?|(?:time|frame)_range)(?:_(?:secs?|seconds?|ms|frames?))?)"
+    r"|bbox(?:es)?|box(?:es)?|crop",
     re.IGNORECASE,
 )
 """Names of fields that select a part of a medium, if their values are numbers."""
+NUMBERS = re.compile(
+    r"(?!\d{4}-\d\d-\d\d)(?:[\d\s\[\](){}.,;:'\"~|/>\u2013\u2014+-]|to|frames?|seconds?|secs?|m?s)+",
+    re.IGNORECASE,
+)
+"""Numbers alone as a text: `3`, `5s`, `00:00:05 - 00:00:10`, `[3.0, 7.0]`; not a date."""
 PART_IN_FRAMES = "split"
 """Inside of a `meta` of LLaVA-ST: first and last frame of the part that the row is about."""
 NAMES_MEDIA = re.compile(
@@ -74,12 +81,7 @@ class Fields(dict[str, Any]):
             when = says_when and any_number(value)
             where = names_media and not has_media
             if more or when or where:
-                raise RowError(
-                    "a field that nothing reads",
-                    f"`{short(name)[1:-1]}`: this form of row does not read it",
-                    got=short(value),
-                    fix=fix_of(name, medium=bool(where)),
-                )
+                raise unread(name, value, medium=bool(where))
 
 
 @lru_cache(maxsize=1024)
@@ -102,6 +104,8 @@ def is_said(value: Any, texts: Sequence[str]) -> bool:
 def refuse_part(name: str, value: Mapping[str, Any]) -> None:
     """Raise RowError where an unread object of a row says which part of its medium the row is about."""
     for inner, place in value.items():
+        if isinstance(place, dict):
+            refuse_part(f"{name}.{inner}", place)
         in_frames = inner == PART_IN_FRAMES and isinstance(place, list)
         if (in_frames or SAYS_WHEN.fullmatch(inner)) and any_number(place):
             unit = "a part of the video, in frames" if in_frames else "a part of the medium"
@@ -113,6 +117,27 @@ def refuse_part(name: str, value: Mapping[str, Any]) -> None:
                 got=short(place),
                 fix=f"{hint}{fix_of(name, medium=False, part=True)}",
             )
+
+
+def refuse_parts(row: Mapping[str, Any], read: Collection[str]) -> None:
+    """Raise RowError where a field other than those read says which part of the medium is meant."""
+    for name, value in row.items():
+        if name in read or is_empty(value):
+            continue
+        if isinstance(value, dict):
+            refuse_part(name, value)
+        elif kinds_of(name)[1] and any_number(value):
+            raise unread(name, value, medium=False)
+
+
+def unread(name: str, value: Any, *, medium: bool) -> RowError:
+    """Return the error of a field that may affect what is learned and that no form has read."""
+    return RowError(
+        "a field that nothing reads",
+        f"`{short(name)[1:-1]}`: this form of row does not read it",
+        got=short(value),
+        fix=fix_of(name, medium=medium),
+    )
 
 
 def fix_of(name: str, *, medium: bool, part: bool = False) -> str:
@@ -147,11 +172,11 @@ def leaves(value: Any) -> Iterator[str]:
 
 
 def any_number(value: Any) -> bool:
-    """Return whether a value is a number, or a list that contains one at any depth."""
-    if isinstance(value, list):
-        return any(map(any_number, value))
+    """Return whether a value is a number, also as text, or holds one at any depth."""
+    if isinstance(value, list | dict):
+        return any(map(any_number, value.values() if isinstance(value, dict) else value))
     if isinstance(value, str):
-        return re.fullmatch(r"\s*-?\d+(?:\.\d+)?\s*", value) is not None
+        return any(map(str.isdecimal, value)) and NUMBERS.fullmatch(value) is not None
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -10,13 +10,8 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from shards.annotations.fault import json_type, short
 from shards.annotations.forms import FORMS
@@ -44,52 +39,6 @@ class UnparsedRow(NamedTuple):
     text: str
     is_last: bool
     """Whether it is the last line of its file."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which rows of a file are used: LLaVA's `sampling_strategy` (LLaVA-NeXT, llava/train/train.py)."""
-
-    how: str = "all"
-    """all, first, end or random."""
-    rows: int = 0
-    share: Fraction = Fraction(0)
-    """Fraction of all rows, rounded up; used if `rows` is 0."""
-    seed: int = 0
-
-    @classmethod
-    def parse(cls, text: str, seed: int = 0) -> "Selection":
-        """Parse `all`, `first:N`, `end:N`, `random:N` (N rows or N%), or `N%`, which is random."""
-        match = re.fullmatch(r"(?:(first|end|random):)?(\d+(?:\.\d+)?)(%?)", text.strip())
-        if text.strip() == "all":
-            return cls()
-        how, number, percent = match.groups() if match else ("", "0", "")
-        share = Fraction(number) / 100 if percent else Fraction(0)
-        whole = number.isdigit() and int(number) > 0
-        if (percent and 0 < share <= 1) or (how and whole and not percent):
-            return cls(how or "random", 0 if percent else int(number), share, seed)
-        raise UserError(
-            f"sampling_strategy {text!r}: expected all, first:N, end:N, random:N or N%, N rows or N%"
-        )
-
-    def of(self, count: int) -> list[int]:
-        """Return the indices of the chosen rows among `count`, ascending.
-
-        A larger random choice contains every smaller one of the same seed.
-        """
-        wanted = min(count, self.rows or ceil(self.share * count))
-        if self.how == "first":
-            return list(range(wanted))
-        if self.how == "end":
-            return list(range(count - wanted, count))
-        if self.how == "random":
-            # A prefix of one permutation: 10 % of the rows are among the 20 % of the same seed.
-            chosen = np.random.default_rng(self.seed).permutation(count)[:wanted]
-            return sorted(chosen.tolist())
-        return list(range(count))
-
-
-ALL = Selection()
 
 
 def read_rows(path: str | Path) -> Rows:
@@ -165,7 +114,10 @@ def annotation_files(path: Path) -> list[Path]:
     if len(found) > 1:
         kinds = ", ".join(f"{len(files)} {suffix}" for suffix, files in sorted(found.items()))
         raise UserError(f"{path}: this folder has {kinds}; name the files of one kind")
-    return next(iter(found.values()))
+    (files,) = found.values()
+    if both := [file for file in files if file.with_name(f"{file.name}.gz") in files]:
+        raise UserError(f"{path}: {both[0].name} is here twice, once as .gz; take one of them away")
+    return files
 
 
 def stray_files(path: Path) -> list[Path]:
@@ -264,8 +216,8 @@ def unreadable(file: Path, error: json.JSONDecodeError) -> UserError:
 
 def _csv(file: Path, text: str) -> Rows:
     # newline="": csv itself handles line breaks inside of quoted cells
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
-    header = [name.strip() for name in reader.fieldnames or []]
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
     if not is_record(dict.fromkeys(header)):
         raise UserError(
             f"the first line of a csv names its columns, got {ascii(', '.join(header))[:80]}",
@@ -273,10 +225,16 @@ def _csv(file: Path, text: str) -> Rows:
             where=file,
             fix=csv_advice(header),
         )
+    # the later one would be read, without a word
+    if twice := sorted(name for name in {*header} if name and header.count(name) > 1):
+        raise UserError(f"the header names `{twice[0]}` twice", where=file, fix="keep one")
     for row in reader:
         where = f"{file}:{reader.line_num}"
-        if "" in row:
+        if None in row:
             yield where, UnreadableRow("more cells than the header names; quote the commas")
+            continue
+        if None in row.values():
+            yield where, UnreadableRow("fewer cells than the header names; is the file cut short?")
             continue
         try:
             yield where, {name: _cell(name, value) for name, value in row.items() if value}
@@ -378,7 +336,7 @@ def local_copy(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     under = f"{folder.strip('/')}/" if folder else ""
-    patterns = [f"{under}*{suffix}" for suffix in (*SUFFIXES, ".jsonl.gz", ".json.gz")]
+    patterns = [f"{under}*{suffix}" for suffix in (*SUFFIXES, ".jsonl.gz", ".json.gz", ".csv.gz")]
     try:
         if why := refusal(repo, "dataset"):
             raise UserError(why)

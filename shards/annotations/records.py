@@ -14,7 +14,7 @@ from typing import Any
 
 from shards.annotations.fault import RowError, UnsupervisedError, short
 from shards.annotations.fields import kinds_of
-from shards.annotations.files import ALL, Selection, UnreadableRow, parsed, unparsed_rows
+from shards.annotations.files import UnreadableRow, parsed, unparsed_rows
 from shards.annotations.forms import (
     FORMS,
     MEDIA_TAG,
@@ -25,6 +25,7 @@ from shards.annotations.forms import (
     canonical,
     tags_in,
 )
+from shards.annotations.selection import ALL, Selection
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.progress import progress

@@ -8,6 +8,7 @@ Times are `<t:seconds>`, a box is `<x><y><x><y>`, its corners as fractions of th
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ TUBE_BOXES = 8
 """Most boxes of a tube in an answer, evenly spaced."""
 BOXES = ("xywh", "xyxy", "unit")
 """Meanings of a box's four numbers, see `box`."""
+TEXTS = dict.fromkeys(("expression", "sentence", "caption", "sents")).keys()
+"""Fields with the text of a box; the first that an annotation has is read."""
 NOT_ONE = "not an annotation of this form"
 
 
@@ -108,11 +111,17 @@ def boxed_images(path: Path) -> Rows:
         return
     # COCO keeps sizes and names with the images, boxes and texts with annotations
     images = {image["id"]: image for image in data.get("images", [])}
-    for index, entry in enumerate(data.get("annotations", [])):
-        image = images.get(entry.get("image_id", entry.get("id")))
+    entries = data.get("annotations", [])
+    counts = Counter(entry.get("image_id", entry.get("id")) for entry in entries)
+    for index, entry in enumerate(entries):
+        number = entry.get("image_id", entry.get("id"))
+        image = images.get(number)
         where = f"{path}[annotations][{index}]"
         if image is None:
             yield where, UnreadableRow(f"no image has the id {entry.get('image_id')!a}")
+        elif counts[number] > 1 and TEXTS & image.keys() and not TEXTS & entry.keys():
+            what = f"one text of image {number} for its {counts[number]} boxes: which box is meant?"
+            yield where, UnreadableRow(what)
         else:
             # entry last: both have an `id`, and a record is an annotation
             yield where, {"boxes": "xywh", **image, **entry}
@@ -164,7 +173,7 @@ def refcoco(item: Json) -> list[Json]:
         what = f"a ref of the split {item['part']!a}: the file holds those to train and to test on"
         raise RowError("no split chosen", what, fix=f"--split {item['part']}")
     image = first(item, "file_name", "image", "img_path")
-    texts = first(item, "expression", "sentence", "caption", "sents")
+    texts = first(item, *TEXTS)
     where = box(item["bbox"], str(item.get("boxes")), float(item["width"]), float(item["height"]))
     name = item.get("id", image)
     texts = texts if isinstance(texts, list) else [texts]
@@ -301,6 +310,10 @@ def box(values: Sequence[float], boxes: str, width: float, height: float) -> str
             "bad box", f"width and height must be positive, got {width:g} and {height:g}"
         )
     x1, y1, x2, y2 = (float(value) for value in values)
+    # read as pixels, all fractions would be one corner of the frame
+    if boxes != "unit" and max(x1, y1, x2, y2) <= 1:
+        what = f"box {x1:g} {y1:g} {x2:g} {y2:g} is smaller than a pixel; are boxes {boxes} here?"
+        raise RowError("bad box", what)
     if boxes == "xywh":
         x2, y2 = x1 + x2, y1 + y2
     if boxes == "unit":

@@ -23,8 +23,9 @@ from typing import Any
 import yaml
 
 from model.config import TURNS
-from shards.annotations.files import ALL, Selection, annotation_files, is_hub_name
+from shards.annotations.files import annotation_files, is_hub_name
 from shards.annotations.globs import expanded, is_glob
+from shards.annotations.selection import ALL, Selection
 from shards.errors import UserError
 from train.settings.drawn import SpliceSettings, problem_of, read_splice, words_of
 from train.settings.folders import Folders
@@ -139,7 +140,8 @@ def read_mixture(
     gets a line for what an empty mixture leaves out: names that stand for others, and second names.
     """
     try:
-        named = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        text = Path(config).read_text(encoding="utf-8")
+        named = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problems.append(f"data_config {config}: {error}")
         return []
@@ -149,6 +151,7 @@ def read_mixture(
             "`datasets: [{json_path: ...}]`"
         )
         return []
+    problems += [f"data_config {config}: {line}" for line in keys_twice(yaml.compose(text))]
     # -- three forms, distinguished by their keys
     if isinstance(named.get("datasets"), list):
         if mixture:
@@ -176,6 +179,21 @@ def read_mixture(
         if not isinstance(entry, str | list)
     ]
     return _once([part for part in found if part], problems, notes)
+
+
+def keys_twice(node: Any) -> Iterator[str]:
+    """Yield a line for each key that a YAML mapping has twice, at any depth."""
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    seen = dict[str, int]()
+    for child in children:
+        if isinstance(child, tuple):
+            key, child = child
+            line = key.start_mark.line + 1
+            # PyYAML's loaders keep the last one without a word
+            if str(key.value) in seen:
+                yield f"line {line}: {key.value} stands in line {seen[key.value]}, too; keep one"
+            seen.setdefault(str(key.value), line)
+        yield from keys_twice(child)
 
 
 def _once(parts: Sequence[MixturePart], problems: list[str], notes: list[str]) -> list[MixturePart]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from shards.annotations import forms
 from shards.annotations.fault import RowError, short
-from shards.annotations.fields import is_empty
+from shards.annotations.fields import is_empty, refuse_parts
 from shards.annotations.files import annotation_files, stray_files, suffix_of, unparsed_rows
 from shards.annotations.forms import MEDIA_TAG
 from shards.annotations.records import check_inside, parse_row, rows_of
@@ -245,6 +245,7 @@ def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders
                 expected = "a text without tags and coordinates, or a list of some of one meaning"
                 raise RowError(SOURCE, f"`{name}`", got=short(phrase), expected=expected)
             refuse_misspelt([("assistant", phrase)])
+        refuse_parts(data, {"start", "end", *ignored})
         (medium,) = row.media
         if not settings.allow_outside:
             check_inside(folders.stripped(medium))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from shards.annotations.fault import RowError, short
-from shards.annotations.files import ALL, Selection
 from shards.annotations.forms import MEDIA_TAG, Json, canonical, tags_in
 from shards.annotations.records import check_inside, parse_row, rows_of
+from shards.annotations.selection import ALL, Selection
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.format.samples import clip_id

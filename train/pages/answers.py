@@ -56,10 +56,7 @@ def questions_of(own: Sequence[tuple[Run, TestSet]], name: str) -> list[Question
     kind = KINDS[name]
     # so that large is good for errors, too
     sign = -1.0 if kind.errs else 1.0
-    by_run = [
-        {(row["record"], row["turn"]): row for row in test.rows if row["kind"] == name}
-        for _, test in own
-    ]
+    by_run = [{key_of(row): row for row in test.rows if row["kind"] == name} for _, test in own]
     found = []
     # only what all have answered: runs may have been scored with another --max_records
     for key, row in by_run[0].items() if by_run else ():
@@ -68,6 +65,13 @@ def questions_of(own: Sequence[tuple[Run, TestSet]], name: str) -> list[Question
             values = [sign * answer["scores"][kind.metric] for _, answer in said]
             found.append(Question(row, said, sum(values) / len(values)))
     return sorted(found, key=lambda q: q.score)
+
+
+def key_of(row: Json) -> tuple[str, ...]:
+    """Return what distinguishes a question from the others of its test set."""
+    # ids repeat: Charades-STA has several sentences about one span
+    names = ("record", "turn", "media", "question", "reference")
+    return tuple(str(row[name]) for name in names)
 
 
 def answers_of(

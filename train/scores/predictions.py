@@ -87,7 +87,10 @@ def read_predictions(path: Path) -> list[Prediction]:
         raise UserError("no such file", where=path)
     names = {field.name for field in fields(Prediction)}
     found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    # not splitlines: answers may hold U+2028 and others, at which it splits, too
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+        if not line:
+            continue
         try:
             row = json.loads(line)
             values = {name: row[name] for name in names} | {"media": tuple(row["media"])}

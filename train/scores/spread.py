@@ -39,7 +39,8 @@ class Answers:
 
 def read_answers(path: Path) -> Answers:
     """Read the scores of a `predictions-NAME.jsonl`."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    # not splitlines: answers may hold U+2028 and others, at which it splits, too
+    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     names = [" ".join(row["media"]) or row["record"] for row in rows]
     clips = tuple(dict.fromkeys(names))
     place = {name: k for k, name in enumerate(clips)}

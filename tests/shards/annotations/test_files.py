@@ -83,6 +83,7 @@ TOLD: list[tuple[str, bytes, str]] = [
     ("r.csv", b"a.mp4 0\nb.mp4 1\n", "a list of paths and labels is not a list"),
     ("r.csv", b"a.mp4,0\nb.mp4,1\n", "the first line of a csv names its columns, got 'a.mp4, 0'"),
     ("r.csv", b"video;question;answer\na.mp4;x;y\n", "its columns are separated by semicolons; write"),
+    ("r.csv", b"video,question,answer,answer\na.mp4,x,y,z\n", "names `answer` twice; keep one"),
     ("r.csv", b"video\tquestion\tanswer\n", "its columns are separated by tabs; write commas"),
 ]  # fmt: skip
 
@@ -169,3 +170,23 @@ def test_a_saved_dataset_is_told_what_it_is(tmp_path: Path) -> None:
         assert [row for _, row in read_rows(folder.with_suffix(".parquet"))] == [
             {"video": "a.mp4", "caption": "x"}
         ]
+
+
+def test_the_columns_of_a_csv_are_those_of_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(",video, question ,answer, start\n0,a.mp4,Who?,she,3\n1,b.mp4,Who?\n")
+    (_, row), (_, short) = read_rows(path)
+    # an index without a name, as pandas writes it, is a column, too
+    assert row == {"": "0", "video": "a.mp4", "question": "Who?", "answer": "she", "start": 3.0}
+    assert isinstance(short, UnreadableRow)
+    assert short == "fewer cells than the header names; is the file cut short?"
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl", "r.csv"])
+def test_a_file_and_its_packed_copy_are_not_read_as_two(tmp_path: Path, name: str) -> None:
+    for file in (name, f"{name}.gz", f"other-{name}.gz"):
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name} is here twice, once as .gz"):
+        annotation_files(tmp_path)
+    (tmp_path / name).unlink()
+    assert len(annotation_files(tmp_path)) == 2

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.annotations.files import Selection, annotation_files, is_hub_name, local_copy, read_rows
+from shards.annotations.files import annotation_files, is_hub_name, local_copy, read_rows
 from shards.annotations.forms import DESCRIBE, canonical
+from shards.annotations.selection import Selection
 from shards.errors import UserError
 from train.convert import main
 from train.data.records import Record, parse_record, read_records

@@ -140,6 +140,18 @@ def test_a_coco_file_joins_boxes_to_images_and_needs_no_word_on_them(tmp_path: P
     assert problems == [f"{path}[annotations][1]: no image has the id 5"]
 
 
+def test_a_sentence_of_several_boxes_says_of_none_where_it_is(tmp_path: Path) -> None:
+    image = {"id": 4, "file_name": "p.jpg", "width": 640, "height": 480, "caption": "a man, a dog"}
+    boxes = [{"id": k, "image_id": 4, "bbox": [k, 1, 9, 9]} for k in (1, 2)]
+    path = fixture(tmp_path, "c.json", {"images": [image], "annotations": boxes})
+    rows, problems = rows_and_problems("refcoco", path)
+    assert rows == []
+    assert [": one text of image 4 for its 2 boxes" in line for line in problems] == [True, True]
+    own = [entry | {"caption": f"thing {entry['id']}"} for entry in boxes]
+    path = fixture(tmp_path, "c.json", {"images": [image], "annotations": own})
+    assert len(records_of("refcoco", path)) == 2
+
+
 def test_hc_stvg(tmp_path: Path) -> None:
     (record,) = records_of("hc-stvg", fixture(tmp_path, "h.json", HC_STVG))
     assert record.clips == ("10__Gvp-cj3bmIY.mp4",)
@@ -178,6 +190,14 @@ BAD: list[tuple[str, object, str]] = [
     ("refcoco", [REFCOCO | {"boxes": "xywh", "width": 200}], "leaves its frame of 200 x 480"),
     ("refcoco", [REFCOCO | {"boxes": "xywh", "bbox": [-9, 1, 20, 20]}], "leaves its frame"),
     ("refcoco", [REFCOCO | {"boxes": "xywh", "bbox": [1, 2, 3]}], "a box needs four numbers"),
+    *[
+        (
+            "refcoco",
+            [REFCOCO | {"boxes": kind, "bbox": [0.1, 0.2, 0.3, 0.4]}],
+            "smaller than a pixel",
+        )
+        for kind in ("xywh", "xyxy")
+    ],
     ("refcoco", [REFCOCO | {"boxes": "xywh", "width": 0}], "must be positive"),
     ("refcoco", [REFCOCO | {"sents": None}], "none of expression, sentence, caption, sents"),
     ("hc-stvg", {"v.mp4": ITEM | {"st_time": 9}}, "(id v.mp4): start 9 is not before end 3.75"),

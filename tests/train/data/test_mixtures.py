@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from shards.annotations.files import ALL, Selection
+from shards.annotations.selection import ALL, Selection
 from shards.errors import UserError
 from train.data.dataset import file_digest, open_dataset
 from train.data.mixtures import MixturePart, read_mixture
@@ -356,3 +356,20 @@ def test_the_fields_of_other_registries_are_taken_or_refused(folder: Path) -> No
         "both banks and bank; keep one",
         "both media_dir and data_folder; keep one",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: {records: a.jsonl}\nb: {path: b.jsonl}\na: {path: c.jsonl}\n", "line 3: a stands in line 1"),
+        ("a:\n  records: a.jsonl\n  records: b.jsonl\n", "line 3: records stands in line 2"),
+        ("datasets:\n- json_path: a.jsonl\n  json_path: b.jsonl\n", "line 3: json_path stands in line 2"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_there_twice_is_named(folder: Path, text: str, said: str) -> None:
+    """YAML's loaders keep the last one, and a dataset would be lost."""
+    path = folder / "mix.yaml"
+    path.write_text(text)
+    problems: list[str] = []
+    read_mixture(str(path), "", problems)
+    assert problems == [f"data_config {path}: {said}, too; keep one"]

@@ -258,6 +258,14 @@ REFUSED: list[tuple[Row, str, str]] = [
     (TALK | {"start_time": 3.5}, "a field that nothing reads", "`start` and `end`, in seconds"),
     (TALK | {"timestamps": [[0, 3.5]]}, "a field that nothing reads", "`timestamps`"),
     (TALK | {"bbox": [1, 2, 3, 4]}, "a field that nothing reads", "`bbox`"),
+    # times of ASR, Panda-70M, Ego4D, VidSTG: as texts, as objects, by longer names
+    *[(TALK | field, "a field that nothing reads", f"`{next(iter(field))}") for field in (
+        {"start_time": "00:00:05"}, {"timestamp": ["0:00:14.5", "0:00:19.5"]}, {"time": "5s"},
+        {"timestamp": "00:00:05.120 --> 00:00:10"}, {"gt_span": "[3, 4]"}, {"bbox": {"x": 1, "y": 2}},
+        {"segments": [{"start": 1, "end": 2}]}, {"start_timestamp": "00:07:33.689"}, {"start_ms": 40},
+        {"clip_start_sec": 3}, {"video_end_frame": 90}, {"narration_timestamp_sec": 1.5}, {"stop": 3},
+        {"begin_fid": 3}, {"frame_range": [3, 4]}, {"meta": {"clip": {"start_sec": 3}}},
+    )],
     (TALK | {"rejected": "he"}, "a field that nothing reads", "`rejected`"),
     ({"video_path": "a.mp4", "conversations": says("Who?", "she")}, "a field that nothing reads",
      "`video_path`: this form of row does not read it, got 'a.mp4'; name the medium `video`"),
@@ -278,6 +286,10 @@ REFUSED: list[tuple[Row, str, str]] = [
     (QUESTION | {"options": ["he"], "answer": "he"}, "answer and options do not fit", "1 options"),
     (QUESTION | {"options": ["he", "she"], "candidates": ["he"], "answer": "he"},
      "answer and options do not fit", "both options and candidates name the options; keep one"),
+    (QUESTION | {"options": ["B. he", "A. she"], "answer": "A"}, "answer and options do not fit",
+     "the options bring letters of another order, expected A, B, or none, got B, A"),
+    (QUESTION | {"options": ["J. K. Rowling", "A. Christie"], "answer": "A"},
+     "answer and options do not fit", "answer 'A' is none of the options"),
     (QUESTION | {"answer_idx": 1}, "answer and options do not fit", "there are no options"),
     ({"image": ["f1.jpg", "f2.jpg"], "is_video": True, "conversations": says("<image>?", "x")},
      "bad medium", "is_video with 2 media: are they the frames of one?"),
@@ -372,3 +384,17 @@ def test_a_form_that_someone_added_is_refused_like_ours(monkeypatch: pytest.Monk
     monkeypatch.setitem(forms.FORMS, "mine", broken)
     with pytest.raises(RowError, match="f:1: no, got 3"):
         parse_record({"video": "a.mp4", "mine": 3}, "f:1")
+
+
+@pytest.mark.parametrize("first", ["J. K. Rowling", "U.S. flag", "(A) she", "A. she"])
+def test_an_options_own_text_is_not_taken_for_its_letter(first: str) -> None:
+    """Letters are removed where all options bring them, in their order; initials are text."""
+    row = QUESTION | {"options": [first, "a cat"], "answer": first}
+    asked, answered = parse_record(row, "f:1").turns
+    assert f"\nA. {first}\nB. a cat\n" in asked.text
+    assert answered.text == f"A. {first}"
+
+
+def test_dates_and_words_beside_a_conversation_are_no_times() -> None:
+    for field in ({"timestamp": "2024-05-01 12:00:05"}, {"time": "evening"}, {"segments": "all"}):
+        assert parse_record(TALK | field, "f:1").turns

@@ -238,6 +238,11 @@ def test_draws_are_even_and_do_not_depend_on_each_other() -> None:
         ({"video": "a.mp4", "phrase": "x <t:1>"}, "expected a text without tags"),
         ({"video": "a.mp4", "phrase": ["x", 3]}, "or a list of some of one meaning"),
         ({"video": "a.mp4", "phrase": []}, "got 1 media, 0 phrases"),
+        (
+            {"video": "a.mp4", "phrase": "x", "timestamp": [1, 2]},
+            "`timestamp`: this form of row does",
+        ),
+        ({"video": "a.mp4", "phrase": "x", "meta": {"start_sec": 1}}, "`meta.start_sec`"),
         ({"video": "a.mp4", "phrase": "x", "start": 4, "end": 6}, "after its clip"),
         ({"video": "zzz.mp4", "phrase": "x"}, "no bank knows the clip 'zzz.mp4'"),
     ],

@@ -1,6 +1,7 @@
 """Whether a run has learned, and what a fixed answer reaches without a look."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.train.pages.written import predictions, write_a_run
+from tests.train.pages.written import predictions, write_a_run, write_scores
+from train.pages.answers import questions_of
 from train.pages.guesses import asked_of, fixed_answers, fixed_guess
 from train.pages.read.runs import read_runs
 from train.pages.scores import KINDS, LEARNED, NOT, PERHAPS, Reached, reached
+from train.scores.predictions import read_predictions
 from train.scores.scoring import score
 
 
@@ -118,3 +121,19 @@ def test_every_kind_that_is_scored_has_a_word_for_its_score() -> None:
     for one in said:
         scores = score(one.asked, one.answer)
         assert KINDS[scores["kind"]].metric in scores
+
+
+def test_questions_of_one_id_are_each_shown_whatever_is_in_their_lines(tmp_path: Path) -> None:
+    """Ids repeat in published files; U+2028 and U+0085 end a line for Python, and not for JSON."""
+    said = [
+        replace(one, record="AO8RW.mp4_0.0_6.9", answer=f"{one.answer}\u2028\x85")
+        for one in predictions([f"{k}.mp4" for k in range(5)], good=True)
+    ]
+    folder = write_a_run(tmp_path / "run")
+    write_scores(folder, "test", said)
+    (run,) = read_runs([folder])
+    (test,) = run.tests
+    assert len(questions_of([(run, test)], "span")) == 5
+    assert test.answers is not None
+    assert len(test.answers.clips) == 5
+    assert read_predictions(folder / "predictions-test.jsonl") == said

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from shards.annotations.files import ALL, Selection, annotation_files, parsed
+from shards.annotations.files import annotation_files, parsed
+from shards.annotations.selection import ALL, Selection
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.read.banks import Banks, Place

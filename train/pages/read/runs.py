@@ -55,7 +55,8 @@ class TestSet:
         path = predictions_beside(self.place)
         if not self.report or not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        # not splitlines: answers may hold U+2028 and others, at which it splits, too
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
     @cached_property
     def answers(self) -> Answers | None:
