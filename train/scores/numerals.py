@@ -2,9 +2,9 @@
 
     text_of("from <t:1.5> to 4 s").values   # {5: 1.5, 10: 4.0}
 
-Coordinate markup keeps its axis. A clock (1:04) or a number with a unit (4 s, 1 min 4 s) is a time
-in seconds. Ordinals (3rd), numbers of other units (50 %, 3 px, frame 7) and numbers that are parts of
-words (mp4) are words.
+Coordinate markup keeps its axis. A clock (1:04) or a number with a unit (4 s, 1.5 min, 1 h 2 min 4 s)
+is a time in seconds; minutes are the unit of both ends (1 to 4 min). Ordinals (3rd), numbers of other
+units (50 %, 3 px, frame 7), those with a comma (3,5 s) and those that are parts of words (mp4) are words.
 """
 
 import re
@@ -19,13 +19,20 @@ ANY = f"[{TIME}{X}{Y}{SECONDS}{PLAIN}]"
 UNMARKED = f"[{SECONDS}{PLAIN}]"
 
 _NUMBER = r"(?:\d+\.\d+|(?<!\w)\d+)"
+_MINUTE = r"\s?(?:m|mins?|minutes?)(?![^\W\d_])"
+_HOUR = r"\s?(?:h|hrs?|hours?)(?![^\W\d_])"
+_AND = r",?\s?(?:and\s)?"
 _UNIT = r"\s?(?:s|secs?|seconds?)(?![^\W\d_])"
 _TOKEN = re.compile(
     rf"""
       <(?P<axis>[txy]):(?P<marked>-?\d+(?:\.\d+)?)>(?:{_UNIT})?
     | (?P<clock>(?<![\w.:])(?:\d+:)?\d{{1,2}}:[0-5]\d(?:\.\d+)?(?![\d:]))
-    | (?P<minutes>(?<![\w.])\d+)\s?(?:m|mins?|minutes?)(?![^\W\d_])
-        (?:\s?(?:and\s)?(?P<rest>\d+(?:\.\d+)?){_UNIT})?
+    | (?P<shared>(?<![\w.,]){_NUMBER})(?=\s?(?:-|\u2013|to|and)\s?{_NUMBER}{_MINUTE})
+    | (?P<hours>(?<![\w.,]){_NUMBER}){_HOUR}{_AND}
+        (?:(?P<minutes_of_it>\d+){_MINUTE}(?:{_AND}(?P<rest_of_it>\d+(?:\.\d+)?){_UNIT})?
+          |(?P<seconds_of_it>\d+(?:\.\d+)?){_UNIT})
+    | (?P<minutes>(?<![\w.,]){_NUMBER}){_MINUTE}(?:\s?(?:and\s)?(?P<rest>\d+(?:\.\d+)?){_UNIT})?
+    | (?<![\w.,])\d+(?P<comma>,)\d+(?:\.\d+)?(?:{_UNIT}|{_MINUTE})  # 3,5 or 3 and 5 or 3,500
     | (?<!\w)\d+(?P<ordinal>st|nd|rd|th)(?!\w)
     | (?P<frames>(?<!\w)frames?\s)\d+(?:\.\d+)?
     | {_NUMBER}\s?(?P<other>%|(?:percent|px|pixels?|ms|fps|frames?|h|hours?)(?!\w))
@@ -85,10 +92,20 @@ def _read(match: re.Match[str]) -> tuple[str, float | None]:
         for part in found["clock"].split(":"):
             seconds = 60 * seconds + float(part)
         return SECONDS, seconds
+    if found["shared"]:
+        return SECONDS, 60 * float(found["shared"])
+    if found["hours"]:
+        minutes, seconds = found["minutes_of_it"], found["rest_of_it"] or found["seconds_of_it"]
+        return SECONDS, 3600 * float(found["hours"]) + 60 * float(minutes or 0) + float(
+            seconds or 0
+        )
     if found["minutes"]:
         return SECONDS, 60 * float(found["minutes"]) + float(found["rest"] or 0)
     if found["seconds"]:
         return SECONDS, float(found["seconds"])
     if found["joined"] or found["plain"]:
         return PLAIN, float(found["joined"] or found["plain"])
-    return f"#{found['ordinal'] or found['frames'] or found['other']}".lower().rstrip(), None
+    return (
+        f"#{found['ordinal'] or found['frames'] or found['other'] or found['comma']}".lower().rstrip(),
+        None,
+    )

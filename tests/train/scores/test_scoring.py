@@ -119,6 +119,32 @@ RIGHT = [
 ]
 
 
+LONG = {
+    "<t:3664>": ("1h 1m 4s", "1 hour 1 minute 4 seconds", "1 hour, 1 minute and 4 s", "01:01:04"),
+    "<t:3604>": ("1 hour and 4 seconds", "1 h 4 s"),
+    "<t:90>": ("1.5 minutes", "at 1.5 min", "1 min 30 s", "1:30"),
+    "from <t:60> to <t:90>": ("1 to 1.5 minutes", "1-1.5 min", "between 1 and 1.5 minutes",
+                              "1 min to 1 min 30 s", "from 60 s to 1.5 min", "from 1 to 1.5 minutes"),
+    "from <t:1> to <t:240>": ("1.0s to 4.0 min", "1 s - 4 min"),
+}  # fmt: skip
+"""Seconds -> what says them by hours and minutes; read by their seconds alone these were others."""
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"), [(k, one) for k, own in LONG.items() for one in own]
+)
+def test_hours_and_minutes_count(reference: str, said: str) -> None:
+    found = score(asked(reference, 7200.0), said)
+    assert (found["parsed"], found["error"]) == (1.0, pytest.approx(0.0))
+
+
+@pytest.mark.parametrize("said", ["3,5 s", "1,005 seconds", "at 2,5 min"])
+def test_a_comma_in_a_time_is_not_read_in_two(said: str) -> None:
+    """3,5 s is 3.5 s here and 1,005 s is 1005 s there: neither is 5 s."""
+    for reference in ("<t:5>", "from <t:3> to <t:5>"):
+        assert score(asked(reference, 7200.0), said)["parsed"] == 0.0
+
+
 @pytest.mark.parametrize(("reference", "said"), RIGHT)
 def test_what_a_person_would_call_right_gets_all(reference: str, said: str) -> None:
     found = score(asked(reference, 40.0), said)
