@@ -4,13 +4,14 @@
     pair     where it is at a given time, in two such frames of different clips, one after the other
     slides   the same in two to eight
     clip     where it is in a clip, in the middle of the time that it is visible
-    moment   where it is in a clip at a given time
+    moment   where it is in a clip at a given time; to train on, beside the questions of `clip`
 
 Trained all at once, or on few clips, none of them is learned; `train/presets/evidence/space.yaml` trains
 them step by step. Slides teach to look at the time: every slide shows the object, elsewhere in each, so
 that an answer without the time is far off. In a clip it moves so little that such an answer is nearly
-right, and a model that has learned that does not get past it. Stills and slides are frames cut from the
-bank, so the bank must hold the clip's BANKED frames.
+right, and a model that has learned that does not get past it. Questions without a time teach to look for
+the name: with times alone, a model that looks at the right frame answers with another object that is
+there. Stills and slides are frames cut from the bank, so the bank must hold the clip's BANKED frames.
 """
 
 from collections import defaultdict
@@ -71,10 +72,11 @@ def place_records(
     turns = [turn for frame, thing in middles for turn in _turns(rng, [thing], frame)]
     moments = [(int(rng.integers(t.first, t.last + 1)), t) for t in things for _ in range(2)]
     at = [turn for frame, thing in moments for turn in _turns(rng, [thing], frame, frame / fps)]
+    turns, at = shuffled(rng, turns), shuffled(rng, at)
     return {
         "still": stills,
-        "clip": asked(video, shuffled(rng, turns)),
-        "moment": asked(video, shuffled(rng, at)),
+        "clip": asked(video, turns),
+        "moment": asked(video, at if is_test else [*at, *turns]),
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.annotations.fault import json_type, short, split_place
+from shards.annotations.fault import json_type, short
 from shards.annotations.forms import FORMS
 from shards.annotations.sniff import GZIP, is_record, is_stray, not_records, object_kind
 from shards.errors import UserError
@@ -95,11 +95,7 @@ ALL = Selection()
 def read_rows(path: str | Path) -> Rows:
     """Yield rows as `unparsed_rows`, but parsed: an `UnreadableRow` for each that cannot be read."""
     for where, row in unparsed_rows(path):
-        try:
-            row = parsed(row)
-        except RecursionError as error:
-            raise UserError(f"{UNREADABLE}: {error}", where=split_place(where)[0]) from None
-        yield where, row
+        yield where, parsed(row)
 
 
 def unparsed_rows(path: str | Path) -> Rows:
@@ -250,6 +246,8 @@ def parsed(row: Any) -> Any:
     except json.JSONDecodeError as error:
         last = "; it is the last line: is the file cut short?" * row.is_last
         return UnreadableRow(f"not JSON: {error.msg} (column {error.colno}){last}")
+    except RecursionError:
+        return UnreadableRow("JSON that is nested too deeply")
 
 
 def unreadable(file: Path, error: json.JSONDecodeError) -> UserError:

@@ -14,7 +14,7 @@ from typing import Any
 
 from shards.annotations.fault import RowError, UnsupervisedError, short
 from shards.annotations.fields import kinds_of
-from shards.annotations.files import ALL, Selection, UnreadableRow, read_rows
+from shards.annotations.files import ALL, Selection, UnreadableRow, parsed, unparsed_rows
 from shards.annotations.forms import (
     FORMS,
     MEDIA_TAG,
@@ -27,6 +27,7 @@ from shards.annotations.forms import (
 )
 from shards.annotations.timeline import Cut
 from shards.errors import UserError
+from shards.progress import progress
 from shards.text import printable
 
 Turns = tuple[tuple[str, str], ...]
@@ -62,11 +63,14 @@ def rows_of(
     try:
         # all rows first: a file that cannot be read to its end gives none, and a
         # share is one of its number
-        rows = list(read_rows(path))
+        rows = list(unparsed_rows(path))
     except UserError as error:
         problems.append(str(error))
         return
-    yield from (rows[k] for k in chosen.of(len(rows)))
+    wanted = chosen.of(len(rows))
+    for k in progress(f"reading {Path(path).name}", "rows", len(wanted), wanted):
+        where, row = rows[k]
+        yield where, parsed(row)
 
 
 def parse_row(

@@ -6,7 +6,7 @@ plan of 100,000 records takes ten times as long the first time. Frames are count
 catalogues.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from hashlib import blake2b
@@ -18,6 +18,7 @@ import numpy as np
 
 from model.lape.tokens import LapeTokens
 from shards.errors import UserError
+from shards.progress import progress
 from shards.signed import Json, canonical_json
 from train.batches.augment import Looks
 from train.batches.chat import Chat
@@ -268,11 +269,10 @@ def counted(
     counts = [np.zeros((0, len(Count._fields)), np.int64)]
     tally = Tally(chat)
     place = 0
-    for first in range(0, len(records), CHUNK):
+    for some in chunks(records):
         if len(tally) > KEPT:
             tally.forget()
         talks, written = list[list[list[int]]](), list[bool]()
-        some = records[first : first + CHUNK]
         for record in some:
             own = durations[place : place + record.media]
             place += record.media
@@ -295,6 +295,15 @@ def counted(
             fix="correct them, or set on_bad_record: drop, which leaves such records out",
         )
     return np.concatenate(counts)
+
+
+def chunks(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
+    """Yield `CHUNK` records after the other, under a bar."""
+    with progress("counting tokens", "records", len(records)) as bar:
+        for first in range(0, len(records), CHUNK):
+            some = records[first : first + CHUNK]
+            yield some
+            bar.update(len(some))
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shards.annotations.files import annotation_files, read_rows, stray_files
+from shards.annotations.files import UnreadableRow, annotation_files, read_rows, stray_files
 from shards.errors import UserError
 
 ROWS: list[dict[str, Any]] = [
@@ -101,6 +101,15 @@ def test_a_file_of_something_else_is_told_what_it_is(
     assert str(caught.value).startswith(f"{path}: ")
     assert expected in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+def test_a_line_that_is_nested_too_deeply_is_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": 1}\n' + "[" * 100_000 + '\n{"a": 2}\n')
+    rows = dict(read_rows(path))
+    assert (rows[f"{path}:1"], rows[f"{path}:3"]) == ({"a": 1}, {"a": 2})
+    assert isinstance(rows[f"{path}:2"], UnreadableRow)
+    assert "nested too deeply" in rows[f"{path}:2"]
 
 
 def test_lists_as_python_prints_them_are_named_in_a_csv(tmp_path: Path) -> None:
