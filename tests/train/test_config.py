@@ -68,6 +68,11 @@ YAML_CASES = [
     ("learning_rat: 3", ["did you mean learning_rate?"]),
     ("bf16: maybe", ["x.yaml:1 bf16 must be true, false or auto, got 'maybe'"]),
     ("seed: 1\nmax_frames_num: many", ["x.yaml:2 max_frames_num must be a positive integer"]),
+    *[
+        (f"seed: 1\n{line}", [f"x.yaml:2 {line.partition(':')[0]} is {word}; leave it out"])
+        for word in ("null", "~", "Null")
+        for line in (f"output_dir: {word}", f"media_dir: {word}", f"eval_path: [{word}]")
+    ],
     ("seed: 1\nseed: 2", ["x.yaml:2 seed: already set in line 1"]),
     ("slow_frame_ratio: 1.5", ["x.yaml:1 slow_frame_ratio must be a number in [0, 1], got '1.5'"]),
     ("slow_frame_ratio: half", ["x.yaml:1 slow_frame_ratio must be a number in [0, 1]"]),

@@ -95,10 +95,8 @@ def _read(match: re.Match[str]) -> tuple[str, float | None]:
     if found["shared"]:
         return SECONDS, 60 * float(found["shared"])
     if found["hours"]:
-        minutes, seconds = found["minutes_of_it"], found["rest_of_it"] or found["seconds_of_it"]
-        return SECONDS, 3600 * float(found["hours"]) + 60 * float(minutes or 0) + float(
-            seconds or 0
-        )
+        minutes, rest = found["minutes_of_it"], found["rest_of_it"] or found["seconds_of_it"]
+        return SECONDS, 3600 * float(found["hours"]) + 60 * float(minutes or 0) + float(rest or 0)
     if found["minutes"]:
         return SECONDS, 60 * float(found["minutes"]) + float(found["rest"] or 0)
     if found["seconds"]:

@@ -29,6 +29,7 @@ BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
 BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
+NULL = "tag:yaml.org,2002:null"
 NOT_ZERO = re.compile("[^eE]*[1-9]")
 
 Origin = str
@@ -164,6 +165,11 @@ def _lines(
             problems.append(f"{path}:{line} {key.value}: already set in line {seen[key.value]}")
             continue
         seen[key.value] = line
+        # as a text it would be a folder of that name
+        nulls = [one for one in (node, *_items(node)) if one.tag == NULL and one.value]
+        if nulls and not is_foreign(key.value):
+            problems.append(f"{path}:{line} {key.value} is {nulls[0].value}; leave it out")
+            continue
         if isinstance(node, yaml.ScalarNode):
             value: Any = node.value
         elif isinstance(node, yaml.SequenceNode):
@@ -179,6 +185,10 @@ def _lines(
             continue
         found.append((key.value, value, f"{path}:{line}"))
     return found
+
+
+def _items(node: yaml.Node) -> list[yaml.Node]:
+    return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def _set(
