@@ -25,6 +25,8 @@ FRAMES = 6
 """Of a clip, above a time line."""
 MOST_NAME = 14
 """Letters of a run's name before its bar; what is longer is cut, and whole below."""
+SAME = ("record", "turn", "question", "reference")
+"""Fields by which two runs' answers are to one question."""
 TIMED = ("span", "windows", "time", "tube")
 PLACED = ("point", "box")
 
@@ -57,11 +59,12 @@ def questions_of(own: Sequence[tuple[Run, TestSet]], name: str) -> list[Question
     # so that large is good for errors, too
     sign = -1.0 if kind.errs else 1.0
     by_run = [
-        {(row["record"], row["turn"]): row for row in test.rows if row["kind"] == name}
+        {tuple(row[field] for field in SAME): row for row in test.rows if row["kind"] == name}
         for _, test in own
     ]
     found = []
-    # only what all have answered: runs may have been scored with another --max_records
+    # only what all have answered: runs may have been scored with another --max_records, or before
+    # the records changed
     for key, row in by_run[0].items() if by_run else ():
         if all(key in rows for rows in by_run):
             said = tuple((run, rows[key]) for (run, _), rows in zip(own, by_run, strict=True))
