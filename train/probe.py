@@ -65,6 +65,8 @@ def main(argv: list[str]) -> None:
         if hits:
             report["frames_named"] = float(np.concatenate(hits).mean())
         write(place, dataset, report, said, keep=True)
+        if others := sum(record.questions for record in dataset.held_out) - len(said):
+            print(f"{others} other questions of {path} are not what this probe answers")  # noqa: T201
         if hits:
             print(f"{report['frames_named']:.1%} of the frames in these spans are named right")  # noqa: T201
 

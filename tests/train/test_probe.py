@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from train.data.records import Record, Turn
 from train.pages.read.runs import read_runs
 from train.pages.table import table
 from train.probe import main
-from train.probes.spans import longest_run
+from train.probes.places import examples_of
+from train.probes.spans import longest_run, meaning_of
 
 MEANINGS = [["a street", "a road"], ["a cat"], ["a cat on a roof", "an animal high up"]]
 FRAMES = 12
@@ -180,3 +182,32 @@ def test_places_of_clips_are_not_read_off(
         main(given)
     assert stopped.value.code == 2
     assert "frames of one grid are what places are learned from" in capsys.readouterr().err
+
+
+def test_what_is_no_answer_is_not_learned(make_clip: Callable[..., Any]) -> None:
+    talk = [
+        ("system", "Be brief."),
+        ("user", "<video>What is at <x:0.1><y:0.2>?"),
+        ("assistant", "a cat"),
+        ("user", "And where is the dog?"),
+        ("assistant", "<x:0.3><y:0.4>"),
+    ]
+    record = Record("r", ("a.jpg",), tuple(Turn(*pair) for pair in talk), "", "here")
+    (one,) = examples_of(record, make_clip(1, 1), 2)
+    assert (one.blank.turn, one.blank.question) == (4, "And where is the dog?")
+    assert one.blank.asked.coordinates == (0.3, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("question", "meaning"),
+    [
+        ("When is there a cat?", 1),
+        ("When is there a catalogue?", None),
+        ("When is there a cat on a roof?", 2),
+        ("什么时候有猫?", 3),
+        ("Is a road, or not?", 0),
+    ],
+)
+def test_phrases_are_whole_words(question: str, meaning: int | None) -> None:
+    phrases = [tuple(own) for own in [*MEANINGS, ["猫"]]]
+    assert meaning_of(question, phrases) == meaning

@@ -74,12 +74,17 @@ class Loader:
         # a spliced record is used once: there is nothing to gain from keeping many
         kept = 1_000 if dataset.splices else 100_000
         self._encoded = lru_cache(maxsize=kept)(self._encode)
-        self.fitting = lru_cache(maxsize=kept)(self._fitting)
+        self._fits = lru_cache(maxsize=kept)(self._frames_that_fit)
         # lru_cache on the instance: the caches die with the loader, and no record
         # needs a hash of the dataset
         self._record = lru_cache(maxsize=1_000)(dataset.record)
 
-    def _encode(self, record: Record, answer: int | None) -> Encoded:
+    def _encode(self, record: Record, places: object, answer: int | None) -> Encoded:
+        """Return a record, or its prompt, as tokens. places: its own.
+
+        Records are equal where their places differ: a file in two datasets may have two banks, whose
+        clips of one id have other durations.
+        """
         durations = [clip.info.duration for clip in self.dataset.clips(record)]
         if not record.independent:
             return self.chat.encode(record.turns, durations, answer=answer)
@@ -90,12 +95,15 @@ class Loader:
         alone = one_by_one(record.turns)[asked]  # as in training: without the turns before
         return self.chat.encode(alone, durations, answer=len(alone) - 1)
 
-    def _fitting(self, record: Record) -> int:
+    def fitting(self, record: Record) -> int:
         """Return the most frames of a clip within a record's token limit; 0 if one is too much."""
         if not self.limit:
             return self.config.max_frames_num
+        return self._fits(record, record.places)
+
+    def _frames_that_fit(self, record: Record, places: object) -> int:
         infos = [clip.info for clip in self.dataset.clips(record)]
-        encoded = self._encoded(record, None)
+        encoded = self._encoded(record, places, None)
         return frames_within(encoded, infos, self.config, self.pool, self.limit, self.chat.stamp)
 
     def prompt_length(self, record: Record, answer: int) -> int:
@@ -110,7 +118,7 @@ class Loader:
         looks: Sequence[Look] | None = None,
     ) -> tuple[Row, list[Medium]]:
         """Return a record's row, cut where an answer begins if one is given, and the media in it."""
-        encoded = self._encoded(record, answer)
+        encoded = self._encoded(record, record.places, answer)
         # a prompt may end before the record's last medium, whose features would be read for nothing
         media: list[Medium] = [*self.dataset.clips(record)[: encoded.ids.count(MEDIA)]]
         most = max(self.fitting(record), 1) if most is None else most

@@ -63,7 +63,8 @@ class Measure:
         dataset, settings = self.dataset, self.settings
         # a dataset of spliced records alone has no others, whose empty columns could not be joined
         lots = [self._read] if self._read.clips.record.size or not dataset.splices else []
-        lots += [self._spliced(file, number) for file in dataset.files if file.splice]
+        spliced = [file for file in dataset.files if file.splice]
+        lots += [self._spliced(*own, number) for own in zip(spliced, self._sources, strict=True)]
         text, supervised, *apart = widened([lot.counts for lot in lots]).T
         clips = lots[0].clips
         if dataset.splices:
@@ -114,12 +115,12 @@ class Measure:
         stamped = bool(self.settings.time_form)
         return Lot(clips, widened(counts), frame_times(media) if stamped else NO_TIMES)
 
-    def _spliced(self, file: RecordFile, epoch: int) -> "Lot":
-        """The records that are spliced for an epoch."""
+    def _spliced(self, file: RecordFile, sources: Clips, epoch: int) -> "Lot":
+        """The records that are spliced for an epoch. sources: the clips of its sources."""
         splice = file.splice
         assert splice is not None
         laid = splice.layout(epoch, np.arange(file.count))
-        clips = self._sources[file.path].spliced(laid)
+        clips = sources.spliced(laid)
         facts: Json = {"tokenizer": self.template, "anchors": repr(self.anchors)}
         facts |= {"settings": repr(splice.settings), "code": counting_code()}
         facts |= {"turns": "independent"} if splice.independent else {}
@@ -154,16 +155,13 @@ class Measure:
         return counts
 
     @cached_property
-    def _sources(self) -> dict[str, Clips]:
-        """The clips of the sources that are spliced, by dataset."""
-        dataset = self.dataset
-        return {
-            file.path: Clips.of(
-                file.splice.records, dataset.banks, *self._strides, self.settings.pooled
-            )
-            for file in dataset.files
-            if file.splice
-        }
+    def _sources(self) -> list[Clips]:
+        """The clips of the sources of each splice."""
+        # in a list: two splices may be of one file, and of other rows or banks
+        return [
+            Clips.of(own.records, self.dataset.banks, *self._strides, self.settings.pooled)
+            for own in self.dataset.splices
+        ]
 
     @property
     def _strides(self) -> tuple[int, int]:

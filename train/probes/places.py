@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ class Places:
 
     def answer(self, record: Record, medium: Medium) -> tuple[Prediction, None] | None:
         """Return the answer to a record's one question; None where it is no question of this kind."""
-        examples = examples_of(record, medium, self.stride) if len(record.turns) == 2 else []
+        examples = examples_of(record, medium, self.stride) if record.questions == 1 else []
         one = next(iter(examples), None)
         if (
             one is None
@@ -121,8 +122,11 @@ def examples_of(record: Record, medium: Medium, stride: int) -> list[Example]:
         return []
     cells = as_tensor(parts[0].read(stride, [0]))[0]
     found = []
-    for turn in range(1, len(record.turns), 2):
-        asked, reference = (record.turns[k].text for k in (turn - 1, turn))
+    for turn, (before, said) in enumerate(pairwise(record.turns), 1):
+        # what a system prompt says is no question, and a question is no answer to it
+        if (before.role, said.role) != ("user", "assistant"):
+            continue
+        asked, reference = before.text, said.text
         blank = Prediction(
             record.id, record.clips, turn, record.task, asked, reference,
             medium.info.duration, "", cut=False,

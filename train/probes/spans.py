@@ -1,5 +1,6 @@
 """Spans of what a phrase names: the frames whose nearest mean is that of its meaning."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,27 +32,25 @@ class Spans:
         self.centres = np.stack([np.concatenate(own).mean(axis=0) for own in frames.values()])
         """float32 `(meanings, dim)`."""
 
-    def meaning(self, question: str) -> int | None:
-        """Return which one a question asks about, by the longest phrase in it."""
-        named = [
-            (len(phrase), k)
-            for k, phrases in enumerate(self.meanings)
-            for phrase in phrases
-            if phrase in question
-        ]
-        # the longest: "a cat" stands in "a cat on a roof" as well, whose meaning is another
-        return max(named)[1] if named else None
-
     def answer(self, record: Record, clip: Medium) -> tuple[Prediction, np.ndarray] | None:
         """Return the answer to a record's one question, and of each frame in the span whether it is
         named right; None where it is no question about the span of a phrase."""
         # one question and its answer: later turns would be about what was said before
-        if len(record.turns) != 2:
+        roles = [turn.role for turn in record.turns]
+        if roles[-2:] != ["user", "assistant"] or record.questions > 1:
             return None
-        asked, reference = (turn.text for turn in record.turns)
-        info, meaning = clip.info, self.meaning(asked)
+        asked, reference = (turn.text for turn in record.turns[-2:])
+        info, meaning = clip.info, meaning_of(asked, self.meanings)
         blank = Prediction(
-            record.id, record.clips, 1, record.task, asked, reference, info.duration, "", cut=False
+            record.id,
+            record.clips,
+            len(roles) - 1,
+            record.task,
+            asked,
+            reference,
+            info.duration,
+            "",
+            cut=False,
         )
         if meaning is None or blank.asked.kind != "span":
             return None
@@ -65,6 +64,19 @@ class Spans:
         begins, ends = blank.asked.coordinates
         inside = (times >= begins) & (times < ends)
         return replace(blank, answer=f"from {start:.3f} to {end:.3f}"), named[inside]
+
+
+def meaning_of(question: str, meanings: Sequence[Phrases]) -> int | None:
+    """Return which meaning a question asks about, by the longest phrase in it."""
+    named = [
+        (len(phrase), k)
+        for k, phrases in enumerate(meanings)
+        for phrase in phrases
+        # whole words, in languages that put blanks between them: "a catalogue" names no cat
+        if re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", question, re.ASCII)
+    ]
+    # the longest: "a cat" stands in "a cat on a roof" as well, whose meaning is another
+    return max(named)[1] if named else None
 
 
 def means(clip: Medium, stride: int, first: int, last: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from shards.errors import UserError
 from shards.read.banks import joint
 from shards.signed import Json
 from train.batches.clips import Clips
+from train.batches.plan import drawn_facts
 from train.data.dataset import Dataset, open_dataset
 from train.data.known.facts import Media, media_of
 from train.data.records import Record
@@ -52,6 +53,11 @@ class Inputs:
         plan = facts["plan"] | {"stage": weights_digest(config.stage_path)}
         return facts | {"plan": plan}
 
+    def asked(self, run: Run) -> Json:
+        """Return what a run's scores are to be of: its test records, and how many of them."""
+        facts = self._opened(run.config, run.sweep.test_path)[1]
+        return facts["test"] | {"max_records": run.sweep.max_records}
+
     def _opened(self, config: TrainConfig, test_path: tuple[str, ...]) -> tuple[Dataset, Json]:
         names = [item.name for item in fields(DataSettings)] + ["slow_frame_ratio"]
         drawn = config.splice_path or config.data_config or config.augment
@@ -80,10 +86,14 @@ def facts_of(dataset: Dataset) -> Json:
         for k, file in enumerate(dataset.files)
     }
     kept = [media for file in dataset.files for media in media_of(file.records)]
+    # a mixture's YAML says these things of its datasets, and is compared by what it gives
+    said = drawn_facts(dataset) | {
+        "independent": [k for k, file in enumerate(dataset.files) if file.independent]
+    }
     held_out = hashlib.blake2b(repr([r.turns for r in dataset.held_out]).encode(), digest_size=16)
     return {
         "bank": joint(dataset.banks.config),
-        "plan": {"records": records, "clips": clips(kept)},
+        "plan": {"records": records, "clips": clips(kept), "datasets": said},
         # apart from the plan: scores are made again where the test set changed, training is not
         "test": {"records": held_out.hexdigest(), "clips": clips(dataset.held_out)},
     }

@@ -83,7 +83,9 @@ def changes(run: Run, inputs: Json) -> list[str]:
     if record and not lines:
         if run.stage and record_of(run.stage) is None:  # it is trained again first
             inputs = inputs | {"plan": inputs["plan"] | {"stage": record.inputs["plan"]["stage"]}}
-        lines += facts_changed(record.inputs, inputs)
+        # facts that came after the run cannot be compared
+        told = {name: now for name, now in inputs["plan"].items() if name in record.inputs["plan"]}
+        lines += facts_changed(record.inputs, inputs | {"plan": told})
     return list(dict.fromkeys(lines))
 
 

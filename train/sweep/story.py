@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.signed import Json
 from shards.text import counted, duration
 from shards.write.lock import folder_lock
 from train.scores.results import CONTROLS, distinct_names, read_report
@@ -54,7 +53,8 @@ def run_sweeps(
     with folder_lock(top, command[:SHOWN]), Children(launcher, holding) as children:
         failed = take_all(runs, inputs, children)
     # also after a stop or a failure: what is finished can be read
-    for path in write_tables(runs, command, failed, top):
+    asked = [inputs.asked(run) for run in runs]
+    for path in write_tables(runs, asked, command, failed, top):
         say(f"{path.read_text()}\nwritten: {path}")
     # who stopped it waits for it to end
     if not children.stopped:
@@ -188,6 +188,9 @@ def take(run: Run, inputs: Inputs, children: Children) -> str | None:
         ended = children.run("run.py", run.words)
         if ended.code or children.stopped:
             return f"exit {ended.code}: {ended.last_error}"
+        # a preset is read again by each run: one that was written to since would be another run
+        if lines := changes(run, now):
+            return other_run(run, lines)
         record = Record(
             inputs={name: now[name] for name in ("bank", "plan")},
             seconds=time.monotonic() - began,
@@ -198,7 +201,7 @@ def take(run: Run, inputs: Inputs, children: Children) -> str | None:
     else:
         say(f"    finished before, in {duration(record.seconds)}")
     for control in ("", *run.sweep.controls) if run.sweep.test_path else ():
-        asked: Json = now["test"] | {"max_records": run.sweep.max_records}
+        asked = inputs.asked(run)
         # both: scores of other records, or files that were removed, are made again
         if record.scored.get(control) == asked and all_scored(run, control):
             continue

@@ -43,10 +43,18 @@ class Scored:
     run: Run
     record: Record
     test: str
+    asked: Json
+    """What its scores are to be of; those of other records are none."""
 
     @cached_property
     def report(self) -> Json:
-        return read_report(self.place(""))
+        return self.read("")
+
+    def read(self, control: str) -> Json:
+        """Return the report of a control, or without one (""); empty where it is of other records."""
+        # a test set that has changed is scored run by run, and a stop leaves some with the old one
+        fits = self.record.scored.get(control) == self.asked
+        return read_report(self.place(control)) if fits else {}
 
     @cached_property
     def answers(self) -> Answers:
@@ -56,7 +64,7 @@ class Scored:
         return self.run.folder / f"eval-{self.test}{CONTROLS.get(control, '')}.json"
 
     def control(self, name: str, metric: Metric) -> float | None:
-        return score_of(read_report(self.place(name)), metric)
+        return score_of(self.read(name), metric)
 
 
 def score_of(report: Json, metric: Metric) -> float | None:
@@ -66,20 +74,31 @@ def score_of(report: Json, metric: Metric) -> float | None:
 
 
 def write_tables(
-    runs: Sequence[Run], command: str, failed: Mapping[str, str], folder: Path
+    runs: Sequence[Run],
+    asked: Sequence[Json],
+    command: str,
+    failed: Mapping[str, str],
+    folder: Path,
 ) -> list[Path]:
-    """Write `SWEEP.md` for each sweep of some runs; return their paths."""
+    """Write `SWEEP.md` for each sweep of some runs; return their paths.
+
+    asked: what the scores of each run are to be of, see `Inputs.asked`.
+    """
     paths = []
     for sweep in {run.sweep.path: run.sweep for run in runs}.values():
-        own = [run for run in runs if run.sweep.path == sweep.path]
+        pairs = zip(runs, asked, strict=True)
+        own = [(run, facts) for run, facts in pairs if run.sweep.path == sweep.path]
         path = folder / f"{sweep.name}.md"
         write_atomic(path, page(sweep, own, command, failed).encode())
         paths.append(path)
     return paths
 
 
-def page(sweep: Sweep, runs: Sequence[Run], command: str, failed: Mapping[str, str]) -> str:
-    """Return the Markdown of a sweep."""
+def page(
+    sweep: Sweep, own: Sequence[tuple[Run, Json]], command: str, failed: Mapping[str, str]
+) -> str:
+    """Return the Markdown of a sweep; own: its runs, and what their scores are to be of."""
+    runs = [run for run, _ in own]
     records = {run.name: record_of(run.folder) for run in runs}
     done = [run for run in runs if records[run.name]]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -90,8 +109,8 @@ def page(sweep: Sweep, runs: Sequence[Run], command: str, failed: Mapping[str, s
     for test in distinct_names(sweep.test_path) if sweep.test_path else []:
         scored = [
             one
-            for run in done
-            if (record := records[run.name]) and (one := Scored(run, record, test)).report
+            for run, asked in own
+            if (record := records[run.name]) and (one := Scored(run, record, test, asked)).report
         ]
         if scored:
             lines += tables_of(sweep, test, scored, runs)

@@ -165,6 +165,29 @@ def test_records_with_a_timeline_are_read_each_time(world: World) -> None:
     assert places_of_all(first) == places_of_all(second)
 
 
+def test_a_timeline_without_a_frame_is_read_again_where_there_may_be_one(
+    world: World, make_bank: Callable[..., Path]
+) -> None:
+    """Which frames are banked is no part of the key: it is of no use for any other record."""
+    timeline = [{"video": "a.mp4", "start": 0.03, "end": 0.1}]
+    one = row("between", "<video>What?", "nothing") | {"timeline": timeline}
+    del one["video"]
+    config = world.config(world.file([*SOUND, one]), **LENIENT)
+    for _ in range(2):
+        assert [drop.id for drop in open_dataset(config).drops] == ["between"]
+    finer = replace(config, bank=[str(finely(world, make_bank))])
+    assert open_dataset(finer).drops == ()
+
+
+def finely(world: World, make_bank: Callable[..., Path]) -> Path:
+    """Write the bank of the same clips with twice the frames."""
+    arrays = {4: np.zeros((16, 2, 2, 5), np.float16), 8: np.zeros((16, 1, 1, 5), np.float16)}
+    meta = {"end": 1.0, "timestamps": [k / 16 for k in range(16)]}
+    return make_bank(
+        world.folder / "fine", dict.fromkeys(CLIPS, arrays), quarantined=("q.mp4",), meta=meta
+    )
+
+
 def places_of_all(dataset: Dataset) -> list[object]:
     return [(record, len(record.places)) for record in dataset.records]
 

@@ -18,7 +18,12 @@ import yaml
 
 import train.run
 from train.settings.output import RUN
-from train.sweep.record import record_of
+from train.sweep.inputs import Inputs
+from train.sweep.record import Record, record_of
+from train.sweep.runs import runs_of
+from train.sweep.start import Children, Launcher
+from train.sweep.story import take
+from train.sweep.table import Scored, score_of
 
 ROOT = Path(__file__).resolve().parents[3]
 Refused = Callable[..., str]
@@ -191,6 +196,75 @@ def test_other_records_are_other_inputs(
     run_json = done.out / "a" / "seed-0" / RUN  # as if trained from there, with all lines
     run_json.write_text(run_json.read_text().replace(str(toy / "train.jsonl"), str(copied)))
     assert "record file" in refused(done.start)
+
+
+SAID = {
+    "turns": ({}, {"turns": "independent"}, "datasets.independent was [], is now [0]"),
+    "wording": (
+        {"splice": {"records": 6, "parts": 1}},
+        {"splice": {"records": 6, "parts": 1, "questions": "seen"}},
+        "datasets.splice.0.questions was ",
+    ),
+    "nothing": ({"turns": "dialogue"}, {}, ""),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_a_mixture_says_of_its_datasets_is_an_input(
+    done: Bench, refused: Refused, toy: Path, tmp_path: Path, case: str
+) -> None:
+    before, after, words = SAID[case]
+    records = toy / "train.jsonl"
+    if "splice" in before:
+        videos = {json.loads(line)["video"] for line in records.read_text().splitlines()}
+        records = tmp_path / "phrases.jsonl"
+        rows = [json.dumps({"video": v, "phrase": v}) for v in sorted(videos)]
+        records.write_text("\n".join(rows))
+    mixture = tmp_path / "m.yaml"
+    changes = {"data_path": [], "data_config": str(mixture), "turns": "dialogue"}
+    run = done.out / "a" / "seed-0"
+    for name, entry in (("then", before), ("now", after)):
+        mixture.write_text(yaml.safe_dump({"x": {"records": str(records)} | entry}))
+        if name == "then":  # as if trained on that
+            written = json.loads((run / RUN).read_text())
+            written["config"] |= changes
+            (run / RUN).write_text(json.dumps(written))
+            done.write({"a": {"data_path": "", "data_config": str(mixture)}})
+            (one,) = runs_of(done.words, os.environ, None)
+            facts = Inputs().of(one)
+            Record({k: facts[k] for k in ("bank", "plan")}, 1.0, 1.0).write(run)
+    if words:
+        assert words in refused(done.start)
+    else:
+        done.start()
+
+
+def test_scores_of_other_records_are_none_in_a_table(done: Bench) -> None:
+    """As a stop leaves them, after which some runs were scored on a changed test set, others not."""
+    (run,) = runs_of(done.words, os.environ, None)
+    for ending in ("", "-shuffled"):
+        report = {"tasks": {"span": {"iou": 0.5}}}
+        (run.folder / f"eval-test{ending}.json").write_text(json.dumps(report))
+    record = Record({}, scored={"": {"records": "then"}, "shuffled": {"records": "now"}})
+    then, now = (Scored(run, record, "test", {"records": word}) for word in ("then", "now"))
+    metric = ("span", "iou")
+    assert [score_of(one.report, metric) for one in (then, now)] == [0.5, None]
+    assert [one.control("shuffled", metric) for one in (then, now)] == [None, 0.5]
+
+
+@pytest.mark.slow
+def test_a_preset_that_changes_while_a_sweep_runs_is_no_run_of_it(
+    bench: Bench, tmp_path: Path
+) -> None:
+    preset = tmp_path / "p.yaml"
+    preset.write_text("learning_rate: 0.01\n")
+    bench.settings = {k: v for k, v in bench.settings.items() if k != "learning_rate"}
+    bench.write({"a": {}}, config=str(preset))
+    (run,) = runs_of(bench.words, os.environ, None)
+    preset.write_text("learning_rate: 0.02\n")
+    why = take(run, Inputs(), Children(Launcher.here(None)))
+    assert "learning_rate was 0.02, is now 0.01" in str(why)
+    assert record_of(run.folder) is None
 
 
 def test_settings_that_say_nothing_about_weights_may_differ(

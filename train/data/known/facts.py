@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from shards.annotations.files import ALL, Selection, annotation_files, parsed
-from shards.annotations.timeline import Cut
+from shards.annotations.timeline import REASON, Cut
 from shards.errors import UserError
 from shards.read.banks import Banks, Place
 from shards.read.timeline import Timeline
@@ -88,6 +88,9 @@ class Facts:
         """
         row_of = {place: row for row, place in enumerate(places)}
         if any(record.cuts for record in records) or len(row_of) < len(places):
+            return None
+        # a bad timeline may be one for want of a frame, and which frames are banked is not in the key
+        if any(drop["reason"] == REASON for drop in drops):
             return None
         bank_of = {id(bank): number for number, bank in enumerate(banks.banks)}
         media = [place for record in records for place in record.places]
