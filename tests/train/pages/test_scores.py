@@ -170,7 +170,7 @@ def test_scores_of_other_questions_are_not_compared_without_a_word(
     assert ("other questions" in span.shown_control("shuffled")) != is_same
     shown = scores_of(runs, same_tests(runs)["/data/test.jsonl"])
     assert ("other questions than a" in shown) != is_same
-    assert ("Side by side" in shown) == is_same
+    assert ("<li>span: <b>b</b> is " in shown) == is_same
     notes = [line for line in table(runs).splitlines() if line.startswith("note: ")]
     # b's own control was scored at b's time before
     assert len(notes) == (0 if is_same else 3), notes
