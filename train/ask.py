@@ -31,7 +31,7 @@ from shards.format.plan import TOWER_THREADS
 from shards.hub import absent
 from shards.read.bank import ClipInfo, of_units
 from shards.read.banks import Banks
-from shards.read.timeline import Medium, timeline_of
+from shards.read.timeline import Medium, parts_of, timeline_of
 from shards.signed import Json
 from train.data.coordinates import resolved
 from train.data.records import Record, Turn
@@ -168,7 +168,13 @@ def ask_banked(
     # before the answer: the features of another tower have the same shape, and give nonsense
     check_features(answerer.model, opened, folder)
     said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
-    return in_pixels(said, clip.info.display_size)
+    return in_pixels(said, size_of(clip))
+
+
+def size_of(medium: Medium) -> tuple[int, int] | None:
+    """Return (height, width) of a medium's frames; None for parts of several sizes."""
+    sizes = {part.info.display_size for part in parts_of([medium])}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 @dataclass(frozen=True)

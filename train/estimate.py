@@ -159,8 +159,10 @@ def read_bytes(settings: ModelSettings, dataset: Dataset, plan: RunPlan) -> np.n
     side = settings.finer
     # the cells that are joined, beside those that are predicted, which may be pooled of them
     read = (side**2 if side > 1 else 0) + (not settings.pool_after_projector)
-    # 2: banks hold 16-bit numbers. Tokens that close a frame are parameters of the model, not read.
-    return (plan.visual - frames * settings.closing_tokens) * width * 2 * read
+    # of an int8 bank a byte a number, and a float32 a cell: its scale; of others 16 bits a number
+    cells = {width + 4 if b.config.codec == "int8" else 2 * width for b in dataset.banks.banks}
+    # tokens that close a frame are parameters of the model, not read
+    return (plan.visual - frames * settings.closing_tokens) * max(cells) * read
 
 
 def encoder_line(dataset: Dataset, plan: RunPlan, per_step: float) -> str:

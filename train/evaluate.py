@@ -61,7 +61,7 @@ from train.start.stage_files import model_problem
 if TYPE_CHECKING:
     from model.vlm import VLM
 
-SCORED = ("answers", "tasks", "cut", "constant_span_miou", "examples")
+SCORED = ("answers", "tasks", "questions", "cut", "constant_span_miou", "examples")
 """Fields of a report that depend on its answers, which --rescore replaces."""
 
 

@@ -87,7 +87,7 @@ class Framebank(lmms):
         self.answerer = Answerer.load(Path(pretrained), self.device)
         self.tower = self.answerer.load_tower(tower)
         self.child = DecodeChild()
-        self.clips: OrderedDict[str, FreshClip] = OrderedDict()
+        self.clips = OrderedDict[tuple[str, int, int, int], FreshClip]()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answer to each request, in order."""
@@ -122,9 +122,11 @@ class Framebank(lmms):
     def _clip(self, medium: Any, where: str) -> FreshClip:
         """Return a medium's features: of a file, or of a picture in memory."""
         if isinstance(medium, str | Path):
-            key = str(medium)
+            stat = Path(medium).stat()
+            # a task may write its videos one after the other to one path
+            key = str(medium), stat.st_ino, stat.st_size, stat.st_mtime_ns
             if key not in self.clips:
-                self.clips[key] = self._encoded(Path(key))
+                self.clips[key] = self._encoded(Path(medium))
             # the one that was asked for longest ago is dropped first
             self.clips.move_to_end(key)
             while len(self.clips) > KEPT:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from preprocess.toy_models import save_tower
 from shards.errors import UserError
 from shards.format.features import FeatureConfig, Sampling
 from shards.read.banks import Banks
-from shards.read.timeline import parts_of
+from shards.read.timeline import SplicedClip, Stretch, parts_of, splice
 from train.ask import (
     Answerer,
     FreshClip,
@@ -33,6 +34,7 @@ from train.ask import (
     fresh_clip,
     load_tower,
     main,
+    size_of,
     tower_places,
 )
 from train.batches.chat import Chat
@@ -171,6 +173,24 @@ def test_answers_are_written_in_seconds_and_pixels() -> None:
     text = "red <t:1.2500> to <t:3.0>, at <x:0.5000><y:0.2500>"
     assert in_pixels(text, (400, 1000)) == "red 1.25 s to 3.00 s, at x 500 px y 100 px"
     assert in_pixels("yes", (400, 1000)) == "yes"
+    assert in_pixels(text, None) == "red 1.25 s to 3.00 s, at x 50 % y 25 %"
+
+
+def test_a_timeline_of_clips_of_several_sizes_has_no_pixels(
+    make_clip: Callable[..., FreshClip],
+) -> None:
+    """Those of its first part would be a place beside the right one in the others."""
+    wide, tall, also_wide = (
+        replace(clip, info=replace(clip.info, display_size=size))
+        for clip, size in ((make_clip(), size) for size in ((360, 640), (640, 360), (360, 640)))
+    )
+
+    def joined(*clips: FreshClip) -> SplicedClip:
+        whole = [Stretch(None, 0, len(c.info.timestamps), 0.0, c.info.duration) for c in clips]  # type: ignore[arg-type]
+        return splice(clips, whole)
+
+    assert size_of(wide) == size_of(joined(wide, also_wide)) == (360, 640)
+    assert size_of(joined(wide, tall)) is None
 
 
 def test_another_tower_is_refused_by_its_digest(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from model.lape.tokens import LapeTokens
+from preprocess.encode.run import EncodeOptions, encode
+from shards.read.bank import Bank
 from train.batches.chat import Chat
 from train.batches.loader import Loader, Share
 from train.batches.plan import plan_run
@@ -71,6 +73,23 @@ def test_tokens_pairs_and_bytes_are_those_of_the_batches(
     assert text["steps"] == "3 of 4 packs on 1 process; 3 short at the end of an epoch (2 rows)"
     step, pack = plan.heaviest
     assert f"step {step + 1}, pack {pack}: 1 x {max(plan.row_tokens)} places" in text["heaviest"]
+
+
+def test_an_int8_bank_is_read_in_its_own_bytes(
+    config: TrainConfig, toy: Path, toy_options: EncodeOptions, tmp_path: Path
+) -> None:
+    encode([str(toy / "videos")], tmp_path / "bank", replace(toy_options, codec="int8"))
+    config = replace(config, bank=[str(tmp_path / "bank")])
+    dataset = open_dataset(config)
+    plan = plan_run(config, dataset, 4)
+    assert plan.clips.tolist() == [1] * 6
+    bank = Bank.open(tmp_path / "bank")
+    # each record's frames as they are read: slow and fast ones take turns
+    for k, expected in enumerate(read_bytes(config, dataset, plan).tolist()):
+        row = bank.row(dataset.record(k).clips[0])
+        frames = range(int(plan.transitions[k]) + 1)
+        parts = [bank.read_int8(row, 4, frames[::2]), bank.read_int8(row, 8, frames[1::2])]
+        assert expected == sum(p.values.nbytes + p.token_scale.nbytes for p in parts)
 
 
 def test_time_and_reads_follow_from_the_stated_speed(config: TrainConfig, dataset: Dataset) -> None:

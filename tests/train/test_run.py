@@ -571,7 +571,54 @@ def test_the_best_checkpoint_by_held_out_loss_is_kept(
     text = (out / "train.log").read_text()
     assert f"best held-out loss {held_out[best]:.4f} at step {best}" in text
     state = read_state(out / "checkpoint-8")
-    assert state["best"] == {"loss": held_out[best], "step": best}
+    assert state["best"].items() >= {"loss": held_out[best], "step": best}.items()
+
+
+def test_a_resumed_run_compares_no_loss_with_that_of_other_held_out_records(
+    train_here: Callable[..., Path], trained_run: Path, toy: Path, tmp_path: Path
+) -> None:
+    lines = (toy / "test.jsonl").read_text().splitlines(keepends=True)
+    held_out = tmp_path / "held.jsonl"
+    out, settings = tmp_path / "out", {"eval_steps": 1, "save_total_limit": 1, "max_steps": 1}
+    settings |= {"stage_path": trained_run, "eval_path": held_out}
+    # the one it does well at first, then (in the same file) what it has not seen the likes of
+    held_out.write_text("".join(lines[:4]))
+    train_here(out, **settings)
+    text = [json.loads(line) for line in lines[:4]]
+    for row in text:
+        row["conversations"][1]["value"] = "zebra quilt vixen jumbled foxglove"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in text))
+    train_here(out, **settings | {"max_steps": 3})
+    found = {line["step"]: line["loss"] for line in lines_of(out, "eval")}
+    assert found[1] < min(found[2], found[3]), found
+    best = read_state(out / "checkpoint-3")["best"]
+    assert best["step"] == min((2, 3), key=lambda step: found[step])
+    assert "does not compare, and checkpoint-1" in (out / "train.log").read_text()
+    # the same ones again: nothing to say, and the best one stays
+    train_here(out, **settings | {"max_steps": 4})
+    assert (out / "train.log").read_text().count("does not compare") == 1
+
+
+def test_scores_of_weights_that_a_run_has_replaced_are_set_aside(
+    train_here: Callable[..., Path], toy_bank: Path, toy: Path, tmp_path: Path
+) -> None:
+    out = train_here(tmp_path / "out", max_steps=1)
+    names = ["eval-t.json", "predictions-t.jsonl", "foreseen-t.npz", "eval-t-untrained.json"]
+    report = {"test_set": "t", "data_path": "/t.jsonl", "tasks": {}, "answers": 0}
+    for name in names:
+        (out / name).write_text(json.dumps(report))
+    (out / "eval-notes.json").write_text("[]")
+    # nothing is trained: the scores are of these weights
+    train_here(out, max_steps=1)
+    assert all((out / name).exists() for name in names)
+    train_here(out, max_steps=2)
+    assert not any((out / name).exists() for name in names)
+    assert all((out / f"{name}.old").exists() for name in names)
+    assert (out / "eval-notes.json").exists()
+    assert (
+        "scores    of the model that was here before (t, t-untrained)"
+        in (out / "train.log").read_text()
+    )
 
 
 OTHER = [

@@ -15,7 +15,7 @@ seed, step and pack.
 import os
 import platform
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,16 +25,18 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from model.fsdp.parts import files_of, write_parts
-from model.fsdp.save import llm_state, save_cut
+from model.fsdp.save import llm_state, save_cut, save_whole
 from model.fsdp.together import is_first, on_all, on_first, own_rank
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.format.manifest import installed
 from shards.read.banks import joint
 from shards.signed import Json, file_facts, read_signed_json, signed_json
+from shards.text import some
 from train.batches.run_plan import RunPlan
 from train.data.dataset import Dataset
 from train.loop.optimizer import PARTS, save_optimizer, save_parts
+from train.scores.results import set_scores_aside
 from train.settings.config import TrainConfig
 from train.settings.recorded import facts_changed, was_now
 from train.start.stage import model_config
@@ -99,6 +101,14 @@ def save_sharded(
     if any(damage):
         raise _not_as_written(final)
     return final
+
+
+def save_model(model: VLM, output_dir: Path, say: Callable[[str], None], *, trained: bool) -> None:
+    """Write a run's model; all processes call it. trained: whether it is another one than before."""
+    save_whole(model, output_dir)
+    # a report beside the weights is read as theirs
+    if trained and is_first() and (names := set_scores_aside(output_dir)):
+        say(f"scores    of the model that was here before ({some(names)}) are now NAME.old")
 
 
 def _make_room(final: Path) -> Path:

@@ -1,9 +1,9 @@
 """The loss on held-out records, while training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from shards.signed import Json
+from shards.signed import Json, canonical_json, digest
 from train.data.records import Record
 
 if TYPE_CHECKING:
@@ -12,6 +12,39 @@ if TYPE_CHECKING:
     from model.vlm import VLM
     from train.batches.loader import Loader
     from train.loop.floor import Floor
+
+
+def records_digest(records: Sequence[Record]) -> str:
+    """Return a digest of what records ask and answer, and about which clips."""
+    said = [
+        [record.id, record.clips, [cut.to_json() for cut in record.cuts], [*map(str, record.turns)]]
+        for record in records
+    ]
+    return digest(canonical_json({"records": said}))
+
+
+def lowest(best: Json | None, loss: float, step: int, records: Sequence[Record]) -> Json:
+    """Return the lower of the best loss so far and a step's, with its step and records."""
+    if best is None or loss < best["loss"]:
+        return {"loss": loss, "step": step, "records": records_digest(records)}
+    return best
+
+
+def best_before(state: Json, records: Sequence[Record], say: Callable[[str], None]) -> Json | None:
+    """Return the lowest held-out loss up to a checkpoint, None without one, see `lowest`.
+
+    None, too, where it is of other records, whose losses do not compare. state: the checkpoint's.
+    """
+    best: Json | None = state.get("best")
+    # without held-out records nothing is compared with it; an older checkpoint does not name its records
+    if not best or not records or best.get("records") in (None, records_digest(records)):
+        return best
+    say(
+        f"held out  other records than those up to step {state['step']}: their lowest loss, "
+        f"{best['loss']:.4f} at step {best['step']}, does not compare, and checkpoint-{best['step']} "
+        "is no longer kept as the best"
+    )
+    return None
 
 
 def held_out_loss(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.batch import Batch, to_device
-from model.fsdp.save import is_sharded, save_whole
+from model.fsdp.save import is_sharded
 from model.vlm import VLM
 from shards.signed import Json
 from train.batches.chat import Chat
@@ -32,13 +32,14 @@ from train.loop.checkpoint import (
     read_state,
     refuse_other_run,
     save_checkpoint,
+    save_model,
     save_sharded,
     set_aside,
 )
 from train.loop.checks import PackMemory, UpdateCheck, check_counts, out_of_memory_advice, rehearse
 from train.loop.floor import Floor, floor_of_run
 from train.loop.gradients import Reduction, make_reduction, pin_threads
-from train.loop.held_out import held_out_loss
+from train.loop.held_out import best_before, held_out_loss, lowest
 from train.loop.log import RunLog, banner, closing, line_of
 from train.loop.metrics import gammas_of
 from train.loop.optimizer import allocate, load_optimizer, make_optimizer, rates_of, set_rates
@@ -88,7 +89,7 @@ def train(
     began = time.monotonic()
     timer = start_timer(run, learner.model)
     metrics: Json = {}
-    best: Json | None = run.state.get("best")
+    best = best_before(run.state, run.dataset.held_out, log.say)
     for step, batches in learner.loader.steps(
         plan, run.share, run.first, copy_every=COPY_EVERY, prefetch=config.prefetch
     ):
@@ -117,7 +118,7 @@ def train(
             return taken.stopped_by
 
     # -- save: the model itself, beside its checkpoints
-    save_whole(learner.model, run.output_dir)
+    save_model(learner.model, run.output_dir, log.say, trained=bool(metrics))
     log.say(closing(learner.model, run.output_dir, time.monotonic() - began, metrics, best))
     log.close()
     return None
@@ -361,9 +362,7 @@ def evaluate(run: Run, learner: Learner, done: int, best: Json | None) -> Json:
     )
     run.log.record(done, held, kind="eval")
     run.log.say(f"held out: {line_of(done, run.plan.num_steps, held)}")
-    if best is None or held["loss"] < best["loss"]:
-        return {"loss": held["loss"], "step": done}
-    return best
+    return lowest(best, held["loss"], done, run.dataset.held_out)
 
 
 # -- save

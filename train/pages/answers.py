@@ -25,6 +25,8 @@ FRAMES = 6
 """Of a clip, above a time line."""
 MOST_NAME = 14
 """Letters of a run's name before its bar; what is longer is cut, and whole below."""
+SAME = ("record", "turn", "question", "reference")
+"""Fields by which two runs' answers are to one question."""
 TIMED = ("span", "windows", "time", "tube")
 PLACED = ("point", "box")
 
@@ -56,22 +58,19 @@ def questions_of(own: Sequence[tuple[Run, TestSet]], name: str) -> list[Question
     kind = KINDS[name]
     # so that large is good for errors, too
     sign = -1.0 if kind.errs else 1.0
-    by_run = [{key_of(row): row for row in test.rows if row["kind"] == name} for _, test in own]
+    by_run = [
+        {tuple(row[field] for field in SAME): row for row in test.rows if row["kind"] == name}
+        for _, test in own
+    ]
     found = []
-    # only what all have answered: runs may have been scored with another --max_records
+    # only what all have answered: runs may have been scored with another --max_records, or before
+    # the records changed
     for key, row in by_run[0].items() if by_run else ():
         if all(key in rows for rows in by_run):
             said = tuple((run, rows[key]) for (run, _), rows in zip(own, by_run, strict=True))
             values = [sign * answer["scores"][kind.metric] for _, answer in said]
             found.append(Question(row, said, sum(values) / len(values)))
     return sorted(found, key=lambda q: q.score)
-
-
-def key_of(row: Json) -> tuple[str, ...]:
-    """Return what distinguishes a question from the others of its test set."""
-    # ids repeat: Charades-STA has several sentences about one span
-    names = ("record", "turn", "media", "question", "reference")
-    return tuple(str(row[name]) for name in names)
 
 
 def answers_of(

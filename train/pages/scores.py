@@ -104,7 +104,12 @@ class Reached:
         of an untrained model looks like a perfect score then.
         """
         entry = self.test.controls.get(name, {}).get("tasks", {}).get(self.name, {})
-        return "no answer" if entry.get("parsed") == 0 else self.shown(self.control(name))
+        shown = "no answer" if entry.get("parsed") == 0 else self.shown(self.control(name))
+        return shown if self.asked_as(name) else f"{shown} <small>(other questions)</small>"
+
+    def asked_as(self, name: str) -> bool:
+        """Return whether a control was asked the same: records may have changed since, or been fewer."""
+        return self.test.asks_as(self.test.controls.get(name, {}), self.name)
 
     @property
     def beats(self) -> dict[str, float]:
@@ -113,8 +118,14 @@ class Reached:
         # score without having learned
         named = {
             "a fixed guess": self.guess,
-            "other clips' features": self.control("shuffled"),
-            "no training": self.control("untrained"),
+            **{
+                words: self.control(name)
+                for name, words in (
+                    ("shuffled", "other clips' features"),
+                    ("untrained", "no training"),
+                )
+                if self.asked_as(name)
+            },
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -200,7 +211,7 @@ def table_rows(group: Sequence[Reached], *, several: bool) -> list[str]:
         cells = [
             *([] if place else [about]),
             f"<td>{one.entry['count']:,}</td>",
-            *([f"<td>{escape(one.run.name)}</td>"] if several else []),
+            *([f"<td>{escape(one.run.name)}{unlike(one, first)}</td>"] if several else []),
             f"<td><b>{one.shown(one.value)}</b></td>",
             f"<td>{between(one)}</td>",
             f"<td>{one.shown(one.guess)}</td>",
@@ -209,6 +220,12 @@ def table_rows(group: Sequence[Reached], *, several: bool) -> list[str]:
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return rows
+
+
+def unlike(one: Reached, first: Reached) -> str:
+    """Return a word where a run was asked other questions than the first of a table; else nothing."""
+    same = first.test.asks_as(one.test.report, one.name)
+    return "" if same else f" <small>(other questions than {escape(first.run.name)})</small>"
 
 
 def between(one: Reached) -> str:
@@ -255,6 +272,8 @@ def differences(own: Sequence[tuple[Run, TestSet]], groups: dict[str, list[Reach
     for group in groups.values():
         base, *others = group
         for one in others:
+            if not base.test.asks_as(one.test.report, one.name):
+                continue
             # draws are of clips: other clips cannot be paired
             if not (a := one.test.answers) or not (b := base.test.answers) or a.clips != b.clips:
                 continue

@@ -57,14 +57,18 @@ def written_plainly(text: str) -> tuple[str, list[float]]:
     return "", []
 
 
-def in_pixels(answer: str, display_size: tuple[int, int]) -> str:
-    """Return an answer with its markup written out: times in seconds, places in pixels."""
-    height, width = display_size
+def in_pixels(answer: str, display_size: tuple[int, int] | None) -> str:
+    """Return an answer with its markup written out: times in seconds, places in pixels.
+
+    Without one size of all frames (None) places are in percent of the frame.
+    """
+    height, width = display_size or (100, 100)
+    unit = "px" if display_size else "%"
 
     def written(match: re.Match[str]) -> str:
         letter, number = match.group(1), float(match.group(2))
         if letter == "t":
             return f"{number:.2f} s"
-        return f"{letter} {number * (width if letter == 'x' else height):.0f} px "
+        return f"{letter} {number * (width if letter == 'x' else height):.0f} {unit} "
 
     return MARKUP.sub(written, answer).strip()

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.signed import Json, write_atomic
+from shards.signed import Json, canonical_json, digest, write_atomic
 from train.scores.captions import check_captions
 from train.scores.kinds import Asked, asked
 from train.scores.scoring import score, value_of
@@ -21,6 +21,9 @@ from train.scores.summary import constant_span, summarise_scores
 
 EXAMPLES = 20
 """Number of answers that a report quotes."""
+
+ASKED = ("record", "media", "turn", "question", "reference", "duration")
+"""Fields of a prediction that say what was asked, and about what."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def report_of(predictions: Sequence[Prediction]) -> Json:
     about, said = [p.asked for p in predictions], [p.answer for p in predictions]
     scores = [score(*pair) for pair in zip(about, said, strict=True)]
     report: Json = {"answers": len(predictions), "tasks": summarise_scores(about, said, scores)}
+    report["questions"] = questions_in(predictions)
     # by kind: limits of answers are, too
     if cut := Counter(p.asked.kind for p in predictions if p.cut):
         report["cut"] = dict(cut)
@@ -73,6 +77,20 @@ def report_of(predictions: Sequence[Prediction]) -> Json:
         for p in predictions[:EXAMPLES]
     ]
     return report
+
+
+def questions_in(predictions: Sequence[Prediction]) -> dict[str, str]:
+    """Return kind -> digest of the questions of that kind, with their references, in order.
+
+    Scores of two reports compare only where it is equal: a record file may have changed between them.
+    """
+    by_kind: dict[str, list[Json]] = {}
+    for p in predictions:
+        asked = {name: getattr(p, name) for name in ASKED}
+        by_kind.setdefault(p.asked.kind, []).append(asked)
+    return {
+        kind: digest(canonical_json({"questions": own})) for kind, own in sorted(by_kind.items())
+    }
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:

@@ -82,6 +82,22 @@ def results_of(
     return found
 
 
+def set_scores_aside(folder: Path) -> list[str]:
+    """Rename a folder's scores to `NAME.old`, as its model is another now; return their test sets."""
+    found = []
+    for report in sorted(folder.glob(f"{PREFIX}*.json"), key=lambda path: path.stem):
+        written = read_report(report)
+        if "test_set" not in written:  # somebody's own file
+            continue
+        name = report.stem.removeprefix(PREFIX)
+        more = report.with_suffix(".dropped.jsonl"), folder / f"foreseen-{name}.npz"
+        for place in (report, predictions_beside(report), *more):
+            if place.exists():
+                os.replace(place, place.with_name(f"{place.name}.old"))
+        found.append(name)
+    return found
+
+
 def predictions_beside(report: Path) -> Path:
     """Return the file of a report's answers: predictions-NAME.jsonl of eval-NAME.json."""
     return report.with_name(f"predictions-{report.stem.removeprefix(PREFIX)}.jsonl")

@@ -21,6 +21,8 @@ from model.config import ModelSettings, joined_cells
 from model.family import qwen_vl
 from model.family.limits import context_length
 from shards.errors import UserError
+from shards.format.features import FeatureConfig, differences
+from shards.read.banks import joint
 from train.settings.config import LlmSettings, TrainConfig
 from train.start.pooled import deepstack_problem, tokens_problem
 from train.start.stage_parts import load_parts, load_qwen
@@ -201,7 +203,7 @@ def assemble(
         lines += load_qwen(model, folder)
     elif kind == "run":
         refuse_other_tower(folder, model)
-        lines += model.adopt(folder)
+        lines += [*model.adopt(folder), *other_features(folder, model)]
     elif kind != "llm":
         lines += load_parts(model, kind, folder, read_config(str(folder)) or {})
     for line in lines:
@@ -288,6 +290,21 @@ def refuse_other_tower(folder: Path, model: "VLM") -> None:
             f"{facts['tower']} --layer {theirs.get('layer')}), or start from its LLM alone: "
             f"stage_path: {folder}/llm",
         )
+
+
+def other_features(folder: Path, model: "VLM") -> list[str]:
+    """Return a line for each way in which the bank's features were made otherwise than a run's.
+
+    The same tower on frames that were cropped otherwise, or pooled otherwise, gives features of the same
+    shape: the run's parts fit, and have to learn them. Which strides are read is a setting of the run.
+    """
+    theirs = FeatureConfig.from_json((read_config(str(folder)) or {})["features"])
+    ours = FeatureConfig.from_json(model.features)
+    known = replace(theirs, strides=ours.strides)
+    return [
+        f"features: {line} ({folder}); its parts are tuned on others than the bank's"
+        for line in differences(joint(ours), joint(known))
+    ]
 
 
 def read_config(name: str, file: str = "config.json") -> dict[str, Any] | None:

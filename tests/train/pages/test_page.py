@@ -187,7 +187,7 @@ def test_a_run_that_began_as_another_one_says_whose_learning_it_may_be(tmp_path:
 
 def test_a_control_that_said_nothing_is_not_shown_as_a_score(tmp_path: Path) -> None:
     """An error of the whole range, 100 %, would look like a perfect score."""
-    run = write_a_run(tmp_path / "run")
+    run = write_a_run(tmp_path / "run", ["x.mp4"])
     nothing = [replace(one, answer="") for one in predictions(["x.mp4"], good=True)]
     write_scores(run, "test-untrained", nothing, untrained=True)
     found = page(read_runs([run]))

@@ -1,6 +1,7 @@
 """Whether a run has learned, and what a fixed answer reaches without a look."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,8 +16,18 @@ from tests.train.pages.written import predictions, write_a_run, write_scores
 from train.pages.answers import questions_of
 from train.pages.guesses import asked_of, fixed_answers, fixed_guess
 from train.pages.read.runs import read_runs
-from train.pages.scores import KINDS, LEARNED, NOT, PERHAPS, Reached, reached
-from train.scores.predictions import read_predictions
+from train.pages.scores import (
+    KINDS,
+    LEARNED,
+    NOT,
+    PERHAPS,
+    Reached,
+    reached,
+    same_tests,
+    scores_of,
+)
+from train.pages.table import table
+from train.scores.predictions import Prediction, read_predictions
 from train.scores.scoring import score
 
 
@@ -114,6 +125,66 @@ def test_the_verdict(
         monkeypatch.setattr(Reached, what, given_)
     (run,) = read_runs([write_a_run(tmp_path / "run")])
     assert Reached(run, run.tests[0], name).verdict == verdict
+
+
+def change_nothing(said: list[Prediction]) -> list[Prediction]:
+    return said
+
+
+def first_half(said: list[Prediction]) -> list[Prediction]:
+    return said[: len(said) // 2]
+
+
+def other_references(said: list[Prediction]) -> list[Prediction]:
+    return [
+        replace(p, reference=p.reference.replace("<t:", "<t:0").replace("<x:0", "<x:00"))
+        for p in said
+    ]
+
+
+def other_clips(said: list[Prediction]) -> list[Prediction]:
+    return [replace(p, media=(f"other-{p.media[0]}",)) for p in said]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        (change_nothing, True),
+        (first_half, False),
+        (other_references, False),
+        (other_clips, False),
+    ],
+)
+def test_scores_of_other_questions_are_not_compared_without_a_word(
+    tmp_path: Path, change: Callable[[list[Prediction]], list[Prediction]], is_same: bool
+) -> None:
+    """A record file of one path may have changed between two scorings, or one had fewer records."""
+    clips = [f"{k}.mp4" for k in range(12)]
+    folders = [write_a_run(tmp_path / n, clips) for n in ("a", "b")]
+    # a control, and another run, that were scored at another time
+    write_scores(folders[0], "test-shuffled", change(predictions(clips, good=False)), shuffled=True)
+    write_scores(folders[1], "test", change(predictions(clips, good=True)))
+    runs = read_runs(folders)
+    (span,) = (one for one in reached(runs[0], runs[0].tests[0]) if one.name == "span")
+    assert ("other clips' features" in span.beats) == is_same
+    assert ("other questions" in span.shown_control("shuffled")) != is_same
+    shown = scores_of(runs, same_tests(runs)["/data/test.jsonl"])
+    assert ("other questions than a" in shown) != is_same
+    assert ("<li>span: <b>b</b> is " in shown) == is_same
+    notes = [line for line in table(runs).splitlines() if line.startswith("note: ")]
+    # b's own control was scored at b's time before
+    assert len(notes) == (0 if is_same else 3), notes
+    assert len(questions_of(same_tests(runs)["/data/test.jsonl"], "span")) <= 12
+
+
+def test_reports_from_before_questions_were_recorded_are_compared_as_then(tmp_path: Path) -> None:
+    folder = write_a_run(tmp_path / "run", [f"{k}.mp4" for k in range(12)])
+    report = json.loads((folder / "eval-test.json").read_text())
+    del report["questions"]
+    (folder / "eval-test.json").write_text(json.dumps(report))
+    (run,) = read_runs([folder])
+    assert all("other clips' features" in one.beats for one in reached(run, run.tests[0]))
+    assert "note: " not in table([run])
 
 
 def test_every_kind_that_is_scored_has_a_word_for_its_score() -> None:

@@ -383,6 +383,55 @@ def test_an_llm_and_a_run_are_told_what_they_gave(
     assert f"projector.safetensors: from {trained_run}" in lines
 
 
+def of_pool(features: Any) -> None:
+    features["pool"] = "max"
+
+
+def of_pixels(features: Any) -> None:
+    features["processor"]["image_mean"] = [0.25, 0.25, 0.25]
+
+
+def of_arithmetic(features: Any) -> None:
+    features["tower_dtype"] = "bfloat16"
+
+
+def of_sampling(features: Any) -> None:
+    features["sampling"]["max_frames"] = 3
+
+
+def of_strides(features: Any) -> None:
+    features["strides"] = [4]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (of_pool, "pool: 'average' here, 'max' there"),
+        (of_pixels, "processor.image_mean: "),
+        (of_arithmetic, "tower_dtype: 'float32' here, 'bfloat16' there"),
+        (of_sampling, ""),
+        (of_strides, ""),
+    ],
+)
+def test_features_of_the_runs_own_tower_that_were_made_otherwise_are_told(
+    start: Callable[..., tuple[VLM, list[str]]],
+    trained_run: Path,
+    tmp_path: Path,
+    change: Callable[[Any], None],
+    expected: str,
+) -> None:
+    stage = tmp_path / "run"
+    shutil.copytree(trained_run, stage, ignore=shutil.ignore_patterns("checkpoint-*"))
+    facts = json.loads((stage / "config.json").read_text())
+    change(facts["features"])
+    (stage / "config.json").write_text(json.dumps(facts))
+    told = [
+        line for line in start(stage, num_spatial_tokens=20)[1] if line.startswith("features: ")
+    ]
+    assert len(told) == bool(expected)
+    assert all(expected in line for line in told)
+
+
 def test_a_joining_projector_needs_finer_strides_in_the_bank(
     run_settings: dict[str, Any], toy: Path
 ) -> None:

@@ -49,6 +49,12 @@ class TestSet:
     def tasks(self) -> Json:
         return dict(self.report.get("tasks", {}))
 
+    def asks_as(self, other: Json, kind: str) -> bool:
+        """Return whether another report's questions of a kind are these; reports of before they were
+        recorded are taken at their word."""
+        own, theirs = (r.get("questions", {}).get(kind) for r in (self.report, other))
+        return own == theirs or own is None or theirs is None
+
     @cached_property
     def rows(self) -> list[Json]:
         """The answers, a dict each; none where they were not kept."""
