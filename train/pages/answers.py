@@ -25,7 +25,7 @@ FRAMES = 6
 """Of a clip, above a time line."""
 MOST_NAME = 14
 """Letters of a run's name before its bar; what is longer is cut, and whole below."""
-SAME = ("record", "turn", "question", "reference")
+SAME = ("record", "turn", "media", "question", "reference")
 """Fields by which two runs' answers are to one question."""
 TIMED = ("span", "windows", "time", "tube")
 PLACED = ("point", "box")
@@ -59,7 +59,7 @@ def questions_of(own: Sequence[tuple[Run, TestSet]], name: str) -> list[Question
     # so that large is good for errors, too
     sign = -1.0 if kind.errs else 1.0
     by_run = [
-        {tuple(row[field] for field in SAME): row for row in test.rows if row["kind"] == name}
+        {tuple(str(row[field]) for field in SAME): row for row in test.rows if row["kind"] == name}
         for _, test in own
     ]
     found = []
