@@ -6,6 +6,7 @@ Headers are read in a child process, see `header`. Only the head and tail of a f
 source that the plan knows with the same size and modification time is not read a second time.
 """
 
+import logging
 import math
 import os
 import queue
@@ -25,11 +26,16 @@ from preprocess.decode.source import identity, identity_of
 from preprocess.sources.header import Header, HeaderChild, predicted_frames
 from shards.format.features import Sampling
 from shards.format.plan import ClipSource
+from shards.text import counted
+
+log = logging.getLogger(__name__)
 
 CHILDREN = 4
 """Header children at a time, at most."""
 FILES_PER_CHILD = 50
 """Files for which another child is worth its start."""
+BEYOND = 1.0
+"""Seconds after its video at which a part may end: ends are rounded, and headers not exact."""
 
 
 class Source(NamedTuple):
@@ -65,7 +71,7 @@ def probe(
     unknown = [clip for clip in now if not _is_known(clip, known.get(clip.key))]
     # by source: clips that are parts of one file are probed once
     probed = _probe_sources(sorted({_source(clip) for clip in unknown}, key=repr))
-    found = []
+    found, beyond = [], list[str]()
     for clip in now:
         facts = probed.get(_source(clip))
         if facts is None:
@@ -79,7 +85,15 @@ def probe(
         frames = 0
         if facts.header is not None:
             frames = predicted_frames(facts.header, sampling, clip.start, clip.end)
+            # a picture has no seconds
+            if clip.end and header.seconds and clip.end > header.seconds + BEYOND:
+                beyond.append(f"{clip.where} to {clip.end:g} s of {header.seconds:g} s")
         found.append(replace(clip, digest=facts.digest, frames=frames))
+    if beyond:
+        log.warning(
+            f"{counted(len(beyond), 'clip')} would end after the video does, and end with it, such as "
+            f"{beyond[0]}: are these seconds, not frames or milliseconds?"
+        )
     return found
 
 

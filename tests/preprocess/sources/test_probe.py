@@ -108,6 +108,24 @@ def test_parts_of_one_video_are_predicted_each(toy: Path) -> None:
     assert len({part.digest for part in found}) == 1
 
 
+@pytest.mark.parametrize(
+    ("extra", "warned"), [(None, False), (0.9, False), (1.1, True), (450, True)]
+)
+def test_parts_that_end_far_after_their_video_are_told(
+    toy: Path, caplog: pytest.LogCaptureFixture, extra: float | None, warned: bool
+) -> None:
+    (clip,) = find_clips([str(toy / "videos/test/clip-00000.mp4")]).clips
+    with HeaderChild() as child:
+        header = child.header(Path(clip.path), "1")
+    assert header is not None
+    assert header.seconds
+    end = None if extra is None else header.seconds + extra
+    probe([replace(clip, start=0.5, end=end), clip], {}, EIGHT)
+    assert [f"clip-00000.mp4 to {end:g} s of " in line for line in caplog.messages] == [
+        True
+    ] * warned
+
+
 def test_files_of_noise_pipes_and_gone_ones_are_no_trouble(tmp_path: Path) -> None:
     random = Random(0)
     for k in range(30):
