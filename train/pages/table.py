@@ -42,23 +42,17 @@ def other_questions(runs: Sequence[Run]) -> list[str]:
                 f"note: {run.folder}: {name} of {test.name} was asked other questions; score it again"
                 for name, report in test.controls.items()
                 # a probe answers what can be read off frames, and leaves the rest out
-                if name != "probe" and not same_questions(test, report)
+                if name != "probe" and not test.asks_as(report)
             ]
             if not test.report:
                 continue
             base, theirs = first.setdefault(test.data_path, (run, test))
-            if not same_questions(theirs, test.report):
+            if not theirs.asks_as(test.report):
                 lines.append(
                     f"note: {run.folder} and {base.folder}: {test.name} was not the same questions: its "
                     "records changed, or were fewer, between the scorings; score both again"
                 )
     return lines
-
-
-def same_questions(test: TestSet, other: Json) -> bool:
-    """Return whether another report is of the same questions; one of before they were recorded may be."""
-    own, theirs = test.report.get("questions"), other.get("questions")
-    return own == theirs or own is None or theirs is None
 
 
 def cells(test: TestSet | None) -> list[str]:

@@ -49,11 +49,15 @@ class TestSet:
     def tasks(self) -> Json:
         return dict(self.report.get("tasks", {}))
 
-    def asks_as(self, other: Json, kind: str) -> bool:
-        """Return whether another report's questions of a kind are these; reports of before they were
-        recorded are taken at their word."""
-        own, theirs = (r.get("questions", {}).get(kind) for r in (self.report, other))
-        return own == theirs or own is None or theirs is None
+    def asks_as(self, other: Json, kind: str = "") -> bool:
+        """Return whether another report's questions are these: all, or those of a kind.
+
+        Reports of before they were recorded are taken at their word.
+        """
+        own, theirs = (report.get("questions", {}) for report in (self.report, other))
+        if kind:
+            own, theirs = own.get(kind), theirs.get(kind)
+        return own == theirs or not own or not theirs
 
     @cached_property
     def rows(self) -> list[Json]:
