@@ -39,7 +39,8 @@ def other_questions(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         for test in run.tests:
             lines += [
-                f"note: {run.folder}: {name} of {test.name} was asked other questions; score it again"
+                f"note: {run.folder}: {name} of {test.name} was asked other questions "
+                f"({report.get('answers', 0):,}, the run {test.report.get('answers', 0):,})"
                 for name, report in test.controls.items()
                 # a probe answers what can be read off frames, and leaves the rest out
                 if name != "probe" and not test.asks_as(report)
