@@ -36,13 +36,14 @@ from train.data.dataset import Dataset, open_records
 from train.data.drops import add_record_flags, record_settings, write_drops
 from train.data.records import Record
 from train.data.swapped import SwappedDataset
-from train.pages.read.foreseen import foreseen_beside, write_foreseen
+from train.pages.read.foreseen import write_foreseen
 from train.scores.captions import check_captions
 from train.scores.kinds import asked_of
 from train.scores.predictions import Prediction, read_predictions, report_of, write_predictions
 from train.scores.results import (
     CONTROLS,
     Results,
+    foreseen_beside,
     predictions_beside,
     read_report,
     report_beside,

@@ -1,7 +1,7 @@
 """`preprocess bench`: measure each stage of encoding alone, and estimate hours and cost from them.
 
-    pace = measure_pace(clips, tower, options, folder)
-    table(pace, Job(clips=178_510, frames=9_100_000), Grid(decoders=(1, 4), devices=(1, 8)), price=2.0)
+    pace = measure_pace(clips, tower, options, folder, most=8, cores=16)
+    table(pace, Job(clips=178_510, frames=9_100_000), Asked((1, 4), (1, 8), (1,), price=2.0))
 
 The slowest stage sets the pace of a run, because decoders, tower and writer run in parallel: a machine's
 seconds per frame are max(decode / decoders, tower / devices, write / devices), with no more decoders than
@@ -152,9 +152,9 @@ def measure_pace(
         spent["write"] = time.perf_counter() - began
     each = {stage: seconds / frames for stage, seconds in spent.items()}
     # the threads of a GPU's tower wait; on a CPU they work
-    busy = tower_cpu / spent["tower"] if tower.device.type == "cpu" else 0.0
+    busy = min(max(1.0, tower_cpu / spent["tower"]), cores) if tower.device.type == "cpu" else 0.0
     return Pace(**each, nbytes=nbytes / frames, clips=len(made), frames=frames, cores=cores,
-                tower_cores=min(max(busy, 1.0), cores) if busy else 0.0)  # fmt: skip
+                tower_cores=busy)  # fmt: skip
 
 
 def spread(clips: Sequence[ClipSource], most: int) -> list[ClipSource]:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from html import escape
 
 from train.pages.read.footage import Footage, tiles
-from train.pages.read.foreseen import ROLES, Foreseen, foreseen_beside, read_foreseen
+from train.pages.read.foreseen import ROLES, Foreseen, read_foreseen
 from train.pages.read.runs import Run
 from train.pages.settings import scrolled
+from train.scores.results import foreseen_beside
 
 WORDS = {
     "target": "what came",

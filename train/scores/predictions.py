@@ -16,6 +16,7 @@ from shards.errors import UserError
 from shards.signed import Json, canonical_json, digest, write_atomic
 from train.scores.captions import check_captions
 from train.scores.kinds import Asked, asked
+from train.scores.results import lines_of
 from train.scores.scoring import score, value_of
 from train.scores.summary import constant_span, summarise_scores
 
@@ -105,10 +106,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         raise UserError("no such file", where=path)
     names = {field.name for field in fields(Prediction)}
     found = []
-    # not splitlines: answers may hold U+2028 and others, at which it splits, too
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
-        if not line:
-            continue
+    for number, line in lines_of(path):
         try:
             row = json.loads(line)
             values = {name: row[name] for name in names} | {"media": tuple(row["media"])}

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,18 +89,30 @@ def set_scores_aside(folder: Path) -> list[str]:
         written = read_report(report)
         if "test_set" not in written:  # somebody's own file
             continue
-        name = report.stem.removeprefix(PREFIX)
-        more = report.with_suffix(".dropped.jsonl"), folder / f"foreseen-{name}.npz"
-        for place in (report, predictions_beside(report), *more):
+        dropped = report.with_suffix(".dropped.jsonl")
+        for place in (report, predictions_beside(report), foreseen_beside(report), dropped):
             if place.exists():
                 os.replace(place, place.with_name(f"{place.name}.old"))
-        found.append(name)
+        found.append(report.stem.removeprefix(PREFIX))
     return found
 
 
 def predictions_beside(report: Path) -> Path:
     """Return the file of a report's answers: predictions-NAME.jsonl of eval-NAME.json."""
     return report.with_name(f"predictions-{report.stem.removeprefix(PREFIX)}.jsonl")
+
+
+def foreseen_beside(report: Path) -> Path:
+    """Return the file with the frames of a test set: eval-NAME.json has foreseen-NAME.npz."""
+    return report.with_name(f"foreseen-{report.stem.removeprefix(PREFIX)}.npz")
+
+
+def lines_of(predictions: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line) of a file of answers."""
+    # not splitlines: answers may hold U+2028 and others, at which it splits, too
+    for number, line in enumerate(predictions.read_text("utf-8").split("\n"), start=1):
+        if line:
+            yield number, line
 
 
 def report_beside(predictions: Path) -> Path:

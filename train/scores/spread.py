@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from train.scores.results import lines_of
+
 DRAWS = 2000
 PERCENT = 2.5, 97.5
 """Percentiles that enclose 95 % of the draws."""
@@ -39,8 +41,7 @@ class Answers:
 
 def read_answers(path: Path) -> Answers:
     """Read the scores of a `predictions-NAME.jsonl`."""
-    # not splitlines: answers may hold U+2028 and others, at which it splits, too
-    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    rows = [json.loads(line) for _, line in lines_of(path)]
     names = [" ".join(row["media"]) or row["record"] for row in rows]
     clips = tuple(dict.fromkeys(names))
     place = {name: k for k, name in enumerate(clips)}

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from shards.signed import Json, write_atomic
-from train.scores.results import PREFIX
 
 ROLES = ("target", "predicted", "copy")
 MOST_CLIPS, MOST_FRAMES = 3, 16
@@ -45,11 +44,6 @@ class Foreseen:
 
     clip: str
     frames: tuple[NextFrame, ...]
-
-
-def foreseen_beside(report: Path) -> Path:
-    """Return the file with the frames of a test set: eval-NAME.json has foreseen-NAME.npz."""
-    return report.with_name(f"foreseen-{report.stem.removeprefix(PREFIX)}.npz")
 
 
 def write_foreseen(path: Path, clips: Sequence[Foreseen]) -> None:

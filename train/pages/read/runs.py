@@ -13,7 +13,7 @@ from shards.errors import UserError
 from shards.signed import Json
 from shards.write.lock import WATCHED_SECONDS, lock_path, touched, writer_of
 from train.pages.read.metrics import Metrics, read_metrics
-from train.scores.results import CONTROLS, PREFIX, predictions_beside, read_report
+from train.scores.results import CONTROLS, PREFIX, lines_of, predictions_beside, read_report
 from train.scores.spread import Answers, read_answers
 from train.settings.output import RUN
 from train.settings.recorded import CHECKPOINT, settings_in
@@ -65,8 +65,7 @@ class TestSet:
         path = predictions_beside(self.place)
         if not self.report or not path.is_file():
             return []
-        # not splitlines: answers may hold U+2028 and others, at which it splits, too
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        return [json.loads(line) for _, line in lines_of(path)]
 
     @cached_property
     def answers(self) -> Answers | None:
