@@ -35,6 +35,8 @@ from train.batches.collate import Row, collate, lay_out, pack
 from train.batches.lengths import Clips, Lengths
 from train.batches.plan import Cut, make_plan
 from train.batches.run_plan import RunPlan
+from train.loop.optimizer import make_optimizer, set_rates
+from train.settings.config import OptimizerSettings
 
 PATCHES = 24
 """Of a side: stride 4 gives 6 x 6 cells, stride 12 gives 2 x 2."""
@@ -165,7 +167,8 @@ def train_ours(
     mix: Mix, model: VLM, plan: RunPlan, device: torch.device, length: int = 0, bf16: bool = False
 ) -> float:
     """Take the plan's steps; return the seconds, batches being made on the way."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=1e-5))
+    set_rates(optimizer, 0, plan.num_steps, warmup_ratio=0.0)
     began = _now(device)
     for step in range(plan.num_steps):
         batch = to_device(mix.batch(plan.pack(step, 0), length), device)
