@@ -22,6 +22,7 @@ from shards.errors import UserError
 from shards.format.samples import clip_id
 from shards.read.banks import Banks, Place
 from shards.read.timeline import Timeline
+from shards.signed import canonical_json, digest
 from train.data.markup import kind_of
 from train.data.spans import refuse_misspelt
 from train.settings.config import DataSettings
@@ -67,6 +68,18 @@ class Record:
     def questions(self) -> int:
         """Number of answers."""
         return sum(turn.role == "assistant" for turn in self.turns)
+
+
+def records_digest(records: Sequence[Record]) -> str:
+    """Return a digest of what records ask, of which clips, how, and of how the answers are scored."""
+    said = [
+        [
+            [r.id, r.clips, [cut.to_json() for cut in r.cuts], r.task, r.independent],
+            [[turn.role, turn.text] for turn in r.turns],
+        ]
+        for r in records
+    ]
+    return digest(canonical_json({"records": said}))
 
 
 _turn = lru_cache(maxsize=2**16)(Turn)

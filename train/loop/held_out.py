@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from shards.signed import Json, canonical_json, digest
-from train.data.records import Record
+from shards.signed import Json
+from train.data.records import Record, records_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -12,15 +12,6 @@ if TYPE_CHECKING:
     from model.vlm import VLM
     from train.batches.loader import Loader
     from train.loop.floor import Floor
-
-
-def records_digest(records: Sequence[Record]) -> str:
-    """Return a digest of what records ask and answer, and about which clips."""
-    said = [
-        [record.id, record.clips, [cut.to_json() for cut in record.cuts], [*map(str, record.turns)]]
-        for record in records
-    ]
-    return digest(canonical_json({"records": said}))
 
 
 def lowest(best: Json | None, loss: float, step: int, records: Sequence[Record]) -> Json:

@@ -13,7 +13,7 @@ from train.batches.clips import Clips
 from train.batches.plan import drawn_facts
 from train.data.dataset import Dataset, open_dataset
 from train.data.known.facts import Media, media_of
-from train.data.records import Record
+from train.data.records import Record, records_digest
 from train.settings.config import DataSettings, TrainConfig
 from train.start.stage import bank_problem
 from train.start.stage_files import stage_problem
@@ -90,12 +90,11 @@ def facts_of(dataset: Dataset) -> Json:
     said = drawn_facts(dataset) | {
         "independent": [k for k, file in enumerate(dataset.files) if file.independent]
     }
-    held_out = hashlib.blake2b(repr([r.turns for r in dataset.held_out]).encode(), digest_size=16)
     return {
         "bank": joint(dataset.banks.config),
         "plan": {"records": records, "clips": clips(kept), "datasets": said},
         # apart from the plan: scores are made again where the test set changed, training is not
-        "test": {"records": held_out.hexdigest(), "clips": clips(dataset.held_out)},
+        "test": {"records": records_digest(dataset.held_out), "clips": clips(dataset.held_out)},
     }
 
 

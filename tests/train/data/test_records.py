@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.annotations.timeline import Cut
 from shards.errors import UserError
 from shards.read.banks import Banks
 from train.batches.plan import order
 from train.data.coordinates import check_coordinates, resolved
 from train.data.markup import Coordinate, split_markup
-from train.data.records import Record, join, parse_record, read_records
+from train.data.records import Record, Turn, join, parse_record, read_records, records_digest
 
 
 def record(**changes: object) -> dict[str, object]:
@@ -141,3 +143,27 @@ def test_an_epoch_sees_each_record_once_in_an_order_that_only_the_numbers_decide
     first = order(seed, epoch, count)
     assert sorted(first) == list(range(count))
     assert first == order(seed, epoch, count)
+
+
+WHEREABOUTS = {"where", "source", "places"}
+"""Facts of a record that say where it was read, and where its clips are."""
+
+
+def test_each_fact_that_changes_what_is_asked_changes_the_digest_of_records() -> None:
+    asked = Record("r", ("a", "b"), (Turn("user", "When?"), Turn("assistant", "<t:1>")), "", "x:1")
+    others = {
+        "id": "s",
+        "clips": ("b", "a"),
+        "turns": (Turn("user", "When?"), Turn("assistant", "<t:2>")),
+        "task": "windows",
+        "cuts": (Cut("a", 0.0, 1.0), Cut("b")),
+        "independent": True,
+    }
+    digests = {
+        name: records_digest([replace(asked, **{name: other})]) for name, other in others.items()
+    }  # type: ignore[arg-type]
+
+    assert others.keys() | WHEREABOUTS == {item.name for item in fields(Record)}
+    assert len({records_digest([asked]), *digests.values()}) == len(others) + 1
+    assert records_digest([replace(asked, where="y:7", source="z")]) == records_digest([asked])
+    assert records_digest([asked, asked]) != records_digest([asked])
