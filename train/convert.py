@@ -13,6 +13,7 @@ from pathlib import Path
 from shards.annotations.fault import RowError
 from shards.annotations.forms import Json
 from shards.errors import UserError
+from shards.signed import write_atomic
 from train.data.benchmarks.refer import SPLITS
 from train.data.dataset import local_copies
 from train.data.drops import (
@@ -27,6 +28,7 @@ from train.data.importers import BOXES, IMPORTERS, imported
 from train.data.reading import shorten
 from train.data.records import checked_rows
 from train.settings.exits import command
+from train.settings.output import file_problem
 
 OWN = ("split", "vidor", "rates")
 """Flags of one form alone, which its importer finds as fields of each annotation."""
@@ -36,6 +38,8 @@ OWN = ("split", "vidor", "rates")
 def main(argv: Sequence[str]) -> None:
     """Write annotations as records of ours, or say what is wrong with them and write nothing."""
     args = parser().parse_args(argv)
+    if problem := file_problem(args.out) or source_problem(args.out, args.inputs):
+        raise UserError(problem)
     problems: list[str] = []
     rows: list[Json] = []
     settings = record_settings(args)
@@ -58,13 +62,23 @@ def main(argv: Sequence[str]) -> None:
     if problems:
         raise UserError.of(judged.advised(shorten(problems)))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    args.out.write_text("".join(lines), encoding="utf-8")
+    write_atomic(args.out, "".join(lines).encode())
     # written without drops as well: a list of an earlier attempt must not stay beside
     listed = args.out.with_suffix(".dropped.jsonl")
     write_drops(listed, drops)
     why = counted([drop.reason for drop in drops])
     left_out = f"; {len(drops)} left out ({why}), listed in {listed}" if drops else ""
     print(f"written: {args.out}: {len(rows)} records{left_out}")  # noqa: T201
+
+
+def source_problem(out: Path, inputs: Sequence[str]) -> str | None:
+    """Return why records may not be written to a file: it is read, or would be the next time; or None."""
+    for place in map(Path, inputs):
+        if place.exists() and out.resolve() == place.resolve():
+            return f"{out}: is read, and would be written over; name another --out"
+        if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
+            return f"{out}: is within {place}, whose files are read; name an --out outside"
+    return None
 
 
 def parser() -> argparse.ArgumentParser:

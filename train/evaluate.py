@@ -58,11 +58,12 @@ from train.settings.folders import Folders
 from train.settings.launcher import wishes
 from train.settings.recorded import limit_of_run, trained_with
 from train.start.stage_files import model_problem
+from train.sweep.record import problem_of_report
 
 if TYPE_CHECKING:
     from model.vlm import VLM
 
-SCORED = ("answers", "tasks", "questions", "cut", "constant_span_miou", "examples")
+SCORED = "answers", "tasks", "questions", "cut", "off_scale", "constant_span_miou", "examples"
 """Fields of a report that depend on its answers, which --rescore replaces."""
 
 
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
     if problem := model_problem(args.model):
         raise UserError(problem)
     limit = limit_of_run(args.model) if args.max_tokens is None else args.max_tokens
-    results = results_of(args.model, args.data_path, args.output, control=args.control)
+    results = places(args)
     media = Folders(args.media_dir, tuple(args.strip_prefix))
     settings = replace(record_settings(args), turns=args.turns or turns_of(args.model))
     sets = [open_records(args.bank, [path], *strides, settings, media) for path in args.data_path]
@@ -189,11 +190,23 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def places(args: argparse.Namespace) -> list[Results]:
+    """Return the files of each test set; UserError where they cannot be written, or are a sweep's."""
+    results = results_of(args.model, args.data_path, args.output, control=args.control)
+    if problems := list(filter(None, (problem_of_report(own.report) for own in results))):
+        raise UserError.of(problems)
+    return results
+
+
 def rescore(path: Path, output: Path | None) -> None:
     """Score the answers of a file, and write report and answers with the new scores."""
     predictions = read_predictions(path)
     report_path = output or report_beside(path)
-    if problem := report_problem(report_path):
+    problem = report_problem(report_path)
+    # a sweep's own answers may be scored again in their place, others may not take it
+    if not problem and output and predictions_beside(output).resolve() != path.resolve():
+        problem = problem_of_report(output)
+    if problem:
         raise UserError(problem)
     # losses and limits cannot be computed without the model: they stay as they were
     known = {k: v for k, v in read_report(report_beside(path)).items() if k not in SCORED}

@@ -49,9 +49,11 @@ def test_scientific_notation_in_yaml_is_a_number(good: list[str], tmp_path: Path
     assert parse([*good, "--config", str(yaml)], {}).learning_rate == 1e-5
 
 
-def test_lists_take_several_words_or_commas(good: list[str], tmp_path: Path) -> None:
-    config = parse([*good, "--bank", "a", "b,c"], {})
-    assert config.bank == ["a", "b", "c"]
+@pytest.mark.parametrize("text", ["[a, b, c]", "a,b,c", "a, b, c", "[a, 'b, c']", '" a ,b,c,"'])
+def test_lists_take_several_words_or_commas(good: list[str], tmp_path: Path, text: str) -> None:
+    assert parse([*good[:-2], "--bank", "a", "b,c"], {}).bank == ["a", "b", "c"]
+    (tmp_path / "x.yaml").write_text(f"bank: {text}\n")
+    assert parse([*good[:-2], "--config", str(tmp_path / "x.yaml")], {}).bank == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-3", "1.5"])
@@ -85,6 +87,14 @@ YAML_CASES = [
     ("tune_llm:\n  lora: 3", ["x.yaml:1 tune_llm: expected a value or a list, got a mapping"]),
     ("learning_rate: 0", ["x.yaml:1 learning_rate must be a positive number, got '0'"]),
     ("seed: [1, 2]", ["x.yaml:1 seed must be"]),
+    *[
+        (f"seed: 1\n{line}", [f"x.yaml:2 {line.partition(':')[0]}: expected texts in its list"])
+        for line in (
+            *("ignore_fields: [[a, b]]", "strip_prefix: [{a: b}]", "bank: [a, [b]]"),
+            *("augment: [jitter, {drop: 0.3}]", "splice: [{records: 40}]"),
+        )
+    ],
+    ("? [seed, plan]\n: 3", ["x.yaml:1 expected the name of a setting, got a list"]),
     ("a: [", ["x.yaml:", "not valid YAML"]),
     ("- 3", ["x.yaml:1 expected `setting: value` lines"]),
     (
@@ -108,16 +118,30 @@ def test_a_bad_yaml_line_is_named_with_its_place(
         assert part in line
 
 
+def test_a_yaml_that_is_not_utf_8_is_a_users_error(
+    good: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.yaml").write_bytes("output_dir: läufe".encode("latin-1"))
+    (line,) = problems([*good, "--config", str(tmp_path / "x.yaml")], capsys)
+    assert "x.yaml: not UTF-8" in line
+
+
+def test_of_a_single_value_given_twice_the_last_one_wins(good: list[str]) -> None:
+    assert parse([*good, "--seed", "1", "--seed=2"], {}).seed == 2
+
+
 FLAG_CASES = [
     (["--lerning_rate", "3"], "--lerning_rate: unknown setting; did you mean learning_rate?"),
     (["--seed", "x"], "--seed must be an integer in [0, 4294967295], got 'x'"),
     (["--seed"], "--seed: needs a value"),
     (["--seed", "1", "2"], "--seed: takes one value, got 1 2"),
+    (["--bank", "b"], "--bank: given twice; give all its values behind one --bank"),
+    (["--data-path=b.json"], "--data_path: given twice"),
     (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
     (["a", "b", "c", "d"], "'d': expected --setting value (see --help)"),
     (["--stage_path", "/nowhere/llm"], "stage_path: no such folder: /nowhere/llm"),
     (["--stage_path=nowhere"], "stage_path: no such folder: nowhere"),
-    (["--data_path", "nowhere.json"], "data_path: no such file: nowhere.json"),
+    (["--eval_path", "nowhere.json"], "eval_path: no such file: nowhere.json"),
     (["--resume", "nowhere"], "resume: nowhere is no checkpoint"),
     (["--data_mixture", "a+b"], "data_mixture: needs data_config"),
 ]

@@ -105,6 +105,18 @@ def test_a_place_where_nothing_can_be_written_is_refused(tmp_path: Path) -> None
         / "a": f"{tmp_path / 'link'}: a link to {tmp_path / 'gone'}, which is not "
         "there; correct or remove it",
         Path("s3://lab/runs"): "s3:/lab/runs: a URL; name a local folder",
+        **{
+            Path(
+                path
+            ): f"{path}: {word} is a shell's, and stands for nothing here; write the whole path"
+            for word, path in {
+                "~": "~/runs",
+                "~lab": "~lab/runs",
+                "${HOME}": "${HOME}/runs",
+                "$SCRATCH": "/tmp/$SCRATCH/runs",
+            }.items()
+        },
+        tmp_path / "a~b" / "5$": None,
         tmp_path / "good": None,
         tmp_path / "new" / "a": None,
     }.items():

@@ -88,6 +88,13 @@ def test_settings_of_earlier_steps_are_kept(tmp_path: Path) -> None:
         tmp_path, {"lr": 3}, 4
     )  # from an older checkpoint: what came after it is not in there
     assert told() == [(1, 0), (3, 4)]
+    write_run(tmp_path, {"lr": 4}, 8)
+    write_run(tmp_path, {"lr": 4}, 6)  # the same settings, and from an older checkpoint, too
+    assert told() == [(1, 0), (3, 4), (4, 6)]
+    write_run(tmp_path, {"lr": 4}, 9)
+    assert told() == [(1, 0), (3, 4), (4, 6)]
+    write_run(tmp_path, {"lr": 1}, 3)  # back at the first ones, of which nothing is kept but them
+    assert told() == [(1, 0)]
     write_run(tmp_path, {"lr": 4}, 0)
     assert told() == [(4, 0)]
     (tmp_path / "run.json").write_text('{"config": {"lr": 1}}')  # as earlier versions wrote it

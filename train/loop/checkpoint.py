@@ -12,6 +12,7 @@ it, and the steps begin at `Run.first`. No random state is stored: order and dro
 seed, step and pack.
 """
 
+import math
 import os
 import platform
 import shutil
@@ -280,6 +281,23 @@ def changed_settings(folder: Path, state: Json, total: int, config: Json) -> str
     return (
         f"{text}\n          to train on, raise max_steps or num_train_epochs; to train with other "
         "settings, name another output_dir, or resume: none"
+    )
+
+
+def kept_rows(state: Json, config: Json, world: int) -> str:
+    """Return a notice where changed settings ask for steps of other rows than the run's, or nothing.
+
+    A run keeps the rows of its steps, so that `changed_settings` names values which have no effect.
+    """
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    sizes = [config[name] for name in names]
+    rows, asked = state["global_batch"], math.prod([*sizes, world])
+    if asked == rows or sizes == [state["config"].get(name) for name in names]:
+        return ""
+    said = " x ".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
+    return (
+        f"kept      a step has {rows} rows, as the run began with, not {asked} ({said} x "
+        f"{world} process{'es' * (world > 1)}); for those name another output_dir"
     )
 
 

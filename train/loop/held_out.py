@@ -1,5 +1,6 @@
 """The loss on held-out records, while training."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 def lowest(best: Json | None, loss: float, step: int, records: Sequence[Record]) -> Json:
     """Return the lower of the best loss so far and a step's, with its step and records."""
-    if best is None or loss < best["loss"]:
+    # no number is lower than NaN, which would stay the best for good
+    if best is None or math.isnan(best["loss"]) or loss < best["loss"]:
         return {"loss": loss, "step": step, "records": records_digest(records)}
     return best
 

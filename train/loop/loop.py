@@ -28,6 +28,7 @@ from train.loop.checkpoint import (
     changed_settings,
     choose_checkpoint,
     facts_of,
+    kept_rows,
     prune,
     read_state,
     refuse_other_run,
@@ -184,17 +185,17 @@ def make_run(config: TrainConfig, dataset: Dataset, accelerator: "Accelerator") 
         refuse_other_run(resumed, state, facts)
     settings = asdict(config)
     is_main = accelerator.is_main_process
-    log = RunLog(
-        output_dir, state.get("step", 0), is_main, wandb=settings if config.wandb else None
-    )
+    log = RunLog(output_dir, state.get("step", 0), is_main, settings if config.wandb else None)
     for line in passed_over:
         log.say(line)
     has_weights = resumed is not None or (output_dir / "config.json").exists()
     # a run.json beside weights describes these, and stays
     if is_main and not (has_weights and (output_dir / RUN).exists()):
         write_run(output_dir, state.get("config", settings), 0)
-    if resumed and (changed := changed_settings(resumed, state, plan.num_steps, settings)):
-        log.say(changed)
+    if resumed:
+        changed = changed_settings(resumed, state, plan.num_steps, settings)
+        for line in filter(None, (changed, kept_rows(state, settings, share.world))):
+            log.say(line)
     if is_main:
         write_drops(output_dir / LIST, all_drops(dataset, plan))
     return Run(

@@ -10,6 +10,7 @@ from train.pages.chart import colour_of
 from train.pages.read.runs import Run, TestSet
 from train.pages.scores import KINDS, LEARNED, NONE, NOT, PERHAPS, Reached, chip, reached
 from train.pages.settings import scrolled
+from train.scores.summary import OFF_SCALE
 
 FEW = 3
 """Runs that the page begins with in words; of more it begins with a table."""
@@ -199,6 +200,8 @@ def troubles_of(one: Reached) -> list[str]:
         found.append(f"{100 - 100 * entry['parsed']:.0f} % of the answers are not of its form")
     if cut := one.test.report.get("cut", {}).get(one.name):
         found.append(f"{cut} of {entry['count']} answers had not ended when they were cut off")
+    if off := one.test.report.get("off_scale", {}).get(one.name):
+        found.append(f"{off} of {entry['count']} answers {OFF_SCALE}")
     return found
 
 

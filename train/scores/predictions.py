@@ -17,7 +17,7 @@ from shards.signed import Json, canonical_json, digest, write_atomic
 from train.scores.captions import check_captions
 from train.scores.kinds import Asked, asked
 from train.scores.results import lines_of
-from train.scores.scoring import score, value_of
+from train.scores.scoring import is_off_scale, score, value_of
 from train.scores.summary import constant_span, summarise_scores
 
 EXAMPLES = 20
@@ -70,6 +70,8 @@ def report_of(predictions: Sequence[Prediction]) -> Json:
     # by kind: limits of answers are, too
     if cut := Counter(p.asked.kind for p in predictions if p.cut):
         report["cut"] = dict(cut)
+    if off := Counter(a.kind for a, text in zip(about, said, strict=True) if is_off_scale(a, text)):
+        report["off_scale"] = dict(off)
     constant = constant_span(about)
     if constant is not None:
         report["constant_span_miou"] = constant

@@ -33,6 +33,9 @@ from train.scores.words import (
 )
 
 RECALLS = (0.3, 0.5, 0.7)
+FAR = 1.5
+"""A place or time so many times as far as its frame or medium reaches is of another scale: a guess just
+beyond the end is none, and pixels, percent, thousandths, frames and milliseconds lie farther."""
 
 
 def score(asked: Asked, said: str) -> Json:
@@ -62,6 +65,25 @@ def value_of(asked: Asked, said: str) -> Any:
     if asked.kind == "choice":
         return letter_of(said, asked.options)
     return items_of(said) if asked.kind == "order" else without_thinking(said).strip()
+
+
+def is_off_scale(asked: Asked, said: str) -> bool:
+    """Return whether an answer's coordinates lie far outside the frame or the medium, see `FAR`.
+
+    Such an answer is read and scores nothing, as if it were wrong; what is wrong is likely its unit.
+    """
+    if asked.kind not in COORDINATES:
+        return False
+    numbers = COORDINATES[asked.kind][0](asked, said).numbers
+    letters = "".join(groups_of(asked.reference))
+    if asked.kind in ("tube", "windows"):  # as many as the answer lists, not the reference
+        rows = "tt" if asked.kind == "windows" else "txyxy"
+        letters = "t" * (len(numbers) % len(rows)) + rows * (len(numbers) // len(rows))
+    # of a picture, times have no end
+    reach = {"t": asked.duration or math.inf, "x": 1.0, "y": 1.0}
+    return any(
+        number > FAR * reach[letter] for letter, number in zip(letters, numbers, strict=False)
+    )
 
 
 # -- coordinates; numbers: those that were read, or none

@@ -9,6 +9,11 @@ from train.scores.captions import cider
 from train.scores.kinds import Asked
 from train.scores.overlap import interval_iou
 
+OFF_SCALE = (
+    "lie far outside the frame or the clip, as pixels, percent, frames or milliseconds do: places are "
+    "read as fractions from 0 to 1, times as seconds"
+)
+
 
 def summarise_scores(asked: Sequence[Asked], said: Sequence[str], scores: Sequence[Json]) -> Json:
     """Return the mean of each score by kind, over the answers that have it; for captions CIDEr too."""
@@ -73,6 +78,11 @@ def table(report: Json) -> str:
             f"{count} of {report['tasks'][kind]['count']} {kind} answers had not ended when they were "
             "cut; raise --max_new_tokens"
         )
+    off = {} if report.get("untrained") else report.get("off_scale", {})
+    lines += [
+        f"{count} of {report['tasks'][kind]['count']} {kind} answers {OFF_SCALE}"
+        for kind, count in off.items()
+    ]
     return "\n".join(lines)
 
 

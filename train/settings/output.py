@@ -25,12 +25,18 @@ DATA = re.compile(
     re.IGNORECASE,
 )
 STAGE_PARTS = ("llm", "mm_projector", "vision_tower")
+UNEXPANDED = re.compile(r"^~[\w.-]*(?=/|$)|\$(\{\w+\}|\w+)")
+"""What a shell would have replaced: a `~` behind `=` or in a YAML, a variable in quotes or in a YAML."""
 
 
 def folder_problem(folder: Path) -> str | None:
     """Return why nothing can be written in a folder, which may not exist yet; None if it can."""
     if "://" in str(folder) or re.match(r"[a-z0-9]+:/[^/]", str(folder)):  # Path joins the slashes
         return f"{folder}: a URL; name a local folder"
+    if (found := UNEXPANDED.search(str(folder))) and not folder.exists():
+        return (
+            f"{folder}: {found[0]} is a shell's, and stands for nothing here; write the whole path"
+        )
     # up to the nearest folder that exists: what is above it is made by the run
     for place in (folder, *folder.absolute().parents):
         if place.is_symlink() and not place.exists():

@@ -30,6 +30,7 @@ BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 NULL = "tag:yaml.org,2002:null"
+NESTED = "a list or a mapping; write an item as on a command line (`- drop=0.3`)"
 NOT_ZERO = re.compile("[^eE]*[1-9]")
 
 Origin = str
@@ -98,6 +99,7 @@ def read_flags(
     Up to three words before the first flag are the stage path, the mixture and the output folder.
     """
     found: list[tuple[str, Any, Origin]] = []
+    lists: set[str] = set()
     names = {item.name for item in fields(settings)}
     words = list(argv)
     for name in POSITIONAL:
@@ -123,12 +125,17 @@ def read_flags(
             found.append((name, "true", f"--{name}"))
         elif not following:
             problems.append(f"--{name}: needs a value")
-        elif len(following) > 1 and not _is_list(settings, name):
-            problems.append(f"--{name}: takes one value, got {' '.join(following)}")
+        elif not _is_list(settings, name):
+            if len(following) > 1:
+                problems.append(f"--{name}: takes one value, got {' '.join(following)}")
+            else:
+                found.append((name, following[0], f"--{name}"))
+        elif name in lists:
+            # of a single value the last one wins, as in any script; of a list that may be meant, or all
+            problems.append(f"--{name}: given twice; give all its values behind one --{name}")
         else:
-            found.append(
-                (name, following if _is_list(settings, name) else following[0], f"--{name}")
-            )
+            lists.add(name)
+            found.append((name, following, f"--{name}"))
     return found
 
 
@@ -136,9 +143,12 @@ def read_yaml(path: str, problems: list[str]) -> list[tuple[str, Any, Origin]]:
     """Return a YAML file's settings with the line that each stands on."""
     try:
         # compose, not load: nodes keep their lines, and scalars their spelling (1e-5, 0.07, on)
-        root = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
+        root = yaml.compose(Path(path).read_text("utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         problems.append(f"--config {path}: {error.strerror}")
+        return []
+    except UnicodeDecodeError as error:
+        problems.append(f"--config {path}: not UTF-8 ({error}); save it as UTF-8")
         return []
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -160,6 +170,11 @@ def _lines(
     found: list[tuple[str, Any, Origin]] = []
     for key, node in root.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            problems.append(
+                f"{path}:{line} expected the name of a setting, got a list or a mapping"
+            )
+            continue
         # PyYAML's loaders keep the last one without a word
         if key.value in seen:
             problems.append(f"{path}:{line} {key.value}: already set in line {seen[key.value]}")
@@ -169,6 +184,10 @@ def _lines(
         nulls = [one for one in (node, *_items(node)) if one.tag == NULL and one.value]
         if nulls and not is_foreign(key.value):
             problems.append(f"{path}:{line} {key.value} is {nulls[0].value}; leave it out")
+            continue
+        nested = [one for one in _items(node) if not isinstance(one, yaml.ScalarNode)]
+        if nested and not is_foreign(key.value):
+            problems.append(f"{path}:{line} {key.value}: expected texts in its list, got {NESTED}")
             continue
         if isinstance(node, yaml.ScalarNode):
             value: Any = node.value
@@ -222,7 +241,9 @@ def _convert(raw: Any, kind: Any) -> Any:
     """Return a written value as a setting's type; `1e-5` is a number whatever YAML thinks."""
     if isinstance(kind, types.GenericAlias):
         words = raw if isinstance(raw, list) else [raw]
-        return [word for text in words for word in str(text).split(",") if word]
+        # "a, b" is as common as "a,b", and no name has a blank at its end
+        items = (word.strip() for text in words for word in str(text).split(","))
+        return [item for item in items if item]
     if isinstance(raw, list):
         raise ValueError(raw)
     if kind == SWITCH:

@@ -39,12 +39,12 @@ def write_run(folder: Path, config: Mapping[str, Any], since: int) -> None:
         last: Json = json.loads(path.read_text())
         # runs of before it was recorded
         last.setdefault("since_step", 0)
-        before = [*last.pop("before", []), last]
-        # resumed with the same settings: nothing new to write down
-        if not was_now(last["config"], ours["config"]):
-            return
         # a resume from an earlier checkpoint drops the parts after it, whose steps are taken once more
-        ours["before"] = [old for old in before if old["since_step"] < since]
+        parts = [old for old in [*last.pop("before", []), last] if old["since_step"] < since]
+        # with the settings of the steps before them, these are no part of their own
+        if parts and not was_now(parts[-1]["config"], ours["config"]):
+            ours = parts.pop()
+        ours |= {"before": parts} if parts else {}
     write_atomic(path, json.dumps(ours, indent=2).encode() + b"\n")
 
 

@@ -42,6 +42,8 @@ class Record:
     """Of all its processes and threads in that time, and in its evaluations."""
     scored: dict[str, Json] = field(default_factory=dict)
     """Control (empty: none) -> what the scores are of."""
+    reports: dict[str, list[str]] = field(default_factory=dict)
+    """Control -> the files of these scores; a hand-run evaluation writes none of them."""
 
     def write(self, folder: Path) -> None:
         # written last: a run without it is not finished, whatever else lies there
@@ -54,6 +56,20 @@ def record_of(folder: Path) -> Record | None:
         return Record(**json.loads((folder / MARK).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def problem_of_report(path: Path) -> str | None:
+    """Return why a report may not be written by hand: a sweep's table is read from it; None if it may.
+
+    While the sweep itself scores a run, its scores are none.
+    """
+    record = record_of(path.parent)
+    if record is None or not any(path.name in names for names in record.reports.values()):
+        return None
+    return (
+        f"{path}: the scores that a sweep has made and compares with those of its other runs; name "
+        "another file: --output FILE"
+    )
 
 
 def is_begun(folder: Path) -> bool:

@@ -167,9 +167,9 @@ def below(values: Values, name: str, where: Origin) -> None:
 
 
 def flags_of(settings: Sequence[Setting]) -> list[str]:
-    """Return settings as the words of a command line."""
+    """Return settings as the words of a command line; of one that stands twice the last."""
     words = []
-    for name, value, _ in settings:
+    for name, value in {name: value for name, value, _ in settings}.items():
         items = value if isinstance(value, list) else [value]
         # an empty list is a flag with nothing behind its =
         words += [f"--{name}", *items] if any(items) else [f"--{name}="]

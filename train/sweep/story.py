@@ -205,10 +205,15 @@ def take(run: Run, inputs: Inputs, children: Children) -> str | None:
         # both: scores of other records, or files that were removed, are made again
         if record.scored.get(control) == asked and all_scored(run, control):
             continue
+        # none while they are made: `evaluate` leaves a sweep's finished scores alone
+        for facts in (record.scored, record.reports):
+            facts.pop(control, None)
+        record.write(run.folder)
         ended = children.run("evaluate.py", evaluation(run, control))
         if ended.code or children.stopped:
             return f"evaluation {control or 'as it is'}, exit {ended.code}: {ended.last_error}"
         record.scored[control] = asked
+        record.reports[control] = reports_of(run, control)
         record.cpu_seconds += ended.cpu_seconds
         record.write(run.folder)
     return None
@@ -235,9 +240,13 @@ def evaluation(run: Run, control: str) -> list[str]:
 
 def all_scored(run: Run, control: str) -> bool:
     """Return whether the scores of each test set are there."""
+    return all(read_report(run.folder / name) for name in reports_of(run, control))
+
+
+def reports_of(run: Run, control: str) -> list[str]:
+    """Return the name of each test set's file of scores."""
     ending = CONTROLS.get(control, "")
-    names = distinct_names(run.sweep.test_path)
-    return all(read_report(run.folder / f"eval-{name}{ending}.json") for name in names)
+    return [f"eval-{name}{ending}.json" for name in distinct_names(run.sweep.test_path)]
 
 
 def say(text: str) -> None:

@@ -1,6 +1,7 @@
 """Grounding benchmarks become records with markup, and what is wrong with one is named."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,29 @@ def test_the_readmes_own_benchmark_is_one_function(
     assert one.turns[1].text == "from <t:0.500> to <t:12.250>"
     assert two.turns[0].text.endswith(": he sits")
     assert "2 records" in capsys.readouterr().out
+
+
+def test_records_are_not_written_over_what_they_are_read_from(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """In a folder that is read they would be read the next time, and all records be there twice."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    source = folder / "a.jsonl"
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat"}]
+    source.write_text(json.dumps({"id": "a", "video": "v.mp4", "conversations": turns}) + "\n")
+    before = source.read_bytes()
+    (tmp_path / "link").symlink_to(folder)
+    for read, out, words in (
+        (source, source, "is read, and would be written over"),
+        (source, tmp_path / "link" / "a.jsonl", "is read, and would be written over"),
+        (folder, folder / "out.jsonl", "whose files are read; name an --out outside"),
+        (folder, tmp_path / "link" / "out.jsonl", "whose files are read"),
+        (source, tmp_path / "gone" / "out.jsonl", "its folder is not there"),
+        (source, tmp_path, "a folder; name a file"),
+    ):
+        assert words in refused(main, ["records", str(read), "--out", str(out)])
+        assert [path.name for path in folder.iterdir()] == ["a.jsonl"]
+        assert source.read_bytes() == before
+    main(["records", str(folder), "--out", str(tmp_path / "out.jsonl")])
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1

@@ -22,6 +22,7 @@ from train.loop.checkpoint import (
     changed_settings,
     checkpoints,
     find_resume,
+    kept_rows,
     prune,
     read_state,
     refuse_other_run,
@@ -277,6 +278,36 @@ def test_settings_that_changed_are_told() -> None:
     assert changed_settings(Path("checkpoint-3"), state, 4, config) == ""
     told = changed_settings(Path("checkpoint-3"), state, 4, config | {"learning_rate": 0.5})
     assert told == "changed   since checkpoint-3: learning_rate was 0.0001, is now 0.5"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world", "said"),
+    [
+        ((2, 4), 1, ""),
+        ((2, 4), 3, ""),  # other processes alone: the rows stay, as they should
+        ((4, 2), 1, ""),  # cut otherwise, and the same rows
+        ((2, 1), 4, ""),
+        (
+            (2, 2),
+            1,
+            "not 4 (per_device_train_batch_size 2 x gradient_accumulation_steps 2 x 1 proc",
+        ),
+        (
+            (1, 4),
+            4,
+            "not 16 (per_device_train_batch_size 1 x gradient_accumulation_steps 4 x 4 proc",
+        ),
+    ],
+)
+def test_steps_of_other_rows_than_the_runs_are_said_not_to_be_taken(
+    sizes: tuple[int, int], world: int, said: str
+) -> None:
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    state = {"global_batch": 8, "config": dict(zip(names, (2, 4), strict=True))}
+    line = kept_rows(state, dict(zip(names, sizes, strict=True)), world)
+    assert bool(line) == bool(said)
+    assert said in line
+    assert not line or line.startswith("kept      a step has 8 rows, as the run began with, ")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What a step's sums mean, and the three logs."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from model.mask import dense_mask, intervals
 from model.vlm import VLM
 from shards.text import duration
 from train.data.records import TASKS, Record, Turn, task_of
+from train.loop.held_out import lowest
 from train.loop.log import RunLog, keep_until, line_of
 from train.loop.metrics import FIELDS, NUM_SUMS, PAIRS, VECTORS, summarise, sums_of
 from train.loop.speed import CLOCK, StepTimer
@@ -294,3 +296,15 @@ def test_numbers_are_mirrored_to_wandb_where_asked(
     facts, logged, last = calls
     assert (facts["name"], facts["config"]) == (tmp_path.name, {"seed": 1})
     assert (logged, last) == ((1, {"train/loss": 1.0}), "finish")
+
+
+@given(st.lists(st.floats(0, 9) | st.sampled_from([math.nan, math.inf]), min_size=1))
+def test_the_lowest_loss_is_that_of_all_that_are_numbers(losses: list[float]) -> None:
+    best = None
+    for step, loss in enumerate(losses):
+        best = lowest(best, loss, step, [])
+    assert best is not None
+    numbers = [loss for loss in losses if not math.isnan(loss)]
+    if numbers:
+        assert best["loss"] == min(numbers)
+        assert best["step"] == losses.index(min(numbers))

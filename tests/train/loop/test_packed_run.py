@@ -76,6 +76,10 @@ def test_a_resumed_run_may_cut_its_steps_otherwise(
     shutil.copytree(packed / "checkpoint-3", out / "checkpoint-3")
     other = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     train_here(out, **PACKED | other, max_steps=6)
+    assert (
+        "kept      a step has 4 rows, as the run began with, not 2"
+        in (out / "train.log").read_text()
+    )
     for ours, theirs in zip(lines_of(out), lines_of(packed)[3:], strict=True):
         assert ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)

@@ -114,3 +114,29 @@ def test_the_table_of_runs_has_a_row_for_each_test_set(tmp_path: Path) -> None:
         ["a", "0.250", "0.125", "0.083"],
         ["b", "0.500", "0.250", "0.167"],
     ]
+
+
+@pytest.mark.parametrize("output", ["eval-0.json", "eval-test2.json", "eval-zz.json"])
+@pytest.mark.parametrize("control", ENDINGS)
+def test_a_report_that_was_kept_apart_is_not_taken_for_the_test_sets(
+    tmp_path: Path, output: str, control: str
+) -> None:
+    """`evaluate --output RUN/eval-x.json --max_records 9`: whatever its name, it is not the whole."""
+    from train.pages.read.runs import test_sets
+
+    (whole,) = results_of(tmp_path, ["a/test.jsonl"], None, control=control)
+    (apart,) = results_of(tmp_path, ["a/test.jsonl"], tmp_path / output, control=control)
+    about = {"test_set": whole.name, "data_path": whole.data_path}
+    about |= {name: name == control for name in CONTROLS}
+
+    def seen() -> object:
+        (found,) = test_sets(tmp_path)
+        return (found.controls[control] if control else found.report)["records"]
+
+    apart.report.write_text(json.dumps(about | {"records": 9}))
+    assert seen() == 9  # of no other scores it is what there is
+    for name in ("test", "a-test"):  # as it is called first, and once another file of its name came
+        report = whole.report.with_name(whole.report.name.replace("test", name, 1))
+        report.write_text(json.dumps(about | {"records": 400}))
+        assert seen() == 400
+        report.unlink()

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from shards.annotations.forms import DESCRIBE
 from train.scores.kinds import Asked, asked
-from train.scores.scoring import score
-from train.scores.summary import constant_span, summarise_scores
+from train.scores.predictions import Prediction, report_of
+from train.scores.scoring import is_off_scale, score
+from train.scores.summary import OFF_SCALE, constant_span, summarise_scores, table
 
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = "What falls?\nA. a red ball\nB. a blue box\nAnswer with the letter and the option."
@@ -356,3 +357,72 @@ def test_the_readmes_table_of_answers_is_what_they_score() -> None:
             found = score(asked(about, 8.0, question=question), answer.replace("\u21b5", "\n"))
             name, value = re.fullmatch(r"\s*(\S+) ([\d.]+)\s*", wanted).groups()  # type: ignore[union-attr]
             assert found[name] == pytest.approx(float(value), abs=0.005), (about, answer)
+
+
+SCALED = {
+    "span": ("<t:{}> to <t:{}>", "tt", (1.0, 4.0)),
+    "time": ("<t:{}>", "t", (3.0,)),
+    "windows": ("<t:{}> to <t:{}>, <t:{}> to <t:{}>", "tttt", (1.0, 2.0, 4.0, 6.0)),
+    "point": ("<x:{}><y:{}>", "xy", (0.5, 0.2)),
+    "box": ("<x:{}><y:{}><x:{}><y:{}>", "xyxy", (0.1, 0.2, 0.5, 0.6)),
+    "tube": (
+        "<t:{}> <x:{}><y:{}><x:{}><y:{}>; <t:{}> <x:{}><y:{}><x:{}><y:{}>",
+        "txyxytxyxy",
+        (1.0, 0.1, 0.2, 0.5, 0.6, 5.0, 0.1, 0.2, 0.5, 0.6),
+    ),
+    "mixed": ("a dog <x:{}><y:{}> at <t:{}>", "xyt", (0.5, 0.25, 6.0)),
+}
+"""Kind -> (reference, axes of its numbers, its numbers); the medium lasts 8 seconds."""
+UNITS_OF = {
+    "pixels": {"x": 1920.0, "y": 1080.0},
+    "percent": {"x": 100.0, "y": 100.0},
+    "thousandths": {"x": 1000.0, "y": 1000.0},
+    "frames": {"t": 25.0},
+    "milliseconds": {"t": 1000.0},
+}
+CASES = [
+    (kind, unit)
+    for kind, (_, axes, _) in SCALED.items()
+    for unit, factors in UNITS_OF.items()
+    if factors.keys() & set(axes)
+]
+
+
+@pytest.mark.parametrize(("kind", "unit"), CASES)
+def test_answers_in_other_units_are_counted_by_kind(kind: str, unit: str) -> None:
+    """Such answers are read, and wrong by their unit alone: a score of 0 has to say so."""
+    text, axes, numbers = SCALED[kind]
+    plain = re.sub("<[txy]:{}>", " {}", text)
+    reference = text.format(*numbers)
+    scaled = [n * UNITS_OF[unit].get(axis, 1.0) for n, axis in zip(numbers, axes, strict=True)]
+    right, wrong = plain.format(*numbers), plain.format(*(f"{n:g}" for n in scaled))
+    asked_for = asked(reference, 8.0, task="")
+    assert asked_for.kind == kind
+    assert score(asked_for, wrong)["parsed"] == 1.0
+    said = [right, wrong, reference, "no idea"]
+    assert [is_off_scale(asked_for, one) for one in said] == [False, True, False, False]
+    report = report_of(
+        [Prediction("r", ("a",), 1, "", "", reference, 8.0, one, cut=False) for one in said]
+    )
+    assert report["off_scale"] == {kind: 1}
+    shown = table(report | {"records": 4})
+    assert f"1 of 4 {kind} answers {OFF_SCALE}" in shown
+    assert OFF_SCALE not in table(report | {"records": 4, "untrained": True})
+
+
+@pytest.mark.parametrize(
+    ("reference", "said", "duration"),
+    [
+        (SPAN, "from 2.0 to 9.5", 8.0),  # a little after the end
+        (BOX, "0.1 0.2 0.5 1.04", 0.0),
+        (SPAN, "from 100.0 to 400.0", 0.0),  # of a medium of unknown length
+        ("3", "300", 8.0),
+        ("he sits", "at 900 px", 8.0),
+    ],
+)
+def test_a_wrong_answer_of_the_right_scale_is_not_counted(
+    reference: str, said: str, duration: float
+) -> None:
+    assert not is_off_scale(asked(reference, duration), said)
+    one = Prediction("r", (), 1, "", "", reference, duration or 1000.0, said, cut=False)
+    assert "off_scale" not in report_of([one])

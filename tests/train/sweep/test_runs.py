@@ -77,6 +77,9 @@ def test_the_command_line_of_a_run_gives_its_settings(
     assert long.stage_path == str(runs[1].folder)
     assert long.data_path == [str(toy / "test.jsonl")]
     assert runs[3].words[-2:] == ("--stage_path", str(runs[1].folder))
+    # a list that the sweep and its run both say is the run's
+    assert runs[3].words.count("--data_path") == runs[2].words.count("--augment=") == 1
+    assert "--augment" not in runs[2].words
 
 
 @pytest.mark.parametrize(

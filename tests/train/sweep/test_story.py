@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
+import train.evaluate
 import train.run
 from train.settings.output import RUN
 from train.sweep.inputs import Inputs
-from train.sweep.record import Record, record_of
+from train.sweep.record import Record, problem_of_report, record_of
 from train.sweep.runs import runs_of
 from train.sweep.start import Children, Launcher
 from train.sweep.story import take
@@ -116,6 +117,7 @@ def test_what_is_begun_goes_on_what_fails_is_named_and_what_is_done_is_left_alon
     record = record_of(begun)
     assert record is not None
     assert record.cpu_seconds > 0.5
+    assert record.reports == {"": ["eval-test.json"]}
 
     # -- again without those: nothing is touched, and nothing is started
     bench.write({"begun": {}}, **scored)
@@ -250,6 +252,46 @@ def test_scores_of_other_records_are_none_in_a_table(done: Bench) -> None:
     metric = ("span", "iou")
     assert [score_of(one.report, metric) for one in (then, now)] == [0.5, None]
     assert [one.control("shuffled", metric) for one in (then, now)] == [None, 0.5]
+
+
+def test_an_evaluation_by_hand_leaves_the_scores_of_a_sweep_alone(
+    done: Bench, toy: Path, tmp_path: Path, refused: Refused
+) -> None:
+    """Its table would show them as the sweep's: of fewer records, another bank, other turns."""
+    run = done.out / "a" / "seed-0"
+    report = run / "eval-test.json"
+    scored = {"test_set": "test", "data_path": str(toy / "test.jsonl"), "tasks": {}}
+    record = record_of(run)
+    assert record is not None
+    record.reports["shuffled"] = ["eval-test-shuffled.json"]
+    record.reports[""] = [report.name]
+    record.write(run)
+    for name in ("test", "test-shuffled"):
+        (run / f"eval-{name}.json").write_text(json.dumps(scored))
+    other = tmp_path / "predictions-other.jsonl"
+    answer = {"record": "r", "media": ["c"], "turn": 1, "task": "", "question": "", "duration": 1.0}
+    other.write_text(json.dumps(answer | {"reference": "3", "answer": "3", "cut": False}) + "\n")
+    before = bytes_below(run)
+    # the test set itself, and another file of its name, which would take its place
+    (tmp_path / "test.jsonl").write_bytes((toy / "test.jsonl").read_bytes())
+    asked = ["--model", str(run), "--bank", done.settings["bank"], "--max_records", "1"]
+    for words in (
+        *([*asked, "--data_path", str(folder / "test.jsonl")] for folder in (toy, tmp_path)),
+        [*asked, "--data_path", str(toy / "test.jsonl"), "--shuffle_features"],
+        [*asked, "--data_path", str(toy / "test.jsonl"), "--output", str(report)],
+        ["--rescore", str(other), "--output", str(report)],
+    ):
+        line = refused(train.evaluate.main, words)
+        assert "the scores that a sweep has made" in line
+        assert line.endswith("--output FILE")
+        assert bytes_below(run) == before
+    # what the sweep has not scored is nobody's
+    for place in (run / "eval-test-untrained.json", run / "eval-more.json", tmp_path / report.name):
+        assert problem_of_report(place) is None
+    # as while the sweep itself scores
+    record.reports.clear()
+    record.write(run)
+    assert problem_of_report(report) is None
 
 
 @pytest.mark.slow

@@ -13,7 +13,14 @@ from shards.errors import UserError
 from shards.signed import Json
 from shards.write.lock import WATCHED_SECONDS, lock_path, touched, writer_of
 from train.pages.read.metrics import Metrics, read_metrics
-from train.scores.results import CONTROLS, PREFIX, lines_of, predictions_beside, read_report
+from train.scores.results import (
+    CONTROLS,
+    PREFIX,
+    lines_of,
+    longer_names,
+    predictions_beside,
+    read_report,
+)
 from train.scores.spread import Answers, read_answers
 from train.settings.output import RUN
 from train.settings.recorded import CHECKPOINT, settings_in
@@ -197,12 +204,13 @@ def read_config_features(folder: Path) -> Json:
 
 def test_sets(folder: Path) -> list[TestSet]:
     """Return the test sets that a folder has scores of, by the path of their records."""
+    reports = [(path, read_report(path)) for path in sorted(folder.glob(f"{PREFIX}*.json"))]
+    written = [(path, report) for path, report in reports if "test_set" in report]
     found: dict[str, dict[str, tuple[Json, Path]]] = {}
-    for path in sorted(folder.glob(f"{PREFIX}*.json")):
-        report = read_report(path)
-        if "test_set" in report:
-            control = next((name for name in CONTROLS if report.get(name)), "")
-            found.setdefault(report["data_path"], {})[control] = (report, path)
+    # the last one counts: one that `evaluate --output` was to keep apart, of fewer records perhaps, is
+    # shown only where there is none by the name that `evaluate` gives
+    for path, report in sorted(written, key=lambda one: is_named_by_records(*one)):
+        found.setdefault(report["data_path"], {})[control_of(report)] = (report, path)
     out = []
     for data_path, own in found.items():
         # where only a control was scored, its files tell name and place
@@ -212,6 +220,17 @@ def test_sets(folder: Path) -> list[TestSet]:
             TestSet(report["test_set"], data_path, report if "" in own else {}, place, controls)
         )
     return out
+
+
+def control_of(report: Json) -> str:
+    """Return the control that a report is of, empty if none."""
+    return next((name for name in CONTROLS if report.get(name)), "")
+
+
+def is_named_by_records(path: Path, report: Json) -> bool:
+    """Return whether a report has a name that `evaluate` gives by the path of its records."""
+    ending = CONTROLS.get(control_of(report), "")
+    return path.stem in {f"{PREFIX}{name}{ending}" for name in longer_names(report["data_path"])}
 
 
 def goes_on(folder: Path) -> bool:
