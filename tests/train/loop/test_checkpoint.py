@@ -411,7 +411,7 @@ def test_a_models_save_that_fails_midway_leaves_no_mix_of_two_models(
         save_model(model, tmp_path, print, trained=False)
     file.rmdir()
     (tmp_path / "old").rename(file)  # as a kill just before its turn leaves it
-    with pytest.raises(UserError, match=r"config\.json: missing"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         VLM.load(tmp_path)
     save_model(model, tmp_path, print, trained=False)
     loaded = VLM.load(tmp_path).state_dict()
