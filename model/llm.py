@@ -7,6 +7,7 @@ checkpoint over an LLM that is not trained names it in `llm/base.json` instead o
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -384,8 +385,10 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write a model folder's JSON file, its keys sorted."""
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    """Write a model folder's JSON file, its keys sorted, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, path)
 
 
 def _require(path: Path) -> None:

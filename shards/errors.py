@@ -8,7 +8,12 @@ comes from the machine. `assert` and all other exceptions are bugs: a traceback,
 # Why a type of its own: as a ValueError, a bug in the tower would quarantine every clip, and a bug in a
 # command would look like wrong usage.
 
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a disk that is written to, and takes no more."""
 
 
 def first_line(error: BaseException) -> str:
@@ -52,3 +57,34 @@ class UserError(Exception):
     def of(cls, problems: Iterable[object]) -> "UserError":
         """Return one error of several problems, a line each."""
         return cls("\n".join(map(str, problems)))
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Add a file's name to an OSError that has none, as those of writing: a descriptor has no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def disk_errors(place: object) -> Iterator[None]:
+    """Turn an OSError into one that says where it happened and how to continue.
+
+    place: a folder on the disk that is written to, where the error itself does not name a file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # it was raised here, with the full text
+            raise
+        # a copy that fails for want of room names its source first, and the full disk is the other one's
+        full = error.filename2 if error.errno in DISK_FULL else None
+        where = full or error.filename or place
+        raise OSError(
+            f"{where}: {error.strerror or error}; what is committed is intact, "
+            "free space or repair the disk, and run the same command again"
+        ) from None

@@ -10,7 +10,7 @@ from typing import Any
 
 import google_crc32c
 
-from shards.errors import UserError
+from shards.errors import UserError, naming
 
 Json = dict[str, Any]
 
@@ -28,10 +28,11 @@ def digest(data: bytes, size: int = 16) -> str:
 def write_synced(file: io.FileIO, data: bytes) -> None:
     """Write all of the data and wait until it is on the disk."""
     left = memoryview(data)
-    while left:
-        # an unbuffered write may take a part: on a nearly full disk it does
-        left = left[file.write(left) :]
-    os.fsync(file.fileno())
+    with naming(file.name):
+        while left:
+            # an unbuffered write may take a part: on a nearly full disk it does
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
 
 
 def signed_json(record: Json) -> bytes:

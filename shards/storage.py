@@ -28,6 +28,8 @@ class Files(Protocol):
 
     where: str
     """The folder, for messages."""
+    replaced: int
+    """How often a file was found to be another one than when it was last opened."""
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         """Return a part of a file, by default all of it; fewer bytes where the file ends early.
@@ -78,6 +80,9 @@ class _Opened:
     def __init__(self, path: Path) -> None:
         self.number = -1
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        stat = os.fstat(self.number)
+        # without the inode: some file systems give a file another one each time it is opened
+        self.stamp = stat.st_size, stat.st_mtime_ns
 
     def __del__(self) -> None:
         if self.number >= 0:
@@ -90,7 +95,9 @@ class LocalFiles:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.where = str(folder)
+        self.replaced = 0
         self._opened: dict[str, _Opened] = {}
+        self._stamps: dict[str, tuple[int, int]] = {}
         self._process = os.getpid()
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
@@ -133,13 +140,17 @@ class LocalFiles:
         if opened is None:
             # No lock, because a fork may copy it locked. If two threads open at once, one file is closed.
             opened = self._opened.setdefault(name, _Opened(self.folder / name))
+            # before the first read from it: whoever reads it sees the count
+            if self._stamps.setdefault(name, opened.stamp) != opened.stamp:
+                self._stamps[name] = opened.stamp
+                self.replaced += 1
             if len(self._opened) > MOST_OPEN:
                 self._opened.pop(list(self._opened)[0], None)  # noqa: RUF015 - list() is atomic
         return opened
 
     def __getstate__(self) -> dict[str, object]:
         # descriptors mean nothing in another process
-        return self.__dict__ | {"_opened": {}}
+        return self.__dict__ | {"_opened": {}, "_stamps": {}}
 
 
 def _read_into(file: int, view: memoryview, offset: int) -> int:
@@ -156,6 +167,7 @@ class RemoteFiles:
 
     def __init__(self, url: str) -> None:
         self.where = url.rstrip("/")
+        self.replaced = 0  # nothing stays open, and to ask each time would be a round trip
         self._opened: tuple[int, Any, str] | None = None
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:

@@ -38,9 +38,10 @@ from preprocess.encode.features import (
 from preprocess.sources.find import clips_under
 from shards.care.inventory import Damage, Inventory, read_inventory, refuse_no_bank
 from shards.care.migrate import migrate
+from shards.care.revise import move_rewritten, resume_rewritten
 from shards.care.tar_scan import SampleState, ShardScan, Tar, commit_of, fault_of_json, layout
 from shards.care.verify import is_as_listed, verify
-from shards.errors import UserError
+from shards.errors import UserError, disk_errors
 from shards.format.commits import (
     CommitRecord,
     SampleRecord,
@@ -97,7 +98,7 @@ def repair(
     the bytes of each shard when it is verified.
     """
     refuse_no_bank(bank)
-    with folder_lock(bank, "preprocess repair"):
+    with disk_errors(bank), folder_lock(bank, "preprocess repair"):
         # -- an older format first: the checks below read the present one
         migrated = migrate(
             bank,
@@ -105,7 +106,8 @@ def repair(
                 bank, plan, ClipEncoder(bank, plan, tower, device, video_roots).load
             ),
         )
-        done = Repaired(damages=verify(bank, deep=True, seen=seen), files=migrated)
+        moved = resume_rewritten(bank / "shards")
+        done = Repaired(damages=verify(bank, deep=True, seen=seen), files=migrated + moved)
         if migrated:
             done.notes.append(
                 "a bank of an older format: its metadata is rewritten, its features are as they were"
@@ -259,10 +261,7 @@ class ShardRepair:
             self.done.files.append(f"shards/{index.name}")
 
     def _rewrite(self) -> None:
-        """Write the shard into `.repair`, and move it into place.
-
-        After a kill between the renames, the next repair finds undamaged samples and continues.
-        """
+        """Write the shard into `.repair`, and move it into place."""
         # beside the old shard, so that the move is a renaming on one disk
         folder = self.path.parent / ".repair"
         shutil.rmtree(folder, ignore_errors=True)
@@ -298,7 +297,7 @@ class ShardRepair:
                     self.done.lost.append(key)
             record = writer.commit(self.commit.provenance if self.commit else None)
         self.done.encoded += self.encoded
-        self._move(folder, record, refused)
+        self._move(record, refused)
 
     def _wanted(self) -> dict[str, SampleRecord | None]:
         """Return the samples that the shard should have, in order; None for lost records."""
@@ -319,9 +318,7 @@ class ShardRepair:
         old = _json_of(sample, state) if sample and state else None
         return self.encoder.encode(clip, old, self.commit.provenance if self.commit else {})
 
-    def _move(
-        self, folder: Path, record: CommitRecord, refused: Mapping[str, SampleRecord]
-    ) -> None:
+    def _move(self, record: CommitRecord, refused: Mapping[str, SampleRecord]) -> None:
         """Replace the old shard by the new one; keep the commit record if it still holds."""
         # A sample that could not be repaired keeps the checksum of its undamaged bytes.
         samples = [
@@ -338,20 +335,15 @@ class ShardRepair:
         if not same:
             if self.encoded and not proven:
                 record = replace(record, provenance=self.encoder.provenance(record.provenance))
-            write_commit(folder / self.name, record)
             if self.encoded and self.commit and not proven:
                 self.done.notes.append(
                     f"{self.name}: its bytes differ from the old ones, since another machine or library "
                     f"made them; that these clips are the same cannot be proven: "
                     f"{', '.join(self.encoded)}"
                 )
-        for at in (lambda p: p, index_path, *([] if same else [done_path])):
-            if at(folder / self.name).exists():
-                os.replace(at(folder / self.name), at(self.path))
-            else:  # the new shard has no samples, and so no tar
-                at(self.path).unlink(missing_ok=True)
-            self.done.files.append(f"shards/{at(self.path).name}")
-        shutil.rmtree(folder)
+        # of the same samples the old record stays, which may have more about them
+        final = self.commit if same and self.commit else record
+        self.done.files += move_rewritten(self.path, final)
 
 
 def _json_of(sample: SampleRecord, state: SampleState) -> Json | None:

@@ -25,7 +25,7 @@ from preprocess.encode.unit import Encoder
 from preprocess.sources.find import clips_under
 from preprocess.sources.members import archive_members
 from preprocess.sources.probe import probe
-from shards.errors import UserError
+from shards.errors import UserError, disk_errors
 from shards.format.commits import committed, refuse_missing_shards
 from shards.format.plan import (
     ClipSource,
@@ -49,7 +49,7 @@ def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how
     for videos that were moved.
     """
     planned(bank, "no bank to retry")  # first, because the lock would create a missing folder
-    with folder_lock(bank, "preprocess retry"):
+    with disk_errors(bank), folder_lock(bank, "preprocess retry"):
         return _retry(bank, tower, roots, how)
 
 

@@ -9,7 +9,6 @@ archive is enough for a whole run.
 """
 
 import bz2
-import errno
 import gzip
 import lzma
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from preprocess.decode.scan import VideoError
+from shards.errors import DISK_FULL
 from shards.format.quarantine import Reason
 
 ARCHIVE_SUFFIXES = (
@@ -35,8 +35,6 @@ UNREADABLE = (
     *(NotImplementedError, RuntimeError),  # zipfile: unknown compression; a password is needed
 )
 """What the libraries raise for a damaged or unsupported archive."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of the disk that is written to: they stop the run, since no archive or clip is at fault."""
 CHANGED = "the archive is not the one that was planned: its members are elsewhere"
 
 
@@ -126,6 +124,7 @@ class Unpacker(AbstractContextManager["Unpacker"]):
         try:
             self._copy(archive, offset, nbytes, copy)
         except UNREADABLE as error:
+            # the disk that is written to: it stops the run, since no archive or clip is at fault
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise
             self._close()

@@ -24,9 +24,8 @@ from preprocess.derive.source import BankSource
 from preprocess.derive.target import Asked, Target, target_of
 from preprocess.encode.calibrate import CLIPS, FRAMES, Calibration, drawn, lossless, measured
 from preprocess.encode.features import plan_codec
-from preprocess.encode.unit import disk_errors
 from preprocess.sources.changes import is_other
-from shards.errors import UserError
+from shards.errors import UserError, disk_errors
 from shards.format.commits import committed, refuse_missing_shards
 from shards.format.manifest import Manifest, TowerFacts
 from shards.format.plan import (

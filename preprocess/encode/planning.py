@@ -33,7 +33,7 @@ from shards.format.plan import (
     refuse_shards_without_plan,
     write_plan,
 )
-from shards.format.quarantine import read_entries, update_quarantine
+from shards.format.quarantine import Reason, read_entries, update_quarantine
 from shards.write.finish import is_finished, new_failures
 
 if TYPE_CHECKING:
@@ -110,6 +110,17 @@ def changed_of(changes: Changes, options: EncodeOptions, prune: bool) -> Plan:
     return replace(plan, allow_truncated=options.allow_truncated or None)
 
 
+def as_run(out: Path, plan: Plan, options: EncodeOptions) -> Plan:
+    """Return the plan of a bank that has nothing yet with the batches and threads that are asked for now.
+
+    Workers that join, later runs and `repair` take them from the plan.
+    """
+    if any((out / "shards").glob("*")):
+        return plan  # what is there was made by the plan's
+    asked = {"batch_frames": options.batch_frames, "threads": options.tower_threads}
+    return replace(plan, tower=replace(plan.tower, **asked))
+
+
 def make_plan(
     out: Path,
     clips: Sequence[ClipSource],
@@ -143,11 +154,11 @@ def make_plan(
         files = tower_files(options.tower)
         plan = replace(plan, tower=replace(plan.tower, files=files))
     changes = survey.changes(out, plan)
-    plan = changed_of(changes, options, prune)
+    plan = as_run(out, changed_of(changes, options, prune), options)
     clip_bytes = predicted_bytes(tower, options)
     # appended as new units: finished shards stay as they are
     plan = plan.extended(changes.todo, options.shard_bytes, clip_bytes)
-    update_quarantine(out, {clip.key for clip in changes.changed})  # so that they are tried again
+    update_quarantine(out, {clip.key for clip in changes.todo})  # so that they are tried again
     # before any decoding: workers on other machines read what to do from it
     if plan != known:
         write_plan(out, plan)
@@ -230,11 +241,12 @@ def calibrated(out: Path, plan: Plan, tower: "Tower", options: EncodeOptions) ->
 def lost_keys(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> set[str]:
     """Return the keys of clips that a finished unit has neither banked nor put into quarantine.
 
-    They were pruned when it was made, or have been removed from the quarantine since.
+    They were pruned when it was made, or have been removed from the quarantine since; or were found to
+    be another file than was planned, which says nothing about the file that is there now.
     """
     banked = {commit.unit: commit.keys for commit in commits}
-    failed = {entry.key for entry in read_entries(bank).values()}
-    failed |= {entry.key for entry in new_failures(bank, plan, commits)}
+    entries = [*read_entries(bank).values(), *new_failures(bank, plan, commits)]
+    failed = {one.key for one in entries if one.reason is not Reason.NOT_AS_PLANNED}
     return {
         key
         for key, unit in plan.counts.items()

@@ -34,13 +34,12 @@ from preprocess.encode.planning import (
     units_left,
 )
 from preprocess.encode.tower import Loading, as_banked, refuse_other_device
-from preprocess.encode.unit import disk_errors
 from preprocess.encode.workers import Work, encode_in_processes, encode_work
 from preprocess.sources.changes import Changes
 from preprocess.sources.find import Found, clips_under, find_clips
 from preprocess.sources.probe import probe
 from preprocess.sources.skips import write_skips
-from shards.errors import UserError
+from shards.errors import UserError, disk_errors
 from shards.format.beside import banks_of
 from shards.format.plan import (
     ClipSource,

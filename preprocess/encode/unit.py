@@ -29,7 +29,7 @@ from preprocess.encode.features import EncodeOptions, describe, pooling_of, prov
 from preprocess.encode.pipeline.decoders import Decoders, Job, decoders_for
 from preprocess.encode.pipeline.summary import Summary, progress_bar, show_pace
 from preprocess.encode.pipeline.writing import Writing
-from shards.errors import UserError
+from shards.errors import UserError, disk_errors
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource
@@ -294,20 +294,6 @@ class Encoder(ExitStack):
         )
         self.summary.failures.append(entry)
         return entry
-
-
-@contextmanager
-def disk_errors(bank: Path) -> Iterator[None]:
-    """Turn an OSError into one that says where it happened and how to continue."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # it was raised here, with the full text
-            raise
-        raise OSError(
-            f"{error.filename or bank}: {error.strerror or error}; what is committed is intact, "
-            "free space or repair the disk, and run the same command again"
-        ) from None
 
 
 def _root_of(source: ClipSource) -> Path:

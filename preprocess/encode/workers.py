@@ -27,8 +27,8 @@ from preprocess.decode.child_process import ChildBug
 from preprocess.encode.features import EncodeOptions, load_tower
 from preprocess.encode.pipeline.decoders import decoders_for
 from preprocess.encode.pipeline.summary import Summary, progress_bar, show_pace
-from preprocess.encode.unit import Encoder, disk_errors
-from shards.errors import UserError
+from preprocess.encode.unit import Encoder
+from shards.errors import UserError, disk_errors
 from shards.format.codec import Codec
 from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource

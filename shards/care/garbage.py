@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.care.inventory import Inventory, read_inventory
-from shards.errors import UserError
+from shards.care.revise import is_being_moved
+from shards.errors import UserError, disk_errors
 from shards.format.commits import ATTEMPT_FILE, SampleRecord
 from shards.text import some
 from shards.write.lease import holders
@@ -37,7 +38,7 @@ class Leftover:
 def collect(bank: Path) -> list[Leftover]:
     """Remove the leftovers of a bank and return them; raises UserError if it is being written."""
     # Workers hold leases and not this lock, so both are checked.
-    with folder_lock(bank, "preprocess gc"):
+    with disk_errors(bank), folder_lock(bank, "preprocess gc"):
         if workers := holders(bank):
             raise UserError(
                 f"{some(list(workers.values()))} may be at work here",
@@ -60,9 +61,11 @@ def leftovers(inventory: Inventory) -> list[Leftover]:
     """
     lost = [damage for damage in inventory.damages if damage.file in ("plan.json", "bank.json")]
     if lost:
+        can_repair = all(damage.remedy == "rewrite" for damage in lost)
         raise UserError(
-            f"{inventory.bank}: {lost[0]}: without it the needed files are not known; run "
-            f"`preprocess repair {inventory.bank}` first"
+            f"{lost[0]}; without it the needed files are not known",
+            where=inventory.bank,
+            fix=f"run `preprocess repair {inventory.bank}` first" if can_repair else None,
         )
     found = [Leftover(path, disk_size(path), why) for path, why in _unreferenced(inventory)]
     return sorted(found, key=lambda piece: piece.path)
@@ -72,6 +75,8 @@ def _unreferenced(inventory: Inventory) -> Iterator[tuple[Path, str]]:
     bank = inventory.bank
     for pattern in TEMPORARY:
         for path in bank.glob(pattern):
+            if is_being_moved(path):
+                continue  # half of a shard: `repair` completes it
             yield path, "left by a write that was cut off"
     # both: a plan may be newer than the manifest, and a manifest may be all that is left
     needed = {*inventory.planned, *inventory.listed}

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from shards.care.inventory import refuse_no_bank
-from shards.errors import UserError
+from shards.errors import UserError, disk_errors
 from shards.format.beside import side_path, sides_of
 from shards.format.commits import (
     CommitRecord,
@@ -63,9 +63,7 @@ def merge(
     seen: called with the bytes of each shard when it is done. Raises UserError naming each difference of
     the features, the clips that two banks have, a bank that is being written, and an `out` that exists.
     """
-    # a folder with a lock alone is left by a merge that was killed
-    if out.exists() and not {path.name for path in out.iterdir()} <= {".lock"}:
-        raise UserError("exists already", where=out, fix="name a new folder for the merged bank")
+    _refuse_existing(out)
     sides = _common_sides(banks)
     # all refusals come before the first byte is copied
     everything = [[_part(bank) for bank in banks]]
@@ -75,19 +73,26 @@ def merge(
         _refuse_common(parts)
     beside = out.with_name(f"{out.name}.merging")
     beside.parent.mkdir(parents=True, exist_ok=True)
-    with folder_lock(out, "preprocess merge"):
-        # of a merge that was killed: links are made once more, at no cost
-        shutil.rmtree(beside, ignore_errors=True)
-        manifest = _join(everything[0], beside, seen)
-        for strides, parts in zip(sides, everything[1:], strict=True):
-            _join(parts, side_path(beside, strides), seen)
-        for why in pair(beside, "preprocess merge"):
-            log.warning(why)
-    # only the lock had made this folder: the merged bank takes its name in one rename
-    os.rmdir(out)
-    os.replace(beside, out)
-    sync_folder(out.parent)
-    if lacking := _not_made(everything[0]):
+    with disk_errors(out):
+        with folder_lock(out, "preprocess merge"):
+            _refuse_existing(out)  # once more: another merge may have ended since
+            # of a merge that was killed: links are made once more, at no cost
+            shutil.rmtree(beside, ignore_errors=True)
+            try:
+                manifest = _join(everything[0], beside, seen)
+                for strides, parts in zip(sides, everything[1:], strict=True):
+                    _join(parts, side_path(beside, strides), seen)
+                for why in pair(beside, "preprocess merge"):
+                    log.warning(why)
+            except BaseException:
+                # nothing of it is continued, and copies may fill the disk
+                shutil.rmtree(beside, ignore_errors=True)
+                raise
+        # only the lock had made this folder: the merged bank takes its name in one rename
+        os.rmdir(out)
+        os.replace(beside, out)
+        sync_folder(out.parent)
+    if lacking := sorted(_not_made(everything[0]).values()):
         log.warning(
             f"{out}: lacks {counted(len(lacking), 'clip')} as planned, in units that none of the banks "
             f"has made: {some(lacking)}; `preprocess encode INPUT --out {out}` encodes them"
@@ -95,25 +100,35 @@ def merge(
     return manifest
 
 
-def _not_made(parts: Sequence[Part]) -> list[str]:
-    """Return the ids of the clips of the plans whose last unit is made in no bank."""
+def _refuse_existing(out: Path) -> None:
+    # a folder with a lock alone is left by a merge that was killed
+    if out.exists() and not {path.name for path in out.iterdir()} <= {".lock"}:
+        raise UserError("exists already", where=out, fix="name a new folder for the merged bank")
+
+
+def _not_made(parts: Sequence[Part]) -> dict[str, str]:
+    """Return, by key, the ids of the clips of the plans whose last unit is made in no bank."""
     ids, made = dict[str, str](), set[str]()
     for part in parts:
         served, units = part.plan.served(), {commit.unit for commit in part.commits}
         ids |= {clip.key: clip.id for clip in part.plan.clips if clip.key in served}
         made |= {key for key, unit in served.items() if unit in units}
-    return sorted(id_ for key, id_ in ids.items() if key not in made)
+    return {key: id_ for key, id_ in ids.items() if key not in made}
 
 
 def _join(parts: Sequence[Part], out: Path, seen: Callable[[int], object]) -> Manifest:
     """Make one bank in a new folder."""
     (out / "shards").mkdir(parents=True)
     units, commits = _bring_shards(parts, out, seen)
+    # what was brought of a clip that is planned again and not made is of its older video
+    stale = _not_made(parts).keys()
     plan = replace(
         parts[0].plan,
         units=units,
         # only of clips that were brought: others are in no unit of the new plan
-        pruned=frozenset().union(*(part.plan.pruned & part.clips.keys() for part in parts)),
+        pruned=frozenset().union(
+            *((part.plan.pruned | stale) & part.clips.keys() for part in parts)
+        ),
     )
     write_plan(out, plan)
     _bring_skips(parts, out)
@@ -234,7 +249,8 @@ def _bring_shards(
 def _bring(old: Path, new: Path) -> None:
     try:
         # Finished shards are never written to: a link is as safe as a copy, and takes no space.
-        os.link(old, new)
+        # of the file itself: of a symbolic link Linux would link the link
+        os.link(old.resolve(), new)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(old, new)
         with open(new, "rb") as file:

@@ -26,10 +26,19 @@ from shards.format.commits import (
     write_commit,
 )
 from shards.format.samples import SampleMeta
-from shards.signed import canonical_json, file_facts, write_atomic, write_synced
+from shards.signed import (
+    canonical_json,
+    file_facts,
+    read_signed_json,
+    signed_json,
+    write_atomic,
+    write_synced,
+)
 from shards.write.shard import end_of_archive, index_bytes
 
 Correct = Callable[[SampleMeta], SampleMeta]
+MOVE = "move.json"
+"""In `.repair`: the commit record of the shard that is being moved from there."""
 
 
 def revise(shard: Path, commit: CommitRecord, correct: Correct) -> CommitRecord:
@@ -80,6 +89,49 @@ def resume_move(shard: Path, fingerprint: str) -> bool:
                 os.replace(at(beside), at(shard))
         shutil.rmtree(beside.parent)
     return whole
+
+
+# -- of a repair, whose new shard may hold samples that are still damaged
+
+
+def move_rewritten(shard: Path, record: CommitRecord) -> list[str]:
+    """Move a shard that was rewritten in `.repair` into place, with this commit record.
+
+    Returns the paths below the bank that were written. After a kill `resume_rewritten` completes it:
+    with the new tar beside the old record no sample would be where it is said to be.
+    """
+    write_atomic(shard.parent / ".repair" / MOVE, signed_json(record.to_json()))
+    return resume_rewritten(shard.parent)
+
+
+def is_being_moved(folder: Path) -> bool:
+    """Return whether a `.repair` holds what is missing in a shard's place."""
+    return (folder / MOVE).exists()
+
+
+def resume_rewritten(shards: Path) -> list[str]:
+    """Complete the move of a rewritten shard, if one had begun; return as `move_rewritten`."""
+    folder = shards / ".repair"
+    try:
+        record = CommitRecord.from_json(read_signed_json(folder / MOVE), str(folder / MOVE))
+    except (FileNotFoundError, UserError):
+        return []
+    shard, written = shards / record.shard, []
+    for at in (lambda path: path, index_path):
+        beside, target = at(folder / record.shard), at(shard)
+        if beside.exists():
+            os.replace(beside, target)
+        elif not record.samples:  # without samples there is no tar
+            target.unlink(missing_ok=True)
+        written.append(f"shards/{target.name}")
+    if (
+        not done_path(shard).exists()
+        or signed_json(record.to_json()) != done_path(shard).read_bytes()
+    ):
+        write_commit(shard, record)
+        written.append(f"shards/{done_path(shard).name}")
+    shutil.rmtree(folder)
+    return written
 
 
 def _corrected(tar: Tar, sample: SampleRecord, correct: Correct) -> SampleMeta | None:

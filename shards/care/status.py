@@ -258,6 +258,8 @@ def _state(found: Status) -> str:
     command = "derive" if found.features and found.features.derived else "encode"
     if left:
         fix = f"run `preprocess {command}` again to continue"
+        if found.problems:  # a finished shard whose record is lost is no work to do
+            fix = f"run `preprocess repair {printable(str(found.bank))}` first"
         return f"{left} units to do and no process writes{killed}; {fix}"
     if found.manifest is None:
         return f"all units are finished, bank.json is missing{killed}; run `preprocess {command}` again"

@@ -21,6 +21,7 @@ import numpy as np
 
 from shards.care.inventory import Damage, Inventory, read_inventory
 from shards.care.tar_scan import ShardScan, Tar, fault_of_json, layout
+from shards.errors import UserError, disk_errors
 from shards.format.catalogue import (
     CatalogueMismatch,
     Columns,
@@ -30,6 +31,7 @@ from shards.format.catalogue import (
 )
 from shards.format.commits import CommitRecord, SampleRecord, done_path, end_of, index_path
 from shards.format.manifest import Manifest
+from shards.format.quarantine import read_quarantine
 from shards.signed import file_sha256
 from shards.storage import LocalFiles
 from shards.write.shard import end_of_archive, index_bytes
@@ -56,7 +58,7 @@ def verify(
     sound = not any(
         damage.file.endswith((".tar", ".done")) or damage.file == "plan.json" for damage in damages
     )
-    return damages + check_catalogue(inventory, sound)
+    return damages + _check_quarantine(bank) + check_catalogue(inventory, sound)
 
 
 # -- shards
@@ -79,10 +81,13 @@ def check_shard(
         if commit:
             damages += _check_samples(path, commit, deep)
             damages += _check_index(path, commit.samples)
-        # without a record the manifest's sha256 alone can tell, and that takes reading every byte
-        elif deep and not is_as_listed(inventory, name):
-            what = "is not as bank.json has it, and its commit record is lost"
-            damages.append(Damage(file, what, "encode"))
+        else:
+            if not index_path(path).exists():
+                damages.append(Damage(f"shards/{index_path(path).name}", "is missing"))
+            # without a record the manifest's sha256 alone can tell, and that takes reading every byte
+            if deep and not is_as_listed(inventory, name):
+                what = "is not as bank.json has it, and its commit record is lost"
+                damages.append(Damage(file, what, "encode"))
         seen(path.stat().st_size)
     except OSError as error:
         return [*damages, Damage(file, f"cannot be read: {error}", "encode")]
@@ -199,6 +204,16 @@ def _check_index(path: Path, samples: Sequence[SampleRecord]) -> list[Damage]:
     return []
 
 
+def _check_quarantine(bank: Path) -> list[Damage]:
+    try:
+        read_quarantine(bank)
+    except UserError as error:  # every run would end with it
+        return [Damage("quarantine.jsonl", f"{error.where}: {error.what}", "restore")]
+    except OSError as error:
+        return [Damage("quarantine.jsonl", f"cannot be read: {error.strerror}", "restore")]
+    return []
+
+
 # -- catalogue
 
 
@@ -264,7 +279,7 @@ def _check_files(path: Path, columns: Columns) -> list[Damage]:
     files differ, and are not reported as long as they are json.
     """
     # written once more by the zarr that is installed here: whatever else is in the folder was changed
-    with tempfile.TemporaryDirectory() as folder:
+    with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
         fresh_path = Path(folder) / "index.zarr"
         write_columns(fresh_path, columns)
         fresh, there = _contents(fresh_path), _contents(path)

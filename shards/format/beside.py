@@ -15,6 +15,7 @@ only while both states are unchanged. After clips were added, changed or lost in
 side's strides are refused by name until `preprocess encode INPUT --stride 2 --out BANK` has run again.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,7 +87,9 @@ def sides_of(bank: Path) -> list[Path]:
     """Return the folders of the banks beside a bank, finished or begun, the finest first."""
     found = [path.parent for path in bank.glob(f"{FOLDER}/*/plan.json")]
     found += [path.parent for path in bank.glob(f"{FOLDER}/*/bank.json")]
-    return sorted(set(found), key=lambda path: [*map(int, path.name.split("-"))])
+    # what is called otherwise is not ours: a copy that somebody put aside
+    named = {path for path in found if re.fullmatch(r"[0-9]+(-[0-9]+)*", path.name)}
+    return sorted(named, key=lambda path: [*map(int, path.name.split("-"))])
 
 
 def banks_of(bank: Path) -> list[Path]:

@@ -16,11 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from shards.errors import UserError
+from shards.errors import UserError, naming
 from shards.format.commits import ArrayRecord, CommitRecord, StreamRecord
 from shards.format.samples import SampleMeta
 from shards.signed import digest
@@ -123,20 +124,32 @@ def checksums(columns: Columns) -> dict[str, int]:
 
 def write_columns(path: Path, columns: Columns) -> None:
     """Write the catalogue to a temporary folder and rename it, replacing an older one."""
-    import zarr  # here, because it takes a third of a second that readers need not wait
+    # here, because it takes a third of a second that readers need not wait
+    import zarr
+    from zarr.storage import LocalStore
 
     temporary, old = (path.with_name(path.name + end) for end in (".tmp", ".old"))
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
-    group = zarr.open_group(str(temporary), mode="w", zarr_format=3)
-    for name in sorted(columns):
-        group.create_array(
-            name,
-            data=columns[name],
-            chunks=(max(1, len(columns[name])),),
-            compressors=None,
-            config={"write_empty_chunks": True},  # our reader expects a chunk file, of zeros too
-        )
+
+    class Store(LocalStore):
+        """Makes new files by a rename; zarr by a hard link, which not every file system has."""
+
+        async def set_if_not_exists(self, key: str, value: Any) -> None:
+            await self.set(key, value)
+
+    with naming(temporary):
+        group = zarr.open_group(Store(temporary), mode="w", zarr_format=3)
+        for name in sorted(columns):
+            group.create_array(
+                name,
+                data=columns[name],
+                chunks=(max(1, len(columns[name])),),
+                compressors=None,
+                config={
+                    "write_empty_chunks": True
+                },  # our reader expects a chunk file, of zeros too
+            )
     # A folder cannot be replaced atomically: between the two renames there is none, and `read.opening`
     # retries.
     if path.exists():

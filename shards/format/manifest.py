@@ -232,6 +232,25 @@ def installed(package: str) -> str:
 # -- reading
 
 
+def refuse_listed(shard: Path) -> None:
+    """Raise UserError for a shard that bank.json lists, where its commit record is missing.
+
+    For whoever would make it again, in its place: its video may not be there any more.
+    """
+    bank = shard.parents[1]
+    try:
+        listed = {entry.name: entry.nbytes for entry in read_manifest(bank).shards}
+    except UserError:  # of a run that is not finished, or damaged
+        return
+    if listed.get(shard.name) == shard.stat().st_size:
+        raise UserError(
+            "was finished, and its commit record (.done) is missing; it is not made again",
+            where=shard,
+            fix=f"`preprocess repair {bank}` writes the record from the shard; to encode its clips "
+            "again remove the shard",
+        )
+
+
 def read_manifest(place: str | Path | Files) -> Manifest:
     """Return a bank's manifest, checked; raises UserError if there is no bank.json."""
     files = open_files(place) if isinstance(place, str | Path) else place

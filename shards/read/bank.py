@@ -101,6 +101,8 @@ class Bank:
         # sorted once: each search then takes 20 steps among a million clips
         self._sorted_hashes = self.columns["key_hash"][self.columns["key_order"]]
         self._checked = self._none_checked()
+        self._replaced = files.replaced
+        """The files' count when `_checked` was last emptied."""
 
     @classmethod
     def open(cls, path: str | Path, *, allow_partial: bool = False) -> "Bank":
@@ -197,7 +199,7 @@ class Bank:
         total, *cells = self.shape(row, stride)
         wanted = range(total) if frames is None else frames
         assert all(0 <= frame < total for frame in wanted), (wanted, total)
-        codec, name = self.codec, f"stride{stride}"
+        codec, name, began = self.codec, f"stride{stride}", self.files.replaced
         if out is None:
             out = np.empty((len(wanted), *cells), codec.stored_dtype)
         assert out.shape == (len(wanted), *cells), (out.shape, len(wanted), cells)
@@ -219,7 +221,7 @@ class Bank:
             # stored as it is returned: bytes are read straight into the caller's array
             data, edges = out, _even(total, int(np.prod(cells)) * out.itemsize)
         self._fill(data, self._place(row, stride, name, edges), wanted)
-        self._checked[stride][row] = True
+        self._checked[stride][row] = self.files.replaced == began
         if codec.name == "blosc":
             try:
                 np.copyto(out, codec.decode(stride, data, cells, frame_nbytes))
@@ -233,13 +235,13 @@ class Bank:
         total, *cells = self.shape(row, stride)
         wanted = range(total) if frames is None else frames
         assert all(0 <= frame < total for frame in wanted), (wanted, total)
-        name = f"stride{stride}"
+        name, began = f"stride{stride}", self.files.replaced
         values = np.empty((len(wanted), *cells), np.int8)
         scale = np.empty(values.shape[:-1], np.float32)
         for array, part in ((values, name), (scale, f"{name}_scale")):
             edges = _even(total, int(np.prod(array.shape[1:])) * array.itemsize)
             self._fill(array, self._place(row, stride, part, edges), wanted)
-        self._checked[stride][row] = True
+        self._checked[stride][row] = self.files.replaced == began
         return Int8(values, scale, self.codec.channel_scale[stride], self.codec.dtype)
 
     def meta(self, row: int) -> SampleMeta:
@@ -251,11 +253,15 @@ class Bank:
             header = self.files.read(shard, begin, tarfile.BLOCKSIZE)
             member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
             text = self.files.read(shard, begin + tarfile.BLOCKSIZE, member.size)
-            return SampleMeta.from_json(json.loads(text))
+            meta = SampleMeta.from_json(json.loads(text))
         except (tarfile.HeaderError, ValueError, KeyError, TypeError):
+            meta = None
+        # of another clip: in a shard that was replaced, one may begin where this one did
+        if meta is None or meta.id != self.ids[row]:
             where = f"{self.where}/{shard}"
             problem = f"{where}: damaged at the sample of {self.ids[row]}; copy the bank again"
-            raise UserError(printable(problem)) from None
+            raise UserError(printable(problem))
+        return meta
 
     def _place(self, row: int, stride: int, name: str, edges: list[int]) -> _Place:
         begin, crc = self.columns[f"{name}_offset"][row], self.columns[f"{name}_crc32c"][row]
@@ -266,20 +272,25 @@ class Bank:
         view = target.reshape(-1).view(np.uint8)
         edges = place.edges
         whole = len(view) == edges[-1] and list(frames) == list(range(len(edges) - 1))
+        began = self.files.replaced
+        if self._checked[place.stride][place.row] and began == self._replaced:
+            filled = 0
+            # neighbouring frames are neighbours in the file: one read for each run of them
+            for first, last in runs(frames):
+                begin, end = edges[frames[first]], edges[frames[last] + 1]
+                self._read(view[filled : filled + end - begin], place, begin)
+                filled += end - begin
+            if self.files.replaced == began:
+                return
+        # A shard was replaced, by a repair perhaps: what was compared of the old one proves nothing.
+        if self.files.replaced != self._replaced:
+            self._checked, self._replaced = self._none_checked(), self.files.replaced
         # The checksum is over the whole stream, so the first touch reads all of it, once per process.
-        if not self._checked[place.stride][place.row]:
-            everything = view if whole else np.empty(edges[-1], np.uint8)
-            if self._read(everything, place, 0, summed=True) != place.crc32c:
-                raise self._damaged(place.row, place.stride, "checksum does not match")
-            if not whole:
-                _gather(view, everything, edges, frames)
-            return
-        filled = 0
-        # neighbouring frames are neighbours in the file: one read for each run of them
-        for first, last in runs(frames):
-            begin, end = edges[frames[first]], edges[frames[last] + 1]
-            self._read(view[filled : filled + end - begin], place, begin)
-            filled += end - begin
+        everything = view if whole else np.empty(edges[-1], np.uint8)
+        if self._read(everything, place, 0, summed=True) != place.crc32c:
+            raise self._damaged(place.row, place.stride, "checksum does not match")
+        if not whole:
+            _gather(view, everything, edges, frames)
 
     def _read(
         self, view: np.ndarray, place: _Place, begin: int, *, summed: bool = False

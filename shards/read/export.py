@@ -14,7 +14,7 @@ should be as many shards as workers over all nodes, at least.
 import json
 from pathlib import Path
 
-from shards.errors import UserError
+from shards.errors import UserError, disk_errors
 from shards.format.commits import index_path
 from shards.format.manifest import Manifest, ShardEntry, read_manifest
 from shards.signed import write_atomic
@@ -40,7 +40,8 @@ def write_wids(bank: Path) -> Path:
         "shardlist": [shard for shard in shards if shard["nsamples"]],
     }
     path = bank / "wids.json"
-    write_atomic(path, json.dumps(index, indent=2).encode() + b"\n")
+    with disk_errors(bank):
+        write_atomic(path, json.dumps(index, indent=2).encode() + b"\n")
     return path
 
 
@@ -64,7 +65,8 @@ def write_hf(bank: Path) -> Path:
         raise UserError(
             "exists and was not written by framebank", where=path, fix="move it and run again"
         )
-    write_atomic(path, card(manifest).encode())
+    with disk_errors(bank):
+        write_atomic(path, card(manifest).encode())
     return path
 
 

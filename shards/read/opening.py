@@ -68,7 +68,8 @@ def _diagnosis(files: Files, manifest: Manifest, error: CatalogueMismatch, writt
 def load_partial(files: Files) -> tuple[Manifest, Columns]:
     """Return a manifest and a catalogue of the shards that are finished now, from their commit records.
 
-    If the run is finished, they are those of the bank.
+    If the run is finished, they are those of the bank. A clip that is planned again and not made yet is
+    not served: what is there of it is of an older video.
     """
     planned = read_small(files, "plan.json")
     if planned is None:
@@ -82,9 +83,8 @@ def load_partial(files: Files) -> tuple[Manifest, Columns]:
             commits.append(CommitRecord.from_json(record, f"{files.where}/{name}"))
     # read after the records: a run that finished meanwhile is opened as a whole bank
     finished = read_small(files, "bank.json")
-    shards = [commit for commit in commits if commit.samples]
-    # as many shards as the manifest lists: nothing was made since
-    if finished and len(Manifest.from_json(finished, files.where).shards) == len(shards):
+    # by what it serves, not by its number of shards: a plan may be newer without a shard more
+    if finished and Manifest.from_json(finished, files.where).is_of(plan, commits):
         return load(files)
     shards_dir = f"{files.where}/shards"
     columns = build_columns(shards_dir, commits, plan.features.strides, plan.served())

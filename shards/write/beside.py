@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.errors import UserError
+from shards.errors import UserError, disk_errors
 from shards.format.beside import FOLDER, Side, read_sides, sides_of, state_of, write_sides
 from shards.format.commits import read_commit
 from shards.format.features import differences
@@ -30,7 +30,7 @@ def pair(bank: Path, command: str) -> list[str]:
     # an unfinished bank is paired when it is finished
     if not sides_of(bank) or not (bank / "bank.json").exists():
         return []
-    with folder_lock(bank, command):
+    with disk_errors(bank), folder_lock(bank, command):
         there = _known(bank)
         known = {side.folder: side for side in there or ()}
         ours = read_manifest(bank)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from shards.errors import UserError
+from shards.errors import UserError, disk_errors
 from shards.format.catalogue import build_columns, read_columns, write_columns
 from shards.format.commits import (
     CommitRecord,
@@ -26,7 +26,7 @@ from shards.write.lock import folder_lock
 def finish_alone(bank: Path) -> Manifest:
     """Finish a bank whose units were made by other processes; raises UserError if some are not made."""
     planned(bank)  # first, because the lock would create a missing folder
-    with folder_lock(bank, "preprocess finish"):
+    with disk_errors(bank), folder_lock(bank, "preprocess finish"):
         plan = planned(bank)
         refuse_unfinished(bank, plan, f"run `preprocess work {bank}`, and this when it is done")
         refuse_missing_shards(bank, plan)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import google_crc32c
 
+from shards.errors import naming
 from shards.format.commits import SampleRecord, journal_path, part_path
 from shards.format.quarantine import QuarantineEntry
 from shards.signed import Json, canonical_json, write_atomic
@@ -130,7 +131,7 @@ def take_part(shard: Path, old: str, new: str, nbytes: int, over: bool) -> None:
         # an ended holder writes no more: its file is taken as it is, without a copy
         os.replace(source, target)
         return
-    with open(source, "rb") as file, open(target, "wb") as copy:
+    with naming(target), open(source, "rb") as file, open(target, "wb") as copy:
         shutil.copyfileobj(file, copy, 1 << 22)
         # what follows the last complete sample may still be written to by its holder
         copy.truncate(nbytes)

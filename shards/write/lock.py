@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import TextIO
 
-from shards.errors import UserError
+from shards.errors import UserError, naming
 from shards.format.fields import parse
 from shards.storage import Files, open_files
 
@@ -120,12 +120,14 @@ def folder_lock(
     folder.mkdir(parents=True, exist_ok=True)
     over = threading.Event()
     with _acquired(folder, fix) as file:
-        # emptied only now that it is ours: before it named its holder
-        file.truncate(0)
-        file.write(json.dumps(asdict(Writer.here(command)), sort_keys=True) + "\n")
-        file.flush()
-        threading.Thread(target=_beat, args=(lock_path(folder), over), daemon=True).start()
         try:
+            line = json.dumps(asdict(Writer.here(command)), sort_keys=True) + "\n"
+            with naming(lock_path(folder)):
+                # emptied only now that it is ours: before it named its holder
+                file.truncate(0)
+                # past the buffer, which `close` would try to write once more on a full disk
+                os.write(file.fileno(), line.encode())
+            threading.Thread(target=_beat, args=(lock_path(folder), over), daemon=True).start()
             yield
         finally:
             over.set()

@@ -41,6 +41,7 @@ from shards.format.commits import (
     record_path,
     write_commit,
 )
+from shards.format.manifest import refuse_listed
 from shards.format.quarantine import QuarantineEntry
 from shards.format.samples import KEY_PATTERN, SampleMeta, member_name, scale_name
 from shards.signed import (
@@ -139,6 +140,7 @@ class ShardWriter:
         if done_path(self.path).exists() or not self.path.exists():
             return
         if self.part.exists() or not journal_path(self.path, self.token).exists():
+            refuse_listed(self.path)
             self.path.unlink()
         else:  # a commit was interrupted, and this is the part
             os.replace(self.path, self.part)
@@ -224,8 +226,7 @@ class ShardWriter:
     def commit(self, provenance: Json | None = None) -> CommitRecord:
         """Publish tar, `.idx` and `.done`; return the commit record. Without samples there is no tar.
 
-        provenance: libraries and hardware, on which the last bits may depend. Raises OvertakenError if
-        another process has made the shard.
+        provenance: libraries and hardware. Raises OvertakenError if another process has made the shard.
         """
         write_synced(self._file, end_of_archive(self.nbytes))
         self.close()
@@ -315,9 +316,8 @@ def put_in_place(path: Path, attempt: str, record: CommitRecord, token: str) -> 
         if record.samples and not read_commit(path).samples:
             path.unlink()  # another process has just committed that there are no samples
         raise OvertakenError
-    if (
-        record.samples and not path.exists()
-    ):  # a new writer took the name from a tar without a record
+    # a new writer took the name from a tar without a record
+    if record.samples and not path.exists():
         give_name(part_path(path, attempt), path)
 
 

@@ -15,8 +15,10 @@ from click.testing import CliRunner, Result
 from preprocess.cli.main import main
 from preprocess.toy_models import save_tower
 from shards.care.status import status, table
+from shards.care.verify import verify
 from shards.errors import UserError
-from shards.format.plan import read_plan
+from shards.format.manifest import read_manifest
+from shards.format.plan import planned, read_plan
 from shards.format.quarantine import read_entries
 from shards.read.bank import Bank
 from shards.write.lease import Leases
@@ -185,6 +187,55 @@ def test_a_video_that_is_another_one_than_planned_is_named_and_planned_again(
     assert command("encode", *words).exit_code == 0
     assert len(Bank.open(bank)) == 3
     assert not read_entries(bank)
+
+
+@pytest.mark.parametrize("command_", ["retry", "encode"])
+@pytest.mark.parametrize("then", ["put back", "kept", "replaced once more"])
+def test_a_clip_that_was_not_as_planned_is_banked_as_its_file_is_now(
+    toy: Path, toy_bank: Path, tmp_path: Path, command_: str, then: str
+) -> None:
+    videos, bank = tmp_path / "videos", tmp_path / "bank"
+    shutil.copytree(toy / "videos" / "test", videos)
+    name, words = "clip-00001.mp4", flags(toy, videos, bank)
+    files = {"put back": "test/clip-00001.mp4", "kept": "train/clip-00000.mp4"}
+    assert command("plan", *words, "--no-estimate").exit_code == 0
+    shutil.copy(toy / "videos" / files["kept"], videos / name)
+    assert command("work", bank, "--device", "cpu").exit_code == 0
+    assert command("finish", bank).exit_code == 1
+    now = files.get(then, "train/clip-00001.mp4")
+    shutil.copy(toy / "videos" / now, videos / name)
+    again = ["retry", bank, "--device", "cpu"] if command_ == "retry" else ["encode", *words]
+    result = command(*again)
+    assert result.exit_code == 0, result.output
+    assert "1 clip, 4 frames" in result.stdout
+    assert not read_entries(bank)
+    opened, whole = Bank.open(bank), tmp_path / "whole"
+    assert command("encode", *flags(toy, videos, whole)).exit_code == 0
+    fresh = Bank.open(whole)
+    assert sorted(opened.ids) == sorted(fresh.ids)
+    for id_ in fresh.ids:
+        row, theirs = opened.row(id_), fresh.row(id_)
+        assert opened.meta(row) == fresh.meta(theirs)
+        assert (opened.read(row, 4) == fresh.read(theirs, 4)).all()
+    assert "0 clips, 0 frames" in command("encode", *words).stdout
+    assert verify(bank, deep=True) == []
+
+
+def test_the_batches_asked_for_are_those_of_a_plan_that_has_nothing_yet(
+    toy: Path, tmp_path: Path
+) -> None:
+    bank, words = tmp_path / "bank", flags(toy, toy / "videos" / "test", tmp_path / "bank")
+    assert command("plan", *words, "--no-estimate").exit_code == 0
+    assert command("encode", *words, "--batch-frames", 2, "--tower-threads", 1).exit_code == 0
+    tower = planned(bank).tower
+    assert (tower.batch_frames, tower.threads) == (2, 1)
+    (encoded,) = read_manifest(bank).provenance.encoded
+    assert (encoded["batch_frames"], encoded["tower_threads"]) == (2, 1)
+    # once there are shards, the plan says how they were made
+    shutil.copytree(toy / "videos" / "test", tmp_path / "more" / "more")
+    more = ["encode", tmp_path / "more", *words[1:]]
+    assert command(*more, "--batch-frames", 4).exit_code == 0
+    assert planned(bank).tower == tower
 
 
 def test_encode_beside_a_worker_that_lives_ends_by_naming_it(

@@ -7,6 +7,7 @@ random damages more, and checks for each that exactly what was damaged is named.
 """
 
 import io
+import os
 import random
 import shutil
 import signal
@@ -27,16 +28,20 @@ from preprocess.cli.care import repair as repair_command
 from preprocess.cli.care import verify as verify_command
 from preprocess.cli.main import main
 from preprocess.encode.features import EncodeOptions
-from preprocess.encode.run import encode
+from preprocess.encode.run import encode, work
 from preprocess.toy_models import save_tower
+from shards.care.garbage import collect
+from shards.care.status import status, table
 from shards.care.verify import verify
 from shards.errors import UserError
 from shards.format.commits import done_path, index_path
 from shards.format.features import Sampling
+from shards.format.manifest import TowerFacts, read_manifest
 from shards.format.plan import read_plan, write_plan
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
 from shards.signed import file_facts, read_signed_json, signed_json, write_atomic
+from shards.write.finish import finish
 from shards.write.lock import folder_lock
 
 
@@ -104,6 +109,62 @@ def mended(bank: Path, world: Path, lost_record: bool = False, **how: str) -> Re
     read = without_provenance if lost_record else contents
     assert read(bank) == read(world / "bank")
     return done
+
+
+def test_a_finished_shard_whose_record_is_lost_is_not_made_again_in_its_place(
+    bank: Path, world: Path, toy_options: EncodeOptions
+) -> None:
+    """Its video may be gone: `encode` and `work` would remove what `repair` keeps."""
+    for path in (bank / "shards").glob("*.done"):
+        path.unlink()  # as by a copy without them
+    before = contents(bank)
+    options = replace(toy_options, sampling=Sampling(num_frames=4), shard_bytes=12_000)
+    with pytest.raises(UserError, match=r"commit record .* is missing.*preprocess repair"):
+        encode([str(world / "videos")], bank, options)
+    with pytest.raises(UserError, match=r"commit record .* is missing.*preprocess repair"):
+        work(bank)
+    assert contents(bank) == before
+    assert f"run `preprocess repair {bank}` first" in table(status(bank))
+    assert not mended(bank, world, lost_record=True).encoded
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_repair_that_is_killed_while_its_shard_takes_the_place_costs_no_clip(
+    bank: Path, world: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """The new shard is without a sample that is not served, so all others stand elsewhere in it."""
+    plan, manifest = read_plan(bank), read_manifest(bank)
+    assert plan
+    gone, *others = [str(sample["key"]) for sample in samples(bank)]
+    plan = replace(plan, pruned=frozenset({gone}))
+    write_plan(bank, plan)
+    finish(bank, plan, TowerFacts(manifest.provenance.tower, manifest.tower_width))
+    whole = [Bank.open(bank).read(row, 4) for row in range(len(others))]
+    assert flip_values(bank, 0) == gone
+    rename, left = os.replace, [renames]
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).parent.name == "shards":
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            repair(bank)
+    (world / "videos").rename(world / "away")  # whatever is encoded again would be lost
+    try:
+        collect(bank)
+        done = repair(bank)
+    finally:
+        (world / "away").rename(world / "videos")
+    assert (done.remaining, done.lost, done.encoded) == ([], [], [])
+    assert verify(bank, deep=True) == []
+    assert [sample["key"] for sample in samples(bank)] == others
+    for row, array in enumerate(whole):
+        assert (Bank.open(bank).read(row, 4) == array).all()
 
 
 def test_a_flipped_bit_costs_the_encoding_of_its_clip_alone(bank: Path, world: Path) -> None:

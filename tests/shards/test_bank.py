@@ -14,8 +14,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
@@ -654,6 +656,83 @@ def test_finished_shards_of_an_unfinished_run_open_on_demand(
 def test_a_finished_bank_opens_partially_as_it_is(small_bank: Path) -> None:
     assert Bank.open(small_bank, allow_partial=True).ids == list(CLIPS)
     assert "no bank here" in refusal(lambda: Bank.open(small_bank / "shards", allow_partial=True))
+
+
+def test_a_clip_that_is_planned_again_and_not_made_yet_is_not_served_by_its_older_video(
+    small_bank: Path, tmp_path: Path
+) -> None:
+    path = shutil.copytree(small_bank, tmp_path / "bank")
+    first, *others = map(clip_of, CLIPS)
+    plan = Plan(Bank.open(path).config, [[first], others])
+    write_plan(path, plan)
+    assert Bank.open(path, allow_partial=True).ids == list(CLIPS)
+    changed = "clip 1.mp4"
+    write_plan(path, replace(plan, units=[*plan.units, [clip_of(changed)]]))
+    partial = Bank.open(path, allow_partial=True)
+    assert set(partial.ids) == set(CLIPS) - {changed}
+    for id_ in partial.ids:
+        np.testing.assert_array_equal(partial.read(partial.row(id_), 4), CLIPS[id_][4])
+    # new clips alone take nothing away
+    write_plan(path, replace(plan, units=[*plan.units, [clip_of("new.mp4")]]))
+    assert Bank.open(path, allow_partial=True).ids == list(CLIPS)
+
+
+def clip_of(id_: str) -> ClipSource:
+    return ClipSource(id_, sample_key(id_), id_, id_)
+
+
+# Shards that are replaced while they are read.
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_shard_that_is_replaced_while_it_is_read_is_checked_once_more(
+    make_bank: MakeBank,
+    features: FeatureConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    codec: str,
+    forked: bool,
+) -> None:
+    """A repair may leave samples out, and all others of the shard then stand elsewhere in it."""
+    monkeypatch.setattr(files_module, "MOST_OPEN", 1)
+    config = replace(features, codec=codec)
+    clips = {f"{k}.mp4": arrays_of(k, 2) for k in range(3)}
+    shards = [{id_: clips[id_] for id_ in ("0.mp4", "1.mp4")}, {"2.mp4": clips["2.mp4"]}]
+    bank = Bank.open(make_bank(tmp_path / "bank", *shards, config=config))
+    before = [bank.read(row, 4) for row in range(3)]  # the last one closes the first shard
+    metas = [bank.meta(row) for row in range(2)]
+    bank.read(2, 4)
+    tar = bank.path / "shards" / "bank-000000.tar"
+    turned = dict(reversed(shards[0].items()))
+    other = make_bank(tmp_path / "other", turned, shards[1], config=config)
+
+    def replaced_by(source: Path) -> None:
+        shutil.copy(source, tmp_path / "new")
+        os.utime(tmp_path / "new", ns=(time.time_ns(),) * 2)
+        os.replace(tmp_path / "new", tar)
+
+    def reads() -> None:
+        # equal bytes, by another writer: read on
+        replaced_by(tar)
+        for row in (0, 2, 1, 2):
+            np.testing.assert_array_equal(bank.read(row, 4), before[row])
+        # another order: never one clip's features as another's
+        replaced_by(other / "shards" / "bank-000000.tar")
+        for row in (0, 1):
+            with pytest.raises(DamagedSample, match=r"checksum does not match|ends early"):
+                bank.read(row, 4, [1])
+            with suppress(UserError):
+                assert bank.meta(row) == metas[row]
+            np.testing.assert_array_equal(bank.read(2, 4), before[2])
+
+    if not forked:
+        reads()
+        return
+    child = multiprocessing.get_context("fork").Process(target=reads)  # as a loader's worker
+    child.start()
+    child.join()
+    assert child.exitcode == 0
 
 
 # Large banks.

@@ -23,6 +23,7 @@ from shards.errors import UserError
 from shards.format.features import differences
 from shards.read.bank import Bank
 from train.bank_vlm.kinds import bank_problem, find_kind
+from train.bank_vlm.pairs import join
 from train.bank_vlm.source import Source
 
 MISSING = ("refuse", "live")
@@ -78,6 +79,7 @@ def bank_processor(
         )
     # one source for processor and copies: it counts what was made live, and holds the one loaded tower
     source = Source(opened, kind, Path(media_dir), missing, str(tower))
+    join(source, model_config, opened)
     return _made(processor, source)
 
 

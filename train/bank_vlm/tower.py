@@ -26,6 +26,7 @@ from model.llm import tower_digest
 from shards import Bank
 from shards.errors import UserError
 from train.bank_vlm.kinds import Kind, bank_problem, find_kind
+from train.bank_vlm.pairs import join
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,8 +65,10 @@ def use_bank(model: Model, bank: "str | Path | Bank") -> Model:
             "preprocessor_config.json, and encode with --tower FOLDER; a model that was loaded in "
             "another type than its checkpoint's has other weights, too",
         )
+    banked = BankedTower(kind, tower, config)
+    join(banked, config, opened)
     # -- the tower's memory is free from here on
-    setattr(inner, kind.tower, BankedTower(kind, tower, config))
+    setattr(inner, kind.tower, banked)
     return model
 
 

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MANIFEST = "checkpoint.json"
+CONFIG = "config.json"
+"""Of a model folder: settings of the model."""
 Digests = dict[str, str]
 """A file's path in its checkpoint -> sha256."""
 
@@ -105,8 +107,18 @@ def save_sharded(
 
 
 def save_model(model: VLM, output_dir: Path, say: Callable[[str], None], *, trained: bool) -> None:
-    """Write a run's model; all processes call it. trained: whether it is another one than before."""
-    save_whole(model, output_dir)
+    """Write a run's model; all processes call it. trained: whether it is another one than before.
+
+    Raises UserError where it cannot be written.
+    """
+    if is_first():
+        # written last, and read first: without it parts of two models are not taken for one, wherever
+        # the save dies
+        (output_dir / CONFIG).unlink(missing_ok=True)
+    try:
+        save_whole(model, output_dir)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(output_dir, error, "newest checkpoint") from error
     # a report beside the weights is read as theirs
     if trained and is_first() and (names := set_scores_aside(output_dir)):
         say(f"scores    of the model that was here before ({some(names)}) are now NAME.old")
@@ -133,11 +145,11 @@ def _complete(temporary: Path, final: Path, state: Json, known: Digests | None =
     _sync(final.parent)
 
 
-def _not_written(final: Path, error: Exception) -> UserError:
+def _not_written(final: Path, error: Exception, last: str = "checkpoint before it") -> UserError:
     return UserError(
         f"cannot be written ({error})",
         where=final,
-        fix="make room, then run the same command to go on from the checkpoint before it",
+        fix=f"make room, then run the same command to go on from the {last}",
     )
 
 

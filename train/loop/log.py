@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.slow_fast import draw_pattern, slow_frames
-from shards.errors import UserError, first_line
+from shards.errors import UserError, first_line, naming
 from shards.signed import Json
 from shards.text import duration
 from train.data.dataset import Dataset, drawn_line
@@ -92,8 +92,9 @@ class RunLog:
                 print(text, file=sys.stderr, flush=True)  # noqa: T201
             except OSError:
                 _drop_stderr()
-            self._text.write(text + "\n")
-            self._text.flush()
+            with naming(self._text.name):
+                self._text.write(text + "\n")
+                self._text.flush()
 
     def show(self, step: int, total: int, metrics: Json, *, line: bool) -> None:
         """Show a step: on a terminal the bar moves; line: whether a line is printed, too."""
@@ -123,7 +124,7 @@ class RunLog:
             return
         # opened for each line: what was written survives a kill, and `--watch`
         # reads it while the run goes on
-        with open(self._metrics, "a", encoding="utf-8") as file:
+        with naming(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         numbers = {f"{kind}/{n}": v for n, v in metrics.items() if isinstance(v, int | float)}
         for name, value in numbers.items():

@@ -25,7 +25,7 @@ from preprocess.encode.features import EncodeOptions
 from preprocess.encode.run import encode
 from shards.care.verify import verify
 from shards.errors import UserError
-from shards.format.beside import banks_of
+from shards.format.beside import banks_of, sides_of
 from shards.format.plan import planned
 from shards.read.bank import Bank
 from shards.read.banks import Banks
@@ -407,3 +407,10 @@ def test_banks_are_merged_with_what_lies_beside_them(
     result = command("merge", *parts, "--out", tmp_path / "both")
     assert result.exit_code == 0, result.output
     assert_one(tmp_path / "both", whole)
+
+
+def test_a_folder_beside_that_is_not_named_by_strides_is_left_alone(tmp_path: Path) -> None:
+    for name in ("16", "2", "2-6", "2.old", "2 (copy)", "abc", "-2"):
+        (tmp_path / "beside" / name).mkdir(parents=True)
+        (tmp_path / "beside" / name / "plan.json").write_text("{}")
+    assert [path.name for path in sides_of(tmp_path)] == ["2", "2-6", "16"]

@@ -22,8 +22,9 @@ from preprocess.decode.source import SourceReader
 from preprocess.encode.calibrate import calibrate
 from preprocess.encode.features import EncodeOptions, feature_config, load_tower
 from preprocess.encode.run import encode
-from preprocess.encode.unit import Encoder, disk_errors
+from preprocess.encode.unit import Encoder
 from preprocess.sources.find import find_clips
+from shards.errors import disk_errors
 from shards.format.codec import Codec, channel_error
 from shards.format.commits import shard_path
 from shards.format.plan import ClipSource

@@ -84,6 +84,17 @@ def bank(features: FeatureConfig, make_meta: Callable[..., SampleMeta]) -> Make:
     return make
 
 
+def test_a_clip_that_is_planned_again_and_not_made_is_not_merged_as_its_older_video(
+    bank: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older = bank(tmp_path / "a", "x y", "x", undone=(1,))
+    merge([older, bank(tmp_path / "b", "z")], tmp_path / "c")
+    assert sorted(Bank.open(tmp_path / "c").ids) == ["y", "z"]
+    assert "lacks 1 clip as planned" in caplog.text
+    assert "none of the banks has made: x" in caplog.text
+    assert verify(tmp_path / "c", deep=True) == []
+
+
 def promised(bank: Path) -> dict[str, object]:
     """Return all files of a bank, by name below it; of bank.json without the provenance."""
     found: dict[str, object] = {

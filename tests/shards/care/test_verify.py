@@ -505,3 +505,23 @@ def test_a_folder_without_a_bank_and_a_newer_format_are_refused(bank: Path) -> N
     (bank / "bank.json").write_bytes(signed_json(manifest | {"format_version": 99}))
     with pytest.raises(UserError, match="format 99"):
         verify(bank)
+
+
+def test_a_quarantine_that_cannot_be_read_is_named(banks: dict[str, Path], tmp_path: Path) -> None:
+    bank = shutil.copytree(banks["none"], tmp_path / "bank")
+    (bank / "quarantine.jsonl").write_bytes(b"{}\n\xff\n")
+    (damage,) = verify(bank)
+    assert (damage.file, damage.remedy) == ("quarantine.jsonl", "restore")
+    assert "quarantine.jsonl:1: not an entry" in damage.what
+
+
+def test_of_a_shard_without_record_a_missing_index_is_named_too(
+    banks: dict[str, Path], tmp_path: Path
+) -> None:
+    bank = shutil.copytree(banks["none"], tmp_path / "bank")
+    for path in (index_path(shard_path(bank, 0)), done_path(shard_path(bank, 0))):
+        path.unlink()
+    assert {damage.file for damage in verify(bank)} == {
+        "shards/bank-000000.done",
+        "shards/bank-000000.tar.idx",
+    }

@@ -22,7 +22,7 @@ from tests.train.bank_vlm.processors import (
     processor_of,
     talk,
 )
-from tests.train.bank_vlm.worlds import MAKE, Worlds
+from tests.train.bank_vlm.worlds import MAKE, Worlds, of_another_tower
 from train.bank_vlm.processor import bank_processor
 from train.bank_vlm.tower import use_bank
 
@@ -162,6 +162,18 @@ def test_names_may_stand_below_a_folder_and_it_is_saved_as_the_plain_one(
             assert json.loads(same.read_text()) == json.loads(path.read_text()), path.name
         else:
             assert same.read_bytes() == path.read_bytes(), path.name
+
+
+def test_it_is_refused_beside_a_model_that_reads_another_towers_bank(
+    worlds: Worlds, tmp_path: Path
+) -> None:
+    world = worlds("qwen2_5_vl")
+    plain = processor_of(world)
+    model = use_bank(model_of(world, plain), world.bank)
+    other = of_another_tower(world.bank, tmp_path / "other")
+    with pytest.raises(UserError, match="banks of different towers"):
+        bank_processor(plain, other, model_config=model.config)
+    assert bank_processor(plain, world.bank, model_config=model.config)
 
 
 def test_the_lines_of_the_readme_run(worlds: Worlds, tmp_path: Path) -> None:

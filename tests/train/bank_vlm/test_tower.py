@@ -4,6 +4,7 @@ The reference is the unchanged model, whose tower is made to give the same bank-
 """
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from shards import Bank
 from shards.errors import UserError
 from tests.train.bank_vlm.worlds import (
     FIRST,
@@ -25,8 +27,11 @@ from tests.train.bank_vlm.worlds import (
     World,
     Worlds,
     make_videos,
+    of_another_tower,
 )
 from train.bank_vlm.kinds import find_kind
+from train.bank_vlm.pairs import join
+from train.bank_vlm.source import Source
 from train.bank_vlm.tower import use_bank
 
 
@@ -222,6 +227,36 @@ def test_what_a_bank_does_not_hold_is_refused(worlds: Worlds) -> None:
     pixels, _ = rows(other, True)
     with pytest.raises(UserError, match=r"not what its bank holds.*no bank holds"):
         use_bank(other.model(), other.bank)(**pixels)
+
+
+@pytest.mark.parametrize("first", ["processor", "model"])
+def test_a_processor_of_another_towers_bank_is_refused_whichever_comes_first(
+    worlds: Worlds, tmp_path: Path, first: str
+) -> None:
+    world = worlds("qwen2_vl")
+    other = of_another_tower(world.bank, tmp_path / "other")
+    model, kind = world.model(), find_kind("qwen2_vl")
+
+    def read(bank: Path) -> Source:
+        """Return what a processor reads a bank through, joined as bank_processor does."""
+        source = Source(Bank.open(bank), kind, Path(), "refuse", "")
+        join(source, model.config, source.bank)
+        return source
+
+    twin = shutil.copytree(world.bank, tmp_path / "twin")  # other videos, perhaps
+    if first == "processor":
+        kept = [read(world.bank), read(other)]
+        with pytest.raises(UserError, match="banks of different towers") as refusal:
+            use_bank(model, twin)
+        assert str(other) in str(refusal.value)
+        del kept[1]
+        use_bank(model, twin)
+        return
+    use_bank(model, world.bank)
+    with pytest.raises(UserError, match="banks of different towers"):
+        read(other)
+    assert read(twin)
+    assert use_bank(world.model(), world.bank), "another model of the same checkpoint"
 
 
 def test_other_models_are_refused_by_name(worlds: Worlds) -> None:

@@ -1,5 +1,6 @@
 """Tiny random checkpoints of transformers' video models, and banks that their own towers made."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,8 @@ from transformers import (
 
 from preprocess.encode.run import EncodeOptions, encode
 from shards import Bank
-from shards.format.features import Sampling
+from shards.format.features import FeatureConfig, Sampling
+from shards.signed import read_signed_json, signed_json, write_atomic
 from tests.train.start import tiny
 from tests.train.start.tiny import PATCH
 from train.bank_vlm.kinds import layer_of
@@ -113,6 +115,16 @@ def make_world(root: Path, kind: str, tokenizer: Path) -> World:
     summary = encode([str(root / "videos"), *stills], place / "bank", options)
     assert (summary.clips, summary.failures) == (3, []), summary
     return World(kind, place / "model", place / "bank", root / "videos")
+
+
+def of_another_tower(bank: Path, copy: Path) -> Path:
+    """Return a copy of a bank that says to be of a tower of the same kind with other weights."""
+    shutil.copytree(bank, copy)
+    record = read_signed_json(copy / "bank.json")
+    record["features"]["tower_digest"] = "00" * 16
+    record["fingerprint"] = FeatureConfig.from_json(record["features"]).fingerprint
+    write_atomic(copy / "bank.json", signed_json(record))
+    return copy
 
 
 class Worlds:

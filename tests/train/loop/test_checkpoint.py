@@ -27,6 +27,7 @@ from train.loop.checkpoint import (
     read_state,
     refuse_other_run,
     save_checkpoint,
+    save_model,
     set_aside,
     verifies,
 )
@@ -422,6 +423,30 @@ def test_a_damaged_checkpoint_is_not_chosen(
         with pytest.raises(UserError, match="files are missing or damaged"):
             find_resume(run, str(run / "checkpoint-6"))
         shutil.rmtree(run)
+
+
+def test_a_models_save_that_fails_midway_leaves_no_mix_of_two_models(
+    make_model: Callable[..., VLM], tmp_path: Path
+) -> None:
+    """The LLM is new then, and what is beside it is of the model that was here before."""
+    model, file = make_model(), tmp_path / "projector.safetensors"
+    save_model(model, tmp_path, print, trained=False)
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 1
+    file.rename(tmp_path / "old")
+    file.mkdir()  # no file can be written there
+    with pytest.raises(
+        UserError, match=r"cannot be written .*make room, then run the same command"
+    ):
+        save_model(model, tmp_path, print, trained=False)
+    file.rmdir()
+    (tmp_path / "old").rename(file)  # as a kill just before its turn leaves it
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        VLM.load(tmp_path)
+    save_model(model, tmp_path, print, trained=False)
+    loaded = VLM.load(tmp_path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
 
 def test_resume_none_starts_anew_and_a_folder_is_taken_as_asked(saved: Path) -> None:
