@@ -197,6 +197,12 @@ class ModelSettings:
         return POOLED if self.pool_after_projector else 1
 
     @property
+    def by_columns(self) -> bool:
+        """Whether a frame's tokens stand column by column: VILA's first projector, which the `_fix` in
+        names of later ones is about, transposes them. With M-RoPE, positions say where a token is."""
+        return self.mm_projector_type == "mlp_downsample" and self.frame_positions != "mrope"
+
+    @property
     def finer(self) -> int:
         """Cells on a side that become one token in the projector or after it."""
         return self.pooled if self.pool_after_projector else joined_cells(self.mm_projector_type)

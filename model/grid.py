@@ -57,6 +57,11 @@ class Grid:
         """`cell_spans` along the width."""
         return cell_spans(self.patch_cols, self.stride, self.mode)
 
+    def order(self, *, by_columns: bool) -> Tensor:
+        """Return the place of each cell among those of its frame: int64 `(cells,)`, cells row by row."""
+        places = torch.arange(self.cells)
+        return places.view(self.cols, self.rows).T.flatten() if by_columns else places
+
 
 def num_cells(patches: int, stride: int, mode: str) -> int:
     """Return the number of cells along an axis of so many patches; 0 if the stride leaves none."""
@@ -81,13 +86,23 @@ def cell_spans(patches: int, stride: int, mode: str) -> Tensor:
     return torch.stack([edges[:-1], edges[1:]], dim=1)
 
 
-def cell_patches(patches: int, stride: int, mode: str) -> list[list[int]]:
-    """Return, for each cell of an axis, the indices of the patches whose centres are in its span."""
+def cell_shares(patches: int, stride: int, mode: str) -> Tensor:
+    """Return each patch's share in each cell of an axis: float64 `(cells, patches)`, rows sum to 1.
+
+    What `pool` does along one axis, of `max` what it does on average: so pooled are also patches' places.
+    """
+    if mode == "bilinear":
+        # of a cell's patches it reads the two around the centre, for an even span may end inside a patch
+        taps = F.interpolate(
+            torch.eye(patches, dtype=torch.float64)[None],
+            size=num_cells(patches, stride, mode),
+            mode="linear",
+        )
+        return taps[0].T
     centres = (torch.arange(patches, dtype=torch.float64) + 0.5) / patches
-    return [
-        torch.nonzero((centres >= start) & (centres < end)).flatten().tolist()
-        for start, end in cell_spans(patches, stride, mode)
-    ]
+    start, end = cell_spans(patches, stride, mode).unbind(1)
+    inside = ((centres >= start[:, None]) & (centres < end[:, None])).double()
+    return inside / inside.sum(dim=1, keepdim=True)
 
 
 def pool(features: Tensor, stride: int, mode: str = "average") -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from model.family.inner import PREFIXES, QWEN_PREFIXES, Prefixes, own_name
 from model.family.qwen_vl import INNER, config_problem, inner_config
 from model.fsdp.parts import PARTS, is_cut, read_parts
 from shards.errors import UserError, first_line
@@ -29,14 +30,6 @@ ORIGINAL_LLAVA = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral"
 COPY = "copy or download it again"
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 """Fields of a tower's config that its features do not depend on."""
-PREFIXES = (("language_model.", ""), ("model.language_model.", "model."), ("lm_head.", "lm_head."))
-"""Prefix of the LLM's weights in a LLaVA checkpoint of transformers, old or new -> in an LLM alone."""
-QWEN_PREFIXES = (
-    ("model.language_model.", "model."),
-    ("model.", "model."),
-    ("lm_head.", "lm_head."),
-)
-"""Likewise in a Qwen-VL checkpoint: as transformers saves it, and as it is published."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,7 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
             where=folder,
             fix="name the model it was made from",
         )
-    prefixes: tuple[tuple[str, str], ...]
+    prefixes: Prefixes
     if written["model_type"] in INNER:
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config = AutoConfig.for_model(INNER[written["model_type"]], **inner_config(whole, written))
@@ -145,8 +138,7 @@ def _load_inner(folder: Path, written: Any, dtype: torch.dtype) -> tuple[Any, An
     own = empty.state_dict()
 
     def renamed(name: str) -> str | None:
-        names = (to + name[len(old) :] for old, to in prefixes if name.startswith(old))
-        return next((new for new in names if new in own), None)
+        return own_name(name, prefixes, own, folder)
 
     # not by `key_mapping`, which renames the weights back when they are saved
     llm, found = _filled(empty, read_tensors(folder, renamed), dtype, folder)

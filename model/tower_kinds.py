@@ -218,6 +218,7 @@ MIXES_FRAMES = (
 OF_TIMM = (
     "is a tower of timm (Perception Encoder and others), not supported here; use SigLIP 2 or DINOv3"
 )
+OWN_CODE = "is code of its own, which is never run"
 REFUSED = {
     "vivit": MIXES_FRAMES,
     "videomae": MIXES_FRAMES,
@@ -228,7 +229,8 @@ REFUSED = {
     "perception_lm": OF_TIMM,
     "timm": OF_TIMM,
     "pe_": OF_TIMM,
-    "intern_vit": "is code of its own, which is never run; use an InternVL in transformers' form (-hf)",
+    "intern_vit": f"{OWN_CODE}; use an InternVL in transformers' form (-hf)",
+    "internvl_chat": f"{OWN_CODE}; use an InternVL in transformers' form (-hf)",
 }
 """A part of a `model_type` -> why towers of such a type are refused."""
 
@@ -244,6 +246,12 @@ def find_kind(model_type: str) -> TowerKind:
             raise UserError(f"{model_type} {why}")
     known = ", ".join(name for kind in KINDS for name in kind.model_types)
     raise UserError(f"{model_type} is not supported (have {known})")
+
+
+def has_own_model(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json names code of its folder as its model, as EVA-CLIP's does under the
+    `model_type` of CLIP: what transformers has by that name would compute something else."""
+    return any(name.startswith("AutoModel") for name in config.get("auto_map") or ())
 
 
 def mixes_frames(model_type: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.grid import Grid, cell_patches
+from model.grid import Grid, cell_shares
 from model.lape.tokens import HEIGHT, LAPE_AXES, PRESETS, TIME, WIDTH, LapeTokens
 
 NUM_FREQUENCIES = 16
@@ -92,16 +92,13 @@ def centre_of(median: Tensor, bins: int, sigma: float) -> Tensor:
 def cell_hat_weights(
     patches: int, grid: Grid, axis: int, covered: tuple[float, ...], bins: int
 ) -> Tensor:
-    """Return, per cell along an axis, the mean hat weights of its patch centres: `(cells, bins)`.
+    """Return, per cell along an axis, the hat weights of its patches' centres, pooled: `(cells, bins)`.
 
-    Averaging is linear, so these give the positions of the full patch grid, average-pooled to cells.
+    Pooling is linear, so these give the positions of the full patch grid, pooled as its features are.
     """
     low, high = (covered[0], covered[2]) if axis == HEIGHT else (covered[1], covered[3])
     centres = low + (high - low) * (torch.arange(patches, dtype=torch.float64) + 0.5) / patches
-    weights = hat_weights(centres, bins)
-    return torch.stack(
-        [weights[cell].mean(dim=0) for cell in cell_patches(patches, grid.stride, grid.mode)]
-    )
+    return cell_shares(patches, grid.stride, grid.mode).float() @ hat_weights(centres, bins)
 
 
 class Lape(nn.Module):

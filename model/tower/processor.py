@@ -29,7 +29,7 @@ def load_processor(name: str) -> Any:
     if processor := _as_pillow(name):
         return processor
     try:
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     except ImportError:  # transformers before 5.9
         raise UserError(
             f"transformers {transformers.__version__} reads no image processor without torchvision",

@@ -5,7 +5,7 @@ patches = tower.encode(tower.pixels.resize(frames))     # fp32 (frames, 27, 27, 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, logging
+from transformers import AutoConfig, PreTrainedConfig, logging
 
 from model.llm import tower_digest
 from model.tower.forward.hidden import hidden_state
@@ -26,7 +26,15 @@ from model.tower.precision import DTYPES
 from model.tower.processor import load_processor
 from model.tower.side_by_side import side_by_side
 from model.tower.trial import check_processor
-from model.tower_kinds import Layer, TowerKind, find_kind, named, patch_of
+from model.tower_kinds import (
+    OWN_CODE,
+    Layer,
+    TowerKind,
+    find_kind,
+    has_own_model,
+    named,
+    patch_of,
+)
 from shards.errors import UserError, first_line
 
 
@@ -253,13 +261,17 @@ def _levels(
 def _read_config(name: str) -> tuple[TowerKind, Any]:
     """Return the kind of tower in a folder or under a Hub name, and its config."""
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, error) from None
-    try:
-        return find_kind(config.model_type), config
+        # as written, first: transformers would ask whether it may run code of the folder, and needs
+        # timm for its towers, though neither is taken
+        written, _ = PreTrainedConfig.get_config_dict(name)
+        kind = find_kind(str(written.get("model_type") or "a config.json without model_type"))
+        if has_own_model(written):
+            raise UserError(f"{written['model_type']} {OWN_CODE}")
+        return kind, AutoConfig.from_pretrained(name, trust_remote_code=False)
     except UserError as error:
         raise UserError(str(error), where=f"tower {name}") from None
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from None
 
 
 def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tuple[Any, Any]:
@@ -284,7 +296,26 @@ def _load_vision(name: str, kind: TowerKind, config: Any, attention: str) -> tup
             f"tower {name}: {len(found['missing_keys'])} of its weights are missing, such as "
             f"{min(found['missing_keys'])}; download it again"
         )
+    if strange := weights_without_place(model, found["unexpected_keys"]):
+        # transformers leaves them out, with a warning that would be lost among a text model's: a tower
+        # without a norm or a layer that it was trained with gives other features of the same shape
+        raise UserError(
+            f"{len(strange)} of its weights have no place in {type(model).__name__} as its config.json "
+            f"describes it, such as {strange[0]}",
+            where=f"tower {name}",
+            fix="restore the config.json that it was trained with, or take a tower of just this class",
+        )
     return processor, model.requires_grad_(False).eval()
+
+
+def weights_without_place(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Return the names of weights of this tower that it does not take, sorted.
+
+    unexpected: of weights in its files, under the tower's own names; those of a text model and of heads
+    are not of its parts. Buffers, which older versions of transformers saved, follow from the config.
+    """
+    parts, buffers = dict(model.named_children()), dict(model.named_buffers())
+    return sorted(k for k in unexpected if k.partition(".")[0] in parts and k not in buffers)
 
 
 def _check_layer(name: str, kind: TowerKind, layer: Layer, vision: Any) -> None:

@@ -268,19 +268,30 @@ def brute_force_positions(
                 x = x0 + (x1 - x0) * (c + 0.5) / grid.patch_cols
                 for axis, u in ((TIME, time), (HEIGHT, y), (WIDTH, x)):
                     full[f, r, c] += gamma[axis] * (hats(u, counts[axis]) @ tables[axis])
-    s = grid.stride
+    rows, cols = (
+        [cell_parts(patches, k, cells, grid) for k in range(cells)]
+        for patches, cells in ((grid.patch_rows, grid.rows), (grid.patch_cols, grid.cols))
+    )
     return np.array(
         [
             [
-                [
-                    full[f, a * s : (a + 1) * s, b * s : (b + 1) * s].mean((0, 1))
-                    for b in range(grid.cols)
-                ]
-                for a in range(grid.rows)
+                [sum(p * q * of[r, c] for r, p in row for c, q in col) for col in cols]
+                for row in rows
             ]
-            for f in range(len(times))
+            for of in full
         ]
     )
+
+
+def cell_parts(patches: int, cell: int, cells: int, grid: Grid) -> list[tuple[int, float]]:
+    """Return (patch, share) of a cell along an axis."""
+    if grid.mode != "bilinear":
+        own = range(patches)[cell * grid.stride : (cell + 1) * grid.stride]
+        return [(patch, 1 / len(own)) for patch in own]
+    # the two patches around the cell's centre, at the border the outermost one alone
+    place = min(max((cell + 0.5) * patches / cells - 0.5, 0), patches - 1)
+    low = int(place)
+    return [(low, 1 - (place - low)), (min(low + 1, patches - 1), place - low)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -295,7 +306,10 @@ def brute_force_positions(
         (5, 9, 4, "average"),
         (9, 4, 4, "average_floor"),
         (7, 10, 3, "max"),
+        (27, 3, 2, "bilinear"),
+        (9, 14, 4, "bilinear"),
         (1, 1, 1, "average"),
+        (1, 1, 1, "bilinear"),
     ],
 )
 def test_positions_of_cells_are_the_pooled_positions_of_patches(

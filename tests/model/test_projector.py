@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.batch import FrameGroup
-from model.config import PROJECTORS, joined_cells
+from model.config import PROJECTORS, VLMConfig, joined_cells
 from model.grid import Grid, pool
 from model.projector import ChannelNorm, JoinCells, build_projector
 from shards.errors import UserError
@@ -83,6 +83,47 @@ def test_a_block_is_joined_row_by_row_and_padded_by_zero(side: int) -> None:
                     inside = y < 5 and x < 7
                     parts.append(cells[:, y, x] if inside else torch.zeros(2, 3))
             assert torch.equal(joined[:, row, col], torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("positions", ["plain", "mrope"])
+@pytest.mark.parametrize(
+    ("kind", "by_columns"),
+    [("mlp_downsample", True), ("mlp_downsample_2x2_fix", False), ("mlp2x_gelu", False)],
+)
+def test_tokens_stand_in_the_order_of_vila(kind: str, by_columns: bool, positions: str) -> None:
+    """Its first joining projector gives tokens column by column, those with `_fix` row by row: a
+    permutation that `flat_square_2x2` undoes and `flat_square` does not (`base_projector.py`)."""
+    config = VLMConfig(mm_projector_type=kind, frame_positions=positions)
+    grid = Grid(5, 8, 2)
+    assert (grid.rows, grid.cols) == (3, 4)
+    expected = [
+        [
+            col * 3 + row if by_columns and positions == "plain" else row * 4 + col
+            for col in range(4)
+        ]
+        for row in range(3)
+    ]
+    assert grid.order(by_columns=config.by_columns).view(3, 4).tolist() == expected
+
+
+def test_a_row_has_the_tokens_of_a_frame_column_by_column(
+    make_model, make_clip, make_batch
+) -> None:
+    sizes = {"slow_stride": 2, "fast_stride": 2, "max_frames_num": 2}
+    model = make_model(mm_projector_type="mlp_downsample", **sizes)
+    fixed = make_model(mm_projector_type="mlp_downsample_2x2_fix", **sizes)
+    fixed.load_state_dict(model.state_dict())
+    clip = make_clip(frames=2, patch_grid=(6, 8))
+    patches = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 6, 8, 12)))
+    for stride in (1, 2):
+        clip.features[stride] = pool(patches, stride).half().numpy()
+    found = []
+    for own in (model, fixed):
+        batch = make_batch(own, ([clip], "<video>\nWhen?", "now"))
+        places = batch.groups[0].token_index[0].sort().values
+        found.append(own.embed(batch)[0, places])
+    by_columns, by_rows = found
+    torch.testing.assert_close(by_columns.view(4, 3, -1).transpose(0, 1), by_rows.view(3, 4, -1))
 
 
 @pytest.mark.parametrize("patches", [24, 27, 32])

@@ -381,7 +381,7 @@ def _group(
         grid=grid,
         covered=covered,
         features=pooled(finer) if config.pool_after_projector else read(grid.stride),
-        token_index=first[:, None] + torch.arange(grid.cells),
+        token_index=first[:, None] + grid.order(by_columns=config.by_columns),
         end_index=ends if config.closing_tokens else ends[:0],
         time=torch.tensor(times, dtype=torch.float32),
         timed=torch.tensor(timed, dtype=torch.float32),

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from model.vlm import VLM
 
 Json = Mapping[str, Any]
-LLAVA_TOWER = "model.vision_tower.", "vision_tower."
-"""Prefixes of the tower's weights in a LLaVA checkpoint of transformers."""
+LLAVA_TOWERS = (
+    ("model.vision_tower.", "vision_tower."),
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+)
+"""Prefixes of the tower's weights in a LLaVA checkpoint of transformers; the latter as published."""
 
 
 def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str]:
@@ -21,8 +24,6 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
 
     written: its config.json.
     """
-    from model.llm import own_tower_digest
-
     config, features = model.config, model.features
     strides = {config.slow_stride, config.fast_stride}
     pooled = config.pool_after_projector and kind == "llava"
@@ -61,7 +62,7 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
                 else ""
             )
         )
-        if as_there and features["tower_digest"] != own_tower_digest(folder, LLAVA_TOWER):
+        if as_there and not holds_tower(folder, features["tower_digest"]):
             lines[-1] += (
                 f"; the bank's tower, {model.tower}, has other weights than that in the checkpoint, "
                 "which vision_tower.save_pretrained of transformers takes out of it"
@@ -76,6 +77,13 @@ def load_parts(model: "VLM", kind: str, folder: Path, written: Json) -> list[str
     lines += load_tables(model, folder, tables)
     lines += new_parts(model, but=("visual",) if closes else ())
     return lines + [f"ignored: {other}" for other in others]
+
+
+def holds_tower(folder: Path, digest: str) -> bool:
+    """Return whether the tower in a LLaVA checkpoint of transformers is that of a bank."""
+    from model.llm import own_tower_digest
+
+    return any(own_tower_digest(folder, names) == digest for names in LLAVA_TOWERS)
 
 
 def new_parts(model: "VLM", but: Sequence[str] = ()) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     SiglipImageProcessorPil,
@@ -167,6 +168,20 @@ def test_the_tower_in_a_checkpoint_is_known_again(make_world: MakeWorld, tmp_pat
     world = make_world(theirs, layer=-1, strides=(1,), tower_digest=tower.digest)
     _, said = world.start(**AFTER)
     assert "features are pooled as there\n" in said
+    # as it was published: another level around the tower
+    file = world.folder / "model.safetensors"
+    own = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): weight
+        for name, weight in load_file(file).items()
+    }
+    assert own.keys() != load_file(file).keys()
+    save_file(own, file, {"format": "pt"})
+    _, said = world.start(**AFTER)
+    assert "features are pooled as there\n" in said
+    changed = next(name for name in own if "vision_model.encoder" in name)
+    save_file(own | {changed: own[changed] + 1}, file, {"format": "pt"})
+    _, said = world.start(**AFTER)
+    assert "has other weights than that in the checkpoint" in said
 
 
 @pytest.mark.parametrize("mode", ["average", "max"])

@@ -302,6 +302,14 @@ def test_an_llm_that_its_config_does_not_fit_is_refused_by_name(
     rewrite(tmp_path, {n: t for n, t in tensors.items() if n != name})
     with pytest.raises(UserError, match=r"weights are missing: model.layers.1.mlp.up_proj.weight"):
         start(tmp_path)
+    # what the config does not count would be left out, and the LLM be another one
+    for other in (name.replace(".1.", ".7."), name.replace("weight", "bias")):
+        rewrite(tmp_path, tensors | {other: tensors[name].clone()})
+        with pytest.raises(UserError, match=f"{other} has no place in the LLM that its config"):
+            start(tmp_path)
+    frequencies = "language_model.model.layers.1.self_attn.rotary_emb.inv_freq"
+    rewrite(tmp_path, tensors | {frequencies: torch.ones(4)})
+    start(tmp_path)
 
 
 def test_a_model_without_a_causal_llm_is_refused_in_a_line(
