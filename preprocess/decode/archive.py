@@ -37,6 +37,8 @@ UNREADABLE = (
 """What the libraries raise for a damaged or unsupported archive."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors of the disk that is written to: they stop the run, since no archive or clip is at fault."""
+LARGEST = 8**11 - 1
+"""Bytes of a member whose size a tar's header holds in octal digits."""
 CHANGED = "the archive is not the one that was planned: its members are elsewhere"
 
 
@@ -95,7 +97,9 @@ class Archive(AbstractContextManager["Archive"]):
         block = self._file.read(tarfile.BLOCKSIZE)
         # The plan's offsets are only valid for the archive that was planned: a header of another size
         # there means that the archive was replaced.
-        if tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size != nbytes:
+        size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
+        # a size that a header cannot hold is in the extended one before it (POSIX.1-2017, pax)
+        if size != nbytes and not (nbytes > LARGEST and size == 0):
             raise tarfile.ReadError(CHANGED)
         yield self._file, offset
 
