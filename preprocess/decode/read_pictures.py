@@ -24,7 +24,7 @@ from preprocess.decode.events import Transform, over_white
 from preprocess.decode.scan import Scan, VideoError
 from preprocess.decode.stream.orientation import Orientation
 from shards.format.quarantine import Reason
-from shards.kinds import HEAD, MOVING_AVIF, MOVING_PNG, MOVING_WEBP, kind_of
+from shards.kinds import HEAD, MOVING_AVIF, MOVING_WEBP, kind_of
 
 PICTURE_FPS = "2"
 """Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
@@ -37,7 +37,7 @@ PICTURE_SUFFIXES = frozenset(
 PICTURES = "pictures"
 """The value of `Scan.codec` for pictures."""
 NO_DURATION = 100  # ms for which browsers show a frame without a duration
-ANIMATIONS = (MOVING_AVIF, MOVING_PNG, MOVING_WEBP)
+ANIMATIONS = (MOVING_AVIF, MOVING_WEBP)
 """Read as pictures under any name: FFmpeg decodes no WebP that moves."""
 
 

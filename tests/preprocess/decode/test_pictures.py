@@ -94,7 +94,7 @@ def test_the_picture_of_a_png_for_those_who_cannot_play_it_is_no_frame(tmp_path:
         assert clip.timestamps == pytest.approx([0, 0.1, 0.3][: count - 1])
 
 
-@pytest.mark.parametrize("suffix", ["webp", "png", "avif", "gif"])
+@pytest.mark.parametrize("suffix", ["webp", "avif", "gif"])
 def test_an_animation_is_read_alike_under_any_name_and_in_an_archive(
     suffix: str, tmp_path: Path
 ) -> None:
