@@ -178,7 +178,7 @@ class RemoteFiles:
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         if nbytes is None:
-            return self._range(name, None, None)[offset:]
+            return self._range(name, 0, None)[offset:]
         data = b""
         # servers may answer with a part of what was asked for (RFC 9110, 15.3.7); an empty range cannot
         # be asked for: HTTP's `bytes=a-b` has at least one byte
@@ -224,7 +224,7 @@ class RemoteFiles:
             system.invalidate_cache(f"{root}/{name}")  # a listing that another user of it made
             return dict(system.info(f"{root}/{name}"))
 
-    def _range(self, name: str, begin: int | None, end: int | None) -> bytes:
+    def _range(self, name: str, begin: int, end: int | None) -> bytes:
         """Return one answer: the bytes from `begin` to `end`, or fewer; none beyond the file's end."""
         system, root = self._system()
         try:
@@ -232,7 +232,7 @@ class RemoteFiles:
                 data = bytes(system.cat_file(f"{root}/{name}", start=begin, end=end))
         except _BeyondEnd:
             return b""
-        if begin is not None and end is not None and len(data) > end - begin:
+        if end is not None and len(data) > end - begin:
             raise UserError(
                 "its server ignores ranges of bytes and sends the whole file, as `python -m http.server` "
                 "does",
@@ -271,7 +271,8 @@ def _network(where: str) -> Iterator[None]:
     """Raise OSError for whatever an fsspec file system raises of its own."""
     try:
         yield
-    except (FileNotFoundError, UserError, MemoryError):
+    # bad values are left to the caller: fsspec's `filecache` gives some to threads, and good ones after
+    except (FileNotFoundError, UserError, MemoryError, ValueError, KeyError, TypeError):
         raise
     # any type: aiohttp's errors of a refused request or a body cut short are no OSErrors
     except Exception as error:
