@@ -69,11 +69,14 @@ STARTS: tuple[tuple[bytes, Kind], ...] = (
 )
 """First bytes -> kind."""
 
+MOVING_AVIF = Kind("animation", "an AVIF sequence")
+MOVING_WEBP = Kind("animation", "a WebP picture")
 BRANDS = {
     **dict.fromkeys(
         (b"avif", b"heic", b"heix", b"mif1"), Kind("picture", "an AVIF or HEIC picture")
     ),
-    **dict.fromkeys((b"avis", b"hevc", b"hevx", b"msf1"), Kind("animation", "a picture sequence")),
+    b"avis": MOVING_AVIF,
+    **dict.fromkeys((b"hevc", b"hevx", b"msf1"), Kind("animation", "a picture sequence")),
     **dict.fromkeys((b"M4A ", b"M4B "), Kind("sound", "sound (M4A)", "it has no picture")),
 }
 """Brands in the `ftyp` box of an ISO file that do not mean video."""
@@ -125,7 +128,7 @@ def _riff(head: bytes) -> Kind | None:
         moves = (
             head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2
         )  # its flag (RFC 9649, 2.7)
-        return Kind("animation" if moves else "picture", "a WebP picture")
+        return MOVING_WEBP if moves else Kind("picture", "a WebP picture")
     return RIFFS.get(head[8:12])
 
 

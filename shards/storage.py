@@ -9,15 +9,20 @@ file position.
 
 import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
 
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 MOST_OPEN = 128
+LOOK_AGAIN = 300.0
+"""Seconds after which a file at a URL is asked whether it is still the same: a round trip each time."""
 SUMMED = 256 << 10
 """Bytes that are read and then summed, while they are in the core's own cache: a clip of 5 MB took 1.4
 times as long read whole and then summed."""
@@ -167,22 +172,28 @@ class RemoteFiles:
 
     def __init__(self, url: str) -> None:
         self.where = url.rstrip("/")
-        self.replaced = 0  # nothing stays open, and to ask each time would be a round trip
+        self.replaced = 0
         self._opened: tuple[int, Any, str] | None = None
+        self._seen: dict[str, tuple[float, str]] = {}
+        """When a file was last asked for what it is, and the answer."""
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
-        # an empty range cannot be asked for: HTTP's `bytes=a-b` has at least one byte
-        if nbytes == 0:
-            return b""
-        system, root = self._system()
-        end = None if nbytes is None else offset + nbytes
-        return bytes(system.cat_file(f"{root}/{name}", start=offset, end=end))
+        if nbytes is None:
+            return self._range(name, 0, None)[offset:]
+        self._look(name)
+        data = b""
+        # servers may answer with a part of what was asked for (RFC 9110, 15.3.7); an empty range cannot
+        # be asked for: HTTP's `bytes=a-b` has at least one byte
+        while len(data) < nbytes:
+            more = self._range(name, offset + len(data), offset + nbytes)
+            if not more:
+                break
+            data = data + more if data else more
+        return data
 
     def read_into(self, name: str, offset: int, target: np.ndarray) -> int:
         # fsspec gives bytes of its own: one copy more than `preadv` into the target
         data = self.read(name, offset, len(target))
-        # a server that ignores ranges answers with the whole file
-        assert len(data) <= len(target), f"{self.where}/{name}: gives more bytes than asked for"
         target[: len(data)] = np.frombuffer(data, np.uint8)
         return len(data)
 
@@ -190,11 +201,49 @@ class RemoteFiles:
         return self.read_into(name, offset, target), google_crc32c.value(target)
 
     def size(self, name: str) -> int:
-        system, root = self._system()
         try:
-            return int(system.info(f"{root}/{name}")["size"])
+            size = self._info(name)["size"]
         except FileNotFoundError:
             return -1
+        if size is None:
+            raise UserError(
+                "its server does not say how long it is", where=f"{self.where}/{name}", fix=COPY
+            )
+        return int(size)
+
+    def _look(self, name: str) -> None:
+        """Count a file that is another one than when it was last asked for, see `LOOK_AGAIN`."""
+        asked, before = self._seen.get(name, (0.0, ""))
+        if before and time.monotonic() - asked < LOOK_AGAIN:
+            return
+        # all that the server says: ETag, time of change, generation, whichever it has
+        now = repr(sorted(self._info(name).items(), key=str))
+        self._seen[name] = time.monotonic(), now
+        if before and now != before:
+            self.replaced += 1
+
+    def _info(self, name: str) -> dict[str, Any]:
+        system, root = self._system()
+        with _network(f"{self.where}/{name}"):
+            system.invalidate_cache(f"{root}/{name}")  # a listing that another user of it made
+            return dict(system.info(f"{root}/{name}"))
+
+    def _range(self, name: str, begin: int, end: int | None) -> bytes:
+        """Return one answer: the bytes from `begin` to `end`, or fewer; none beyond the file's end."""
+        system, root = self._system()
+        try:
+            with _network(f"{self.where}/{name}"):
+                data = bytes(system.cat_file(f"{root}/{name}", start=begin, end=end))
+        except _BeyondEnd:
+            return b""
+        if end is not None and len(data) > end - begin:
+            raise UserError(
+                "its server ignores ranges of bytes and sends the whole file, as `python -m http.server` "
+                "does",
+                where=f"{self.where}/{name}",
+                fix=COPY,
+            )
+        return data
 
     def _system(self) -> tuple[Any, str]:
         """Return the file system, created once per process, and the bank's path in it."""
@@ -210,4 +259,27 @@ class RemoteFiles:
         return self._opened[1:]
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_opened": None}
+        return self.__dict__ | {"_opened": None, "_seen": {}}
+
+
+COPY = "use another server, or copy the bank and open the copy"
+OUT_OF_RANGE = 416  # HTTP's status
+
+
+class _BeyondEnd(Exception):
+    """A range begins at or after a file's end."""
+
+
+@contextmanager
+def _network(where: str) -> Iterator[None]:
+    """Raise OSError for whatever an fsspec file system raises of its own."""
+    try:
+        yield
+    # bad values are left to the caller: fsspec's `filecache` gives some to threads, and good ones after
+    except (FileNotFoundError, UserError, MemoryError, ValueError, KeyError, TypeError):
+        raise
+    # any type: aiohttp's errors of a refused request or a body cut short are no OSErrors
+    except Exception as error:
+        if (getattr(error, "status", None) or getattr(error, "code", None)) == OUT_OF_RANGE:
+            raise _BeyondEnd from None
+        raise OSError(f"{where}: {first_line(error)}") from error

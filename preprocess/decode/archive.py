@@ -35,6 +35,8 @@ UNREADABLE = (
     *(NotImplementedError, RuntimeError),  # zipfile: unknown compression; a password is needed
 )
 """What the libraries raise for a damaged or unsupported archive."""
+LARGEST = 8**11 - 1
+"""Bytes of a member whose size a tar's header holds in octal digits."""
 CHANGED = "the archive is not the one that was planned: its members are elsewhere"
 
 
@@ -93,7 +95,9 @@ class Archive(AbstractContextManager["Archive"]):
         block = self._file.read(tarfile.BLOCKSIZE)
         # The plan's offsets are only valid for the archive that was planned: a header of another size
         # there means that the archive was replaced.
-        if tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size != nbytes:
+        size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
+        # a size that a header cannot hold is in the extended one before it (POSIX.1-2017, pax)
+        if size != nbytes and not (nbytes > LARGEST and size == 0):
             raise tarfile.ReadError(CHANGED)
         yield self._file, offset
 

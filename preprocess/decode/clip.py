@@ -43,6 +43,7 @@ FROM_START = {
     "no_index",
     "avi_b",
     "first_not_key",
+    "first_lost",
     "dup",
     "corrupt",
     "truncated",

@@ -24,6 +24,7 @@ from preprocess.decode.events import Transform, over_white
 from preprocess.decode.scan import Scan, VideoError
 from preprocess.decode.stream.orientation import Orientation
 from shards.format.quarantine import Reason
+from shards.kinds import HEAD, MOVING_AVIF, MOVING_WEBP, kind_of
 
 PICTURE_FPS = "2"
 """Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
@@ -36,11 +37,21 @@ PICTURE_SUFFIXES = frozenset(
 PICTURES = "pictures"
 """The value of `Scan.codec` for pictures."""
 NO_DURATION = 100  # ms for which browsers show a frame without a duration
+ANIMATIONS = (MOVING_AVIF, MOVING_WEBP)
+"""Read as pictures under any name: FFmpeg decodes no WebP that moves."""
 
 
 def holds_pictures(path: Path) -> bool:
-    """Return whether a source is a folder or, by its suffix, a picture file."""
-    return path.suffix.lower() in PICTURE_SUFFIXES or path.is_dir()
+    """Return whether a source is a folder, a picture by its suffix, or an animation by its content."""
+    if path.suffix.lower() in PICTURE_SUFFIXES or path.is_dir():
+        return True
+    try:
+        # an unpacked member of an archive has no suffix, and must be read as in a folder
+        # is_file: opening a pipe would wait for ever
+        with open(path if path.is_file() else os.devnull, "rb") as file:
+            return kind_of(file.read(HEAD)) in ANIMATIONS
+    except OSError:
+        return False
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -125,10 +136,15 @@ def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
         image = _opened(path)
     with image:
         if image.mode.startswith(("I", "F")):
-            raise _unreadable(path, f"its pixels are of mode {image.mode}, not 8 bits a colour")
+            raise VideoError(
+                Reason.CANNOT_OPEN,
+                f"its pixels are of mode {image.mode}, not 8 bits a colour",
+                where=path,
+                fix="convert it to 8 bits a colour",
+            )
         for frame in index:
             with _pillow(path):
-                image.seek(frame)
+                image.seek(_hidden(image) + frame)
                 upright = ImageOps.exif_transpose(image)
                 clear = upright.has_transparency_data
                 picture = np.asarray(upright.convert("RGBA" if clear else "RGB"))
@@ -139,17 +155,22 @@ def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
 def _animation_ends(path: Path) -> list[int]:
     """Return the ms at which each frame stops being shown; [0] for a still picture."""
     with _pillow(path), _opened(path) as image:
-        count = getattr(image, "n_frames", 1)
-        if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
+        first, count = _hidden(image), getattr(image, "n_frames", 1)
+        if count - first == 1 or image.format in ("TIFF", "MPO"):  # pages, views
             return [0]
         ends, end = [], Fraction(0)
-        for frame in range(count):
+        for frame in range(first, count):
             image.seek(frame)
             image.load()  # Pillow knows the duration of a WebP frame only after decoding it
             end += Fraction(image.info.get("duration") or NO_DURATION)
             # rounded sums, not a sum of rounded ones: errors of half a millisecond would add up
             ends.append(round(end))
         return ends
+
+
+def _hidden(image: Image.Image) -> int:
+    """Return how many frames precede an animation's own: a PNG's picture for those who cannot play it."""
+    return int(getattr(image, "default_image", False))
 
 
 def _opened(path: Path) -> Image.Image:

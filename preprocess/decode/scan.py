@@ -171,6 +171,7 @@ def _scan_stream(path: Path, index: int | None) -> tuple[Scan | VideoError, bool
             "discontinuity": jumps,
             "gap": odd_gaps,
             "alpha": has_alpha_beside(stream),
+            "first_lost": packets.begins_late(shown[0]),
             Reason.APPENDED.value: is_appended(path, container.format.name),
         }
         flags |= {name for name, is_set in also.items() if is_set}

@@ -119,6 +119,8 @@ def _clash(here: str, there: str, archived: bool, ids: Sequence[str]) -> str:
     if not archived:
         return f"{same}; encode them from a common folder, or into two banks"
     more = f", and {len(ids) - 1:,} more" if len(ids) > 1 else ""
+    if ids[0].startswith(f"{Path(here).name}/"):  # as --archive-ids made it, or as if
+        return f"{same}{more}; name one of the archives by a link of another name (ln -s)"
     return (
         f"{same}{more}; --archive-ids makes them {Path(here).name}/{ids[0]} and so on, else encode "
         "them into two banks"

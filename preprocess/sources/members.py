@@ -93,6 +93,8 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
 
 
 def _no_file(info: tarfile.TarInfo) -> Why:
+    if info.issparse():
+        return Why.METHOD
     return Why.MEMBER_LINK if info.issym() or info.islnk() else Why.SPECIAL
 
 

@@ -50,6 +50,16 @@ class Packets:
         jumps, odd = find_jumps(times, float(1 / stream.time_base), step, may_restart)
         return straightened(known, jumps), jumps, odd
 
+    def begins_late(self, place: int) -> bool:
+        """Return whether the frame of the packet shown first is lost, though the first is a keyframe.
+
+        So it is where a recording was cut within an open group of pictures, or within a refresh without
+        keyframes: the file begins later than its packets say.
+        """
+        if self.first_frame is None or self.keys[:1] != [0]:
+            return False
+        return bool(self.first_frame.pts != self.pts[place])
+
 
 def read_packets(container: Any, stream: Any) -> Packets:
     """Return the stream's packets of a file, all read; decodes up to the stream's first frame."""

@@ -18,7 +18,7 @@ from random import Random
 
 import pytest
 
-from preprocess.decode.archive import Unpacker
+from preprocess.decode.archive import Archive, Unpacker
 from preprocess.decode.scan import VideoError
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.run import encode
@@ -278,6 +278,54 @@ def test_shards_that_count_anew_are_refused_in_one_line_or_told_apart_by_name(
     assert encode(shards, tmp_path / "bank", options).skipped == 4
     for id_, video in zip(ids, videos, strict=True):
         assert metas(tmp_path / "bank")[id_]["size"] == video.stat().st_size
+
+
+def test_two_archives_of_one_name_are_not_told_to_take_it_as_their_ids(tmp_path: Path) -> None:
+    shards = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shards.append(str(tar_of(tmp_path / folder / "00.tar", ("0.mp4", folder.encode(), {}))))
+    with pytest.raises(UserError) as error:
+        find_clips(shards, FindOptions(archive_ids=True))
+    assert str(error.value) == (
+        f"{shards[1]}: has the id '00.tar/0.mp4', as {shards[0]} has; name one of the archives by a "
+        "link of another name (ln -s)"
+    )
+    (tmp_path / "b.tar").symlink_to(shards[1])
+    clips = find_clips([shards[0], str(tmp_path / "b.tar")], FindOptions(archive_ids=True)).clips
+    assert [clip.id for clip in clips] == ["00.tar/0.mp4", "b.tar/0.mp4"]
+
+
+@pytest.mark.parametrize("format_", ["gnu", "posix"])
+def test_a_member_with_holes_is_told_as_packed_in_its_own_way(tmp_path: Path, format_: str) -> None:
+    with open(tmp_path / "v.mp4", "wb") as file:
+        file.truncate(1 << 20)
+        file.write(b"x")
+    archive = tmp_path / "v.tar"
+    words = ["tar", "-C", tmp_path, "--sparse", f"--format={format_}", "-cf", archive, "v.mp4"]
+    subprocess.run(words, check=True)
+    assert [skip.reason for skip in archive_members(archive)[1]] == [Why.METHOD]
+
+
+@pytest.mark.parametrize("format_", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_member_of_more_than_8_gib_is_found_again(tmp_path: Path, format_: int) -> None:
+    info = tarfile.TarInfo("long.mp4")
+    info.size = (8 << 30) + 5
+    archive = tmp_path / "v.tar"
+    with open(archive, "wb") as file:
+        header = info.tobuf(format_)
+        file.write(header)
+        file.truncate(len(header) + info.size + 512 + 1024)  # a hole: it takes no place on the disk
+    (member,), skips = archive_members(archive)
+    assert (member.nbytes, skips) == (info.size, [])
+    with Archive(archive) as opened, opened.member(member.offset, member.nbytes) as (file, begin):
+        assert begin == len(header)
+    with (
+        Archive(archive) as opened,
+        pytest.raises(tarfile.ReadError, match="not the one that was planned"),
+        opened.member(member.offset, 7),
+    ):
+        pass
 
 
 def test_a_zip_tells_what_it_cannot_give_and_its_names_are_utf8(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ pytest tests/preprocess/decode/test_pictures.py
 """
 
 import struct
+import zipfile
 from pathlib import Path
 
 import av
@@ -15,6 +16,7 @@ from preprocess.decode.clip import read_clip
 from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.scan import VideoError
+from preprocess.decode.source import SourceReader
 from preprocess.sources.find import FindOptions, find_clips
 from shards.errors import UserError
 from shards.format.features import Sampling
@@ -77,6 +79,48 @@ def test_an_animation_keeps_the_duration_of_each_frame(tmp_path: Path, suffix: s
     assert clip.timestamps == pytest.approx(np.cumsum([0, *durations[:-1]]) / 1000, abs=1e-9)
     assert clip.end == pytest.approx(sum(durations) / 1000)
     assert clip.decoder == ("pyav-scan" if suffix == "gif" else "pillow")
+
+
+def test_the_picture_of_a_png_for_those_who_cannot_play_it_is_no_frame(tmp_path: Path) -> None:
+    images = [Image.fromarray(grey(value)) for value in (200, 10, 20, 30)]
+    for count in (2, 4):
+        options = {"default_image": True, "duration": [100, 200, 300][: count - 1]}
+        path = tmp_path / f"{count}.png"
+        images[0].save(path, save_all=True, append_images=images[1:count], **options)
+        with av.open(str(path), format="apng") as container:
+            played = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        clip = read_clip(ReadRequest(path, ALL))
+        assert shown(clip.frames) == shown(np.array(played)) == [10, 20, 30][: count - 1]
+        assert clip.timestamps == pytest.approx([0, 0.1, 0.3][: count - 1])
+
+
+@pytest.mark.parametrize("suffix", ["webp", "avif", "gif"])
+def test_an_animation_is_read_alike_under_any_name_and_in_an_archive(
+    suffix: str, tmp_path: Path
+) -> None:
+    images = [Image.fromarray(grey(value)) for value in (0, 100, 200)]
+    images[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=images[1:], duration=200)
+    data = (tmp_path / f"a.{suffix}").read_bytes()
+    own = read_clip(ReadRequest(tmp_path / f"a.{suffix}", ALL))
+    (tmp_path / "noending").write_bytes(data)
+    (tmp_path / "b.gif").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(f"a.{suffix}", data)
+    (member,) = find_clips([str(tmp_path / "a.zip")]).clips
+    clips = [read_clip(ReadRequest(tmp_path / name, ALL)) for name in ("noending", "b.gif")]
+    with SourceReader(DecodeChild(), tmp_path) as reader:
+        outcome = reader.read(member, ReadRequest(Path(member.path), ALL))
+    assert outcome.clip, outcome.error
+    for clip in (*clips, outcome.clip):
+        np.testing.assert_array_equal(clip.frames, own.frames)
+        assert clip.timestamps.tolist() == own.timestamps.tolist()
+        assert (clip.end, clip.decoder) == (own.end, own.decoder)
+
+
+def test_a_picture_of_more_than_8_bits_is_not_to_be_fetched_again(tmp_path: Path) -> None:
+    Image.new("I;16", (8, 8), 40000).save(tmp_path / "depth.png")
+    with pytest.raises(VideoError, match="not 8 bits a colour; convert it"):
+        read_clip(ReadRequest(tmp_path / "depth.png", ALL))
 
 
 def test_a_gif_cut_off_is_refused_as_truncated(tmp_path: Path) -> None:
