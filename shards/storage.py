@@ -179,7 +179,8 @@ class RemoteFiles:
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         if nbytes is None:
-            return self._range(name, 0, None)[offset:]
+            # no range at all: a server may answer `bytes=0-` with a part
+            return self._range(name, None, None)[offset:]
         self._look(name)
         data = b""
         # servers may answer with a part of what was asked for (RFC 9110, 15.3.7); an empty range cannot
@@ -228,15 +229,18 @@ class RemoteFiles:
             system.invalidate_cache(f"{root}/{name}")  # a listing that another user of it made
             return dict(system.info(f"{root}/{name}"))
 
-    def _range(self, name: str, begin: int, end: int | None) -> bytes:
-        """Return one answer: the bytes from `begin` to `end`, or fewer; none beyond the file's end."""
+    def _range(self, name: str, begin: int | None, end: int | None) -> bytes:
+        """Return one answer: the bytes from `begin` to `end`, or fewer; none beyond the file's end.
+
+        Both None: the whole file.
+        """
         system, root = self._system()
         try:
             with _network(f"{self.where}/{name}"):
                 data = bytes(system.cat_file(f"{root}/{name}", start=begin, end=end))
         except _BeyondEnd:
             return b""
-        if end is not None and len(data) > end - begin:
+        if begin is not None and end is not None and len(data) > end - begin:
             raise UserError(
                 "its server ignores ranges of bytes and sends the whole file, as `python -m http.server` "
                 "does",

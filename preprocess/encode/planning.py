@@ -117,8 +117,8 @@ def as_run(out: Path, plan: Plan, options: EncodeOptions) -> Plan:
     """
     if any((out / "shards").glob("*")):
         return plan  # what is there was made by the plan's
-    asked = {"batch_frames": options.batch_frames, "threads": options.tower_threads}
-    return replace(plan, tower=replace(plan.tower, **asked))
+    tower = replace(plan.tower, batch_frames=options.batch_frames, threads=options.tower_threads)
+    return replace(plan, tower=tower)
 
 
 def make_plan(
