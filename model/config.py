@@ -40,9 +40,9 @@ def joined_cells(kind: str) -> int:
 
 
 Json = dict[str, Any]
-FORMAT = 2
-OLDER = {1: "its frame predictor does not take the seconds until the next frame"}
-"""Older format of a saved model -> what such models lack."""
+FORMAT = 3
+READ = (2, 3)
+"""Formats of saved models that are read, see `outdated`."""
 FRAME_ATTENTION = ("block", "token")
 PREDICTORS = ("resample", "xattn")
 FRAME_TIME = ("auto", "none", "text", "seconds")
@@ -252,6 +252,26 @@ class VLMConfig(ModelSettings):
             raise UserError.of(problems)
 
 
+def outdated(facts: Json) -> str:
+    """Return why a model of an older format cannot be used; empty where it is computed as it was.
+
+    facts: those of its config.json.
+    """
+    if facts.get("format") == 1:
+        # its weights would be refused by their shapes, which says nothing of the cause
+        return "its frame predictor does not take the seconds until the next frame"
+    if facts.get("format") != 2:
+        return ""
+    model, features = facts.get("model", {}), facts.get("features", {})
+    by_rows = model.get("mm_projector_type") == "mlp_downsample"
+    if by_rows and model.get("frame_positions") != "mrope":
+        return "its mlp_downsample gives the tokens of a frame row by row, and not as VILA's does"
+    bilinear = features.get("pool") == "bilinear" or model.get("pool_after_projector")
+    if bilinear and model.get("enable_lape") and model.get("lape_positions"):
+        return "positions of its bilinear cells are up to half a patch beside them"
+    return ""
+
+
 def read_model_config(folder: Path) -> Json:
     """Return a model folder's config.json, with `model` as a VLMConfig; UserError if there is none."""
     path = folder / "config.json"
@@ -261,15 +281,13 @@ def read_model_config(folder: Path) -> Json:
         facts = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"not valid JSON: {error}", where=path) from None
-    # its weights would be refused by their shapes later, which says nothing of the cause
-    if facts.get("format") in OLDER:
+    if lacking := outdated(facts):
         raise UserError(
-            f"a model of format {facts['format']}, before framebank's {FORMAT}: "
-            f"{OLDER[facts['format']]}",
+            f"a model of format {facts['format']}, before framebank's {FORMAT}: {lacking}",
             where=path,
             fix=f"train it again, or start a run from its LLM: stage_path: {folder / 'llm'}",
         )
-    if facts.get("format") != FORMAT:
+    if facts.get("format") not in READ:
         raise UserError(
             f"not a framebank model of format {FORMAT} (got {facts.get('format')!r})",
             where=path,

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.batch import Batch, to_device
+from model.config import read_model_config
 from model.generate import choose, write_answer
 from model.lape.tokens import NAMES, PRESETS, TIME
 from model.llm import load_llm
@@ -579,8 +581,8 @@ def test_a_folder_that_is_no_model_is_refused_with_a_way_out(
         VLM.load(tmp_path)
     path = folder / "config.json"
     facts = json.loads(path.read_text())
-    path.write_text(json.dumps(facts | {"format": 3}))
-    with pytest.raises(UserError, match=r"format 2 \(got 3\).*--model takes"):
+    path.write_text(json.dumps(facts | {"format": 4}))
+    with pytest.raises(UserError, match=r"format 3 \(got 4\).*--model takes"):
         VLM.load(folder)
     path.write_text(json.dumps(facts | {"format": 1}))
     for read in (VLM.load, make_model().adopt):
@@ -591,6 +593,36 @@ def test_a_folder_that_is_no_model_is_refused_with_a_way_out(
     path.write_text(json.dumps(facts | {"model": facts["model"] | {"newer": 1}}))
     with pytest.raises(UserError, match=r"unknown model settings \['newer'\]"):
         VLM.load(folder)
+
+
+LAPE = {"enable_lape": True, "lape_positions": True}
+
+
+@pytest.mark.parametrize(
+    ("model", "pool", "lacking"),
+    [
+        ({}, "average", ""),
+        (LAPE, "average", ""),
+        ({}, "bilinear", ""),
+        (LAPE | {"lape_positions": False}, "bilinear", ""),
+        (LAPE, "bilinear", "positions of its bilinear cells"),
+        (LAPE | {"pool_after_projector": True}, "average", "positions of its bilinear cells"),
+        ({"mm_projector_type": "mlp_downsample"}, "average", "row by row"),
+        ({"mm_projector_type": "mlp_downsample", "frame_positions": "mrope"}, "average", ""),
+        ({"mm_projector_type": "mlp_downsample_2x2_fix"}, "average", ""),
+    ],
+)
+def test_a_model_of_an_older_format_is_read_where_it_is_computed_as_it_was(
+    model: dict[str, object], pool: str, lacking: str, tmp_path: Path
+) -> None:
+    facts = {"model": asdict(VLMConfig(enable_lape=False)) | model, "features": {"pool": pool}}
+    for made in (2, 3):
+        (tmp_path / "config.json").write_text(json.dumps(facts | {"format": made}))
+        if made == 2 and lacking:
+            with pytest.raises(UserError, match=lacking):
+                read_model_config(tmp_path)
+        else:
+            assert read_model_config(tmp_path)["format"] == made
 
 
 def test_a_new_model_adopts_what_fits_of_a_saved_one(

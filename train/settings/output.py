@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from model.config import FORMAT, OLDER
+from model.config import READ, outdated
 
 RUN = "run.json"
 """The file in a run's folder with the settings that its weights were trained with."""
@@ -102,10 +102,16 @@ def foreign(folder: Path) -> str | None:
     if is_run(folder):
         config = folder / "config.json"
         # without a config the run was stopped before its model was saved
-        made = _json(config).get("format") if config.exists() else FORMAT
-        if made in OLDER:
-            return f"a run of an older framebank, model format {made} (config.json)"
-        return "a model that no run of ours wrote (config.json)" if made != FORMAT else None
+        if not config.exists():
+            return None
+        facts = _json(config)
+        if outdated(facts):
+            return f"a run of an older framebank, model format {facts['format']} (config.json)"
+        return (
+            None
+            if facts.get("format") in READ
+            else "a model that no run of ours wrote (config.json)"
+        )
     if name := _first(folder, MODEL.fullmatch):
         return f"a model ({name})"
     for part in STAGE_PARTS:

@@ -320,7 +320,7 @@ def test_a_run_of_an_older_framebank_is_one_line(trained_run: Path, tmp_path: Pa
     (run / "config.json").write_text(json.dumps(facts | {"format": 1}))
     problem = stage_problem(str(run))
     assert problem is not None
-    assert "of format 1, before framebank's 2: its frame predictor does not take the s" in problem
+    assert "of format 1, before framebank's 3: its frame predictor does not take the s" in problem
     assert stage_problem(str(run / "llm")) is None, "what the line advises"
 
 
