@@ -177,7 +177,7 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
     rename: old name -> new name, None to leave a tensor out. Raises UserError for an unreadable file.
     """
     out: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt", device="cpu") as saved:
                 for name in saved.keys():  # noqa: SIM118 - a safetensors file is not iterable
@@ -187,6 +187,18 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None]) -> dict[str,
         except SafetensorError as error:
             raise UserError(f"its weights do not read ({error})", where=file, fix=COPY) from None
     return out
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that a folder's weights are in, as transformers chooses them.
+
+    Parts of another number, which an earlier save left there, are none of them.
+    """
+    if (whole := folder / "model.safetensors").exists():
+        return [whole]
+    if (index := folder / "model.safetensors.index.json").exists():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _load_base(named: LlmBase, named_in: str | Path, base: LlmBase | None) -> Any:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model.llm import load_llm
+from model.llm import load_llm, read_tensors
 from model.vlm import VLM
 from shards.errors import UserError
 from train.start.stage_files import model_problem, safetensors_header, stage_problem
@@ -376,3 +376,23 @@ def test_a_tokenizer_that_is_code_is_not_run(stage: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_tokenizer(stage)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("last", ["50KB", "400KB", "10GB"])
+def test_weights_that_an_earlier_save_left_are_not_read(
+    toy: Path, tmp_path: Path, last: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(toy / "llm")
+    for size in ("400KB", "100KB", last):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 1
+        # transformers removes the parts that it has written before: a copy over a folder does not
+        model.save_pretrained(tmp_path / size, max_shard_size=size)
+        shutil.copytree(tmp_path / size, tmp_path / "all", dirs_exist_ok=True)
+    assert len(list((tmp_path / "all").glob("*.safetensors"))) > 3
+    read = read_tensors(tmp_path / "all", lambda name: name)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "all").state_dict()
+    assert read
+    for name, value in read.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0)
