@@ -71,6 +71,7 @@ STARTS: tuple[tuple[bytes, Kind], ...] = (
 
 MOVING_AVIF = Kind("animation", "an AVIF sequence")
 MOVING_WEBP = Kind("animation", "a WebP picture")
+MOVING_PNG = Kind("animation", "a PNG picture")
 BRANDS = {
     **dict.fromkeys(
         (b"avif", b"heic", b"heix", b"mif1"), Kind("picture", "an AVIF or HEIC picture")
@@ -148,7 +149,7 @@ def _png(head: bytes) -> Kind | None:
     moves = (
         b"acTL" in head.partition(b"IDAT")[0]
     )  # an APNG has this chunk, before the first picture's data
-    return Kind("animation" if moves else "picture", "a PNG picture")
+    return MOVING_PNG if moves else Kind("picture", "a PNG picture")
 
 
 def _start(head: bytes) -> Kind | None:

@@ -24,7 +24,7 @@ from preprocess.decode.events import Transform, over_white
 from preprocess.decode.scan import Scan, VideoError
 from preprocess.decode.stream.orientation import Orientation
 from shards.format.quarantine import Reason
-from shards.kinds import HEAD, MOVING_AVIF, MOVING_WEBP, kind_of
+from shards.kinds import HEAD, MOVING_AVIF, MOVING_PNG, MOVING_WEBP, kind_of
 
 PICTURE_FPS = "2"
 """Frames per second of a folder of pictures, as LLaVA-Video's frame folders have."""
@@ -43,15 +43,18 @@ ANIMATIONS = (MOVING_AVIF, MOVING_WEBP)
 
 def holds_pictures(path: Path) -> bool:
     """Return whether a source is a folder, a picture by its suffix, or an animation by its content."""
-    if path.suffix.lower() in PICTURE_SUFFIXES or path.is_dir():
+    if path.is_dir():
         return True
+    by_name = path.suffix.lower() in PICTURE_SUFFIXES
     try:
         # an unpacked member of an archive has no suffix, and must be read as in a folder
         # is_file: opening a pipe would wait for ever
         with open(path if path.is_file() else os.devnull, "rb") as file:
-            return kind_of(file.read(HEAD)) in ANIMATIONS
+            kind = kind_of(file.read(HEAD))
     except OSError:
-        return False
+        return by_name
+    # FFmpeg's: Pillow lays some frames of a PNG over the wrong one
+    return kind != MOVING_PNG and (by_name or kind in ANIMATIONS)
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -144,7 +147,7 @@ def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
             )
         for frame in index:
             with _pillow(path):
-                image.seek(_hidden(image) + frame)
+                image.seek(frame)
                 upright = ImageOps.exif_transpose(image)
                 clear = upright.has_transparency_data
                 picture = np.asarray(upright.convert("RGBA" if clear else "RGB"))
@@ -155,22 +158,17 @@ def _frames(path: Path, index: Sequence[int]) -> Iterator[np.ndarray]:
 def _animation_ends(path: Path) -> list[int]:
     """Return the ms at which each frame stops being shown; [0] for a still picture."""
     with _pillow(path), _opened(path) as image:
-        first, count = _hidden(image), getattr(image, "n_frames", 1)
-        if count - first == 1 or image.format in ("TIFF", "MPO"):  # pages, views
+        count = getattr(image, "n_frames", 1)
+        if count == 1 or image.format in ("TIFF", "MPO"):  # pages, views
             return [0]
         ends, end = [], Fraction(0)
-        for frame in range(first, count):
+        for frame in range(count):
             image.seek(frame)
             image.load()  # Pillow knows the duration of a WebP frame only after decoding it
             end += Fraction(image.info.get("duration") or NO_DURATION)
             # rounded sums, not a sum of rounded ones: errors of half a millisecond would add up
             ends.append(round(end))
         return ends
-
-
-def _hidden(image: Image.Image) -> int:
-    """Return how many frames precede an animation's own: a PNG's picture for those who cannot play it."""
-    return int(getattr(image, "default_image", False))
 
 
 def _opened(path: Path) -> Image.Image:

@@ -78,7 +78,7 @@ def test_an_animation_keeps_the_duration_of_each_frame(tmp_path: Path, suffix: s
     assert shown(clip.frames) == values
     assert clip.timestamps == pytest.approx(np.cumsum([0, *durations[:-1]]) / 1000, abs=1e-9)
     assert clip.end == pytest.approx(sum(durations) / 1000)
-    assert clip.decoder == ("pyav-scan" if suffix == "gif" else "pillow")
+    assert clip.decoder == ("pillow" if suffix == "webp" else "pyav-scan")
 
 
 def test_the_picture_of_a_png_for_those_who_cannot_play_it_is_no_frame(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_picture_of_a_png_for_those_who_cannot_play_it_is_no_frame(tmp_path:
         assert clip.timestamps == pytest.approx([0, 0.1, 0.3][: count - 1])
 
 
-@pytest.mark.parametrize("suffix", ["webp", "avif", "gif"])
+@pytest.mark.parametrize("suffix", ["webp", "avif", "gif", "png"])
 def test_an_animation_is_read_alike_under_any_name_and_in_an_archive(
     suffix: str, tmp_path: Path
 ) -> None:
