@@ -264,6 +264,8 @@ def _read_config(name: str) -> tuple[TowerKind, Any]:
         # as written, first: transformers would ask whether it may run code of the folder, and needs
         # timm for its towers, though neither is taken
         written, _ = PreTrainedConfig.get_config_dict(name)
+        if not written:
+            raise OSError("no config.json")
         kind = find_kind(str(written.get("model_type") or "a config.json without model_type"))
         if has_own_model(written):
             raise UserError(f"{written['model_type']} {OWN_CODE}")
