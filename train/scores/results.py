@@ -67,9 +67,8 @@ def results_of(
             where=output,
             fix="leave it out: each gets an eval-NAME.json in the model's folder",
         )
-    ending = CONTROLS.get(control, "")
     found = [
-        Results(name, absolute(path), output or model / f"{PREFIX}{name}{ending}.json")
+        Results(name, absolute(path), output or model / report_name(name, control))
         for name, path in zip(distinct_names(paths), paths, strict=True)
     ]
     problems = [
@@ -95,6 +94,11 @@ def set_scores_aside(folder: Path) -> list[str]:
                 os.replace(place, place.with_name(f"{place.name}.old"))
         found.append(report.stem.removeprefix(PREFIX))
     return found
+
+
+def report_name(test_set: str, control: str = "") -> str:
+    """Return the file name of a test set's report; control: one of `CONTROLS`, if one is scored."""
+    return f"{PREFIX}{test_set}{CONTROLS.get(control, '')}.json"
 
 
 def predictions_beside(report: Path) -> Path:

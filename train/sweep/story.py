@@ -10,7 +10,7 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.text import counted, duration
 from shards.write.lock import folder_lock
-from train.scores.results import CONTROLS, distinct_names, read_report
+from train.scores.results import distinct_names, read_report, report_name
 from train.settings.ancestors import holders
 from train.settings.config import DataSettings
 from train.sweep.inputs import Inputs
@@ -245,8 +245,7 @@ def all_scored(run: Run, control: str) -> bool:
 
 def reports_of(run: Run, control: str) -> list[str]:
     """Return the name of each test set's file of scores."""
-    ending = CONTROLS.get(control, "")
-    return [f"eval-{name}{ending}.json" for name in distinct_names(run.sweep.test_path)]
+    return [report_name(name, control) for name in distinct_names(run.sweep.test_path)]
 
 
 def say(text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from shards.signed import Json, write_atomic
 from shards.text import counted
-from train.scores.results import CONTROLS, distinct_names, predictions_beside, read_report
+from train.scores.results import distinct_names, predictions_beside, read_report, report_name
 from train.scores.spread import Answers, Metric, difference_interval, mean_interval, read_answers
 from train.sweep.record import Record, plain, record_of
 from train.sweep.runs import Run
@@ -61,7 +61,7 @@ class Scored:
         return read_answers(predictions_beside(self.place("")))
 
     def place(self, control: str) -> Path:
-        return self.run.folder / f"eval-{self.test}{CONTROLS.get(control, '')}.json"
+        return self.run.folder / report_name(self.test, control)
 
     def control(self, name: str, metric: Metric) -> float | None:
         return score_of(self.read(name), metric)

@@ -20,6 +20,7 @@ from train.scores.results import (
     longer_names,
     predictions_beside,
     read_report,
+    report_name,
 )
 from train.scores.spread import Answers, read_answers
 from train.settings.output import RUN
@@ -229,8 +230,8 @@ def control_of(report: Json) -> str:
 
 def is_named_by_records(path: Path, report: Json) -> bool:
     """Return whether a report has a name that `evaluate` gives by the path of its records."""
-    ending = CONTROLS.get(control_of(report), "")
-    return path.stem in {f"{PREFIX}{name}{ending}" for name in longer_names(report["data_path"])}
+    names = longer_names(report["data_path"])
+    return path.name in {report_name(name, control_of(report)) for name in names}
 
 
 def goes_on(folder: Path) -> bool:
