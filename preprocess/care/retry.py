@@ -27,7 +27,7 @@ from preprocess.sources.members import archive_members
 from preprocess.sources.probe import probe
 from shards.errors import UserError, disk_errors
 from shards.format.commits import committed, read_commits, refuse_missing_shards
-from shards.format.manifest import TowerFacts, split_served
+from shards.format.manifest import TowerFacts
 from shards.format.plan import (
     ClipSource,
     Plan,
@@ -37,8 +37,7 @@ from shards.format.plan import (
     refuse_other_features,
     write_plan,
 )
-from shards.format.quarantine import read_entries
-from shards.write.finish import finish, is_finished, new_failures
+from shards.write.finish import failed_clips, finish, is_finished
 from shards.write.lease import Leases
 from shards.write.lock import folder_lock
 
@@ -57,8 +56,7 @@ def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how
 def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, Any]) -> Summary:
     plan = planned(bank)
     commits = read_commits(bank, plan)
-    # with those that no `finish` has put there yet
-    failed = read_entries(bank) | {one.id: one for one in new_failures(bank, plan, commits)}
+    failed = failed_clips(bank, plan, commits)
     # A killed retry leaves an unfinished unit at the plan's end, of clips that are all in the quarantine
     # still: they are put into new units below.
     plan = without_cut_off_retry(bank, plan, set(failed))
@@ -69,9 +67,7 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
             f"{bank}: its run is not finished; finish `preprocess encode` before a retry"
         )
     refuse_derived(bank, plan.features)
-    # a retry that was killed after its shard and before its end has left their entries
-    gone = plan.pruned | {sample.key for sample in split_served(plan, commits)[0]}
-    sources = [clip for clip in plan.clips if clip.id in failed and clip.key not in gone]
+    sources = [clip for clip in plan.clips if clip.id in failed]
     if not sources:
         if not is_finished(bank, plan, commits):
             finish(bank, plan, TowerFacts.of(plan, commits), commits=commits)

@@ -12,7 +12,14 @@ from shards.format.commits import (
     refuse_missing_shards,
     shard_path,
 )
-from shards.format.manifest import Manifest, NamedTower, ShardEntry, TowerFacts, read_manifest
+from shards.format.manifest import (
+    Manifest,
+    NamedTower,
+    ShardEntry,
+    TowerFacts,
+    read_manifest,
+    split_served,
+)
 from shards.format.plan import Plan, planned
 from shards.format.quarantine import QuarantineEntry, read_entries, update_quarantine
 from shards.signed import signed_json, write_atomic
@@ -47,12 +54,11 @@ def finish(
     the quarantine. commits: the records of the units, if they have been read already.
     """
     commits = read_commits(out, plan) if commits is None else commits
-    served = plan.served()
-    columns = build_columns(out / "shards", commits, plan.features.strides, served)
+    columns = build_columns(out / "shards", commits, plan.features.strides, plan.served())
     # -- catalogue, quarantine, manifest: in this order, so that each is there
     # before the next one needs it
     write_columns(out / "index.zarr", columns)
-    banked = {key for one in commits for key in one.keys if served.get(key) == one.unit}
+    banked = {sample.key for sample in split_served(plan, commits)[0]}
     # before the manifest: a bank that is declared complete must already say what it lacks
     update_quarantine(out, banked | plan.pruned, [*new_failures(out, plan, commits), *failed])
     manifest = Manifest.of(plan, commits, columns, tower)
@@ -90,6 +96,19 @@ def new_failures(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> lis
         if served.get(entry.key) == commit.unit
         and (entry.id not in known or known[entry.id].attempts <= entry.attempts)
     ]
+
+
+def failed_clips(
+    bank: Path, plan: Plan, commits: Sequence[CommitRecord]
+) -> dict[str, QuarantineEntry]:
+    """Return, by id, the clips that failed, as `finish` would list them now.
+
+    The file itself still lists what a run has banked that was killed before its end, and lacks what it
+    could not bank.
+    """
+    gone = plan.pruned | {sample.key for sample in split_served(plan, commits)[0]}
+    listed = read_entries(bank) | {one.id: one for one in new_failures(bank, plan, commits)}
+    return {id_: entry for id_, entry in listed.items() if entry.key not in gone}
 
 
 def _finished_with(bank: Path) -> Callable[[CommitRecord], bool]:
