@@ -26,7 +26,8 @@ from preprocess.sources.find import clips_under
 from preprocess.sources.members import archive_members
 from preprocess.sources.probe import probe
 from shards.errors import UserError, disk_errors
-from shards.format.commits import committed, refuse_missing_shards
+from shards.format.commits import committed, read_commits, refuse_missing_shards
+from shards.format.manifest import TowerFacts
 from shards.format.plan import (
     ClipSource,
     Plan,
@@ -36,8 +37,7 @@ from shards.format.plan import (
     refuse_other_features,
     write_plan,
 )
-from shards.format.quarantine import read_entries
-from shards.write.finish import finish
+from shards.write.finish import failed_clips, finish, is_finished
 from shards.write.lease import Leases
 from shards.write.lock import folder_lock
 
@@ -54,7 +54,9 @@ def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how
 
 
 def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, Any]) -> Summary:
-    plan, failed = planned(bank), read_entries(bank)
+    plan = planned(bank)
+    commits = read_commits(bank, plan)
+    failed = failed_clips(bank, plan, commits)
     # A killed retry leaves an unfinished unit at the plan's end, of clips that are all in the quarantine
     # still: they are put into new units below.
     plan = without_cut_off_retry(bank, plan, set(failed))
@@ -65,8 +67,10 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
             f"{bank}: its run is not finished; finish `preprocess encode` before a retry"
         )
     refuse_derived(bank, plan.features)
-    sources = [clip for clip in plan.clips if clip.id in failed and clip.key not in plan.pruned]
+    sources = [clip for clip in plan.clips if clip.id in failed]
     if not sources:
+        if not is_finished(bank, plan, commits):
+            finish(bank, plan, TowerFacts.of(plan, commits), commits=commits)
         return Summary()
     features = plan.features
     if tower:

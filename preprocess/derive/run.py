@@ -26,7 +26,7 @@ from preprocess.encode.calibrate import CLIPS, FRAMES, Calibration, drawn, lossl
 from preprocess.encode.features import plan_codec
 from preprocess.sources.changes import is_other
 from shards.errors import UserError, disk_errors
-from shards.format.commits import committed, refuse_missing_shards
+from shards.format.commits import committed, read_commits, refuse_missing_shards
 from shards.format.manifest import Manifest, TowerFacts
 from shards.format.plan import (
     ClipSource,
@@ -36,8 +36,7 @@ from shards.format.plan import (
     refuse_shards_without_plan,
     write_plan,
 )
-from shards.format.quarantine import read_entries
-from shards.write.finish import finish, refuse_unfinished
+from shards.write.finish import failed_clips, finish, refuse_unfinished
 from shards.write.lease import Lease, Leases
 from shards.write.lock import folder_lock
 from shards.write.shard import OvertakenError, ShardWriter, resume_commit
@@ -148,7 +147,7 @@ def _refuse_other_scales(source: BankSource, out: Path, target: Target, known: P
 def _todo(source: BankSource, out: Path, plan: Plan) -> list[ClipSource]:
     """Return the clips of the source that the plan does not have, or has an older version of."""
     known = {clip.key: clip for clip in plan.clips}
-    failed = {entry.key for entry in read_entries(out).values()}
+    failed = {one.key for one in failed_clips(out, plan, read_commits(out, plan)).values()}
     made = {key for key, unit in plan.counts.items() if committed(out, unit)}
     return [
         clip

@@ -98,7 +98,9 @@ class Encoder(ExitStack):
             tokens, keys = [one.token for one in lease.earlier], {one.key for one in sources}
             fingerprint = self.features.fingerprint
             digests = {one.key: one.digest for one in sources if one.digest}
-            if resume_commit(lease.shard, fingerprint, keys, tokens, lease.token, digests):
+            record = resume_commit(lease.shard, fingerprint, keys, tokens, lease.token, digests)
+            if record:
+                self.summary.failures += record.failures or ()
                 self.bar.update(len(sources))
                 return True
             before = self.summary.copy()  # of a unit that is lost to another holder nothing counts

@@ -48,10 +48,17 @@ def compare(
     ]
     planned = {clip.key for clip in [*new, *changed]}
     current = {clip.key: _refreshed(clip, known.get(clip.key)) for clip in clips}
-    # only paths and times are refreshed: units keep their clips, as their shards are made of them
+    # only paths and times are refreshed: units keep their clips, as their shards are made of them; and an
+    # older unit of a clip keeps the video that it had then
+    served = plan.counts
     units = [
-        [clip if clip.key in planned else current.get(clip.key, clip) for clip in unit]
-        for unit in plan.units
+        [
+            current.get(clip.key, clip)
+            if clip.key not in planned and served[clip.key] == number
+            else clip
+            for clip in unit
+        ]
+        for number, unit in enumerate(plan.units)
     ]
     archives = {clip.path for clip in clips if clip.offset is not None}
     removed = [

@@ -50,7 +50,8 @@ def collect(bank: Path) -> list[Leftover]:
             if piece.path.is_dir():
                 shutil.rmtree(piece.path)
             else:
-                piece.path.unlink()
+                # a worker that has just made a unit removes its own
+                piece.path.unlink(missing_ok=True)
         return found
 
 
@@ -73,13 +74,16 @@ def leftovers(inventory: Inventory) -> list[Leftover]:
 
 def _unreferenced(inventory: Inventory) -> Iterator[tuple[Path, str]]:
     bank = inventory.bank
+    # both: a plan may be newer than the manifest, and a manifest may be all that is left
+    needed = {*inventory.planned, *inventory.listed}
     for pattern in TEMPORARY:
         for path in bank.glob(pattern):
             if is_being_moved(path):
                 continue  # half of a shard: `repair` completes it
+            begun = ATTEMPT_FILE.fullmatch(path.name)
+            if begun and begun[1] in needed and inventory.commits.get(begun[1]) is None:
+                continue  # of an unfinished unit: a worker may have taken it since `holders` looked
             yield path, "left by a write that was cut off"
-    # both: a plan may be newer than the manifest, and a manifest may be all that is left
-    needed = {*inventory.planned, *inventory.listed}
     for path in bank.glob("shards/*"):
         attempt = ATTEMPT_FILE.fullmatch(path.name)
         match = attempt or SHARD.fullmatch(path.name)

@@ -10,18 +10,21 @@ temporary folder beside `--out` and renamed when it is complete.
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from shards.care.inventory import refuse_no_bank
+from shards.care.revise import is_being_moved
 from shards.errors import UserError, disk_errors
 from shards.format.beside import side_path, sides_of
 from shards.format.commits import (
     CommitRecord,
+    committed,
+    done_path,
     index_path,
-    read_commits,
+    read_commit,
     refuse_missing_shards,
     shard_path,
     write_commit,
@@ -35,6 +38,7 @@ from shards.text import counted, some
 from shards.write.beside import pair
 from shards.write.finish import finish
 from shards.write.lock import folder_lock, writer_of
+from shards.write.shard import index_bytes
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class Part:
     plan: Plan
     commits: list[CommitRecord]
     """Of the units that are made."""
+    files: list[tuple[int, ...]]
+    """Which files their shards are."""
 
     @cached_property
     def clips(self) -> dict[str, str]:
@@ -120,6 +126,8 @@ def _join(parts: Sequence[Part], out: Path, seen: Callable[[int], object]) -> Ma
     """Make one bank in a new folder."""
     (out / "shards").mkdir(parents=True)
     units, commits = _bring_shards(parts, out, seen)
+    for part in parts:
+        _refuse_changed(part)
     # what was brought of a clip that is planned again and not made is of its older video
     stale = _not_made(parts).keys()
     plan = replace(
@@ -164,21 +172,54 @@ def _part(bank: Path) -> Part:
         raise UserError(
             f"{writer} writes here", where=bank, fix="merge it when the writer has finished"
         )
+    if is_being_moved(bank / "shards" / ".repair"):
+        raise UserError(
+            "its repair was cut off", where=bank, fix=f"`preprocess repair {bank}` first"
+        )
     plan = planned(bank)
     refuse_missing_shards(bank, plan)
-    commits = read_commits(bank, plan)
+    units = [unit for unit in range(len(plan.units)) if committed(bank, unit)]
+    files = _files(bank, units)  # before the records are read: they are of these files
+    commits = [read_commit(shard_path(bank, unit)) for unit in units]
     for commit in commits:
-        shard = bank / "shards" / commit.shard
-        # by size: reading every byte is `verify --deep`, which a merge of terabytes cannot wait for
-        if commit.samples and shard.stat().st_size != commit.nbytes:
+        if commit.samples:
+            _refuse_damaged(bank, commit)
+    return Part(bank, plan, commits, files)
+
+
+def _refuse_damaged(bank: Path, commit: CommitRecord) -> None:
+    """Raise UserError for a shard whose files have not the sizes that its record gives them."""
+    shard = bank / "shards" / commit.shard
+    # by size: reading every byte is `verify --deep`, which a merge of terabytes cannot wait for
+    sizes = {shard: commit.nbytes, index_path(shard): len(index_bytes(commit.samples))}
+    for path, nbytes in sizes.items():
+        there = path.stat().st_size if path.exists() else None
+        if there != nbytes:
             raise UserError(
-                "is damaged",
-                got=f"{shard.stat().st_size} bytes",
-                expected=f"{commit.nbytes} bytes",
-                where=shard,
+                "is missing" if there is None else "is damaged",
+                got=None if there is None else f"{there} bytes",
+                expected=None if there is None else f"{nbytes} bytes",
+                where=path,
                 fix=f"`preprocess repair {bank}` first",
             )
-    return Part(bank, plan, commits)
+
+
+def _files(bank: Path, units: Iterable[int]) -> list[tuple[int, ...]]:
+    """Return which files the shards of some units are; none of a file that is not there."""
+    shards = [shard_path(bank, unit) for unit in units]
+    paths = [path for one in shards for path in (one, index_path(one), done_path(one))]
+    stats = [path.stat() if path.exists() else None for path in paths]
+    # finished shards are only ever replaced, by another file
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat else () for stat in stats]
+
+
+def _refuse_changed(part: Part) -> None:
+    """Raise UserError for a bank whose shards were replaced while they were brought, as by a repair."""
+    # not by its lock: a merge must not write into banks that it only reads
+    if _files(part.bank, (commit.unit for commit in part.commits)) != part.files:
+        raise UserError(
+            "was changed while it was merged", where=part.bank, fix="merge when nobody writes there"
+        )
 
 
 def _refuse_different(parts: Sequence[Part]) -> None:

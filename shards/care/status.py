@@ -19,7 +19,7 @@ from shards.format.features import FeatureConfig
 from shards.format.manifest import Manifest
 from shards.format.quarantine import QuarantineEntry, read_quarantine
 from shards.text import counted, duration, in_bytes, printable, some
-from shards.write.finish import new_failures
+from shards.write.finish import failed_clips
 from shards.write.journal import Written, journal_lines, written_of
 from shards.write.lease import holders, tokens
 from shards.write.lock import Writer, lock_path, writer_of
@@ -150,8 +150,8 @@ def _failures(inventory: Inventory, begun: Mapping[int, Begun]) -> list[Quaranti
     """Return the failures of earlier runs, of units made since, and of begun units."""
     found = {entry.id: entry for entry in read_quarantine(inventory.bank)}
     if inventory.plan:
-        since = new_failures(inventory.bank, inventory.plan, inventory.sound_commits())
-        since += [entry for unit in begun.values() for entry in unit.written.failures]
+        found = failed_clips(inventory.bank, inventory.plan, inventory.sound_commits())
+        since = [entry for unit in begun.values() for entry in unit.written.failures]
         # later ones replace earlier ones: a clip that was tried twice is one failure
         found |= {entry.id: entry for entry in since}
     return list(found.values())

@@ -109,6 +109,9 @@ class Manifest:
     calibration: Mapping[str, list[float]] | None
     """int8: by stride, as text, the scale of each channel. Otherwise null, but never left out."""
     provenance: Provenance
+    empty: list[str] | None = None
+    """The finished shards without a sample, which have no tar: no clip of their units could be encoded.
+    None if there are none."""
 
     @classmethod
     def of(
@@ -144,6 +147,7 @@ class Manifest:
                 underflowed=sum(commit.underflowed or 0 for commit in commits),
                 encoded=distinct([commit.provenance for commit in commits]),
             ),
+            empty=[commit.shard for commit in commits if not commit.samples] or None,
         )
 
     def is_of(self, plan: Plan, commits: Sequence[CommitRecord]) -> bool:
@@ -161,9 +165,11 @@ class Manifest:
 
     def to_json(self) -> Json:
         """Return the contents of bank.json."""
-        features = {"features": self.features.to_json()}
+        fields = {name: value for name, value in asdict(self).items() if name != "empty"}
         # `features` by its own rule, which leaves out unset fields: its digest is the fingerprint
-        return {"format_version": FORMAT_VERSION} | asdict(self) | features
+        fields |= {"features": self.features.to_json()}
+        empty = {"empty": self.empty} if self.empty else {}
+        return {"format_version": FORMAT_VERSION} | fields | empty
 
     @classmethod
     def from_json(cls, data: Json, bank: object) -> "Manifest":

@@ -8,14 +8,20 @@ from shards.format.catalogue import build_columns, read_columns, write_columns
 from shards.format.commits import (
     CommitRecord,
     committed,
-    done_path,
     read_commits,
     refuse_missing_shards,
     shard_path,
 )
-from shards.format.manifest import Manifest, NamedTower, TowerFacts, read_manifest
+from shards.format.manifest import (
+    Manifest,
+    NamedTower,
+    ShardEntry,
+    TowerFacts,
+    read_manifest,
+    split_served,
+)
 from shards.format.plan import Plan, planned
-from shards.format.quarantine import QuarantineEntry, update_quarantine
+from shards.format.quarantine import QuarantineEntry, read_entries, update_quarantine
 from shards.signed import signed_json, write_atomic
 from shards.storage import open_files
 from shards.text import counted, some
@@ -48,12 +54,11 @@ def finish(
     the quarantine. commits: the records of the units, if they have been read already.
     """
     commits = read_commits(out, plan) if commits is None else commits
-    served = plan.served()
-    columns = build_columns(out / "shards", commits, plan.features.strides, served)
+    columns = build_columns(out / "shards", commits, plan.features.strides, plan.served())
     # -- catalogue, quarantine, manifest: in this order, so that each is there
     # before the next one needs it
     write_columns(out / "index.zarr", columns)
-    banked = {key for one in commits for key in one.keys if served.get(key) == one.unit}
+    banked = {sample.key for sample in split_served(plan, commits)[0]}
     # before the manifest: a bank that is declared complete must already say what it lacks
     update_quarantine(out, banked | plan.pruned, [*new_failures(out, plan, commits), *failed])
     manifest = Manifest.of(plan, commits, columns, tower)
@@ -79,33 +84,47 @@ def is_finished(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> bool
 def new_failures(bank: Path, plan: Plan, commits: Sequence[CommitRecord]) -> list[QuarantineEntry]:
     """Return the failures of units that were made after the bank was last finished.
 
-    Those of older units are in quarantine.jsonl, unless a retry has removed them since.
+    Those of older units are in quarantine.jsonl, unless a retry has removed them since; and what is there
+    of more attempts is newer than a record.
     """
-    served, is_old = plan.served(), _made_before_finish(bank)
+    served, is_old, known = plan.served(), _finished_with(bank), read_entries(bank)
     return [
         entry
         for commit in commits
         if not is_old(commit)
         for entry in commit.failures or ()
         if served.get(entry.key) == commit.unit
+        and (entry.id not in known or known[entry.id].attempts <= entry.attempts)
     ]
 
 
-def _made_before_finish(bank: Path) -> Callable[[CommitRecord], bool]:
-    """Return a function of a commit: whether its unit was made before the bank was last finished."""
+def failed_clips(
+    bank: Path, plan: Plan, commits: Sequence[CommitRecord]
+) -> dict[str, QuarantineEntry]:
+    """Return, by id, the clips that failed, as `finish` would list them now.
+
+    The file itself still lists what a run has banked that was killed before its end, and lacks what it
+    could not bank.
+    """
+    gone = plan.pruned | {sample.key for sample in split_served(plan, commits)[0]}
+    listed = read_entries(bank) | {one.id: one for one in new_failures(bank, plan, commits)}
+    return {id_: entry for id_, entry in listed.items() if entry.key not in gone}
+
+
+def _finished_with(bank: Path) -> Callable[[CommitRecord], bool]:
+    """Return a function of a commit: whether it was there when the bank was last finished."""
     try:
-        listed = {(entry.name, entry.sha256) for entry in read_manifest(bank).shards}
-        finished = (bank / "bank.json").stat().st_mtime_ns
-    except (UserError, FileNotFoundError):
+        manifest = read_manifest(bank)
+    except UserError:
         return lambda commit: False
-
-    def is_old(commit: CommitRecord) -> bool:
-        if commit.samples:
-            return (commit.shard, commit.sha256) in listed
-        # a unit without samples is not in the manifest: compare times
-        return done_path(bank / "shards" / commit.shard).stat().st_mtime_ns <= finished
-
-    return is_old
+    # By name and content, never by time: the clock of the machine that made a unit may be behind, and a
+    # copy of a bank has other times.
+    shards, empty = set(manifest.shards), set(manifest.empty or ())
+    return lambda commit: (
+        ShardEntry(commit.shard, commit.nbytes, commit.sha256) in shards
+        if commit.samples
+        else commit.shard in empty
+    )
 
 
 def refuse_unfinished(bank: Path, plan: Plan, fix: str) -> None:

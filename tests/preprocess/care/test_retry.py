@@ -151,6 +151,37 @@ def test_a_retry_cut_off_after_its_commit_leaves_no_double(
     assert sorted(Bank.open(bank).ids) == [f"clip-0000{k}.mp4" for k in range(3)]
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["all mended", "one still bad"])
+def test_a_retry_after_one_that_was_killed_before_its_end_tries_no_clip_that_is_banked(
+    bank: Path, videos: Path, tmp_path: Path, other: bool
+) -> None:
+    old = {path: path.read_bytes() for path in (quarantine_path(bank), bank / "bank.json")}
+    mend(videos)
+    if not other:
+        (videos / "bad.mp4").write_bytes((videos / "clip-00000.mp4").read_bytes())
+    retry(bank)
+    after = {path: path.read_bytes() for path in bank.rglob("*.tar")}
+    manifest = (bank / "bank.json").read_bytes()
+    for path, data in old.items():
+        path.write_bytes(data)  # as if killed after the shard
+    again = retry(bank)
+    assert (again.clips, len(again.failures)) == (0, int(other))
+    assert {path: path.read_bytes() for path in bank.rglob("*.tar")} == after
+    assert (bank / "bank.json").read_bytes() == manifest
+    assert list(read_entries(bank)) == ["bad.mp4"] * other
+
+
+def test_failures_that_no_finish_has_listed_yet_are_tried(
+    bank: Path, videos: Path, toy_bank: Path
+) -> None:
+    for path in (quarantine_path(bank), bank / "bank.json"):
+        path.unlink()  # as after `preprocess work`
+    mend(videos)
+    assert (made := retry(bank)).clips == 1
+    assert [entry.id for entry in made.failures] == ["bad.mp4"]
+    assert "clip-00002.mp4" in Bank.open(bank)
+
+
 def test_an_unfinished_bank_and_a_folder_without_one_are_refused(
     bank: Path, tmp_path: Path
 ) -> None:

@@ -329,17 +329,15 @@ def test_quarantine_and_growth_follow(bank: Make, tmp_path: Path) -> None:
     assert list(Bank.open(new).ids) == ["a", "c"]
     assert {name: shards(new)[name] for name in first} == first, "old shards stay"
 
-    # a retry has banked it
-    plan = planned(source)
-    config = plan.features
-    again = plan.units[0][1]
-    write_plan(source, replace(plan, units=[*plan.units, [again]]))
-    with ShardWriter(shard_path(source, 2), 2, config.fingerprint) as writer:
-        values = arrays("bad-b")
-        writer.write(again.key, _meta(source, again.id, values), values)
-        writer.commit({})
-    finish(source, planned(source), TowerFacts("unnamed", 5))
+    values = retried(source)
+    unfinished = {name: (new / name).read_bytes() for name in ("bank.json", "quarantine.jsonl")}
     assert command(*words).exit_code == 0
+    assert read_quarantine(new) == []
+    grown = shards(new)
+    for name, data in unfinished.items():
+        (new / name).write_bytes(data)  # as if killed after its shard
+    assert command(*words).exit_code == 0
+    assert shards(new) == grown, "it was banked already"
     assert read_quarantine(new) == []
     np.testing.assert_array_equal(Bank.open(new).read(Bank.open(new).row("bad-b"), 8), values[8])
 
@@ -348,6 +346,19 @@ def test_quarantine_and_growth_follow(bank: Make, tmp_path: Path) -> None:
     assert command(*words).exit_code == 0
     assert sorted(Bank.open(new).ids) == ["bad-b", "c"]
     assert len(planned(new).units) == 3
+
+
+def retried(source: Path) -> dict[int, np.ndarray]:
+    """As a retry: bank the clip bad-b in a unit of its own."""
+    plan = planned(source)
+    again, values = plan.units[0][1], arrays("bad-b")
+    write_plan(source, replace(plan, units=[*plan.units, [again]]))
+    unit = len(plan.units)
+    with ShardWriter(shard_path(source, unit), unit, plan.features.fingerprint) as writer:
+        writer.write(again.key, _meta(source, again.id, values), values)
+        writer.commit({})
+    finish(source, planned(source), TowerFacts("unnamed", 5))
+    return values
 
 
 @pytest.mark.parametrize("words", [["--stride", 8], ["--frames", 4]], ids=["stride", "frames"])

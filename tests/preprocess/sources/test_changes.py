@@ -105,8 +105,10 @@ def test_changed_videos_are_encoded_again_into_an_overlay(
     assert isinstance(dead, dict)
     assert sorted(key for keys in dead.values() for key in keys) == sorted(map(sample_key, names))
     assert manifest(bank)["clips"] == 6
+    plan = (bank / "plan.json").read_bytes()
     assert run() == 0
     assert shards(bank) == after
+    assert (bank / "plan.json").read_bytes() == plan, "the old video is in its old unit"
 
 
 def test_a_video_that_changed_into_a_bad_one_is_not_served_any_more(

@@ -17,16 +17,17 @@ from click.testing import CliRunner
 
 from preprocess.cli.main import main
 from shards.care.merge import merge
+from shards.care.revise import MOVE, revise
 from shards.care.verify import verify
 from shards.errors import UserError
-from shards.format.commits import done_path, read_commit, shard_path
+from shards.format.commits import done_path, index_path, read_commit, shard_path
 from shards.format.features import FeatureConfig
 from shards.format.manifest import TowerFacts
 from shards.format.plan import ClipSource, Plan, TowerSettings, planned, write_plan
 from shards.format.quarantine import QuarantineEntry, Reason, read_quarantine
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
-from shards.signed import read_signed_json
+from shards.signed import read_signed_json, write_atomic
 from shards.write.finish import finish
 from shards.write.lock import folder_lock
 from shards.write.shard import ShardWriter
@@ -200,6 +201,61 @@ def test_a_damaged_a_busy_and_a_missing_bank_are_refused(bank: Make, tmp_path: P
         file.write(b"x")
     with pytest.raises(UserError, match=r"is damaged.*repair"):
         merge([a, b], tmp_path / "c")
+
+
+def rewritten(shard: Path) -> None:
+    """As `preprocess repair` rewrites a shard with descriptions of an older format."""
+    revise(shard, read_commit(shard), lambda meta: replace(meta, flags=["gap"]))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "rewritten": rewritten,
+    # a repair on the machine that made it gives equal bytes, in place of damaged ones
+    "tar": lambda shard: write_atomic(shard, shard.read_bytes()),
+    "index": lambda shard: write_atomic(index_path(shard), index_path(shard).read_bytes()),
+    "record": lambda shard: write_atomic(done_path(shard), done_path(shard).read_bytes()),
+    "removed": lambda shard: done_path(shard).unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("late", [False, True], ids=["before it is brought", "after"])
+def test_a_bank_that_is_repaired_while_it_is_merged_is_refused(
+    bank: Make, tmp_path: Path, change: str, late: bool
+) -> None:
+    a, b = bank(tmp_path / "a", "a1", "a2"), bank(tmp_path / "b", "b1")
+    brought: list[int] = []
+
+    def seen(nbytes: int) -> None:
+        brought.append(nbytes)
+        if len(brought) == 1:
+            CHANGES[change](shard_path(a, 0 if late else 1))
+
+    with pytest.raises(UserError, match="was changed while it was merged"):
+        merge([a, b], tmp_path / "c", seen)
+    assert not (tmp_path / "c" / "bank.json").exists()
+    assert not (tmp_path / "c.merging").exists()
+    if change != "removed":
+        merge([a, b], tmp_path / "c")
+        assert verify(tmp_path / "c", deep=True) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "half moved"])
+def test_a_bank_with_a_lost_index_or_a_repair_that_was_cut_off_is_refused(
+    bank: Make, tmp_path: Path, damage: str
+) -> None:
+    a = bank(tmp_path / "a", "a1")
+    index, folder = index_path(shard_path(a, 0)), a / "shards" / ".repair"
+    if damage == "missing":
+        index.unlink()
+    elif damage == "short":
+        index.write_bytes(index.read_bytes()[:-8])
+    else:
+        folder.mkdir()
+        (folder / MOVE).write_bytes(done_path(shard_path(a, 0)).read_bytes())
+    with pytest.raises(UserError, match="preprocess repair"):
+        merge([a], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_merge_that_was_killed_is_made_again(bank: Make, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from shards.care.inventory import read_inventory
 from shards.care.status import Status, status, table
 from shards.care.verify import verify
 from shards.errors import UserError
-from shards.format.commits import done_path, journal_path, part_path
+from shards.format.commits import attempt_path, done_path, journal_path, part_path
 from shards.format.features import Sampling
 from shards.format.plan import read_plan, write_plan
 from shards.format.quarantine import QuarantineEntry, Reason, update_quarantine
@@ -237,6 +237,24 @@ def test_gc_names_and_removes_what_nothing_refers_to(bank: Path, finished: Path)
     (bank / "notes.txt").unlink()
     assert contents(bank) == contents(finished)
     assert len(Bank.open(bank)) == 9
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_gc_takes_no_file_of_a_unit_that_a_worker_may_have_just_begun(
+    bank: Path, made: bool
+) -> None:
+    shard = bank / "shards" / "bank-000000.tar"
+    if not made:
+        done_path(shard).unlink()
+    files = {
+        attempt_path(shard, "5e1f0c3a", f"{kind}{end}")
+        for kind in ("part", "journal", "record", "index", "holder")
+        for end in ("", ".tmp")
+    }
+    for file in files:
+        file.write_bytes(bytes(100))
+    found = {piece.path for piece in leftovers(read_inventory(bank))}
+    assert found == (files if made else set())
 
 
 def test_gc_takes_turns_with_other_writers(bank: Path) -> None:
