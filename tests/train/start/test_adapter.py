@@ -1,7 +1,8 @@
 """LoRA over each kind of LLM family: which matrices have an adapter, how it is saved and merged."""
 
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from model.adapter.targets import adapted_weights
 from model.family.__main__ import class_and_config
 from model.family.head import decoder_of
-from model.family.twin import make_twin
+from model.family.twin import make_twin, shrunk
 from model.llm import load_llm, save_llm
 from model.vlm import VLM, VLMConfig
 from shards.errors import UserError
@@ -129,6 +131,31 @@ def test_an_adapter_comes_back_to_the_bit_and_merged_it_says_the_same(
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
     merged = logits(llm.merge_and_unload())
     assert (merged - own).abs().max() < 1e-4 * own.square().mean().sqrt()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_run_over_experts_resumes_to_the_bit(
+    family: str, train_here: Callable[..., Path], toy: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toy / "llm")
+    llm_class, config = class_and_config(family)
+    ids = {"bos_token_id": None, "pad_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    small = type(config).from_dict(shrunk(config) | ids | {"vocab_size": len(tokenizer)})
+    torch.manual_seed(0)
+    llm_class(small).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    settings = {"tune_llm": "lora", "lora_r": 4, "lora_alpha": 8, "save_steps": 2, "max_steps": 4}
+    settings |= {"stage_path": tmp_path / "llm", "gradient_checkpointing": "full"}
+    whole = train_here(tmp_path / "whole", **settings)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    train_here(resumed, **settings)
+    file = Path("llm/lora/adapter_model.safetensors")
+    ours, theirs = load_file(resumed / file), load_file(whole / file)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(value.any() for name, value in ours.items() if "lora_B" in name), "B starts at zero"
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
