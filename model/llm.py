@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from model.adapter.targets import base_state, saved_name
 from model.family.inner import PREFIXES, QWEN_PREFIXES, Prefixes, own_name
 from model.family.qwen_vl import INNER, config_problem, inner_config
 from model.fsdp.parts import PARTS, is_cut, read_parts
@@ -59,10 +60,26 @@ def load_llm(
     for weight in llm.parameters():
         weight.data = weight.data.to(dtype)
     if (Path(path) / "lora").exists():
-        # peft is an extra: only those who train adapters need it
-        from peft import PeftModel
+        llm = _load_adapter(llm, Path(path) / "lora")
+    return llm
 
-        llm = PeftModel.from_pretrained(llm, Path(path) / "lora", is_trainable=True)
+
+def _load_adapter(llm: Any, folder: Path) -> Any:
+    """Return an LLM with a saved adapter; UserError lists each tensor that does not fit."""
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    llm = get_peft_model(llm, config)
+    # not by `PeftModel.from_pretrained`: it renames tensors as the family's published weights are
+    # renamed, and what it then does not find (Laguna's shared experts) stays new, with a warning
+    live = {saved_name(name): value for name, value in llm.state_dict().items() if "lora_" in name}
+    file = folder / "adapter_model.safetensors"
+    saved = _read_weights(file)
+    if wrong := shape_problems(saved, live):
+        raise UserError("; ".join(wrong), where=file)
+    for name, value in live.items():
+        value.copy_(saved[name])
     return llm
 
 
@@ -323,31 +340,9 @@ def save_reference(llm: Any, path: Path, base: LlmBase) -> None:
     llm.config.save_pretrained(path)
 
 
-def base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapted LLM's weights without the adapter, by the names that they have without it."""
-    # PEFT wraps each adapted layer: under the names without it, transformers alone can load them
-    return {
-        name.replace(".base_layer", ""): value
-        for name, value in state.items()
-        if "lora_" not in name
-    }
-
-
 def open_as_folder(file: Path) -> None:
     """Give a file its folder's read and write permissions: safetensors writes for the owner alone."""
     file.chmod(file.parent.stat().st_mode & 0o666)
-
-
-def check_adapter(llm: Any, rank: int, alpha: int) -> None:
-    """Raise UserError where an LLM's LoRA adapter has another rank or alpha than the run's settings."""
-    made = llm.peft_config["default"]
-    if (made.r, made.lora_alpha) != (rank, alpha):
-        raise UserError(
-            f"the adapter that the run starts from has lora_r {made.r}, lora_alpha {made.lora_alpha}",
-            expected=f"lora_r {rank}, lora_alpha {alpha}",
-            fix=f"set lora_r: {made.r} and lora_alpha: {made.lora_alpha}, or merge it first: "
-            "python -m train.export hf RUN OUT --merge_lora",
-        )
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
@@ -360,15 +355,18 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a module's weights; UserError lists each tensor that is missing, extra or of another shape."""
-    _require(path)
-    try:
-        saved, own = load_file(path), module.state_dict()
-    except SafetensorError as error:
-        raise UserError(f"its weights do not read ({error})", where=path, fix=COPY) from None
-    wrong = shape_problems(saved, own)
-    if wrong:
+    saved = _read_weights(path)
+    if wrong := shape_problems(saved, module.state_dict()):
         raise UserError(f"{path}: {'; '.join(wrong)}")
     module.load_state_dict(saved)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    _require(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"its weights do not read ({error})", where=path, fix=COPY) from None
 
 
 def shape_problems(saved: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:

@@ -36,7 +36,7 @@ FLOORS: dict[str, list[str]] = {
     ],
     "model": [
         "model.settings model.slow_fast model.lape.tokens model.family.limits model.family.qwen_vl",
-        "model.config model.tower_kinds model.cpu model.fsdp.parts model.family.inner",
+        "model.config model.tower_kinds model.cpu model.fsdp.parts model.family.inner model.adapter",
         "model.grid model.mask model.projector model.llm",
         "model.batch model.lape.tables",
         "model.frame_causal model.lape.head",

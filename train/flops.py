@@ -21,11 +21,18 @@ MFU_IS = (
     "MFU = FLOPs of real (unpadded) tokens and attended pairs / (seconds x devices x peak); factor "
     "3 full, 2 frozen LLM or LoRA; no recompute counted, the head only on supervised rows"
 )
+COUNTED = """
+bitnet cohere cohere2 cwm diffllama doge ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite
+granite_swa helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder llama llava_llama llava_mistral
+llava_qwen ministral ministral3 mistral olmo olmo2 olmo3 phi3 qwen2 qwen2_vl qwen2_vl_text qwen2_5_vl
+qwen2_5_vl_text qwen3 qwen3_vl_text seed_oss smollm3 stablelm vaultgemma
+"""
+"""Families whose layers are these matrices: experts, ungated MLPs and layers with a state are not."""
 
 
 @dataclass(frozen=True)
 class LlmShape:
-    """The sizes of a decoder with gated MLPs and grouped queries: Llama, Qwen2, Qwen3, Mistral."""
+    """The sizes of a decoder with gated MLPs and grouped queries, see `COUNTED`."""
 
     layers: int
     width: int
@@ -41,6 +48,9 @@ class LlmShape:
         """Return the shape that a config.json describes, or None where it is of another family."""
         # multimodal checkpoints keep the LLM's sizes one level down
         config = config.get("text_config", config)
+        # by name: a config with experts has an `intermediate_size` too, and Mixtral's layers eight such
+        if config.get("model_type") not in COUNTED.split():
+            return None
         try:
             width, heads = config["hidden_size"], config["num_attention_heads"]
             return cls(

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from model.adapter.targets import base_state
 from model.family.head import plain_llm
 from model.fsdp.together import is_first, on_all
-from model.llm import base_state, open_as_folder, save_reference, save_weights, write_json
+from model.llm import open_as_folder, save_reference, save_weights, write_json
 from model.vlm import VLM
 
 FILE_BYTES = 4 * 2**30

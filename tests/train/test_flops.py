@@ -10,6 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from model.family.__main__ import class_and_config, families
+from model.family.head import decoder_of
 from model.mask import dense_mask, intervals
 from model.tower_kinds import frame_flops
 from train.flops import (
@@ -23,6 +25,7 @@ from train.flops import (
 from train.start.stage import read_config
 
 SMALL = {
+    "model_type": "qwen2",
     "num_hidden_layers": 24,
     "hidden_size": 896,
     "num_attention_heads": 14,
@@ -32,6 +35,7 @@ SMALL = {
 }
 """Qwen2-0.5B."""
 LARGE = {
+    "model_type": "qwen2",
     "num_hidden_layers": 28,
     "hidden_size": 3584,
     "num_attention_heads": 28,
@@ -142,6 +146,31 @@ def test_another_family_is_told_from_ours_by_what_its_config_lacks() -> None:
     shape = shape_of({**SMALL, "num_key_value_heads": None, "head_dim": 128})
     assert (shape.kv_heads, shape.head_dim) == (14, 128)
     assert shape_of({**SMALL, "head_dim": None}).head_dim == 64
+
+
+@pytest.mark.slow
+def test_every_familys_layers_are_counted_rightly_or_not_at_all() -> None:
+    """As published, not made small: on "meta" weights take no memory."""
+    counted = []
+    for family in families():
+        try:
+            llm_class, config = class_and_config(family)
+        except Exception:  # some defaults are not valid
+            continue
+        if (shape := LlmShape.of(config.to_dict())) is None:
+            continue
+        with torch.device("meta"):
+            decoder = decoder_of(llm_class(config))
+        tables = ("embed", "wte")
+        weights = sum(
+            p.numel()
+            for name, p in decoder.named_parameters()
+            if p.ndim > 1 and not name.startswith(tables)
+        )
+        assert shape.layer_weights == pytest.approx(weights, rel=0.01), family
+        counted.append(config.model_type)
+    assert {"llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "smollm3"} <= set(counted)
+    assert not {"mixtral", "qwen3_moe", "gpt_oss", "starcoder2", "nemotron"} & set(counted)
 
 
 @pytest.mark.parametrize(

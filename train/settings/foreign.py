@@ -124,7 +124,7 @@ ELSEWHERE = {
     "weights are read whole, in bf16 or fp32; leave it out": """
         bits double_quant quant_type load_in_4bit load_in_8bit use_qlora quantization
         low_cpu_mem_usage""",
-    "LoRA is of all linear layers of the LLM, by lora_r and lora_alpha; leave it out": """
+    "LoRA is of all linear layers and experts of the LLM, by lora_r and lora_alpha; leave it out": """
         lora_dropout lora_bias lora_weight_path lora_target_modules lora_modules use_dora""",
     "an earlier stage's parts are taken of stage_path: its projector and tables too; leave it out": """
         pretrain_mm_mlp_adapter mlp_path pretrained_lape load_lape load_lora_path""",

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model.adapter.targets import add_adapter, check_adapter
 from model.family.conformance import admit
-from model.llm import check_adapter
+from model.family.head import decoder_of, plain_llm
 from model.vlm import VLM
 from shards.errors import UserError, first_line
 from train.settings.config import LlmSettings, TrainConfig, checkpoint_every
@@ -94,18 +95,12 @@ def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch
     if settings.tune_llm == "frozen":
         model.llm.requires_grad_(False)
     elif settings.tune_llm == "full":
-        model.llm.requires_grad_(True)  # an LLM into which an adapter was merged is frozen
+        train_llm(plain_llm(model.llm))
     elif hasattr(model.llm, "peft_config"):
         check_adapter(model.llm, settings.lora_r, settings.lora_alpha)
     else:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules="all-linear"
-        )
-        model.llm = get_peft_model(
-            model.llm, lora
-        )  # peft's matrices are fp32, whatever the base is
+        decoder = decoder_of(model.llm)
+        model.llm = add_adapter(model.llm, decoder, settings.lora_r, settings.lora_alpha)
     every = checkpoint_every(settings.gradient_checkpointing)
     assert every is not None
     if every:
@@ -114,6 +109,17 @@ def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch
         compile_layers(model.llm, device)
     model.train()
     check_trainable(model, settings.tune_llm != "frozen")
+
+
+def train_llm(llm: Any) -> None:
+    """Make an LLM's weights trainable, also one into which an adapter was merged, which is frozen."""
+    llm.requires_grad_(True)
+    decoder = decoder_of(llm)
+    inner = {id(p) for p in decoder.parameters()}
+    # what stands beside the decoder in its model is a tower, as in Gemma 3: no token reaches it
+    for p in getattr(llm, llm.base_model_prefix or "", decoder).parameters():
+        if id(p) not in inner:
+            p.requires_grad_(False)
 
 
 def check_trainable(model: VLM, llm: bool) -> None:
