@@ -14,7 +14,6 @@ from shards.annotations.fault import RowError
 from shards.annotations.forms import Json
 from shards.errors import UserError
 from shards.signed import write_atomic
-from train.data.benchmarks.refer import SPLITS
 from train.data.dataset import local_copies
 from train.data.drops import (
     BadRecords,
@@ -31,7 +30,7 @@ from train.settings.exits import command
 from train.settings.output import file_problem
 
 OWN = ("split", "vidor", "rates")
-"""Flags of one form alone, which its importer finds as fields of each annotation."""
+"""Flags of one form alone."""
 
 
 @command
@@ -50,10 +49,10 @@ def main(argv: Sequence[str]) -> None:
         if args.form == "records":
             made = checked_rows(path, problems, bad, settings)
         else:
-            clip = settings.times_past_end == "clip"
             boxes = getattr(args, "boxes", None)
             own = {name: getattr(args, name, None) for name in OWN}
-            made = imported(args.form, Path(path), problems, bad, boxes=boxes, clip=clip, **own)
+            own["times_past_end"] = settings.times_past_end
+            made = imported(args.form, Path(path), problems, bad, boxes=boxes, **own)
             if not made and own["split"] and not (problems or bad):
                 problems.append(f"{path}: no ref of the split {own['split']}")
         rows += made
@@ -97,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
         add_record_flags(own)
         if form == "refcoco":
             own.add_argument("--boxes", choices=BOXES, help="what bbox holds")
-            own.add_argument("--split", choices=SPLITS, help="of refs(unc).p: the part to convert")
+            own.add_argument("--split", help="those of a split: train, val, testA ...")
         if form == "vidstg":
             own.add_argument("--vidor", required=True, help="VidOR's annotation folder, with boxes")
         if form == "llava-st":

@@ -45,12 +45,12 @@ class FrameSpan(Protocol):
     def grid(self) -> Grid: ...
 
     @property
-    def clip(self) -> int:
-        """Number of the clip in the row: time starts at 0 in each."""
+    def medium(self) -> int:
+        """Number of the medium in the row: time starts at 0 in each, and goes on from part to part."""
 
     @property
     def seconds(self) -> float:
-        """On the clip's clock."""
+        """On the medium's clock."""
 
 
 def mrope_rows(
@@ -84,7 +84,7 @@ def mrope_positions(
 
     position: int `(length,)`, each token's place in its record. sample: int `(length,)`, the number of
     that record in the row; positions start at 0 in each record.
-    frames: in order; those of a clip with no token between them are a run. unit: the stride whose
+    frames: in order; those of a medium with no token between them are a run. unit: the stride whose
     cells rows and columns are counted in: a frame of a coarser grid has wider steps.
     tokens_per_second: see `MRopeFacts`.
     """
@@ -118,11 +118,11 @@ def mrope_positions(
 
 
 def runs_of(frames: Sequence[FrameSpan]) -> list[list[FrameSpan]]:
-    """Return the runs of frames: frames of one clip with no token between them, a list each."""
+    """Return the runs of frames: those of one medium with no token between them, a list each."""
     runs: list[list[FrameSpan]] = []
     for frame in frames:
         last = runs[-1][-1] if runs else None
-        if last and last.clip == frame.clip and last.first + last.tokens == frame.first:
+        if last and last.medium == frame.medium and last.first + last.tokens == frame.first:
             runs[-1].append(frame)
         else:
             runs.append([frame])

@@ -65,6 +65,13 @@ def _written(value: object) -> str:
     return ascii(value)
 
 
+def lacking(item: object, *names: str) -> str:
+    """Return what an item lacks to be an object with some fields; empty where it is one."""
+    if not isinstance(item, dict):
+        return f"expected an object, got {json_type(item)}"
+    return next((f"no field {name!a}" for name in names if name not in item), "")
+
+
 def json_type(value: object) -> str:
     """Return the name of a JSON value's type for a message: null, bool, str, list ..."""
     return "null" if value is None else type(value).__name__

@@ -26,10 +26,14 @@ SAYS_WHEN = re.compile(
     r"(?:start|end|begin|st|ed|stop)(?:_?(?:times?|timestamps?|secs?|seconds?|ms|frames?|fid|idx|offset))*"
     r"|(?:gt_|relevant_)?(?:times?|time_?spans?|time_?stamps?|spans?|segments?|windows?|moments?"
     r"|intervals?|(?:time|frame)_range)(?:_(?:secs?|seconds?|ms|frames?))?)"
-    r"|bbox(?:es)?|box(?:es)?|crop",
+    r"|bbox(?:es)?|box(?:es)?(?:_\w+)?|crop|src|tgt",
     re.IGNORECASE,
 )
 """Names of fields that select a part of a medium, if their values are numbers."""
+SAID_TOO = {"src", "tgt"}
+"""E.T. Instruct's times of a row's `<vid>`; its other file has them in the text as well."""
+SLOT = re.compile(r"<[^<>]+>")
+"""The name of a slot for a number in a text, such as VTimeLLM's `<s0>`."""
 NUMBERS = re.compile(
     r"(?!\d{4}-\d\d-\d\d)(?:[\d\s\[\](){}.,;:'\"~|/>\u2013\u2014+-]|to|frames?|seconds?|secs?|m?s)+",
     re.IGNORECASE,
@@ -79,6 +83,7 @@ class Fields(dict[str, Any]):
             says_more, says_when, names_media = kinds_of(name)
             more = says_more and not is_said(value, texts)
             when = says_when and any_number(value)
+            when = when and not (name in SAID_TOO and is_said(value, texts))
             where = names_media and not has_media
             if more or when or where:
                 raise unread(name, value, medium=bool(where))
@@ -106,8 +111,17 @@ def refuse_part(name: str, value: Mapping[str, Any]) -> None:
     for inner, place in value.items():
         if isinstance(place, dict):
             refuse_part(f"{name}.{inner}", place)
-        in_frames = inner == PART_IN_FRAMES and isinstance(place, list)
-        if (in_frames or SAYS_WHEN.fullmatch(inner)) and any_number(place):
+        if SLOT.fullmatch(inner) and any_number(place):
+            raise RowError(
+                "a field that nothing reads",
+                f"`{short(name)[1:-1]}`: the number for {short(inner)[1:-1]} in the text",
+                got=short(place),
+                fix="write times into the text as <t:12.5>, seconds of the clip",
+            )
+        split = inner == PART_IN_FRAMES and isinstance(place, list)
+        # whole numbers: VTimeLLM has its parts in seconds
+        in_frames = split and all(isinstance(number, int) for number in place)
+        if (split or SAYS_WHEN.fullmatch(inner)) and any_number(place):
             unit = "a part of the video, in frames" if in_frames else "a part of the medium"
             hint = "`train.convert llava-st --rates` makes seconds of it; else " * in_frames
             raise RowError(
@@ -142,6 +156,8 @@ def unread(name: str, value: Any, *, medium: bool) -> RowError:
 
 def fix_of(name: str, *, medium: bool, part: bool = False) -> str:
     """Return the fix for a field that nothing reads; part: it says which part of the medium is meant."""
+    if name in SAID_TOO:
+        return f"write times into the text as <t:12.5>, or set ignore_fields: [{name}]"
     hint = "name the medium `video` or `image`, " if medium else ""
     if part or SAYS_WHEN.fullmatch(name):
         hint = "name a part of a video by `start` and `end`, in seconds, "

@@ -2,9 +2,9 @@
 
     canonical({"video": "a.mp4", "question": "Who is it?", "answer": "she"})
 
-Ours: `{id, video, start?, end?, task?, conversations: [{from: human|gpt|system, value}]}` with one
-`<video>` or `<image>` tag for each medium; a `timeline` in place of `video` counts as one medium. A fault
-is a RowError, without its place yet; a row that could be read in two ways is refused.
+Ours: `{id, video, start?, end?, task?, data_source?, conversations: [{from: human|gpt|system, value}]}`
+with one `<video>` or `<image>` tag for each medium; a `timeline` in place of `video` is one medium.
+A fault is a RowError, without its place yet; a row that could be read in two ways is refused.
 
 Add a form: a function in `FORMS`, a row and its media -> turns, under the field that identifies it.
 Encoding and training then both read it. A benchmark whose annotations are to be converted first is an
@@ -68,7 +68,7 @@ def canonical(row: Any, *, media_only: bool = False, ignored: Collection[str] = 
     # which fields are read is recorded: what is left over and may matter is refused at the end
     fields = Fields(row, ignored)
     form = form_of(row, fields, media_only)
-    out = {name: fields[name] for name in ("id", "start", "end", "task") if name in fields}
+    out = {n: fields[n] for n in ("id", "start", "end", "task", "data_source") if n in fields}
     named = Media(fields)
     turns = FORMS[form](fields, named) if form else []
     said = "\n".join([turn["value"] for turn in turns])

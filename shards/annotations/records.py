@@ -141,7 +141,7 @@ def _parse(data: Json, id_: str, allow_outside: bool, media_only: bool) -> Row:
 # -- plain rows
 
 
-PLAIN = {"id", "video", "conversations", "task"}
+PLAIN = {"id", "video", "conversations", "task", "data_source"}
 """The fields of a plain row that say something."""
 READ = {
     *("start", "end", "videos", "image", "images", "media_dir", "timeline", "is_video"),

@@ -37,7 +37,7 @@ class Span:
     first: int
     tokens: int
     grid: Grid
-    clip: int
+    medium: int
     seconds: float
 
 

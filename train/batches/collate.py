@@ -43,6 +43,8 @@ class PlacedFrame:
 
     clip: int
     """Index of the clip among those of the row; each part of a medium counts as a clip."""
+    medium: int
+    """The clip that its medium begins with."""
     frame: int
     """Index into the banked frames of the clip, or of the part."""
     stream: int
@@ -148,8 +150,8 @@ def lay_out(
             before, behind = stamp(seconds - info.start) if stamp else ([], [])
             add_unsupervised(before, -1)
             part, own, _ = place_of(info, frame)
-            tokens, first = grid.cells + config.closing_tokens, len(ids)
-            frames.append(PlacedFrame(clips + part, own, stream, grid, first, tokens, seconds))
+            tokens, at = grid.cells + config.closing_tokens, (clips + part, clips, own)
+            frames.append(PlacedFrame(*at, stream, grid, len(ids), tokens, seconds))
             add_unsupervised([0] * tokens, len(frames) - 1)
             add_unsupervised(behind, -1)
         clips += part_count(info)
@@ -206,8 +208,8 @@ def pack(rows: Sequence[Row]) -> Row:
         samples.append(np.full(len(row), number))
         blocks.append(np.where(row.block >= 0, row.block + len(frames), -1))
         frames += [
-            replace(frame, clip=frame.clip + clips, first=frame.first + first)
-            for frame in row.frames
+            replace(f, clip=f.clip + clips, medium=f.medium + clips, first=f.first + first)
+            for f in row.frames
         ]
         newlines += [place + first for place in row.newlines]
         first += len(row)
@@ -326,12 +328,11 @@ def group_frames(
             source = clips[number][frame.clip]
             key = (frame.stream, frame.grid, source.info.covered)
             group = members.setdefault(key, [])
-            # no transition from one medium, or part of one, to the next: nothing
-            # in it foretells the other
+            # none from one medium, or part of one, to the next: nothing in it foretells the other
             if previous is not None and previous[2].clip == frame.clip:
                 last, times = previous[2].frame, source.info.timestamps
                 gap = float(times[frame.frame] - times[last])
-                pair = (previous[1], len(group), source, last, gap)
+                pair = previous[1], len(group), source, last, gap
                 found.setdefault((previous[0], key), []).append(pair)
             previous = (key, len(group), frame)
             group.append((number, frame))
@@ -390,11 +391,9 @@ def _group(
 
 
 def _copy(stride: int, pairs: Sequence[FramePair], config: VLMConfig) -> Tensor:
+    reads, banked = [], stride // config.finer if config.pool_after_projector else stride
     # the pairs of one clip are consecutive: one read for all of them
-    runs = groupby(pairs, key=lambda pair: id(pair[2]))
-    reads = []
-    for _, run in runs:
+    for _, run in groupby(pairs, key=lambda pair: id(pair[2])):
         members = list(run)
-        banked = stride // config.finer if config.pool_after_projector else stride
         reads.append(members[0][2].read(banked, [step[3] for step in members]))
     return pooled(joined(reads)) if config.pool_after_projector else joined(reads)

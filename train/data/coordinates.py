@@ -38,15 +38,15 @@ def resolved(
     shortest = min(durations, default=0.0)
     if all(_is_inside(turn.text, shortest) for turn in record.turns):
         return record, False, []
-    text = "".join(turn.text for turn in record.turns)
-    if SHARE.search(text):
+    if any(SHARE.search(turn.text) for turn in record.turns):
+        record = rewritten(record, durations, _share_in_seconds)
         # a share of nothing: a picture has no duration
-        if not durations or min(durations) <= 0:
+        if any(SHARE.search(turn.text) for turn in record.turns):
             error = RowError(OUTSIDE, "a time in %, and a medium without a duration")
             return record, False, [error.at(record.where, record.id)]
-        record = rewritten(record, durations, _share_in_seconds)
     clipped = rewritten(record, durations, _clipped) if clip else record
-    return clipped, clipped != record, check_coordinates(clipped, durations)
+    faults = check_coordinates(clipped, durations, clip=clip)
+    return clipped, clipped != record, faults
 
 
 def _is_inside(text: str, duration: float) -> bool:
@@ -106,6 +106,8 @@ def stretches(
 
 
 def _share_in_seconds(turn: Turn, duration: float) -> str:
+    if duration <= 0:
+        return turn.text
     seconds = duration / 100
     # .6f: to the microsecond, finer than any clock of frames
     return SHARE.sub(lambda share: f"<t:{float(share[1]) * seconds:.6f}>", turn.text)
@@ -120,15 +122,20 @@ def _clipped(turn: Turn, duration: float) -> str:
     return text
 
 
-def check_coordinates(record: Record, durations: Sequence[float]) -> list[RowError]:
-    """Return a fault for each coordinate of a record that is outside its clip or frame."""
+def check_coordinates(
+    record: Record, durations: Sequence[float], *, clip: bool = False
+) -> list[RowError]:
+    """Return a fault for each coordinate of a record that is outside its clip or frame.
+
+    clip: whether spans have been ended with their clip, so that to do so is no fix.
+    """
     return [
         fault.at(record.where, record.id)
         for turn in stretches(record, durations)
         for part, duration in turn
         if duration is not None
         for match in MARKUP.finditer(part)
-        if (fault := _outside(coordinate_of(match), duration))
+        if (fault := _outside(coordinate_of(match), duration, clip=clip))
     ]
 
 
@@ -145,7 +152,7 @@ def repeating(record: Record) -> bool:
     return False
 
 
-def _outside(piece: Coordinate, duration: float) -> RowError | None:
+def _outside(piece: Coordinate, duration: float, *, clip: bool = False) -> RowError | None:
     """Return the fault of a coordinate, None if it is inside; duration: of its clip, 0 without one."""
     limit = duration if piece.axis == 0 else 1.0
     # 1e-3: places are often rounded to three digits
@@ -157,5 +164,5 @@ def _outside(piece: Coordinate, duration: float) -> RowError | None:
     return RowError(
         BEHIND if behind else OUTSIDE,
         f"{kind} {piece.value:g} is outside [0, {limit:g}]",
-        fix="times_past_end: clip ends such spans with their clip" if behind else None,
+        fix="times_past_end: clip ends such spans with their clip" if behind and not clip else None,
     )

@@ -8,16 +8,16 @@ Times are `<t:seconds>`, a box is `<x><y><x><y>`, its corners as fractions of th
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards.annotations.fault import RowError
+from shards.annotations.fault import RowError, lacking
 from shards.annotations.files import Rows, UnreadableRow, read_rows
 from shards.annotations.forms import Json, canonical
 from shards.errors import UserError
 from shards.text import printable
+from train.data.benchmarks.coco import TEXTS, with_images
 from train.data.benchmarks.refer import refs
 from train.data.benchmarks.st_align import in_seconds
 from train.data.benchmarks.vidstg import sentences
@@ -32,8 +32,6 @@ TUBE_BOXES = 8
 """Most boxes of a tube in an answer, evenly spaced."""
 BOXES = ("xywh", "xyxy", "unit")
 """Meanings of a box's four numbers, see `box`."""
-TEXTS = dict.fromkeys(("expression", "sentence", "caption", "sents")).keys()
-"""Fields with the text of a box; the first that an annotation has is read."""
 NOT_ONE = "not an annotation of this form"
 
 
@@ -76,7 +74,13 @@ def named_items(path: Path) -> Rows:
 def moments(path: Path) -> Rows:
     """Yield each moment of entries with `timestamps` and `sentences`, as an item of its own."""
     for where, entry in named_items(path):
+        if what := lacking(entry, "video", "duration", "timestamps", "sentences"):
+            yield where, UnreadableRow(what)
+            continue
         times, sentences = entry["timestamps"], entry["sentences"]
+        if not (isinstance(times, list) and isinstance(sentences, list)):
+            yield where, UnreadableRow("timestamps and sentences must be lists")
+            continue
         if len(times) != len(sentences):
             what = f"{len(times)} timestamps for {len(sentences)} sentences"
             yield where, UnreadableRow(what)
@@ -109,22 +113,7 @@ def boxed_images(path: Path) -> Rows:
     if not isinstance(data, dict):
         yield from read_rows(path)
         return
-    # COCO keeps sizes and names with the images, boxes and texts with annotations
-    images = {image["id"]: image for image in data.get("images", [])}
-    entries = data.get("annotations", [])
-    counts = Counter(entry.get("image_id", entry.get("id")) for entry in entries)
-    for index, entry in enumerate(entries):
-        number = entry.get("image_id", entry.get("id"))
-        image = images.get(number)
-        where = f"{path}[annotations][{index}]"
-        if image is None:
-            yield where, UnreadableRow(f"no image has the id {entry.get('image_id')!a}")
-        elif counts[number] > 1 and TEXTS & image.keys() and not TEXTS & entry.keys():
-            what = f"one text of image {number} for its {counts[number]} boxes: which box is meant?"
-            yield where, UnreadableRow(what)
-        else:
-            # entry last: both have an `id`, and a record is an annotation
-            yield where, {"boxes": "xywh", **image, **entry}
+    yield from with_images(path, data)
 
 
 @importer("charades-sta", lines)
@@ -145,7 +134,7 @@ def qvhighlights(item: Json) -> list[Json]:
     windows = item.get("relevant_windows")
     if not windows:
         raise RowError("no answer", "no relevant_windows; the test split is published without")
-    clip = item.get("clip", False)
+    clip = item.get("--times_past_end") == "clip"
     spans = [span(start, end, item["duration"], clip=clip) for start, end in windows]
     question = WHEN.format(item["query"])
     row = asked(item["qid"], f"{item['vid']}.mp4", question, ", ".join(spans))
@@ -156,7 +145,8 @@ def qvhighlights(item: Json) -> list[Json]:
 def activitynet_captions(item: Json) -> list[Json]:
     """`{video: {duration, timestamps: [[start, end], ...], sentences}}` (ActivityNet Captions)."""
     start, end = item["timestamp"]
-    said = span(start, end, float(item["duration"]), clip=item.get("clip", False))
+    clip = item.get("--times_past_end") == "clip"
+    said = span(start, end, float(item["duration"]), clip=clip)
     return [asked(item["id"], f"{item['video']}.mp4", WHEN.format(item["sentence"].strip()), said)]
 
 
@@ -165,18 +155,25 @@ def refcoco(item: Json) -> list[Json]:
     """`{file_name, width, height, bbox, expression}`, pixels; `boxes` says what bbox holds.
 
     The file may be called image or img_path, the text sentence, caption or sents (a list or a text).
-    Of refs(unc).p, `--split` chooses a part: train, val, testA, testB; refs(umd).p has test.
+    `--split` chooses those of a split, where annotations name one; refs(unc).p has train, val, testA and
+    testB, refs(umd).p test.
     """
-    if "part" in item and item["part"] != item.get("split"):
-        if "split" in item:
+    split, wanted = item.get("split"), item.get("--split")
+    if split is None and wanted is not None:
+        what = f"no field 'split', and --split {wanted} is asked for"
+        raise RowError("no split", what, fix="leave --split out where a file is of one split")
+    if split != wanted:
+        if wanted is not None:
             return []
-        what = f"a ref of the split {item['part']!a}: the file holds those to train and to test on"
-        raise RowError("no split chosen", what, fix=f"--split {item['part']}")
+        what = f"a ref of the split {split!a}: the file holds those to train and to test on"
+        raise RowError("no split chosen", what, fix=f"--split {split}")
     image = first(item, "file_name", "image", "img_path")
     texts = first(item, *TEXTS)
     where = box(item["bbox"], str(item.get("boxes")), float(item["width"]), float(item["height"]))
     name = item.get("id", image)
     texts = texts if isinstance(texts, list) else [texts]
+    if not texts:
+        raise RowError(NOT_ONE, "a box with an empty list of texts")
     return [
         asked(f"{name}-{k}" if k else name, image, WHERE.format(text), where)
         for k, text in enumerate(texts)
@@ -221,7 +218,7 @@ def vidstg(item: Json) -> list[Json]:
             tube(*said.span, said.boxes, "xyxy", said.size),
         )
         | said.part.bounds()
-        for said in sentences(item, item.get("vidor", ""))
+        for said in sentences(item, item.get("--vidor", ""))
     ]
 
 
@@ -340,19 +337,17 @@ def imported(
     bad: list[RowError],
     *,
     boxes: str | None = None,
-    clip: bool = False,
-    **more: object,
+    **flags: object,
 ) -> list[Json]:
     """Return the rows of a benchmark's file in this project's form.
 
     Faults of annotations are added to `bad`, faults of the file to `problems`. boxes: the meaning of
-    four numbers where the file does not say. clip: whether spans are ended with their videos. more:
-    fields that every annotation is given, for its importer.
+    four numbers where the file does not say. flags: of the command line; an importer finds each in every
+    annotation as `--NAME`, which no annotation has of its own.
     """
     read, convert = IMPORTERS[name]
     settings: Json = {"boxes": boxes} if boxes else {}
-    settings |= {"clip": True} if clip else {}
-    settings |= {field: value for field, value in more.items() if value is not None}
+    settings |= {f"--{flag}": value for flag, value in flags.items() if value is not None}
     rows = []
     try:
         for where, item in read(path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shards.annotations.forms import DESCRIBE
-from train.data.markup import Coordinate, split_markup
+from train.data.markup import Coordinate, split_markup, unescaped
 from train.data.records import Record
 from train.scores.words import items_of, letter_of, number_of
 
@@ -48,8 +48,10 @@ def asked_of(record: Record, turn: int, reference: str, duration: float) -> Aske
 
 def asked(reference: str, duration: float = 0.0, *, question: str = "", task: str = "") -> Asked:
     """Return what an answer is scored against."""
-    options = options_of(question)
+    options = options_of(unescaped(question))
     kind = _kind(reference, question, task.lower(), options)
+    if not _marks(reference):
+        reference = unescaped(reference)  # as it is learned and answered
     return Asked(kind, reference, duration, options if kind == "choice" else ())
 
 
@@ -69,6 +71,7 @@ def _kind(reference: str, question: str, task: str, options: Sequence[str]) -> s
     marks = _marks(reference)
     if marks:
         return _kind_of_coordinates(reference, marks, task)
+    reference = unescaped(reference)
     # -- from the narrowest form to the widest: a single letter is a choice before it is a text
     if letter_of(reference, options) and (options or re.fullmatch(r"\(?[A-Z][.)]?", reference)):
         return "choice"

@@ -63,6 +63,19 @@ class Text:
         """Its number characters, in order."""
         return "".join(self.text[place] for place in self.values)
 
+    @property
+    def marked(self) -> list[int]:
+        """The places of numbers in markup."""
+        return [place for place in self.values if self.text[place] in MARKED.values()]
+
+    def coordinates(self, axes: str) -> list[int]:
+        """Return the places of the numbers that may be coordinates on some axes.
+
+        All numbers, but where each of the axes has markup, that alone: the others are words.
+        """
+        in_markup = all(MARKED[axis] in self.marks for axis in axes)
+        return self.marked if in_markup else list(self.values)
+
 
 def text_of(raw: str) -> Text:
     """Return a text with each number as a character; blanks are single, and line breaks stay."""

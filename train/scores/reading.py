@@ -15,7 +15,7 @@ from train.scores.numerals import ANY, MARKED, PLAIN, SECONDS, UNMARKED, Text, t
 from train.scores.words import folded, without_thinking
 
 MOST_WORDS = 12
-"""Words that may follow an answer's last number."""
+"""Words that may follow an answer's last number, where its reference has not more than half as many."""
 TO = r"(?:-|\u2013|\u2014|~|→|->|\.\.\.?|to|till|until|through|up to)"
 END = (
     r"(?:(?:and|,|;) ?)*(?:it )?(?:ends?|ending|stops?|finishes)"
@@ -67,39 +67,46 @@ def read_coordinates(kind: str, reference: str, said: str) -> Reading:
     for pattern in patterns:
         found = list(_search(pattern, answer))
         if found:
-            return RUN_ON if len(found) > 1 else _alone(answer, found)
-    return _in_order(answer, re.sub("[^txy]", "", _axes(asked)))
+            return RUN_ON if len(found) > 1 else _alone(answer, found, tail_of(asked))
+    return _in_order(answer, asked)
 
 
-def read_windows(said: str) -> Reading:
+def read_windows(reference: str, said: str) -> Reading:
     """Return the starts and ends of all spans that an answer lists."""
     answer = answer_text(said)
     for pattern in SPANS:
         found = list(_search(pattern, answer))
         if found:
-            reading = _alone(answer, found)
+            reading = _alone(answer, found, tail_of(text_of(reference)))
             # a span that is listed twice is a model that repeats itself
             pairs = list(zip(reading.numbers[::2], reading.numbers[1::2], strict=True))
             return RUN_ON if len(set(pairs)) < len(pairs) else reading
     return NOTHING
 
 
-def read_tube(said: str, boxes: int) -> Reading:
+def read_tube(reference: str, said: str) -> Reading:
     """Return an answer's span, where it has one, and its boxes, each after its time.
 
-    boxes: number of the reference's. More boxes are a run-on if some are repeated or after the span.
+    More boxes than the reference has are a run-on if some are repeated or after the span.
     """
-    answer = answer_text(said)
+    answer, asked = answer_text(said), text_of(reference)
+    # its own words first: among plain numbers only they tell boxes from "2 men"
+    own = _search(own_words(asked), answer)
+    if len(own) == 1 and (reading := _alone(answer, own, tail_of(asked))).parsed:
+        return reading
+    places = answer.coordinates("txy")
     shape = _filled("({t}{t})?((?:{t}{x}{y}{x}{y})+)", answer)
-    found = re.fullmatch(shape, answer.marks)
+    found = re.fullmatch(shape, "".join(answer.text[place] for place in places))
     if not found:
         return NOTHING
-    numbers = tuple(answer.values.values())
+    numbers = tuple(answer.values[place] for place in places)
     rows = [numbers[k : k + 5] for k in range(len(found[1] or ""), len(numbers), 5)]
     behind = found[1] is not None and rows[-1][0] > numbers[1]
     # more boxes than the reference has are right if they are others, of times within the span
-    repeats = len(rows) > boxes and (len(set(rows)) < len(rows) or behind)
-    return RUN_ON if repeats or runs_on(answer.text[max(answer.values) + 1 :]) else Reading(numbers)
+    more = len(rows) > len(asked.marked) // 5
+    repeats = more and (len(set(rows)) < len(rows) or behind)
+    over = runs_on(answer.text[places[-1] + 1 :], tail_of(asked))
+    return RUN_ON if repeats or over else Reading(numbers)
 
 
 def answer_text(said: str) -> Text:
@@ -112,18 +119,22 @@ def words_of(said: str) -> str:
     return folded(re.sub(ANY, " ", answer_text(said).text))
 
 
-def runs_on(tail: str) -> bool:
+def runs_on(tail: str, own: str) -> bool:
     """Return whether an answer goes on after its last number by more than a few words.
 
-    By a number, another line, more than `MOST_WORDS` words, or a word three times in a row.
+    By a number, another line, more than `MOST_WORDS` words, or a word three times in a row; what the
+    reference has of these after its own last number does not count. own: that part of the reference.
     """
-    tail = tail.rstrip()
-    return bool(
-        re.search(ANY, tail)
-        or re.search(r"\n\s*\w|<", tail)
-        or len(tail.split()) > MOST_WORDS
-        or re.search(r"(?i)(\b\w+\b)(?:\W+\1\b){2}", tail)
-    )
+    tail, own = tail.rstrip(), own.rstrip()
+    signs = (ANY, r"\n\s*\w|<", r"(?i)(\b\w+\b)(?:\W+\1\b){2}")
+    over = any(len(re.findall(sign, tail)) > len(re.findall(sign, own)) for sign in signs)
+    # twice: the same said in other words may take more of them
+    return over or len(tail.split()) > max(MOST_WORDS, 2 * len(own.split()))
+
+
+def tail_of(asked: Text) -> str:
+    """Return the words of a reference after its last coordinate."""
+    return asked.text[max(asked.marked, default=len(asked.text)) + 1 :]
 
 
 def own_words(asked: Text) -> str:
@@ -158,25 +169,30 @@ def _search(pattern: str, answer: Text) -> list[list[int]]:
     return [[m.start(k + 1) for k, group in enumerate(m.groups()) if group] for m in found]
 
 
-def _alone(answer: Text, found: Sequence[Sequence[int]]) -> Reading:
-    """Return the numbers at some places, unless the answer has more coordinates, or goes on."""
+def _alone(answer: Text, found: Sequence[Sequence[int]], own: str) -> Reading:
+    """Return the numbers at some places, unless the answer has more coordinates, or goes on.
+
+    own: the reference's words after its last coordinate.
+    """
     places = [place for match in found for place in match]
     # marked coordinates beyond those asked for: a list of guesses, of which one would be right by luck
     others = {answer.text[place] for place in answer.values if place not in places}
-    if others & set(MARKED.values()) or runs_on(answer.text[places[-1] + 1 :]):
+    if others & set(MARKED.values()) or runs_on(answer.text[places[-1] + 1 :], own):
         return RUN_ON
     return Reading(tuple(answer.values[place] for place in places))
 
 
 def _axes(text: Text) -> str:
-    """Return the axis of each number of a text, `.` for one without."""
+    """Return the axis of each coordinate of a text."""
     axes = {mark: axis for axis, mark in MARKED.items()}
-    return "".join(axes.get(mark, ".") for mark in text.marks)
+    return "".join(axes.get(mark, "") for mark in text.marks)
 
 
-def _in_order(answer: Text, axes: str) -> Reading:
-    """Return the numbers of an answer that has exactly one for each of some axes, and no other."""
+def _in_order(answer: Text, asked: Text) -> Reading:
+    """Return the numbers of an answer with exactly one for each coordinate asked for, and no other."""
+    axes = _axes(asked)
+    places = answer.coordinates(axes)
     shape = _filled("".join(f"{{{axis}}}" for axis in axes), answer)
-    if not re.fullmatch(shape, answer.marks) or not answer.values:
+    if not places or not re.fullmatch(shape, "".join(answer.text[place] for place in places)):
         return NOTHING
-    return _alone(answer, [list(answer.values)])
+    return _alone(answer, [places], tail_of(asked))

@@ -178,8 +178,8 @@ COORDINATES: dict[str, tuple[Read, Compare]] = {
     "span": (_fixed, of_span),
     "point": (_fixed, of_point),
     "box": (_fixed, of_box),
-    "windows": (lambda asked, said: read_windows(said), of_windows),
-    "tube": (lambda asked, said: read_tube(said, len(asked.coordinates) // 5), of_tube),
+    "windows": (lambda asked, said: read_windows(asked.reference, said), of_windows),
+    "tube": (lambda asked, said: read_tube(asked.reference, said), of_tube),
     "mixed": (_fixed, of_mixed),
 }
 

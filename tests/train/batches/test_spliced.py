@@ -139,7 +139,17 @@ def losses_of(model: VLM, batch: Batch) -> tuple[dict[str, torch.Tensor], list[t
     return out, [p.grad for p in model.parameters() if p.grad is not None]
 
 
+MROPE = {
+    "frame_positions": "mrope",
+    "mrope_sections": "2,1,1",
+    "mrope_tokens_per_second": 16.0,
+    "media_tags": "none",
+}
+
+
 def assert_equal_batches(one: Batch, other: Batch) -> None:
+    assert (one.rope is None) == (other.rope is None)
+    assert one.rope is None or torch.equal(one.rope, other.rope)
     for name in ("input_ids", "axis", "coord", "labels", "label_coord", "mask_start", "mask_end"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert len(one.groups) == len(other.groups)
@@ -155,7 +165,7 @@ def assert_equal_batches(one: Batch, other: Batch) -> None:
 
 
 @pytest.mark.parametrize("pattern", [("interleave", "0.5", 16), ("uniform", "0.3", 5)])
-@pytest.mark.parametrize("settings", [{}, {"frame_time": "text"}, {"enable_lape": False}])
+@pytest.mark.parametrize("settings", [{}, {"frame_time": "text"}, {"enable_lape": False}, MROPE])
 def test_a_spliced_medium_is_the_clip_that_is_laid_together_by_hand(
     world: World, make_model: Callable[..., VLM], pattern: tuple[str, str, int], settings: Any
 ) -> None:

@@ -186,8 +186,10 @@ def test_a_row_of_each_form_is_the_record_that_it_means(
 @pytest.mark.parametrize("row", [row for row, _, _ in FORMS])
 def test_what_a_form_becomes_is_of_our_form_and_stays_the_same(row: Row) -> None:
     ours = canonical(row)
-    assert set(ours) <= {"id", "video", "start", "end", "task", "conversations"}
+    assert set(ours) <= {"id", "video", "start", "end", "task", "data_source", "conversations"}
     assert canonical(json.loads(json.dumps(ours))) == ours
+    # all that a record is made of: the folder that LLaVA-Video's clips lie in was left out once
+    assert parse_record(ours, "f:1") == parse_record(row, "f:1")
 
 
 URL = {"type": "video", "video": "https://x.org/a.mp4"}

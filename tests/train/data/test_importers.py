@@ -220,6 +220,74 @@ def test_what_is_wrong_with_an_annotation_is_named(
     assert line.isprintable()
 
 
+MOMENTS = {"duration": 9.0, "timestamps": [[0, 5]], "sentences": ["He runs."]}
+COCO = {"images": [REFCOCO | {"id": 1}], "annotations": []}
+SOUND: dict[str, tuple[Json, Callable[[list[Any]], object]]] = {
+    "qvhighlights": (QVHIGHLIGHTS, lambda items: items),
+    "activitynet-captions": (MOMENTS, lambda items: {f"v{k}": i for k, i in enumerate(items)}),
+    "refcoco": (
+        {"id": 2, "image_id": 1, "bbox": REFCOCO["bbox"], "caption": "she"},
+        lambda items: COCO | {"annotations": items},
+    ),
+    "hc-stvg": (ITEM, lambda items: {f"v{k}.mp4": i for k, i in enumerate(items)}),
+    "llava-st": (LLAVA_ST[0], lambda items: items),
+}
+"""A sound annotation, and the file of several."""
+
+
+@pytest.mark.parametrize("form", SOUND)
+def test_an_annotation_that_is_spoilt_in_any_field_leaves_the_others_readable(
+    tmp_path: Path, form: str
+) -> None:
+    sound, file_of = SOUND[form]
+    (expected,) = rows_and_problems(form, fixture(tmp_path, "a.json", file_of([sound])))[:1]
+    spoilt: list[Any] = [
+        None,
+        3,
+        "x",
+        [],
+        *({n: v for n, v in sound.items() if n != m} for m in sound),
+    ]
+    spoilt += [sound | {name: value} for name in sound for value in (None, 3, "x", [], {})]
+    for item in spoilt:
+        path = fixture(tmp_path, "a.json", file_of([sound, item]))
+        rows, problems = rows_and_problems(form, path)
+        assert rows[: len(expected)] == expected, item
+        # named, or still sound: an id and what is not read may be anything
+        assert all(line.startswith(str(path)) for line in problems), (item, problems)
+        assert problems or len(rows) > len(expected), item
+
+
+def test_fields_of_annotations_are_no_flags(tmp_path: Path) -> None:
+    """Some annotations name their video `clip`, which once ended spans with their videos."""
+    late = QVHIGHLIGHTS | {"relevant_windows": [[5, 160]]}
+    for field in ("clip", "times_past_end", "split", "rates", "vidor"):
+        path = fixture(tmp_path, "q.jsonl", [late | {field: "clip"}])
+        assert "end 160 is after" in rows_and_problems("qvhighlights", path)[1][0]
+    path = fixture(tmp_path, "q.jsonl", [late])
+    (record,) = records_of("qvhighlights", path, times_past_end="clip")
+    assert record.turns[1].text == "from <t:5.000> to <t:150.000>"
+
+
+def test_a_split_is_chosen_whatever_file_names_it(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    rows = [
+        REFCOCO | {"id": k, "split": split, "boxes": "xywh", "sents": ["she"]}
+        for k, split in enumerate(("train", "val", "train"))
+    ]
+    path, out = fixture(tmp_path, "r.jsonl", rows), tmp_path / "o.jsonl"
+    assert [r.id for r in records_of("refcoco", path, split="train")] == ["0", "2"]
+    assert [r.id for r in records_of("refcoco", path, split="val")] == ["1"]
+    assert len(rows_and_problems("refcoco", path)[1]) == 3
+    assert "no ref of the split test" in refused(
+        convert.main, ["refcoco", str(path), "--split", "test", "--out", str(out)]
+    )
+    plain = fixture(tmp_path, "p.jsonl", [REFCOCO | {"boxes": "xywh"}])
+    assert "no field 'split'" in rows_and_problems("refcoco", plain, split="val")[1][0]
+    assert len(records_of("refcoco", plain)) == 2
+
+
 def test_all_problems_come_together_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -217,6 +217,12 @@ LOADED: dict[str, tuple[Row, list[tuple[str, str]]]] = {
         },
         [("user", "<video>\nWho?\nA. he\nB. she"), ("assistant", "B.")],
     ),
+    "E.T. Instruct with its times in the text": (
+        VIDEO
+        | {"task": "slc", "source": "x", "src": [], "tgt": [36, 44]}
+        | {"conversations": says("<video>When?", "36.0 - 44.0 seconds")},
+        [("user", "<video>When?"), ("assistant", "36.0 - 44.0 seconds")],
+    ),
 }
 
 
@@ -265,6 +271,13 @@ REFUSED: list[tuple[Row, str, str]] = [
         {"segments": [{"start": 1, "end": 2}]}, {"start_timestamp": "00:07:33.689"}, {"start_ms": 40},
         {"clip_start_sec": 3}, {"video_end_frame": 90}, {"narration_timestamp_sec": 1.5}, {"stop": 3},
         {"begin_fid": 3}, {"frame_range": [3, 4]}, {"meta": {"clip": {"start_sec": 3}}},
+        {"box_x1y1x2y2": [[1, 2, 3, 4]]}, {"meta": {"split": [129.8, 184.0]}},
+    )],
+    # texts with slots, whose numbers are in a field: E.T. Instruct, DisTime, VTimeLLM
+    *[(VIDEO | {"conversations": says(f"<video>When, after {slot}?", f"{slot} to {slot}")} | field,
+       "a field that nothing reads", text) for slot, field, text in (
+        ("<vid>", {"src": [12, 18]}, "`src`: this form"), ("<vid>", {"tgt": [3.5, 4]}, "`tgt`: this"),
+        ("<s0>", {"meta": {"duration": 9, "token": {"<s0>": 0, "<e0>": 3.5}}}, "number for <s0>"),
     )],
     (TALK | {"rejected": "he"}, "a field that nothing reads", "`rejected`"),
     ({"video_path": "a.mp4", "conversations": says("Who?", "she")}, "a field that nothing reads",
@@ -342,7 +355,9 @@ def test_activitynet_captions_are_read_moment_by_moment(tmp_path: Path, clip: bo
     path.write_text(json.dumps(ACTIVITYNET))
     bad: list[RowError] = []
     problems: list[str] = []
-    rows = imported("activitynet-captions", path, problems, bad, clip=clip)
+    rows = imported(
+        "activitynet-captions", path, problems, bad, times_past_end="clip" if clip else None
+    )
     assert problems == []
     assert rows[0]["video"] == "v_QOlSCBRmfWY.mp4"
     answers = [row["conversations"][1]["value"] for row in rows]

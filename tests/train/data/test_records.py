@@ -107,6 +107,15 @@ def test_shares_of_a_clip_are_written_in_seconds_of_it(
         "<t:0.500000> <video> <t:0.413000> <video> <t:0.500000> <t:1.5>"
     )
     assert joined.turns[1].text == "at <t:2.000000>"
+    # a picture beside it has no share of its own, and hinders none
+    for answer, fits in (("<x:1><y:1>", True), ("at <t:50%>", False)):
+        said = [{"from": "human", "value": "<video> <t:50%> <image>"}, turns[1] | {"value": answer}]
+        beside = parse_record(record(video=["a.mp4", "p.jpg"], conversations=said), "f:1")
+        joined, _, faults = resolved(beside, [1.0, 0.0], clip=True)
+        assert joined.turns[0].text == "<video> <t:0.500000> <image>"
+        assert [str(fault).partition(": ")[2] for fault in faults] == (
+            [] if fits else ["a time in %, and a medium without a duration"]
+        )
     text_only = parse_record(record(video=None, conversations=[turns[1]]), "f:2")
     _, _, faults = resolved(text_only, [], clip=True)
     assert list(map(str, faults)) == ["f:2 (id r1): a time in %, and a medium without a duration"]

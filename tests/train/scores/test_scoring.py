@@ -227,6 +227,55 @@ def test_what_is_wrong_gets_what_a_person_would_give(
         assert all(found[name] == 0 for name in bounded(found))
 
 
+CORES = {
+    "time": "<t:2.5>",
+    "span": "from <t:1> to <t:4>",
+    "windows": "from <t:1> to <t:4> and from <t:5> to <t:8>",
+    "point": "<x:0.5><y:0.2>",
+    "box": BOX,
+    "tube": f"<t:1> {BOX}; <t:2> {BOX}",
+    "mixed": f"<t:1> to <t:4>: 2 dogs run.\n<t:4> to <t:8>: a cat {BOX}",
+}
+TAILS = (
+    " the 3 men leave",
+    ", while a man in a blue jacket walks slowly across the road to the other side and waves",
+    ": he goes on and on and on",
+    "\nThen 2 of them leave.\nThe end.",
+    " (see <https://a.b>)",
+)
+"""What a reference may have after its last coordinate: alone most of it would be a run-on."""
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("head", ["", "The 2 men: "])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("kind", CORES)
+def test_what_the_reference_says_itself_is_no_run_on(
+    kind: str, tail: str, head: str, *, plain: bool
+) -> None:
+    reference = f"{head}{CORES[kind]}{tail}"
+    about = asked(reference, 40.0)
+    assert about.kind == kind
+    said = re.sub("<[txy]:([0-9.]+)>", r" \1 ", reference) if plain else reference
+    found = score(about, said)
+    assert found["parsed"] == 1.0
+    assert {name: found[name] for name in bounded(found)} == pytest.approx(
+        dict.fromkeys(bounded(found), 1.0)
+    )
+    # the same in other words is read, and what goes on behind it is still found
+    if not plain:
+        other = re.sub("walks|leave|goes|see|dogs", "stays", said)
+        assert score(about, other)["parsed"] == 1.0
+        assert score(about, f"{said} 5 6 7")["run_on"] == 1.0
+
+
+def test_words_that_are_escaped_are_answered_without_their_backslash() -> None:
+    for reference in (r"the tag \<image> is text", r"\<t:3.5>"):
+        assert score(asked(reference), reference.replace("\\", ""))["exact"] == 1.0
+    question = "Which?\nA. \\<image>\nB. \\<video>"
+    assert score(asked(r"B. \<video>", question=question), "<video>")["exact"] == 1.0
+
+
 POINTS = [
     (POINT, "(0.5, 0.2)", 0),
     (POINT, "x: 0.5, y: 0.2", 0),

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from shards.annotations.fault import lacking
 from shards.annotations.files import Rows, UnreadableRow
 from shards.annotations.forms import Json
 from shards.errors import UserError
 
 INSTANCES = "instances.json"
-SPLITS = ("train", "val", "test", "testA", "testB")
+NEEDED = {"images": ("file_name", "width", "height"), "annotations": ("image_id", "bbox")}
+"""List in it -> the fields of its entries that are read."""
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -29,7 +31,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def refs(path: Path) -> Rows:
-    """Yield each ref as `{id, image, width, height, bbox, boxes, sents, part}`; part: its split.
+    """Yield each ref as `{id, image, width, height, bbox, boxes, sents, split}`.
 
     Raises UserError where the pickle is not a list of refs, or instances.json is missing.
     """
@@ -42,8 +44,12 @@ def refs(path: Path) -> Rows:
     with open(path, "rb") as file:
         found = unpickled(file, path)
     instances = json.loads(beside.read_text("utf-8"))
-    images = {image["id"]: image for image in instances["images"]}
-    boxes = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    if what := lacking(instances, *NEEDED):
+        raise UserError(f"{beside}: not a COCO file of boxes: {what}")
+    images, boxes = (
+        {entry["id"]: entry for entry in instances[name] if not lacking(entry, "id", *needed)}
+        for name, needed in NEEDED.items()
+    )
     yield from items(path, found, images, boxes)
 
 
@@ -67,13 +73,16 @@ def items(
     """Yield (place, item) of each ref; an UnreadableRow where its box or picture is not there."""
     for number, ref in enumerate(found):
         where = f"{path}[{number}]"
+        if what := lacking(ref, "ann_id", "image_id", "ref_id", "split", "sentences"):
+            yield where, UnreadableRow(what)
+            continue
         annotation = boxes.get(ref["ann_id"])
         image = images.get(ref["image_id"])
         if annotation is None or image is None:
-            lacking = (
+            missing = (
                 f"annotation {ref['ann_id']}" if annotation is None else f"image {ref['image_id']}"
             )
-            yield where, UnreadableRow(f"{INSTANCES} has no {lacking}")
+            yield where, UnreadableRow(f"{INSTANCES} has no {missing}")
         elif annotation["image_id"] != ref["image_id"]:
             what = f"of image {ref['image_id']}, its box of image {annotation['image_id']}"
             yield where, UnreadableRow(what)
@@ -88,6 +97,6 @@ def items(
                     "bbox": annotation["bbox"],
                     "boxes": "xywh",
                     "sents": [sentence["sent"] for sentence in ref["sentences"]],
-                    "part": ref["split"],
+                    "split": ref["split"],
                 },
             )

@@ -10,7 +10,7 @@ from shards.annotations.fault import RowError, short
 from shards.annotations.forms import VARIABLES, Json
 from train.data.benchmarks.vidstg import Part, part_of, rates
 
-RATES = "rates"
+RATES = "--rates"
 """Field of an item: the file with the frames a second of its video."""
 
 
@@ -20,7 +20,7 @@ def in_seconds(item: Json) -> Json:
     Without `rates`, or a video, an item is returned as it is, and refused where rows are read.
     """
     meta, file = item.get("meta"), item.get(RATES)
-    item = {name: value for name, value in item.items() if name != RATES}
+    item = {name: value for name, value in item.items() if not name.startswith("--")}
     split = meta.get("split") if isinstance(meta, dict) else None
     if not file or split is None or "video" not in item:
         return item
