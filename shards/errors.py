@@ -59,14 +59,28 @@ class UserError(Exception):
         return cls("\n".join(map(str, problems)))
 
 
+def is_of_disk(error: Exception) -> bool:
+    """Return whether an exception that is no OSError tells of one: safetensors writes in Rust, and has a
+    type of its own."""
+    # by name: whoever asks need not have imported safetensors
+    return type(error).__name__ == "SafetensorError" and "I/O error" in str(error)
+
+
 @contextmanager
 def naming(path: object) -> Iterator[None]:
-    """Add a file's name to an OSError that has none, as those of writing: a descriptor has no name."""
+    """Add a file's name to an OSError that has none, as those of writing: a descriptor has no name.
+
+    An error of safetensors that `is_of_disk` becomes an OSError.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
+        raise
+    except Exception as error:
+        if is_of_disk(error):
+            raise OSError(f"{path}: {error}") from None
         raise
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import read_model_config
-from shards.errors import UserError
+from shards.errors import UserError, naming
 from train.settings.exits import command
 from train.settings.output import folder_problem
 from train.settings.recorded import token_limit, trained_with
@@ -79,7 +79,8 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
     # beside the target, so that the renaming stays on one disk
     aside = out.resolve().with_name(f"{out.resolve().name}.tmp")  # renamed once it is complete
     shutil.rmtree(aside, ignore_errors=True)
-    model.save(aside)
+    with naming(out):
+        model.save(aside)
     (aside / "README.md").write_text(readme(model, adapter=adapted and not merge_lora, limit=limit))
     os.replace(aside, out.resolve())
 

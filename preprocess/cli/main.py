@@ -20,7 +20,7 @@ from preprocess.cli.encode import encode, plan, retry
 from preprocess.cli.export import export
 from preprocess.cli.look import diff, footage, realmodels, show, toyworld
 from preprocess.cli.work import finish, merge, work
-from shards.errors import UserError
+from shards.errors import UserError, is_of_disk
 
 
 class Commands(click.Group):
@@ -53,10 +53,12 @@ def one_line_errors() -> Iterator[None]:
         problems = str(error) or repr(error)
     except (click.exceptions.Exit, click.Abort):
         raise
-    except Exception:
-        # a bug keeps its traceback, and no clip is blamed for it
-        traceback.print_exc()
-        raise SystemExit(70) from None  # EX_SOFTWARE of sysexits.h
+    except Exception as error:
+        if not is_of_disk(error):
+            # a bug keeps its traceback, and no clip is blamed for it
+            traceback.print_exc()
+            raise SystemExit(70) from None  # EX_SOFTWARE of sysexits.h
+        problems = str(error)
     else:
         return
     for line in problems.splitlines():

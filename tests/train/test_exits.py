@@ -1,13 +1,19 @@
 """How a command ends: lines and exit 2 for what a person can put right, a traceback for a bug."""
 
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import train.ask
 import train.convert
@@ -16,6 +22,7 @@ import train.export
 import train.probe
 import train.report
 import train.run
+from preprocess.cli.main import one_line_errors
 from shards.errors import UserError
 from train.settings.exits import command
 
@@ -41,6 +48,40 @@ def test_what_a_person_can_put_right_is_lines_and_exit_2(
         fail(error)
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def writes(path: Path) -> None:
+    save_file({"x": torch.zeros(9000)}, path)
+
+
+def preprocesses(path: Path) -> None:
+    with one_line_errors():
+        writes(path)
+
+
+@pytest.mark.parametrize("run", [command(writes), preprocesses], ids=["train", "preprocess"])
+def test_a_full_disk_under_safetensors_is_a_line_too(
+    run: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "File too large" in line
+
+
+def test_other_errors_of_safetensors_stay_bugs(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"no tensors")
+    with pytest.raises(SafetensorError):
+        command(load_file)(tmp_path / "x")
 
 
 COMMANDS = [

@@ -30,7 +30,7 @@ from model.config import VLMConfig
 from model.frame_causal import PAIRS, frame_mse, frame_target, pair_of
 from model.llm import open_as_folder
 from model.slow_fast import uniform_indices
-from shards.errors import UserError
+from shards.errors import UserError, naming
 from shards.format.features import differences
 from shards.read.banks import Place
 from shards.read.timeline import places_of
@@ -346,7 +346,12 @@ def _batches(
 def write(floor: Floor, path: Path) -> None:
     """Write a floor so that it exists whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(floor.tensors, temporary, metadata={"facts": canonical_json(floor.facts).decode()})
+    try:
+        with naming(path):
+            save_file(floor.tensors, temporary, {"facts": canonical_json(floor.facts).decode()})
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     open_as_folder(temporary)
     os.replace(temporary, path)
 

@@ -5,6 +5,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,10 @@ class RunLog:
         # steps after the checkpoint are taken a second time: their lines go, TensorBoard's by purge_step
         keep_until(self._metrics, first_step)
         self._text = open(output_dir / "train.log", "a", encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(output_dir / "logs", purge_step=first_step + 1)
+        self._boards = output_dir / "logs"
+        threading.excepthook = _unless_raised_here
+        with naming(self._boards):
+            self._board = SummaryWriter(self._boards, purge_step=first_step + 1)
         if wandb is not None:
             self._wandb = wandb_run(output_dir, first_step, wandb)
 
@@ -127,8 +131,9 @@ class RunLog:
         with naming(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         numbers = {f"{kind}/{n}": v for n, v in metrics.items() if isinstance(v, int | float)}
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        with naming(self._boards):
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
         # W&B has the steps between the checkpoint and a crash already, with the same values
         if self._wandb is not None and step >= getattr(self._wandb, "starting_step", 0):
             self._wandb.log(numbers, step=step)
@@ -137,10 +142,19 @@ class RunLog:
         if self.active:
             if self._bar is not None:
                 self._bar.close()
-            self._board.close()
+            with naming(self._boards):
+                self._board.close()
             self._text.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def _unless_raised_here(what: threading.ExceptHookArgs) -> None:
+    """Print a thread's traceback, as Python does, but not TensorBoard's of a full disk: the next call of
+    its writer raises that error once more."""
+    writes = type(what.thread).__name__ == "_AsyncWriterThread"
+    if not (writes and isinstance(what.exc_value, OSError)):
+        threading.__excepthook__(what)
 
 
 def _drop_stderr() -> None:

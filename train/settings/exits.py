@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from shards.errors import UserError
+from shards.errors import UserError, is_of_disk
 from train.settings import last_word
 
 P = ParamSpec("P")
@@ -37,6 +37,10 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             refuse(error.problems)
         except OSError as error:
             refuse([str(error) or repr(error)])
+        except Exception as error:
+            if not is_of_disk(error):
+                raise
+            refuse([str(error)])
 
     return run
 

@@ -1,7 +1,9 @@
 """The fitted baselines that ar_skill is read against, beside fits of NumPy that know nothing of ours."""
 
 import json
+import resource
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -250,6 +252,20 @@ def test_a_floor_of_other_frames_or_a_broken_one_is_refused_by_name(
         file.truncate(900)
     with pytest.raises(UserError, match="does not read as a run's floor"):
         floor_of_model(tmp_path, config)
+
+
+def test_a_floor_on_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    floor = Floor({"x": torch.zeros(9000)}, {"version": 0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"floor\.safetensors: .*File too large"):
+            floors.write(floor, tmp_path / floors.FILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_fits_read_each_clip_once_and_no_more_than_they_may(

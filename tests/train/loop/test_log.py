@@ -3,10 +3,13 @@
 import fcntl
 import os
 import pty
+import resource
 import select
+import signal
 import struct
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 from typing import TextIO
@@ -25,6 +28,34 @@ def printed(run: Path, stream: TextIO, patched: pytest.MonkeyPatch) -> None:
         log.show(step, 4, {"ce_loss": 1.5 / step, "ar_skill": 0.25}, line=step == 2)
         time.sleep(0.12)  # the bar is drawn anew after a tenth of a second
     log.close()
+
+
+def recorded(run: Path) -> None:
+    log = RunLog(run, 0, active=True)
+    for step in range(5):
+        log.record(step, {"ce_loss": 1.5, "ar_skill": 0.25, "grad_norm": 1.0})
+    log.close()
+
+
+@pytest.mark.parametrize(("most", "named"), [(0, "logs"), (400, "logs"), (90, "metrics.jsonl")])
+def test_a_full_disk_is_said_once_with_the_name_of_what_could_not_be_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    most: int,
+    named: str,
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # it is replaced
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/{named}'"):
+            recorded(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_terminal_has_a_bar_and_whole_lines(
