@@ -46,7 +46,6 @@ from train.scores.results import (
     Results,
     foreseen_beside,
     predictions_beside,
-    read_report,
     report_beside,
     report_problem,
     results_of,
@@ -57,6 +56,7 @@ from train.settings.config import TrainConfig
 from train.settings.exits import command
 from train.settings.folders import Folders
 from train.settings.launcher import wishes
+from train.settings.output import read_object
 from train.settings.recorded import limit_of_run, trained_with
 from train.start.stage_files import model_problem
 from train.sweep.record import problem_of_report
@@ -210,7 +210,7 @@ def rescore(path: Path, output: Path | None) -> None:
     if problem:
         raise UserError(problem)
     # losses and limits cannot be computed without the model: they stay as they were
-    known = {k: v for k, v in read_report(report_beside(path)).items() if k not in SCORED}
+    known = {k: v for k, v in read_object(report_beside(path)).items() if k not in SCORED}
     report = {"records": len({p.record for p in predictions})} | known | report_of(predictions)
     write_predictions(predictions_beside(report_path), predictions)
     write_atomic(report_path, json.dumps(report, indent=2).encode() + b"\n")
