@@ -131,7 +131,7 @@ class VLM(nn.Module):
                 vectors = self.lape.embed(axis, coord[index])
                 embeds = embeds.index_copy(0, index, vectors.to(embeds.dtype))
         for group in batch.groups:
-            tokens = self.frame_tokens(batch, group).flatten(0, 2).to(embeds.dtype)
+            tokens = self.frame_tokens(group).flatten(0, 2).to(embeds.dtype)
             embeds = embeds.index_copy(0, group.token_index.flatten(), tokens)
             embeds = self._closed(embeds, group.end_index)
         if batch.newline_index is not None:
@@ -153,7 +153,7 @@ class VLM(nn.Module):
             tokens = pool(tokens, POOLED, "bilinear").to(tokens.dtype)
         return tokens
 
-    def frame_tokens(self, batch: Batch, group: FrameGroup) -> Tensor:
+    def frame_tokens(self, group: FrameGroup) -> Tensor:
         """Return projector(features) + stream + positions: `(frames, cell_rows, cell_cols, width)`."""
         tokens = self.projected(group)
         if self.config.frame_marks == "frames":

@@ -63,8 +63,11 @@ def refusal(repo: str, kind: str = "model") -> str | None:
 def absent(name: str, kind: str = "model") -> str | None:
     """Return why a name is neither a local path nor a repository; None if it is one, or is not a name."""
     # a path that exists is never asked for: a folder may look like owner/name
-    if Path(name).exists() or not NAME.fullmatch(name):
+    if Path(name).exists():
         return None
+    if not NAME.fullmatch(name):
+        # a bare name may be one of the Hub's own models, which have no owner
+        return "no such folder" if "/" in name else None
     why = refusal(name, kind)
     return why and f"no such folder, and as a name of the Hub: {why}"
 

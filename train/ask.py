@@ -39,7 +39,6 @@ from train.data.spans import forwards
 from train.evaluate import check_features
 from train.scores.pointed import in_pixels
 from train.settings.exits import command
-from train.settings.folders import advice
 from train.settings.recorded import token_limit, trained_with
 from train.shown import Picture
 from train.start.stage_files import model_problem
@@ -130,6 +129,7 @@ def ask(
     picture: Picture | None = None,
 ) -> str:
     """Return a model's answer about a video, in seconds and pixels, and draw the picture of it."""
+    refuse_absent(video)  # before the model is loaded, which takes far longer
     answerer = Answerer.load(folder)
     with DecodeChild() as child:
         # decoded in a child: a damaged file can crash the decoder, and then says so in a line
@@ -152,7 +152,10 @@ def banked(clip_id: str, banks: Banks) -> Medium:
     for cut, place in zip(cuts, places, strict=True):
         if place is None:
             why = "in quarantine" if cut.video in banks.quarantined() else "in no bank"
-            raise UserError(f"the clip {cut.video!r} is {why}", fix=advice(cut.video, banks))
+            # ids are written here by hand: no setting turns another name into them
+            near = " or ".join(map(repr, banks.near.like(cut.video)))
+            fix = f"did you mean {near}?" if near else "encode it, or name its bank"
+            raise UserError(f"the clip {cut.video!r} is {why}", fix=fix)
     found = [place for place in places if place is not None]
     # a bare id is one clip; anything else was written as a timeline
     return found[0].clip() if clip_id == cuts[0].video else timeline_of(found, cuts).clip()
@@ -330,6 +333,14 @@ def _load_tower(features: FeatureConfig, name: str) -> "Tower":
     return tower
 
 
+def refuse_absent(video: Path) -> None:
+    """Raise UserError for a video that does not exist."""
+    if not video.exists():
+        raise UserError(
+            "no such file", where=video, fix="correct the path; a banked clip's id: --bank"
+        )
+
+
 def fresh_clip(
     video: Path, features: FeatureConfig, tower: "Tower", child: DecodeChild
 ) -> FreshClip:
@@ -354,8 +365,7 @@ def encoded(
     video: Path, features: FeatureConfig, tower: "Tower", child: DecodeChild
 ) -> tuple["Clip", dict[int, np.ndarray]]:
     """Return a video's frames, and their features per stride as `preprocess encode` stores them."""
-    if not video.exists():
-        raise UserError("no such file", where=video)
+    refuse_absent(video)
     clip = child.read_clip(ReadRequest(video, features.sampling, pixels=tower.pixels))
     stored, _ = tower.features(
         clip.frames,

@@ -19,7 +19,7 @@ from train.data.drops import (
     BadRecords,
     Drop,
     add_record_flags,
-    counted,
+    reason_counts,
     record_settings,
     write_drops,
 )
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     # written without drops as well: a list of an earlier attempt must not stay beside
     listed = args.out.with_suffix(".dropped.jsonl")
     write_drops(listed, drops)
-    why = counted([drop.reason for drop in drops])
+    why = reason_counts([drop.reason for drop in drops])
     left_out = f"; {len(drops)} left out ({why}), listed in {listed}" if drops else ""
     print(f"written: {args.out}: {len(rows)} records{left_out}")  # noqa: T201
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from model.config import TURNS, read_model_config
 from shards.errors import UserError
-from shards.read.banks import Banks
+from shards.format.features import FeatureConfig
+from shards.read.banks import Banks, arithmetic_note, conflicts
 from shards.signed import Json, write_atomic
 from train.answers import (
     FEWEST_NEW_TOKENS,
@@ -45,7 +46,6 @@ from train.scores.results import (
     Results,
     foreseen_beside,
     predictions_beside,
-    read_report,
     report_beside,
     report_problem,
     results_of,
@@ -56,6 +56,7 @@ from train.settings.config import TrainConfig
 from train.settings.exits import command
 from train.settings.folders import Folders
 from train.settings.launcher import wishes
+from train.settings.output import read_object
 from train.settings.recorded import limit_of_run, trained_with
 from train.start.stage_files import model_problem
 from train.sweep.record import problem_of_report
@@ -102,8 +103,8 @@ def main(argv: list[str]) -> None:
 
     # -- the model, and the banks it is scored on
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    model = untrained(args.model) if args.untrained else load(args.model, sets)
-    model.to(accelerator.device).eval()
+    model = (untrained if args.untrained else load)(args.model).to(accelerator.device).eval()
+    sets = [of_its_features(dataset, model, args.model) for dataset in sets]
     # questions that do not see each other take a mask that not every LLM keeps to
     admit(model, apart=any(record.independent for own in records for record in own))
     # baselines fitted on the training clips: fitted on the test clips they would be too good
@@ -171,7 +172,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--media_dir", default="", help="as that of a run")
     parser.add_argument("--strip_prefix", nargs="+", default=[], help="as those of a run")
-    add_record_flags(parser)
+    add_record_flags(parser, "missing")
     args = parser.parse_args(argv)
     if args.untrained and args.shuffle_features:
         parser.error("--untrained and --shuffle_features are a control each: take one of them")
@@ -209,7 +210,7 @@ def rescore(path: Path, output: Path | None) -> None:
     if problem:
         raise UserError(problem)
     # losses and limits cannot be computed without the model: they stay as they were
-    known = {k: v for k, v in read_report(report_beside(path)).items() if k not in SCORED}
+    known = {k: v for k, v in read_object(report_beside(path)).items() if k not in SCORED}
     report = {"records": len({p.record for p in predictions})} | known | report_of(predictions)
     write_predictions(predictions_beside(report_path), predictions)
     write_atomic(report_path, json.dumps(report, indent=2).encode() + b"\n")
@@ -247,24 +248,27 @@ def check_turns(records: Sequence[Record], turns: str, folder: Path) -> None:
         )
 
 
-def load(folder: Path, sets: Sequence[Dataset]) -> "VLM":
-    """Load a model; UserError for banks of other features than its training's."""
+def load(folder: Path) -> "VLM":
+    """Return a trained model."""
     from model.vlm import VLM
 
-    model = VLM.load(folder)
-    for dataset in sets:
-        check_features(model, dataset.banks, folder)
-    return model
+    return VLM.load(folder)
+
+
+def of_its_features(dataset: Dataset, model: "VLM", folder: Path) -> Dataset:
+    """Return a test set, with a note where its features are rounded otherwise than the model's.
+
+    Raises UserError for banks of other features than a model was trained on.
+    """
+    check_features(model, dataset.banks, folder)
+    note = arithmetic_note(dataset.banks, model.features["tower_dtype"])
+    return replace(dataset, notes=(*dataset.notes, *note))
 
 
 def check_features(model: "VLM", banks: Banks, folder: Path) -> None:
     """Raise UserError where banks hold other features than a model was trained on."""
-    from shards.format.features import FeatureConfig, differences
-    from shards.read.banks import joint
-
     theirs = FeatureConfig.from_json(model.features)
-    # strides are compared elsewhere: a bank may have more of them than the model reads
-    lines = differences(joint(banks.config), joint(theirs))
+    lines = conflicts(banks.config, theirs)
     if lines:
         raise UserError(f"the bank's features are not those of {folder}: {'; '.join(lines)}")
 

@@ -91,7 +91,13 @@ def _print_verified(
     for damage in damages:
         click.echo(printable(str(damage)))
     if not damages:
-        click.echo(f"{bank}: sound" + (", every byte" if deep else "; --deep reads every byte"))
+        found = read_inventory(bank)
+        # of a run that is not finished, what is there may be sound, and be nothing
+        made = f"{len(found.commits):,} of {counted(len(found.planned), 'planned shard')} made: "
+        click.echo(
+            f"{bank}: {made if found.manifest is None else ''}sound"
+            + (", every byte" if deep else "; --deep reads every byte")
+        )
         return True
     keys = {(damage.file, damage.key) for damage in damages if damage.key}
     files = {damage.file for damage in damages}

@@ -174,7 +174,7 @@ def _refuse_incomplete(scan: Scan) -> None:
                 f"{reason}, {len(scan.pts)} frames come of {scan.promised_frames} "
                 "that the file promises",
                 where=scan.path,
-                fix="fetch the video again, or re-encode it",
+                fix="fetch the video again, or bank what comes with --allow-truncated",
             )
 
 

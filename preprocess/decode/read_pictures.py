@@ -75,7 +75,10 @@ def scan_pictures(path: Path, fps: str = PICTURE_FPS) -> Scan:
         files = picture_files(path)
         if not files:
             raise VideoError(
-                Reason.NO_PICTURES, "a folder without pictures", where=path, fix="remove it"
+                Reason.NO_PICTURES,
+                "a folder without pictures",
+                where=path,
+                fix="name a video or a folder of pictures",
             )
         first = files[0]
         ends = list(range(1, len(files) + 1))

@@ -170,6 +170,7 @@ def spread(clips: Sequence[ClipSource], most: int) -> list[ClipSource]:
 
 def table(pace: Pace, job: Job, asked: Asked) -> list[str]:
     """Return the lines that `preprocess bench` prints."""
+    hours = "hours by" if asked.price is None else "hours (cost) by"
     lines = [
         f"{counted(job.clips, 'clip')}, {counted(job.frames, 'frame')}, "
         f"{in_bytes(round(job.frames * pace.nbytes))} in the bank; measured on "
@@ -192,7 +193,7 @@ def table(pace: Pace, job: Job, asked: Asked) -> list[str]:
         ),
         "",
         *_columns(
-            ["hours by", *(f"{_many(devices, machines)}" for machines, devices in _fleets(asked))],
+            [hours, *(f"{_many(devices, machines)}" for machines, devices in _fleets(asked))],
             [
                 [
                     f"{counted(decoders, 'decoder')} a device",

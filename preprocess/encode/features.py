@@ -92,7 +92,12 @@ def load_tower(options: EncodeOptions) -> "Tower":
     """Load a tower; in float32 if its dtype has yet to be chosen by measuring."""
     # before torch is imported
     if why := absent(options.tower):
-        raise UserError(why, where=f"tower {options.tower}")
+        raise UserError(
+            why,
+            where=f"tower {options.tower}",
+            fix="a tower is a folder with config.json, preprocessor_config.json and weights, or a model "
+            "of the Hub",
+        )
     from model.tower.tower import Tower
 
     dtype = "float32" if options.tower_dtype == "auto" else options.tower_dtype

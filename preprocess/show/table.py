@@ -62,7 +62,8 @@ def facts(bank: Bank) -> list[str]:
     """Return the lines on how the bank was made and how large it is."""
     config, manifest = bank.config, bank.manifest
     tower = f"{config.tower_type}, digest {config.tower_digest[:12]}"
-    many = f"{config.sampling.fps} frames per second, at most {config.sampling.max_frames}"
+    rate = f"{config.sampling.fps} frame{'s' * (config.sampling.fps != '1')}"
+    many = f"{rate} per second, at most {config.sampling.max_frames}"
     if config.sampling.num_frames:
         many = f"{config.sampling.num_frames} frames of each clip, uniformly"
     if config.sampling.like:

@@ -227,7 +227,9 @@ def table(found: Status) -> str:
         rows["rate"] = _rate(progress, found.seconds)
     failed = sum(found.quarantine.values())
     reasons = ", ".join(f"{n} {reason}" for reason, n in found.quarantine.items())
-    rows["quarantine"] = f"{failed} clips: {reasons}; `preprocess retry`" if failed else "empty"
+    rows["quarantine"] = (
+        f"{counted(failed, 'clip')}: {reasons}; `preprocess retry`" if failed else "empty"
+    )
     if found.dead:
         whole = f"; nothing else in {', '.join(found.dead_shards)}" if found.dead_shards else ""
         rows["dead"] = (
@@ -260,7 +262,7 @@ def _state(found: Status) -> str:
         fix = f"run `preprocess {command}` again to continue"
         if found.problems:  # a finished shard whose record is lost is no work to do
             fix = f"run `preprocess repair {printable(str(found.bank))}` first"
-        return f"{left} units to do and no process writes{killed}; {fix}"
+        return f"{counted(left, 'unit')} to do and no process writes{killed}; {fix}"
     if found.manifest is None:
         return f"all units are finished, bank.json is missing{killed}; run `preprocess {command}` again"
     return f"finished{killed}"

@@ -1,7 +1,7 @@
 """Several banks read as one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -49,10 +49,11 @@ class Banks:
         """Banks of the run that are not searched here."""
         first = self.banks[0]
         for number, other in enumerate(self.banks[1:], 1):
-            lines = differences(joint(first.config), joint(other.config))
+            lines = conflicts(first.config, other.config)
             if lines:
                 raise UserError(
-                    f"{first.where} and {other.where} cannot be joined: {'; '.join(lines)}"
+                    f"{first.where} and {other.where} cannot be joined: {'; '.join(lines)}",
+                    fix="encode one of them again as the other was, or name one",
                 )
             # each pair: which bank a clip is read from must not depend on their order
             for earlier in [] if apart else self.banks[:number]:
@@ -146,3 +147,23 @@ def joint(config: FeatureConfig) -> Json:
     # none of these changes what a feature is: reads bring frames, and floats of one kind or the other
     own = ("sampling", "codec", "dtype", "format_version", "derived")
     return {name: value for name, value in config.to_json().items() if name not in own}
+
+
+def conflicts(ours: FeatureConfig, theirs: FeatureConfig) -> list[str]:
+    """Return a line for each setting by which features cannot serve one model.
+
+    The type of the tower's arithmetic is none: `--tower-dtype auto` takes it by the time of a frame, so
+    that two banks of one machine may differ in it, and it changes features less than int8 does.
+    """
+    one, other = (joint(replace(config, tower_dtype="")) for config in (ours, theirs))
+    return differences(one, other)
+
+
+def arithmetic_note(banks: Banks, type_: str = "") -> list[str]:
+    """Return a line unless the tower computed in one type for all banks, and for a model of that type."""
+    types = {bank.config.tower_dtype for bank in banks.banks} | ({type_} if type_ else set())
+    if len(types) == 1:
+        return []
+    made = ", ".join(f"{bank.config.tower_dtype} for {bank.where}" for bank in banks.banks)
+    model = f", {type_} for the model's training" if type_ else ""
+    return [f"features: the tower computed in {made}{model}: they differ by rounding"]

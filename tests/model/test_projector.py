@@ -161,7 +161,7 @@ def test_a_model_projects_the_finer_cells_and_predicts_the_coarser(
         frames = [0, 2] if group.stream == 0 else [1, 3]
         stride = group.grid.stride // 2
         assert torch.equal(group.finer, torch.from_numpy(clip.features[stride][frames]))
-        tokens = model.frame_tokens(batch, group)
+        tokens = model.frame_tokens(group)
         assert tokens.shape[:3] == group.features.shape[:3]
     out = model(batch)
     assert out["ar_count"].sum() == 3

@@ -396,9 +396,9 @@ def test_gamma_starts_where_positions_are_a_tenth_of_the_features(
         gamma = model.lape.gamma.detach().clone()
         for group in batch.groups:
             with torch.no_grad():
-                whole = model.frame_tokens(batch, group)
+                whole = model.frame_tokens(group)
                 model.lape.gamma.zero_()
-                bare = model.frame_tokens(batch, group)
+                bare = model.frame_tokens(group)
                 model.lape.gamma.copy_(gamma)
                 inside.append((bare - model.visual.stream[group.stream]).flatten())
                 added.append((whole - bare).flatten())

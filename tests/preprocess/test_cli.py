@@ -148,6 +148,8 @@ def test_what_is_skipped_is_told_by_plan_and_encode_and_listed(toy: Path, tmp_pa
         assert {json.loads(line)["where"] for line in listed} == {
             str(videos / name) for name in ("a.srt", "b.srt", "c.part", "Thumbs.db", "more")
         }
+        made = "0 of 1 planned shard made: " if command[0] == "plan" else ""
+        assert f"bank: {made}sound;" in preprocess("verify", tmp_path / "bank").output
     result = preprocess("encode", *words, "--follow-links")
     assert "9 clips" in preprocess("plan", *words, "--no-estimate", "--follow-links").stdout
     assert result.exit_code == 0
@@ -263,10 +265,10 @@ def test_every_missing_input_has_its_line(toy: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_tower_is_refused(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "tower").mkdir()
     words = encode_words(toy, tmp_path / "b")
-    for tower in (tmp_path / "tower", tmp_path / "nowhere"):
-        line = refused(preprocess(*words, "--tower", tower))
-        assert f"tower {tower}: cannot be loaded" in line
-        assert "name a folder with config.json" in line
+    for name, why in (("tower", "cannot be loaded"), ("nowhere", "no such folder")):
+        line = refused(preprocess(*words, "--tower", tmp_path / name))
+        assert f"tower {tmp_path / name}: {why}; " in line
+        assert "a folder with config.json" in line
     assert not (tmp_path / "b").exists()
 
 

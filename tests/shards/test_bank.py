@@ -39,7 +39,7 @@ from shards.format.plan import ClipSource, Plan, write_plan
 from shards.format.samples import sample_key
 from shards.read import opening
 from shards.read.bank import Bank, DamagedSample, runs
-from shards.read.banks import Banks
+from shards.read.banks import Banks, arithmetic_note
 from shards.signed import signed_json, write_atomic
 from shards.storage import LocalFiles
 
@@ -323,7 +323,6 @@ def config_changes(features: FeatureConfig) -> dict[str, FeatureConfig]:
         "pool": replace(features, pool="max"),
         "processor.width": replace(features, processor={**features.processor, "width": 32}),
         "attention": replace(features, attention="eager"),
-        "tower_dtype": replace(features, tower_dtype="bfloat16"),
     }
 
 
@@ -337,7 +336,6 @@ def config_changes(features: FeatureConfig) -> dict[str, FeatureConfig]:
         "pool",
         "processor.width",
         "attention",
-        "tower_dtype",
     ],
 )
 def test_banks_that_disagree_are_refused_by_field(
@@ -348,6 +346,19 @@ def test_banks_that_disagree_are_refused_by_field(
     message = refusal(lambda: Banks.open([small_bank, other]))
     assert f"{small_bank} and {other} cannot be joined: {name}: " in message
     assert message.count(" here, ") == 1
+
+
+def test_banks_of_a_tower_that_computed_in_other_types_join_and_are_told(
+    small_bank: Path, make_bank: MakeBank, features: FeatureConfig, tmp_path: Path
+) -> None:
+    config = replace(features, tower_dtype="bfloat16")
+    other = make_bank(tmp_path / "other", {"x.mp4": arrays_of(1)}, config=config)
+    banks = Banks.open([small_bank, other])
+    assert "x.mp4" in banks
+    (line,) = arithmetic_note(banks)
+    assert f"float32 for {small_bank}, bfloat16 for {other}" in line
+    assert arithmetic_note(Banks.open([small_bank]), "float32") == []
+    assert arithmetic_note(Banks.open([other]), "float32")
 
 
 def test_banks_of_other_sampling_join(

@@ -139,7 +139,7 @@ def test_a_banked_clip_is_asked_by_its_id_and_answers_as_the_raw_video(
         assert capsys.readouterr().out == raw
     banked = [*model, "--bank", str(toy_bank)]
     line = refused(main, ["clip-00000.mp4", "?", *banked])
-    assert "the clip 'clip-00000.mp4' is in no bank; the bank has " in line
+    assert "the clip 'clip-00000.mp4' is in no bank; did you mean " in line
     assert CLIP in line
     line = refused(main, [CLIP, "?", *banked, "--tower", "x"])
     assert "--tower: a banked clip needs no tower" in line
@@ -394,7 +394,10 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     trained_run: Path, toy: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     video, ours = str(toy / "videos" / CLIP), ("--model", str(trained_run))
-    assert "nowhere.mp4: no such file" in refused(main, ["nowhere.mp4", "?", *ours])
+    # before a model is looked for: loading one takes far longer
+    assert "nowhere.mp4: no such file" in refused(main, ["nowhere.mp4", "?", "--model", "none"])
+    (tmp_path / "folder").mkdir()
+    assert "without pictures; name a video" in refused(main, [str(tmp_path / "folder"), "?", *ours])
     assert f"{tmp_path}: no trained model" in refused(main, [video, "?", "--model", str(tmp_path)])
     (tmp_path / "empty.mp4").write_bytes(b"")
     assert "empty.mp4" in refused(main, [str(tmp_path / "empty.mp4"), "?", *ours])

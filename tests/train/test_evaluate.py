@@ -206,6 +206,7 @@ def test_captions_without_the_library_that_compares_them_are_refused_before_the_
 
 def test_a_bank_that_the_model_was_not_made_for_is_refused_by_field(
     evaluate_here: Callable[..., None],
+    trained_run: Path,
     toy: Path,
     tmp_path: Path,
     refused: Callable[..., str],
@@ -214,8 +215,27 @@ def test_a_bank_that_the_model_was_not_made_for_is_refused_by_field(
         tower=str(toy / "tower"), strides=(4, 8), sampling=Sampling(num_frames=2), pool="max"
     )
     encode([str(toy / "videos")], tmp_path / "bank", options)
-    line = refused(evaluate_here, bank=tmp_path / "bank")
-    assert "pool: 'max' here, 'average' there" in line
+    for control in ([], ["--untrained"]):
+        line = refused(evaluate_here, *control, model=trained_run, bank=tmp_path / "bank")
+        assert "pool: 'max' here, 'average' there" in line
+
+
+def test_a_bank_whose_tower_computed_in_another_type_is_scored_and_told(
+    evaluate_here: Callable[..., None],
+    toy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sampling = Sampling(num_frames=4)
+    options = EncodeOptions(
+        tower=str(toy / "tower"), strides=(4, 8), sampling=sampling, tower_dtype="bfloat16"
+    )
+    encode([str(toy / "videos")], tmp_path / "bank", options)
+    output = tmp_path / "scores.json"
+    evaluate_here("--max_records", "2", "--output", str(output), bank=tmp_path / "bank")
+    note = f"computed in bfloat16 for {tmp_path / 'bank'}, float32 for the model's training"
+    assert note in capsys.readouterr().out
+    assert json.loads(output.read_text())["records"] == 2
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_scoring(

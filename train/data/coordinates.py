@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from shards.annotations.fault import RowError
+from shards.text import counted
 from train.data.markup import (
     MARKUP,
     MEDIA_TAGS,
@@ -152,6 +153,17 @@ def repeating(record: Record) -> bool:
     return False
 
 
+def numbers_note(records: Sequence[Record]) -> tuple[str, ...]:
+    """Return a line where no answer of some records has a coordinate, which LAPE's tokens learn from."""
+    answers = (turn.text for record in records for turn in record.turns if turn.role == "assistant")
+    if not records or any(map(MARKUP.search, answers)):
+        return ()
+    return (
+        f"LAPE: no answer of {counted(len(records), 'record')} looked at has a coordinate such as "
+        "<t:12.5> or <x:0.31>, so none trains its tokens; numbers in another form stay text",
+    )
+
+
 def _outside(piece: Coordinate, duration: float, *, clip: bool = False) -> RowError | None:
     """Return the fault of a coordinate, None if it is inside; duration: of its clip, 0 without one."""
     limit = duration if piece.axis == 0 else 1.0
@@ -161,8 +173,10 @@ def _outside(piece: Coordinate, duration: float, *, clip: bool = False) -> RowEr
         return None
     kind = "time" if piece.axis == 0 else "coordinate"
     behind = piece.axis == 0 and 0 < limit < piece.value
-    return RowError(
-        BEHIND if behind else OUTSIDE,
-        f"{kind} {piece.value:g} is outside [0, {limit:g}]",
-        fix="times_past_end: clip ends such spans with their clip" if behind and not clip else None,
-    )
+    fix: str | None = "places are fractions of the frame: divide pixels by its width or height"
+    if piece.axis == 0:
+        fix = (
+            "times_past_end: clip ends such spans with their clip" if behind and not clip else None
+        )
+    what = f"{kind} {piece.value:g} is outside [0, {limit:g}]"
+    return RowError(BEHIND if behind else OUTSIDE, what, fix=fix)

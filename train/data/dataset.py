@@ -12,10 +12,10 @@ from pathlib import Path
 from shards.annotations.files import local_copy
 from shards.annotations.globs import expanded
 from shards.errors import UserError
-from shards.read.banks import BankedClip, Banks
+from shards.read.banks import BankedClip, Banks, arithmetic_note
 from shards.read.timeline import SplicedClip
-from train.data.coordinates import repeating
-from train.data.drops import LIST, Drop
+from train.data.coordinates import numbers_note, repeating
+from train.data.drops import LIST, Drop, reason_counts
 from train.data.known.facts import file_digest, has_dialogues
 from train.data.mixtures import MixturePart, all_parts
 from train.data.reading import Reading, shorten
@@ -27,7 +27,7 @@ from train.settings.folders import Folders
 
 DEFAULTS = DataSettings()
 SAMPLED = 1024
-"""Records of a dataset that are examined for answers which repeat earlier ones."""
+"""Records of a dataset that are looked at for what is worth saying."""
 WORTH_SAYING = 0.01
 """Share of such records from which on there is a warning."""
 
@@ -158,9 +158,7 @@ def repeated_warnings(files: Sequence[RecordFile]) -> tuple[str, ...]:
     for file in files:
         if file.independent:
             continue
-        size = file.count // file.repeats
-        # spread over the file, not its first ones: files are often sorted by kind
-        records = [file.record(0, k) for k in range(0, size, size // SAMPLED + 1)]
+        records = sampled(file)
         found = sum(map(repeating, records))
         if found >= max(1, len(records) * WORTH_SAYING):
             lines.append(
@@ -169,6 +167,12 @@ def repeated_warnings(files: Sequence[RecordFile]) -> tuple[str, ...]:
                 "independent"
             )
     return tuple(lines)
+
+
+def sampled(file: RecordFile) -> list[Record]:
+    """Return some records of a dataset, spread over the file: files are often sorted by kind."""
+    size = file.count // file.repeats
+    return [file.record(0, k) for k in range(0, size, size // SAMPLED + 1)]
 
 
 def drawn_line(dataset: Dataset) -> str:
@@ -313,13 +317,19 @@ def _join(
         )
     ]
     if not any(file.records or file.splice for file in files) and not problems:
-        problems.append("no records are left to train on; see `missing` and the bank's quarantine")
+        why = reason_counts(list(dropped.elements()))
+        problems.append(
+            f"no records are left to train on ({why or 'the files have none'}); see `missing` and the "
+            "bank's quarantine"
+        )
     reading.refuse()
     notes, drops = reading.notes(LIST), reading.unique_drops
     augment = read_augment(config.augment)
     if augment.ratio and slow == fast:
         raise UserError("augment: ratio needs two strides, and slow and fast are one")
-    notes += independent_notes(files)
+    notes += (*independent_notes(files), *arithmetic_note(banks))
+    if config.enable_lape:
+        notes += numbers_note([record for file in files for record in sampled(file)])
     files.sort(key=lambda file: file.splice is not None)
     own = tuple(files), held_out, dropped, slow, fast, notes, drops
     warnings = repeated_warnings(files)

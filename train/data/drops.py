@@ -79,7 +79,7 @@ class BadRecords:
         bad = [error for error in dropped.values() if not self._asked_for(error)]
         limit = self.settings.bad_record_limit
         if len(bad) > most_of(limit, rows):
-            reasons = counted([error.reason for error in bad])
+            reasons = reason_counts([error.reason for error in bad])
             problems.append(
                 f"{path}: {len(bad)} of {rows} records are bad ({reasons}), more than "
                 f"bad_record_limit {limit} allows; the first: {bad[0]}"
@@ -119,7 +119,7 @@ def most_of(limit: str, rows: int) -> Fraction:
     return Fraction(limit)
 
 
-def counted(reasons: Sequence[str]) -> str:
+def reason_counts(reasons: Sequence[str]) -> str:
     """Return the count of each reason, the most frequent first: `3 no answer, 1 bad box`."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
 
@@ -137,16 +137,19 @@ def write_drops(file: Path, drops: Sequence[Drop]) -> None:
     os.replace(temporary, file)
 
 
-def add_record_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the settings for bad records to a command with few flags of its own."""
+def add_record_flags(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Add the settings for bad records to a command with few flags of its own; more: names of others.
+
+    All that a refusal advises has to be among a command's flags.
+    """
     known = {item.name: item for item in fields(DataSettings)}
 
     def add(name: str, **options: Any) -> None:
         words = known[name].metadata["help"].replace("%", "%%")  # which argparse fills in
         parser.add_argument(f"--{name}", help=words, **options)
 
-    for name in ("on_bad_record", "times_past_end"):
-        add(name, choices=known[name].metadata["choices"], default="refuse")
+    for name in (*more, "unsupervised", "on_bad_record", "times_past_end"):
+        add(name, choices=known[name].metadata["choices"], default=known[name].default)
     add("bad_record_limit", type=_limit, default=known["bad_record_limit"].default)
     add("ignore_fields", nargs="+", default=[], metavar="FIELD")
     add("allow_outside", action="store_true")
@@ -162,6 +165,8 @@ def _limit(text: str) -> str:
 def record_settings(args: argparse.Namespace) -> DataSettings:
     """Return the settings that were given by `add_record_flags`."""
     return DataSettings(
+        missing=getattr(args, "missing", DataSettings.missing),
+        unsupervised=args.unsupervised,
         on_bad_record=args.on_bad_record,
         times_past_end=args.times_past_end,
         bad_record_limit=args.bad_record_limit,

@@ -22,7 +22,7 @@ from shards.read.timeline import Timeline, timeline_of
 from shards.signed import canonical_json
 from shards.text import some
 from train.data.coordinates import resolved
-from train.data.drops import BadRecords, Drop, counted
+from train.data.drops import BadRecords, Drop, reason_counts
 from train.data.known import facts
 from train.data.known.facts import Facts, LazyRecords, file_digest, stamps
 from train.data.known.sealed import code_digest, versions
@@ -206,7 +206,7 @@ class Reading:
     def notes(self, listed: str) -> tuple[str, ...]:
         """Return notes on dropped, clipped and unread records; listed: the file that lists drops."""
         lines = []
-        if held_out := counted([drop.reason for drop in self.unique_drops if drop.held_out]):
+        if held_out := reason_counts([drop.reason for drop in self.unique_drops if drop.held_out]):
             lines.append(f"held-out records left out: {held_out}")
         if self.drops and listed:
             lines.append(f"what is left out is listed in {listed}")

@@ -188,7 +188,7 @@ def scores_of(runs: Sequence[Run], own: Sequence[tuple[Run, TestSet]]) -> str:
     table = f"<table class='scores'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return (
         f"{scrolled(table, 'Scores')}"
-        f'<div class="charts">{"".join(charts)}</div>{differences(own, groups)}'
+        f'<div class="charts">{"".join(charts)}</div>{differences(groups)}'
     )
 
 
@@ -266,7 +266,7 @@ def chart_of(runs: Sequence[Run], group: Sequence[Reached]) -> str:
     )
 
 
-def differences(own: Sequence[tuple[Run, TestSet]], groups: dict[str, list[Reached]]) -> str:
+def differences(groups: dict[str, list[Reached]]) -> str:
     """Return how later runs differ from the first one on the same clips, with intervals."""
     items = []
     for group in groups.values():

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.signed import Json
-from train.settings.output import file_problem
+from train.settings.output import file_problem, read_object
 
 PREFIX = "eval-"
 CONTROLS = {"untrained": "-untrained", "shuffled": "-shuffled", "probe": "-probe"}
@@ -38,14 +37,14 @@ class Results:
 
     def set_aside(self) -> list[Path]:
         """Rename files of this name that hold the scores of other records; return their new names."""
-        other = read_report(self.report).get("data_path", self.data_path)
+        other = read_object(self.report).get("data_path", self.data_path)
         if other == self.data_path:
             return []
         ending = next((e for e in CONTROLS.values() if self.report.stem.endswith(e)), "")
         # the first is the name itself, which the present records take; the others are free, or hold
         # the same records' scores from an earlier time
         places = [self.report.with_name(f"{PREFIX}{n}{ending}.json") for n in longer_names(other)]
-        free = [p for p in places[1:] if read_report(p).get("data_path", other) == other]
+        free = [p for p in places[1:] if read_object(p).get("data_path", other) == other]
         report = [*free, places[-1]][0]
         moved = {self.report: report, self.predictions: predictions_beside(report)}
         for old, new in moved.items():
@@ -85,7 +84,7 @@ def set_scores_aside(folder: Path) -> list[str]:
     """Rename a folder's scores to `NAME.old`, as its model is another now; return their test sets."""
     found = []
     for report in sorted(folder.glob(f"{PREFIX}*.json"), key=lambda path: path.stem):
-        written = read_report(report)
+        written = read_object(report)
         if "test_set" not in written:  # somebody's own file
             continue
         dropped = report.with_suffix(".dropped.jsonl")
@@ -164,7 +163,7 @@ def report_problem(path: Path) -> str | None:
     if (problem := file_problem(path)) or not path.exists():
         return problem
     # a report is replaced by a newer one; anything else is somebody's own file
-    is_report = "tasks" in read_report(path)
+    is_report = "tasks" in read_object(path)
     return None if is_report else f"{path}: holds something else than a report; name another file"
 
 
@@ -180,12 +179,3 @@ def predictions_problem(path: Path) -> str | None:
     return (
         None if is_answer else f"{path}: holds something else than answers; name another --output"
     )
-
-
-def read_report(path: Path) -> Json:
-    """Return a report; empty where there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

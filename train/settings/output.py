@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from model.config import READ, outdated
+from shards.signed import Json
 
 RUN = "run.json"
 """The file in a run's folder with the settings that its weights were trained with."""
@@ -104,7 +105,7 @@ def foreign(folder: Path) -> str | None:
         # without a config the run was stopped before its model was saved
         if not config.exists():
             return None
-        facts = _json(config)
+        facts = read_object(config)
         if outdated(facts):
             return f"a run of an older framebank, model format {facts['format']} (config.json)"
         return (
@@ -124,7 +125,7 @@ def foreign(folder: Path) -> str | None:
 
 def is_run(folder: Path) -> bool:
     """Return whether a run has written in a folder."""
-    if isinstance(_json(folder / RUN).get("config"), dict):
+    if isinstance(read_object(folder / RUN).get("config"), dict):
         return True
     return _first(folder, lambda name: (folder / name / "checkpoint.json").exists()) is not None
 
@@ -147,9 +148,10 @@ def _first(folder: Path, fits: Callable[[str], object]) -> str | None:
         return next((entry.name for entry in entries if fits(entry.name)), None)
 
 
-def _json(path: Path) -> dict[str, object]:
+def read_object(path: Path) -> Json:
+    """Return the JSON object in a file; empty where there is none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from shards.signed import Json, write_atomic
 from train.settings.config import TrainConfig
-from train.settings.output import RUN
+from train.settings.output import RUN, read_object
 from train.settings.recorded import facts_changed, was_now
 from train.start.stage import as_its_stage
 from train.sweep.runs import Run
@@ -83,7 +83,7 @@ def changes(run: Run, inputs: Json) -> list[str]:
     Empty where nothing was begun. inputs: what it would learn from now.
     """
     lines: list[str] = []
-    written = _json(run.folder / RUN)
+    written = read_object(run.folder / RUN)
     # a run that went on with other settings was trained with several: one that
     # differs makes it another run
     for number, part in enumerate([written, *written.get("before", [])]):
@@ -122,11 +122,3 @@ def real(value: Any) -> Any:
         return [real(item) for item in value]
     # a link, a relative path and an absolute one to the same place are the same input
     return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
-
-
-def _json(path: Path) -> Json:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

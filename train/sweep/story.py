@@ -10,9 +10,10 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.text import counted, duration
 from shards.write.lock import folder_lock
-from train.scores.results import distinct_names, read_report, report_name
+from train.scores.results import distinct_names, report_name
 from train.settings.ancestors import holders
 from train.settings.config import DataSettings
+from train.settings.output import read_object
 from train.sweep.inputs import Inputs
 from train.sweep.record import Record, changes, is_begun, record_of
 from train.sweep.runs import Run, runs_of
@@ -240,7 +241,7 @@ def evaluation(run: Run, control: str) -> list[str]:
 
 def all_scored(run: Run, control: str) -> bool:
     """Return whether the scores of each test set are there."""
-    return all(read_report(run.folder / name) for name in reports_of(run, control))
+    return all(read_object(run.folder / name) for name in reports_of(run, control))
 
 
 def reports_of(run: Run, control: str) -> list[str]:

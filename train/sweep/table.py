@@ -11,8 +11,9 @@ from typing import Any
 
 from shards.signed import Json, write_atomic
 from shards.text import counted
-from train.scores.results import distinct_names, predictions_beside, read_report, report_name
+from train.scores.results import distinct_names, predictions_beside, report_name
 from train.scores.spread import Answers, Metric, difference_interval, mean_interval, read_answers
+from train.settings.output import read_object
 from train.sweep.record import Record, plain, record_of
 from train.sweep.runs import Run
 from train.sweep.written import Sweep
@@ -54,7 +55,7 @@ class Scored:
         """Return the report of a control, or without one (""); empty where it is of other records."""
         # a test set that has changed is scored run by run, and a stop leaves some with the old one
         fits = self.record.scored.get(control) == self.asked
-        return read_report(self.place(control)) if fits else {}
+        return read_object(self.place(control)) if fits else {}
 
     @cached_property
     def answers(self) -> Answers:

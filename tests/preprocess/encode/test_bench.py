@@ -56,7 +56,7 @@ def test_the_table_tells_hours_and_money() -> None:
     text = "\n".join(lines)
     assert re.search(r"decode, one decoder +40\.00 +25 +24m00s", text)
     assert re.search(r"tower, one device +10\.00 +100 +6m00s", text)
-    assert re.search(r"hours by +1 device +2 x 1 device", text)
+    assert re.search(r"hours \(cost\) by +1 device +2 x 1 device", text)
     assert re.search(r"1 decoder a device +0\.4 \(0\.80\) +0\.2 \(0\.80\)", text)
     assert re.search(r"4 decoders a device +0\.1 \(0\.20\) +0\.05 \(0\.20\)", text)
     assert lines[-1].startswith("4 decoders, a core each, keep a device busy")

@@ -173,7 +173,7 @@ def test_positions_can_be_left_off_frames(make_model: Any, make_clip: Any, make_
     model, plain = make_model(lape_positions=False), make_model(enable_lape=False)
     batch = make_batch(model, ([make_clip()], *TALK))
     for group in batch.groups:
-        assert torch.equal(model.frame_tokens(batch, group), plain.frame_tokens(batch, group))
+        assert torch.equal(model.frame_tokens(group), plain.frame_tokens(group))
     assert math.isnan(model.calibrate(batch))
     out = model(batch)
     (out["ce"] + out["ar"].sum()).backward()

@@ -130,7 +130,7 @@ def test_a_record_without_an_answer_is_refused_unless_it_may_be_dropped(world: W
 def test_nothing_left_to_train_on_is_refused(world: World) -> None:
     path = world.records("r.jsonl", "bad.mp4")
     (line,) = refused(world.config(data_path=[path]))
-    assert line.startswith("no records are left to train on")
+    assert line.startswith("no records are left to train on (1 clip in quarantine); see `missing`")
 
 
 STRIDES = [
@@ -201,3 +201,14 @@ def test_a_missing_bank_is_refused_with_what_makes_one(world: World) -> None:
     assert line.startswith(f"{world.folder / 'none'}: no bank here (bank.json is missing)")
     (line,) = refused(world.config(bank=[], data_path=[path]))
     assert line.startswith("bank: missing; give --bank BANK")
+
+
+def test_lape_without_a_coordinate_to_learn_from_is_said(world: World) -> None:
+    words = world.records("words.jsonl", "a.mp4", text="from 0.1 to 0.5 seconds")
+    times = world.records("times.jsonl", "a.mp4", text="from <t:0.1> to <t:0.5>")
+    (line,) = open_dataset(world.config(data_path=[words])).notes
+    assert line.startswith(
+        "LAPE: no answer of 1 record looked at has a coordinate such as <t:12.5>"
+    )
+    assert not open_dataset(world.config(data_path=[words, times])).notes
+    assert not open_dataset(world.config(data_path=[words], enable_lape=False)).notes

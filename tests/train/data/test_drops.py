@@ -4,8 +4,9 @@ pytest tests/train/data/test_drops.py
 """
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from train.batches.lengths import REFUSED
 from train.batches.plan import all_drops, plan_run
 from train.convert import main as convert
 from train.data.dataset import open_dataset, open_records
-from train.data.drops import most_of
+from train.data.drops import most_of, record_settings
+from train.evaluate import arguments
 from train.run import main as run
 from train.settings.config import DataSettings, TrainConfig, parse
 
@@ -172,6 +174,19 @@ def test_evaluation_reads_by_the_same_rules(world: World) -> None:
     dataset = open_records([str(world.bank)], [path], 4, 8, DataSettings(on_bad_record="drop"))
     assert len(dataset.held_out) == 6
     assert [(drop.id, drop.held_out) for drop in dataset.drops] == [("typo", True)]
+
+
+def test_all_that_a_refusal_advises_to_drop_are_flags_of_evaluate(world: World) -> None:
+    path = world.file(*GOOD, *(row for row, _ in BAD.values()), row("gone", "x", video="z.mp4"))
+    said = refused(world.config(path))
+    advised = set(re.findall(r"(\w+): drop", " ".join(said)))
+    assert advised == {"missing", "unsupervised", "on_bad_record"}
+    words = ["--model", "m", "--bank", str(world.bank), "--data_path", path]
+    args = arguments([*words, *(word for name in advised for word in (f"--{name}", "drop"))])
+    settings = replace(record_settings(args), bad_record_limit="100%")
+    dataset = open_records(args.bank, args.data_path, 4, 8, settings)
+    assert {row["id"] for row in GOOD} >= {record.id for record in dataset.held_out}
+    assert {"clip in no bank", "no supervised text"} <= {drop.reason for drop in dataset.drops}
 
 
 def test_stray_files_of_a_folder_are_named(world: World) -> None:

@@ -86,7 +86,7 @@ def test_a_coordinate_outside_its_clip_or_frame_is_a_problem() -> None:
     problems = list(map(str, check_coordinates(parsed, [4.0])))
     assert len(problems) == 2
     assert "time 9.5 is outside [0, 4]" in problems[0]
-    assert "coordinate 1.2 is outside [0, 1]" in problems[1]
+    assert "coordinate 1.2 is outside [0, 1]; places are fractions of the frame" in problems[1]
 
 
 def test_shares_of_a_clip_are_written_in_seconds_of_it(

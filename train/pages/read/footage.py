@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shards.errors import UserError, first_line
-from shards.format.features import FeatureConfig, differences
+from shards.format.features import FeatureConfig
 from shards.format.plan import ClipSource, read_plan
 from shards.read.bank import Bank, ClipInfo
-from shards.read.banks import joint
+from shards.read.banks import conflicts
 from shards.signed import Json
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Footage:
                 problems.append(first_line(error))
                 continue
             # another bank may be there by now: its frames would be shown beside answers about others
-            if theirs and (lines := differences(joint(bank.config), joint(theirs))):
+            if theirs and (lines := conflicts(bank.config, theirs)):
                 problems.append(f"{path} is another bank than the run's: {'; '.join(lines)}")
             else:
                 banks.append(bank)

@@ -19,11 +19,10 @@ from train.scores.results import (
     lines_of,
     longer_names,
     predictions_beside,
-    read_report,
     report_name,
 )
 from train.scores.spread import Answers, read_answers
-from train.settings.output import RUN
+from train.settings.output import RUN, read_object
 from train.settings.recorded import CHECKPOINT, settings_in
 
 METRICS, LOG = "metrics.jsonl", "train.log"
@@ -199,13 +198,13 @@ def read_run(folder: Path, name: str) -> Run:
 
 def read_config_features(folder: Path) -> Json:
     """Return the features that a run's model was trained on; nothing before it is saved."""
-    found = read_report(folder / "config.json").get("features")
+    found = read_object(folder / "config.json").get("features")
     return found if isinstance(found, dict) else {}
 
 
 def test_sets(folder: Path) -> list[TestSet]:
     """Return the test sets that a folder has scores of, by the path of their records."""
-    reports = [(path, read_report(path)) for path in sorted(folder.glob(f"{PREFIX}*.json"))]
+    reports = [(path, read_object(path)) for path in sorted(folder.glob(f"{PREFIX}*.json"))]
     written = [(path, report) for path, report in reports if "test_set" in report]
     found: dict[str, dict[str, tuple[Json, Path]]] = {}
     # the last one counts: one that `evaluate --output` was to keep apart, of fewer records perhaps, is
