@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from model.adapter.targets import base_state, saved_name
+from model.adapter.targets import base_state, in_order, saved_name
 from model.family.inner import PREFIXES, QWEN_PREFIXES, Prefixes, own_name
 from model.family.qwen_vl import INNER, config_problem, inner_config
 from model.fsdp.parts import PARTS, is_cut, read_parts
@@ -69,8 +69,9 @@ def _load_adapter(llm: Any, folder: Path) -> Any:
     from peft import PeftConfig, get_peft_model
 
     config = PeftConfig.from_pretrained(folder)
-    config.inference_mode = False
-    llm = get_peft_model(llm, config)
+    config.inference_mode, base = False, config.base_model_name_or_path
+    llm = in_order(get_peft_model(llm, config))
+    llm.peft_config["default"].base_model_name_or_path = base  # as written, wherever it is now
     # not by `PeftModel.from_pretrained`: it renames tensors as the family's published weights are
     # renamed, and what it then does not find (Laguna's shared experts) stays new, with a warning
     live = {saved_name(name): value for name, value in llm.state_dict().items() if "lora_" in name}

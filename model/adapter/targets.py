@@ -46,6 +46,15 @@ def add_adapter(llm: Any, decoder: Any, rank: int, alpha: int) -> Any:
         raise _refused(llm, first_line(error).partition(". ")[0]) from None
     if wrong := wanted ^ adapted_weights(adapted):
         raise _refused(llm, f"peft leaves out or adds {', '.join(sorted(wrong)[:3])}")
+    return in_order(adapted)
+
+
+def in_order(adapted: Any) -> Any:
+    """Return a PEFT model whose config is written as the same bytes by every process: without sets."""
+    made = adapted.peft_config["default"]
+    for name in ("target_modules", "target_parameters"):
+        if isinstance(value := getattr(made, name, None), set | list):
+            setattr(made, name, sorted(value))
     return adapted
 
 

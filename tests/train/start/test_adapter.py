@@ -1,5 +1,6 @@
 """LoRA over each kind of LLM family: which matrices have an adapter, how it is saved and merged."""
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -127,6 +128,13 @@ def test_an_adapter_comes_back_to_the_bit_and_merged_it_says_the_same(
     again = load_llm(tmp_path / "llm").eval()
     again.set_attn_implementation("eager")
     assert torch.equal(logits(again), own)
+    save_llm(again, tmp_path / "again")
+    files = [tmp_path / name / "lora" / "adapter_config.json" for name in ("llm", "again")]
+    targets, later = (json.loads(file.read_text()) for file in files)
+    # a twin is of no folder
+    assert later | {"base_model_name_or_path": None} == targets
+    for part in (targets["target_modules"], targets["target_parameters"] or []):
+        assert part == sorted(part), "in the order of a set it is another file in each process"
     trained = {name for name, p in llm.named_parameters() if p.requires_grad}
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
     merged = logits(llm.merge_and_unload())
