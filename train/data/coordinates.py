@@ -25,6 +25,7 @@ SLACK = 0.1
 """Seconds by which a time may be beyond its clip: annotations are often rounded to one decimal."""
 BEHIND = "time past the end of its clip"
 OUTSIDE = "coordinate outside its clip or frame"
+CLIPPED = "times_past_end: clip ends such spans with their clip"
 
 
 def resolved(
@@ -175,8 +176,6 @@ def _outside(piece: Coordinate, duration: float, *, clip: bool = False) -> RowEr
     behind = piece.axis == 0 and 0 < limit < piece.value
     fix: str | None = "places are fractions of the frame: divide pixels by its width or height"
     if piece.axis == 0:
-        fix = (
-            "times_past_end: clip ends such spans with their clip" if behind and not clip else None
-        )
+        fix = CLIPPED if behind and not clip else None
     what = f"{kind} {piece.value:g} is outside [0, {limit:g}]"
     return RowError(BEHIND if behind else OUTSIDE, what, fix=fix)
