@@ -194,18 +194,21 @@ class Bank:
 
         Returns float16 (uint16 for a bfloat16 bank) `(frames, cell_rows, cell_cols, dim)`: `out` if it is
         given (contiguous, of that shape and dtype), such as reused pinned memory. After the first,
-        checked read of a stream, only the bytes of the wanted frames are read. Raises DamagedSample.
+        checked read of a stream, only the bytes of the wanted frames are read. Raises DamagedSample;
+        IndexError for a frame that the clip does not have, ValueError for an `out` of another kind.
         """
         total, *cells = self.shape(row, stride)
-        wanted = range(total) if frames is None else frames
-        assert all(0 <= frame < total for frame in wanted), (wanted, total)
+        wanted = self._wanted(row, total, frames)
         codec, name, began = self.codec, f"stride{stride}", self.files.replaced
         if out is None:
             out = np.empty((len(wanted), *cells), codec.stored_dtype)
-        assert out.shape == (len(wanted), *cells), (out.shape, len(wanted), cells)
-        assert out.dtype == codec.stored_dtype
+        shape = (len(wanted), *cells)
         # bytes are read into it as they are
-        assert out.flags.c_contiguous
+        if out.shape != shape or out.dtype != codec.stored_dtype or not out.flags.c_contiguous:
+            layout = "" if out.flags.c_contiguous else ", not contiguous"
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}{layout}; needed: {codec.stored_dtype} {shape}"
+            )
         if codec.name == "int8":
             some = self.read_int8(row, stride, wanted)
             np.copyto(out, codec.decode(stride, some.values, cells, scale=some.token_scale))
@@ -233,8 +236,7 @@ class Bank:
         """Return frames of an int8 bank in stored form, with their scales; otherwise as `read`."""
         assert self.codec.name == "int8", self.codec.name
         total, *cells = self.shape(row, stride)
-        wanted = range(total) if frames is None else frames
-        assert all(0 <= frame < total for frame in wanted), (wanted, total)
+        wanted = self._wanted(row, total, frames)
         name, began = f"stride{stride}", self.files.replaced
         values = np.empty((len(wanted), *cells), np.int8)
         scale = np.empty(values.shape[:-1], np.float32)
@@ -243,6 +245,18 @@ class Bank:
             self._fill(array, self._place(row, stride, part, edges), wanted)
         self._checked[stride][row] = self.files.replaced == began
         return Int8(values, scale, self.codec.channel_scale[stride], self.codec.dtype)
+
+    def _wanted(self, row: int, total: int, frames: Sequence[int] | None) -> Sequence[int]:
+        """Return the frames to read, all by default; IndexError for one that the clip does not have."""
+        if frames is None:
+            return range(total)
+        for frame in frames:
+            # negative ones, too: counted from the end they would be another frame without a word
+            if not 0 <= frame < total:
+                raise IndexError(
+                    f"{self.ids[row]!r} has {total} frames from 0 on, no frame {frame}"
+                )
+        return frames
 
     def meta(self, row: int) -> SampleMeta:
         """Return the json of a sample, the first member at its place in the shard."""
