@@ -60,12 +60,14 @@ def main(argv: Sequence[str]) -> None:
     # nothing is written: half of the records would look like all of them
     if problems:
         raise UserError.of(judged.advised(shorten(problems)))
+    why = reason_counts([drop.reason for drop in drops])
+    if not rows:
+        raise UserError("no record is left to write", got=f"{len(drops)} left out: {why}")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_atomic(args.out, "".join(lines).encode())
     # written without drops as well: a list of an earlier attempt must not stay beside
     listed = args.out.with_suffix(".dropped.jsonl")
     write_drops(listed, drops)
-    why = reason_counts([drop.reason for drop in drops])
     left_out = f"; {len(drops)} left out ({why}), listed in {listed}" if drops else ""
     print(f"written: {args.out}: {len(rows)} records{left_out}")  # noqa: T201
 
