@@ -182,4 +182,6 @@ def _hours_line(hours: Hours | None) -> str:
 def _span(hours: float) -> str:
     if hours >= 1:
         return f"{hours:.1f} hours"
-    return f"{hours * 60:.0f} minutes" if hours >= 1 / 60 else f"{hours * 3600:.1f} seconds"
+    return (
+        counted(round(hours * 60), "minute") if hours >= 1 / 60 else f"{hours * 3600:.1f} seconds"
+    )
