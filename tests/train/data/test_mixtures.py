@@ -244,6 +244,8 @@ def sets(folder: Path, make_bank: Callable[..., Path]) -> Callable[..., list[str
         if content is not None:
             (folder / "mix.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
             settings["data_config"] = str(folder / "mix.yaml")
+        # with it a note would say that no answer has a coordinate
+        settings["enable_lape"] = False
         dataset = open_dataset(TrainConfig(bank=[str(bank)], **settings))
         return [*(record.id for record in dataset.records), *dataset.notes]
 
