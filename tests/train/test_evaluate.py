@@ -126,7 +126,7 @@ def test_the_command_scores_a_model_alone_and_in_two_processes(
         assert values[0] == pytest.approx(values[1], abs=1e-5)  # batches differ, and so roundings
     assert two["losses"] == pytest.approx(report["losses"], rel=1e-5)
     for kind, entry in report["tasks"].items():
-        assert two["tasks"][kind] == pytest.approx(entry)
+        assert two["tasks"][kind] == pytest.approx(entry, abs=1e-4)  # of such values
 
 
 def test_the_untrained_model_is_scored_beside_it(
