@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from model.batch import Batch
+from model.cpu.threads import cpu_threads
 from model.grid import pool
 from model.vlm import VLM, VLMConfig
 from preprocess.encode.run import EncodeOptions, encode
@@ -354,6 +356,17 @@ def as_flags() -> Callable[[Mapping[str, Any]], list[str]]:
     return flags
 
 
+@pytest.fixture
+def quiet_thread() -> Iterator[None]:
+    """One thread of torch, and nothing said by transformers: for many LLMs that are tiny and odd."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    with cpu_threads(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.set_verbosity(level)
+
+
 @pytest.fixture(scope="session")
 def train_here(
     run_settings: dict[str, Any], as_flags: Callable[[Mapping[str, Any]], list[str]]
@@ -364,13 +377,11 @@ def train_here(
     from train.run import main
 
     def train(out: Path, **settings: Any) -> Path:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
-            main(as_flags(run_settings | {"output_dir": out} | settings))
+            with cpu_threads(1):
+                main(as_flags(run_settings | {"output_dir": out} | settings))
         finally:
-            torch.set_num_threads(threads)
             AcceleratorState._reset_state(reset_partial_state=True)
         return out
 

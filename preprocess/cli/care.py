@@ -91,12 +91,15 @@ def _print_verified(
     for damage in damages:
         click.echo(printable(str(damage)))
     if not damages:
-        found = read_inventory(bank)
-        # of a run that is not finished, what is there may be sound, and be nothing
-        made = f"{len(found.commits):,} of {counted(len(found.planned), 'planned shard')} made: "
+        made = ""
+        if not (bank / "bank.json").exists():
+            # of a run that is not finished, what is there may be sound, and be nothing
+            found = read_inventory(bank)
+            made = (
+                f"{len(found.commits):,} of {counted(len(found.planned), 'planned shard')} made: "
+            )
         click.echo(
-            f"{bank}: {made if found.manifest is None else ''}sound"
-            + (", every byte" if deep else "; --deep reads every byte")
+            f"{bank}: {made}sound" + (", every byte" if deep else "; --deep reads every byte")
         )
         return True
     keys = {(damage.file, damage.key) for damage in damages if damage.key}

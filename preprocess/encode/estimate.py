@@ -182,6 +182,6 @@ def _hours_line(hours: Hours | None) -> str:
 def _span(hours: float) -> str:
     if hours >= 1:
         return f"{hours:.1f} hours"
-    return (
-        counted(round(hours * 60), "minute") if hours >= 1 / 60 else f"{hours * 3600:.1f} seconds"
-    )
+    if hours >= 1 / 60:
+        return counted(round(hours * 60), "minute")
+    return f"{hours * 3600:.1f} seconds"

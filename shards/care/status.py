@@ -148,13 +148,12 @@ def _begun_unit(shard: Path) -> Begun:
 
 def _failures(inventory: Inventory, begun: Mapping[int, Begun]) -> list[QuarantineEntry]:
     """Return the failures of earlier runs, of units made since, and of begun units."""
-    found = {entry.id: entry for entry in read_quarantine(inventory.bank)}
-    if inventory.plan:
-        found = failed_clips(inventory.bank, inventory.plan, inventory.sound_commits())
-        since = [entry for unit in begun.values() for entry in unit.written.failures]
-        # later ones replace earlier ones: a clip that was tried twice is one failure
-        found |= {entry.id: entry for entry in since}
-    return list(found.values())
+    if not inventory.plan:
+        return read_quarantine(inventory.bank)
+    found = failed_clips(inventory.bank, inventory.plan, inventory.sound_commits())
+    since = [entry for unit in begun.values() for entry in unit.written.failures]
+    # later ones replace earlier ones: a clip that was tried twice is one failure
+    return list((found | {entry.id: entry for entry in since}).values())
 
 
 def _progress(

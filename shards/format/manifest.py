@@ -165,11 +165,11 @@ class Manifest:
 
     def to_json(self) -> Json:
         """Return the contents of bank.json."""
-        fields = {name: value for name, value in asdict(self).items() if name != "empty"}
         # `features` by its own rule, which leaves out unset fields: its digest is the fingerprint
-        fields |= {"features": self.features.to_json()}
-        empty = {"empty": self.empty} if self.empty else {}
-        return {"format_version": FORMAT_VERSION} | fields | empty
+        fields = asdict(self) | {"features": self.features.to_json()}
+        if not self.empty:
+            del fields["empty"]
+        return {"format_version": FORMAT_VERSION} | fields
 
     @classmethod
     def from_json(cls, data: Json, bank: object) -> "Manifest":

@@ -5,15 +5,13 @@ MoE, Gemma 2 and 3, Phi-3, Cohere, Granite, OLMo 2, SmolLM3 and gpt-oss must pas
 What is right is said here by `llm(input_ids)` of transformers on each record alone.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +25,7 @@ from model.vlm import VLM, VLMConfig
 from shards.errors import UserError
 from train.batches.collate import Row, collate, pack
 
+pytestmark = pytest.mark.usefixtures("quiet_thread")
 PINNED = [
     "llama",
     "mistral",
@@ -55,19 +54,6 @@ LENGTHS = (43, 29, 17)
 """Tokens of records: several windows, and none a multiple of one."""
 CLOSE = 2e-4
 """Of the RMS of logits in fp32; what a mask or a scale that is wrong changes is 0.1 and more."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    transformers.logging.set_verbosity(level)
-    torch.set_num_threads(threads)
 
 
 def built(family: str, frame_attention: str = "block") -> VLM:

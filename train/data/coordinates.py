@@ -4,7 +4,7 @@ A span that ends after its clip may be clipped to it; nothing else is changed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -154,13 +154,18 @@ def repeating(record: Record) -> bool:
     return False
 
 
-def numbers_note(records: Sequence[Record]) -> tuple[str, ...]:
+def numbers_note(records: Iterable[Record]) -> tuple[str, ...]:
     """Return a line where no answer of some records has a coordinate, which LAPE's tokens learn from."""
-    answers = (turn.text for record in records for turn in record.turns if turn.role == "assistant")
-    if not records or any(map(MARKUP.search, answers)):
+    count = 0
+    for record in records:
+        # the first one with a coordinate ends it: records are made as they are asked for
+        if any(turn.role == "assistant" and MARKUP.search(turn.text) for turn in record.turns):
+            return ()
+        count += 1
+    if not count:
         return ()
     return (
-        f"LAPE: no answer of {counted(len(records), 'record')} looked at has a coordinate such as "
+        f"LAPE: no answer of {counted(count, 'record')} looked at has a coordinate such as "
         "<t:12.5> or <x:0.31>, so none trains its tokens; numbers in another form stay text",
     )
 

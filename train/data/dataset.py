@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -158,7 +158,7 @@ def repeated_warnings(files: Sequence[RecordFile]) -> tuple[str, ...]:
     for file in files:
         if file.independent:
             continue
-        records = sampled(file)
+        records = list(sampled(file))
         found = sum(map(repeating, records))
         if found >= max(1, len(records) * WORTH_SAYING):
             lines.append(
@@ -169,10 +169,10 @@ def repeated_warnings(files: Sequence[RecordFile]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def sampled(file: RecordFile) -> list[Record]:
-    """Return some records of a dataset, spread over the file: files are often sorted by kind."""
+def sampled(file: RecordFile) -> Iterator[Record]:
+    """Yield some records of a dataset, spread over the file: files are often sorted by kind."""
     size = file.count // file.repeats
-    return [file.record(0, k) for k in range(0, size, size // SAMPLED + 1)]
+    return (file.record(0, k) for k in range(0, size, size // SAMPLED + 1))
 
 
 def drawn_line(dataset: Dataset) -> str:
@@ -329,7 +329,7 @@ def _join(
         raise UserError("augment: ratio needs two strides, and slow and fast are one")
     notes += (*independent_notes(files), *arithmetic_note(banks))
     if config.enable_lape:
-        notes += numbers_note([record for file in files for record in sampled(file)])
+        notes += numbers_note(chain.from_iterable(map(sampled, files)))
     files.sort(key=lambda file: file.splice is not None)
     own = tuple(files), held_out, dropped, slow, fast, notes, drops
     warnings = repeated_warnings(files)

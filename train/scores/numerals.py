@@ -8,6 +8,7 @@ units (50 %, 3 px, frame 7), those with a comma (3,5 s) and those that are parts
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 
@@ -61,7 +62,11 @@ class Text:
     @property
     def marks(self) -> str:
         """Its number characters, in order."""
-        return "".join(self.text[place] for place in self.values)
+        return self.at(self.values)
+
+    def at(self, places: Iterable[int]) -> str:
+        """Return the characters at some places."""
+        return "".join(self.text[place] for place in places)
 
     @property
     def marked(self) -> list[int]:

@@ -96,7 +96,7 @@ def read_tube(reference: str, said: str) -> Reading:
         return reading
     places = answer.coordinates("txy")
     shape = _filled("({t}{t})?((?:{t}{x}{y}{x}{y})+)", answer)
-    found = re.fullmatch(shape, "".join(answer.text[place] for place in places))
+    found = re.fullmatch(shape, answer.at(places))
     if not found:
         return NOTHING
     numbers = tuple(answer.values[place] for place in places)
@@ -193,6 +193,6 @@ def _in_order(answer: Text, asked: Text) -> Reading:
     axes = _axes(asked)
     places = answer.coordinates(axes)
     shape = _filled("".join(f"{{{axis}}}" for axis in axes), answer)
-    if not places or not re.fullmatch(shape, "".join(answer.text[place] for place in places)):
+    if not places or not re.fullmatch(shape, answer.at(places)):
         return NOTHING
     return _alone(answer, [places], tail_of(asked))

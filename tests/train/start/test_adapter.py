@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -24,6 +22,7 @@ from shards.errors import UserError
 from train.settings.config import TrainConfig
 from train.start.prepare_llm import llm_dtype, prepare_llm
 
+pytestmark = pytest.mark.usefixtures("quiet_thread")
 CPU = torch.device("cpu")
 STAYS: dict[str, tuple[str, ...]] = {
     "llama": (),
@@ -54,18 +53,6 @@ FAMILIES = [
     family if family in FIRST else pytest.param(family, marks=pytest.mark.slow) for family in STAYS
 ]
 TABLES = ("embed_tokens.weight", "wte.weight", "wpe.weight", "lm_head.weight")
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    threads, level = torch.get_num_threads(), transformers.logging.get_verbosity()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    transformers.logging.set_verbosity(level)
-    torch.set_num_threads(threads)
 
 
 def prepared(family: str, **settings: Any) -> VLM:
