@@ -17,8 +17,8 @@ from model.grid import Grid, pool
 from shards.errors import UserError
 
 SLOW, FAST = 0, 1
-VALUES_AT_ONCE = 1 << 16
-"""int8 values decoded at a time on a CPU: 256 KiB in fp32, which a core's second-level cache holds."""
+VALUES_AT_ONCE = 1 << 17
+"""int8 values decoded at a time on a CPU: 512 KiB in fp32, which a core's second-level cache holds."""
 STREAMS = "SF"
 
 
@@ -212,12 +212,15 @@ class Quantised:
         fits = on_cpu and len(tokens) and 127 * scale.max() * self.channel_scale.max() <= most
         # a GPU takes all at once: its kernels want many values, and nothing is gained by a cache
         at_once = max(1, VALUES_AT_ONCE // tokens.shape[1]) if on_cpu else max(1, len(tokens))
-        for begin in range(0, len(tokens), at_once):
-            some = slice(begin, begin + at_once)
+        # one for all pieces: fresh memory would have to be mapped and brought into the cache again
+        floats = torch.empty((min(at_once, len(tokens)), tokens.shape[1]), device=tokens.device)
+        pieces = zip(tokens.split(at_once), scale.split(at_once), out.split(at_once), strict=True)
+        for values, scales, place in pieces:
+            some = floats[: len(values)].copy_(values)
             # channel, then token, in fp32: `shards.format.codec` multiplies in this
             # order, and so rounds alike
-            floats = tokens[some].float().mul_(self.channel_scale).mul_(scale[some])
-            out[some] = floats if fits else floats.clamp_(-most, most)
+            some.mul_(self.channel_scale).mul_(scales)
+            place.copy_(some if fits else some.clamp_(-most, most))
         return out.view(self.shape)
 
 

@@ -163,6 +163,10 @@ MADE: dict[str, list[tuple[Callable[[Shape], Any], Callable[[Shape], Any]]]] = {
 }
 """By model type, towers of it and what makes their pixels."""
 ROWS = [(name, *pair) for name, pairs in MADE.items() for pair in pairs]
+BY_LINE = [
+    pytest.param(*row, marks=pytest.mark.slow) if row[0] == "vjepa2" else row for row in ROWS
+]
+"""Frames that attend to each other are tried one by one, which takes ten times as long."""
 
 
 def tower_of(kind: str, model: Any, processor: Any) -> Tower:
@@ -213,7 +217,7 @@ def test_every_kind_of_tower_is_tried() -> None:
     assert set(MADE) == {kind.model_types[0] for kind in KINDS}
 
 
-@pytest.mark.parametrize(("kind", "make", "processor"), ROWS)
+@pytest.mark.parametrize(("kind", "make", "processor"), BY_LINE)
 @given(
     shape=st.builds(
         Shape, patch=st.integers(2, 9), side=st.integers(9, 24), edge=st.integers(9, 30)
@@ -252,9 +256,12 @@ SIZES = [(31, 57), (57, 31), (90, 45), (21, 21)]
 FITTED = [(*row, None) for row in ROWS] + [
     (*row, fit) for row in ROWS if row[2] not in (of_own_size, of_own_shape) for fit in FITS
 ]
+FITTED_BY_LINE = [
+    pytest.param(*row, marks=pytest.mark.slow) if row[0] == "vjepa2" else row for row in FITTED
+]
 
 
-@pytest.mark.parametrize(("kind", "make", "processor", "fit"), FITTED)
+@pytest.mark.parametrize(("kind", "make", "processor", "fit"), FITTED_BY_LINE)
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_it_is_so_of_frames_of_any_size(
     kind: str, make: Any, processor: Any, fit: str | None, height: int, width: int
@@ -297,16 +304,16 @@ def test_a_mark_is_seen_where_the_covered_part_says(
     tower.layer = 0  # before patches see each other
     y0, x0, y1, x1 = tower.covered(height, width)
     rows, cols = tower.grid_of(height, width)
-    grey = np.full((1, height, width, 3), 128, np.uint8)
-    each = tower.frames_per_unit
-    before = tower.encode(tower.pixels.resize(grey).repeat(each, axis=0))
+    frames = np.full((17, height, width, 3), 128, np.uint8)
     side, seen = 6, 0
-    for y, x in np.ndindex(4, 4):
-        top, left = (height - side) * y // 3, (width - side) * x // 3
-        marked = grey.copy()
-        marked[:, top : top + side, left : left + side] = 255
-        after = tower.encode(tower.pixels.resize(marked).repeat(each, axis=0))
-        change = (after - before).abs().sum(dim=-1)[0].double()
+    corners = [((height - side) * y // 3, (width - side) * x // 3) for y, x in np.ndindex(4, 4)]
+    for frame, (top, left) in zip(frames[1:], corners, strict=True):
+        frame[top : top + side, left : left + side] = 255
+    each = tower.frames_per_unit
+    pixels = tower.pixels.resize(frames).repeat(each, axis=0)
+    before, *after = tower.encode(pixels, batch_frames=len(pixels))
+    for (top, left), found in zip(corners, after, strict=True):
+        change = (found - before).abs().sum(dim=-1).double()
         centre = (top + side / 2) / height, (left + side / 2) / width
         inside = y0 <= centre[0] <= y1 and x0 <= centre[1] <= x1
         if change.max() < 1e-3:
