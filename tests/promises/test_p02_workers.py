@@ -183,7 +183,7 @@ def workers(pid: int) -> list[int]:
     return sorted(p for p, command in below(pid).items() if "spawn_main" in command)
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
+def until(condition: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
