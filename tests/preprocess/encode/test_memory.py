@@ -62,7 +62,7 @@ def peak(words: list[str]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".ts"])
-def test_peak_is_the_same_for_64_and_4096_frames(suffix: str, tmp_path: Path) -> None:
+def test_peak_is_the_same_for_1024_and_4096_frames(suffix: str, tmp_path: Path) -> None:
     video = tmp_path / f"v{suffix}"
     with av.open(str(video), "w") as container:
         stream = container.add_stream("mpeg2video" if suffix == ".ts" else "mpeg4", rate=25)
@@ -73,11 +73,12 @@ def test_peak_is_the_same_for_64_and_4096_frames(suffix: str, tmp_path: Path) ->
         container.mux(stream.encode(None))
     tower = save_tower(tmp_path / "tower")
     used = {}
-    for frames in (64, 4096):
+    # both more than wait for a busy tower: buffers are full with either
+    for frames in (1024, 4096):
         out = tmp_path / f"bank-{frames}"
         words = ["encode", str(video), "--out", str(out), "--tower", str(tower), "--layer", "-1"]
         used[frames] = peak([*words, "--stride", "8", "--frames", str(frames)])
         assert len(Bank.open(out).read(0, 8)) == frames
     banked = 4096 * 2 * 16  # one cell of 16 values
     print({frames: round(used_ / 2**20) for frames, used_ in used.items()})
-    assert used[4096] - banked <= 1.1 * used[64]
+    assert used[4096] - banked <= 1.1 * used[1024]
