@@ -39,6 +39,8 @@ class PacketTimes:
     """Numbers of the keyframes."""
     bridged: set[int] = field(default_factory=set)
     """Numbers of packets before which other streams have no gap, so that a gap of this one is real."""
+    hidden: set[int] = field(default_factory=set)
+    """Numbers of packets that are not shown, whose times mean nothing: at least one is shown."""
 
 
 def find_jumps(
@@ -54,12 +56,12 @@ def find_jumps(
     jumps: list[tuple[int, int]] = []
     end = None
     for first, stop in pairwise([0, *starts, len(times.pts)]):
-        inside = times.pts[first:stop]
+        inside = [number for number in range(first, stop) if number not in times.hidden]
         shift = 0
         if end is not None:
-            shift = end - min(inside)
+            shift = end - min(times.pts[number] for number in inside)
             jumps.append((first, shift))
-        last = max(range(first, stop), key=times.pts.__getitem__)
+        last = max(inside, key=times.pts.__getitem__)
         hold = times.durations[last]
         # a packet's own duration where it is believable: a damaged one would open a gap of hours
         end = times.pts[last] + shift + (hold if 0 < hold <= LONG_GAP * second else step)
@@ -71,6 +73,8 @@ def _starts(times: PacketTimes, second: float, may_restart: bool) -> tuple[list[
     starts, odd = [], False
     furthest = decoded = None  # pts and dts of the packets since the last jump
     for number, (pts, dts) in enumerate(zip(times.pts, times.dts, strict=True)):
+        if number in times.hidden:
+            continue
         if furthest is not None:
             gap = pts - furthest
             # All that precedes a keyframe in the file is shown before it: going back there is a restart.

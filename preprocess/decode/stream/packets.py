@@ -45,7 +45,8 @@ class Packets:
         known = [value for value in self.pts if value is not None]
         if len(known) < len(self.pts):
             return [k * step for k in range(len(self.pts))], (), False
-        times = PacketTimes(known, self.dts, self.durations, set(self.keys), self.bridged)
+        hidden = {number for number, is_hidden in enumerate(self.hidden) if is_hidden}
+        times = PacketTimes(known, self.dts, self.durations, set(self.keys), self.bridged, hidden)
         may_restart = container.format.name in RESTARTING_CONTAINERS
         jumps, odd = find_jumps(times, float(1 / stream.time_base), step, may_restart)
         return straightened(known, jumps), jumps, odd

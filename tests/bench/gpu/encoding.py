@@ -8,6 +8,7 @@ python -m tests.bench.gpu.encoding [--small]
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def main(small: bool) -> list[dict[str, Any]]:
         )
         tower = load_tower(options)
         clips = probe(find_clips([str(place / "few")]).clips, {}, options.sampling)
-        pace = measure_pace(clips, tower, options, place, most=few, cores=None)
+        pace = measure_pace(clips, tower, options, place, most=few, cores=os.cpu_count() or 1)
     frame = (seconds["many"] - seconds["few"]) / ((many - few) * FRAMES)
     slowest = max(pace.decode / pace.decoders, pace.tower, pace.write)
     return [
