@@ -1,12 +1,14 @@
 """Which matrices of an LLM a LoRA adapter is added to: all that its decoder multiplies tokens with.
 
-These are the linear layers and, where a family keeps its experts in one stack, each of the stacks. PEFT's
-own `all-linear` depends on the family: it passes over most stacks (gpt-oss, Llama 4, Granite), and where
-it takes them (Qwen3 MoE, DeepSeek V3) it drops the dense layers and shared experts of the same names.
+These are the linear layers and, where a family keeps its experts in one stack, each of the stacks;
+`lora_experts: false` leaves experts out. PEFT's own `all-linear` depends on the family: it passes over
+most stacks (gpt-oss, Llama 4, Granite), and where it takes them (Qwen3 MoE, DeepSeek V3) it drops the
+dense layers and shared experts of the same names.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +25,17 @@ can be adapted by its weight alone."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def add_adapter(llm: Any, decoder: Any, rank: int, alpha: int) -> Any:
+@dataclass(frozen=True)
+class Lora:
+    """A run's settings of its adapter."""
+
+    lora_r: int
+    lora_alpha: int
+    lora_experts: bool = True
+    """Whether the routed experts of an LLM have one, too; shared ones, which all tokens pass, do."""
+
+
+def add_adapter(llm: Any, decoder: Any, lora: Lora) -> Any:
     """Return a PEFT model around a causal LM; UserError where some matrix can have no adapter.
 
     decoder: that of the LLM, see `model.family.head.decoder_of`.
@@ -32,10 +44,14 @@ def add_adapter(llm: Any, decoder: Any, rank: int, alpha: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     linears, stacks = linear_layers(llm, decoder), expert_stacks(llm, decoder)
-    by_weight = [n for n in linears if stacks and n.rpartition(".")[2] in RENAMED]
+    # also where the stacks have no adapter: PEFT goes by the family
+    renamed = RENAMED if stacks else ()
+    if not lora.lora_experts:
+        linears, stacks = [name for name in linears if not _is_of_expert(name)], []
+    by_weight = [n for n in linears if n.rpartition(".")[2] in renamed]
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
         target_modules=[name for name in linears if name not in by_weight],
         target_parameters=[*stacks, *(f"{name}.weight" for name in by_weight)] or None,
     )
@@ -84,6 +100,18 @@ def expert_stacks(llm: Any, decoder: Any) -> list[str]:
     ]
 
 
+def expert_weights(llm: Any, decoder: Any) -> set[str]:
+    """Return the names, without PEFT's own parts, of the weights of a PEFT model's routed experts."""
+    base = llm.get_base_model()
+    linears = [f"{n}.weight" for n in linear_layers(base, decoder) if _is_of_expert(n)]
+    names = [*expert_stacks(base, decoder), *linears]
+    return {name.replace(".base_layer", "") for name in names if "lora_" not in name}
+
+
+def _is_of_expert(name: str) -> bool:
+    return "experts" in name.split(".")  # not `shared_experts`
+
+
 def adapted_weights(llm: Any) -> set[str]:
     """Return the names, without PEFT's own parts, of a PEFT model's weights that have an adapter."""
     found = set()
@@ -110,16 +138,23 @@ def saved_name(name: str) -> str:
     return re.sub(r"(\.lora_[AB])\.default\.", r"\1.", name)
 
 
-def check_adapter(llm: Any, rank: int, alpha: int) -> None:
-    """Raise UserError where an LLM's LoRA adapter has another rank or alpha than the run's settings."""
-    made = llm.peft_config["default"]
-    if (made.r, made.lora_alpha) != (rank, alpha):
+def check_adapter(llm: Any, decoder: Any, lora: Lora) -> None:
+    """Raise UserError where an LLM's LoRA adapter is another one than the run's settings make."""
+    made, wanted = llm.peft_config["default"], asdict(lora)
+    found = {"lora_r": made.r, "lora_alpha": made.lora_alpha}
+    if experts := expert_weights(llm, decoder):
+        found["lora_experts"] = not experts.isdisjoint(adapted_weights(llm))
+    if any(wanted[name] != value for name, value in found.items()):
         raise UserError(
-            f"the adapter that the run starts from has lora_r {made.r}, lora_alpha {made.lora_alpha}",
-            expected=f"lora_r {rank}, lora_alpha {alpha}",
-            fix=f"set lora_r: {made.r} and lora_alpha: {made.lora_alpha}, or merge it first: "
+            f"the adapter that the run starts from has {_shown(found, ' ')}",
+            expected=_shown({name: wanted[name] for name in found}, " "),
+            fix=f"set {_shown(found, ': ')}, or merge it first: "
             "python -m train.export hf RUN OUT --merge_lora",
         )
+
+
+def _shown(values: Mapping[str, int], between: str) -> str:
+    return ", ".join(f"{name}{between}{str(value).lower()}" for name, value in values.items())
 
 
 def _refused(llm: Any, why: str) -> UserError:

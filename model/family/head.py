@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -75,6 +75,15 @@ def decoder_of(llm: Any) -> Any:
         and c is not plain
         and any(m is table for m in c.modules())
     )
+
+
+def layers_of(decoder: Any) -> list[Any]:
+    """Return a decoder's layers, first to last."""
+    # `layers` in most families, `h`, `blocks`, `encoder.layer` in others; a decoder may have other lists
+    # beside them, and an encoder of another kind inside
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
+    lists = lists or [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=lambda own: sum(p.numel() for p in own.parameters()), default=()))
 
 
 class _Over:

@@ -13,7 +13,7 @@ import numpy as np
 from model.tower.faults import FeatureRangeError
 from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.source import SourceReader
-from preprocess.encode.features import EncodeOptions, encode_frames, frame_bytes
+from preprocess.encode.features import EncodeOptions, coarse_strides, encode_frames, frame_bytes
 from preprocess.sources.changes import Changes
 from shards.format.commits import committed
 from shards.format.plan import ClipSource, Plan
@@ -63,6 +63,7 @@ def forecast(
         f"gone: {len(changes.removed)}; pruned: {len(plan.pruned)}",
         *gone(changes),
         *cut_away(clips, tower),
+        *(f"  {line}" for line in coarse_strides(tower, options)),
     ]
     closed = [clip.id for clip in clips if clip.frames == 0]
     if closed:

@@ -154,6 +154,30 @@ def frame_bytes(tower: "Tower", options: EncodeOptions) -> dict[int, int]:
     return {grid.stride: grid.cells * each // tower.frames_per_unit for grid in grids}
 
 
+def coarse_strides(tower: "Tower", options: EncodeOptions) -> list[str]:
+    """Return a line on strides that make the same cells, and on one that goes beyond the frame."""
+    from model.grid import Grid
+
+    patches = tower.grid_of(*PREDICTED_SIZE)
+    of_grid: dict[tuple[int, int], list[int]] = {}
+    for grid in (Grid(*patches, stride, options.pool) for stride in options.strides):
+        of_grid.setdefault((grid.rows, grid.cols), []).append(grid.stride)
+    shown = "x".join(map(str, patches))
+    lines = []
+    for (rows, cols), strides in of_grid.items():
+        if len(strides) > 1:
+            lines.append(
+                f"strides {', '.join(map(str, strides))} make the same {rows}x{cols} cells of {shown} "
+                "patches: each stores them, and slow and fast frames are alike in them"
+            )
+        elif strides[0] > max(patches):
+            lines.append(
+                f"stride {strides[0]} is larger than the {shown} patches of a frame: all of it is one "
+                f"cell, as with stride {max(patches)}"
+            )
+    return lines
+
+
 def predicted_bytes(tower: "Tower", options: EncodeOptions) -> Callable[[ClipSource], int]:
     """Return a function of a clip: the predicted bytes of its features, without headers."""
     frame = sum(frame_bytes(tower, options).values())

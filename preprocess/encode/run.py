@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from preprocess.encode.beside import shared_out
 from preprocess.encode.features import (
     EncodeOptions,
+    coarse_strides,
     feature_config,
     plan_codec,
     predicted_bytes,
@@ -211,6 +212,8 @@ def _before_a_folder(
         probed = probe(found.clips, {}, options.sampling)
     # a stride that leaves no cell of the tower's grid raises here
     predicted_bytes(*loading.tower())
+    for line in coarse_strides(*loading.tower()):
+        note(line)
     return loading, probed
 
 

@@ -57,6 +57,17 @@ NAME = Path(sys.executable).name
         (f"nohup sh -c '{PYTHON} accelerate launch script.py; true'", f"['{NAME}'] ()"),
         (f"sh -c '{PYTHON} -u torchrun --a 2 script.py; true'", f"['{NAME}', 'sh'] None"),
         (f"{PYTHON} accelerate config script.py", "[] None"),
+        # Python's own options, some of which take the next word
+        *(
+            (f"{PYTHON} {options} accelerate launch --a 2 script.py", f"['{NAME}'] ('--a', '2')")
+            for options in (
+                "-u",
+                "-X dev",
+                "-Xdev",
+                "-W ignore -u",
+                "--check-hash-based-pycs never",
+            )
+        ),
         # a sweep holds its runs, whatever stands above it
         (f"sh -c '{PYTHON} run.py --sweep s.yaml script.py; true'", f"['{NAME}'] None"),
         (f"{PYTHON} run.py --config x.yaml script.py", "[] None"),

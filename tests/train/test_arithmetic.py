@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from model.cpu.matrix_units import least_seconds, matrix_units
 from shards.signed import Json
@@ -68,6 +69,19 @@ def test_a_run_that_goes_on_is_not_measured_again(
     decided, note = with_arithmetic(config, open_dataset(config), on_cpu=True)
     assert decided.bf16 is before
     assert note == f"bf16 {str(before).lower()} (auto): as the run began"
+
+
+def test_the_cpu_decides_where_accelerate_takes_it_beside_an_accelerator(
+    toy_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = replace(toy_config, bf16="auto", output_dir=str(tmp_path / "out"), resume="none")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        _, note = with_arithmetic(config, open_dataset(config), on_cpu=False)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert "an accelerator is here" not in note
 
 
 def test_the_toy_run_stays_in_float32_bit_for_bit(

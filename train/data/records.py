@@ -26,7 +26,7 @@ from shards.signed import canonical_json, digest
 from train.data.markup import kind_of
 from train.data.spans import refuse_misspelt
 from train.settings.config import DataSettings
-from train.settings.folders import Folders, advice, several
+from train.settings.folders import Folders, several, unknown_clips
 
 
 @dataclass(frozen=True)
@@ -267,13 +267,14 @@ def join(
     """Return the records whose clips are banked, with the ids and places of their clips.
 
     folders: how names become ids. Records with a quarantined clip are added to `dropped`, with a reason;
-    those with an unknown clip too if missing is `drop`, else each is a line in `problems`.
+    those with an unknown clip too if missing is `drop`, else they are lines in `problems`.
     """
     kept = []
     quarantined = banks.quarantined()
     # data sets ask several questions about a clip, each a row
     find = lru_cache(maxsize=None)(banks.find)
     dropped = [] if dropped is None else dropped
+    unknown: list[tuple[str, str]] = []
     for record in records:
         try:
             ids = [
@@ -297,11 +298,8 @@ def join(
         elif missing == "drop":
             dropped.append((record, "clip in no bank"))
         else:
-            unknown = record.clips[ids.index(None)]
-            problems.append(
-                f"{record.where} (id {record.id}): no bank knows the clip {unknown!r}; "
-                f"{advice(unknown, banks)}, or set missing: drop"
-            )
+            unknown.append((f"{record.where} (id {record.id})", record.clips[ids.index(None)]))
+    problems += [f"{line}, or set missing: drop" for line in unknown_clips(unknown, banks)]
     return kept
 
 

@@ -254,7 +254,7 @@ def facts_of(config: TrainConfig, dataset: Dataset, plan: RunPlan) -> dict[str, 
     """Return the facts that must be equal to go on from a checkpoint: subject -> name -> value."""
     model = asdict(model_config(config, dataset))
     del model["turns"]  # the plan has it, for each dataset
-    adapter = ("lora_r", "lora_alpha") if config.tune_llm == "lora" else ()
+    adapter = ("lora_r", "lora_alpha", "lora_experts") if config.tune_llm == "lora" else ()
     return {
         "model": model | {name: getattr(config, name) for name in ("tune_llm", *adapter)},
         "bank": joint(dataset.banks.config),

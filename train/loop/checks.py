@@ -186,17 +186,14 @@ def _out_of_memory(
     )
 
 
-def name_pack(rows: Tensor, own: Mapping[int, Batch]) -> str:
-    """Return in words the records to look at when a step's loss is NaN or infinite.
+def suspects(rows: Tensor, own: Mapping[int, Batch]) -> list[str]:
+    """Return the records of this process to look at when a step's loss is NaN or infinite.
 
     rows: `(packs, n)` sums of all packs; own: this rank's packs.
     """
     bad = [k for k, row in enumerate(rows.tolist()) if not all(map(_finite, row))]
-    # a NaN that shows in the gradient alone marks no pack: then all of this rank's records are named
-    names = [id_ for k in bad or own for id_ in (own[k].record_ids if k in own else ())]
-    if names:
-        return f"records {', '.join(names)}"
-    return f"{'packs' if len(bad) > 1 else 'pack'} {', '.join(map(str, bad))}, of another process"
+    # a NaN that shows in the gradient alone marks no pack: then any record may be the one
+    return [id_ for k in bad or own if k in own for id_ in own[k].record_ids]
 
 
 def _finite(value: float) -> bool:

@@ -168,6 +168,7 @@ def _drop_stderr() -> None:
 def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
     """Return the run at W&B: one for a folder, by an id that is stored in it, however often resumed.
 
+    W&B's own variables decide project, name, folder and a new run's id where they are set.
     Raises UserError where W&B refuses it: an invalid key, a server that cannot be reached.
     """
     import wandb
@@ -175,12 +176,13 @@ def wandb_run(output_dir: Path, first_step: int, settings: Json) -> Any:
     # the id is kept in the folder: a resumed run goes on in the same curves
     path = output_dir / WANDB_ID
     if not (first_step and path.exists()):
-        path.write_text(f"{secrets.token_hex(4)}\n")
+        path.write_text(f"{os.environ.get('WANDB_RUN_ID') or secrets.token_hex(4)}\n")
     try:
+        # what `init` is given wins over W&B's variables, without a word
         return wandb.init(
-            project="framebank",
-            name=output_dir.name,
-            dir=str(output_dir),
+            project=os.environ.get("WANDB_PROJECT") or "framebank",
+            name=os.environ.get("WANDB_NAME") or output_dir.name,
+            dir=os.environ.get("WANDB_DIR") or str(output_dir),
             config=settings,
             id=path.read_text().strip(),
             resume="allow",

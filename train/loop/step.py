@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from model.batch import Batch, to_device
 from model.vlm import VLM
 from shards.errors import UserError
 from shards.signed import Json
+from shards.text import some
 from train.batches.run_plan import RunPlan
-from train.loop.checks import drop_llm_gradients, name_pack
+from train.loop.checks import drop_llm_gradients, suspects
 from train.loop.floor import Floor
 from train.loop.gradients import Reduction, pack_seed, sum_in_order
 from train.loop.metrics import NUM_SUMS, summarise, sums_of
@@ -22,6 +24,10 @@ from train.loop.signals import StopSignals, asked_of_all
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+MOST_NAMED = 20
+"""Records named where a step's loss is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,11 @@ def run_step(
     norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     # before the update: the weights of the last checkpoint and those in memory are still good
     if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
+        # all ranks come here together; the one that speaks for them may have no part in it
+        names = gather_object(suspects(sums, own))
         raise UserError(
-            f"step {losses.step + 1}: loss {metrics['loss']}, gradient norm {norm} with the "
-            f"{name_pack(sums, own)}. Lower learning_rate, or look at these records"
+            f"step {losses.step + 1}: loss {metrics['loss']}, gradient norm {norm} with the records "
+            f"{some(names, MOST_NAMED)}. Lower learning_rate, or look at these records"
         )
     reduction.optimizer.step()
     return Step(metrics | {"grad_norm": norm}, *asked_of_all(asked.tolist()))

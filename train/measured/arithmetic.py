@@ -38,7 +38,8 @@ def with_arithmetic(config: TrainConfig, dataset: Dataset, on_cpu: bool) -> tupl
     state = PartialState(cpu=on_cpu)
     found: list[tuple[bool, str] | None] = [None]
     if state.is_main_process:
-        found = [decide(config, dataset, on_cpu)]
+        # the device of the run: `accelerate launch --cpu` takes the CPU beside an accelerator, too
+        found = [decide(config, dataset, state.device.type == "cpu")]
     # one process measures: several would each find another time, and could decide differently
     ((bf16, why),) = broadcast_object_list(found)
     return replace(config, bf16=bf16), f"bf16 {str(bf16).lower()} (auto): {why}"

@@ -13,6 +13,10 @@ LAUNCHERS = (
     *("accelerate-launch", "accelerate.commands.launch"),
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
 )
+ACCELERATE = ("accelerate", "accelerate.commands.accelerate_cli")
+"""Programs that launch by the word `launch`."""
+TAKES_A_WORD = ("-X", "-W", "--check-hash-based-pycs")
+"""Options of Python that the next word belongs to."""
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "ash")
 
 
@@ -56,7 +60,7 @@ class Process:
     def launches(self) -> tuple[str, ...] | None:
         """Return the words after `accelerate launch`, `torchrun` or such; None if it is no launcher."""
         program, *following = self._program() or ("",)
-        if program == "accelerate":
+        if program in ACCELERATE:
             return tuple(following[1:]) if following[:1] == ["launch"] else None
         return tuple(following) if program in LAUNCHERS else None
 
@@ -78,7 +82,7 @@ class Process:
             while (
                 words[start : start + 1] and words[start].startswith("-") and words[start] != "-m"
             ):
-                start += 1
+                start += 1 + (words[start] in TAKES_A_WORD)
             # -m NAME: the module is the program
             words = words[start + (words[start : start + 1] == ("-m",)) :]
         return (_name(words[0]), *words[1:]) if words else ()

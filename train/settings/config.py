@@ -136,6 +136,10 @@ class LlmSettings:
     # rank and alpha of LLaVA-ST's LoRA
     lora_r: int = setting(128, "LoRA rank", least=1)
     lora_alpha: int = setting(256, "LoRA alpha", least=1)
+    lora_experts: bool = setting(
+        True,
+        "whether LoRA adapts an MoE's routed experts, too: a matrix each, billions in large LLMs",
+    )
     gradient_checkpointing: str = setting(
         "none",
         "recompute activations to save memory: none, full, or N for every N-th layer",
@@ -214,7 +218,9 @@ class RunSettings:
     plan_devices: int = setting(
         0, "how many of them --plan counts with; 0: as many as it is launched on", least=0
     )
-    wandb: bool = setting(False, "mirror metrics to Weights & Biases")
+    wandb: bool = setting(
+        False, "mirror metrics to Weights & Biases (WANDB_PROJECT, WANDB_NAME, ... are read)"
+    )
     logging_steps: int = setting(10, "steps between printed lines", least=1)
     eval_steps: int = setting(0, "steps between held-out losses; 0: at the end", least=0)
     save_steps: int = setting(0, "steps between checkpoints; 0: at the end", least=0)

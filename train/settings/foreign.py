@@ -48,7 +48,7 @@ RENAMED = {
     "save_steps": "save_strategy",
     "logging_steps": "logging_strategy logging_first_step",
     "resume": "resume_from_checkpoint",
-    "wandb": "report_to use_wandb wandb_project project",
+    "wandb": "report_to use_wandb",
     "reduce": "full_determinism",
     "enable_lape": "use_lape",
     "loss_weight": "ar_loss_weight autoregressive_loss_weight",
@@ -124,7 +124,8 @@ ELSEWHERE = {
     "weights are read whole, in bf16 or fp32; leave it out": """
         bits double_quant quant_type load_in_4bit load_in_8bit use_qlora quantization
         low_cpu_mem_usage""",
-    "LoRA is of all linear layers and experts of the LLM, by lora_r and lora_alpha; leave it out": """
+    "LoRA is of all linear layers of the LLM, by lora_r and lora_alpha, and of its experts unless "
+    "lora_experts: false; leave it out": """
         lora_dropout lora_bias lora_weight_path lora_target_modules lora_modules use_dora""",
     "an earlier stage's parts are taken of stage_path: its projector and tables too; leave it out": """
         pretrain_mm_mlp_adapter mlp_path pretrained_lape load_lape load_lora_path""",
@@ -138,8 +139,9 @@ ELSEWHERE = {
     "a line every logging_steps, all metrics in metrics.jsonl, curves in logs/; leave it out": """
         log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm logging_dir
         include_num_input_tokens_seen include_tokens_per_second include_for_metrics verbose_logging
-        print_batch_input_steps trackio_space_id trackio_bucket_id trackio_static_space_id run_name
-        wandb_run_name entity""",
+        print_batch_input_steps trackio_space_id trackio_bucket_id trackio_static_space_id""",
+    "W&B's own variables say it: WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY; set them, and wandb: true": """
+        run_name wandb_run_name wandb_project project entity""",
     "the held-out loss has the micro-batches of training, every eval_steps; leave it out": """
         eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start
         eval_use_gather_object eval_accumulation_steps batch_eval_metrics eval_batch_size""",

@@ -13,6 +13,7 @@ from typing import Any
 from model.config import VLMConfig
 from shards.errors import UserError
 from shards.signed import write_atomic
+from train.settings.config import LlmSettings
 from train.settings.output import RUN
 
 Json = dict[str, Any]
@@ -24,7 +25,7 @@ OTHER = {
     "clips": "the bank holds other times or features of the records' clips: it was encoded again",
 }
 """Facts of which only a digest is recorded -> their names in messages."""
-MODEL_DEFAULTS = asdict(VLMConfig())
+MODEL_DEFAULTS = asdict(VLMConfig()) | {"lora_experts": LlmSettings.lora_experts}
 CHECKPOINT = "checkpoint.json"
 """The file in a checkpoint-N that also holds the settings its weights were trained with."""
 FREE = ("resume", "plan")

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.adapter.targets import add_adapter, check_adapter
+from model.adapter.targets import Lora, add_adapter, check_adapter
 from model.family.conformance import admit
-from model.family.head import decoder_of, plain_llm
+from model.family.head import decoder_of, layers_of, plain_llm
 from model.vlm import VLM
 from shards.errors import UserError, first_line
 from train.settings.config import LlmSettings, TrainConfig, checkpoint_every
@@ -92,15 +92,15 @@ def prepare_llm(model: VLM, settings: LlmSettings, attention: str, device: torch
     Raises UserError where an adapter does not fit, or layers cannot be compiled here.
     """
     model.llm.set_attn_implementation(attention)
+    lora = Lora(settings.lora_r, settings.lora_alpha, settings.lora_experts)
     if settings.tune_llm == "frozen":
         model.llm.requires_grad_(False)
     elif settings.tune_llm == "full":
         train_llm(plain_llm(model.llm))
     elif hasattr(model.llm, "peft_config"):
-        check_adapter(model.llm, settings.lora_r, settings.lora_alpha)
+        check_adapter(model.llm, decoder_of(model.llm), lora)
     else:
-        decoder = decoder_of(model.llm)
-        model.llm = add_adapter(model.llm, decoder, settings.lora_r, settings.lora_alpha)
+        model.llm = add_adapter(model.llm, decoder_of(model.llm), lora)
     every = checkpoint_every(settings.gradient_checkpointing)
     assert every is not None
     if every:
@@ -131,13 +131,21 @@ def check_trainable(model: VLM, llm: bool) -> None:
 
 
 def checkpoint_activations(llm: Any, every: int) -> None:
-    """Let every N-th layer store its input only, and recompute the rest in the backward pass."""
+    """Let every N-th layer store its input only, and recompute the rest in the backward pass.
+
+    UserError where the family cannot do so.
+    """
     base = llm.get_base_model() if hasattr(llm, "peft_config") else llm
     # the old name is deprecated, the new one is missing before transformers 5.20
     new_name = getattr(base, "activation_checkpointing_enable", None)
     enable = new_name or base.gradient_checkpointing_enable
     # a reentrant checkpoint passes no gradient to the projector before a frozen LLM
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"gradient_checkpointing: {first_line(error)}", fix="set gradient_checkpointing: none"
+        ) from None
     layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
     for number, layer in enumerate(layers):  # as `every_n_layers` of newer transformers does
         layer.gradient_checkpointing = number % every == 0
@@ -154,5 +162,5 @@ def compile_layers(llm: Any, device: torch.device) -> None:
         raise UserError(
             f"compile: torch.compile does not work here: {first_line(error)}; set compile: false"
         ) from None
-    for layer in llm.get_decoder().layers:
+    for layer in layers_of(decoder_of(llm)):
         layer.compile()

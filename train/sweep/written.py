@@ -19,15 +19,17 @@
 `${NAME}` is a variable of the environment. Runs are in the order of their seeds, then of the file.
 """
 
+import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from train.settings.config import TrainConfig
 from train.settings.parse import Origin, with_variables
 
 KEYS = (
@@ -147,11 +149,12 @@ class Reader:
             self.problems.append(
                 f"{known['controls'][1]} controls: {word}; expected {', '.join(CONTROLS)}"
             )
+        common = self.mapping(nodes.get("settings"), "settings: expected some")
         return Sweep(
             path=self.path,
             about=self.text(nodes.get("about")),
             config=self.words(nodes.get("config")),
-            settings=self.settings(self.mapping(nodes.get("settings"), "settings: expected some")),
+            settings=self.settings(self.without_keys(common)),
             variants=tuple(variants),
             baseline=baseline,
             test_path=self.words(nodes.get("test_path")),
@@ -165,6 +168,7 @@ class Reader:
         """Return a run of `runs`; seeds, hours: those of all."""
         own = self.mapping(node, f"{name}: expected settings")
         nodes = {key: own.pop(key)[0] for key in OF_A_RUN if key in own}
+        own = self.without_keys(own)
         for key, (_, where) in own.items():
             if key in NOT_OF_A_RUN:
                 self.problems.append(f"{where} {key}: {NOT_OF_A_RUN[key]}")
@@ -182,7 +186,8 @@ class Reader:
     def grid(self, node: yaml.Node | None) -> list[tuple[Setting, ...]]:
         """Return the settings of each cell of a grid, the last one's values changing fastest."""
         axes = []
-        for name, (values, origin) in self.mapping(node, "grid: expected settings").items():
+        cells = self.without_keys(self.mapping(node, "grid: expected settings"))
+        for name, (values, origin) in cells.items():
             if name in NOT_OF_A_RUN:
                 self.problems.append(f"{origin} {name}: {NOT_OF_A_RUN[name]}")
             elif not isinstance(values, yaml.SequenceNode) or not values.value:
@@ -227,6 +232,24 @@ class Reader:
                 self.problems.append(f"{self.origin(key)} {key.value}: there already")
             found[str(key.value)] = value, self.origin(key)
         return found
+
+    def without_keys(
+        self, found: Mapping[str, tuple[yaml.Node, Origin]]
+    ) -> dict[str, tuple[yaml.Node, Origin]]:
+        """Return what may be settings: keys of a sweep that stand among them, or slips of one, are
+        problems, which the nearest setting would not explain."""
+        left, settings = dict(found), [item.name for item in fields(TrainConfig)]
+        for name, (_, origin) in found.items():
+            words = [*settings, *OF_A_RUN, *KEYS]
+            close = difflib.get_close_matches(name.lower(), words, n=1, cutoff=0.7)
+            if name in (*settings, *NOT_OF_A_RUN) or not close or close[0] in settings:
+                continue
+            place = "of a run, under `runs`" if close[0] in OF_A_RUN else "at the top of the file"
+            slip = f"unknown setting; did you mean {close[0]}, a key {place}?"
+            said = f"no setting, a key {place}" if name == close[0] else slip
+            self.problems.append(f"{origin} {name}: {said}")
+            del left[name]
+        return left
 
     def settings(self, found: Mapping[str, tuple[yaml.Node, Origin]]) -> tuple[Setting, ...]:
         return tuple((name, self.value(node), origin) for name, (node, origin) in found.items())

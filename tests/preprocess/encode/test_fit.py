@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from model.tower.pixels import Pixels
 from preprocess.decode.decode_child import DecodeChild
 from preprocess.encode.estimate import cut_away
-from preprocess.encode.features import EncodeOptions, load_tower
+from preprocess.encode.features import EncodeOptions, coarse_strides, load_tower
 from preprocess.encode.run import encode
 from preprocess.show.picture import picture
 from shards.format.features import Sampling
@@ -85,3 +85,23 @@ def test_a_plan_says_what_is_cut_away_of_frames_of_each_size() -> None:
     # what patches leave over is not seen either
     (line,) = cut_away(clips[:1], Seen(SiglipImageProcessorPil(size={"height": 384, "width": 384})))  # type: ignore[arg-type]
     assert line == "  cut away of each frame: 3% of 640x272 (1 clip)"
+
+
+@pytest.mark.parametrize(
+    ("strides", "said"),
+    [
+        ((1, 8), None),
+        ((4, 8), None),
+        ((4, 64), "stride 64 is larger than the 8x8 patches of a frame: all of it is one cell"),
+        ((9,), "as with stride 8"),
+        ((4, 6), "strides 4, 6 make the same 2x2 cells of 8x8 patches: each stores them"),
+        ((4, 16, 64), "strides 16, 64 make the same 1x1 cells of 8x8 patches"),
+    ],
+)
+def test_strides_that_make_the_same_cells_or_go_beyond_the_frame_are_named(
+    toy_options: EncodeOptions, strides: tuple[int, ...], said: str | None
+) -> None:
+    options = replace(toy_options, strides=strides)
+    lines = coarse_strides(load_tower(options), options)
+    assert len(lines) == (said is not None)
+    assert said is None or said in lines[0]

@@ -20,7 +20,7 @@ from shards.read.banks import Banks
 from shards.read.near import NearIds, difference, plain_name
 from train.data.dataset import Dataset, open_dataset, open_records
 from train.settings.config import TrainConfig
-from train.settings.folders import Folders, advice
+from train.settings.folders import Folders, advice, unknown_clips
 
 MakeBank = Callable[..., Path]
 
@@ -253,6 +253,42 @@ def test_settings_that_are_advised_lead_to_the_clip(make_bank: MakeBank, tmp_pat
         bank = make_bank(tmp_path / f"bank{number}", {banked: clip()})
         (record,) = opened(tmp_path, bank, said, **settings).records
         assert record.clips == (banked,)
+
+
+def lines_about(bank: Path, *names: str) -> list[str]:
+    return unknown_clips([(f"r{k}", name) for k, name in enumerate(names)], Banks.open([bank]))
+
+
+def test_records_that_one_setting_finds_are_one_problem(
+    make_bank: MakeBank, tmp_path: Path
+) -> None:
+    # clips 0 and 1 are in both folders, 2 and 3 in one: the records are of that one
+    ids = ["test/0.mp4", "test/1.mp4", *(f"train/{k}.mp4" for k in range(4)), "train/sub/9.mp4"]
+    bank = make_bank(tmp_path / "bank", {id_: clip() for id_ in ids})
+    (line,) = lines_about(bank, *(f"d/{k}.mp4" for k in range(4)))
+    assert line == (
+        "r0: no bank knows the clip 'd/0.mp4', nor those of 3 more records; the bank has "
+        "'train/0.mp4': are the records' paths relative to another root? Set strip_prefix: d and "
+        "media_dir: train, or encode with another --video-root"
+    )
+    # other folders, other spellings, and what nothing is near to, are other problems
+    first, second, third, fourth = lines_about(
+        bank, "2.mp4", "9.mp4", "3.mp4", "train/3.webm", "other.mp4"
+    )
+    assert first.startswith("r0: no bank knows the clip '2.mp4', nor those of 1 more record; ")
+    assert "Set media_dir: train/sub, or" in second
+    assert third.endswith("write it with the ending of the file")
+    assert fourth == "r4: no bank knows the clip 'other.mp4'; encode it, name its bank"
+
+
+def test_of_folders_that_fit_alike_none_is_advised(make_bank: MakeBank, tmp_path: Path) -> None:
+    ids = [f"{folder}/{k}.mp4" for folder in ("test", "train") for k in range(2)]
+    bank = make_bank(tmp_path / "bank", {id_: clip() for id_ in ids})
+    (line,) = lines_about(bank, "0.mp4", "1.mp4")
+    assert (
+        "which of these folders do the records mean? Set media_dir: test, or media_dir: train"
+        in line
+    )
 
 
 WORDS = st.text("abcXYZ 01%_-é", min_size=1, max_size=6)

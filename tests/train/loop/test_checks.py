@@ -1,7 +1,10 @@
 """What a run checks about itself: groups that do not learn, frozen weights that move, memory."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,14 @@ from torch import Tensor
 from model.batch import Batch
 from model.vlm import VLM
 from shards.errors import UserError
+from train.batches.plan import order
 from train.flops import LlmShape
-from train.loop.checks import PackMemory, UpdateCheck, digests, name_pack, out_of_memory_advice
+from train.loop.checks import PackMemory, UpdateCheck, digests, out_of_memory_advice, suspects
 from train.loop.gradients import pack_seed
 from train.loop.speed import CLOCK
 from train.settings.config import TrainConfig
 
+ROOT = Path(__file__).resolve().parents[3]
 Json = dict[str, Any]
 
 
@@ -258,11 +263,55 @@ def test_records_of_a_loss_that_is_no_number_are_named(
     batch = make_batch(make_model(), ([make_clip()], "<video>?", "yes"))
     rows = torch.ones(4, 3, dtype=torch.float64)
     own = {1: batch, 3: batch}
-    assert name_pack(rows, own) == "records record-0, record-0"  # a gradient, not a loss
+    assert suspects(rows, own) == ["record-0", "record-0"]  # a gradient, not a loss
     rows[3, 1] = float("nan")
-    assert name_pack(rows, own) == "records record-0"
+    assert suspects(rows, own) == ["record-0"]
     rows[2, 0] = float("inf")
-    assert name_pack(rows, {}) == "packs 2, 3, of another process"
+    assert suspects(rows, {0: batch}) == []
+
+
+SPOILT = """
+import sys
+from model.vlm import VLM
+from train.run import main
+whole = VLM.forward
+def forward(self, batch):
+    out = whole(self, batch)
+    if self.training and "train/clip-00003" in batch.record_ids:
+        out["ce"] = out["ce"] * float("inf")
+    return out
+VLM.forward = forward
+main(sys.argv[1:])
+"""
+"""A run in which the loss of one record is infinite."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_record_is_named_whichever_process_has_it(
+    run_settings: dict[str, Any],
+    as_flags: Callable[[dict[str, Any]], list[str]],
+    tmp_path: Path,
+    place: int,
+) -> None:
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    # the first process speaks for both
+    seed = next(seed for seed in range(99) if order(seed, 0, 6).index(3) == place)
+    settings = {"output_dir": tmp_path / "out", "per_device_train_batch_size": 1, "seed": seed}
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
+    command += ["--nproc_per_node", "2", str(tmp_path / "spoilt.py")]
+    done = subprocess.run(
+        [*command, *as_flags(run_settings | settings | {"rehearsal": False})],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: step 1: loss inf, gradient norm nan with the records train/clip-"
+    )
+    assert "records train/clip-00003. Lower" in last
 
 
 def test_seeds_of_packs_are_stable_and_all_different() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from train.loop.log import wandb_run
+
 
 class Service(types.ModuleType):
     """What a run uses of wandb, which keeps runs by id as the server does."""
@@ -62,6 +64,29 @@ def test_a_resumed_run_stays_one_run(
     assert service.inits[1]["config"]["max_steps"] == 5
     train_here(out, **shared, max_steps=3, resume="none")
     assert len(service.runs) == 2, "a run that starts anew is another"
+
+
+def test_wandbs_own_variables_decide_where_a_run_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    named = {"project": "WANDB_PROJECT", "name": "WANDB_NAME", "dir": "WANDB_DIR"}
+    for variable in (*named.values(), "WANDB_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    wandb_run(tmp_path, 0, {})
+    (given,) = service.inits
+    own = {"project": "framebank", "name": tmp_path.name, "dir": str(tmp_path)}
+    assert given.items() >= own.items()
+    for variable in named.values():
+        monkeypatch.setenv(variable, f"my {variable}")
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    # the run that a folder has begun stays the same one
+    for first_step, id_ in ((3, given["id"]), (0, "mine"), (3, "mine")):
+        wandb_run(tmp_path, first_step, {})
+        assert service.inits[-1]["id"] == id_
+        for what, variable in named.items():
+            assert service.inits[-1][what] == f"my {variable}"
 
 
 def test_the_real_wandb_takes_it_offline(

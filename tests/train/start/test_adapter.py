@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,42 @@ def test_every_matrix_of_the_layers_has_an_adapter_that_learns(family: str) -> N
     trained = {name: p for name, p in llm.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * len(expected)
     assert all(p.grad is not None and p.grad.any() for p in trained.values())
+
+
+EXPERTS: dict[str, tuple[str, ...]] = {
+    "qwen2": (),
+    "qwen2_moe": (".mlp.experts.",),
+    "qwen3_moe": (".mlp.experts.",),
+    "mixtral": (".mlp.experts.",),
+    "deepseek_v3": (".mlp.experts.",),
+    "gpt_oss": (".mlp.experts.",),
+    "llama4_text": (".feed_forward.experts.",),
+    "granitemoe": (".block_sparse_moe.experts.",),
+    "jetmoe": (".input_linear.weight", ".output_linear.weight"),
+    "laguna": (".mlp.experts.",),
+    "phimoe": (".mlp.experts.",),
+}
+"""Family -> parts of the names of its routed experts' weights."""
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_routed_experts_alone_have_no_adapter_where_they_are_left_out(family: str) -> None:
+    whole = adapted_weights(prepared(family, tune_llm="lora").llm)
+    model = prepared(family, tune_llm="lora", lora_experts=False)
+    left = {name for name in whole if any(part in name for part in EXPERTS[family])}
+    assert bool(left) == bool(EXPERTS[family])
+    assert adapted_weights(model.llm) == whole - left
+    # a run that starts from it goes on with it, and not with another
+    config = TrainConfig(lora_r=4, lora_alpha=8, tune_llm="lora")
+    prepare_llm(model, replace(config, lora_experts=False), "eager", CPU)
+    if left:
+        with pytest.raises(UserError, match=r"lora_experts false, expected .* lora_experts true"):
+            prepare_llm(model, config, "eager", CPU)
+        model = prepared(family, tune_llm="lora")
+        with pytest.raises(UserError, match=r"set lora_r: 4, .* lora_experts: true"):
+            prepare_llm(model, replace(config, lora_experts=False), "eager", CPU)
+    else:
+        prepare_llm(model, config, "eager", CPU)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

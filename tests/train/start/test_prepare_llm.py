@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
+from model.family.__main__ import class_and_config
+from model.family.head import decoder_of, layers_of
+from model.family.twin import make_twin
 from model.vlm import VLM
 from shards.errors import UserError
 from train.settings.config import TrainConfig, checkpoint_every
-from train.start.prepare_llm import llm_dtype, prepare_llm
+from train.start.prepare_llm import checkpoint_activations, llm_dtype, prepare_llm
 
 CPU = torch.device("cpu")
 QUESTION, ANSWER = "Look.<video>\nWhen?", "red from <t:0.4> to <t:3.3>"
@@ -133,6 +136,36 @@ def test_where_nothing_can_be_compiled_the_reason_is_told(
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UserError, match=r"compile: .* here: no C\+\+ compiler; set compile: false"):
         prepare_llm(make_model(), TrainConfig(compile=True), "sdpa", CPU)
+
+
+FAMILIES = [
+    "gpt2",
+    "bloom",
+    "falcon",
+    "mpt",
+    "qwen2",
+    "gemma3",
+    "llama4_text",
+    "modernbert-decoder",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layers_of_any_family_are_found(family: str) -> None:
+    llm = make_twin(*class_and_config(family), seed=1)
+    layers = layers_of(decoder_of(llm))
+    # `layers`, `h`, `transformer.blocks`: the family's own names count from 0
+    names = [name for name, module in llm.named_modules() if module in layers]
+    assert [name.rpartition(".")[2] for name in names] == [str(k) for k in range(len(layers))]
+    assert len({name.rpartition(".")[0] for name in names}) == 1
+    config = llm.config.get_text_config()
+    assert len(layers) == config.num_hidden_layers
+
+
+def test_a_family_that_cannot_recompute_is_refused() -> None:
+    llm = make_twin(*class_and_config("jetmoe"), seed=1)
+    with pytest.raises(UserError, match=r"gradient_checkpointing: JetMoe.*set .*: none"):
+        checkpoint_activations(llm, 1)
 
 
 def with_adapter(model: VLM, tmp_path: Path) -> VLM:

@@ -1,10 +1,12 @@
 """Sweeps as they are written: what a YAML means, and that what is wrong is said with its line."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from train.sweep.written import Sweep, read_sweep
+from train.settings.config import TrainConfig
+from train.sweep.written import NOT_OF_A_RUN, Sweep, read_sweep
 
 
 def read(path: Path, text: str, **environ: str) -> tuple[Sweep, list[str]]:
@@ -93,6 +95,24 @@ def test_a_grid_crosses_its_lists_and_the_runs(tmp_path: Path) -> None:
         ("grid: {seed: [1, 2]}", "s.yaml:1 seed: list it under seeds"),
         ("runs: {a: {seed: 1}}", "s.yaml:1 seed: list it under seeds"),
         ("runs: {a: {output_dir: x}}", "s.yaml:1 output_dir: runs write below that of all"),
+        (
+            "runs: {a: {}, b: {agianst: a}}",
+            "s.yaml:1 agianst: unknown setting; did you mean against,",
+        ),
+        (
+            "runs: {a: {Stge: a}}",
+            "s.yaml:1 Stge: unknown setting; did you mean stage, a key of a run",
+        ),
+        ("runs: {a: {controls: x}}", "s.yaml:1 controls: no setting, a key at the top of the file"),
+        (
+            "grid: {sedes: [1]}",
+            "s.yaml:1 sedes: unknown setting; did you mean seeds, a key of a run",
+        ),
+        ("grid: {stage: [x]}", "s.yaml:1 stage: no setting, a key of a run, under `runs`"),
+        (
+            "settings: {basline: a}",
+            "s.yaml:1 basline: unknown setting; did you mean baseline, a key",
+        ),
         ("runs: {a/b: {}}", "s.yaml:1 'a/b': a run's name is a folder's"),
         ("runs: {a: {}}\nbaseline: b", "s.yaml:2 baseline: no run is called b"),
         ("runs: {a: {against: b}}", "s.yaml:1 against: no run is called b"),
@@ -108,6 +128,15 @@ def test_a_grid_crosses_its_lists_and_the_runs(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, line: str) -> None:
     _, problems = read(tmp_path, text)
     assert any(problem.startswith(line) for problem in problems), problems
+
+
+def test_a_slip_in_a_setting_is_left_to_the_settings(tmp_path: Path) -> None:
+    settings = [item.name for item in fields(TrainConfig)]
+    slips = [name[:-1] for name in settings if len(name) > 6]
+    for name in [*settings, *slips, "lr", "vs", "epochs"]:
+        if name not in NOT_OF_A_RUN:
+            sweep, problems = read(tmp_path, f"runs: {{a: {{{name}: x}}}}")
+            assert (problems, [s[0] for s in sweep.variants[0].settings]) == ([], [name])
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
