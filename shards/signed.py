@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,17 @@ def parse_signed_json(data: bytes, where: str) -> Json:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a temporary file, sync, rename, sync the folder: readers see the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb", buffering=0) as file:
-        # Before the rename: a file system may store the new name before the data, and a power loss in
-        # between would leave an empty file under the final name.
-        write_synced(file, data)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            # Before the rename: a file system may store the new name before the data, and a power loss
+            # in between would leave an empty file under the final name.
+            write_synced(file, data)
+        os.replace(temporary, path)
+    except BaseException:
+        # of no use to anybody, and on a full disk it takes the last of the room
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -79,10 +79,16 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, dtype: str = "floa
     # beside the target, so that the renaming stays on one disk
     aside = out.resolve().with_name(f"{out.resolve().name}.tmp")  # renamed once it is complete
     shutil.rmtree(aside, ignore_errors=True)
-    with naming(out):
-        model.save(aside)
-    (aside / "README.md").write_text(readme(model, adapter=adapted and not merge_lora, limit=limit))
-    os.replace(aside, out.resolve())
+    try:
+        with naming(out):
+            model.save(aside)
+            page = readme(model, adapter=adapted and not merge_lora, limit=limit)
+            (aside / "README.md").write_text(page)
+            os.replace(aside, out.resolve())
+    except BaseException:
+        # nothing of it is continued, and it may be what fills the disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def readme(model: "VLM", *, adapter: bool, limit: int) -> str:  # long: it is the page itself

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.errors import UserError
+from shards.stopping import end_by
 from shards.write.lock import folder_lock
 from train.data.dataset import Dataset, open_dataset
 from train.settings.ancestors import Process, accelerate_words, holders
@@ -96,7 +97,7 @@ def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
 
 
 def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> None:
-    """Train. A run that a signal ended exits with 128 + its number: 143, 130 or 129.
+    """Train. A run that a signal ended ends with 128 + its number: 143, 130 or 129.
 
     holding: the processes whose end is to end the run.
     """
@@ -141,7 +142,7 @@ def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> 
     accelerator.end_training()
     if stopped_by is not None:
         # as shells report a process that died of a signal, so that schedulers see which one it was
-        raise SystemExit(128 + stopped_by)
+        end_by(stopped_by)
 
 
 def refuse_lost_fsdp(accelerator: "Accelerator", environ: Mapping[str, str]) -> None:

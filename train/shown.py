@@ -47,6 +47,7 @@ class Picture:
         said, truth: with markup, times in seconds.
         """
         from preprocess.show.answer import Pointed, answer_page
+        from preprocess.show.picture import save
 
         size = info.display_size
         with DecodeChild() as child:
@@ -59,7 +60,7 @@ class Picture:
             layers.append(Pointed(in_pixels(truth, size), *pointed(truth, question)))
         times = (clip.timestamps - clip.start).tolist()
         title = in_pixels(question, size)
-        answer_page(title, clip.frames, times, info.duration, *layers).save(self.path)
+        save(answer_page(title, clip.frames, times, info.duration, *layers), self.path)
 
 
 def find_truth(truth: str, video: Path, question: str) -> str:

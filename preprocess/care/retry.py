@@ -35,10 +35,11 @@ from shards.format.plan import (
     planned,
     refuse_derived,
     refuse_other_features,
+    refuse_unplanned_shards,
     write_plan,
 )
 from shards.write.finish import failed_clips, finish, is_finished
-from shards.write.lease import Leases
+from shards.write.lease import Leases, holders
 from shards.write.lock import folder_lock
 
 
@@ -55,6 +56,7 @@ def retry(bank: Path, tower: str | None = None, roots: Sequence[str] = (), **how
 
 def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, Any]) -> Summary:
     plan = planned(bank)
+    refuse_unplanned_shards(bank, plan)
     commits = read_commits(bank, plan)
     failed = failed_clips(bank, plan, commits)
     # A killed retry leaves an unfinished unit at the plan's end, of clips that are all in the quarantine
@@ -99,6 +101,14 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
                         break
             if committed(bank, unit):
                 plan = longer
+            # of a retry that was killed, or paused for so long that it counted as such: without this
+            # unit in the plan the shard would be of none
+            elif maker := holders(bank).get(unit):
+                raise UserError(
+                    f"{maker} makes the unit of these clips",
+                    where=bank,
+                    fix="wait for its end, and run the same command again",
+                )
         # without the unit that had no clip
         write_plan(bank, plan)
         finish(bank, plan, loaded, encoder.summary.failures)

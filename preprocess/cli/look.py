@@ -23,7 +23,7 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
     if out and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
 
-    from preprocess.show.picture import picture
+    from preprocess.show.picture import picture, save
     from preprocess.show.table import table
 
     if not key:
@@ -31,10 +31,7 @@ def show(bank: Path, key: str | None, out: Path | None) -> None:
         return
     name, image = picture(bank, key)
     out = out or Path(f"{name}.png")
-    try:
-        image.save(out)
-    except ValueError as error:  # PIL has no format for this suffix
-        raise UserError(f"--out {out}: {error}") from None
+    save(image, out)
     click.echo(out)
 
 

@@ -5,7 +5,6 @@ answer at once (importing torch takes about 3 s).
 """
 
 import signal
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from preprocess.cli.export import export
 from preprocess.cli.look import diff, footage, realmodels, show, toyworld
 from preprocess.cli.work import finish, merge, work
 from shards.errors import UserError, is_of_disk
+from shards.stopping import Stopped, end_by, stopped_by
 
 
 class Commands(click.Group):
@@ -35,8 +35,13 @@ class Commands(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with one_line_errors(), ended_by_signals():
+        with one_line_errors():
             return super().invoke(ctx)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # around click's own, which makes exit code 1 of Ctrl-C
+        with ended_by_signals():
+            return super().main(*args, **kwargs)
 
 
 @contextmanager
@@ -68,33 +73,14 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Clean up at Ctrl-C and SIGTERM, and exit with 128 + the signal's number: 130 and 143."""
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-        raise Stopped(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # where Python refuses handlers
-        yield
-        return
-    # SIGTERM as Ctrl-C: what schedulers send has to clean up as well
-    before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
+    """Clean up at Ctrl-C and SIGTERM, and end with 128 + the signal's number: 130 and 143."""
     try:
-        yield
+        # SIGTERM as Ctrl-C: what schedulers send has to clean up as well
+        with stopped_by(signal.SIGINT, signal.SIGTERM):
+            yield
     except Stopped as stopped:
         click.echo("stopped; committed work is kept: run the same command to continue", err=True)
-        raise SystemExit(stopped.code) from None
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
-class Stopped(BaseException):
-    """A signal was received; `BaseException`, so that no `except Exception` swallows it."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
+        end_by(stopped.number)
 
 
 @click.group(

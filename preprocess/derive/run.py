@@ -33,7 +33,7 @@ from shards.format.plan import (
     Plan,
     read_plan,
     refuse_other_features,
-    refuse_shards_without_plan,
+    refuse_unplanned_shards,
     write_plan,
 )
 from shards.write.finish import failed_clips, finish, refuse_unfinished
@@ -98,8 +98,8 @@ def refuse_no_cells(source: BankSource, target: Target) -> None:
 
 def make_plan(source: BankSource, out: Path, target: Target, shard_bytes: int) -> Plan:
     """Write and return the plan of the derived bank, with new units for clips new in the source."""
-    refuse_shards_without_plan(out)
     known, theirs = read_plan(out), source.plan
+    refuse_unplanned_shards(out, known)
     if known is not None:
         refuse_other_features(out, target.features, known.features)
         _refuse_other_scales(source, out, target, known)

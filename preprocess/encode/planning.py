@@ -30,7 +30,7 @@ from shards.format.plan import (
     TowerSettings,
     read_plan,
     refuse_other_features,
-    refuse_shards_without_plan,
+    refuse_unplanned_shards,
     write_plan,
 )
 from shards.format.quarantine import Reason, read_entries, update_quarantine
@@ -135,9 +135,9 @@ def make_plan(
     These have the chosen `tower_dtype`, and `batch_frames` halved if the GPU ran out of memory while
     calibrating.
     """
-    refuse_shards_without_plan(out)
     survey = survey or Survey.of(out, clips, options, read_plan(out))
     known = survey.known
+    refuse_unplanned_shards(out, known)
     choice = measured(tower, options, known)
     if choice:
         options = replace(options, tower_dtype=choice.dtype)

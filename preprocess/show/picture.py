@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from tempfile import gettempdir
@@ -17,11 +18,13 @@ from preprocess.decode.read_pictures import PICTURE_FPS
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import SourceReader
 from preprocess.show.table import find
+from shards.errors import UserError
 from shards.format.codec import as_float32
 from shards.format.features import Sampling
 from shards.format.plan import ClipSource, read_plan
 from shards.format.samples import SampleMeta, sample_key
 from shards.read.bank import Bank
+from shards.signed import write_atomic
 from shards.text import printable
 
 Arrays = Mapping[int, np.ndarray]
@@ -40,6 +43,16 @@ def picture(path: Path, name: str) -> tuple[str, Image.Image]:
     features = {stride: bank.read(row, stride) for stride in bank.strides}
     frames = source_frames(path, meta, bank.config.sampling)
     return sample_key(meta.id), page(meta, frames, features, bank.config.pool)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a picture, whole or not at all; UserError for an ending that no format has."""
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form not in Image.SAVE:
+        raise UserError("no format of pictures", path.name, expected="a .png", where=path)
+    written = BytesIO()
+    image.save(written, form)
+    write_atomic(path, written.getvalue())
 
 
 def source_frames(bank: Path, meta: SampleMeta, sampling: Sampling) -> np.ndarray | str:

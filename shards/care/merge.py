@@ -4,13 +4,15 @@ manifest = merge([Path("a"), Path("b")], Path("c"))
 
 The finished units of A come first, then those of B, with new numbers: tars and indices are hard links
 to the old ones, or copies; commit records are written with the new numbers. The new bank is made in a
-temporary folder beside `--out` and renamed when it is complete.
+temporary folder beside `--out` and renamed when it is complete. What was merged before is left alone.
 """
 
+import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,18 +28,19 @@ from shards.format.commits import (
     index_path,
     read_commit,
     refuse_missing_shards,
+    shard_name,
     shard_path,
     write_commit,
 )
 from shards.format.features import differences
-from shards.format.manifest import Manifest, TowerFacts
-from shards.format.plan import ClipSource, Plan, planned, write_plan
+from shards.format.manifest import Manifest, TowerFacts, read_manifest
+from shards.format.plan import Plan, planned, write_plan
 from shards.format.quarantine import read_entries
-from shards.signed import sync_folder
+from shards.signed import canonical_json, sync_folder
 from shards.text import counted, some
 from shards.write.beside import pair
 from shards.write.finish import finish
-from shards.write.lock import folder_lock, writer_of
+from shards.write.lock import folder_lock, lock_path, writer_of
 from shards.write.shard import index_bytes
 
 log = logging.getLogger(__name__)
@@ -67,9 +70,12 @@ def merge(
     """Join banks into a new one; return its manifest.
 
     seen: called with the bytes of each shard when it is done. Raises UserError naming each difference of
-    the features, the clips that two banks have, a bank that is being written, and an `out` that exists.
+    the features, the clips that two banks have, a bank that is being written, and an `out` that exists
+    and is not what these banks become.
     """
-    _refuse_existing(out)
+    # before the banks are read, which takes long
+    if not (out / "bank.json").exists():
+        _refuse_existing(out)
     sides = _common_sides(banks)
     # all refusals come before the first byte is copied
     everything = [[_part(bank) for bank in banks]]
@@ -77,33 +83,88 @@ def merge(
     for parts in everything:
         _refuse_different(parts)
         _refuse_common(parts)
-    beside = out.with_name(f"{out.name}.merging")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(out):
+    with disk_errors(out), _beside(out) as beside:
+        if _is_made(out, everything, sides):
+            log.warning(f"{out}: has been made of these banks already")
+            return read_manifest(out)
+        _refuse_existing(out)
+        # the right to write there too: other commands may be given this folder
         with folder_lock(out, "preprocess merge"):
-            _refuse_existing(out)  # once more: another merge may have ended since
-            # of a merge that was killed: links are made once more, at no cost
-            shutil.rmtree(beside, ignore_errors=True)
-            try:
-                manifest = _join(everything[0], beside, seen)
-                for strides, parts in zip(sides, everything[1:], strict=True):
-                    _join(parts, side_path(beside, strides), seen)
-                for why in pair(beside, "preprocess merge"):
-                    log.warning(why)
-            except BaseException:
-                # nothing of it is continued, and copies may fill the disk
-                shutil.rmtree(beside, ignore_errors=True)
-                raise
-        # only the lock had made this folder: the merged bank takes its name in one rename
-        os.rmdir(out)
-        os.replace(beside, out)
-        sync_folder(out.parent)
+            manifest = _join(everything[0], beside, seen)
+            for strides, parts in zip(sides, everything[1:], strict=True):
+                _join(parts, side_path(beside, strides), seen)
+            for why in pair(beside, "preprocess merge"):
+                log.warning(why)
+        _give_place(beside, out)
     if lacking := sorted(_not_made(everything[0]).values()):
         log.warning(
             f"{out}: lacks {counted(len(lacking), 'clip')} as planned, in units that none of the banks "
             f"has made: {some(lacking)}; `preprocess encode INPUT --out {out}` encodes them"
         )
     return manifest
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """Hold the right to merge into a folder, and yield the place beside it where the bank is made."""
+    folder = out.with_name(f"{out.name}.merging")
+    try:
+        with folder_lock(folder, "preprocess merge"):
+            # of a merge that was killed: links are made once more, at no cost
+            _empty(folder)
+            try:
+                yield folder / "bank"
+            finally:
+                # nothing of a merge that failed is continued, and copies may fill the disk
+                _empty(folder)
+    finally:
+        with suppress(OSError):  # another merge is at work there
+            folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path != lock_path(folder):
+            path.unlink(missing_ok=True)
+
+
+def _give_place(beside: Path, out: Path) -> None:
+    """Give a bank its name in one rename; UserError where another command has begun to write there."""
+    try:
+        # only the lock had made this folder
+        os.rmdir(out)
+        os.replace(beside, out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise UserError(
+            f"{writer_of(out) or 'another process'} has begun to write here",
+            where=out,
+            fix="name a new folder for the merged bank",
+        ) from None
+    sync_folder(out.parent)
+
+
+def _is_made(
+    out: Path, everything: Sequence[Sequence[Part]], sides: Sequence[tuple[int, ...]]
+) -> bool:
+    """Return whether a folder holds the bank that these parts become, as after a merge that was killed
+    when it had given the bank its name."""
+    places = [out, *(side_path(out, strides) for strides in sides)]
+    if not (out / "bank.json").exists() or {*sides_of(out)} != {*places[1:]}:
+        return False
+    for place, parts in zip(places, everything, strict=True):
+        plan, commits = _joined(parts)
+        try:
+            there = canonical_json(planned(place).to_json())
+            found = [read_commit(shard_path(place, commit.unit)) for commit in commits]
+        except (UserError, OSError):
+            return False
+        if there != canonical_json(plan.to_json()) or found != commits:
+            return False
+    return True
 
 
 def _refuse_existing(out: Path) -> None:
@@ -125,19 +186,10 @@ def _not_made(parts: Sequence[Part]) -> dict[str, str]:
 def _join(parts: Sequence[Part], out: Path, seen: Callable[[int], object]) -> Manifest:
     """Make one bank in a new folder."""
     (out / "shards").mkdir(parents=True)
-    units, commits = _bring_shards(parts, out, seen)
+    plan, commits = _joined(parts)
+    _bring_shards(parts, commits, out, seen)
     for part in parts:
         _refuse_changed(part)
-    # what was brought of a clip that is planned again and not made is of its older video
-    stale = _not_made(parts).keys()
-    plan = replace(
-        parts[0].plan,
-        units=units,
-        # only of clips that were brought: others are in no unit of the new plan
-        pruned=frozenset().union(
-            *((part.plan.pruned | stale) & part.clips.keys() for part in parts)
-        ),
-    )
     write_plan(out, plan)
     _bring_skips(parts, out)
     failed = [
@@ -147,6 +199,26 @@ def _join(parts: Sequence[Part], out: Path, seen: Callable[[int], object]) -> Ma
         if entry.key in part.clips
     ]
     return finish(out, plan, TowerFacts.of(plan, commits), failed, commits)
+
+
+def _joined(parts: Sequence[Part]) -> tuple[Plan, list[CommitRecord]]:
+    """Return the plan and the commit records of the bank that some parts become."""
+    made = [(part, commit) for part in parts for commit in part.commits]
+    # what was made of a clip that is planned again and not made is of its older video
+    stale = _not_made(parts).keys()
+    plan = replace(
+        parts[0].plan,
+        units=[part.plan.units[commit.unit] for part, commit in made],
+        # only of clips that are brought: others are in no unit of the new plan
+        pruned=frozenset().union(
+            *((part.plan.pruned | stale) & part.clips.keys() for part in parts)
+        ),
+    )
+    # numbered in order: units that were never made leave no gap
+    commits = [
+        replace(commit, shard=shard_name(unit), unit=unit) for unit, (_, commit) in enumerate(made)
+    ]
+    return plan, commits
 
 
 def _common_sides(banks: Sequence[Path]) -> list[tuple[int, ...]]:
@@ -268,23 +340,20 @@ def _refuse_common(parts: Sequence[Part]) -> None:
 
 
 def _bring_shards(
-    parts: Sequence[Part], out: Path, seen: Callable[[int], object]
-) -> tuple[list[list[ClipSource]], list[CommitRecord]]:
-    """Link or copy the shards and write their commit records; return the new plan's units and records."""
-    units: list[list[ClipSource]] = []
-    commits: list[CommitRecord] = []
-    for part in parts:
-        for commit in part.commits:
-            old, new = part.bank / "shards" / commit.shard, shard_path(out, len(units))
-            if commit.samples:
-                _bring(old, new)
-                _bring(index_path(old), index_path(new))
-                seen(commit.nbytes)
-            commits.append(replace(commit, shard=new.name, unit=len(units)))
-            write_commit(new, commits[-1])
-            # numbered as they are brought: units that were never made leave no gap
-            units.append(part.plan.units[commit.unit])
-    return units, commits
+    parts: Sequence[Part],
+    commits: Sequence[CommitRecord],
+    out: Path,
+    seen: Callable[[int], object],
+) -> None:
+    """Link or copy the shards and write their commit records."""
+    olds = [part.bank / "shards" / commit.shard for part in parts for commit in part.commits]
+    for old, commit in zip(olds, commits, strict=True):
+        new = shard_path(out, commit.unit)
+        if commit.samples:
+            _bring(old, new)
+            _bring(index_path(old), index_path(new))
+            seen(commit.nbytes)
+        write_commit(new, commit)
 
 
 def _bring(old: Path, new: Path) -> None:

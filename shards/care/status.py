@@ -73,6 +73,7 @@ def status(bank: Path) -> Status:
     """Return the state of a bank; raises UserError if there is none."""
     inventory = read_inventory(bank)
     # -- everything is read once, without a lock: what changes meanwhile is counted as it was found
+    newest = _newest(bank)
     writer, workers = writer_of(bank), list(holders(bank).values())
     # the first of them: the rate is that of all together
     began = min(map(_began, filter(None, [writer, *workers])), default=None)
@@ -89,8 +90,8 @@ def status(bank: Path) -> Status:
         workers=workers,
         quarantine=dict(Counter(entry.reason.value for entry in entries).most_common()),
         problems=[str(damage) for damage in inventory.damages],
-        # not 0, by which the rate is divided: the clock of another host may be behind
-        seconds=None if began is None else max(time.time() - began, 1e-9),
+        # by times of files alone: the clocks of the writer, of this host and of the disk may differ
+        seconds=None if began is None else max(newest - began, 1.0),
     )
     for samples in dead_samples(inventory).values():
         found.dead += len(samples)
@@ -190,6 +191,11 @@ def _size(path: Path) -> int:
         return disk_size(path)
     except OSError:  # renamed or removed since it was listed
         return 0
+
+
+def _newest(bank: Path) -> float:
+    """Return the present by the disk's clock: a writer touches its lock or lease every few seconds."""
+    return max(map(_moment, [lock_path(bank), *bank.glob("shards/*")]))
 
 
 def _moment(path: Path) -> float:

@@ -98,7 +98,12 @@ class Leases(ExitStack):
     def __init__(self, bank: Path, command: str) -> None:
         super().__init__()
         self.bank = bank
-        self.writer = Writer.here(command)
+        (bank / "shards").mkdir(parents=True, exist_ok=True)
+        folder = os.open(bank / "shards", os.O_RDONLY)
+        try:
+            self.writer = Writer.here(command, folder)
+        finally:
+            os.close(folder)
         self.held: dict[int, Writer | None] = {}
         """By unit, its holder when it was last requested; None if the file does not say."""
         self.elsewhere: set[int] = set()
@@ -107,7 +112,6 @@ class Leases(ExitStack):
         self._mine: Lease | None = None
         self._guard = threading.Lock()
         self._over = threading.Event()
-        (bank / "shards").mkdir(parents=True, exist_ok=True)
         # a thread, since encoding a clip may take longer than others watch before they take over
         threading.Thread(target=self._beat, daemon=True).start()
         self.callback(self._over.set)

@@ -49,15 +49,16 @@ class Writer:
     host: str
     command: str
     started: str
-    """UTC, `2025-01-31T12:00:00Z`."""
+    """UTC, `2025-01-31T12:00:00Z`, by the clock that gives files their times: clocks of hosts differ."""
     boot: str | None = None
     """`kernel()` of the process. A pid alone is ambiguous: after a restart, and in another container, the
     same number is another process, and containers may share a host name."""
 
     @classmethod
-    def here(cls, command: str) -> "Writer":
-        """Return this process."""
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    def here(cls, command: str, touched: int) -> "Writer":
+        """Return this process. touched: a file or folder on the bank's disk, by its descriptor."""
+        os.utime(touched)
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(os.fstat(touched).st_mtime))
         return cls(os.getpid(), socket.gethostname(), command, started, kernel())
 
     def __str__(self) -> str:
@@ -117,14 +118,14 @@ def folder_lock(
 
     Raises UserError naming the process that holds it. fix: what to do about that, for the message.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     over = threading.Event()
     with _acquired(folder, fix) as file:
         try:
-            line = json.dumps(asdict(Writer.here(command)), sort_keys=True) + "\n"
             with naming(lock_path(folder)):
                 # emptied only now that it is ours: before it named its holder
                 file.truncate(0)
+                here = Writer.here(command, file.fileno())
+                line = json.dumps(asdict(here), sort_keys=True) + "\n"
                 # past the buffer, which `close` would try to write once more on a full disk
                 os.write(file.fileno(), line.encode())
             threading.Thread(target=_beat, args=(lock_path(folder), over), daemon=True).start()
@@ -145,8 +146,14 @@ def _acquired(folder: Path, fix: str) -> TextIO:
     path = lock_path(folder)
     deadline = time.monotonic() + ORPHANS_SECONDS
     while True:
-        # append, not write: opening must not empty the file that names its holder
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the folder is free
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # append, not write: opening must not empty the file that names its holder
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the folder is free
+        except FileNotFoundError:  # the last holder has just removed or renamed the folder
+            if time.monotonic() < deadline:
+                continue
+            raise
         try:
             by_kernel = _flock(file)
         except BlockingIOError:

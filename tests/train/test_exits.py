@@ -1,7 +1,6 @@
 """How a command ends: lines and exit 2 for what a person can put right, a traceback for a bug."""
 
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ import train.report
 import train.run
 from preprocess.cli.main import one_line_errors
 from shards.errors import UserError
+from tests.full_disk import full
 from train.settings.exits import command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,15 +63,8 @@ def preprocesses(path: Path) -> None:
 def test_a_full_disk_under_safetensors_is_a_line_too(
     run: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
-    try:
-        with pytest.raises(SystemExit) as stop:
-            run(tmp_path / "x")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with full(5000), pytest.raises(SystemExit) as stop:
+        run(tmp_path / "x")
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -133,6 +126,40 @@ def main(ranks):
 
 main(sys.argv[1:])
 """
+WAITS = """
+import sys, time
+from train.settings.exits import command
+
+@command
+def main():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned", flush=True)
+
+main()
+"""
+
+
+def test_ctrl_c_is_a_line_and_no_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("cleaned\n", "stopped\n")
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT
+
+
 TWO = ["torchrun", "--nproc_per_node", "2"]
 
 

@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ from typing import Any
 
 from model.settings import problem_of
 from shards.annotations.fault import RowError, UnsupervisedError, split_place
+from shards.signed import write_atomic
 from train.data.coordinates import BEHIND
 from train.data.records import Record
 from train.settings.config import DataSettings
@@ -130,11 +130,9 @@ def write_drops(file: Path, drops: Sequence[Drop]) -> None:
     if not drops:
         file.unlink(missing_ok=True)
         return
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    # backslashreplace: JSON may hold half a surrogate pair, which UTF-8 has no bytes for
     lines = [json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in drops]
-    temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, file)
+    # backslashreplace: JSON may hold half a surrogate pair, which UTF-8 has no bytes for
+    write_atomic(file, "".join(lines).encode(errors="backslashreplace"))
 
 
 def add_record_flags(parser: argparse.ArgumentParser, *more: str) -> None:

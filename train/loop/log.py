@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.slow_fast import draw_pattern, slow_frames
 from shards.errors import UserError, first_line, naming
-from shards.signed import Json
+from shards.signed import Json, write_atomic
 from shards.text import duration
 from train.data.dataset import Dataset, drawn_line
 from train.settings.config import TrainConfig
@@ -198,9 +198,7 @@ def keep_until(path: Path, step: int) -> None:
         # a crash may have cut the last line: it has no newline
         lines = path.read_text().split("\n")[:-1]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_atomic(path, "".join(line + "\n" for line in kept).encode())
 
 
 def banner(

@@ -13,6 +13,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from shards.errors import UserError, is_of_disk
+from shards.stopping import Stopped, end_by, stopped_by
 from train.settings import last_word
 
 P = ParamSpec("P")
@@ -25,14 +26,16 @@ GRACE_SECONDS = 3.0
 def command(main: Callable[P, T]) -> Callable[P, T]:
     """Wrap a command's main function: a UserError or an OSError becomes lines and exit code 2.
 
-    An OSError is the machine's (a full disk, a folder without write permission). Anything else is a bug
-    and passes through.
+    An OSError is the machine's (a full disk, a folder without write permission). Ctrl-C ends it by
+    SIGINT without a traceback. Anything else is a bug and passes through.
     """
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return main(*args, **kwargs)
+            # SIGTERM ends it as it ends any program: a handler would wait for ranks that hang in C
+            with stopped_by(signal.SIGINT):
+                return main(*args, **kwargs)
         except UserError as error:
             refuse(error.problems)
         except OSError as error:
@@ -41,6 +44,10 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             if not is_of_disk(error):
                 raise
             refuse([str(error)])
+        except Stopped as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                print("stopped", file=sys.stderr)  # noqa: T201
+            end_by(stopped.number)
 
     return run
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.stopping import end_by
 from shards.text import counted, duration
 from shards.write.lock import folder_lock
 from train.scores.results import distinct_names, report_name
@@ -35,7 +36,7 @@ def run_sweeps(
 ) -> None:
     """Train and evaluate all runs of the sweeps that a command line names, and compare them.
 
-    Exits with 1 where some failed, with 128 + its number where a signal stopped it.
+    Exits with 1 where some failed, ends with 128 + its number where a signal stopped it.
     """
     if int(environ.get("RANK", "0")) > 0:
         return  # the first process starts all, by the same launcher
@@ -64,7 +65,7 @@ def run_sweeps(
         say("\n".join(f"failed: {name}: {why}" for name, why in failed.items()))
     if children.stopped:
         say(f"stopped by {children.stopped.name}; the same command goes on")
-        raise SystemExit(128 + children.stopped)
+        end_by(children.stopped)
     if failed:
         raise SystemExit(1)
 

@@ -37,6 +37,7 @@ from shards.format.quarantine import (
 )
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
+from shards.write.lease import Leases
 from shards.write.lock import folder_lock
 
 
@@ -124,6 +125,42 @@ def test_encode_after_a_retry_finds_everything_done(
     again = encode([str(videos)], bank, toy_options)
     assert (again.clips, again.skipped, again.failures) == (0, 4, [])
     assert Bank.open(bank).ids[2:] == sorted(["bad.mp4", "clip-00002.mp4"], key=sample_key)
+
+
+def test_a_retry_beside_a_worker_that_makes_its_unit_keeps_the_unit_in_the_plan(
+    bank: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.write.lock.BEAT_SECONDS", 0.1)
+    plan = read_plan(bank)
+    assert plan
+    failed = [clip for clip in plan.clips if clip.id in read_entries(bank)]
+    longer = replace(plan, units=[*plan.units, failed])
+    write_plan(bank, longer)  # as if killed while decoding
+    mend(videos)
+    with Leases(bank, "preprocess work") as leases:
+        assert leases.take(1)
+        with pytest.raises(UserError, match=r"preprocess work.*makes the unit of these clips"):
+            retry(bank)
+    assert read_plan(bank) == longer
+    assert retry(bank).clips == 1
+
+
+@pytest.mark.parametrize("again", ["encode", "retry"])
+def test_a_shard_of_no_unit_of_the_plan_is_refused_and_not_taken_for_new_clips(
+    bank: Path, videos: Path, toy_options: EncodeOptions, again: str
+) -> None:
+    before = (bank / "plan.json").read_bytes()
+    mend(videos)
+    retry(bank)
+    (bank / "plan.json").write_bytes(before)  # as of a backup
+    shutil.copy(videos / "clip-00000.mp4", videos / "new.mp4")
+
+    def run() -> object:
+        return encode([str(videos)], bank, toy_options) if again == "encode" else retry(bank)
+
+    with pytest.raises(UserError, match=r"shards of no unit of its plan: bank-000001.done"):
+        run()
+    assert (bank / "plan.json").read_bytes() == before
 
 
 def test_a_retry_cut_off_before_its_commit_is_made_again(bank: Path, videos: Path) -> None:

@@ -5,11 +5,8 @@ pytest tests/shards/care/test_full_disk.py
 
 import errno
 import os
-import resource
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +21,7 @@ from shards.read.bank import Bank
 from shards.read.export import write_hf, write_wids
 from shards.write.finish import finish_alone
 from shards.write.lock import lock_path
+from tests.full_disk import full
 
 MakeBank = Callable[..., Path]
 
@@ -35,19 +33,6 @@ def no_links(number: int) -> Callable[..., None]:
         raise OSError(number, os.strerror(number))
 
     return link
-
-
-@contextmanager
-def full(most: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,6 +270,128 @@ def test_a_merge_that_was_killed_is_made_again(bank: Make, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     assert "2 clips, 6 frames" in result.stdout
     assert Bank.open(tmp_path / "c").ids == ["a1", "b1"]
+
+
+def merged_and_killed(banks: list[Path], out: Path, step: int) -> int:
+    """Merge in a process that dies before its n-th renaming or removing; return its exit code."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(step))
+
+        def dying(call: Callable[..., object]) -> Callable[..., object]:
+            def counted(*args: object, **how: object) -> object:
+                if next(left, None) is None:
+                    os._exit(9)
+                return call(*args, **how)
+
+            return counted
+
+        for name in ("replace", "link", "unlink", "rmdir"):
+            setattr(os, name, dying(getattr(os, name)))
+        try:
+            merge(banks, out)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.slow
+def test_a_merge_that_is_killed_at_any_step_is_whole_when_it_is_run_again(
+    bank: Make, tmp_path: Path
+) -> None:
+    banks = [bank(tmp_path / "a", "a1 bad2"), bank(tmp_path / "b", "b1")]
+    whole, step = tmp_path / "whole", 0
+    merge(banks, whole)
+    while merged_and_killed(banks, out := tmp_path / "out" / str(step), step):
+        merge(banks, out)
+        assert [path.name for path in out.parent.iterdir()] == [out.name]
+        assert contents(out) == contents(whole)
+        shutil.rmtree(out)
+        step += 4  # most are files of the index
+    assert step > 10
+
+
+def test_a_merge_that_is_killed_when_its_bank_has_its_name_is_whole(
+    bank: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    banks, out = [bank(tmp_path / "a", "a1 bad2"), bank(tmp_path / "b", "b1")], tmp_path / "out"
+    merge(banks, tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr("shards.care.merge.sync_folder", lambda _: os._exit(9))
+        merge(banks, out)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (tmp_path / "out.merging").exists()
+    result = CliRunner().invoke(main, ["merge", *map(str, banks), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.merging").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_what_was_merged_before_is_left_alone_and_any_other_bank_is_refused(
+    bank: Make, tmp_path: Path
+) -> None:
+    banks = [bank(tmp_path / name, f"{name}1 bad{name}", f"{name}2") for name in "abc"]
+    out = tmp_path / "out"
+    first = merge(banks[:2], out)
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.rglob("*")}
+    assert merge(banks[:2], out) == first
+    for others in (banks, banks[:1], banks[1::-1], banks[1:]):
+        with pytest.raises(UserError, match="exists already"):
+            merge(others, out)
+    # a bank that has grown since
+    plan = planned(banks[1])
+    write_plan(banks[1], replace(plan, units=plan.units[:1]))
+    with pytest.raises(UserError, match="exists already"):
+        merge(banks[:2], out)
+    now = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.rglob("*")}
+    assert now == before
+
+
+@pytest.mark.parametrize("call", ["rmdir", "replace"])
+def test_a_second_merge_into_a_folder_is_refused_at_any_moment_of_the_first(
+    bank: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    banks, out = [bank(tmp_path / "a", "a1"), bank(tmp_path / "b", "b1")], tmp_path / "out"
+    real, asked = getattr(os, call), []
+
+    def interrupted(*args: Path, **how: Any) -> None:
+        if out in args:
+            asked.append(args)
+            with pytest.raises(UserError, match=r"preprocess merge.*writes here"):
+                merge(banks, out)
+        real(*args, **how)
+
+    monkeypatch.setattr(os, call, interrupted)
+    merge(banks, out)
+    assert asked
+    assert Bank.open(out).ids == ["a1", "b1"]
+
+
+def test_another_command_that_writes_into_the_folder_is_named(
+    bank: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, out, real = bank(tmp_path / "a", "a1"), tmp_path / "out", os.rmdir
+    with ExitStack() as held:
+
+        def interrupted(path: Path, **how: Any) -> None:
+            if path == out:
+                held.enter_context(folder_lock(out, "preprocess encode"))
+            real(path, **how)
+
+        monkeypatch.setattr(os, "rmdir", interrupted)
+        with pytest.raises(UserError, match=r"preprocess encode.*has begun to write here"):
+            merge([a], out)
+    assert [path.name for path in out.iterdir()] == []
+    assert not (tmp_path / "out.merging").exists()
 
 
 def test_a_repair_of_the_merged_bank_leaves_the_old_ones_as_they_are(

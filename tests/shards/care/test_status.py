@@ -3,6 +3,7 @@
 pytest tests/shards/care/test_status.py
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,36 @@ def lines(found: Status) -> dict[str, str]:
 @pytest.fixture
 def options(toy_options: EncodeOptions) -> EncodeOptions:
     return replace(toy_options, sampling=Sampling(num_frames=4), shard_bytes=SHARD_BYTES)
+
+
+@pytest.mark.parametrize("writer", [-3600, 0, 3600])
+@pytest.mark.parametrize("reader", [-3600, 0, 3600])
+def test_the_rate_is_that_of_the_disks_clock(
+    toy_bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: int, reader: int
+) -> None:
+    bank = shutil.copytree(toy_bank, tmp_path / "bank")
+    clock, date = time.time, time.gmtime
+
+    def off_by(seconds: int) -> None:
+        monkeypatch.setattr(time, "time", lambda: clock() + seconds)
+        monkeypatch.setattr(
+            time, "gmtime", lambda at=None: date(clock() + seconds if at is None else at)
+        )
+
+    for path in (bank / "shards").iterdir():
+        os.utime(path, (clock() - 60, clock() - 60))  # made by an earlier run
+    off_by(writer)
+    with folder_lock(bank, "preprocess encode"):
+        off_by(reader)
+        found = status(bank)
+        assert found.seconds
+        assert found.seconds < 60
+        assert found.progress.clips_new == 0
+        os.utime(next((bank / "shards").glob("*.done")))  # as if it was just made
+        found = status(bank)
+    assert found.seconds
+    assert found.seconds < 60
+    assert found.progress.clips_new == 9
 
 
 SCRIPT = """
@@ -115,11 +146,12 @@ def test_a_run_is_watched_and_what_a_kill_leaves_is_told(
     needed = contents(bank)
     assert run(cli_check.gc, bank).exit_code == 0
     gone = needed.keys() - contents(bank).keys()  # a run that goes on needs the others
-    over = {
-        f"{path.with_suffix('.tar.journal').relative_to(bank)}"
-        for path in bank.glob("shards/*.done")
-    }
-    assert all(name == ".lock" or name.endswith(".tmp") or name in over for name in gone)
+    # of a finished shard its writer's own files, which it was killed before it removed
+    over = tuple(f"shards/{path.stem}.tar." for path in bank.glob("shards/*.done"))
+    assert all(
+        name == ".lock" or name.endswith(".tmp") or name.startswith(over) for name in gone
+    ), gone
+    assert not [name for name in gone if name.endswith((".tar", ".idx", ".done"))]
     encode([str(toy / "videos")], bank, options)
     assert lines(status(bank))["state"] == "finished"
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +41,9 @@ def write_sealed(file: Path, body: bytes, what: str) -> None:
         temporary.write_bytes(body + blake2b(body, digest_size=SEAL).digest())
         os.replace(temporary, file)
     except OSError as error:
+        # named by the process, so that each attempt on a full disk would leave one more
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         print(f"{what} are not cached: {file}: {error.strerror}", file=sys.stderr)  # noqa: T201
 
 

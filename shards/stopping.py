@@ -1,0 +1,128 @@
+"""Ctrl-C and SIGTERM in a command: an exception that cleans up, then an end that shells know.
+
+try:
+    with stopped_by(signal.SIGINT, signal.SIGTERM):
+        ...
+except Stopped as stopped:
+    end_by(stopped.number)
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+LOOK_SECONDS = 0.2
+"""Between two looks whether a stop is under way."""
+PATIENCE_SECONDS = 5.0
+"""A process that does not begin to clean up for so long is ended as by any second signal."""
+
+THREADS_SECONDS = 1.0
+"""A process that ends waits for its threads for so long at most."""
+
+
+class Stopped(BaseException):
+    """A signal was received; `BaseException`, so that no `except Exception` swallows it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stopped_by(*numbers: signal.Signals) -> Iterator[None]:
+    """Raise `Stopped` at one of these signals; a second one ends the process at once.
+
+    A signal that the parent has set to be ignored, as a shell does for what it starts in the background,
+    stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python refuses handlers
+        yield
+        return
+    heeded = [one for one in numbers if signal.getsignal(one) != signal.SIG_IGN]
+    received: list[tuple[int, float]] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in heeded:
+            signal.signal(one, signal.SIG_DFL)
+        received.append((number, time.monotonic()))
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, look)
+        look(number, frame)
+
+    # again and again, since a bare `except` or a `__del__` of some library swallows an exception
+    def look(_: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS)
+        if _is_under_way():
+            return
+        number, moment = received[0]
+        if time.monotonic() - moment > PATIENCE_SECONDS:
+            os.kill(os.getpid(), number)
+        # an exception within the import of a library in C++, as torch is, aborts the process
+        if not _is_importing(frame):
+            raise Stopped(number)
+
+    before = {one: signal.signal(one, stop) for one in heeded}
+    try:
+        yield
+    finally:
+        if received:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _is_under_way() -> bool:
+    """Return whether what runs now cleans up after `Stopped`."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def end_by(number: int) -> NoReturn:
+    """End this process with 128 + the number of a signal as a shell sees it: by SIGINT itself for Ctrl-C.
+
+    By an exit code alone, of 130 too, a shell takes Ctrl-C for handled, and a loop over commands goes on
+    with the next one.
+    """
+    _end_without_threads(number)
+    if number != signal.SIGINT:
+        raise SystemExit(128 + number)
+    sys.excepthook = _without_interrupts
+    # Python cleans up for this one as for any exception, and then sends itself the signal
+    raise KeyboardInterrupt
+
+
+def _end_without_threads(number: int) -> None:
+    """End this process at once if a thread goes on, such as one that loads a model: Python would wait.
+
+    What is to be cleaned up was, by `with` and `finally`.
+    """
+    deadline = time.monotonic() + THREADS_SECONDS
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join(max(deadline - time.monotonic(), 0))
+            if thread.is_alive():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+                os._exit(128 + number)  # in a container process 1 does not die of its own signals
+
+
+def _without_interrupts(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,189 @@
+"""Ctrl-C and SIGTERM: real processes clean up and end in seconds, whatever they do.
+
+pytest tests/shards/test_stopping.py
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN = """
+import signal, sys, threading, time
+from shards.stopping import Stopped, end_by, stopped_by
+
+class Swallows:
+    def __del__(self):
+        print("begun", flush=True)
+        time.sleep(60)
+
+def command():
+"""
+END = """
+try:
+    with stopped_by(signal.SIGINT, signal.SIGTERM):
+        command()
+except Stopped as stopped:
+    print("stopped", flush=True)
+    end_by(stopped.number)
+"""
+DOING = {
+    "waits": """
+    print("begun", flush=True)
+    time.sleep(60)
+""",
+    "is in code that swallows exceptions": """
+    for _ in range(3):
+        try:
+            print("begun", flush=True)
+            time.sleep(60)
+        except:
+            pass
+    time.sleep(60)
+""",
+    "is in a __del__, in which exceptions are lost": """
+    Swallows()
+    time.sleep(60)
+""",
+    "imports what does not bear an exception": """
+    import fragile
+    time.sleep(60)
+""",
+    "cleans up for longer than it is looked at": """
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.7)
+        print("cleaned", flush=True)
+""",
+    "cleans up in a generator that is closed": """
+    def steps():
+        try:
+            yield
+        finally:
+            time.sleep(0.7)
+            print("cleaned", flush=True)
+    one = steps()
+    next(one)
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        one.close()
+""",
+    "has a thread that goes on": """
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    print("begun", flush=True)
+    time.sleep(60)
+""",
+}
+FRAGILE = """
+import os, time
+try:
+    print("begun", flush=True)
+    time.sleep(1)
+except BaseException:
+    os.abort()
+"""
+
+
+def start(tmp_path: Path, text: str, *before: str) -> "subprocess.Popen[str]":
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    (tmp_path / "script.py").write_text(text)
+    return subprocess.Popen(
+        [*before, sys.executable, "script.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("doing", DOING)
+def test_a_command_is_stopped_in_seconds_whatever_it_does(
+    tmp_path: Path, doing: str, number: signal.Signals
+) -> None:
+    process = start(tmp_path, BEGIN + DOING[doing] + END)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        out, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    # by Ctrl-C always the signal itself; a process whose thread goes on ends by the other one, too
+    codes = (-number,) if number == signal.SIGINT else (128 + number, -number)
+    assert process.returncode in codes, said
+    assert [line for line in out.splitlines() if line != "begun"] == [
+        *["cleaned"] * ("cleaned" in DOING[doing]),
+        "stopped",
+    ]
+    assert "Traceback" not in said.replace("Exception ignored", "").partition("__del__")[0], said
+
+
+ENDLESS = {
+    "an import": "    import endless",
+    "code that swallows exceptions": """
+    print("begun", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except:
+            pass
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("doing", ENDLESS)
+def test_what_never_ends_is_waited_for_a_few_seconds(tmp_path: Path, doing: str) -> None:
+    (tmp_path / "endless.py").write_text(FRAGILE.replace("sleep(1)", "sleep(60)"))
+    process = start(tmp_path, BEGIN + ENDLESS[doing] + END)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+    finally:
+        process.kill()
+
+
+def test_ctrl_c_ends_a_shells_loop_too(tmp_path: Path) -> None:
+    loop = 'for k in 1 2; do echo "go $k"; "$@"; done'
+    process = start(tmp_path, BEGIN + DOING["waits"] + END, "bash", "-c", loop, "loop")
+    try:
+        assert process.stdout
+        while process.stdout.readline() != "begun\n":
+            pass
+        # as a terminal does: the shell and what it runs
+        os.killpg(process.pid, signal.SIGINT)
+        out, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "go 2" not in out
+    assert process.returncode == -signal.SIGINT
+    assert not said
+
+
+def test_what_runs_in_the_background_of_a_script_does_not_heed_ctrl_c(tmp_path: Path) -> None:
+    text = BEGIN + '    print("begun", flush=True)\n    time.sleep(1)\n    print("ended")\n' + END
+    process = start(tmp_path, text, "bash", "-c", '"$@" & wait', "script")
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGINT)
+        began = time.monotonic()
+        assert process.communicate(timeout=30)[0] == "ended\n"
+        assert time.monotonic() - began > 0.5
+    finally:
+        process.kill()
