@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a command: an exception that cleans up, then an end that shells know.
+"""Ctrl-C and SIGTERM in a command: an exception that cleans up, then exit code 130 or 143.
 
 try:
     with stopped_by(signal.SIGINT, signal.SIGTERM):
@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType, TracebackType
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 LOOK_SECONDS = 0.2
@@ -61,7 +61,7 @@ def stopped_by(*numbers: signal.Signals) -> Iterator[None]:
             return
         number, moment = received[0]
         if time.monotonic() - moment > PATIENCE_SECONDS:
-            os.kill(os.getpid(), number)
+            _end_at_once(number)
         # an exception within the import of a library in C++, as torch is, aborts the process
         if not _is_importing(frame):
             raise Stopped(number)
@@ -91,38 +91,22 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def end_by(number: int) -> NoReturn:
-    """End this process with 128 + the number of a signal as a shell sees it: by SIGINT itself for Ctrl-C.
+    """Exit with 128 + the number of a signal: 130 for Ctrl-C, 143 for SIGTERM.
 
-    By an exit code alone, of 130 too, a shell takes Ctrl-C for handled, and a loop over commands goes on
-    with the next one.
-    """
-    _end_without_threads(number)
-    if number != signal.SIGINT:
-        raise SystemExit(128 + number)
-    sys.excepthook = _without_interrupts
-    # Python cleans up for this one as for any exception, and then sends itself the signal
-    raise KeyboardInterrupt
-
-
-def _end_without_threads(number: int) -> None:
-    """End this process at once if a thread goes on, such as one that loads a model: Python would wait.
-
-    What is to be cleaned up was, by `with` and `finally`.
+    Python would wait for a thread that goes on, such as one that loads a model: then it ends without
+    Python's own cleaning up. Ours was done, by `with` and `finally`.
     """
     deadline = time.monotonic() + THREADS_SECONDS
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():
             thread.join(max(deadline - time.monotonic(), 0))
             if thread.is_alive():
-                sys.stdout.flush()
-                sys.stderr.flush()
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-                os._exit(128 + number)  # in a container process 1 does not die of its own signals
+                _end_at_once(number)
+    raise SystemExit(128 + number)
 
 
-def _without_interrupts(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
+def _end_at_once(number: int) -> NoReturn:
+    with suppress(OSError, RuntimeError):  # RuntimeError: the signal came within another flush
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(128 + number)

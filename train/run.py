@@ -97,7 +97,7 @@ def show_plan(config: TrainConfig, dataset: Dataset, world: int) -> None:
 
 
 def start(config: TrainConfig, dataset: Dataset, holding: Sequence[Process]) -> None:
-    """Train. A run that a signal ended ends with 128 + its number: 143, 130 or 129.
+    """Train. A run that a signal ended exits with 128 + its number: 143, 130 or 129.
 
     holding: the processes whose end is to end the run.
     """

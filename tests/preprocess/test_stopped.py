@@ -44,7 +44,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("how", "code"),
-    [pytest.param(signal.SIGINT, -2, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
 )
 def test_a_run_that_is_stopped_ends_at_once_and_goes_on_later(
     toy: Path, videos: Path, tmp_path: Path, how: signal.Signals, code: int

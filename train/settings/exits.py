@@ -26,8 +26,8 @@ GRACE_SECONDS = 3.0
 def command(main: Callable[P, T]) -> Callable[P, T]:
     """Wrap a command's main function: a UserError or an OSError becomes lines and exit code 2.
 
-    An OSError is the machine's (a full disk, a folder without write permission). Ctrl-C ends it by
-    SIGINT without a traceback. Anything else is a bug and passes through.
+    An OSError is the machine's (a full disk, a folder without write permission). Ctrl-C ends it
+    with exit code 130, without a traceback. Anything else is a bug and passes through.
     """
 
     @wraps(main)

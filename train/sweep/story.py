@@ -36,7 +36,7 @@ def run_sweeps(
 ) -> None:
     """Train and evaluate all runs of the sweeps that a command line names, and compare them.
 
-    Exits with 1 where some failed, ends with 128 + its number where a signal stopped it.
+    Exits with 1 where some failed, with 128 + its number where a signal stopped it.
     """
     if int(environ.get("RANK", "0")) > 0:
         return  # the first process starts all, by the same launcher

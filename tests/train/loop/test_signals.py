@@ -101,7 +101,7 @@ def test_a_run_stopped_in_turn_by_sigint_by_sigterm_and_by_its_launchers_end_is_
     reached = 0
     python, accelerate = [sys.executable, "-m", "train.run"], ["launch", "train/run.py"]
     for command, number, code in (
-        (python, signal.SIGINT, -signal.SIGINT),
+        (python, signal.SIGINT, 130),
         (python, signal.SIGTERM, 143),
         # it dies of the signal, and passes none on
         ([str(BIN / "accelerate"), *accelerate], signal.SIGTERM, -signal.SIGTERM),
