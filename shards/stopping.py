@@ -36,19 +36,14 @@ class Stopped(BaseException):
 
 @contextmanager
 def stopped_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Raise `Stopped` at one of these signals; a second one ends the process at once.
-
-    A signal that the parent has set to be ignored, as a shell does for what it starts in the background,
-    stays ignored.
-    """
+    """Raise `Stopped` at one of these signals; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():  # where Python refuses handlers
         yield
         return
-    heeded = [one for one in numbers if signal.getsignal(one) != signal.SIG_IGN]
     received: list[tuple[int, float]] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for one in heeded:
+        for one in numbers:
             signal.signal(one, signal.SIG_DFL)
         received.append((number, time.monotonic()))
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, look)
@@ -66,7 +61,7 @@ def stopped_by(*numbers: signal.Signals) -> Iterator[None]:
         if not _is_importing(frame):
             raise Stopped(number)
 
-    before = {one: signal.signal(one, stop) for one in heeded}
+    before = {one: signal.signal(one, stop) for one in numbers}
     try:
         yield
     finally:
