@@ -21,7 +21,6 @@ LOOK_SECONDS = 0.2
 """Between two looks whether a stop is under way."""
 PATIENCE_SECONDS = 5.0
 """A process that does not begin to clean up for so long is ended as by any second signal."""
-
 THREADS_SECONDS = 1.0
 """A process that ends waits for its threads for so long at most."""
 
