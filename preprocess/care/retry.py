@@ -26,7 +26,12 @@ from preprocess.sources.find import clips_under
 from preprocess.sources.members import archive_members
 from preprocess.sources.probe import probe
 from shards.errors import UserError, disk_errors
-from shards.format.commits import committed, read_commits, refuse_missing_shards
+from shards.format.commits import (
+    committed,
+    read_commits,
+    refuse_missing_shards,
+    refuse_unplanned_shards,
+)
 from shards.format.manifest import TowerFacts
 from shards.format.plan import (
     ClipSource,
@@ -35,7 +40,6 @@ from shards.format.plan import (
     planned,
     refuse_derived,
     refuse_other_features,
-    refuse_unplanned_shards,
     write_plan,
 )
 from shards.write.finish import failed_clips, finish, is_finished

@@ -26,14 +26,18 @@ from preprocess.encode.calibrate import CLIPS, FRAMES, Calibration, drawn, lossl
 from preprocess.encode.features import plan_codec
 from preprocess.sources.changes import is_other
 from shards.errors import UserError, disk_errors
-from shards.format.commits import committed, read_commits, refuse_missing_shards
+from shards.format.commits import (
+    committed,
+    read_commits,
+    refuse_missing_shards,
+    refuse_unplanned_shards,
+)
 from shards.format.manifest import Manifest, TowerFacts
 from shards.format.plan import (
     ClipSource,
     Plan,
     read_plan,
     refuse_other_features,
-    refuse_unplanned_shards,
     write_plan,
 )
 from shards.write.finish import failed_clips, finish, refuse_unfinished

@@ -21,7 +21,13 @@ from preprocess.encode.tower import measured, tower_files
 from preprocess.sources.changes import Changes, compare
 from preprocess.sources.probe import probe
 from shards.errors import UserError
-from shards.format.commits import CommitRecord, committed, read_commits, refuse_missing_shards
+from shards.format.commits import (
+    CommitRecord,
+    committed,
+    read_commits,
+    refuse_missing_shards,
+    refuse_unplanned_shards,
+)
 from shards.format.features import FeatureConfig
 from shards.format.plan import (
     READER,
@@ -30,7 +36,6 @@ from shards.format.plan import (
     TowerSettings,
     read_plan,
     refuse_other_features,
-    refuse_unplanned_shards,
     write_plan,
 )
 from shards.format.quarantine import Reason, read_entries, update_quarantine

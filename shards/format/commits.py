@@ -15,12 +15,15 @@ from shards.format.fields import parse
 from shards.format.plan import Plan
 from shards.format.quarantine import QuarantineEntry
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
+from shards.text import some
 
 # the token may be missing: a writer without a lease (of repair) has none
 ATTEMPT_FILE = re.compile(
     r"(.+\.tar)(?:\.[0-9a-f]+)?\.(part|journal|record|index|holder|lease)(?:\.tmp)?"
 )
 """Files of a unit's holders: the shard, then the token or the lease's number, then the kind."""
+DONE_FILE = re.compile(r"bank-(\d+)\.done")
+"""A commit record, with the number of its unit."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,25 @@ def refuse_missing_shards(bank: Path, plan: Plan) -> None:
     ]
     if problems:
         raise UserError.of(problems)
+
+
+def refuse_unplanned_shards(bank: Path, plan: Plan | None) -> None:
+    """Raise UserError for shards that a plan has not: new units of their names would pass for made."""
+    if not (bank / "plan.json").exists() and any((bank / "shards").glob("*")):
+        raise UserError(
+            "has shards and no plan.json, which says what is in them",
+            where=bank,
+            fix="restore plan.json from a copy, or remove the folder `shards`",
+        )
+    planned = 0 if plan is None else len(plan.units)
+    done = {path: DONE_FILE.fullmatch(path.name) for path in bank.glob("shards/*.done")}
+    unplanned = sorted(path.name for path, name in done.items() if name and int(name[1]) >= planned)
+    if unplanned:
+        raise UserError(
+            f"has shards of no unit of its plan: {some(unplanned)}",
+            where=bank,
+            fix=f"restore the plan.json that they are of, or remove them: `preprocess gc {bank}`",
+        )
 
 
 # -- files of a shard by name

@@ -10,7 +10,6 @@ A clip whose source has changed, or that failed and is tried again, is put into 
 last unit of a clip is the one that is served; what earlier units banked of it is superseded.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from shards.format.fields import parse
 from shards.format.samples import sample_key
 from shards.format.version import refuse_other_version
 from shards.signed import Json, read_signed_json, signed_json, write_atomic
-from shards.text import some
 
 READER = "pyav"
 """The reader of videos in new banks, on every machine."""
@@ -252,29 +250,6 @@ def write_plan(bank: Path, plan: Plan) -> None:
 
 
 # -- refusals
-
-
-DONE = re.compile(r"bank-(\d+)\.done")
-"""The name of a commit record, with the number of its unit."""
-
-
-def refuse_unplanned_shards(bank: Path, plan: Plan | None) -> None:
-    """Raise UserError for shards that a plan has not: new units of their names would pass for made."""
-    if not (bank / "plan.json").exists() and any((bank / "shards").glob("*")):
-        raise UserError(
-            "has shards and no plan.json, which says what is in them",
-            where=bank,
-            fix="restore plan.json from a copy, or remove the folder `shards`",
-        )
-    planned = 0 if plan is None else len(plan.units)
-    done = {path: DONE.fullmatch(path.name) for path in bank.glob("shards/*.done")}
-    unplanned = sorted(path.name for path, name in done.items() if name and int(name[1]) >= planned)
-    if unplanned:
-        raise UserError(
-            f"has shards of no unit of its plan: {some(unplanned)}",
-            where=bank,
-            fix=f"restore the plan.json that they are of, or remove them: `preprocess gc {bank}`",
-        )
 
 
 def refuse_derived(
