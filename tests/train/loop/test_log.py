@@ -16,6 +16,7 @@ from typing import TextIO
 
 import pytest
 
+from shards.signed import Json
 from train.loop.log import RunLog
 
 LINE = "step 2/4 ce 0.7500 skill 0.250"
@@ -30,19 +31,27 @@ def printed(run: Path, stream: TextIO, patched: pytest.MonkeyPatch) -> None:
     log.close()
 
 
-def recorded(run: Path) -> None:
+def recorded(run: Path, metrics: Json) -> None:
     log = RunLog(run, 0, active=True)
-    for step in range(5):
-        log.record(step, {"ce_loss": 1.5, "ar_skill": 0.25, "grad_norm": 1.0})
+    log.record(0, metrics)
     log.close()
 
 
-@pytest.mark.parametrize(("most", "named"), [(0, "logs"), (400, "logs"), (90, "metrics.jsonl")])
+@pytest.mark.parametrize(
+    # TensorBoard writes in a thread of its own: one of the two files alone may be too large
+    ("most", "metrics", "named"),
+    [
+        (0, {}, "logs"),
+        (3000, {f"loss_{n}": 1.5 for n in range(100)}, "logs"),
+        (500, {"note": "x" * 500}, "metrics.jsonl"),
+    ],
+)
 def test_a_full_disk_is_said_once_with_the_name_of_what_could_not_be_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     most: int,
+    metrics: Json,
     named: str,
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # it is replaced
@@ -51,7 +60,7 @@ def test_a_full_disk_is_said_once_with_the_name_of_what_could_not_be_written(
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:
         with pytest.raises(OSError, match=f"File too large: '{tmp_path}/{named}'"):
-            recorded(tmp_path)
+            recorded(tmp_path, metrics)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
