@@ -137,9 +137,10 @@ endif
 
 # A thread each: two processes of two threads on two cores spend more than half their time spinning
 # (tests of the model: 83 s of CPU with two threads each, 34 s with one).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+# With compiled modules: many tests start commands, and to compile ours takes each of them a second.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -n 2 --dist loadfile
 
-test: $(READY)  ## the default tests (at most four minutes on two cores)
+test: $(READY)  ## the default tests (about nine minutes on two cores)
 	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(READY)  ## the default tests and the long ones

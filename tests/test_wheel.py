@@ -124,7 +124,9 @@ def test_commands_run_beside_another_model_and_train(
     assert ("--stage_path" if name == "accelerate launch" else "encode") in done.stdout
 
 
-@pytest.mark.parametrize("name", ["python -m preprocess", "accelerate launch"])
+@pytest.mark.parametrize(
+    "name", ["python -m preprocess", pytest.param("accelerate launch", marks=pytest.mark.slow)]
+)
 def test_without_a_safe_path_the_error_names_the_way_out(
     python: Path, elsewhere: Path, tmp_path: Path, name: str
 ) -> None:

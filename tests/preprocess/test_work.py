@@ -189,7 +189,7 @@ def test_a_video_that_is_another_one_than_planned_is_named_and_planned_again(
     assert not read_entries(bank)
 
 
-@pytest.mark.parametrize("command_", ["retry", "encode"])
+@pytest.mark.parametrize("command_", [pytest.param("retry", marks=pytest.mark.slow), "encode"])
 @pytest.mark.parametrize("then", ["put back", "kept", "replaced once more"])
 def test_a_clip_that_was_not_as_planned_is_banked_as_its_file_is_now(
     toy: Path, toy_bank: Path, tmp_path: Path, command_: str, then: str

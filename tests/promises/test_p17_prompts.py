@@ -186,7 +186,9 @@ def test_a_prompt_is_a_prefix_and_the_row_is_what_the_tokenizer_gives(
 
 
 @pytest.mark.registry
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "gemma3" else n for n in PACKAGES]
+)
 def test_the_same_of_real_tokenizers(real_chat: Callable[[str], Chat], name: str) -> None:
     chat = real_chat(name)
     for texts in (

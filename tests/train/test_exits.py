@@ -167,7 +167,7 @@ TWO = ["torchrun", "--nproc_per_node", "2"]
     ("launcher", "ranks"),
     [
         (TWO, ["0", "1"]),
-        (TWO, ["1"]),
+        pytest.param(TWO, ["1"], marks=pytest.mark.slow),
         (["accelerate", "launch"], ["0"]),
         pytest.param(
             ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"],

@@ -56,7 +56,7 @@ def run(
     return execute(out, plan, clips, tower, options)
 
 
-@pytest.mark.parametrize("codec", ["none", "int8"])
+@pytest.mark.parametrize("codec", ["none", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_bank_that_holds_nothing_yet_is_made_with_half_the_batch(
     codec: str,
     toy: Path,

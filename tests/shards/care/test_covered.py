@@ -145,7 +145,7 @@ def old_copy(bank: Path, to: Path, version: int = 2) -> Path:
     return to
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("codec", ["none", "int8", "blosc"])
 def test_repair_makes_the_bank_of_today_and_encodes_nothing(
     banks: Callable[[str], Path], tmp_path: Path, codec: str, version: int
@@ -234,7 +234,7 @@ while not alive:
 """
 
 
-@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [19, pytest.param(1, marks=pytest.mark.slow)])
 def test_who_is_killed_at_any_moment_goes_on(
     banks: Callable[[str], Path], tmp_path: Path, step: int
 ) -> None:

@@ -227,6 +227,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
     assert [n for n, value in held[0].items() if not torch.equal(value, held[1][n])] == []
 
 
+@pytest.mark.slow
 def test_two_processes_save_what_one_does_and_go_on_with_the_same_bits(saved: Path) -> None:
     assert_same(saved / "two/checkpoint-1", saved / "one/checkpoint-1")
     assert_same(saved / "two-b/checkpoint-2", saved / "one-b/checkpoint-2")
