@@ -27,7 +27,7 @@ PACKAGES = ("shards", "model", "preprocess", "train")
 FLOORS: dict[str, list[str]] = {
     "shards": [
         "shards.errors shards.siblings",
-        "shards.text shards.hub shards.kinds shards.progress",
+        "shards.text shards.hub shards.kinds shards.progress shards.forked",
         "shards.signed shards.storage shards.annotations",
         "shards.format",
         "shards.write",

@@ -6,11 +6,10 @@ plan of 100,000 records takes ten times as long the first time. Frames are count
 catalogues.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from hashlib import blake2b
-from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from model.lape.tokens import LapeTokens
 from shards.errors import UserError
+from shards.forked import cores, in_processes
 from shards.progress import progress
 from shards.signed import Json, canonical_json
 from train.batches.augment import Looks
@@ -25,7 +25,7 @@ from train.batches.chat import Chat
 from train.batches.clips import Clips, Stamps
 from train.batches.turns import Count, Tally
 from train.data.dataset import RecordFile
-from train.data.known.facts import texts_digest
+from train.data.known.facts import media_of, texts_digest
 from train.data.known.sealed import cache_root, code_digest, read_sealed, versions, write_sealed
 from train.data.records import Record
 from train.flops import attended_pairs
@@ -265,29 +265,34 @@ def counted(
     chat: Chat, records: Sequence[Record], durations: Sequence[float], *, lenient: bool = False
 ) -> np.ndarray:
     """Return a `Count` of each record, int64 `(records, 5)`; lenient as in `count_tokens`."""
-    problems: list[str] = []
-    counts = [np.zeros((0, len(Count._fields)), np.int64)]
+    # the durations of a chunk's media begin where those of the one before end
+    begins = np.cumsum([0, *(one.media for one in media_of(records))])
     tally = Tally(chat)
-    place = 0
-    for some in chunks(records):
+
+    def count(chunk: range) -> tuple[np.ndarray, list[str]]:
+        """Return the counts of a chunk, and what is wrong with those that cannot be encoded."""
         if len(tally) > KEPT:
             tally.forget()
-        talks, written = list[list[list[int]]](), list[bool]()
-        for record in some:
-            own = durations[place : place + record.media]
-            place += record.media
+        talks, own_turns, wrong = list[list[list[int]]](), list[bool](), dict[int, str]()
+        for k, record in enumerate(records[chunk.start : chunk.stop], chunk.start):
             try:
-                talks.append(tally.stretches(record, own))
-                written.append(True)
+                talks.append(tally.stretches(record, durations[begins[k] : begins[k + 1]]))
+                own_turns.append(record.independent)
             except UserError as error:
-                problems.append(f"{record.where} (id {record.id}): {error}")
-                written.append(False)
-        # in chunks: one call of a fast tokenizer for many texts uses its own
-        # threads, and memory stays bounded
-        found = np.full((len(some), len(Count._fields)), UNWRITABLE, np.int64)
-        own_turns = [record.independent for record in compress(some, written)]
-        found[written] = tally.count(talks, own_turns)
-        counts.append(found)
+                wrong[k - chunk.start] = f"{record.where} (id {record.id}): {error}"
+        # in chunks: one call of a fast tokenizer takes many texts, and memory stays bounded
+        found = np.full((len(chunk), len(Count._fields)), UNWRITABLE, np.int64)
+        found[[k not in wrong for k in range(len(chunk))]] = tally.count(talks, own_turns)
+        return found, list(wrong.values())
+
+    counts, problems = [np.zeros((0, len(Count._fields)), np.int64)], list[str]()
+    starts = range(0, len(records), CHUNK)
+    chunks = [range(first, min(first + CHUNK, len(records))) for first in starts]
+    with progress("counting tokens", "records", len(records)) as bar:
+        for found, wrong in in_processes(count, chunks, cores(sharers=1)):
+            counts.append(found)
+            problems += wrong
+            bar.update(len(found))
     if problems and not lenient:
         more = f"; and {len(problems) - 3} more like these" if len(problems) > 3 else ""
         raise UserError(
@@ -295,15 +300,6 @@ def counted(
             fix="correct them, or set on_bad_record: drop, which leaves such records out",
         )
     return np.concatenate(counts)
-
-
-def chunks(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
-    """Yield `CHUNK` records after the other, under a bar."""
-    with progress("counting tokens", "records", len(records)) as bar:
-        for first in range(0, len(records), CHUNK):
-            some = records[first : first + CHUNK]
-            yield some
-            bar.update(len(some))
 
 
 def cache_folder() -> Path:

@@ -2,21 +2,27 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shards.annotations import forms
-from shards.annotations.fault import RowError, short
-from shards.annotations.fields import is_empty, refuse_parts
-from shards.annotations.files import annotation_files, stray_files, suffix_of, unparsed_rows
-from shards.annotations.forms import MEDIA_TAG
-from shards.annotations.records import check_inside, parse_row, rows_of
-from shards.annotations.timeline import Cut
+from shards.annotations.fault import RowError
+from shards.annotations.files import (
+    annotation_files,
+    parsed,
+    stray_files,
+    suffix_of,
+    unparsed_rows,
+)
+from shards.annotations.records import rows_of
+from shards.annotations.selection import Selection
 from shards.errors import UserError
-from shards.format.samples import clip_id
+from shards.forked import cores, in_processes
+from shards.progress import progress
 from shards.read.banks import Banks, Place
 from shards.read.timeline import Timeline, timeline_of
 from shards.signed import canonical_json
@@ -26,25 +32,19 @@ from train.data.drops import BadRecords, Drop, reason_counts
 from train.data.known import facts
 from train.data.known.facts import Facts, LazyRecords, file_digest, stamps
 from train.data.known.sealed import code_digest, versions
-from train.data.markup import MARKUP
 from train.data.mixtures import MixturePart
-from train.data.records import (
-    PLAIN,
-    Record,
-    Turn,
-    join,
-    known_id,
-    made_independent,
-    parse_record,
-    records_of,
-)
-from train.data.spans import refuse_misspelt
+from train.data.records import Record, join, made_independent, records_of
+from train.data.sources import as_banked, parse_source
 from train.settings.config import DataSettings
-from train.settings.folders import Folders
 
-PHRASE = ("phrase", "caption")
-SOURCE = "no source of splice"
-EXPECTED = "one `video`, and its `phrase` or `caption`"
+Rows = Sequence[tuple[str, Any]]
+"""Rows of a file, each after its place."""
+PART = 4096
+"""Rows that a process reads together."""
+WORTH_DIVIDING = 2**22
+"""Bytes of the smallest file that several processes read; a smaller one takes less than a second."""
+FEWEST = 4
+"""Cores from which on they do: their records are read once more, to be counted, and one process keeps its own."""
 SHOWN = 30
 """Most problems that are printed; a file in the wrong form has one for each of its rows."""
 
@@ -88,7 +88,8 @@ class Reading:
             self.passed_over |= dict.fromkeys(map(str, stray_files(Path(path))))
             if held_out or banks is None:
                 rows = rows_of(path, self.problems, part.chosen)
-                sound, drops = self._file(path, rows, part, banks)[:2]
+                how = Manner(self.settings, part, banks, self.independent(part))
+                sound, drops = self._file(path, rows, how)[:2]
             else:
                 sound, drops = self._known(path, part, banks)
             kept = [*kept, *sound] if kept else sound
@@ -103,53 +104,63 @@ class Reading:
         before = stamps(path)
         how = Manner(self.settings, part, banks, self.independent(part))
         self.digest = file_digest(path, part.chosen)
-        large = sum(size for _, size, _, _ in before) >= facts.WORTH_KEEPING
-        key = how.key(path, self.digest) if large else None
-        if key and (known := facts.load(key)):
-            every = list(unparsed_rows(path))
-            chosen = [every[k] for k in part.chosen.of(len(every))]
+        size = sum(size for _, size, _, _ in before)
+        key = how.key(path, self.digest) if size >= facts.WORTH_KEEPING else None
+        known = facts.load(key) if key else None
+        if key and (known or (size >= WORTH_DIVIDING and cores() >= FEWEST)):
+            rows = unread_rows(path, part.chosen)
+            found = known or self._in_parts(path, rows, how)
             # a file that is being written to is not the one that the digest is of
-            if stamps(path) == before and len(chosen) == known.rows:
-                self.clipped |= set(known.clipped)
-                drops = [Drop(**drop) for drop in known.drops]
-                return LazyRecords(known, banks, chosen, how.record), drops
+            if found and stamps(path) == before and len(rows) == found.rows:
+                if not known:
+                    facts.store(key, found)
+                self.clipped |= set(found.clipped)
+                return LazyRecords(found, banks, rows, how.records), [
+                    Drop(**d) for d in found.drops
+                ]
         problems = len(self.problems)
         places: list[str] = []
-        rows = noting(rows_of(path, self.problems, part.chosen), places)
-        kept, drops, clipped = self._file(path, rows, part, banks)
+        noted = noting(rows_of(path, self.problems, part.chosen), places)
+        kept, drops, clipped = self._file(path, noted, how)
         if key and len(self.problems) == problems and stamps(path) == before:
-            listed = [asdict(drop) for drop in drops]
-            found = Facts.of(path, places, kept, banks, clipped, listed)
-            if found:
+            found = Facts.of(path, places, kept, banks, clipped)
+            if found and (found := found.without([asdict(drop) for drop in drops])):
                 facts.store(key, found)
         return kept, drops
 
+    def _in_parts(self, path: str, rows: Rows, how: "Manner") -> Facts | None:
+        """Return the facts of a file, of which several processes read parts; None where one has to.
+
+        That is where something is wrong that is not the fault of a single row, and where a record has a
+        timeline.
+        """
+        parts = [rows[k : k + PART] for k in range(0, len(rows), PART)]
+        if len(parts) < 2:
+            return None
+        errors, unbanked, read = list[RowError](), list[Drop](), list[Facts]()
+        with progress(f"reading {Path(path).name}", "rows", len(rows)) as bar:
+            for found in in_processes(partial(how.facts, path), parts, cores()):
+                if found is None:
+                    return None
+                read.append(found[0])
+                errors += found[1]
+                unbanked += found[2]
+                bar.update(found[0].rows)
+        problems: list[str] = []
+        drops = self.bad.judge(path, errors, len(rows), problems) + unbanked
+        return None if problems else Facts.joined(read).without([asdict(drop) for drop in drops])
+
     def _file(
-        self, path: str, rows: Iterable[tuple[str, Any]], part: MixturePart, banks: Banks | None
+        self, path: str, rows: Iterable[tuple[str, Any]], how: "Manner"
     ) -> tuple[list[Record], list[Drop], set[str]]:
         """Return the sound records of rows, drops, and the places of records that were clipped."""
-        settings, errors, unbanked = self.settings, list[RowError](), list[tuple[Record, str]]()
-        read = records_of(
-            rows,
-            self.problems,
-            errors,
-            allow_outside=settings.allow_outside,
-            ignored=settings.ignore_fields,
-            folders=part.folders,
-        )
+        found = how.found(rows)
+        self.problems += found.problems
+        self.clipped |= found.clipped
         # a row with several faults is one bad row: the limit counts rows
-        count = len(read) + len({error.place for error in errors})
-        kept, clipped = list[Record](), set[str]()
-        # None: records are read all the same, so that their faults are reported
-        # together with those of the banks
-        if banks is not None:
-            missing = settings.missing
-            joined = join(read, banks, missing, self.problems, unbanked, part.folders)
-            kept, clipped = self._resolved(joined, errors, independent=self.independent(part))
-            self.clipped |= clipped
-        drops = self.bad.judge(path, errors, count, self.problems)
-        left_out = [Drop.of_record(record, reason) for record, reason in unbanked]
-        return kept, drops + left_out, clipped
+        count = found.read + len({error.place for error in found.errors})
+        drops = self.bad.judge(path, found.errors, count, self.problems)
+        return found.kept, drops + found.unbanked, found.clipped
 
     def independent(self, part: MixturePart) -> bool:
         """Return whether a dataset's records have independent turns."""
@@ -170,26 +181,13 @@ class Reading:
                     errors.append(error)
             missing = self.settings.missing
             joined = join(read, banks, missing, self.problems, unbanked, part.folders)
-            sound, clipped = self._resolved(joined, errors)
+            sound, clipped = all_finished(joined, errors, self.settings)
             kept += sound
             self.clipped |= clipped
             self.left_out += self.bad.judge(path, errors, len(rows), self.problems)
             self.left_out += [Drop.of_record(record, reason) for record, reason in unbanked]
         self.drops += self.left_out
         return kept
-
-    def _resolved(
-        self, records: Sequence[Record], errors: list[RowError], *, independent: bool = False
-    ) -> tuple[list[Record], set[str]]:
-        kept, clipped = [], set()
-        for record in records:
-            own, was_clipped, faults = finished(record, self.settings, independent=independent)
-            errors += faults
-            if not faults:
-                kept.append(own)
-                if was_clipped:
-                    clipped.add(own.where)
-        return kept, clipped
 
     def refuse(self) -> None:
         """Raise UserError that lists every problem, if there are any."""
@@ -217,6 +215,15 @@ class Reading:
         return tuple(lines)
 
 
+def unread_rows(path: str, chosen: Selection) -> Rows:
+    """Return the chosen rows of a file, not parsed; none of a file that cannot be read."""
+    try:
+        every = list(unparsed_rows(path))
+    except UserError:
+        return []
+    return [every[k] for k in chosen.of(len(every))]
+
+
 def noting(rows: Iterable[tuple[str, Any]], places: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield rows one by one, and append the place of each to `places`."""
     for where, row in rows:
@@ -224,49 +231,20 @@ def noting(rows: Iterable[tuple[str, Any]], places: list[str]) -> Iterator[tuple
         yield where, row
 
 
-def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders = PLAIN) -> Record:
-    """Return a source of splices: a record whose medium is a part of a clip, its turns the phrases.
+class Found(NamedTuple):
+    """What was found in rows of a file."""
 
-    Raises RowError with its place and id.
-    """
-    # paths are checked without their prefix below: /data/videos/a.mp4 may become a.mp4
-    lenient = settings.allow_outside or bool(folders.strip_prefix)
-    ignored = settings.ignore_fields
-    row = parse_row(data, where, allow_outside=lenient, media_only=True, ignored=ignored)
-    try:
-        given = {name: data[name] for name in PHRASE if not is_empty(data.get(name))}
-        if len(given) != 1 or len(row.media) != 1:
-            got = f"{len(row.media)} media, {len(given)} phrases"
-            raise RowError(SOURCE, "a source of splice", got=got, expected=EXPECTED)
-        ((name, value),) = given.items()
-        phrases = value if isinstance(value, list) else [value]
-        for phrase in phrases:
-            if not isinstance(phrase, str) or MARKUP.search(phrase) or MEDIA_TAG.search(phrase):
-                expected = "a text without tags and coordinates, or a list of some of one meaning"
-                raise RowError(SOURCE, f"`{name}`", got=short(phrase), expected=expected)
-            refuse_misspelt([("assistant", phrase)])
-        refuse_parts(data, {"start", "end", *ignored})
-        (medium,) = row.media
-        if not settings.allow_outside:
-            check_inside(folders.stripped(medium))
-    except RowError as error:
-        raise error.at(where, row.id) from None
-    # without a full stop: phrases are put into the middle of questions
-    texts = dict.fromkeys(" ".join(phrase.split()).removesuffix(".") for phrase in phrases)
-    cut = Cut(medium, row.start, row.end)
-    source = data.get("data_source")
-    named = source if isinstance(source, str) else ""
-    turns = tuple(Turn("assistant", text) for text in texts)
-    return Record(row.id, (medium,), turns, "", where, named, (cut,))
-
-
-def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
-    """Return a source; where its part of a video is banked as a clip of its own, of that clip."""
-    (cut,) = source.cuts
-    id_ = clip_id(cut.video, cut.start, cut.end)
-    if cut[1:] == (None, None) or known_id(id_, source.source, banks, (), folders) is None:
-        return source
-    return replace(source, clips=(id_,), cuts=(Cut(id_),))
+    kept: list[Record]
+    """The sound records, joined to their clips."""
+    read: int
+    """Number of rows that are records, sound and banked or not."""
+    errors: list[RowError]
+    """Faults of single rows, in the order of these."""
+    unbanked: list[Drop]
+    clipped: set[str]
+    """Places of records with a span that was ended with its clip."""
+    problems: list[str]
+    """What else is wrong."""
 
 
 @dataclass(frozen=True)
@@ -275,23 +253,50 @@ class Manner:
 
     settings: DataSettings
     part: MixturePart
-    banks: Banks
+    banks: Banks | None
+    """Those in which clips are searched; None where they could not be opened."""
     independent: bool
     """Whether its records have independent turns."""
 
-    def record(self, where: str, row: Any) -> Record:
-        """Return the record of a sound row, as reading the whole file finds it."""
-        settings, part = self.settings, self.part
+    def found(self, rows: Iterable[tuple[str, Any]]) -> Found:
+        """Return what is in rows, each given with its place."""
+        settings, folders = self.settings, self.part.folders
         outside, ignored = settings.allow_outside, settings.ignore_fields
-        record = parse_record(
-            row, where, allow_outside=outside, ignored=ignored, folders=part.folders
+        problems, errors, unbanked = list[str](), list[RowError](), list[tuple[Record, str]]()
+        places: list[str] = []
+        noted = noting(rows, places)
+        read = records_of(
+            noted, problems, errors, allow_outside=outside, ignored=ignored, folders=folders
         )
-        problems: list[str] = []
-        joined = join([record], self.banks, settings.missing, problems, folders=part.folders)
-        assert joined, (where, problems)
-        record, _, faults = finished(joined[0], settings, independent=self.independent)
-        assert not faults, faults
-        return record
+        kept, clipped = list[Record](), set[str]()
+        # without banks records are read all the same, so that their faults are reported with those of
+        # the banks
+        if self.banks is not None:
+            joined = join(read, self.banks, settings.missing, problems, unbanked, folders)
+            kept, clipped = all_finished(joined, errors, settings, independent=self.independent)
+        order = {place: row for row, place in enumerate(places)}
+        errors.sort(key=lambda error: order[error.place])
+        drops = [Drop.of_record(record, reason) for record, reason in unbanked]
+        return Found(kept, len(read), errors, drops, clipped, problems)
+
+    def facts(self, path: str, rows: Rows) -> tuple[Facts, list[RowError], list[Drop]] | None:
+        """Return (facts, faults, what is not banked) of some rows of a file, which are not parsed.
+
+        None where they cannot be told by themselves: where more is wrong than single rows, and where a
+        record has a timeline.
+        """
+        found = self.found((where, parsed(row)) for where, row in rows)
+        assert self.banks
+        places = [where for where, _ in rows]
+        known = Facts.of(path, places, found.kept, self.banks, found.clipped)
+        return (known, found.errors, found.unbanked) if known and not found.problems else None
+
+    def records(self, rows: Iterable[tuple[str, Any]]) -> list[Record]:
+        """Return the records of sound rows, as reading the whole file finds them."""
+        found = self.found(rows)
+        assert not found.errors, found.errors[0]
+        assert not found.problems, found.problems[0]
+        return found.kept
 
     def key(self, path: str, digest: str) -> str | None:
         """Return a digest of all that decides what reading a file finds; None for code that is not ours.
@@ -304,6 +309,7 @@ class Manner:
         files = annotation_files(Path(path))
         parquet = any(suffix_of(file) == ".parquet" for file in files)
         names = [item.name for item in fields(DataSettings) if item.name not in ELSEWHERE]
+        assert self.banks
         own = {
             "code": code_digest(*CODE),
             "versions": versions(["numpy", *["pyarrow"] * parquet]),
@@ -326,6 +332,25 @@ def bank_digest(columns: Any) -> str:
     for name in ("id", "id_offsets", "start", "end"):
         digest.update(np.ascontiguousarray(columns[name]).tobytes())
     return digest.hexdigest()
+
+
+def all_finished(
+    records: Sequence[Record],
+    errors: list[RowError],
+    settings: DataSettings,
+    *,
+    independent: bool = False,
+) -> tuple[list[Record], set[str]]:
+    """Return (sound records, places of those that were clipped); adds faults to `errors`."""
+    kept, clipped = [], set()
+    for record in records:
+        own, was_clipped, faults = finished(record, settings, independent=independent)
+        errors += faults
+        if not faults:
+            kept.append(own)
+            if was_clipped:
+                clipped.add(own.where)
+    return kept, clipped
 
 
 def finished(

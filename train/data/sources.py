@@ -2,14 +2,29 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from shards.annotations.fault import RowError, short
+from shards.annotations.fields import is_empty, refuse_parts
+from shards.annotations.forms import MEDIA_TAG
+from shards.annotations.records import check_inside, parse_row
+from shards.annotations.timeline import Cut
 from shards.errors import UserError
+from shards.format.samples import clip_id
+from shards.read.banks import Banks
 from shards.read.timeline import Stretch, Timeline
-from train.data.records import Record
+from train.data.markup import MARKUP
+from train.data.records import PLAIN, Record, Turn, known_id
+from train.data.spans import refuse_misspelt
+from train.settings.config import DataSettings
+from train.settings.folders import Folders
+
+PHRASE = ("phrase", "caption")
+SOURCE = "no source of splice"
+EXPECTED = "one `video`, and its `phrase` or `caption`"
 
 
 @dataclass(frozen=True)
@@ -26,13 +41,58 @@ class Source:
 
     @classmethod
     def of(cls, record: Record) -> "Source":
-        """Return the source of a record of `reading.parse_source`, joined to its clip."""
+        """Return the source of a record of `parse_source`, joined to its clip."""
         (timeline,), (clip,) = record.places, record.clips
         assert isinstance(timeline, Timeline)
         (stretch,) = timeline.stretches
         info = stretch.place.clip().info
         times = info.timestamps - info.start
         return cls(tuple(turn.text for turn in record.turns), clip, stretch, times)
+
+
+def parse_source(data: Any, where: str, settings: DataSettings, folders: Folders = PLAIN) -> Record:
+    """Return a source of splices: a record whose medium is a part of a clip, its turns the phrases.
+
+    Raises RowError with its place and id.
+    """
+    # paths are checked without their prefix below: /data/videos/a.mp4 may become a.mp4
+    lenient = settings.allow_outside or bool(folders.strip_prefix)
+    ignored = settings.ignore_fields
+    row = parse_row(data, where, allow_outside=lenient, media_only=True, ignored=ignored)
+    try:
+        given = {name: data[name] for name in PHRASE if not is_empty(data.get(name))}
+        if len(given) != 1 or len(row.media) != 1:
+            got = f"{len(row.media)} media, {len(given)} phrases"
+            raise RowError(SOURCE, "a source of splice", got=got, expected=EXPECTED)
+        ((name, value),) = given.items()
+        phrases = value if isinstance(value, list) else [value]
+        for phrase in phrases:
+            if not isinstance(phrase, str) or MARKUP.search(phrase) or MEDIA_TAG.search(phrase):
+                expected = "a text without tags and coordinates, or a list of some of one meaning"
+                raise RowError(SOURCE, f"`{name}`", got=short(phrase), expected=expected)
+            refuse_misspelt([("assistant", phrase)])
+        refuse_parts(data, {"start", "end", *ignored})
+        (medium,) = row.media
+        if not settings.allow_outside:
+            check_inside(folders.stripped(medium))
+    except RowError as error:
+        raise error.at(where, row.id) from None
+    # without a full stop: phrases are put into the middle of questions
+    texts = dict.fromkeys(" ".join(phrase.split()).removesuffix(".") for phrase in phrases)
+    cut = Cut(medium, row.start, row.end)
+    source = data.get("data_source")
+    named = source if isinstance(source, str) else ""
+    turns = tuple(Turn("assistant", text) for text in texts)
+    return Record(row.id, (medium,), turns, "", where, named, (cut,))
+
+
+def as_banked(source: Record, banks: Banks, folders: Folders) -> Record:
+    """Return a source; where its part of a video is banked as a clip of its own, of that clip."""
+    (cut,) = source.cuts
+    id_ = clip_id(cut.video, cut.start, cut.end)
+    if cut[1:] == (None, None) or known_id(id_, source.source, banks, (), folders) is None:
+        return source
+    return replace(source, clips=(id_,), cuts=(Cut(id_),))
 
 
 def refuse_shared(lists: Iterable[tuple[str, ...]], name: str) -> None:

@@ -101,7 +101,7 @@ class Splice:
         *,
         independent: bool = False,
     ) -> "Splice":
-        """Return the splice of records of `reading.parse_source`; UserError for too few phrases."""
+        """Return the splice of records of `sources.parse_source`; UserError for too few phrases."""
         phrases: dict[tuple[str, ...], list[tuple[Source, Record]]] = {}
         for record in records:
             source = Source.of(record)

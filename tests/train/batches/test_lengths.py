@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import train.batches.lengths as counting
 from model.lape.tokens import LapeTokens
 from model.vlm import VLMConfig
 from shards.errors import UserError
@@ -66,6 +67,33 @@ def test_counts_are_those_of_encoding(
         assert supervised == sum(encoded.supervised) > 0
 
 
+def test_several_processes_count_what_one_counts(
+    make_tokenizer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(make_tokenizer(), None)
+    texts = ["red", "<video>Where?", "<video>When, in <video>?", "is it <t:0.50>"]
+    records, durations = [], list[float]()
+    for k in range(25):
+        turns = (
+            Turn("user", f"<video> {k % 4} {texts[k % 4]}"),
+            Turn("assistant", texts[-k % 2 * 3]),
+        )
+        media = sum(turn.text.count("<video>") for turn in turns)
+        records.append(Record(str(k), ("c",) * media, turns, "", f"r.jsonl:{k}"))
+        # a time past the end of its clip cannot be written
+        durations += [float(k % 3)] * media
+    found: list[list[object]] = []
+    for processes, chunk in ((1, 4096), (3, 2), (2, 5)):
+        monkeypatch.setattr(counting, "CHUNK", chunk)
+        monkeypatch.setattr(counting, "cores", lambda sharers, own=processes: own)
+        counts = counted(chat, records, durations, lenient=True)
+        with pytest.raises(UserError) as stop:
+            counted(chat, records, durations)
+        found.append([counts.tolist(), str(stop.value)])
+    assert found[0] == found[1] == found[2]
+    assert 0 < (counts[:, 0] == counting.UNWRITABLE).sum() < 25
+
+
 @given(talks=st.lists(conversations(), min_size=1, max_size=4), lape=st.booleans())
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_counts_of_independent_turns_are_those_of_encoding(
@@ -112,7 +140,7 @@ def lengths(config: TrainConfig) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("lape", [True, False])
 @pytest.mark.parametrize("strategy", ["interleave", "first_slow", "uniform"])
 @pytest.mark.parametrize("ratio", ["0", "0.25", "0.3", "1"])
-def test_lengths_are_those_of_the_rows_laid_out(
+def test_countingare_those_of_the_rows_laid_out(
     config: TrainConfig, lape: bool, strategy: str, ratio: str
 ) -> None:
     from train.start.templates import load_with_template

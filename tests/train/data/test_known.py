@@ -139,6 +139,75 @@ def test_what_is_known_is_what_reading_finds(world: World, way: str) -> None:
         records[len(records)]
 
 
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets so many processes read every file, two rows at a time."""
+
+    def divide(cores: int) -> None:
+        monkeypatch.setattr(reading, "WORTH_DIVIDING", 1)
+        monkeypatch.setattr(reading, "PART", 2)
+        monkeypatch.setattr(reading, "cores", lambda: cores)
+
+    return divide
+
+
+def kept_facts(world: World) -> dict[str, bytes]:
+    """Return what is kept, and forget it."""
+    folder = world.folder / "cache" / "framebank-records"
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for file in folder.iterdir():
+        file.unlink()
+    return files
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_several_processes_read_is_what_one_reads(
+    world: World, in_parts: Callable[[int], None], way: str
+) -> None:
+    name, changes = WAYS[way]
+    path = world.file([*BAD[:4], *SOUND, *BAD, *SOUND[::-1]], name)
+    config = world.config(path, **LENIENT, **changes)
+    one = open_dataset(config)
+    kept = kept_facts(world)
+    in_parts(reading.FEWEST)
+    several = open_dataset(config)
+    assert (is_known(one), is_known(several)) == (False, True)
+    assert places(several) == places(one)
+    faults = [
+        drop for drop in one.drops if drop.reason not in ("clip in no bank", "clip in quarantine")
+    ]
+    assert faults == sorted(faults, key=lambda drop: (drop.file, int(drop.row.strip("[]"))))
+    assert kept_facts(world) == kept
+
+
+@pytest.mark.parametrize(
+    "rows", [[*SOUND, *BAD], [*SOUND, row("t", "<video>?", "x", video="z.mp4")]]
+)
+def test_what_one_refuses_several_refuse_in_the_same_words(
+    world: World, in_parts: Callable[[int], None], rows: list[dict[str, Any]]
+) -> None:
+    config = world.config(world.file(rows, more="{"))
+    words = []
+    for _ in range(2):
+        with pytest.raises(UserError) as stop:
+            open_dataset(config)
+        words.append(str(stop.value))
+        in_parts(reading.FEWEST)
+    assert words[0] == words[1]
+
+
+def test_one_process_reads_what_several_cannot(
+    world: World, in_parts: Callable[[int], None]
+) -> None:
+    in_parts(reading.FEWEST)
+    timeline = [{"video": "a.mp4", "start": 0, "end": 0.5}, {"video": "b.mp4"}]
+    one = row("spliced", "<video>When?", "at <t:0.2>") | {"timeline": timeline}
+    del one["video"]
+    assert open_dataset(world.config(world.file([*SOUND, one]))).count == len(SOUND) + 1
+    few = open_dataset(world.config(world.file(SOUND[:2], "few.jsonl")))
+    assert (few.count, is_known(few)) == (2, False)
+
+
 def test_a_choice_of_rows_is_known_by_itself(world: World) -> None:
     path = world.file(SOUND * 3)
     every = {}

@@ -7,8 +7,8 @@ the kept file (`reading.Manner`): what another file, setting, bank or version ha
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -64,13 +64,13 @@ class Facts:
     rows: int
     """Rows that were chosen, bad ones included."""
     columns: Columns
-    texts: str
-    """`texts_digest` of the records."""
+    texts: bytes
+    """`text_digests` of the records."""
     dialogues: bool
     """Whether any record has several questions."""
     clipped: list[str]
     """Places of records with a span that was ended with its clip."""
-    drops: list[Json]
+    drops: list[Json] = field(default_factory=list)
     """The fields of each `Drop`."""
 
     @classmethod
@@ -81,7 +81,6 @@ class Facts:
         records: Sequence[Record],
         banks: Banks,
         clipped: Collection[str],
-        drops: Sequence[Json],
     ) -> "Facts | None":
         """Return the facts of a file's records; None for those with timelines, which have no one place.
 
@@ -89,9 +88,6 @@ class Facts:
         """
         row_of = {place: row for row, place in enumerate(places)}
         if any(record.cuts for record in records) or len(row_of) < len(places):
-            return None
-        # a bad timeline may be one for want of a frame, and which frames are banked is not in the key
-        if any(drop["reason"] == REASON for drop in drops):
             return None
         bank_of = {id(bank): number for number, bank in enumerate(banks.banks)}
         media = [place for record in records for place in record.places]
@@ -104,17 +100,40 @@ class Facts:
         return cls(
             len(places),
             Columns(*(np.asarray(column, np.int64) for column in columns)),
-            texts_digest(path, records),
+            text_digests(path, records),
             has_dialogues(records),
             [record.where for record in records if record.where in clipped],
-            list(drops),
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Facts"]) -> "Facts":
+        """Return the facts of a file, of which each part has the rows after those of the one before."""
+        begins = np.cumsum([0, *(part.rows for part in parts)])
+        rows = [part.columns.row + first for part, first in zip(parts, begins, strict=False)]
+        others = zip(*(part.columns[1:] for part in parts), strict=True)
+        return cls(
+            int(begins[-1]),
+            Columns(np.concatenate(rows), *map(np.concatenate, others)),
+            b"".join(part.texts for part in parts),
+            any(part.dialogues for part in parts),
+            [place for part in parts for place in part.clipped],
+        )
+
+    def without(self, drops: Sequence[Json]) -> "Facts | None":
+        """Return the facts with what was left out; None where it may not be, the next time.
+
+        drops: the fields of each `Drop`.
+        """
+        # a bad timeline may be one for want of a frame, and which frames are banked is not in the key
+        if any(drop["reason"] == REASON for drop in drops):
+            return None
+        return replace(self, drops=list(drops))
 
     def to_bytes(self) -> bytes:
         head = {
             "rows": self.rows,
             "sizes": list(map(len, self.columns)),
-            "texts": self.texts,
+            "texts": self.texts.hex(),
             "dialogues": self.dialogues,
             "clipped": self.clipped,
             "drops": self.drops,
@@ -128,7 +147,8 @@ class Facts:
         ends = np.cumsum(facts.pop("sizes")).tolist()
         values = np.frombuffer(body, np.int64)
         assert len(values) == ends[-1]
-        return cls(columns=Columns(*np.split(values, ends[:-1])), **facts)
+        texts = bytes.fromhex(facts.pop("texts"))
+        return cls(columns=Columns(*np.split(values, ends[:-1])), texts=texts, **facts)
 
 
 class LazyRecords(Sequence[Record]):
@@ -139,9 +159,9 @@ class LazyRecords(Sequence[Record]):
         facts: Facts,
         banks: Banks,
         rows: Sequence[tuple[str, Any]],
-        read: Callable[[str, Any], Record],
+        read: Callable[[Iterable[tuple[str, Any]]], list[Record]],
     ) -> None:
-        """rows: place and unparsed row of all that the file has. read: returns a sound row's record."""
+        """rows: place and unparsed row of all that the file has. read: returns records of sound rows."""
         self.facts, self.banks, self._rows, self._read = facts, banks, rows, read
 
     def __len__(self) -> int:
@@ -152,13 +172,13 @@ class LazyRecords(Sequence[Record]):
     @overload
     def __getitem__(self, k: slice) -> Sequence[Record]: ...
     def __getitem__(self, k: int | slice) -> Record | Sequence[Record]:
-        if isinstance(k, slice):
-            return [self[number] for number in range(*k.indices(len(self)))]
-        k = range(len(self))[k]
-        where, row = self._rows[self.facts.columns.row[k]]
-        record = self._read(where, parsed(row))
-        assert record.places == self.media[k].places, where
-        return record
+        numbers = range(len(self))[k if isinstance(k, slice) else slice(k, k + 1 or None)]
+        rows = [self._rows[row] for row in self.facts.columns.row[numbers].tolist()]
+        # together: what they have in common is looked for once
+        records = self._read((where, parsed(row)) for where, row in rows)
+        for record, number in zip(records, numbers, strict=True):
+            assert record.places == self.media[number].places, record.where
+        return records if isinstance(k, slice) else records[0]
 
     @cached_property
     def media(self) -> list[Media]:
@@ -192,14 +212,20 @@ def texts_digest(path: str, records: Sequence[Record]) -> str:
     A file's digest covers neither how it is read nor which of its records are kept. path: the file's,
     which is not in the digest.
     """
-    if isinstance(records, LazyRecords):
-        return records.facts.texts
-    digest = blake2b(digest_size=16)
+    lazy = records if isinstance(records, LazyRecords) else None
+    digests = lazy.facts.texts if lazy else text_digests(path, records)
+    return blake2b(digests, digest_size=16).hexdigest()
+
+
+def text_digests(path: str, records: Sequence[Record]) -> bytes:
+    """Return a digest of 16 bytes for each record: of its texts as read, and of its row."""
     path = str(Path(path))
+    found = []
     for record in records:
         texts = [text for turn in record.turns for text in (turn.role, turn.text)]
-        digest.update("\0".join([record.where.removeprefix(path), *texts, "\1"]).encode())
-    return digest.hexdigest()
+        data = "\0".join([record.where.removeprefix(path), *texts])
+        found.append(blake2b(data.encode(), digest_size=16).digest())
+    return b"".join(found)
 
 
 # -- the kept files
