@@ -23,6 +23,7 @@ from shards.format.quarantine import read_entries
 from shards.read.bank import Bank
 from shards.write.lease import Leases
 from shards.write.lock import folder_lock
+from tests.folders import contents
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,14 +35,6 @@ def command(*words: object) -> Result:
 def flags(toy: Path, videos: Path, bank: Path, *more: object) -> list[object]:
     given = ["--frames", 4, "--device", "cpu", "--shard-size", 1, "--tower", toy / "tower"]
     return [videos, "--out", bank, *given, *more]
-
-
-def contents(bank: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(bank).as_posix(): path.read_bytes()
-        for path in sorted(bank.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("codec", ["none", "int8"])

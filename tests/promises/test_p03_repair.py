@@ -43,6 +43,7 @@ from shards.read.bank import Bank
 from shards.signed import file_facts, read_signed_json, signed_json, write_atomic
 from shards.write.finish import finish
 from shards.write.lock import folder_lock
+from tests.folders import contents
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +61,6 @@ def world(toy: Path, toy_options: EncodeOptions, tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def bank(world: Path, tmp_path: Path) -> Path:
     return shutil.copytree(world / "bank", tmp_path / "bank")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def shard(bank: Path, unit: int = 0) -> Path:

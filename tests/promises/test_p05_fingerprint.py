@@ -16,15 +16,7 @@ from preprocess.encode.run import EncodeOptions, encode
 from preprocess.toy_models import save_tower
 from shards.errors import UserError
 from shards.format.features import Sampling
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+from tests.folders import contents
 
 
 def moments(folder: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.folders import contents
 from train.settings.output import file_problem, output_problem
 
 FIX = "name a new folder, or the folder of a run to go on with"
@@ -157,11 +158,6 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert file_problem(tmp_path) == f"{tmp_path}: a folder; name a file"
     lost = tmp_path / "gone" / "eval.json"
     assert file_problem(lost) == f"{lost}: its folder is not there; make {tmp_path / 'gone'}"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("what", ["stage_path", "bank", "data_path"])

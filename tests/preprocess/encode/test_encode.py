@@ -42,18 +42,10 @@ from shards.format.plan import read_plan
 from shards.format.quarantine import read_quarantine
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
+from tests.folders import contents
 
 CLIPS = os.environ.get("FRAMEBANK_CLIPS")
 needs_clips = pytest.mark.skipif(not CLIPS, reason="FRAMEBANK_CLIPS does not name the test videos")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def moments(folder: Path) -> dict[str, int]:

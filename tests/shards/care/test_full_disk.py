@@ -21,6 +21,7 @@ from shards.read.bank import Bank
 from shards.read.export import write_hf, write_wids
 from shards.write.finish import finish_alone
 from shards.write.lock import lock_path
+from tests.folders import contents
 from tests.full_disk import full
 
 MakeBank = Callable[..., Path]
@@ -33,14 +34,6 @@ def no_links(number: int) -> Callable[..., None]:
         raise OSError(number, os.strerror(number))
 
     return link
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from shards.signed import read_signed_json, write_atomic
 from shards.write.finish import finish
 from shards.write.lock import folder_lock
 from shards.write.shard import ShardWriter
+from tests.folders import contents
 
 Make = Callable[..., Path]
 
@@ -326,14 +327,6 @@ def test_a_merge_that_is_killed_when_its_bank_has_its_name_is_whole(
     assert result.exit_code == 0, result.output
     assert contents(out) == contents(tmp_path / "whole")
     assert not (tmp_path / "out.merging").exists()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def test_what_was_merged_before_is_left_alone_and_any_other_bank_is_refused(

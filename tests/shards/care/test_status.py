@@ -30,20 +30,13 @@ from shards.format.plan import read_plan, write_plan
 from shards.format.quarantine import QuarantineEntry, Reason, update_quarantine
 from shards.read.bank import Bank
 from shards.write.lock import folder_lock, lock_path
+from tests.folders import contents
 
 SHARD_BYTES = 12_000
 
 
 def run(command: object, *words: object) -> Result:
     return CliRunner().invoke(command, [str(word) for word in words])  # type: ignore[arg-type]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def lines(found: Status) -> dict[str, str]:

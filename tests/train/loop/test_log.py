@@ -3,9 +3,7 @@
 import fcntl
 import os
 import pty
-import resource
 import select
-import signal
 import struct
 import sys
 import termios
@@ -17,6 +15,7 @@ from typing import TextIO
 import pytest
 
 from shards.signed import Json
+from tests.full_disk import full
 from train.loop.log import RunLog
 
 LINE = "step 2/4 ce 0.7500 skill 0.250"
@@ -55,15 +54,8 @@ def test_a_full_disk_is_said_once_with_the_name_of_what_could_not_be_written(
     named: str,
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # it is replaced
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/{named}'"):
-            recorded(tmp_path, metrics)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with full(most), pytest.raises(OSError, match=f"File too large: '{tmp_path}/{named}'"):
+        recorded(tmp_path, metrics)
     assert "Traceback" not in capfd.readouterr().err
 
 
