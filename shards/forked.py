@@ -28,7 +28,7 @@ def cores(sharers: int | None = None) -> int:
     sharers: processes of this machine that work at the same time; None: all that its launcher started.
     """
     if sharers is None:
-        sharers = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        sharers = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     # not os.cpu_count(): a container or a Slurm task may use fewer cores than there are
     return max(1, len(os.sched_getaffinity(0)) // sharers)
 
@@ -42,7 +42,8 @@ def in_processes(
     what `work` raises, with the traceback as a note. What a killed process leaves is done in this one.
     """
     processes = min(processes, len(parts))
-    if processes < 2:
+    # a worker of a data loader may start none
+    if processes < 2 or multiprocessing.current_process().daemon:
         yield from map(work, parts)
         return
     with ExitStack() as stack:

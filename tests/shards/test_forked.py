@@ -103,6 +103,13 @@ def test_without_room_for_a_process_all_is_done_here(monkeypatch: pytest.MonkeyP
     ]
 
 
+def test_a_process_that_may_start_none_does_all_itself() -> None:
+    def work(part: int) -> list[int]:
+        return [*in_processes(lambda own: own + part, [1, 2], 2)]
+
+    assert list(in_processes(work, [10, 20], 2)) == [[11, 12], [21, 22]]
+
+
 def test_who_stops_early_leaves_no_process() -> None:
     results = in_processes(lambda part: (os.getpid(), time.sleep(part)), [0, 60, 60], 3)
     pid, _ = next(results)
