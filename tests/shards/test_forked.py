@@ -124,7 +124,7 @@ WAITS = """
 import os, sys, time
 from shards.forked import in_processes
 def work(part):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # in one piece
     time.sleep(part)
     return part
 list(in_processes(work, [0.5] * 400, 2))
