@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
+STOPPING = {signal.SIGINT, signal.SIGTERM}
 Pipes = Sequence[tuple[Connection, Connection]]
 """Of each process: where its results are read, and where they are written."""
 
@@ -67,15 +68,21 @@ def _started(
     pipes = [context.Pipe(duplex=False) for _ in range(processes)]
     for reader, _ in pipes:
         stack.callback(reader.close)
-    for number in range(processes):
-        own = work, parts[number::processes], pipes, number
-        process = context.Process(target=_work_off, args=own, daemon=True)
-        with warnings.catch_warnings(), suppress(OSError):
-            # of threads, whose locks may be held for ever in the new process: it asks for none of them
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process.start()
-            stack.callback(process.join)
-            stack.callback(process.kill)
+    # what comes now waits: a new process has to decide first what it does about it, and fork swallows
+    # exceptions
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        for number in range(processes):
+            own = work, parts[number::processes], pipes, number
+            process = context.Process(target=_work_off, args=own, daemon=True)
+            with warnings.catch_warnings(), suppress(OSError):
+                # of threads, whose locks may be held for ever in the new process: it asks for none
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+                stack.callback(process.join)
+                stack.callback(process.kill)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     for _, writer in pipes:
         writer.close()
     return [reader for reader, _ in pipes]
@@ -88,6 +95,7 @@ def _work_off(
     # Ctrl-C goes to all processes of a terminal: the one that waits for this one ends it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     # threads are not copied: a tokenizer would wait for those that it has started
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     writer = pipes[number][1]
