@@ -5,14 +5,17 @@ pytest tests/preprocess/test_work.py
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from preprocess.cli.main import main
+from preprocess.cli.work import report_units
 from preprocess.toy_models import save_tower
 from shards.care.status import status, table
 from shards.care.verify import verify
@@ -358,3 +361,40 @@ def test_finish_needs_no_torch(toy_bank: Path, tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_worker_takes_what_is_planned_while_it_works(toy: Path, tmp_path: Path) -> None:
+    videos, bank = tmp_path / "videos", tmp_path / "bank"
+    videos.mkdir()
+    names = ["clip-00000.mp4", "clip-00001.mp4"]
+    words = [*flags(toy, videos, bank), "--no-estimate"]
+    shutil.copy(toy / "videos" / "test" / names[0], videos)
+    assert command("plan", *words).exit_code == 0
+    at_work = [sys.executable, "-m", "preprocess", "work", str(bank), "--device", "cpu"]
+    with subprocess.Popen(at_work, cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
+        while worker.poll() is None and not [*bank.glob("shards/*.lease")]:
+            time.sleep(0.005)
+        # it has read the plan, and holds the only unit
+        worker.send_signal(signal.SIGSTOP)
+        shutil.copy(toy / "videos" / "test" / names[1], videos)
+        assert command("plan", *words).exit_code == 0
+        assert command("plan", *words, "--stride", 2).exit_code == 0
+        worker.send_signal(signal.SIGCONT)
+        said = worker.communicate(timeout=60)[0]
+    assert worker.returncode == 0
+    assert f"all 3 units are made; `preprocess finish {bank}`" in said
+    assert command("finish", bank).exit_code == 0
+    assert Bank.open(bank).ids == names
+
+
+def test_units_that_nobody_makes_are_not_said_to_be_made_elsewhere(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = tmp_path / "bank"
+    words = flags(toy, toy / "videos" / "test", bank)
+    assert command("plan", *words, "--no-estimate").exit_code == 0
+    report_units(bank)
+    assert (
+        capsys.readouterr().out
+        == f"1 of 1 units are not made; run `preprocess work {bank}` again\n"
+    )

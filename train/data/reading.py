@@ -44,7 +44,7 @@ PART = 4096
 WORTH_DIVIDING = 2**22
 """Bytes of the smallest file that several processes read; a smaller one takes less than a second."""
 FEWEST = 4
-"""Cores from which on they do: their records are read once more, to be counted, and one process keeps its own."""
+"""Cores from which on they do: their records are read again to be counted; one process keeps its own."""
 SHOWN = 30
 """Most problems that are printed; a file in the wrong form has one for each of its rows."""
 
