@@ -34,6 +34,7 @@ from shards.format.plan import (
     ClipSource,
     Plan,
     TowerSettings,
+    absolute_name,
     read_plan,
     refuse_other_features,
     write_plan,
@@ -93,7 +94,7 @@ class Survey:
         if any(getattr(options, name) != getattr(plan.features, name) for name in ASKED):
             return None
         # by names, sizes and times of its files: the digest of its weights needs them read
-        same_tower = options.tower == plan.tower.name
+        same_tower = absolute_name(options.tower) == absolute_name(plan.tower.name)
         if not same_tower or tower_files(options.tower) != plan.tower.files:
             return None
         changes = self.changes(out, plan)
@@ -155,9 +156,10 @@ def make_plan(
             f"{out}: its videos are read by {plan.decoder}, which this version cannot; encode with the "
             "version that began the bank, or into another folder"
         )
-    if options.tower == plan.tower.name:
+    # absolute in an older plan, too, where it is the same folder from here
+    if (name := absolute_name(options.tower)) == absolute_name(plan.tower.name):
         files = tower_files(options.tower)
-        plan = replace(plan, tower=replace(plan.tower, files=files))
+        plan = replace(plan, tower=replace(plan.tower, name=name, files=files))
     changes = survey.changes(out, plan)
     plan = as_run(out, changed_of(changes, options, prune), options)
     clip_bytes = predicted_bytes(tower, options)
@@ -186,7 +188,7 @@ def new_plan(
     settings = TowerSettings(
         options.batch_frames,
         options.tower_threads,
-        tower.name,
+        absolute_name(tower.name),
         arithmetic(options.device, options.tower_dtype),
         reason,
     )

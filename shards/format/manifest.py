@@ -17,7 +17,7 @@ from shards.format.catalogue import Columns, checksums
 from shards.format.commits import CommitRecord, SampleRecord
 from shards.format.features import FORMAT_VERSION, FeatureConfig
 from shards.format.fields import parse
-from shards.format.plan import Plan
+from shards.format.plan import Plan, absolute_name
 from shards.format.version import refuse_other_version
 from shards.signed import Json, canonical_json, parse_signed_json
 from shards.storage import Files, open_files
@@ -47,11 +47,6 @@ class TowerFacts:
         streams = (s for commit in commits for one in commit.samples for s in one.streams.values())
         first = next(streams, None)
         return cls(plan.tower.name, first.shape[-1] if first else 0)
-
-
-def absolute_name(name: str) -> str:
-    """Return a tower's name, a local folder as an absolute path: it must not depend on the directory."""
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,26 @@ def test_what_fails_is_told_by_status_before_and_by_quarantine_after_the_end(
     assert read_plan(bank) == plan
 
 
+def test_what_is_planned_with_relative_paths_is_made_from_anywhere(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toy)
+    words = ["videos/test", "--frames", 4, "--device", "cpu", "--tower", "tower"]
+    bank, whole = (Path(os.path.relpath(tmp_path / name)) for name in ("bank", "whole"))
+    assert command("encode", *words, "--out", whole).exit_code == 0
+    assert command("plan", *words, "--out", bank, "--no-estimate").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert command("work", "bank", "--device", "cpu").exit_code == 0
+    monkeypatch.chdir(tmp_path / "bank")
+    assert command("finish", ".").exit_code == 0
+    assert contents(tmp_path / "bank") == contents(tmp_path / "whole")
+    # and planned again from where it was planned, it is the same tower
+    monkeypatch.chdir(toy)
+    again = command("encode", *words, "--out", bank)
+    assert "3 clips there already" in again.stdout
+    assert contents(tmp_path / "bank") == contents(tmp_path / "whole")
+
+
 def test_truncated_videos_are_banked_by_workers_as_the_plan_says(toy: Path, tmp_path: Path) -> None:
     raw = (toy / "videos" / "test" / "clip-00000.mp4").read_bytes()
     (tmp_path / "v.mp4").write_bytes(raw)
