@@ -20,7 +20,6 @@ from preprocess.encode.features import EncodeOptions, feature_config, predicted_
 from preprocess.encode.tower import measured, tower_files
 from preprocess.sources.changes import Changes, compare
 from preprocess.sources.probe import probe
-from shards.errors import UserError
 from shards.format.commits import (
     CommitRecord,
     committed,
@@ -37,6 +36,7 @@ from shards.format.plan import (
     absolute_name,
     read_plan,
     refuse_other_features,
+    refuse_other_reader,
     write_plan,
 )
 from shards.format.quarantine import Reason, read_entries, update_quarantine
@@ -151,11 +151,7 @@ def make_plan(
     plan = known or new_plan(tower, options, features, choice.reason if choice else None)
     if known is not None:
         refuse_other_features(out, features, known.features)
-    if plan.decoder not in (None, READER):
-        raise UserError(
-            f"{out}: its videos are read by {plan.decoder}, which this version cannot; encode with the "
-            "version that began the bank, or into another folder"
-        )
+    refuse_other_reader(out, plan)
     # absolute in an older plan, too, where it is the same folder from here
     if (name := absolute_name(options.tower)) == absolute_name(plan.tower.name):
         files = tower_files(options.tower)

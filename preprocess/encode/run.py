@@ -50,6 +50,7 @@ from shards.format.plan import (
     planned,
     refuse_derived,
     refuse_other_features,
+    refuse_other_reader,
 )
 from shards.format.quarantine import read_entries
 from shards.write.beside import pair
@@ -289,6 +290,7 @@ def work(
             refuse_derived(one, own.features)
             # a tower is loaded only for a bank that has something left
             if left := units_left(one, own):
+                refuse_other_reader(one, own)
                 how = {"tower": tower} if tower else {}
                 options = EncodeOptions.of_plan(own, device=device, **how)
                 work = _work(one, own, left, "preprocess work", start, decoders)

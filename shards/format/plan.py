@@ -272,6 +272,15 @@ def refuse_derived(
         )
 
 
+def refuse_other_reader(bank: Path, plan: Plan) -> None:
+    """Raise UserError for a bank whose videos another reader reads than this version's."""
+    if plan.decoder not in (None, READER):
+        raise UserError(
+            f"{bank}: its videos are read by {plan.decoder}, which this version cannot; encode with the "
+            "version that began the bank, or into another folder"
+        )
+
+
 def refuse_other_features(bank: Path, asked: FeatureConfig, banked: FeatureConfig) -> None:
     """Raise UserError naming each field in which a bank's features differ from those asked for."""
     if not asked.derived:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from shards.care.status import status, table
 from shards.care.verify import verify
 from shards.errors import UserError
 from shards.format.manifest import read_manifest
-from shards.format.plan import planned, read_plan
+from shards.format.plan import planned, read_plan, write_plan
 from shards.format.quarantine import read_entries
 from shards.read.bank import Bank
 from shards.write.lease import Leases
@@ -118,6 +119,29 @@ def test_what_is_planned_with_relative_paths_is_made_from_anywhere(
     again = command("encode", *words, "--out", bank)
     assert "3 clips there already" in again.stdout
     assert contents(tmp_path / "bank") == contents(tmp_path / "whole")
+
+
+def test_no_command_adds_frames_of_another_reader_to_a_bank(toy: Path, tmp_path: Path) -> None:
+    def read_by_another(bank: Path) -> None:
+        write_plan(bank, replace(planned(bank), decoder="decord"))
+
+    videos, begun, made = tmp_path / "videos", tmp_path / "begun", tmp_path / "made"
+    shutil.copytree(toy / "videos" / "test", videos)
+    (videos / "bad.mp4").write_text("no video")
+    begin = flags(toy, videos, begun)
+    assert command("plan", *begin, "--no-estimate").exit_code == 0
+    assert command("encode", *flags(toy, videos, made)).exit_code == 1
+    read_by_another(begun)
+    read_by_another(made)
+    shutil.copy(toy / "videos" / "test" / "clip-00000.mp4", videos / "bad.mp4")
+    for words in (["work", begun], ["plan", *begin], ["encode", *begin], ["retry", made]):
+        refused = command(*words, "--device", "cpu")
+        assert refused.exit_code == 2, words
+        assert "its videos are read by decord, which this version cannot" in refused.stderr
+    assert not [*begun.glob("shards/*.tar")]
+    # where nothing is to be encoded nothing differs
+    assert command("work", made).exit_code == 0
+    assert command("finish", made).exit_code == 1
 
 
 def test_truncated_videos_are_banked_by_workers_as_the_plan_says(toy: Path, tmp_path: Path) -> None:
