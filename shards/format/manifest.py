@@ -263,10 +263,13 @@ def read_manifest(place: str | Path | Files) -> Manifest:
     # a plan without a manifest is a run that was stopped, and not a broken bank
     if plan is not None:
         refuse_other_version(plan, path, "plan.json")
-        command = "derive" if plan.get("features", {}).get("derived") else "encode"
+        made = f"run `preprocess encode` again, or `preprocess work {path}` and `finish {path}`"
+        if plan.get("features", {}).get("derived"):
+            made = "run `preprocess derive` again"
         raise UserError(
-            f"{path}: its run is not finished (it has plan.json and no bank.json); let "
-            f"`preprocess {command}` finish, or open what is done with allow_partial=True"
+            "its run is not finished (it has plan.json and no bank.json)",
+            where=path,
+            fix=f"{made}; from Python, Bank.open(..., allow_partial=True) reads what is done",
         )
     raise UserError(
         f"{path}: no bank here (bank.json is missing); make one with "

@@ -64,7 +64,7 @@ def test_plan_work_and_finish_make_what_encode_makes(toy: Path, tmp_path: Path, 
     assert worked.exit_code == 0, worked.output
     assert "3 clips, 12 frames" in worked.stdout
     assert f"all 1 units are made; `preprocess finish {bank}`" in worked.stdout
-    with pytest.raises(UserError, match="its run is not finished"):
+    with pytest.raises(UserError, match=r"its run is not finished.*`preprocess work .* `finish "):
         Bank.open(bank)
     assert len(Bank.open(bank, allow_partial=True)) == 3
     again = command("work", bank)
