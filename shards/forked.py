@@ -52,8 +52,9 @@ def in_processes(
         for number, part in enumerate(parts):
             try:
                 result, error = readers[number % processes].recv()
-            # it was killed, perhaps for want of memory, or the system let none start
-            except (EOFError, OSError):
+            # it was killed, perhaps for want of memory; or the system let none start; or an error was
+            # sent whose class cannot be made of its text alone
+            except Exception:
                 result, error = work(part), None
             if error is not None:
                 raise error
@@ -111,5 +112,6 @@ def _work_off(
             answer = None, error
         try:
             writer.send(answer)
-        except BrokenPipeError:  # nobody waits any more
+        # nobody waits any more; or it cannot be pickled, and the other side does it, seeing this end
+        except Exception:
             return

@@ -40,6 +40,7 @@ from shards.format.plan import (
     planned,
     refuse_derived,
     refuse_other_features,
+    refuse_other_reader,
     write_plan,
 )
 from shards.write.finish import failed_clips, finish, is_finished
@@ -78,6 +79,7 @@ def _retry(bank: Path, tower: str | None, roots: Sequence[str], how: dict[str, A
         if not is_finished(bank, plan, commits):
             finish(bank, plan, TowerFacts.of(plan, commits), commits=commits)
         return Summary()
+    refuse_other_reader(bank, plan)
     features = plan.features
     if tower:
         how["tower"] = tower

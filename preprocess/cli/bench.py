@@ -73,6 +73,7 @@ def bench(
     from tqdm import tqdm
 
     from preprocess.encode.bench import Asked, Job, measure_pace, table
+    from preprocess.encode.estimate import expected_frames
     from preprocess.encode.tower import Loading, measured
     from preprocess.sources.probe import probe
 
@@ -82,7 +83,7 @@ def bench(
     tower, options = loading.tower()
     if choice := measured(tower, options, None):  # as encode would take it
         options = replace(options, tower_dtype=choice.dtype)
-    print_skips(found, folder)
+    print_skips(found, None)  # they are listed in a bank, which there is none of
     # the cores that this process may use: a container or a Slurm task has fewer than the machine
     cores = len(os.sched_getaffinity(0))
     devices = devices or ((1,) if tower.device.type == "cpu" else (1, 8))
@@ -90,6 +91,6 @@ def bench(
         total=min(most, len(clips)), desc="bench", unit="clip", leave=False, disable=None
     ) as bar:
         pace = measure_pace(clips, tower, options, folder, most, cores, bar.update)
-    job = Job(len(clips), sum(clip.frames or 0 for clip in clips))
+    job = Job(len(clips), expected_frames(clips, pace.share))
     for line in table(pace, job, Asked(decoders, devices, machines, price)):
         click.echo(line)

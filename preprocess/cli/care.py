@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from preprocess.cli.encode import compare_sides
-from preprocess.cli.options import BANK, bytes_bar
+from preprocess.cli.options import BANK, DEVICE, bytes_bar
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _print_verified(
 @click.command()
 @BANK
 @click.option("--tower", help="The bank's tower: its folder or Hub name.  [default: as recorded]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@DEVICE
 @click.option(
     "--video-root",
     "video_roots",

@@ -165,8 +165,8 @@ def prepared(
     return found, options, {"prune": prune, "seen": seen}
 
 
-def print_skips(found: "Found", out: Path) -> None:
-    """Print which inputs are not clips."""
+def print_skips(found: "Found", out: Path | None) -> None:
+    """Print which inputs are not clips. out: the bank that lists them all, if any."""
     from preprocess.sources.skips import report as skipped
 
     for line in [*found.notes, *skipped(found.skips, out)]:

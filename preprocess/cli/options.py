@@ -1,5 +1,6 @@
 """The options that several commands share, and their parsing. Imports nothing heavy."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -61,6 +62,19 @@ class Layer(click.ParamType):
             self.fail(f"an integer or {MERGED} is needed, got {value!r}", param, ctx)
 
 
+class Device(click.ParamType):
+    """`auto`, `cpu`, `cuda`, `cuda:1` or another of torch's devices by this form."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        # before torch is imported; and what is on torch's device `meta` has no values
+        if not re.fullmatch(r"(?!meta)[a-z]+(:[0-9]+)?", value):
+            more = "; --procs N takes several GPUs" if re.fullmatch(r"[0-9, ]+", value) else ""
+            self.fail(f"auto, cpu, cuda or cuda:1 is needed, got {value!a}{more}", param, ctx)
+        return str(value)
+
+
 def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Return a decorator that adds options to a command, in this order."""
 
@@ -74,7 +88,7 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
 
 
 DEVICE = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."
+    "--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."
 )
 DECODERS = click.option(
     "--decoders",

@@ -67,11 +67,12 @@ def _is_numbered(by: Numbered, environ: Mapping[str, str]) -> bool:
 
 
 def _fraction(by: Numbered, environ: Mapping[str, str]) -> float:
-    first = _whole(by.first, environ) if by.first in environ else by.least
+    # a variable that is empty is not set: containers pass on what they were not given
+    first = _whole(by.first, environ) if environ.get(by.first) else by.least
     # an array 0-100:10 has the numbers 0, 10, 20 ...
-    step = _whole(by.step, environ) if by.step in environ else 1
+    step = _whole(by.step, environ) if environ.get(by.step) else 1
     number = (_whole(by.number, environ) - first) // max(step, 1)
-    if by.count not in environ:
+    if not environ.get(by.count):
         return number * GOLDEN % 1
     count = _whole(by.count, environ)
     # an array with holes has numbers beyond its count

@@ -116,12 +116,16 @@ def report_units(bank: Path) -> None:
 
     units = [(one, unit) for one in banks_of(bank) for unit in range(len(planned(one).units))]
     left = sum(not committed(*unit) for unit in units)
+    if not left:
+        click.echo(f"all {len(units)} units are made; `preprocess finish {bank}`")
+        return
     workers = [writer for one in banks_of(bank) for writer in holders(one).values()]
     who = some([printable(str(writer)) for writer in workers])
     click.echo(
         f"{left} of {len(units)} units are being made elsewhere: {who}"
-        if left
-        else f"all {len(units)} units are made; `preprocess finish {bank}`"
+        if workers
+        # its worker was stopped since, or clips were planned
+        else f"{left} of {len(units)} units are not made; run `preprocess work {bank}` again"
     )
 
 

@@ -24,6 +24,7 @@ from model.tower.tower import Tower
 from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode.calibrate import measured
+from preprocess.encode.estimate import share_of_most
 from preprocess.encode.features import EncodeOptions, describe, encode_frames
 from shards.errors import UserError
 from shards.format.codec import Codec
@@ -53,6 +54,8 @@ class Pace:
     """Cores of a machine."""
     tower_cores: float = 0.0
     """Those of them that the tower keeps busy on a CPU; 0 if it has its own device."""
+    share: float = 1.0
+    """Frames of the measured members of archives over the most that they may have."""
 
     def seconds(self, frames: int, decoders: int, devices: int, machines: int = 1) -> float:
         """Return the seconds for `frames` frames. decoders: per device; devices: per machine."""
@@ -139,8 +142,7 @@ def measure_pace(
         )
     scales = {}
     if options.codec == "int8":
-        found = [arrays for _, _, arrays in made]
-        scales = measured(found, options.strides, options.dtype).channel_scale
+        scales = measured([one[2] for one in made], options.strides, options.dtype).channel_scale
     # on the bank's own disk, since that is what is measured
     with TemporaryDirectory(prefix="framebank-bench-", dir=folder) as beside:
         codec = Codec(options.codec, options.dtype, scales)
@@ -153,8 +155,9 @@ def measure_pace(
     each = {stage: seconds / frames for stage, seconds in spent.items()}
     # the threads of a GPU's tower wait; on a CPU they work
     busy = min(max(1.0, tower_cpu / spent["tower"]), cores) if tower.device.type == "cpu" else 0.0
+    share = share_of_most((clip, len(meta.timestamps)) for clip, meta, _ in made)
     return Pace(**each, nbytes=nbytes / frames, clips=len(made), frames=frames, cores=cores,
-                tower_cores=busy)  # fmt: skip
+                tower_cores=busy, share=share)  # fmt: skip
 
 
 def spread(clips: Sequence[ClipSource], most: int) -> list[ClipSource]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ def forecast(
     frames = sum(clip.frames or 0 for clip in clips)
     done = sum(committed(bank, unit) for unit in range(len(plan.units)))
     lines = [
-        f"{bank}: {counted(len(clips), 'clip')}, {counted(frames, 'frame')} in "
+        f"{bank}: {counted(len(clips), 'clip')}, {_at_most(clips)}{counted(frames, 'frame')} in "
         f"{counted(len(plan.units), 'shard')}" + (f", {done} of them finished" if done else ""),
         "  "
         + "; ".join(
@@ -71,7 +71,7 @@ def forecast(
     if not todo:
         return [*lines, "  nothing is left to encode"]
     left = sum(clip.frames or 0 for clip in todo)
-    lines.append(f"  to encode: {len(todo)} clips, {left} frames")
+    lines.append(f"  to encode: {len(todo)} clips, {_at_most(todo)}{left} frames")
     if hours:
         lines.append(f"  {_hours_line(measure(bank, todo, tower, options))}")
     return lines
@@ -110,6 +110,32 @@ def named(ids: Sequence[str]) -> str:
     return f"{counted(len(ids), 'clip')} ({some(ids, NAMED)})"
 
 
+def _at_most(clips: Sequence[ClipSource]) -> str:
+    # how long a member of an archive is shows only when it is decoded
+    return "at most " * any(clip.offset is not None for clip in clips)
+
+
+def share_of_most(tried: Iterable[tuple[ClipSource, int]]) -> float:
+    """Return the frames of tried members of archives over the most that they may have; 1 without any.
+
+    tried: clips, each with the frames that it had.
+    """
+    archived = [(clip.frames or 0, had) for clip, had in tried if clip.offset is not None]
+    most = sum(frames for frames, _ in archived)
+    return sum(had for _, had in archived) / most if most else 1.0
+
+
+def expected_frames(clips: Iterable[ClipSource], share: float) -> int:
+    """Return the frames of clips: of members of archives a share of the most that they may have."""
+    sure = most = 0
+    for clip in clips:
+        if clip.offset is None:
+            sure += clip.frames or 0
+        else:
+            most += clip.frames or 0
+    return sure + round(share * most)
+
+
 def _todo(bank: Path, plan: Plan) -> list[ClipSource]:
     work = enumerate(plan.work())
     return [clip for unit, clips in work if not committed(bank, unit) for clip in clips]
@@ -128,7 +154,7 @@ def measure(
     # the middles of thirds by size: the largest and the smallest clip stand for no other
     chosen = [good[len(good) * (2 * k + 1) // (2 * TRIED)] for k in range(TRIED)] if good else []
     decode = encode = 0.0
-    nbytes = frames = clips = 0
+    nbytes, tried = 0, list[tuple[ClipSource, int]]()
     with SourceReader(DecodeChild(), bank) as reader:
         # of few clips the thirds have the same middle
         for clip in dict.fromkeys(chosen):
@@ -136,7 +162,7 @@ def measure(
             outcome = reader.read(clip, request)
             if outcome.clip is None:
                 continue
-            if not clips:
+            if not tried:
                 _encode(
                     tower, outcome.clip.frames, options
                 )  # warm up: the first call loads kernels
@@ -149,18 +175,18 @@ def measure(
             _encode(tower, outcome.clip.frames, options)
             encode += time.monotonic() - began
             nbytes += outcome.size
-            frames += len(outcome.clip.frames)
-            clips += 1
-    if not clips:
+            tried.append((clip, len(outcome.clip.frames)))
+    if not tried:
         return None
     all_bytes = sum(clip.size or 0 for clip in todo)
-    all_frames = sum(clip.frames or 0 for clip in todo)
+    all_frames = expected_frames(todo, share_of_most(tried))
+    frames = sum(had for _, had in tried)
     # Decoding is extrapolated by the videos' bytes, which grow with length and resolution as its cost
     # does; the tower by frames.
     return Hours(
         decode=decode / max(1, nbytes) * all_bytes / 3600,
         tower=encode / frames * all_frames / 3600,
-        clips=clips,
+        clips=len(tried),
     )
 
 

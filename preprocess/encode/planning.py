@@ -20,7 +20,6 @@ from preprocess.encode.features import EncodeOptions, feature_config, predicted_
 from preprocess.encode.tower import measured, tower_files
 from preprocess.sources.changes import Changes, compare
 from preprocess.sources.probe import probe
-from shards.errors import UserError
 from shards.format.commits import (
     CommitRecord,
     committed,
@@ -34,8 +33,10 @@ from shards.format.plan import (
     ClipSource,
     Plan,
     TowerSettings,
+    absolute_name,
     read_plan,
     refuse_other_features,
+    refuse_other_reader,
     write_plan,
 )
 from shards.format.quarantine import Reason, read_entries, update_quarantine
@@ -93,7 +94,7 @@ class Survey:
         if any(getattr(options, name) != getattr(plan.features, name) for name in ASKED):
             return None
         # by names, sizes and times of its files: the digest of its weights needs them read
-        same_tower = options.tower == plan.tower.name
+        same_tower = absolute_name(options.tower) == absolute_name(plan.tower.name)
         if not same_tower or tower_files(options.tower) != plan.tower.files:
             return None
         changes = self.changes(out, plan)
@@ -150,14 +151,11 @@ def make_plan(
     plan = known or new_plan(tower, options, features, choice.reason if choice else None)
     if known is not None:
         refuse_other_features(out, features, known.features)
-    if plan.decoder not in (None, READER):
-        raise UserError(
-            f"{out}: its videos are read by {plan.decoder}, which this version cannot; encode with the "
-            "version that began the bank, or into another folder"
-        )
-    if options.tower == plan.tower.name:
+    refuse_other_reader(out, plan)
+    # absolute in an older plan, too, where it is the same folder from here
+    if (name := absolute_name(options.tower)) == absolute_name(plan.tower.name):
         files = tower_files(options.tower)
-        plan = replace(plan, tower=replace(plan.tower, files=files))
+        plan = replace(plan, tower=replace(plan.tower, name=name, files=files))
     changes = survey.changes(out, plan)
     plan = as_run(out, changed_of(changes, options, prune), options)
     clip_bytes = predicted_bytes(tower, options)
@@ -186,7 +184,7 @@ def new_plan(
     settings = TowerSettings(
         options.batch_frames,
         options.tower_threads,
-        tower.name,
+        absolute_name(tower.name),
         arithmetic(options.device, options.tower_dtype),
         reason,
     )

@@ -50,6 +50,7 @@ from shards.format.plan import (
     planned,
     refuse_derived,
     refuse_other_features,
+    refuse_other_reader,
 )
 from shards.format.quarantine import read_entries
 from shards.write.beside import pair
@@ -280,18 +281,32 @@ def work(
     elsewhere than planned. start: the fraction of the units after which to begin, so that workers begin
     at different units. plan: of the bank, if already read.
     """
-    summaries = []
-    for one in banks_of(bank):
-        own = plan if plan is not None and one == bank else planned(one)
-        # a derived bank is made of another bank's cells: no video has its features
-        refuse_derived(one, own.features)
-        # a tower is loaded only for a bank that has something left
-        if left := units_left(one, own):
-            how = {"tower": tower} if tower else {}
-            options = EncodeOptions.of_plan(own, device=device, **how)
-            work = _work(one, own, left, "preprocess work", start, decoders)
-            summaries.append(_work_on(work, own, options, roots, procs))
+    summaries, seen = list[Summary](), dict[Path, int]()
+    # until no plan has more units than it had: clips and strides may be planned while workers are at it
+    while plans := _grown(bank, seen, plan):
+        for one, own in plans.items():
+            seen[one] = len(own.units)
+            # a derived bank is made of another bank's cells: no video has its features
+            refuse_derived(one, own.features)
+            # a tower is loaded only for a bank that has something left
+            if left := units_left(one, own):
+                refuse_other_reader(one, own)
+                how = {"tower": tower} if tower else {}
+                options = EncodeOptions.of_plan(own, device=device, **how)
+                work = _work(one, own, left, "preprocess work", start, decoders)
+                summaries.append(_work_on(work, own, options, roots, procs))
+        plan = None
     return replace(Summary.of(summaries), seconds=sum(made.seconds for made in summaries))
+
+
+def _grown(bank: Path, seen: Mapping[Path, int], plan: Plan | None) -> dict[Path, Plan]:
+    """Return the plans of a bank and the banks beside it that have more units than were seen.
+
+    plan: of the bank, if already read.
+    """
+    sides = {one: planned(one) for one in banks_of(bank) if plan is None or one != bank}
+    every = sides if plan is None else {bank: plan} | sides
+    return {one: own for one, own in every.items() if len(own.units) > seen.get(one, -1)}
 
 
 def _work_on(

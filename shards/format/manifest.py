@@ -17,7 +17,7 @@ from shards.format.catalogue import Columns, checksums
 from shards.format.commits import CommitRecord, SampleRecord
 from shards.format.features import FORMAT_VERSION, FeatureConfig
 from shards.format.fields import parse
-from shards.format.plan import Plan
+from shards.format.plan import Plan, absolute_name
 from shards.format.version import refuse_other_version
 from shards.signed import Json, canonical_json, parse_signed_json
 from shards.storage import Files, open_files
@@ -47,11 +47,6 @@ class TowerFacts:
         streams = (s for commit in commits for one in commit.samples for s in one.streams.values())
         first = next(streams, None)
         return cls(plan.tower.name, first.shape[-1] if first else 0)
-
-
-def absolute_name(name: str) -> str:
-    """Return a tower's name, a local folder as an absolute path: it must not depend on the directory."""
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 @dataclass(frozen=True)
@@ -268,10 +263,13 @@ def read_manifest(place: str | Path | Files) -> Manifest:
     # a plan without a manifest is a run that was stopped, and not a broken bank
     if plan is not None:
         refuse_other_version(plan, path, "plan.json")
-        command = "derive" if plan.get("features", {}).get("derived") else "encode"
+        made = f"run `preprocess encode` again, or `preprocess work {path}` and `finish {path}`"
+        if plan.get("features", {}).get("derived"):
+            made = "run `preprocess derive` again"
         raise UserError(
-            f"{path}: its run is not finished (it has plan.json and no bank.json); let "
-            f"`preprocess {command}` finish, or open what is done with allow_partial=True"
+            "its run is not finished (it has plan.json and no bank.json)",
+            where=path,
+            fix=f"{made}; from Python, Bank.open(..., allow_partial=True) reads what is done",
         )
     raise UserError(
         f"{path}: no bank here (bank.json is missing); make one with "

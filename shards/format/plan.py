@@ -81,6 +81,11 @@ class ClipSource:
         return {name: value for name, value in self.__dict__.items() if value is not None}
 
 
+def absolute_name(name: str) -> str:
+    """Return a tower's name, a local folder as an absolute path: workers run in other directories."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
 @dataclass(frozen=True)
 class TowerSettings:
     """How the tower is run. The last bits may depend on it, so reruns use the first run's settings."""
@@ -89,7 +94,7 @@ class TowerSettings:
     """Frames per forward pass, at most."""
     threads: int = TOWER_THREADS
     name: str = ""
-    """Where the tower was found: a folder, or a name on the Hub."""
+    """Where the tower was found: the absolute path of a folder, or a name on the Hub."""
     device: str | None = None
     """Kind of device, as far as the last bits depend on it: the same for every worker."""
     reason: str | None = None
@@ -264,6 +269,15 @@ def refuse_derived(
             "was derived from another bank, and holds what was stored there",
             where=bank,
             fix=f"{first}, then run the same `preprocess derive` again",
+        )
+
+
+def refuse_other_reader(bank: Path, plan: Plan) -> None:
+    """Raise UserError for a bank whose videos another reader reads than this version's."""
+    if plan.decoder not in (None, READER):
+        raise UserError(
+            f"{bank}: its videos are read by {plan.decoder}, which this version cannot; encode with the "
+            "version that began the bank, or into another folder"
         )
 
 

@@ -93,6 +93,19 @@ def test_the_bare_command_lists_the_commands(words: list[str]) -> None:
     assert listed == list(main.commands)
 
 
+@pytest.mark.parametrize("command", [name for name in OPTIONS if "--device " in OPTIONS[name]])
+@pytest.mark.parametrize("device", ["0", "0,1", "", "gpu 1", "cuda:x", "cuda:", "meta", "CUDA"])
+def test_what_is_no_device_is_refused_before_anything_is_done(
+    tmp_path: Path, command: str, device: str
+) -> None:
+    words = [tmp_path / "x", "--out", tmp_path / "bank", "--tower", tmp_path / "tower"]
+    given = words if command in ("bench", "plan", "encode") else words[:1]
+    line = refused(preprocess(command, *given, "--device", device))
+    assert f"auto, cpu, cuda or cuda:1 is needed, got {device!r}" in line
+    assert line.endswith("--procs N takes several GPUs") == device.startswith("0")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_mistyped_flag_is_refused_with_a_suggestion(toy: Path, tmp_path: Path) -> None:
     line = refused(preprocess(*encode_words(toy, tmp_path / "b", "--strides", "4")))
     assert "--strides" in line

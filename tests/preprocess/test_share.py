@@ -26,6 +26,12 @@ TOLD = [
     ({"LSB_JOBINDEX": "0", "LSB_JOBINDEX_END": "0"}, 0.0),  # a job that is no array
     ({"JOB_COMPLETION_INDEX": "0"}, 0.0),
     ({"RANK": ""}, 0.0),
+    ({"RANK": "0", "WORLD_SIZE": ""}, 0.0),
+    (
+        ARRAY
+        | {"SLURM_ARRAY_TASK_MIN": "", "SLURM_ARRAY_TASK_STEP": "", "SLURM_ARRAY_TASK_ID": "3"},
+        0.75,
+    ),
 ]
 
 

@@ -5,20 +5,24 @@ pytest tests/preprocess/test_work.py
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from preprocess.cli.main import main
+from preprocess.cli.work import report_units
 from preprocess.toy_models import save_tower
 from shards.care.status import status, table
 from shards.care.verify import verify
 from shards.errors import UserError
 from shards.format.manifest import read_manifest
-from shards.format.plan import planned, read_plan
+from shards.format.plan import planned, read_plan, write_plan
 from shards.format.quarantine import read_entries
 from shards.read.bank import Bank
 from shards.write.lease import Leases
@@ -53,7 +57,7 @@ def test_plan_work_and_finish_make_what_encode_makes(toy: Path, tmp_path: Path, 
     assert worked.exit_code == 0, worked.output
     assert "3 clips, 12 frames" in worked.stdout
     assert f"all 1 units are made; `preprocess finish {bank}`" in worked.stdout
-    with pytest.raises(UserError, match="its run is not finished"):
+    with pytest.raises(UserError, match=r"its run is not finished.*`preprocess work .* `finish "):
         Bank.open(bank)
     assert len(Bank.open(bank, allow_partial=True)) == 3
     again = command("work", bank)
@@ -88,6 +92,49 @@ def test_what_fails_is_told_by_status_before_and_by_quarantine_after_the_end(
     assert list(read_entries(bank)) == ["bad.mp4"]
     assert command("encode", *words).exit_code == 1
     assert read_plan(bank) == plan
+
+
+def test_what_is_planned_with_relative_paths_is_made_from_anywhere(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toy)
+    words = ["videos/test", "--frames", 4, "--device", "cpu", "--tower", "tower"]
+    bank, whole = (Path(os.path.relpath(tmp_path / name)) for name in ("bank", "whole"))
+    assert command("encode", *words, "--out", whole).exit_code == 0
+    assert command("plan", *words, "--out", bank, "--no-estimate").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert command("work", "bank", "--device", "cpu").exit_code == 0
+    monkeypatch.chdir(tmp_path / "bank")
+    assert command("finish", ".").exit_code == 0
+    assert contents(tmp_path / "bank") == contents(tmp_path / "whole")
+    # and planned again from where it was planned, it is the same tower
+    monkeypatch.chdir(toy)
+    again = command("encode", *words, "--out", bank)
+    assert "3 clips there already" in again.stdout
+    assert contents(tmp_path / "bank") == contents(tmp_path / "whole")
+
+
+def test_no_command_adds_frames_of_another_reader_to_a_bank(toy: Path, tmp_path: Path) -> None:
+    def read_by_another(bank: Path) -> None:
+        write_plan(bank, replace(planned(bank), decoder="decord"))
+
+    videos, begun, made = tmp_path / "videos", tmp_path / "begun", tmp_path / "made"
+    shutil.copytree(toy / "videos" / "test", videos)
+    (videos / "bad.mp4").write_text("no video")
+    begin = flags(toy, videos, begun)
+    assert command("plan", *begin, "--no-estimate").exit_code == 0
+    assert command("encode", *flags(toy, videos, made)).exit_code == 1
+    read_by_another(begun)
+    read_by_another(made)
+    shutil.copy(toy / "videos" / "test" / "clip-00000.mp4", videos / "bad.mp4")
+    for words in (["work", begun], ["plan", *begin], ["encode", *begin], ["retry", made]):
+        refused = command(*words, "--device", "cpu")
+        assert refused.exit_code == 2, words
+        assert "its videos are read by decord, which this version cannot" in refused.stderr
+    assert not [*begun.glob("shards/*.tar")]
+    # where nothing is to be encoded nothing differs
+    assert command("work", made).exit_code == 0
+    assert command("finish", made).exit_code == 1
 
 
 def test_truncated_videos_are_banked_by_workers_as_the_plan_says(toy: Path, tmp_path: Path) -> None:
@@ -351,3 +398,40 @@ def test_finish_needs_no_torch(toy_bank: Path, tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_worker_takes_what_is_planned_while_it_works(toy: Path, tmp_path: Path) -> None:
+    videos, bank = tmp_path / "videos", tmp_path / "bank"
+    videos.mkdir()
+    names = ["clip-00000.mp4", "clip-00001.mp4"]
+    words = [*flags(toy, videos, bank), "--no-estimate"]
+    shutil.copy(toy / "videos" / "test" / names[0], videos)
+    assert command("plan", *words).exit_code == 0
+    at_work = [sys.executable, "-m", "preprocess", "work", str(bank), "--device", "cpu"]
+    with subprocess.Popen(at_work, cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
+        while worker.poll() is None and not [*bank.glob("shards/*.lease")]:
+            time.sleep(0.005)
+        # it has read the plan, and holds the only unit
+        worker.send_signal(signal.SIGSTOP)
+        shutil.copy(toy / "videos" / "test" / names[1], videos)
+        assert command("plan", *words).exit_code == 0
+        assert command("plan", *words, "--stride", 2).exit_code == 0
+        worker.send_signal(signal.SIGCONT)
+        said = worker.communicate(timeout=60)[0]
+    assert worker.returncode == 0
+    assert f"all 3 units are made; `preprocess finish {bank}`" in said
+    assert command("finish", bank).exit_code == 0
+    assert Bank.open(bank).ids == names
+
+
+def test_units_that_nobody_makes_are_not_said_to_be_made_elsewhere(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = tmp_path / "bank"
+    words = flags(toy, toy / "videos" / "test", bank)
+    assert command("plan", *words, "--no-estimate").exit_code == 0
+    report_units(bank)
+    assert (
+        capsys.readouterr().out
+        == f"1 of 1 units are not made; run `preprocess work {bank}` again\n"
+    )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,15 +72,30 @@ def test_an_error_comes_as_it_was_raised(error: Exception, processes: int) -> No
         assert "in work" in raised.value.__notes__[0]
 
 
-def test_an_error_that_cannot_be_sent_is_met_here() -> None:
+class OfTwo(Exception):
+    """As some libraries' errors: it can be pickled, and not be unpickled."""
+
+    def __init__(self, what: str, where: int) -> None:
+        super().__init__(f"{what}: {where}")
+
+
+def test_what_cannot_be_sent_is_met_here(capfd: pytest.CaptureFixture[str]) -> None:
     class Local(Exception):
         pass
 
-    def work(part: int) -> int:
-        raise Local(part)
+    def work(part: int) -> Callable[[], int]:
+        if part < 2:
+            return lambda: part
+        raise OfTwo("bad", part) if part < 4 else Local(part)
 
-    with pytest.raises(Local):
-        list(in_processes(work, range(4), 2))
+    results = in_processes(work, range(4), 2)
+    assert [next(results)(), next(results)()] == [0, 1]
+    with pytest.raises(OfTwo, match="bad: 2"):
+        next(results)
+    for first, error in ((2, OfTwo), (4, Local)):
+        with pytest.raises(error):
+            list(in_processes(work, range(first, first + 2), 2))
+    assert capfd.readouterr().err == ""  # what goes on between the two is nothing to a user
 
 
 def test_what_a_killed_process_leaves_is_done_here() -> None:

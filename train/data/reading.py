@@ -44,7 +44,7 @@ PART = 4096
 WORTH_DIVIDING = 2**22
 """Bytes of the smallest file that several processes read; a smaller one takes less than a second."""
 FEWEST = 4
-"""Cores from which on they do: their records are read once more, to be counted, and one process keeps its own."""
+"""Cores from which on they do: their records are read again to be counted; one process keeps its own."""
 SHOWN = 30
 """Most problems that are printed; a file in the wrong form has one for each of its rows."""
 
@@ -157,9 +157,7 @@ class Reading:
         found = how.found(rows)
         self.problems += found.problems
         self.clipped |= found.clipped
-        # a row with several faults is one bad row: the limit counts rows
-        count = found.read + len({error.place for error in found.errors})
-        drops = self.bad.judge(path, found.errors, count, self.problems)
+        drops = self.bad.judge(path, found.errors, found.rows, self.problems)
         return found.kept, drops + found.unbanked, found.clipped
 
     def independent(self, part: MixturePart) -> bool:
@@ -236,8 +234,8 @@ class Found(NamedTuple):
 
     kept: list[Record]
     """The sound records, joined to their clips."""
-    read: int
-    """Number of rows that are records, sound and banked or not."""
+    rows: int
+    """Number of rows, bad ones included."""
     errors: list[RowError]
     """Faults of single rows, in the order of these."""
     unbanked: list[Drop]
@@ -277,7 +275,7 @@ class Manner:
         order = {place: row for row, place in enumerate(places)}
         errors.sort(key=lambda error: order[error.place])
         drops = [Drop.of_record(record, reason) for record, reason in unbanked]
-        return Found(kept, len(read), errors, drops, clipped, problems)
+        return Found(kept, len(places), errors, drops, clipped, problems)
 
     def facts(self, path: str, rows: Rows) -> tuple[Facts, list[RowError], list[Drop]] | None:
         """Return (facts, faults, what is not banked) of some rows of a file, which are not parsed.

@@ -5,6 +5,7 @@ pytest tests/preprocess/encode/test_bench.py
 
 import re
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 
 from preprocess.cli.main import main
 from preprocess.encode.bench import Asked, Job, Pace, spread, table
+from preprocess.encode.estimate import expected_frames, share_of_most
 from shards.format.plan import ClipSource
 
 GPU = Pace(decode=0.040, tower=0.010, write=0.001, nbytes=100_000, clips=8, frames=512, cores=16)
@@ -87,6 +89,48 @@ def test_the_command_measures_and_leaves_nothing(toy: Path, tmp_path: Path, code
         assert found
         assert float(found[1]) > 0
     assert list(disk.iterdir()) == []
+
+
+def test_clips_of_archives_count_as_many_frames_as_those_that_were_tried(
+    toy: Path, tmp_path: Path
+) -> None:
+    """Their headers are not read: all that a plan knows is how many frames sampling takes at most."""
+    file, *members = sorted((toy / "videos" / "test").iterdir())
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in members:
+            tar.add(path, path.name)
+    inputs = [tmp_path / "a.tar", file]
+
+    def said(command: str, *more: object) -> str:
+        words = [command, *inputs, "--tower", toy / "tower", "--device", "cpu", *more]
+        result = CliRunner().invoke(main, [str(word) for word in words], prog_name="preprocess")
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    (banked,) = re.findall(r", (\d+) frames", said("encode", "--out", tmp_path / "bank"))
+    assert said("bench").startswith(f"3 clips, {banked} frames, ")
+    planned = said("plan", "--out", tmp_path / "planned", "--no-estimate")
+    (most,) = re.findall(r"to encode: 3 clips, at most (\d+) frames", planned)
+    assert f"3 clips, at most {most} frames in 1 shard" in planned
+    assert int(most) > 3 * int(banked)
+
+
+def test_expected_frames_are_of_the_kind_that_was_tried() -> None:
+    file, member = ClipSource("f", "f", "", "", frames=10), ClipSource("m", "m", "", "", frames=64)
+    member = replace(member, offset=512)
+    assert share_of_most([(file, 7), (member, 16), (replace(member, frames=32), 8)]) == 0.25
+    assert share_of_most([(file, 7)]) == 1
+    assert expected_frames([file, member, member, replace(member, frames=None)], 0.25) == 42
+
+
+def test_a_list_of_what_is_skipped_is_not_named_where_there_is_no_bank(
+    toy: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(toy / "videos" / "test", tmp_path / "v")
+    (tmp_path / "v" / "note.txt").write_text("x")
+    line = ["bench", tmp_path / "v", "--tower", toy / "tower", "--out", tmp_path, "--clips", 1]
+    result = CliRunner().invoke(main, [str(word) for word in line], prog_name="preprocess")
+    assert result.stdout.splitlines()[0] == "skipped: 1 file of unknown type: .txt 1"
 
 
 def test_what_cannot_be_measured_is_said_in_a_line(toy: Path, tmp_path: Path) -> None:

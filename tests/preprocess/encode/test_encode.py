@@ -37,8 +37,7 @@ from preprocess.sources.find import FindOptions
 from shards.errors import UserError
 from shards.format.commits import read_commit, shard_path
 from shards.format.features import Sampling
-from shards.format.manifest import absolute_name
-from shards.format.plan import read_plan
+from shards.format.plan import absolute_name, read_plan
 from shards.format.quarantine import read_quarantine
 from shards.format.samples import sample_key
 from shards.read.bank import Bank

@@ -117,6 +117,11 @@ def test_more_than_the_limit_is_refused_by_count_or_share_of_each_file(world: Wo
             f"{path}: 2 of 8 records are bad (1 span backwards, 1 misspelt coordinate), more than "
             f"bad_record_limit {strict} allows; the first: {path}:7 (id backwards): "
         )
+    # whatever is wrong with a row, it is one row: 1 of 7 is 14.3 %
+    for name, (bad, reason) in BAD.items():
+        path = world.file(*GOOD, bad, name=f"{name}.jsonl")
+        (line,) = refused(world.config(path, **drop, bad_record_limit="14%"))
+        assert line.startswith(f"{path}: 1 of 7 records are bad (1 {reason}), more than")
     # many good files do not hide one that is bad throughout
     wrong = world.file(BAD["typo"][0], name="wrong.jsonl")
     (line,) = refused(world.config(path, wrong, **drop))
