@@ -25,6 +25,8 @@ SLACK = 0.1
 """Seconds by which a time may be beyond its clip: annotations are often rounded to one decimal."""
 BEHIND = "time past the end of its clip"
 OUTSIDE = "coordinate outside its clip or frame"
+WORTH_SAYING = 0.01
+"""Share of such records from which on there is a warning."""
 CLIPPED = "times_past_end: clip ends such spans with their clip"
 
 
@@ -142,16 +144,35 @@ def check_coordinates(
 
 
 def repeating(record: Record) -> bool:
-    """Return whether a later answer of a record repeats a coordinate of an earlier answer."""
-    seen = set[Coordinate]()
+    """Return whether an answer of a record repeats a coordinate of an earlier question or answer.
+
+    What its own question says gives nothing away.
+    """
     # turns that do not see each other repeat nothing
-    for turn in record.turns if not record.independent else ():
-        if turn.role == "assistant":
-            own = {piece for piece in split_markup(turn.text) if isinstance(piece, Coordinate)}
-            if own & seen:
-                return True
-            seen |= own
+    if record.independent:
+        return False
+    before, asked = set[Coordinate](), set[Coordinate]()
+    for turn in record.turns:
+        own = {piece for piece in split_markup(turn.text) if isinstance(piece, Coordinate)}
+        if turn.role != "assistant":
+            asked |= own
+            continue
+        if (own - asked) & before:
+            return True
+        before |= own | asked
+        asked = set()
     return False
+
+
+def repeats_note(name: str, records: Sequence[Record]) -> tuple[str, ...]:
+    """Return a line where answers of a dataset's dialogues can be copied from what is before them."""
+    found = sum(map(repeating, records))
+    if found < max(1, len(records) * WORTH_SAYING):
+        return ()
+    return (
+        f"{name}: in {found / len(records):.0%} of the records later answers repeat coordinates of "
+        "earlier turns, and can be copied from them; set turns: independent",
+    )
 
 
 def numbers_note(records: Iterable[Record]) -> tuple[str, ...]:

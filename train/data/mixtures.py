@@ -42,6 +42,12 @@ KNOWN = (*FILES, *BANKS, *FOLDERS, "strip_prefix", "sampling_strategy", "seed", 
 LEFT_ALONE = ("_target_", "data_type", "is_video", "source")
 """Keys of other trainers that are ignored: the rows show the same, and LLaVA-ST's `source` is a name of
 its data_folder."""
+MANNER = {
+    "chosen": "choose other rows of it",
+    "turns": "have other turns",
+    "splice": "splice it otherwise, or one alone does",
+}
+"""What makes other records of a file -> two datasets that differ in it, in words."""
 TERM = re.compile(r"([^@*]+?)(?:@([\d.]+))?(?:\*(\d+))?")
 
 
@@ -207,13 +213,13 @@ def _once(parts: Sequence[MixturePart], problems: list[str], notes: list[str]) -
             other = seen.setdefault((*files_of(path), real_banks(part), part.folders), part)
             if other is part:
                 records.append(path)
-            elif other.chosen == part.chosen:
-                notes.append(f"{path}: taken once, {other.name} and {part.name} are names of it")
-            else:
+            elif differ := [name for name in MANNER if getattr(other, name) != getattr(part, name)]:
                 problems.append(
-                    f"{path}: {other.name} and {part.name} choose other rows of it; say in "
+                    f"{path}: {other.name} and {part.name} {MANNER[differ[0]]}; say in "
                     "data_mixture which to take"
                 )
+            else:
+                notes.append(f"{path}: taken once, {other.name} and {part.name} are names of it")
         if records:
             kept.append(replace(part, records=records))
     return kept

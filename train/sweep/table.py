@@ -202,8 +202,9 @@ def cell(own: Sequence[Scored], metric: Metric) -> str:
 
 
 def alike(scored: Sequence[Scored]) -> bool:
-    """Return whether runs were scored on the same clips, and may be drawn together."""
-    return len({one.answers.clips for one in scored}) == 1
+    """Return whether runs were asked about the same clips in the same way, and may be drawn together."""
+    # in dialogues the right answers before a question are in its prompt
+    return len({(one.answers.clips, one.report.get("turns", "")) for one in scored}) == 1
 
 
 def difference(own: Sequence[Scored], base: Sequence[Scored], metric: Metric) -> str:
@@ -215,7 +216,7 @@ def difference(own: Sequence[Scored], base: Sequence[Scored], metric: Metric) ->
     if not both or any(value is None for values in lists for value in values):
         return NONE
     if not alike([*ours, *theirs]):
-        return "other clips"
+        return "other questions"
     means = [math.fsum(v for v in values if v is not None) / len(values) for values in lists]
     low, high = difference_interval(
         [one.answers for one in ours], [one.answers for one in theirs], metric

@@ -61,10 +61,19 @@ class TestSet:
 
         Reports of before they were recorded are taken at their word.
         """
+        if not self.sees_as(other):
+            return False
         own, theirs = (report.get("questions", {}) for report in (self.report, other))
         if kind:
             own, theirs = own.get(kind), theirs.get(kind)
         return own == theirs or not own or not theirs
+
+    def sees_as(self, other: Json) -> bool:
+        """Return whether questions see those before them in their record in both reports, or in none.
+
+        In dialogues the right answers before a question are in its prompt, and may give its own away.
+        """
+        return len({turns for one in (self.report, other) if (turns := one.get("turns"))}) < 2
 
     @cached_property
     def rows(self) -> list[Json]:
