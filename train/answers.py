@@ -142,19 +142,7 @@ def question_of(loader: "Loader", record: Record, turn: int) -> Prediction:
     """Return a prediction without its answer: the question and its reference."""
     durations = [clip.info.duration for clip in loader.dataset.clips(record)]
     duration = duration_before(record, durations, turn)
-    # the last question before the answer; the turns before it are in the prompt, not in the report
-    asked = [t.text for t in record.turns[:turn] if t.role == "user"]
-    return Prediction(
-        record=record.id,
-        media=record.clips,
-        turn=turn,
-        task=record.task,
-        question=asked[-1] if asked else "",
-        reference=loader.chat.in_numbers(record.turns[turn].text, duration),
-        duration=duration,
-        answer="",
-        cut=False,
-    )
+    return Prediction.blank(record, turn, duration, loader.chat.counts)
 
 
 def answer(
