@@ -252,6 +252,29 @@ def test_turns_on_the_command_line_of_evaluate_win_over_a_mixtures(
     check_turns([r for r in records if r.independent or r.questions == 1], "mixed", tmp_path)
 
 
+@pytest.mark.parametrize("named", ["phrase", "caption"])
+def test_spliced_records_are_not_scored(
+    config: TrainConfig, phrases: Path, tmp_path: Path, named: str
+) -> None:
+    # rows with a caption are records, too, of other questions
+    rows = phrases.read_text().replace('"phrase"', f'"{named}"')
+    (tmp_path / "rows.jsonl").write_text(rows)
+    path = str(tmp_path / "sets.yaml")
+    said = {"scenes": {"records": "rows.jsonl", "splice": {"records": 5}}}
+    Path(path).write_text(yaml.safe_dump(said))
+    openings = (
+        lambda: open_records(config.bank, [path], 4, 8),
+        lambda: open_dataset(replace(config, eval_path=[path])),
+    )
+    for opening in openings:
+        with pytest.raises(
+            UserError, match="scenes: splice draws other records in each"
+        ) as refused:
+            opening()
+        assert len(refused.value.problems) == 1
+    assert open_dataset(replace(config, data_path=[path])).splices
+
+
 def test_scores_of_dialogues_are_not_compared_with_those_of_questions_alone(tmp_path: Path) -> None:
     kinds = {"dialogue": "dialogue", "independent": "independent", "single": "", "older": None}
     reports = {name: {} if turns is None else {"turns": turns} for name, turns in kinds.items()}

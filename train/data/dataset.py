@@ -181,7 +181,7 @@ def open_dataset(config: TrainConfig) -> Dataset:
         files = expanded(config.splice_path, problems)
         how = read_splice(config.splice)
         wanted.append(MixturePart(files, [], 1, folders=folders, name="splice_path", splice=how))
-    held_out = all_parts(config.eval_path, "", "", folders, problems, notes)
+    held_out = all_parts(config.eval_path, "", "", folders, problems, notes, held_out=True)
     wanted, held_out = (local_parts(parts, problems) for parts in (wanted, held_out))
     if not config.bank and not any(part.banks for part in wanted):
         problems.append("bank: missing; give --bank BANK, made by `preprocess encode`")
@@ -209,7 +209,7 @@ def open_records(
     """
     problems: list[str] = []
     pools = None
-    parts = local_parts(all_parts(paths, "", "", media, problems, []), problems)
+    parts = local_parts(all_parts(paths, "", "", media, problems, [], held_out=True), problems)
     try:
         pools = Pools.open(folders, parts)
     except UserError as error:
@@ -218,6 +218,7 @@ def open_records(
     records = [
         record
         for part in parts
+        if not part.splice  # refused above: its rows are no records
         for record in reading.records(
             replace(part, turns=turns or part.turns),
             pools.of(part) if pools else None,

@@ -80,11 +80,14 @@ def all_parts(
     folders: Folders,
     problems: list[str],
     notes: list[str],
+    *,
+    held_out: bool = False,
 ) -> list[MixturePart]:
     """Return the datasets of a run: record files, mixtures among them, and a mixture's YAML.
 
     folders: for datasets that have none of their own. A file that is listed twice is a problem, unless
-    a mixture asks for it by two names.
+    a mixture asks for it by two names. held_out: whether models are scored on them, which is of records
+    that stay the same.
     """
     found: list[MixturePart] = []
     for path in paths:
@@ -100,6 +103,12 @@ def all_parts(
         part if part.folders != Folders() else replace(part, folders=folders) for part in found
     ]
     refuse_repeats(found, problems)
+    problems += [
+        f"{part.name}: splice draws other records in each epoch, and a model is scored on the same ones; "
+        "name records, or leave this dataset out"
+        for part in found
+        if held_out and part.splice
+    ]
     return found
 
 
