@@ -12,6 +12,9 @@ Places are records of media of one frame: pictures, or stills cut from clips. A 
 from a frame's cells (at the model's slow stride) and a question's words what the answer is, and so
 answers questions for a point or a box in such media.
 
+Of a record of several questions those are answered that do not see each other, which is so where the
+model was trained with `turns: independent`.
+
 Scores are those of `train/evaluate.py`, filed as a control beside the model's: where a model
 stays far below them, it does not use what the tower saw; where both are low, the tower is the limit.
 """
