@@ -69,7 +69,8 @@ def apart_up_to(config: dict[str, Any]) -> Apart | None:
     rope = inner.get("rope_parameters") or inner.get("rope_scaling") or {}
     # some families have parameters for each kind of layers
     for own in (rope, *(one for one in rope.values() if isinstance(one, dict))):
-        if "longrope" in (own.get("rope_type"), own.get("type")):
+        # Phi-3's first configs call it su, or yarn
+        if "long_factor" in own or "longrope" in (own.get("rope_type"), own.get("type")):
             places = (own, inner)
             lengths = [one.get("original_max_position_embeddings") for one in places]
             length = next(filter(None, lengths), inner.get("max_position_embeddings", 0))

@@ -140,6 +140,8 @@ CONFIGS: list[tuple[dict[str, Any], int | None]] = [
     ({"attn_temperature_tuning": True, "no_rope_layers": [1, 1], "floor_scale": 8}, None),
     ({"attn_temperature_tuning": False, "no_rope_layers": [1, 0], "floor_scale": 8}, None),
     ({"attn_temperature_tuning": True, "no_rope_layers": [1, 0], "floor_scale": 8}, 7),
+    ({"rope_scaling": {"type": "su", "long_factor": [1.0]}, "max_position_embeddings": 64}, 64),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 64}, None),
     ({"rope_scaling": None}, None),
 ]
 
