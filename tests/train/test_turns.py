@@ -103,6 +103,22 @@ def test_a_plan_counts_what_lies_in_the_rows(config: TrainConfig, phrases: Path,
         assert (plan.frames[plan.uses] < 6).any()
 
 
+def test_a_plan_says_which_records_lose_frames_to_their_many_questions(config: TrainConfig) -> None:
+    # a dialogue is one conversation, whose turns belong together
+    for turns, said in (("independent", True), ("dialogue", False)):
+        own = replace(config, turns=turns)
+        dataset = open_dataset(own)
+        whole = plan_run(own, dataset, 2)
+        plan = plan_run(replace(own, max_tokens=int(whole.tokens.min()) + 1), dataset, 2)
+        many = [record.questions > 1 for record in dataset.records]
+        cut = (plan.frames < whole.frames) & many
+        left_out = [k for records in plan.left_out.values() for k in records.tolist()]
+        cut[left_out] = False
+        words = f"; {cut.sum()} records have several independent questions, which count together"
+        assert cut.any()
+        assert (words in plan.frames_line) == said
+
+
 def test_each_question_is_asked_alone(toy_bank: Path, config: TrainConfig, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in Path(config.data_path[0]).read_text().splitlines()]
     rows = [row for row in rows if len(row["conversations"]) > 2]
