@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
         report, said = evaluate(model, loader, own, args.batch_size, most, accelerator, floor)
         if accelerator.is_main_process:
             about: Json = {"test_set": place.name, "data_path": place.data_path}
-            about |= {name: args.control == name for name in CONTROLS} | {"turns": asked_as(own)}
+            about |= {name: args.control == name for name in CONTROLS} | {"turns": how_asked(own)}
             write(place, loader.dataset, about | report, said, keep=args.output is None)
             if not args.control:
                 write_foreseen(
@@ -238,7 +238,7 @@ def turns_of(folder: Path) -> str:
     return str(read_model_config(folder)["model"].turns)
 
 
-def asked_as(records: Sequence[Record]) -> str:
+def how_asked(records: Sequence[Record]) -> str:
     """Return how records of several questions ask these: one of `TURNS`, or mixed; empty without any."""
     kinds = {TURNS[record.independent] for record in records if record.questions > 1}
     return "mixed" if len(kinds) > 1 else "".join(kinds)
@@ -249,7 +249,7 @@ def check_turns(records: Sequence[Record], turns: str, folder: Path) -> None:
 
     So it is with a model whose training had both, for records of several questions that do not say it.
     """
-    if turns == "mixed" and asked_as(records) in ("dialogue", "mixed"):
+    if turns == "mixed" and how_asked(records) in ("dialogue", "mixed"):
         raise UserError(
             "some of its training's datasets had questions that see those before them, others not",
             where=folder,

@@ -23,7 +23,7 @@ from train.batches.plan import plan_run
 from train.data.coordinates import repeating
 from train.data.dataset import Dataset, open_dataset, open_records
 from train.data.records import Record, Turn
-from train.evaluate import asked_as, check_turns, turns_of
+from train.evaluate import check_turns, how_asked, turns_of
 from train.pages.read.runs import TestSet
 from train.settings.config import DataSettings, TrainConfig, needs_mask
 from train.start.prepare_llm import choose_attention
@@ -255,7 +255,7 @@ def test_turns_on_the_command_line_of_evaluate_win_over_a_mixtures(
     def asked(trained: str, given: str = "") -> str:
         paths = [str(tmp_path / "sets.yaml")]
         how = DataSettings(turns=given or trained)
-        return asked_as(open_records(config.bank, paths, 4, 8, how, turns=given).held_out)
+        return how_asked(open_records(config.bank, paths, 4, 8, how, turns=given).held_out)
 
     assert asked("dialogue") == "mixed"
     assert asked("independent") == "independent"
@@ -292,8 +292,11 @@ def test_spliced_records_are_not_scored(
 
 
 def test_scores_of_dialogues_are_not_compared_with_those_of_questions_alone(tmp_path: Path) -> None:
-    kinds = {"dialogue": "dialogue", "independent": "independent", "single": "", "older": None}
-    reports = {name: {} if turns is None else {"turns": turns} for name, turns in kinds.items()}
+    many, one_each = {"records": 3, "answers": 8}, {"records": 8, "answers": 8}
+    reports = {turns: many | {"turns": turns} for turns in ("dialogue", "independent")}
+    reports |= {"single": one_each | {"turns": ""}, "older": many}
+    # before, the setting was named for records of one question, too
+    reports |= {"older single": one_each | {"turns": "dialogue"}}
     for (one, ours), (other, theirs) in product(reports.items(), repeat=2):
         same = TestSet("test", "test.jsonl", ours, tmp_path).asks_as(theirs)
         assert same == ({one, other} != {"dialogue", "independent"})

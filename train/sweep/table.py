@@ -11,7 +11,7 @@ from typing import Any
 
 from shards.signed import Json, write_atomic
 from shards.text import counted
-from train.scores.results import distinct_names, predictions_beside, report_name
+from train.scores.results import asked_as, distinct_names, predictions_beside, report_name
 from train.scores.spread import Answers, Metric, difference_interval, mean_interval, read_answers
 from train.settings.output import read_object
 from train.sweep.record import Record, plain, record_of
@@ -203,8 +203,7 @@ def cell(own: Sequence[Scored], metric: Metric) -> str:
 
 def alike(scored: Sequence[Scored]) -> bool:
     """Return whether runs were asked about the same clips in the same way, and may be drawn together."""
-    # in dialogues the right answers before a question are in its prompt
-    return len({(one.answers.clips, one.report.get("turns", "")) for one in scored}) == 1
+    return len({(one.answers.clips, asked_as(one.report)) for one in scored}) == 1
 
 
 def difference(own: Sequence[Scored], base: Sequence[Scored], metric: Metric) -> str:

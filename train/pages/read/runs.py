@@ -16,6 +16,7 @@ from train.pages.read.metrics import Metrics, read_metrics
 from train.scores.results import (
     CONTROLS,
     PREFIX,
+    asked_as,
     lines_of,
     longer_names,
     predictions_beside,
@@ -69,11 +70,8 @@ class TestSet:
         return own == theirs or not own or not theirs
 
     def sees_as(self, other: Json) -> bool:
-        """Return whether questions see those before them in their record in both reports, or in none.
-
-        In dialogues the right answers before a question are in its prompt, and may give its own away.
-        """
-        return len({turns for one in (self.report, other) if (turns := one.get("turns"))}) < 2
+        """Return whether questions see those before them in their record in both reports, or in none."""
+        return len({turns for one in (self.report, other) if (turns := asked_as(one))}) < 2
 
     @cached_property
     def rows(self) -> list[Json]:
