@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from model.family.limits import apart_up_to
 from shards.annotations.forms import MEDIA_TAG
 from shards.signed import Json
 from train.data.dataset import Dataset
@@ -95,17 +96,33 @@ def evaluate(
     losses = held_out_loss(model, loader, records, batch_size, accelerator, floor)
     questions = questions_of(records)
     mine = questions[rank::world]
+    size = rows_at_once(model, loader, mine, most, batch_size)
     own = []
     shown = None if rank == 0 else True  # on a terminal alone
-    for begin in tqdm(range(0, len(mine), batch_size), "answers", disable=shown):
+    for begin in tqdm(range(0, len(mine), size), "answers", disable=shown):
         with accelerator.autocast():  # the precision that Accelerate was asked for, as for losses
-            own += answer(model, loader, mine[begin : begin + batch_size], most)
+            own += answer(model, loader, mine[begin : begin + size], most)
     # rank r has answers r, r + world, ...: put back into the order of the records
     gathered = gather_object([(rank + k * world, said) for k, said in enumerate(own)])
     predictions = [said for _, said in sorted(gathered, key=lambda numbered: numbered[0])]
     report: Json = {"records": len(records), "losses": losses}
     report["limits"] = limits_of(loader, records) | {"max_new_tokens": most}
     return report | report_of(predictions), predictions
+
+
+def rows_at_once(
+    model: "VLM",
+    loader: "Loader",
+    questions: Sequence[tuple[Record, int]],
+    most: dict[str, int],
+    batch_size: int,
+) -> int:
+    """Return how many questions are answered together: one where long ones would change others."""
+    apart = apart_up_to(model.llm.config.to_dict())
+    if apart is None or not questions:
+        return batch_size
+    longest = max(loader.prompt_length(*question) for question in questions)
+    return batch_size if longest + max(most.values()) <= apart.tokens else 1
 
 
 def limits_of(loader: "Loader", records: Sequence[Record]) -> Json:
@@ -142,19 +159,7 @@ def question_of(loader: "Loader", record: Record, turn: int) -> Prediction:
     """Return a prediction without its answer: the question and its reference."""
     durations = [clip.info.duration for clip in loader.dataset.clips(record)]
     duration = duration_before(record, durations, turn)
-    # the last question before the answer; the turns before it are in the prompt, not in the report
-    asked = [t.text for t in record.turns[:turn] if t.role == "user"]
-    return Prediction(
-        record=record.id,
-        media=record.clips,
-        turn=turn,
-        task=record.task,
-        question=asked[-1] if asked else "",
-        reference=loader.chat.in_numbers(record.turns[turn].text, duration),
-        duration=duration,
-        answer="",
-        cut=False,
-    )
+    return Prediction.blank(record, turn, duration, loader.chat.counts)
 
 
 def answer(

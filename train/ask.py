@@ -33,7 +33,7 @@ from shards.read.bank import ClipInfo, of_units
 from shards.read.banks import Banks
 from shards.read.timeline import Medium, parts_of, timeline_of
 from shards.signed import Json
-from train.data.coordinates import resolved
+from train.data.coordinates import in_numbers, resolved
 from train.data.records import Record, Turn
 from train.data.spans import forwards
 from train.evaluate import check_features
@@ -137,7 +137,7 @@ def ask(
     truth = asked(question, clip.info, picture.truth)[1].text if picture else ""
     said = answerer.answer([clip], asked(question, clip.info), max_new_tokens)
     if picture:
-        truth = answerer.chat.in_numbers(truth, clip.info.duration)
+        truth = in_numbers(truth, clip.info.duration, answerer.chat.counts)
         picture.draw(video, clip.info, answerer.features.sampling, question, said, truth)
     return in_pixels(said, clip.info.display_size)
 

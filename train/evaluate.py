@@ -82,9 +82,9 @@ def main(argv: list[str]) -> None:
         raise UserError(problem)
     limit = limit_of_run(args.model) if args.max_tokens is None else args.max_tokens
     results = places(args)
-    media = Folders(args.media_dir, tuple(args.strip_prefix))
     settings = replace(record_settings(args), turns=args.turns or turns_of(args.model))
-    sets = [open_records(args.bank, [path], *strides, settings, media) for path in args.data_path]
+    how = (*strides, settings, Folders(args.media_dir, tuple(args.strip_prefix)), args.turns or "")
+    sets = [open_records(args.bank, [path], *how) for path in args.data_path]
     # another clip's frames under the same questions: what is still scored, the text gives away
     if args.control == "shuffled":
         sets = [SwappedDataset.of(dataset) for dataset in sets]
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
         report, said = evaluate(model, loader, own, args.batch_size, most, accelerator, floor)
         if accelerator.is_main_process:
             about: Json = {"test_set": place.name, "data_path": place.data_path}
-            about |= {name: args.control == name for name in CONTROLS} | {"turns": settings.turns}
+            about |= {name: args.control == name for name in CONTROLS} | {"turns": how_asked(own)}
             write(place, loader.dataset, about | report, said, keep=args.output is None)
             if not args.control:
                 write_foreseen(
@@ -238,9 +238,18 @@ def turns_of(folder: Path) -> str:
     return str(read_model_config(folder)["model"].turns)
 
 
+def how_asked(records: Sequence[Record]) -> str:
+    """Return how records of several questions ask these: one of `TURNS`, or mixed; empty without any."""
+    kinds = {TURNS[record.independent] for record in records if record.questions > 1}
+    return "mixed" if len(kinds) > 1 else "".join(kinds)
+
+
 def check_turns(records: Sequence[Record], turns: str, folder: Path) -> None:
-    """Raise UserError where records have several questions, and training had both kinds of turns."""
-    if turns == "mixed" and any(record.questions > 1 for record in records):
+    """Raise UserError where nothing says whether questions of a record see each other.
+
+    So it is with a model whose training had both, for records of several questions that do not say it.
+    """
+    if turns == "mixed" and how_asked(records) in ("dialogue", "mixed"):
         raise UserError(
             "some of its training's datasets had questions that see those before them, others not",
             where=folder,

@@ -78,9 +78,12 @@ def find_truth(truth: str, video: Path, question: str) -> str:
     problems: list[str] = []
     found = set()
     for record in read_records(truth, problems):
+        # about this video alone: times in an answer about a timeline, or a medium after it, are of that
+        if len(record.clips) != 1 or record.cuts:
+            continue
         # by the end of the path, whole folders: records name videos relative to a
         # root that is not known here
-        if any(f"/{video.absolute().as_posix()}".endswith(f"/{clip}") for clip in record.clips):
+        if f"/{video.absolute().as_posix()}".endswith(f"/{record.clips[0]}"):
             for one, other in pairwise(record.turns):
                 if one.role == "user" and MEDIA_TAG.sub("", one.text).strip() == question.strip():
                     found.add(other.text)

@@ -1,6 +1,6 @@
 """An LLM's limits, checked: tokens of a row, and ids of its tokenizer; torch-free."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from shards.errors import UserError, first_line
 
@@ -43,6 +43,40 @@ def check_context(tokens: int, limit: int | None, what: str, fix: str) -> None:
             "config.json, model_max_length of its tokenizer_config.json)",
             fix=fix,
         )
+
+
+class Apart(NamedTuple):
+    """Up to where an LLM computes a record as if nothing were beside it."""
+
+    tokens: int
+    """Of a row, or of any record."""
+    by_row: bool
+    """Whether of a row: a token's place in it counts, whatever its position in its record is."""
+    why: str
+
+
+def apart_up_to(config: dict[str, Any]) -> Apart | None:
+    """Return up to where records of a batch do not change each other; None without such a limit.
+
+    config: an LLM's config.json. So transformers computes it, for lengths that no tiny twin reaches.
+    """
+    inner = config.get("text_config") or config
+    # Llama 4, in its layers without rotary positions
+    if inner.get("attn_temperature_tuning") and 0 in (inner.get("no_rope_layers") or ()):
+        scale = int(inner.get("floor_scale") or 8192)
+        why = f"it scales attention by the place in a row, from token {scale} on (floor_scale)"
+        return Apart(scale - 1, by_row=True, why=why)
+    rope = inner.get("rope_parameters") or inner.get("rope_scaling") or {}
+    # some families have parameters for each kind of layers
+    for own in (rope, *(one for one in rope.values() if isinstance(one, dict))):
+        # Phi-3's first configs call it su, or yarn
+        if "long_factor" in own or "longrope" in (own.get("rope_type"), own.get("type")):
+            places = (own, inner)
+            lengths = [one.get("original_max_position_embeddings") for one in places]
+            length = next(filter(None, lengths), inner.get("max_position_embeddings", 0))
+            why = f"longrope turns all records of a batch otherwise where one is beyond {length} tokens"
+            return Apart(int(length), by_row=False, why=why)
+    return None
 
 
 def load_tokenizer(where: Any, rows: int | None = None) -> Any:

@@ -24,6 +24,7 @@ from model.vlm import VLM
 from shards.annotations.fault import RowError
 from tests.train.paper import published
 from train.batches.chat import Chat
+from train.data.coordinates import in_numbers
 from train.data.importers import IMPORTERS, imported
 from train.data.records import Record, duration_before, parse_record
 from train.scores.kinds import asked_of
@@ -160,7 +161,7 @@ def answers(model: VLM, record: Record, durations: list[float]) -> list[tuple[st
     out = []
     for turn, pieces in zip(turns, filter(None, learned), strict=True):
         duration = duration_before(record, durations, turn)
-        reference = chat.in_numbers(record.turns[turn].text, duration)
+        reference = in_numbers(record.turns[turn].text, duration, chat.counts)
         out.append((reference, write_answer(model, pieces, duration), duration))
     return out
 

@@ -241,3 +241,24 @@ def test_an_answer_of_any_kind_has_room_for_its_reference(
     assert most["choice"] == 96
     assert lape or most["tube"] > 300
     assert set(new_tokens(loader, questions_of(dataset.held_out), 7).values()) == {7}
+
+
+def test_long_questions_of_an_llm_that_does_not_keep_rows_apart_are_answered_one_by_one(
+    make_model: Callable[..., Any], toy: Path, toy_bank: Path
+) -> None:
+    from train.answers import loader_of, questions_of, rows_at_once
+    from train.data.dataset import open_records
+
+    dataset = open_records([str(toy_bank)], [str(toy / "test.jsonl")], 4, 8)
+    model = make_model(slow_stride=4, fast_stride=8)
+    loader, questions = loader_of(model, dataset, 0), questions_of(dataset.held_out)
+    longest = max(loader.prompt_length(*question) for question in questions)
+    # an answer counts too: the keys of its tokens stand behind the others' padding
+    most = {"span": 5, "text": 9}
+    assert rows_at_once(model, loader, questions, most, 16) == 16
+    for limit, rows in ((longest + 9, 16), (longest + 8, 1)):
+        model.llm.config.rope_parameters = {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": limit,
+        }
+        assert rows_at_once(model, loader, questions, most, 16) == rows

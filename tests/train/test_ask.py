@@ -42,6 +42,7 @@ from train.batches.collate import collate, lay_out
 from train.data.markup import split_markup
 from train.data.records import Turn
 from train.scores.pointed import in_pixels
+from train.shown import find_truth
 
 CLIP = "train/clip-00000.mp4"
 
@@ -432,3 +433,33 @@ def test_a_banked_timeline_is_asked_as_it_is_trained_on(trained_run: Path, toy_b
         ask_banked(json.dumps(parts), f"And at <t:{end + 2}>?", trained_run, [str(toy_bank)], 8)
     with pytest.raises(UserError, match=r"the clip 'x\.mp4' is in no bank"):
         banked('[{"video": "x.mp4"}]', banks)
+
+
+OF_THIS_VIDEO: dict[str, tuple[dict[str, Any], bool]] = {
+    "its own": ({"video": "a/clip.mp4"}, True),
+    "a later question": ({"video": "a/clip.mp4", "later": True}, True),
+    "a timeline": ({"timeline": [{"video": "a/clip.mp4", "start": 3, "end": 4}]}, False),
+    "two videos": ({"video": ["b.mp4", "a/clip.mp4"]}, False),
+    "a part": ({"video": "a/clip.mp4", "start": 1, "end": 4}, False),
+    "another video": ({"video": "a/other-clip.mp4"}, False),
+}
+"""Of other media the times of an answer are others."""
+
+
+@pytest.mark.parametrize("kind", OF_THIS_VIDEO)
+def test_the_truth_is_an_answer_about_this_video_alone(tmp_path: Path, kind: str) -> None:
+    row, known = OF_THIS_VIDEO[kind]
+    row = dict(row)
+    tags = "<video>\n" * len(row["video"] if isinstance(row.get("video"), list) else [0])
+    asked = [("How many?", "2")] * bool(row.pop("later", False)) + [("When?", "<t:1> to <t:2>")]
+    texts = [text for pair in asked for text in pair]
+    texts[0] = tags + texts[0]
+    says = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([row | {"id": "r", "conversations": says}]))
+    video = tmp_path / "a" / "clip.mp4"
+    if known:
+        assert find_truth(str(path), video, "When?") == "<t:1> to <t:2>"
+    else:
+        with pytest.raises(UserError, match="no answers to this question about this video"):
+            find_truth(str(path), video, "When?")

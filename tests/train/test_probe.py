@@ -1,6 +1,7 @@
 """Spans and places read off the frames: exact where features tell, chance where they do not."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.config import read_model_config
 from train.data.records import Record, Turn
 from train.pages.read.runs import read_runs
 from train.pages.table import table
@@ -184,6 +186,78 @@ def test_places_of_clips_are_not_read_off(
     assert "frames of one grid are what places are learned from" in capsys.readouterr().err
 
 
+def of_independent_turns(run: Path, out: Path) -> Path:
+    """A copy of a run whose model was trained on turns that do not see each other."""
+    shutil.copytree(run, out)
+    config = json.loads((out / "config.json").read_text())
+    config["model"]["turns"] = "independent"
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_questions_that_do_not_see_each_other_are_answered_one_by_one(
+    run: Path, make_bank: Callable[..., Path], features: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("train.probes.places.STEPS", 300)
+    given = pictures(tmp_path, make_bank, features, 0.0)
+    learned = (tmp_path / "places.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in learned[:50]]
+    talks = [row["conversations"] for row in rows]
+    # the same three questions of a picture, together and alone
+    third = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "2"}]
+    together = [
+        row | {"conversations": talk + third} for row, talk in zip(rows, talks, strict=True)
+    ]
+    alone = [
+        row | {"conversations": talk[k : k + 2]}
+        for row, talk in zip(rows, talks, strict=True)
+        for k in (0, 2)
+    ]
+    model = of_independent_turns(run, tmp_path / "independent")
+    said = {}
+    for name, own, trained in (("together", together, model), ("alone", alone, run)):
+        flags = [*given[:-1], write(tmp_path / f"{name}.jsonl", own)]
+        main([*flags, "--model", str(trained)])
+        lines = (trained / f"predictions-{name}-probe.jsonl").read_text().splitlines()
+        said[name] = [json.loads(line) for line in lines]
+    assert len(said["together"]) == len(said["alone"]) == 100
+    assert [row["turn"] for row in said["together"]] == [1, 3] * 50
+    assert [row["scores"] for row in said["together"]] == [row["scores"] for row in said["alone"]]
+    # in a dialogue a later question may be about what was said before
+    with pytest.raises(SystemExit):
+        main([*given[:-1], str(tmp_path / "together.jsonl"), "--model", str(run)])
+
+
+def test_places_by_the_names_of_anchors_are_places(
+    run: Path, make_bank: Callable[..., Path], features: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("train.probes.places.STEPS", 300)
+    given = pictures(tmp_path, make_bank, features, 0.0)
+    last = read_model_config(run)["model"].num_spatial_tokens - 1
+
+    def named(text: str) -> str:
+        return re.sub(
+            "<([xy]):([0-9.e-]+)>",
+            lambda m: f"<{'WIDTH' if m[1] == 'x' else 'HEIGHT'}-{round(float(m[2]) * last):03d}>",
+            text,
+        )
+
+    errors = []
+    for write_names in (False, True):
+        for name in ("places", "test"):
+            path = tmp_path / f"{name}.jsonl"
+            path.write_text(named(path.read_text()) if write_names else path.read_text())
+        main([*given, "--model", str(run)])
+        report = json.loads((run / "eval-test-probe.json").read_text())
+        errors.append(report["tasks"]["point"]["error"])
+    rows = [json.loads(x) for x in (run / "predictions-test-probe.jsonl").read_text().splitlines()]
+    assert len({row["reference"] for row in rows}) > 50
+    # 0.5: half an anchor's distance on each axis is lost in the names
+    assert errors[1] == pytest.approx(errors[0], abs=0.5 / last)
+
+
 def test_what_is_no_answer_is_not_learned(make_clip: Callable[..., Any]) -> None:
     talk = [
         ("system", "Be brief."),
@@ -193,7 +267,7 @@ def test_what_is_no_answer_is_not_learned(make_clip: Callable[..., Any]) -> None
         ("assistant", "<x:0.3><y:0.4>"),
     ]
     record = Record("r", ("a.jpg",), tuple(Turn(*pair) for pair in talk), "", "here")
-    (one,) = examples_of(record, make_clip(1, 1), 2)
+    (one,) = examples_of(record, make_clip(1, 1), 2, (20, 20, 20))
     assert (one.blank.turn, one.blank.question) == (4, "And where is the dog?")
     assert one.blank.asked.coordinates == (0.3, 0.4)
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from train.batches.plan import plan_run
 from train.data.coordinates import repeating
 from train.data.dataset import Dataset, open_dataset, open_records
 from train.data.records import Record, Turn
-from train.evaluate import check_turns, turns_of
+from train.evaluate import check_turns, how_asked, turns_of
+from train.pages.read.runs import TestSet
 from train.settings.config import DataSettings, TrainConfig, needs_mask
 from train.start.prepare_llm import choose_attention
 from train.start.stage import model_config
@@ -99,6 +101,22 @@ def test_a_plan_counts_what_lies_in_the_rows(config: TrainConfig, phrases: Path,
     if config.max_tokens:
         assert (plan.tokens[plan.uses] <= config.max_tokens).all()
         assert (plan.frames[plan.uses] < 6).any()
+
+
+def test_a_plan_says_which_records_lose_frames_to_their_many_questions(config: TrainConfig) -> None:
+    # a dialogue is one conversation, whose turns belong together
+    for turns, said in (("independent", True), ("dialogue", False)):
+        own = replace(config, turns=turns)
+        dataset = open_dataset(own)
+        whole = plan_run(own, dataset, 2)
+        plan = plan_run(replace(own, max_tokens=int(whole.tokens.min()) + 1), dataset, 2)
+        many = [record.questions > 1 for record in dataset.records]
+        cut = (plan.frames < whole.frames) & many
+        left_out = [k for records in plan.left_out.values() for k in records.tolist()]
+        cut[left_out] = False
+        words = f"; {cut.sum()} records have several independent questions, which count together"
+        assert cut.any()
+        assert (words in plan.frames_line) == said
 
 
 def test_each_question_is_asked_alone(toy_bank: Path, config: TrainConfig, tmp_path: Path) -> None:
@@ -193,11 +211,102 @@ def test_datasets_of_both_kinds_are_told_apart(config: TrainConfig, tmp_path: Pa
         opened("apart", "", "dialogue")
 
 
+@pytest.mark.parametrize(
+    ("many", "single", "run", "asked"),
+    [
+        # datasets of single questions have no kind of their own
+        ("independent", "", "dialogue", True),
+        ("independent", "dialogue", "dialogue", True),
+        ("dialogue", "", "independent", True),  # mixed, as the run says
+        ("dialogue", "dialogue", "independent", False),
+        ("", "", "dialogue", False),
+        ("", "", "independent", True),
+    ],
+)
+def test_held_out_questions_are_asked_as_evaluate_will_ask_them(
+    config: TrainConfig, tmp_path: Path, many: str, single: str, run: str, asked: bool
+) -> None:
+    rows = [json.loads(line) for line in Path(config.data_path[0]).read_text().splitlines()]
+    rows = [row for row in rows if len(row["conversations"]) > 2]
+    ones = [row | {"conversations": row["conversations"][:2]} for row in rows]
+    for name, own in (("many", rows), ("single", ones), ("test", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    entries = {"many": {"records": "many.jsonl"}, "single": {"records": "single.jsonl"}}
+    for entry, turns in zip(entries.values(), (many, single), strict=True):
+        entry.update({"turns": turns} if turns else {})
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(entries))
+    data = {"data_path": [], "data_config": str(tmp_path / "data.yaml")}
+    settings = replace(config, turns=run, eval_path=[str(tmp_path / "test.jsonl")], **data)
+    dataset = open_dataset(settings)
+    assert {record.independent for record in dataset.held_out} == {asked}
+    if dataset.turns != "mixed":
+        assert dataset.turns == ("independent" if asked else "dialogue")
+
+
+def test_turns_on_the_command_line_of_evaluate_win_over_a_mixtures(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    lines = Path(config.data_path[0]).read_text()
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(lines + "\n" * (name == "b"))
+    said = {"a": {"records": "a.jsonl", "turns": "independent"}, "b": {"records": "b.jsonl"}}
+    (tmp_path / "sets.yaml").write_text(yaml.safe_dump(said))
+
+    def asked(trained: str, given: str = "") -> str:
+        paths = [str(tmp_path / "sets.yaml")]
+        how = DataSettings(turns=given or trained)
+        return how_asked(open_records(config.bank, paths, 4, 8, how, turns=given).held_out)
+
+    assert asked("dialogue") == "mixed"
+    assert asked("independent") == "independent"
+    assert asked("independent", "dialogue") == asked("mixed", "dialogue") == "dialogue"
+    assert asked("dialogue", "independent") == asked("mixed", "independent") == "independent"
+    # the model's training says nothing, and a dataset of the mixture neither
+    records = open_records(config.bank, [str(tmp_path / "sets.yaml")], 4, 8).held_out
+    with pytest.raises(UserError, match=r"--turns dialogue, or --turns independent"):
+        check_turns(records, "mixed", tmp_path)
+    check_turns([r for r in records if r.independent or r.questions == 1], "mixed", tmp_path)
+
+
+@pytest.mark.parametrize("named", ["phrase", "caption"])
+def test_spliced_records_are_not_scored(
+    config: TrainConfig, phrases: Path, tmp_path: Path, named: str
+) -> None:
+    # rows with a caption are records, too, of other questions
+    rows = phrases.read_text().replace('"phrase"', f'"{named}"')
+    (tmp_path / "rows.jsonl").write_text(rows)
+    path = str(tmp_path / "sets.yaml")
+    said = {"scenes": {"records": "rows.jsonl", "splice": {"records": 5}}}
+    Path(path).write_text(yaml.safe_dump(said))
+    openings = (
+        lambda: open_records(config.bank, [path], 4, 8),
+        lambda: open_dataset(replace(config, eval_path=[path])),
+    )
+    for opening in openings:
+        with pytest.raises(
+            UserError, match="scenes: splice draws other records in each"
+        ) as refused:
+            opening()
+        assert len(refused.value.problems) == 1
+    assert open_dataset(replace(config, data_path=[path])).splices
+
+
+def test_scores_of_dialogues_are_not_compared_with_those_of_questions_alone(tmp_path: Path) -> None:
+    many, one_each = {"records": 3, "answers": 8}, {"records": 8, "answers": 8}
+    reports = {turns: many | {"turns": turns} for turns in ("dialogue", "independent")}
+    reports |= {"single": one_each | {"turns": ""}, "older": many}
+    # before, the setting was named for records of one question, too
+    reports |= {"older single": one_each | {"turns": "dialogue"}}
+    for (one, ours), (other, theirs) in product(reports.items(), repeat=2):
+        same = TestSet("test", "test.jsonl", ours, tmp_path).asks_as(theirs)
+        assert same == ({one, other} != {"dialogue", "independent"})
+
+
 def test_dialogues_whose_answers_are_read_off_earlier_ones_are_warned_of(
     config: TrainConfig, phrases: Path
 ) -> None:
     (line,) = open_dataset(replace(config, turns="dialogue")).warnings
-    assert "later answers repeat coordinates of earlier ones" in line
+    assert "later answers repeat coordinates of earlier turns" in line
     assert "set turns: independent" in line
     assert not open_dataset(config).warnings
     spliced = {"splice": ["records=50", "questions=span"], "splice_path": [str(phrases)]}
@@ -212,6 +321,27 @@ LEAKS = {
     ("<TEMP-004>", "<HEIGHT-004>"): False,
     ("no", "<t:1>"): False,
 }
+
+
+LEAKING_QUESTIONS = {
+    # questions and answers in turn
+    ("What is from <t:1> to <t:4>?", "a dog", "When is a dog?", "from <t:1.0> to <t:4>"): True,
+    ("Where at <t:2>?", "<x:0.1><y:0.2>", "Is it still at <t:3>?", "at <t:3>, yes"): False,
+    (
+        "Where at <t:2>?",
+        "at <t:2> <x:0.1><y:0.2>",
+        "And it at <t:2>?",
+        "at <t:2> <x:0.5><y:1>",
+    ): False,
+    ("When?", "<t:2>", "What is at <t:2>?", "at <t:2> a dog, until <t:5>", "When?", "<t:5>"): True,
+}
+"""A question gives away what later ones ask for; what an answer takes from its own is no leak."""
+
+
+@pytest.mark.parametrize("texts", LEAKING_QUESTIONS)
+def test_questions_give_away_later_answers_and_not_their_own(texts: tuple[str, ...]) -> None:
+    turns = [Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
+    assert repeating(Record("r", (), tuple(turns), "", "f:1")) == LEAKING_QUESTIONS[texts]
 
 
 @pytest.mark.parametrize("answers", LEAKS)

@@ -16,12 +16,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.config import CHAT_TEMPLATES, TEMPLATE_DATE
-from model.lape.tokens import AXES, LapeTokens
+from model.lape.tokens import LapeTokens
 from shards.annotations.forms import MEDIA_TAG, tags_in
 from shards.errors import UserError
 from train.batches.segments import CLOSING, NOT, WHOLLY, Piece, Pieces, Segment, Segments
 from train.batches.segments import MEDIA as MEDIA  # of all who read what it encodes
-from train.data.markup import AXIS, MARKUP, MEDIA_TAGS, split_markup
+from train.data.coordinates import UNNAMED, anchor_share
+from train.data.markup import MEDIA_TAGS, split_markup
 from train.data.records import Turn
 from train.start.templates import dated
 
@@ -247,27 +248,10 @@ class Chat:
         out.cut()
         return out.pieces, out.before
 
-    def in_numbers(self, text: str, duration: float) -> str:
-        """Return a text with anchors by name (`<TEMP-037>`) written as times and places (`<t:4.5>`)."""
-
-        def written(match: re.Match[str]) -> str:
-            _, _, name, anchor = match.groups()
-            if not name:
-                return match.group()
-            axis = AXIS[name]
-            share = self._share(axis, int(anchor))
-            return f"<{'tyx'[axis]}:{share * duration if axis == 0 else share:.6f}>"
-
-        return MARKUP.sub(written, text)
-
-    def _share(self, axis: int, anchor: int) -> float:
-        """Return an anchor's coordinate on its axis, in [0, 1]; UserError for one beyond the last."""
-        bins = self.anchors.counts[axis] if self.anchors else 100
-        if anchor >= bins:
-            raise UserError(
-                f"anchor {anchor:03d} of {AXES[axis]}: the model has {bins}, 000 to {bins - 1:03d}"
-            )
-        return anchor / (bins - 1)
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Anchors of each axis, by which those named in texts are read."""
+        return self.anchors.counts if self.anchors else UNNAMED
 
     def stamp(self, seconds: float) -> tuple[list[int], list[int]]:
         """Return the tokens before a frame (its time, its tag), and those after it."""
@@ -336,7 +320,7 @@ class Chat:
                     )
                 coord = piece.value / duration if piece.axis == 0 else piece.value
             else:
-                coord = self._share(piece.axis, piece.anchor)
+                coord = anchor_share(piece.axis, piece.anchor, self.counts)
             if self.anchors is None or piece.axis not in self.anchors.axes:
                 value = coord * duration if piece.axis == 0 else coord
                 plain += f"{value:.1f}" if piece.axis == 0 else f"{value:.3f} "

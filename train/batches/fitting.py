@@ -77,4 +77,13 @@ def _frames_line(
     if lengths.written is not None:
         unwritten = count(fit_frames(replace(lengths, written=None), unlimited, limit))
         line += f"; {(unwritten - used).sum():,} of them for the times written before frames"
+    if lengths.apart is not None:
+        # each question in a record of its own would leave room for more frames
+        shared, longest, _ = lengths.apart
+        crowded = (wanted > used) & (lengths.text - shared > longest)[kept]
+        if several := int(crowded.sum()):
+            line += (
+                f"; {several:,} records have several independent questions, which count together: "
+                "records of fewer keep more frames"
+            )
     return line

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from model.family.limits import check_context
 from shards.errors import UserError
 from shards.read.banks import joint
 from shards.signed import Json
@@ -26,7 +25,7 @@ from train.batches.clips import Clips
 from train.batches.fitting import Fit, fit_records
 from train.batches.lengths import REFUSED, Lengths, tokenizer_digest
 from train.batches.measure import Measure, layout_facts
-from train.batches.run_plan import RunPlan
+from train.batches.run_plan import RunPlan, check_rows
 from train.data.dataset import Dataset
 from train.data.drops import Drop
 from train.flops import LlmShape
@@ -148,9 +147,7 @@ def plan_run(config: TrainConfig, dataset: Dataset, rows_per_step: int) -> RunPl
         facts["independent turns of datasets"] = apart
     later = measure.epoch if dataset.is_drawn else None
     plan = make_plan(lengths, cut, dropped=dataset.dropped, facts=facts, later=later)
-    limit = context_of(llm)
-    longest = int(plan.conversation[plan.uses].max())
-    check_context(longest, limit, "the longest record", f"set max_tokens: {limit}, or less")
+    check_rows(plan, read_config(llm) or {}, context_of(llm))
     return plan
 
 

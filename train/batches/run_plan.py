@@ -10,6 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
+from model.family.limits import apart_up_to, check_context
+from shards.errors import UserError
 from shards.signed import Json, canonical_json, digest
 
 
@@ -179,3 +181,32 @@ class RunPlan:
     def fingerprint(self) -> str:
         """Digest of all facts that the plan depends on."""
         return digest(canonical_json(self.facts))
+
+
+def check_rows(plan: RunPlan, llm: Json, limit: int | None) -> None:
+    """Raise UserError where rows are longer than an LLM reads, or than it keeps records apart.
+
+    llm: its config.json. limit: its context, see `context_of`.
+    """
+    lengths, tokens = plan.conversation[plan.uses], plan.tokens[plan.uses]
+    longest = int(lengths.max())
+    check_context(longest, limit, "the longest record", f"set max_tokens: {limit}, or less")
+    apart = apart_up_to(llm)
+    if apart is None:
+        return
+    # a record of independent turns is several conversations; one in a row is at its own places
+    several = np.diff(plan.row_start) > 1
+    several |= np.logical_or.reduceat(lengths < tokens, plan.row_start[:-1])
+    if apart.by_row:
+        wrong = several & (plan.row_tokens > apart.tokens)
+    else:
+        mixed = lengths.min() <= apart.tokens < longest
+        wrong = (several | (plan.rows_per_pack > 1)) & mixed
+    if wrong.any():
+        name = "pack_tokens" if plan.pack_tokens else "max_tokens"
+        raise UserError(
+            f"records would change each other in {int(wrong.sum()):,} rows: {apart.why}",
+            got=f"rows of up to {int(plan.row_tokens.max()):,} tokens, records of up to {longest:,}",
+            fix=f"set {name}: {apart.tokens}, or less; or pack_tokens: 0, turns: dialogue and "
+            "per_device_train_batch_size: 1",
+        )

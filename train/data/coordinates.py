@@ -4,11 +4,14 @@ A span that ends after its clip may be clipped to it; nothing else is changed.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from model.lape.tokens import AXES
 from shards.annotations.fault import RowError
+from shards.errors import UserError
 from shards.text import counted
 from train.data.markup import (
     MARKUP,
@@ -21,10 +24,14 @@ from train.data.markup import (
 from train.data.records import Record, Turn
 from train.data.spans import spans, unit_of, value_of
 
+UNNAMED = (100, 100, 100)
+"""Anchors of each axis that names mean to a model without any: those of LLaVA-ST."""
 SLACK = 0.1
 """Seconds by which a time may be beyond its clip: annotations are often rounded to one decimal."""
 BEHIND = "time past the end of its clip"
 OUTSIDE = "coordinate outside its clip or frame"
+WORTH_SAYING = 0.01
+"""Share of such records from which on there is a warning."""
 CLIPPED = "times_past_end: clip ends such spans with their clip"
 
 
@@ -141,17 +148,65 @@ def check_coordinates(
     ]
 
 
+def anchor_share(axis: int, anchor: int, counts: Sequence[int]) -> float:
+    """Return an anchor's coordinate on its axis, in [0, 1]; UserError for one beyond the last.
+
+    counts: anchors of each axis.
+    """
+    if anchor >= counts[axis]:
+        raise UserError(
+            f"anchor {anchor:03d} of {AXES[axis]}: the model has {counts[axis]}, 000 to "
+            f"{counts[axis] - 1:03d}"
+        )
+    return anchor / (counts[axis] - 1)
+
+
+def in_numbers(text: str, duration: float, counts: Sequence[int]) -> str:
+    """Return a text with anchors by name (`<TEMP-037>`) written as times and places (`<t:4.5>`).
+
+    duration: seconds of the medium of its times. counts: anchors of each axis.
+    """
+
+    def written(match: re.Match[str]) -> str:
+        piece = coordinate_of(match)
+        if piece.anchor is None:
+            return match[0]
+        share = anchor_share(piece.axis, piece.anchor, counts)
+        return f"<{'tyx'[piece.axis]}:{share * duration if piece.axis == 0 else share:.6f}>"
+
+    return MARKUP.sub(written, text)
+
+
 def repeating(record: Record) -> bool:
-    """Return whether a later answer of a record repeats a coordinate of an earlier answer."""
-    seen = set[Coordinate]()
+    """Return whether an answer of a record repeats a coordinate of an earlier question or answer.
+
+    What its own question says gives nothing away.
+    """
     # turns that do not see each other repeat nothing
-    for turn in record.turns if not record.independent else ():
-        if turn.role == "assistant":
-            own = {piece for piece in split_markup(turn.text) if isinstance(piece, Coordinate)}
-            if own & seen:
-                return True
-            seen |= own
+    if record.independent:
+        return False
+    before, asked = set[Coordinate](), set[Coordinate]()
+    for turn in record.turns:
+        own = {piece for piece in split_markup(turn.text) if isinstance(piece, Coordinate)}
+        if turn.role != "assistant":
+            asked |= own
+            continue
+        if (own - asked) & before:
+            return True
+        before |= own | asked
+        asked = set()
     return False
+
+
+def repeats_note(name: str, records: Sequence[Record]) -> tuple[str, ...]:
+    """Return a line where answers of a dataset's dialogues can be copied from what is before them."""
+    found = sum(map(repeating, records))
+    if found < max(1, len(records) * WORTH_SAYING):
+        return ()
+    return (
+        f"{name}: in {found / len(records):.0%} of the records later answers repeat coordinates of "
+        "earlier turns, and can be copied from them; set turns: independent",
+    )
 
 
 def numbers_note(records: Iterable[Record]) -> tuple[str, ...]:

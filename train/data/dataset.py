@@ -14,7 +14,7 @@ from shards.annotations.globs import expanded
 from shards.errors import UserError
 from shards.read.banks import BankedClip, Banks, arithmetic_note
 from shards.read.timeline import SplicedClip
-from train.data.coordinates import numbers_note, repeating
+from train.data.coordinates import numbers_note, repeats_note
 from train.data.drops import LIST, Drop, reason_counts
 from train.data.known.facts import file_digest, has_dialogues
 from train.data.mixtures import MixturePart, all_parts
@@ -28,8 +28,6 @@ from train.settings.folders import Folders
 DEFAULTS = DataSettings()
 SAMPLED = 1024
 """Records of a dataset that are looked at for what is worth saying."""
-WORTH_SAYING = 0.01
-"""Share of such records from which on there is a warning."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,7 @@ class Dataset:
     @property
     def turns(self) -> str:
         """The kind of turns in the records to train on: one of `TURNS`, or mixed."""
-        if not any(file.independent for file in self.files):
-            return "dialogue"
-        return "mixed" if any(file.has_dialogues for file in self.files) else "independent"
+        return turns_of(self.files)
 
     @cached_property
     def independent(self) -> bool:
@@ -143,6 +139,13 @@ class Dataset:
         return [place.clip() for place in record.places]
 
 
+def turns_of(files: Sequence[RecordFile]) -> str:
+    """Return the kind of turns in datasets: one of `TURNS`, or mixed."""
+    if not any(file.independent for file in files):
+        return "dialogue"
+    return "mixed" if any(file.has_dialogues for file in files) else "independent"
+
+
 def independent_notes(files: Sequence[RecordFile]) -> tuple[str, ...]:
     """Return a line for each dataset of independent turns."""
     return tuple(
@@ -150,23 +153,6 @@ def independent_notes(files: Sequence[RecordFile]) -> tuple[str, ...]:
         for file in files
         if file.independent
     )
-
-
-def repeated_warnings(files: Sequence[RecordFile]) -> tuple[str, ...]:
-    """Return a line for each dataset in whose dialogues earlier answers give later ones away."""
-    lines = []
-    for file in files:
-        if file.independent:
-            continue
-        records = list(sampled(file))
-        found = sum(map(repeating, records))
-        if found >= max(1, len(records) * WORTH_SAYING):
-            lines.append(
-                f"{Path(file.path).name}: in {found / len(records):.0%} of the records later answers "
-                "repeat coordinates of earlier ones, and can be copied from them; set turns: "
-                "independent"
-            )
-    return tuple(lines)
 
 
 def sampled(file: RecordFile) -> Iterator[Record]:
@@ -195,7 +181,7 @@ def open_dataset(config: TrainConfig) -> Dataset:
         files = expanded(config.splice_path, problems)
         how = read_splice(config.splice)
         wanted.append(MixturePart(files, [], 1, folders=folders, name="splice_path", splice=how))
-    held_out = all_parts(config.eval_path, "", "", folders, problems, notes)
+    held_out = all_parts(config.eval_path, "", "", folders, problems, notes, held_out=True)
     wanted, held_out = (local_parts(parts, problems) for parts in (wanted, held_out))
     if not config.bank and not any(part.banks for part in wanted):
         problems.append("bank: missing; give --bank BANK, made by `preprocess encode`")
@@ -213,15 +199,17 @@ def open_records(
     fast_stride: int,
     settings: DataSettings = DEFAULTS,
     media: Folders = PLAIN,
+    turns: str = "",
 ) -> Dataset:
     """Open banks and the records that a model is scored on, as held-out ones.
 
-    settings: how records and bad records are treated. media: how names of media become ids. Raises
-    UserError that lists every problem, such as a clip that no bank has.
+    settings: how records and bad records are treated. media: how names of media become ids. turns: those
+    of all records, also where a mixture says others. Raises UserError that lists every problem, such as
+    a clip that no bank has.
     """
     problems: list[str] = []
     pools = None
-    parts = local_parts(all_parts(paths, "", "", media, problems, []), problems)
+    parts = local_parts(all_parts(paths, "", "", media, problems, [], held_out=True), problems)
     try:
         pools = Pools.open(folders, parts)
     except UserError as error:
@@ -230,7 +218,12 @@ def open_records(
     records = [
         record
         for part in parts
-        for record in reading.records(part, pools.of(part) if pools else None, held_out=True)
+        if not part.splice  # refused above: its rows are no records
+        for record in reading.records(
+            replace(part, turns=turns or part.turns),
+            pools.of(part) if pools else None,
+            held_out=True,
+        )
     ]
     if not records and not problems:
         problems.append(f"no records are left of {', '.join(paths)}")
@@ -308,7 +301,9 @@ def _join(
             files.append(
                 RecordFile(path, reading.digest, kept, part.repeats, independent=independent)
             )
-    alike = "independent" if files and all(file.independent for file in files) else config.turns
+    # as `evaluate` asks after the run, so that the held-out loss is of the same prompts
+    alike = turns_of(files) if files else config.turns
+    alike = config.turns if alike == "mixed" else alike
     held_out = [
         record
         for part in evaluated
@@ -332,8 +327,8 @@ def _join(
         notes += numbers_note(chain.from_iterable(map(sampled, files)))
     files.sort(key=lambda file: file.splice is not None)
     own = tuple(files), held_out, dropped, slow, fast, notes, drops
-    warnings = repeated_warnings(files)
-    return Dataset(banks, *own, seed=config.seed, augment=augment, warnings=warnings)
+    warnings = [w for f in files for w in repeats_note(Path(f.path).name, list(sampled(f)))]
+    return Dataset(banks, *own, seed=config.seed, augment=augment, warnings=tuple(warnings))
 
 
 def _spliced(

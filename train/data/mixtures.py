@@ -42,6 +42,12 @@ KNOWN = (*FILES, *BANKS, *FOLDERS, "strip_prefix", "sampling_strategy", "seed", 
 LEFT_ALONE = ("_target_", "data_type", "is_video", "source")
 """Keys of other trainers that are ignored: the rows show the same, and LLaVA-ST's `source` is a name of
 its data_folder."""
+MANNER = {
+    "chosen": "choose other rows of it",
+    "turns": "have other turns",
+    "splice": "splice it otherwise, or one alone does",
+}
+"""What makes other records of a file -> two datasets that differ in it, in words."""
 TERM = re.compile(r"([^@*]+?)(?:@([\d.]+))?(?:\*(\d+))?")
 
 
@@ -74,11 +80,14 @@ def all_parts(
     folders: Folders,
     problems: list[str],
     notes: list[str],
+    *,
+    held_out: bool = False,
 ) -> list[MixturePart]:
     """Return the datasets of a run: record files, mixtures among them, and a mixture's YAML.
 
     folders: for datasets that have none of their own. A file that is listed twice is a problem, unless
-    a mixture asks for it by two names.
+    a mixture asks for it by two names. held_out: whether models are scored on them, which is of records
+    that stay the same.
     """
     found: list[MixturePart] = []
     for path in paths:
@@ -94,6 +103,12 @@ def all_parts(
         part if part.folders != Folders() else replace(part, folders=folders) for part in found
     ]
     refuse_repeats(found, problems)
+    problems += [
+        f"{part.name}: splice draws other records in each epoch, and a model is scored on the same ones; "
+        "name records, or leave this dataset out"
+        for part in found
+        if held_out and part.splice
+    ]
     return found
 
 
@@ -207,13 +222,13 @@ def _once(parts: Sequence[MixturePart], problems: list[str], notes: list[str]) -
             other = seen.setdefault((*files_of(path), real_banks(part), part.folders), part)
             if other is part:
                 records.append(path)
-            elif other.chosen == part.chosen:
-                notes.append(f"{path}: taken once, {other.name} and {part.name} are names of it")
-            else:
+            elif differ := [name for name in MANNER if getattr(other, name) != getattr(part, name)]:
                 problems.append(
-                    f"{path}: {other.name} and {part.name} choose other rows of it; say in "
+                    f"{path}: {other.name} and {part.name} {MANNER[differ[0]]}; say in "
                     "data_mixture which to take"
                 )
+            else:
+                notes.append(f"{path}: taken once, {other.name} and {part.name} are names of it")
         if records:
             kept.append(replace(part, records=records))
     return kept

@@ -48,7 +48,13 @@ def other_questions(runs: Sequence[Run]) -> list[str]:
             if not test.report:
                 continue
             base, theirs = first.setdefault(test.data_path, (run, test))
-            if not theirs.asks_as(test.report):
+            if not theirs.sees_as(test.report):
+                lines.append(
+                    f"note: {run.folder} and {base.folder}: in {test.name} the questions of a record see "
+                    "those before them, and their right answers, in one of the two alone; evaluate both "
+                    "with the same --turns"
+                )
+            elif not theirs.asks_as(test.report):
                 lines.append(
                     f"note: {run.folder} and {base.folder}: {test.name} was not the same questions: its "
                     "records changed, or were fewer, between the scorings; score both again"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import as_tensor
+from shards.annotations.forms import MEDIA_TAG
 from shards.errors import UserError
 from shards.read.timeline import Medium, parts_of
 from train.data.records import Record
@@ -38,11 +39,15 @@ class Places:
 
     none = "no question about a point or a box in a medium of one frame"
 
-    def __init__(self, media: Iterable[tuple[Record, Medium]], stride: int) -> None:
-        self.stride = stride
-        examples = [one for record, medium in media for one in examples_of(record, medium, stride)]
-        counts = Counter(word for one in examples for word in one.words)
-        self.columns = {word: k for k, (word, _) in enumerate(counts.most_common(WORDS))}
+    def __init__(
+        self, media: Iterable[tuple[Record, Medium]], stride: int, counts: Sequence[int]
+    ) -> None:
+        """counts: anchors of each axis, by which those named in answers are read."""
+        self.stride, self.anchors = stride, counts
+        found = (examples_of(record, medium, stride, counts) for record, medium in media)
+        examples = [one for own in found for one in own]
+        words = Counter(word for one in examples for word in one.words)
+        self.columns = {word: k for k, (word, _) in enumerate(words.most_common(WORDS))}
         shapes = {one.cells.shape for one in examples}
         if len(shapes) != 1:
             grids = ", ".join(sorted(f"{rows}x{cols}" for rows, cols, _ in shapes)) or "none"
@@ -62,10 +67,13 @@ class Places:
             kind: self._trained(own, len(KINDS[kind])) for kind, own in by_kind.items() if own
         }
 
-    def answer(self, record: Record, medium: Medium) -> tuple[Prediction, None] | None:
-        """Return the answer to a record's one question; None where it is no question of this kind."""
-        examples = examples_of(record, medium, self.stride) if record.questions == 1 else []
-        one = next(iter(examples), None)
+    def answer(self, record: Record, turn: int, medium: Medium) -> tuple[Prediction, None] | None:
+        """Return the answer to a record's question; None where it is no question of this kind.
+
+        turn: the answer's.
+        """
+        examples = examples_of(record, medium, self.stride, self.anchors)
+        one = next((one for one in examples if one.blank.turn == turn), None)
         if (
             one is None
             or one.blank.asked.kind not in self.networks
@@ -115,7 +123,9 @@ def _moments(cells: Tensor) -> Tensor:
     return torch.stack([flat.mean(dim=0), flat.square().mean(dim=0)])
 
 
-def examples_of(record: Record, medium: Medium, stride: int) -> list[Example]:
+def examples_of(
+    record: Record, medium: Medium, stride: int, counts: Sequence[int]
+) -> list[Example]:
     """Return a record's questions about a point or a box, if its medium has one frame."""
     parts = parts_of([medium])
     if len(medium.info.timestamps) != 1:
@@ -126,11 +136,9 @@ def examples_of(record: Record, medium: Medium, stride: int) -> list[Example]:
         # what a system prompt says is no question, and a question is no answer to it
         if (before.role, said.role) != ("user", "assistant"):
             continue
-        asked, reference = before.text, said.text
-        blank = Prediction(
-            record.id, record.clips, turn, record.task, asked, reference,
-            medium.info.duration, "", cut=False,
-        )  # fmt: skip
+        blank = Prediction.blank(record, turn, medium.info.duration, counts)
         if blank.asked.kind in KINDS:
-            found.append(Example(cells, frozenset(re.findall(r"\w+", asked.lower())), blank))
+            # without tags: a record's first question has one, and it would tell it from the others
+            words = re.findall(r"\w+", MEDIA_TAG.sub("", before.text).lower())
+            found.append(Example(cells, frozenset(words), blank))
     return found

@@ -21,8 +21,9 @@ class Spans:
 
     none = "no question about a span names one phrase of the scenes"
 
-    def __init__(self, sources: Sequence[Source], stride: int) -> None:
-        self.stride = stride
+    def __init__(self, sources: Sequence[Source], stride: int, counts: Sequence[int]) -> None:
+        """counts: anchors of each axis, by which those named in answers are read."""
+        self.stride, self.counts = stride, counts
         frames: dict[Phrases, list[np.ndarray]] = {}
         for source in sources:
             _, first, last, _, _ = source.stretch
@@ -32,26 +33,17 @@ class Spans:
         self.centres = np.stack([np.concatenate(own).mean(axis=0) for own in frames.values()])
         """float32 `(meanings, dim)`."""
 
-    def answer(self, record: Record, clip: Medium) -> tuple[Prediction, np.ndarray] | None:
-        """Return the answer to a record's one question, and of each frame in the span whether it is
-        named right; None where it is no question about the span of a phrase."""
-        # one question and its answer: later turns would be about what was said before
-        roles = [turn.role for turn in record.turns]
-        if roles[-2:] != ["user", "assistant"] or record.questions > 1:
-            return None
-        asked, reference = (turn.text for turn in record.turns[-2:])
-        info, meaning = clip.info, meaning_of(asked, self.meanings)
-        blank = Prediction(
-            record.id,
-            record.clips,
-            len(roles) - 1,
-            record.task,
-            asked,
-            reference,
-            info.duration,
-            "",
-            cut=False,
-        )
+    def answer(
+        self, record: Record, turn: int, clip: Medium
+    ) -> tuple[Prediction, np.ndarray] | None:
+        """Return the answer to a record's question, and of each frame in the span whether it is named
+        right; None where it is no question about the span of a phrase.
+
+        turn: the answer's.
+        """
+        info = clip.info
+        blank = Prediction.blank(record, turn, info.duration, self.counts)
+        meaning = meaning_of(blank.question, self.meanings)
         if meaning is None or blank.asked.kind != "span":
             return None
         times = info.timestamps - info.start

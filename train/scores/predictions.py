@@ -14,6 +14,8 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.signed import Json, canonical_json, digest, write_atomic
+from train.data.coordinates import in_numbers
+from train.data.records import Record
 from train.scores.captions import check_captions
 from train.scores.kinds import Asked, asked
 from train.scores.results import lines_of
@@ -47,6 +49,21 @@ class Prediction:
     answer: str
     cut: bool
     """Whether it reached --max_new_tokens before its end."""
+
+    @classmethod
+    def blank(
+        cls, record: Record, turn: int, duration: float, counts: Sequence[int]
+    ) -> "Prediction":
+        """Return a prediction without its answer: the question of a turn, and its reference.
+
+        counts: anchors of each axis, by which those named in the reference are read.
+        """
+        # the last question before the answer; the turns before it are in the prompt, not in the report
+        asked = [t.text for t in record.turns[:turn] if t.role == "user"]
+        reference = in_numbers(record.turns[turn].text, duration, counts)
+        question = asked[-1] if asked else ""
+        about = (record.id, record.clips, turn, record.task, question, reference, duration)
+        return cls(*about, answer="", cut=False)
 
     @cached_property
     def asked(self) -> Asked:

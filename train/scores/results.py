@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.signed import Json
 from train.settings.output import file_problem, read_object
 
 PREFIX = "eval-"
@@ -98,6 +99,16 @@ def set_scores_aside(folder: Path) -> list[str]:
 def report_name(test_set: str, control: str = "") -> str:
     """Return the file name of a test set's report; control: one of `CONTROLS`, if one is scored."""
     return f"{PREFIX}{test_set}{CONTROLS.get(control, '')}.json"
+
+
+def asked_as(report: Json) -> str:
+    """Return how a report's records of several questions asked these; empty without such records.
+
+    One of `TURNS`, or mixed. In dialogues the right answers before a question are in its prompt, and may
+    give its own away.
+    """
+    # earlier reports name the setting, whether a record had several questions or not
+    return str(report.get("turns", "")) * (report.get("answers", 0) > report.get("records", 0))
 
 
 def predictions_beside(report: Path) -> Path:

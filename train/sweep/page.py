@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from shards.errors import UserError
 from shards.signed import Json, write_atomic
@@ -22,8 +23,8 @@ from train.settings.output import RUN
 from train.sweep.record import record_of
 from train.sweep.story import REPORT
 
-ENCODED = re.compile(r"([\d,]+) clips, .* in ([\d.]+) s; ([\d,]+) clips there already")
-"""How `preprocess encode` ends."""
+ENCODED = re.compile(r"([\d,]+) clips?, .* in ([\d.]+) s; ([\d,]+) clips? there already")
+"""How `preprocess encode` ends: clips that it made, its seconds, clips that it found."""
 FIRST = ("lape", "frame-loss", "space", "singles", "small")
 """The order of the sweeps' tables; others follow."""
 
@@ -55,26 +56,41 @@ def head(folder: Path) -> list[str]:
     """Return what stands above the tables: the machine, and what encoding cost and would have."""
     lines = ["# Evidence", "", f"On {machine()}.", ""]
     runs = [path for path in sorted((folder / "runs").glob("*/seed-*")) if record_of(path)]
-    encoded = [line for path in sorted(folder.glob("encode-*.txt")) for line in read_encoded(path)]
-    if not encoded or not runs:
+    encoded = {
+        path.stem.removeprefix("encode-"): own
+        for path in sorted(folder.glob("encode-*.txt"))
+        if (own := read_encoded(path))
+    }
+    # each run beside the encodings of what it reads: banks differ in clips and in frames of a clip
+    reads = {run: [encoded[name] for name in banks_of(run) if name in encoded] for run in runs}
+    reads = {run: own for run, own in reads.items() if own}
+    if not reads:
         return lines
-    trained = sum(record.seconds for path in runs if (record := record_of(path)))
-    lines += [f"- encoded once: {line}" for line, _, _ in encoded]
-    once = sum(seconds for _, _, seconds in encoded)
-    # what encoding for each run would cost is said of the bank that the runs read
-    main_bank = next((own for own in encoded if own[0].startswith(f"{folder}/bank:")), encoded[0])
-    _, clips, seconds = main_bank
+    trained = sum(record.seconds for path in reads if (record := record_of(path)))
+    lines += [f"- encoded once: {own.line}" for own in encoded.values()]
     # two ways to do without a bank: encode for each run, or each time that a clip is trained on
-    again = seconds * len(runs)
-    seen = sum(map(clips_seen, runs))
+    once = sum(own.seconds for own in encoded.values())
+    again = sum(own.seconds for several in reads.values() for own in several)
+    seen = {run: clips_seen(run) for run in reads}
+    pace = {
+        run: sum(e.seconds for e in own) / sum(e.clips for e in own) for run, own in reads.items()
+    }
+    each = sum(seen[run] * pace[run] for run in reads)
+    times = f"{sum(seen.values()):,} times"
     lines += [
-        f"- {counted(len(runs), 'run')} trained on that, {duration(trained)} in all",
+        f"- {counted(len(reads), 'run')} trained on that, {duration(trained)} in all",
         f"- encoding for each run again would have taken {duration(again)} in place of "
-        f"{duration(once)}; and again each time that a clip is trained on ({seen:,} times), "
-        f"{duration(seconds / clips * seen)}",
+        f"{duration(once)}; and again each time that a clip is trained on ({times}), "
+        f"{duration(each)}",
         "",
     ]
     return lines
+
+
+def banks_of(run: Path) -> list[str]:
+    """Return the names of the banks that a run reads."""
+    banks: list[str] = json.loads((run / RUN).read_text())["config"]["bank"]
+    return [Path(bank).name for bank in banks]
 
 
 def machine() -> str:
@@ -93,18 +109,28 @@ def processor() -> str:
     return names[0].strip() if names else platform.machine()
 
 
-def read_encoded(path: Path) -> list[tuple[str, int, float]]:
-    """Return (the line, clips, seconds of all of them) of an encoding; nothing where it did not end."""
+class Encoding(NamedTuple):
+    """What an encoding said at its end."""
+
+    line: str
+    clips: int
+    seconds: float
+    """Of all its clips."""
+
+
+def read_encoded(path: Path) -> Encoding | None:
+    """Return how an encoding ended; None where it did not."""
     lines = [line for line in path.read_text().splitlines() if ENCODED.search(line)]
-    out = []
-    # the last line alone: a file holds the attempts that were stopped, too
-    for line in lines[-1:]:
-        found = ENCODED.search(line)
-        assert found
-        clips, there = (int(found[k].replace(",", "")) for k in (1, 3))
-        # a stopped one went on: the clips before took as long
-        out.append((line, clips, float(found[2]) * clips / max(clips - there, 1)))
-    return out
+    if not lines:
+        return None
+    # the last line alone: it names the clips of the attempts before it
+    found = ENCODED.search(lines[-1])
+    assert found
+    made, there = (int(found[k].replace(",", "")) for k in (1, 3))
+    if not made:  # a stop after the last clip: how long they took is not known any more
+        return None
+    # the clips that were there already took as long
+    return Encoding(lines[-1], made + there, float(found[2]) * (made + there) / made)
 
 
 def clips_seen(run: Path) -> int:

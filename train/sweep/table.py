@@ -11,7 +11,7 @@ from typing import Any
 
 from shards.signed import Json, write_atomic
 from shards.text import counted
-from train.scores.results import distinct_names, predictions_beside, report_name
+from train.scores.results import asked_as, distinct_names, predictions_beside, report_name
 from train.scores.spread import Answers, Metric, difference_interval, mean_interval, read_answers
 from train.settings.output import read_object
 from train.sweep.record import Record, plain, record_of
@@ -202,8 +202,8 @@ def cell(own: Sequence[Scored], metric: Metric) -> str:
 
 
 def alike(scored: Sequence[Scored]) -> bool:
-    """Return whether runs were scored on the same clips, and may be drawn together."""
-    return len({one.answers.clips for one in scored}) == 1
+    """Return whether runs were asked about the same clips in the same way, and may be drawn together."""
+    return len({(one.answers.clips, asked_as(one.report)) for one in scored}) == 1
 
 
 def difference(own: Sequence[Scored], base: Sequence[Scored], metric: Metric) -> str:
@@ -215,7 +215,7 @@ def difference(own: Sequence[Scored], base: Sequence[Scored], metric: Metric) ->
     if not both or any(value is None for values in lists for value in values):
         return NONE
     if not alike([*ours, *theirs]):
-        return "other clips"
+        return "other questions"
     means = [math.fsum(v for v in values if v is not None) / len(values) for values in lists]
     low, high = difference_interval(
         [one.answers for one in ours], [one.answers for one in theirs], metric

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from model.lape.tokens import LapeTokens
 from shards.errors import UserError
 from train.batches.chat import MEDIA, Chat, Encoded
+from train.data.coordinates import in_numbers
 from train.data.markup import kind_of
 from train.data.records import Turn
 from train.start.templates import give_template
@@ -342,10 +343,10 @@ def test_anchors_by_name_are_scored_as_what_they_mean(
     chats: dict[tuple[str, bool], Chat],
 ) -> None:
     text = "from <TEMP-019> to <t:1.50> at <WIDTH-010><HEIGHT-000>"
-    assert chats["chatml", True].in_numbers(text, 6.0) == (
+    assert in_numbers(text, 6.0, chats["chatml", True].counts) == (
         "from <t:6.000000> to <t:1.50> at <x:0.344828><y:0.000000>"
     )
-    assert chats["chatml", False].in_numbers("<TEMP-033>", 9.0) == "<t:3.000000>"
+    assert in_numbers("<TEMP-033>", 9.0, chats["chatml", False].counts) == "<t:3.000000>"
     assert kind_of("<TEMP-001> <TEMP-002>") == "span"
     assert kind_of("<WIDTH-001><HEIGHT-002><x:1><y:1>") == "box"
 

@@ -309,6 +309,23 @@ def test_second_names_of_a_dataset_are_not_trained_twice(sets: Callable[..., lis
     assert len(sets(ALIASES, data_mixture="all+c")) == 120
 
 
+UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
+    "turns": ({"turns": "independent"}, "have other turns"),
+    "the run's own turns": ({"turns": "dialogue"}, "have other turns"),
+    "splice": ({"splice": {"records": 5}}, "splice it otherwise"),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_a_file_that_two_names_use_otherwise_is_not_taken_once_without_a_word(
+    sets: Callable[..., list[str]], kind: str
+) -> None:
+    own, words = UNLIKE[kind]
+    (line,) = refused(sets, {"a": {"records": "a.jsonl"}, "b": {"records": "a.jsonl", **own}})
+    assert f"{words}, or one alone does" in line or f"{words}; say" in line
+    assert "say in data_mixture which to take" in line
+
+
 def test_other_choices_of_one_file_are_not_two_datasets(sets: Callable[..., list[str]]) -> None:
     small = {"a": {"records": "a.jsonl"}, "few": {"records": "a.jsonl", "sampling_strategy": "10%"}}
     (line,) = refused(sets, small)

@@ -16,6 +16,7 @@ from train.pages.read.metrics import Metrics, read_metrics
 from train.scores.results import (
     CONTROLS,
     PREFIX,
+    asked_as,
     lines_of,
     longer_names,
     predictions_beside,
@@ -61,10 +62,16 @@ class TestSet:
 
         Reports of before they were recorded are taken at their word.
         """
+        if not self.sees_as(other):
+            return False
         own, theirs = (report.get("questions", {}) for report in (self.report, other))
         if kind:
             own, theirs = own.get(kind), theirs.get(kind)
         return own == theirs or not own or not theirs
+
+    def sees_as(self, other: Json) -> bool:
+        """Return whether questions see those before them in their record in both reports, or in none."""
+        return len({turns for one in (self.report, other) if (turns := asked_as(one))}) < 2
 
     @cached_property
     def rows(self) -> list[Json]:
