@@ -13,6 +13,8 @@ from preprocess.cli.options import (
     LOCAL,
     ON,
     PLANNED,
+    TOWERS,
+    first_device,
     given,
     make_sampling,
     refuse_address,
@@ -56,17 +58,18 @@ def plan(inputs: tuple[str, ...], out: Path, no_estimate: bool, **flags: Any) ->
 
 @click.command()
 @PLANNED
-@click.option("--procs", type=click.IntRange(min=1),
-              help="Processes with a tower each, spread over all GPUs.  [default: 1]")  # fmt: skip
+@TOWERS
 @DECODERS
 @ON
 def encode(
     inputs: tuple[str, ...],
     out: Path,
+    devices: tuple[str, ...] | None,
     procs: int | None,
     decoders: int | None,
     engine: str | None,
     address: str | None,
+    device: str,
     **flags: Any,
 ) -> None:
     """Bank the features of INPUTS.
@@ -94,7 +97,8 @@ def encode(
     preprocess encode videos/ --stride 2 --out bank --tower google/siglip-so400m-patch14-384
     """
     refuse_address(engine, address)
-    found, options, rest = prepared(inputs, out, **flags)
+    device, every = first_device(device, devices, engine)
+    found, options, rest = prepared(inputs, out, device=device, devices=every, **flags)
 
     from preprocess.encode.estimate import gone
     from preprocess.encode.run import encode_clips, plan_clips
@@ -107,9 +111,7 @@ def encode(
         encode_on_ray(out, None, (), procs, address, decoders)
         finish_all(out)
         return
-    summary, changes = encode_clips(
-        found, out, options, procs=procs or 1, decoders=decoders, **rest
-    )
+    summary, changes = encode_clips(found, out, options, procs=procs, decoders=decoders, **rest)
     for line in gone(changes):
         click.echo(line.strip())
     print_skips(found, out)

@@ -70,9 +70,29 @@ class Device(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         # before torch is imported; and what is on torch's device `meta` has no values
         if not re.fullmatch(r"(?!meta)[a-z]+(:[0-9]+)?", value):
-            more = "; --procs N takes several GPUs" if re.fullmatch(r"[0-9, ]+", value) else ""
+            several = any(isinstance(option.type, Devices) for option in ctx.command.params)
+            numbers = several and re.fullmatch(r"[0-9, ]+", value)
+            more = "; --devices takes numbers of GPUs" if numbers else ""
             self.fail(f"auto, cpu, cuda or cuda:1 is needed, got {value!a}{more}", param, ctx)
         return str(value)
+
+
+class Devices(click.ParamType):
+    """`auto`, `cpu`, or numbers of GPUs -> devices of torch: `0,1` -> cuda:0, cuda:1."""
+
+    name = "auto|0,1|cpu"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        if value in ("auto", "cpu"):
+            return (value,)
+        words = value.split(",")
+        if not all(re.fullmatch(r"[0-9]+", word) for word in words) or len({*words}) < len(words):
+            self.fail(
+                f"auto, cpu, or numbers of GPUs such as 0,1 are needed, got {value!a}", param, ctx
+            )
+        return tuple(f"cuda:{int(word)}" for word in words)
 
 
 def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -89,6 +109,19 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
 
 DEVICE = click.option(
     "--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."
+)
+TOWERS = _all(
+    click.option(
+        "--devices",
+        type=Devices(),
+        help="A process with a tower on each of these: auto (all GPUs), numbers of GPUs, or cpu.  "
+        "[default: one tower]",
+    ),
+    click.option(
+        "--procs",
+        type=click.IntRange(min=1),
+        help="Processes with a tower each, spread over the devices.  [default: one for each]",
+    ),
 )
 DECODERS = click.option(
     "--decoders",
@@ -278,6 +311,22 @@ def make_sampling(
     sampling = Sampling(fps=fps or "1", max_frames=max_frames or 64, like=like)
     # 0.50, 0.5 and 1/2 are one sampling, and must have one fingerprint
     return replace(sampling, fps=str(Fraction(sampling.fps or "1")))
+
+
+def first_device(
+    device: str, devices: tuple[str, ...] | None, engine: str | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """Return the device of the first tower and those of all, of --device and --devices.
+
+    Raises click.UsageError where they contradict each other, or the cluster decides (--on).
+    """
+    if devices is None:
+        return device, ()
+    if engine:
+        raise click.UsageError(f"--devices: {engine} gives each worker its device; leave it out")
+    if device != "auto":
+        raise click.UsageError("--device and --devices: give one of them")
+    return devices[0], devices
 
 
 def refuse_address(engine: str | None, address: str | None) -> None:

@@ -9,7 +9,17 @@ from typing import Any
 import click
 
 from preprocess.cli.encode import finish_all, held
-from preprocess.cli.options import BANK, DECODERS, DEVICE, LOCAL, ON, bytes_bar, refuse_address
+from preprocess.cli.options import (
+    BANK,
+    DECODERS,
+    DEVICE,
+    LOCAL,
+    ON,
+    TOWERS,
+    bytes_bar,
+    first_device,
+    refuse_address,
+)
 from preprocess.cli.share import start_of
 from shards.text import counted, in_bytes, printable, some
 
@@ -41,8 +51,7 @@ exec {work} --share auto
 @BANK
 @click.option("--share", default="auto", show_default=True,
               help="Where to begin among the units: K/N, or by the scheduler's variables.")  # fmt: skip
-@click.option("--procs", type=click.IntRange(min=1),
-              help="Processes with a tower each, spread over all GPUs.  [default: 1]")  # fmt: skip
+@TOWERS
 @DECODERS
 @click.option("--tower", help="The bank's tower on this machine.  [default: as planned]")
 @click.option("--video-root", "roots", multiple=True, type=click.Path(),
@@ -54,6 +63,7 @@ exec {work} --share auto
 def work(
     bank: Path,
     share: str,
+    devices: tuple[str, ...] | None,
     procs: int | None,
     decoders: int | None,
     tower: str | None,
@@ -85,6 +95,7 @@ def work(
     from shards.format.plan import planned
 
     refuse_address(engine, address)
+    device, every = first_device(device, devices, engine)
     # both before torch: a wrong share or no plan is said at once
     start, plan = start_of(share, os.environ), planned(bank)
     if engine:
@@ -95,8 +106,8 @@ def work(
         return
     from preprocess.encode.run import work as encode_left
 
-    how: dict[str, Any] = {"procs": procs or 1, "decoders": decoders, "start": start}
-    summary = encode_left(bank, tower, roots, device, plan=plan, **how)
+    how: dict[str, Any] = {"procs": procs, "decoders": decoders, "start": start}
+    summary = encode_left(bank, tower, roots, device, devices=every, plan=plan, **how)
     click.echo(
         f"{bank}: {counted(summary.clips, 'clip')}, {counted(summary.frames, 'frame')}, "
         f"{in_bytes(summary.nbytes)} in {summary.seconds:.1f} s; "

@@ -44,6 +44,8 @@ class EncodeOptions:
     codec: str = "none"
     tower_dtype: str = "float32"
     device: str = "cpu"
+    devices: tuple[str, ...] = ()
+    """Devices with a process each, `device` the first of them; `auto` for all GPUs; none: `device`."""
     batch_frames: int = 16
     tower_threads: int = TOWER_THREADS
     """CPU threads of the tower, each with a part of a batch: other parts may round differently."""

@@ -34,7 +34,7 @@ from preprocess.encode.planning import (
     note,
     units_left,
 )
-from preprocess.encode.tower import Loading, as_banked, refuse_other_device
+from preprocess.encode.tower import Loading, as_banked, devices_of, refuse_other_device
 from preprocess.encode.workers import Work, encode_in_processes, encode_work
 from preprocess.sources.changes import Changes
 from preprocess.sources.find import Found, clips_under, find_clips
@@ -69,14 +69,15 @@ def encode(
     out: Path,
     options: EncodeOptions,
     *,
-    procs: int = 1,
+    procs: int | None = None,
     decoders: int | None = None,
     prune: bool = False,
 ) -> Summary:
     """Bank the features of every clip of the inputs; return what was done and what failed.
 
-    procs: processes, each with its own tower and decoders. decoders: per process; None for cores /
-    towers. prune: stop serving clips whose sources no longer exist.
+    procs: processes, each with its own tower and decoders; None for one on each of the options' devices.
+    decoders: per process; None for cores / towers. prune: stop serving clips whose sources no longer
+    exist.
     """
     found = find_clips(inputs, options.find)
     return encode_clips(found, out, options, procs=procs, decoders=decoders, prune=prune)[0]
@@ -87,7 +88,7 @@ def encode_clips(
     out: Path,
     options: EncodeOptions,
     *,
-    procs: int = 1,
+    procs: int | None = None,
     decoders: int | None = None,
     prune: bool = False,
     seen: PlanAsRead | None = None,
@@ -119,7 +120,7 @@ def _encode_bank(
     seen: PlanAsRead,
     probed: list[ClipSource] | None = None,
     *,
-    procs: int,
+    procs: int | None,
     decoders: int | None,
     prune: bool,
 ) -> tuple[Summary, Changes]:
@@ -224,7 +225,7 @@ def execute(
     clips: Sequence[ClipSource],
     tower: "Tower",
     options: EncodeOptions,
-    procs: int = 1,
+    procs: int | None = None,
     decoders: int | None = None,
 ) -> Summary:
     """Encode what is left of a plan. clips: of this run, whose earlier failures are reported, too.
@@ -269,8 +270,9 @@ def work(
     roots: Sequence[str] = (),
     device: str = "cpu",
     *,
+    devices: tuple[str, ...] = (),
     plan: Plan | None = None,
-    procs: int = 1,
+    procs: int | None = None,
     decoders: int | None = None,
     start: float = 0.0,
 ) -> Summary:
@@ -279,7 +281,7 @@ def work(
     Strides planned beside the bank come after it. tower: its path or name on this machine, if it
     differs from the plan; another tower is refused. roots: folders to search for videos that are
     elsewhere than planned. start: the fraction of the units after which to begin, so that workers begin
-    at different units. plan: of the bank, if already read.
+    at different units. plan: of the bank, if already read. device, devices, procs: as for `encode`.
     """
     summaries, seen = list[Summary](), dict[Path, int]()
     # until no plan has more units than it had: clips and strides may be planned while workers are at it
@@ -292,7 +294,7 @@ def work(
             if left := units_left(one, own):
                 refuse_other_reader(one, own)
                 how = {"tower": tower} if tower else {}
-                options = EncodeOptions.of_plan(own, device=device, **how)
+                options = EncodeOptions.of_plan(own, device=device, devices=devices, **how)
                 work = _work(one, own, left, "preprocess work", start, decoders)
                 summaries.append(_work_on(work, own, options, roots, procs))
         plan = None
@@ -310,7 +312,7 @@ def _grown(bank: Path, seen: Mapping[Path, int], plan: Plan | None) -> dict[Path
 
 
 def _work_on(
-    work: Work, plan: Plan, options: EncodeOptions, roots: Sequence[str], procs: int
+    work: Work, plan: Plan, options: EncodeOptions, roots: Sequence[str], procs: int | None
 ) -> Summary:
     if plan.quality is None:
         raise UserError(
@@ -342,14 +344,15 @@ def _work(
 
 
 def _encode_left(
-    work: Work, plan: Plan, tower: "Tower", options: EncodeOptions, procs: int
+    work: Work, plan: Plan, tower: "Tower", options: EncodeOptions, procs: int | None
 ) -> Summary:
     """Encode the units that no other process has made or holds."""
     if not work.units:
         return Summary()
     refuse_other_device(work.out, plan, options)
     # a process more than units would load a tower for nothing
-    procs = min(procs, len(work.units))
+    towers = len(devices_of(options)) if options.devices else 1
+    procs = min(procs or towers, len(work.units))
     if procs > 1:
         tower.model.to("cpu")  # free the GPU's memory for the workers
         return encode_in_processes(work, options, procs)

@@ -98,6 +98,17 @@ def _collected_later() -> Iterator[None]:
             gc.enable()
 
 
+def devices_of(options: EncodeOptions) -> tuple[str, ...]:
+    """Return the devices of the processes that encode, of options with the device of a loaded tower."""
+    if options.devices not in ((), ("auto",)):
+        return options.devices
+    if options.device != "cuda":
+        return (options.device,)
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+
+
 def is_elsewhere(device: str) -> bool:
     """Return whether CUDA is requested on a machine without it."""
     import torch

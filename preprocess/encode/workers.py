@@ -27,6 +27,7 @@ from preprocess.decode.child_process import ChildBug
 from preprocess.encode.features import EncodeOptions, load_tower
 from preprocess.encode.pipeline.decoders import decoders_for
 from preprocess.encode.pipeline.summary import Summary, progress_bar, show_pace
+from preprocess.encode.tower import devices_of
 from preprocess.encode.unit import Encoder
 from shards.errors import UserError, disk_errors
 from shards.format.codec import Codec
@@ -158,12 +159,10 @@ def encode_in_processes(work: Work, options: EncodeOptions, procs: int) -> Summa
 def _start(
     work: Work, options: EncodeOptions, rank: int, procs: int
 ) -> tuple[Connection, BaseProcess]:
-    import torch
-
     context = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
     receiver, sender = context.Pipe(duplex=False)
-    if options.device == "cuda":
-        options = replace(options, device=f"cuda:{rank % torch.cuda.device_count()}")
+    devices = devices_of(options)
+    options = replace(options, device=devices[rank % len(devices)])
     share = replace(
         work,
         # spread over the units, so that workers seldom ask for the same lease

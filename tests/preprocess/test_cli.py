@@ -9,14 +9,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from transformers import VideoMAEConfig, VideoMAEImageProcessor
 
 from preprocess.cli.main import main
-from preprocess.cli.options import make_sampling
+from preprocess.cli.options import Devices, first_device, make_sampling
+from preprocess.encode.features import EncodeOptions
+from preprocess.encode.tower import devices_of
 from shards.format.features import Sampling
 from shards.format.plan import read_plan
 from shards.read.bank import Bank
@@ -32,9 +36,10 @@ OPTIONS = {
         "--shard-size --prune", "--clips --decoders --devices --machines --price"
     ),
     "plan": f"{PLANNED} --no-estimate",
-    "encode": f"{PLANNED} --procs --decoders --on --address",
+    "encode": f"{PLANNED} --devices --procs --decoders --on --address",
     "work": (
-        "--share --procs --decoders --tower --video-root --device --template --on --address --help"
+        "--share --devices --procs --decoders --tower --video-root --device --template --on --address "
+        "--help"
     ),
     "finish": "--help",
     "merge": "--out --help",
@@ -102,7 +107,8 @@ def test_what_is_no_device_is_refused_before_anything_is_done(
     given = words if command in ("bench", "plan", "encode") else words[:1]
     line = refused(preprocess(command, *given, "--device", device))
     assert f"auto, cpu, cuda or cuda:1 is needed, got {device!r}" in line
-    assert line.endswith("--procs N takes several GPUs") == device.startswith("0")
+    hinted = device.startswith("0") and command in ("encode", "work")
+    assert line.endswith("--devices takes numbers of GPUs") == hinted
     assert not any(tmp_path.iterdir())
 
 
@@ -114,6 +120,55 @@ def test_a_mistyped_flag_is_refused_with_a_suggestion(toy: Path, tmp_path: Path)
 
 def test_an_abbreviated_flag_is_not_guessed(toy: Path, tmp_path: Path) -> None:
     assert "--str" in refused(preprocess(*encode_words(toy, tmp_path / "b", "--str", "4")))
+
+
+DEVICES = {
+    "auto": ("cuda:0", "cuda:1", "cuda:2"),
+    "cpu": ("cpu",),
+    "0": ("cuda:0",),
+    "2,0": ("cuda:2", "cuda:0"),
+    "0,0": None,
+    "cpu,0": None,
+    "": None,
+    "0,": None,
+    "cuda": None,
+}
+"""What --devices is given -> the towers' devices on a machine of three GPUs; None if it is refused."""
+
+
+@pytest.mark.parametrize("given", DEVICES)
+def test_each_tower_has_a_device_of_its_own(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    context = click.Context(main)
+    if DEVICES[given] is None:
+        with pytest.raises(click.BadParameter, match="numbers of GPUs such as 0,1"):
+            Devices().convert(given, None, context)
+        return
+    first, every = first_device("auto", Devices().convert(given, None, context))
+    # as the tower that is loaded to plan finds it
+    options = EncodeOptions(
+        "t", (4,), Sampling(num_frames=1), device="cuda" * (first == "auto") or first
+    )
+    assert devices_of(replace(options, devices=every)) == DEVICES[given]
+
+
+def test_devices_make_the_bank_that_a_device_makes(
+    toy: Path, toy_bank: Path, toy_options: EncodeOptions, tmp_path: Path
+) -> None:
+    words = ["--stride", "4,8", "--frames", 8, "--tower", toy / "tower", "--out", tmp_path / "b"]
+    done = preprocess("encode", toy / "videos", *words, "--devices", "cpu", "--procs", 2)
+    assert done.exit_code == 0, done.output
+    shards = [file.name for file in sorted((toy_bank / "shards").glob("*.tar"))]
+    for name in shards:
+        made, expected = (one / "shards" / name for one in (tmp_path / "b", toy_bank))
+        assert made.read_bytes() == expected.read_bytes()
+    refused = preprocess("encode", toy / "videos", *words, "--devices", "cpu", "--device", "cpu")
+    assert refused.exit_code == 2
+    assert "--device and --devices: give one of them" in refused.output
+    ray = preprocess("work", tmp_path / "b", "--devices", "0,1", "--on", "ray")
+    assert "--devices: ray gives each worker its device" in ray.output
 
 
 @pytest.mark.parametrize("command", ["encode", "plan"])
