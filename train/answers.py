@@ -93,10 +93,11 @@ def evaluate(
 
     # rank::world: each process has as many questions as the others, give or take one
     rank, world = accelerator.process_index, accelerator.num_processes
-    losses = held_out_loss(model, loader, records, batch_size, accelerator, floor)
     questions = questions_of(records)
+    # of all questions: every process has to take as many together
+    size = rows_at_once(model, loader, questions, most, batch_size)
+    losses = held_out_loss(model, loader, records, size, accelerator, floor)
     mine = questions[rank::world]
-    size = rows_at_once(model, loader, mine, most, batch_size)
     own = []
     shown = None if rank == 0 else True  # on a terminal alone
     for begin in tqdm(range(0, len(mine), size), "answers", disable=shown):
@@ -117,7 +118,7 @@ def rows_at_once(
     most: dict[str, int],
     batch_size: int,
 ) -> int:
-    """Return how many questions are answered together: one where long ones would change others."""
+    """Return how many rows are computed together: one where long ones would change others."""
     apart = apart_up_to(model.llm.config.to_dict())
     if apart is None or not questions:
         return batch_size

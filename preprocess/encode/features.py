@@ -43,6 +43,8 @@ class EncodeOptions:
     dtype: str = "float16"
     codec: str = "none"
     tower_dtype: str = "float32"
+    dtype_reason: str | None = None
+    """Why `tower_dtype` is what it is, where `auto` was asked for."""
     device: str = "cpu"
     devices: tuple[str, ...] = ()
     """Devices with a process each, `device` the first of them; `auto` for all GPUs; none: `device`."""

@@ -146,9 +146,9 @@ def make_plan(
     refuse_unplanned_shards(out, known)
     choice = measured(tower, options, known)
     if choice:
-        options = replace(options, tower_dtype=choice.dtype)
+        options = replace(options, tower_dtype=choice.dtype, dtype_reason=choice.reason)
     features = feature_config(tower, options)
-    plan = known or new_plan(tower, options, features, choice.reason if choice else None)
+    plan = known or new_plan(tower, options, features)
     if known is not None:
         refuse_other_features(out, features, known.features)
     refuse_other_reader(out, plan)
@@ -165,17 +165,15 @@ def make_plan(
     # before any decoding: workers on other machines read what to do from it
     if plan != known:
         write_plan(out, plan)
-    if choice and known is None:
-        note(f"the tower computes in {choice.dtype}: {choice.reason}")
+    if options.dtype_reason and known is None:
+        note(f"the tower computes in {options.tower_dtype}: {options.dtype_reason}")
     plan, options = fitting(
         out, plan, options, lambda plan, options: calibrated(out, plan, tower, options)
     )
     return replace(changes, plan=plan), options
 
 
-def new_plan(
-    tower: "Tower", options: EncodeOptions, features: FeatureConfig, reason: str | None
-) -> Plan:
+def new_plan(tower: "Tower", options: EncodeOptions, features: FeatureConfig) -> Plan:
     """Return the plan of a new bank, without clips; raises UserError for a tower that cannot be run."""
     from model.tower.precision import arithmetic
     from model.tower.trial import check_size
@@ -186,7 +184,7 @@ def new_plan(
         options.tower_threads,
         absolute_name(tower.name),
         arithmetic(options.device, options.tower_dtype),
-        reason,
+        options.dtype_reason,
     )
     return Plan(features, [], settings, decoder=READER)
 

@@ -125,10 +125,12 @@ def as_banked(options: EncodeOptions, known: Plan | None) -> EncodeOptions:
 
 def on_device(options: EncodeOptions, device: str) -> EncodeOptions:
     """Return the options with the device; its dtype is only measured on a CPU, elsewhere it is fixed."""
-    dtype = options.tower_dtype
-    if dtype == MEASURED and device.partition(":")[0] != "cpu":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return replace(options, device=device, tower_dtype=dtype)
+    kind = device.partition(":")[0]
+    if options.tower_dtype != MEASURED or kind == "cpu":
+        return replace(options, device=device)
+    dtype = "bfloat16" if kind == "cuda" else "float32"
+    reason = f"what auto takes on {kind}, without measuring"
+    return replace(options, device=device, tower_dtype=dtype, dtype_reason=reason)
 
 
 def measured(tower: "Tower", options: EncodeOptions, known: Plan | None) -> "Choice | None":

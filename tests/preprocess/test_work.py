@@ -229,6 +229,23 @@ def test_a_video_that_is_another_one_than_planned_is_named_and_planned_again(
     assert not read_entries(bank)
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_a_plan_says_why_its_tower_computes_as_it_does(
+    toy: Path, tmp_path: Path, device: str, dtype: str
+) -> None:
+    words = [str(toy / "videos"), "--frames", "2", "--tower", str(toy / "tower"), "--no-estimate"]
+    told = command("plan", *words, "--out", tmp_path / "bank", "--device", device)
+    assert told.exit_code == 0, told.output
+    plan = planned(tmp_path / "bank")
+    assert (plan.features.tower_dtype, plan.tower.device) == (dtype, device)
+    assert plan.tower.reason
+    assert f"the tower computes in {dtype}: {plan.tower.reason}" in told.stderr
+    # as it was asked for: no choice was made
+    own = [*words, "--out", tmp_path / "own", "--device", device, "--tower-dtype", dtype]
+    assert "the tower computes" not in command("plan", *own).stderr
+    assert planned(tmp_path / "own").tower.reason is None
+
+
 @pytest.mark.parametrize("command_", [pytest.param("retry", marks=pytest.mark.slow), "encode"])
 @pytest.mark.parametrize("then", ["put back", "kept", "replaced once more"])
 def test_a_clip_that_was_not_as_planned_is_banked_as_its_file_is_now(
