@@ -343,6 +343,16 @@ def _work(
     return Work(bank, plan.features, plan_codec(plan), left, command, failed, start, decoders)
 
 
+def processes(options: EncodeOptions, procs: int | None) -> int:
+    """Return how many processes encode; print a note where GPUs are left idle. procs: if asked for."""
+    devices = devices_of(options)
+    if options.devices:
+        return procs or len(devices)
+    if (procs or 1) < len(devices):
+        note(f"{procs or 1} of {len(devices)} GPUs will be used; --devices auto takes all")
+    return procs or 1
+
+
 def _encode_left(
     work: Work, plan: Plan, tower: "Tower", options: EncodeOptions, procs: int | None
 ) -> Summary:
@@ -351,8 +361,7 @@ def _encode_left(
         return Summary()
     refuse_other_device(work.out, plan, options)
     # a process more than units would load a tower for nothing
-    towers = len(devices_of(options)) if options.devices else 1
-    procs = min(procs or towers, len(work.units))
+    procs = min(processes(options, procs), len(work.units))
     if procs > 1:
         tower.model.to("cpu")  # free the GPU's memory for the workers
         return encode_in_processes(work, options, procs)

@@ -20,6 +20,7 @@ from transformers import VideoMAEConfig, VideoMAEImageProcessor
 from preprocess.cli.main import main
 from preprocess.cli.options import Devices, first_device, make_sampling
 from preprocess.encode.features import EncodeOptions
+from preprocess.encode.run import processes
 from preprocess.encode.tower import devices_of
 from shards.format.features import Sampling
 from shards.format.plan import read_plan
@@ -152,6 +153,28 @@ def test_each_tower_has_a_device_of_its_own(given: str, monkeypatch: pytest.Monk
         "t", (4,), Sampling(num_frames=1), device="cuda" * (first == "auto") or first
     )
     assert devices_of(replace(options, devices=every)) == DEVICES[given]
+
+
+@pytest.mark.parametrize(
+    ("devices", "procs", "count"),
+    [((), None, 1), ((), 2, 2), ((), 3, 3), (("auto",), None, 3), (("cuda:1",), None, 1)],
+)
+def test_gpus_that_are_left_idle_are_told(
+    devices: tuple[str, ...],
+    procs: int | None,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    options = EncodeOptions("t", (4,), Sampling(num_frames=1), device="cuda", devices=devices)
+    assert processes(options, procs) == count
+    told = f"note: {count} of 3 GPUs will be used; --devices auto takes all\n"
+    assert capsys.readouterr().err == told * (not devices and count < 3)
+    assert processes(replace(options, device="cpu", devices=()), None) == 1
+    assert not capsys.readouterr().err
 
 
 def test_devices_make_the_bank_that_a_device_makes(
