@@ -54,7 +54,7 @@ def test_how_a_bank_is_made_is_no_part_of_its_identity(
 def test_every_option_is_either_hashed_or_known_not_to_matter() -> None:
     hashed = {"tower", "strides", "sampling", "layer", "pool", "dtype", "codec", "tower_dtype"}
     hashed |= {"fit"}
-    free = {"device", "batch_frames", "tower_threads", "shard_bytes"}
+    free = {"device", "devices", "batch_frames", "tower_threads", "shard_bytes", "dtype_reason"}
     free |= {"allow_truncated", "find"}  # which clips there are
     free |= {"processor"}  # how it is in the bank
     assert {field.name for field in fields(EncodeOptions)} == hashed | free

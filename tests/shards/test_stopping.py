@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,8 @@ def test_a_command_is_stopped_in_seconds_whatever_it_does(
     try:
         assert process.stdout
         assert process.stdout.readline() == "begun\n"
+        # a signal between Python's last look for one and the system's sleep is seen only after that
+        time.sleep(0.2)
         process.send_signal(number)
         out, said = process.communicate(timeout=30)
     finally:
@@ -148,6 +151,8 @@ def test_what_never_ends_is_waited_for_a_few_seconds(tmp_path: Path, doing: str)
     try:
         assert process.stdout
         assert process.stdout.readline() == "begun\n"
+        # a signal between Python's last look for one and the system's sleep is seen only after that
+        time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 143
     finally:
