@@ -158,7 +158,7 @@ class Encoder(ExitStack):
         todo = [source for source in sources if source.key not in done]
         self._see_folders(todo)
         self.bar.update(len(sources) - len(todo))
-        with closing(self._encoded(todo, lease)) as encoded:
+        with closing(self._encoded(todo, lease, writing)) as encoded:
             for source, outcome, pooling in encoded:
                 if outcome.error:
                     self._refuse_gone_folder(Path(source.path))
@@ -198,7 +198,7 @@ class Encoder(ExitStack):
                 raise FileNotFoundError(errno.ENOENT, "the videos here have vanished", str(folder))
 
     def _encoded(
-        self, sources: Sequence[ClipSource], lease: Lease
+        self, sources: Sequence[ClipSource], lease: Lease, writing: Writing
     ) -> Generator[tuple[ClipSource, Outcome[ClipFacts], "Pooling | FeatureRangeError | None"]]:
         """Yield each clip's outcome, with its pooled features or the range error of the stored type.
 
@@ -219,6 +219,10 @@ class Encoder(ExitStack):
                     lease.check()
                     pooling = pooling_of(self.tower, event.frames, self.options)
                 elif isinstance(event, Outcome):
+                    # the clip before it is on the disk by now, or is waited for: a kill costs one
+                    # whole clip at most
+                    with self._clocked("write"):
+                        writing.wait()
                     yield source, event, self._pooled(pooling, None)
                     pooling = None
                 else:

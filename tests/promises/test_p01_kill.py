@@ -83,7 +83,7 @@ def _run(request: dict[str, Any]) -> None:
 
 
 def _count(request: dict[str, Any]) -> None:
-    """Note each clip that comes to the tower, and each sync, rename and removal.
+    """Note each clip that is encoded to its end, and each sync, rename and removal.
 
     clip, call: die at the n-th of these. full: the disk is, from the n-th call on. vanish: a folder,
     and where it is moved at the second clip.
@@ -109,15 +109,19 @@ def _count(request: dict[str, Any]) -> None:
     def pooling(*args: Any, real: Any = Pooling.__init__, **options: Any) -> None:
         nonlocal clips
         clips += 1
-        os.write(notes, b"c")
         if clips == request.get("clip"):
             os.kill(os.getpid(), signal.SIGKILL)
         if clips == 2 and "vanish" in request:
             os.rename(*request["vanish"])
         real(*args, **options)
 
+    def end(self: Pooling, real: Callable[[Pooling], None] = Pooling.end) -> None:
+        real(self)
+        os.write(notes, b"c")
+
     os.fsync, os.replace, os.unlink = noted(os.fsync), noted(os.replace), noted(unlink)
     Pooling.__init__ = pooling  # type: ignore[method-assign]
+    Pooling.end = end  # type: ignore[method-assign]
 
 
 class Runs:

@@ -55,7 +55,7 @@ def nursery() -> None:
 
 
 def _run(words: list[str], log: str) -> None:
-    """Become `preprocess`, note each clip that comes to the tower and how it ends."""
+    """Become `preprocess`, note each clip that is encoded to its end, and how it ends itself."""
     from model.tower.pooling import Pooling
     from preprocess.cli.main import main
 
@@ -63,11 +63,11 @@ def _run(words: list[str], log: str) -> None:
     os.dup2(notes, 1)
     os.dup2(notes, 2)
 
-    def pooling(*args: Any, real: Any = Pooling.__init__, **options: Any) -> None:
+    def end(self: Pooling, real: Any = Pooling.end) -> None:
+        real(self)
         os.write(notes, b"\nCLIP\n")
-        real(*args, **options)
 
-    Pooling.__init__ = pooling  # type: ignore[method-assign]
+    Pooling.end = end  # type: ignore[method-assign]
     code = 70
     try:
         main(words)
