@@ -1,7 +1,7 @@
 """Write a shard in another thread, behind the tower: tar, checksums, disk.
 
 with Writing(writer) as writing:
-    writing.write(key, meta, arrays, underflowed)       # returns when there is room for it
+    writing.write(key, meta, arrays, underflowed)       # returns at once
     writing.wait()                                      # until all of it is on the disk
 """
 
@@ -16,18 +16,15 @@ from shards.format.quarantine import QuarantineEntry
 from shards.format.samples import SampleMeta
 from shards.write.shard import ShardWriter
 
-HELD_BYTES = 64 << 20
-"""Bytes of features that wait to be written; a single clip may have more."""
-
 
 class Writing:
     """Queue of calls of a `ShardWriter`, made in order; an error is raised by the next call here."""
 
-    def __init__(self, writer: ShardWriter, most_bytes: int = HELD_BYTES) -> None:
-        self._writer, self._most_bytes = writer, most_bytes
-        self._waiting: deque[tuple[Callable[[], None], int]] = deque()
-        self._bytes = 0
-        """Bytes that are waiting or being written."""
+    def __init__(self, writer: ShardWriter) -> None:
+        self._writer = writer
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._left = 0
+        """Calls that are waiting or being made."""
         self._change = threading.Condition()
         self._over = False
         self._error: BaseException | None = None
@@ -50,31 +47,25 @@ class Writing:
     def write(
         self, key: str, meta: SampleMeta, arrays: dict[int, np.ndarray], underflowed: int
     ) -> None:
-        """Queue a clip's features; waits until there is room."""
-        nbytes = sum(array.nbytes for array in arrays.values())
-        self._put(lambda: self._writer.write(key, meta, arrays, underflowed), nbytes)
+        """Queue a clip's features; who queues clip after clip waits for each, or holds them all."""
+        self._put(lambda: self._writer.write(key, meta, arrays, underflowed))
 
     def fail(self, entry: QuarantineEntry) -> None:
         """Queue the failure of a clip."""
-        self._put(lambda: self._writer.fail(entry), 0)
+        self._put(lambda: self._writer.fail(entry))
 
     def wait(self) -> None:
         """Return when everything is written; raises the writer's error."""
         with self._change:
-            self._change.wait_for(lambda: self._error or not (self._waiting or self._bytes))
+            self._change.wait_for(lambda: self._error or not self._left)
         self._raise()
 
-    def _put(self, do: Callable[[], None], nbytes: int) -> None:
+    def _put(self, do: Callable[[], None]) -> None:
         with self._change:
-            self._change.wait_for(lambda: self._error or not self._bytes or self._has_room(nbytes))
             self._raise()
-            # + 1: a failure has no bytes, and must still count as waiting
-            self._waiting.append((do, nbytes + 1))
-            self._bytes += nbytes + 1
+            self._waiting.append(do)
+            self._left += 1
             self._change.notify_all()
-
-    def _has_room(self, nbytes: int) -> bool:
-        return self._bytes + nbytes < self._most_bytes
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -86,7 +77,7 @@ class Writing:
                 self._change.wait_for(lambda: self._waiting or self._over)
                 if not self._waiting:
                     return
-                do, nbytes = self._waiting.popleft()
+                do = self._waiting.popleft()
             try:
                 # not under the lock: the tower goes on while the disk is busy
                 do()
@@ -98,5 +89,5 @@ class Writing:
             # it holds the arrays of its clip
             del do
             with self._change:
-                self._bytes -= nbytes
+                self._left -= 1
                 self._change.notify_all()
