@@ -1,6 +1,5 @@
 """`preprocess bench`: estimate the time and cost of encoding by measuring its stages."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -76,6 +75,7 @@ def bench(
     from preprocess.encode.estimate import expected_frames
     from preprocess.encode.tower import Loading, measured
     from preprocess.sources.probe import probe
+    from shards.forked import cores
 
     # the tower loads in a thread while headers are read
     loading = Loading(options)
@@ -84,13 +84,11 @@ def bench(
     if choice := measured(tower, options, None):  # as encode would take it
         options = replace(options, tower_dtype=choice.dtype)
     print_skips(found, None)  # they are listed in a bank, which there is none of
-    # the cores that this process may use: a container or a Slurm task has fewer than the machine
-    cores = len(os.sched_getaffinity(0))
     devices = devices or ((1,) if tower.device.type == "cpu" else (1, 8))
     with tqdm(
         total=min(most, len(clips)), desc="bench", unit="clip", leave=False, disable=None
     ) as bar:
-        pace = measure_pace(clips, tower, options, folder, most, cores, bar.update)
+        pace = measure_pace(clips, tower, options, folder, most, cores(sharers=1), bar.update)
     job = Job(len(clips), expected_frames(clips, pace.share))
     for line in table(pace, job, Asked(decoders, devices, machines, price)):
         click.echo(line)

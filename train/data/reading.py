@@ -89,7 +89,8 @@ class Reading:
             if held_out or banks is None:
                 rows = rows_of(path, self.problems, part.chosen)
                 how = Manner(self.settings, part, banks, self.independent(part))
-                sound, drops = self._file(path, rows, how)[:2]
+                found, drops = self._file(path, rows, how)
+                sound = found.kept
             else:
                 sound, drops = self._known(path, part, banks)
             kept = [*kept, *sound] if kept else sound
@@ -119,14 +120,12 @@ class Reading:
                     Drop(**d) for d in found.drops
                 ]
         problems = len(self.problems)
-        places: list[str] = []
-        noted = noting(rows_of(path, self.problems, part.chosen), places)
-        kept, drops, clipped = self._file(path, noted, how)
+        read, drops = self._file(path, rows_of(path, self.problems, part.chosen), how)
         if key and len(self.problems) == problems and stamps(path) == before:
-            found = Facts.of(path, places, kept, banks, clipped)
+            found = Facts.of(path, read.places, read.kept, banks, read.clipped)
             if found and (found := found.without([asdict(drop) for drop in drops])):
                 facts.store(key, found)
-        return kept, drops
+        return read.kept, drops
 
     def _in_parts(self, path: str, rows: Rows, how: "Manner") -> Facts | None:
         """Return the facts of a file, of which several processes read parts; None where one has to.
@@ -152,13 +151,13 @@ class Reading:
 
     def _file(
         self, path: str, rows: Iterable[tuple[str, Any]], how: "Manner"
-    ) -> tuple[list[Record], list[Drop], set[str]]:
-        """Return the sound records of rows, drops, and the places of records that were clipped."""
+    ) -> tuple["Found", list[Drop]]:
+        """Return (what is in rows, drops)."""
         found = how.found(rows)
         self.problems += found.problems
         self.clipped |= found.clipped
-        drops = self.bad.judge(path, found.errors, found.rows, self.problems)
-        return found.kept, drops + found.unbanked, found.clipped
+        drops = self.bad.judge(path, found.errors, len(found.places), self.problems)
+        return found, drops + found.unbanked
 
     def independent(self, part: MixturePart) -> bool:
         """Return whether a dataset's records have independent turns."""
@@ -234,8 +233,8 @@ class Found(NamedTuple):
 
     kept: list[Record]
     """The sound records, joined to their clips."""
-    rows: int
-    """Number of rows, bad ones included."""
+    places: list[str]
+    """Of all rows, bad ones included."""
     errors: list[RowError]
     """Faults of single rows, in the order of these."""
     unbanked: list[Drop]
@@ -275,7 +274,7 @@ class Manner:
         order = {place: row for row, place in enumerate(places)}
         errors.sort(key=lambda error: order[error.place])
         drops = [Drop.of_record(record, reason) for record, reason in unbanked]
-        return Found(kept, len(places), errors, drops, clipped, problems)
+        return Found(kept, places, errors, drops, clipped, problems)
 
     def facts(self, path: str, rows: Rows) -> tuple[Facts, list[RowError], list[Drop]] | None:
         """Return (facts, faults, what is not banked) of some rows of a file, which are not parsed.
@@ -285,8 +284,7 @@ class Manner:
         """
         found = self.found((where, parsed(row)) for where, row in rows)
         assert self.banks
-        places = [where for where, _ in rows]
-        known = Facts.of(path, places, found.kept, self.banks, found.clipped)
+        known = Facts.of(path, found.places, found.kept, self.banks, found.clipped)
         return (known, found.errors, found.unbanked) if known and not found.problems else None
 
     def records(self, rows: Iterable[tuple[str, Any]]) -> list[Record]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.errors import UserError
+from shards.forked import cores
 from shards.signed import Json, write_atomic
 from shards.text import counted, duration
 from train.settings.exits import command
@@ -94,10 +95,10 @@ def banks_of(run: Path) -> list[str]:
 
 
 def machine() -> str:
-    # not os.cpu_count(): that is the machine's, of which a process may have few
-    cores = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS")
-    said = f"{counted(cores, 'core')} of {processor()}, Python {platform.python_version()}"
+    said = (
+        f"{counted(cores(sharers=1), 'core')} of {processor()}, Python {platform.python_version()}"
+    )
     return f"{said}, OMP_NUM_THREADS {threads}" if threads else said
 
 

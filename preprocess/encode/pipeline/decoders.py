@@ -7,7 +7,6 @@ All parts of one file are decoded by one process, which can continue from one pa
 an archive are unpacked in the order of the jobs, so that a compressed archive is read only once.
 """
 
-import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -21,6 +20,7 @@ from preprocess.decode.events import Begin, ClipFacts
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import Outcome, SourceReader
 from preprocess.encode.pipeline.ahead import ahead
+from shards.forked import cores
 from shards.format.plan import ClipSource
 
 # Several processes per tower: with one, a GPU waited for one core.
@@ -33,8 +33,7 @@ SourceEvent = tuple[ClipSource, Begin | np.ndarray | Outcome[ClipFacts]]
 
 def decoders_for(towers: int) -> int:
     """Return the number of decoder processes per tower, for `towers` towers on this machine."""
-    # sched_getaffinity and not cpu_count: a container or a Slurm task may use fewer cores than there are
-    return max(1, len(os.sched_getaffinity(0)) // towers)
+    return cores(sharers=towers)
 
 
 class Decoders(ExitStack):
