@@ -226,13 +226,13 @@ class Tower:
         """Rescale and normalise: uint8 `(frames, h, w, 3)` -> the tower's `(frames, 3, h, w)`."""
         there = self.inlet.bring(frames) if self.inlet else torch.from_numpy(frames).to(self.device)
         pixels = self.pixels
-        levels, mean, std = _levels(
-            pixels.scale, tuple(pixels.mean), tuple(pixels.std), self.device
+        levels = _levels(
+            pixels.scale, tuple(pixels.mean), tuple(pixels.std), DTYPES[self.dtype], self.device
         )
         # by table: there are 256 levels, and each then has the same rounding on every device
-        values = levels[there.permute(0, 3, 1, 2).long()]
-        values = (values - mean[:, None, None]) / std[:, None, None]
-        return values.to(DTYPES[self.dtype])
+        places = there.int() * 3 + torch.arange(3, dtype=torch.int32, device=self.device)
+        # as frames come, channels last: a GPU's convolution takes them without a copy
+        return levels.index_select(0, places.flatten()).view(there.shape).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def patches(self, pixels: Tensor) -> Tensor:
@@ -249,13 +249,18 @@ class Tower:
 
 @lru_cache(maxsize=4)
 def _levels(
-    scale: float, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a level of 0 to 255 is rescaled to, the mean and the deviation of each channel, kept on
-    the device: to bring them there each time would wait for all that it has still to do."""
+    scale: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Return what each level is in each channel, rescaled and normalised, `(256 * 3,)`; kept on the
+    device, since to bring it there each time would wait for all that the device has still to do."""
     # transformers rescales in double and rounds once; in float the last bit would differ
     levels = (torch.arange(256, dtype=torch.float64) * scale).float()
-    return levels.to(device), torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    values = (levels[:, None] - torch.tensor(mean)) / torch.tensor(std)
+    return values.flatten().to(dtype).to(device)
 
 
 def _read_config(name: str) -> tuple[TowerKind, Any]:
