@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preprocess.decode.archive import Unpacker
 from preprocess.encode.beside import shared_out
 from preprocess.encode.features import (
     EncodeOptions,
@@ -25,6 +26,8 @@ from preprocess.encode.features import (
     plan_codec,
     predicted_bytes,
 )
+from preprocess.encode.jobs import first_jobs
+from preprocess.encode.pipeline.decoders import Decoders, decoders_for
 from preprocess.encode.pipeline.summary import Summary
 from preprocess.encode.planning import (
     Survey,
@@ -54,7 +57,7 @@ from shards.format.plan import (
 )
 from shards.format.quarantine import read_entries
 from shards.write.beside import pair
-from shards.write.finish import finish, refuse_unfinished
+from shards.write.finish import finish, import_ahead, refuse_unfinished
 from shards.write.lease import sweep
 from shards.write.lock import folder_lock
 
@@ -125,25 +128,31 @@ def _encode_bank(
     prune: bool,
 ) -> tuple[Summary, Changes]:
     """Make one bank of one plan. probed: the clips, where they have been looked at."""
-    loading, probed = _before_a_folder(out, found, options, probed)
-    with disk_errors(out), folder_lock(out, "preprocess encode"):
-        # under the lock: another process may have planned in between
-        known = plan_as_read(out, seen).plan
-        options = as_banked(options, known)
-        # loaded in a thread while clips are probed, and only if some unit is left
-        if loading is None and (known is None or units_left(out, known)):
-            loading = Loading(options)
-        survey = Survey.of(out, found.clips, options, known, probed)
-        if loading is None and (changes := survey.of_nothing(out, options, prune=prune)):
+    with Decoders(decoders or decoders_for(1), Unpacker(out)) as ahead:
+        # more processes have decoders of their own
+        early = ahead if (procs or 1) == 1 and len(options.devices) < 2 else None
+        loading, probed = _before_a_folder(out, found, options, probed, early=early)
+        with disk_errors(out), folder_lock(out, "preprocess encode"):
+            # under the lock: another process may have planned in between
+            known = plan_as_read(out, seen).plan
+            options = as_banked(options, known)
+            # loaded in a thread while clips are probed, and only if some unit is left
+            if loading is None and (known is None or units_left(out, known)):
+                loading = Loading(options)
+            survey = Survey.of(out, found.clips, options, known, probed)
+            if loading is None and (changes := survey.of_nothing(out, options, prune=prune)):
+                write_skips(out, found.skips)
+                # what workers that died have left of finished units
+                sweep(out)
+                return _with_earlier(out, changes.plan, found.clips, Summary()), changes
+            tower, options = (loading or Loading(options)).tower()
+            changes, options = make_plan(
+                out, found.clips, tower, options, prune=prune, survey=survey
+            )
             write_skips(out, found.skips)
-            # what workers that died have left of finished units
-            sweep(out)
-            return _with_earlier(out, changes.plan, found.clips, Summary()), changes
-        tower, options = (loading or Loading(options)).tower()
-        changes, options = make_plan(out, found.clips, tower, options, prune=prune, survey=survey)
-        write_skips(out, found.skips)
-        plan = changes.plan
-        return execute(out, plan, found.clips, tower, options, procs, decoders), changes
+            plan = changes.plan
+            summary = execute(out, plan, found.clips, tower, options, procs, decoders, early)
+            return summary, changes
 
 
 @dataclass(frozen=True)
@@ -202,16 +211,20 @@ def _before_a_folder(
     probed: list[ClipSource] | None = None,
     *,
     here: bool = True,
+    early: Decoders | None = None,
 ) -> tuple[Loading | None, list[ClipSource] | None]:
     """Load the tower and probe the clips if the bank does not exist yet; else (None, None).
 
-    So what the tower cannot do is refused before a folder is made.
+    So what the tower cannot do is refused before a folder is made. early: decode the first clips
+    meanwhile.
     """
     if out.exists():
         return None, probed
     loading = Loading(options, here=here)
     if probed is None:
         probed = probe(found.clips, {}, options.sampling)
+    if early:
+        early.begin(first_jobs(probed, options), options.batch_frames)
     # a stride that leaves no cell of the tower's grid raises here
     predicted_bytes(*loading.tower())
     for line in coarse_strides(*loading.tower()):
@@ -227,18 +240,22 @@ def execute(
     options: EncodeOptions,
     procs: int | None = None,
     decoders: int | None = None,
+    early: Decoders | None = None,
 ) -> Summary:
-    """Encode what is left of a plan. clips: of this run, whose earlier failures are reported, too.
+    """Encode what is left of a plan. clips: of this run, whose earlier failures are reported, too. early:
+    decoders of this process that have begun.
 
     If the GPU runs out of memory and the bank is still empty, this is repeated once with half the frames
     per batch, and plan.json records it, so that all features are made with one batch shape. Otherwise
     GpuMemoryError is raised.
     """
 
+    import_ahead()
+
     def made(plan: Plan, options: EncodeOptions) -> Summary:
         left = units_left(out, plan)
         work = _work(out, plan, left, "preprocess encode", decoders=decoders)
-        summary = _encode_left(work, plan, tower, options, procs)
+        summary = _encode_left(work, plan, tower, options, procs, early)
         # units may be held by workers elsewhere, who go on after this process
         refuse_unfinished(out, plan, f"`preprocess finish {out}` when they are made")
         with disk_errors(out):
@@ -354,7 +371,12 @@ def processes(options: EncodeOptions, procs: int | None) -> int:
 
 
 def _encode_left(
-    work: Work, plan: Plan, tower: "Tower", options: EncodeOptions, procs: int | None
+    work: Work,
+    plan: Plan,
+    tower: "Tower",
+    options: EncodeOptions,
+    procs: int | None,
+    early: Decoders | None = None,
 ) -> Summary:
     """Encode the units that no other process has made or holds."""
     if not work.units:
@@ -362,7 +384,9 @@ def _encode_left(
     refuse_other_device(work.out, plan, options)
     # a process more than units would load a tower for nothing
     procs = min(processes(options, procs), len(work.units))
-    if procs > 1:
-        tower.model.to("cpu")  # free the GPU's memory for the workers
-        return encode_in_processes(work, options, procs)
-    return encode_work(work, tower, options)
+    if procs == 1:
+        return encode_work(work, tower, options, early=early)
+    if early:
+        early.drop()
+    tower.model.to("cpu")  # free the GPU's memory for the workers
+    return encode_in_processes(work, options, procs)

@@ -7,6 +7,7 @@
 Importing this module does not import torch.
 """
 
+import ctypes
 import gc
 import os
 import threading
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 
 TOWER_FILES = (".json", ".safetensors", ".bin")
 """Suffixes of the files that a tower is loaded from."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3)."""
+KEPT_BYTES = 1 << 30
+"""Freed memory that a heap keeps, at most."""
+LARGEST_KEPT = 32 << 20
+"""Bytes of an array above which its memory is always handed back; the most that glibc takes."""
 MEASURED = "auto"
 """The `tower_dtype` that is chosen by measuring."""
 
@@ -39,6 +46,7 @@ def start_torch(device: str) -> str:
     more busy process encoding took eight times as long.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _keep_freed_memory()
     import torch
     from transformers.utils import logging
 
@@ -46,6 +54,16 @@ def start_torch(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a batch's arrays held for the next batch, instead of handing it back.
+
+    DINOv2-S on a CPU took 2 million page faults for 850 frames, and 5 seconds of the kernel's time.
+    """
+    if adjust := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
+        adjust(M_TRIM_THRESHOLD, KEPT_BYTES)
+        adjust(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
 
 class Loading:

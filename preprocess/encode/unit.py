@@ -14,8 +14,6 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
-from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,8 @@ from preprocess.decode.archive import Unpacker
 from preprocess.decode.events import Begin, ClipFacts
 from preprocess.decode.source import Outcome
 from preprocess.encode.features import EncodeOptions, describe, pooling_of, provenance
-from preprocess.encode.pipeline.decoders import Decoders, Job, decoders_for
+from preprocess.encode.jobs import jobs_of
+from preprocess.encode.pipeline.decoders import Decoders, decoders_for
 from preprocess.encode.pipeline.summary import Summary, progress_bar, show_pace
 from preprocess.encode.pipeline.writing import Writing
 from shards.errors import UserError, disk_errors
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from model.tower.tower import Tower
 
 PLAIN = Codec()
-PARTS_AHEAD = 64
-"""Later parts of the same file that a decoder is given, in case it must read the file from its start."""
 
 
 class Encoder(ExitStack):
@@ -61,10 +58,11 @@ class Encoder(ExitStack):
         bar: "tqdm[Any] | None" = None,
         failed: Mapping[str, QuarantineEntry] | None = None,
         retried: bool = False,
-        decoders: int | None = None,
+        decoders: Decoders | int | None = None,
     ) -> None:
         """failed: by id, clips that failed in earlier runs. They are tried again only if `retried`, even
-        if an earlier holder of their unit has tried them. decoders: processes; None for one per core."""
+        if an earlier holder of their unit has tried them. decoders: those of the caller, or a number of
+        processes; None for one per core."""
         super().__init__()
         # another codec's bytes would be read by the bank's without an error
         assert (codec.name, codec.dtype) == (features.codec, features.dtype)
@@ -74,7 +72,9 @@ class Encoder(ExitStack):
         self.failed, self.retried = failed or {}, retried
         self._folders: set[Path] = set()
         """Folders of this run's clips, and their parents."""
-        self._decoders = self.enter_context(Decoders(decoders or decoders_for(1), Unpacker(out)))
+        if not isinstance(decoders, Decoders):
+            decoders = self.enter_context(Decoders(decoders or decoders_for(1), Unpacker(out)))
+        self._decoders = decoders
         self._began = time.monotonic()
         self.bar = progress_bar() if bar is None else bar
         self.callback(self._stop)
@@ -207,7 +207,8 @@ class Encoder(ExitStack):
         pooling: Pooling | FeatureRangeError | None = None
         # the largest batch: a clip of any length is cut into whole batches
         together = self.tower.batch_shape(sys.maxsize, self.options.batch_frames)
-        with closing(self._decoders.events(self._jobs(sources), together)) as events:
+        jobs = jobs_of(sources, self.options, self.tower.pixels)
+        with closing(self._decoders.events(jobs, together)) as events:
             while True:
                 with self._clocked("decode"):
                     source, event = next(events, (None, None))
@@ -242,18 +243,6 @@ class Encoder(ExitStack):
         except FeatureRangeError as error:
             return error
         return pooling
-
-    def _jobs(self, sources: Sequence[ClipSource]) -> list[Job]:
-        return [
-            (
-                source,
-                replace(
-                    self.options.request(source, self.tower.pixels),
-                    next_parts=_next_parts(source, sources[place + 1 :]),
-                ),
-            )
-            for place, source in enumerate(sources)
-        ]
 
     def _bank(
         self,
@@ -313,12 +302,3 @@ def _root_of(source: ClipSource) -> Path:
 def _is_gone(folder: Path) -> bool:
     """Return whether a folder does not exist or is empty, as an unmounted one."""
     return not folder.is_dir() or not any(folder.iterdir())
-
-
-def _next_parts(
-    source: ClipSource, following: Sequence[ClipSource]
-) -> tuple[tuple[float | None, float | None], ...]:
-    """Return the parts of the same file that directly follow a part."""
-    file = source.path, source.offset
-    same = takewhile(lambda other: (other.path, other.offset) == file, following)
-    return tuple((other.start, other.end) for other in islice(same, PARTS_AHEAD))

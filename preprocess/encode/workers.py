@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from preprocess.decode.child_process import ChildBug
 from preprocess.encode.features import EncodeOptions, load_tower
-from preprocess.encode.pipeline.decoders import decoders_for
+from preprocess.encode.pipeline.decoders import Decoders, decoders_for
 from preprocess.encode.pipeline.summary import Summary, progress_bar, show_pace
-from preprocess.encode.tower import devices_of
+from preprocess.encode.tower import devices_of, start_torch
 from preprocess.encode.unit import Encoder
 from shards.errors import UserError, disk_errors
 from shards.format.codec import Codec
@@ -64,9 +64,14 @@ class Work:
 
 
 def encode_work(
-    work: Work, tower: "Tower", options: EncodeOptions, bar: "tqdm[Any] | None" = None
+    work: Work,
+    tower: "Tower",
+    options: EncodeOptions,
+    bar: "tqdm[Any] | None" = None,
+    early: Decoders | None = None,
 ) -> Summary:
-    """Encode units in this process, one after the other, until none is left to take.
+    """Encode units in this process, one after the other, until none is left to take. early: decoders of
+    this process that have begun.
 
     The units that are unfinished then are held by live processes.
     """
@@ -79,7 +84,7 @@ def encode_work(
             work.codec,
             bar,
             work.failed,
-            decoders=work.decoders,
+            decoders=early or work.decoders,
         ) as encoder,
         disk_errors(work.out),
         Leases(work.out, work.command) as leases,
@@ -178,10 +183,8 @@ def _start(
 
 def _worker(work: Work, options: EncodeOptions, sender: Connection) -> None:
     """Encode units in a worker process, and send the parent its progress and result."""
-    from transformers.utils import logging
-
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.disable_progress_bar()
+    start_torch(options.device)
     try:
         summary = encode_work(work, load_tower(options), options, RemoteBar(sender.send))
     except (UserError, OSError) as error:

@@ -35,64 +35,77 @@ class Stream(Generic[Item]):
     error: BaseException | None = None
 
 
-class Ahead(Generic[Group, Item]):
-    """The streams of the groups in work; shared by the workers and the consumer."""
+class Ahead(Iterator[Item]):
+    """The items that workers make of groups, in the order of the groups; workers begin at once.
 
-    def __init__(self, groups: Sequence[Group], most_bytes: int) -> None:
+    Shared by the workers and the consumer, who closes it.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        workers: Sequence[Worker[Group, Item]],
+        most_bytes: int,
+        interrupt: Callable[[], None],
+    ) -> None:
         self._groups = iter(groups)
         self._most_bytes = most_bytes
+        self._interrupt = interrupt
         self._streams: deque[Stream[Item]] = deque()
         self._bytes = 0
         self._taking = threading.Lock()
         self._change = threading.Condition()
         self._stop = False
-        self._working = 0
-
-    def run(self, workers: Sequence[Worker[Group, Item]], interrupt: Callable[[], None]) -> Any:
-        """Yield the items; when it ends or is closed, all workers have ended."""
         self._working = len(workers)
-        threads = [threading.Thread(target=self._work, args=(one,), daemon=True) for one in workers]
-        for thread in threads:
+        self._threads = [
+            threading.Thread(target=self._work, args=(one,), daemon=True) for one in workers
+        ]
+        for thread in self._threads:
             thread.start()
-        try:
-            yield from self._taken()
-        finally:
-            with self._change:
-                self._stop = True
-                self._change.notify_all()
-            for thread in threads:
-                thread.join(NUDGE_SECONDS)
-                # a worker may be waiting for a decoder: it is interrupted until it returns
-                while thread.is_alive():
-                    interrupt()
-                    thread.join(NUDGE_SECONDS)
 
-    def _taken(self) -> Iterator[Item]:
-        while True:
+    def close(self) -> None:
+        """End the workers; all have ended when this returns."""
+        with self._change:
+            self._stop = True
+            self._change.notify_all()
+        for thread in self._threads:
+            thread.join(NUDGE_SECONDS)
+            # a worker may be waiting for a decoder: it is interrupted until it returns
+            while thread.is_alive():
+                self._interrupt()
+                thread.join(NUDGE_SECONDS)
+
+    def __next__(self) -> Item:
+        """Return the next item once it is there. Closes at the end, and with a worker's error."""
+        try:
             with self._change:
-                self._change.wait_for(self._is_next_known)
-                if not self._streams:
-                    return
-                first = self._streams[0]
-                if not first.items:
-                    if first.error is not None:
-                        raise first.error
-                    self._streams.popleft()
-                    self._change.notify_all()  # the next group is first now, and may always add one item
-                    continue
+                return self._taken()
+        except BaseException:
+            self.close()
+            raise
+
+    def _taken(self) -> Item:
+        while True:
+            self._change.wait_for(self._is_next_known)
+            if not self._streams:
+                raise StopIteration
+            first = self._streams[0]
+            if first.items:
                 item = first.items.popleft()
                 self._bytes -= bytes_of(item)
                 self._change.notify_all()
-            # outside of the lock: the consumer may take minutes with it
-            yield item
-            del item
+                return item
+            if first.error is not None:
+                raise first.error
+            self._streams.popleft()
+            self._change.notify_all()  # the next group is first now, and may always add one item
 
     def _is_next_known(self) -> bool:
         if not self._streams:
             return not self._working
         return bool(self._streams[0].items) or self._streams[0].ended
 
-    def _work(self, worker: Worker[Group, Item]) -> None:
+    def _work(self, worker: Worker[Any, Item]) -> None:
         try:
             while self._work_on_next(worker):
                 pass
@@ -101,7 +114,7 @@ class Ahead(Generic[Group, Item]):
                 self._working -= 1
                 self._change.notify_all()
 
-    def _work_on_next(self, worker: Worker[Group, Item]) -> bool:
+    def _work_on_next(self, worker: Worker[Any, Item]) -> bool:
         """Take a group and make all of its items; return whether to continue."""
         stream: Stream[Item] = Stream()
         try:
@@ -152,15 +165,14 @@ def ahead(
     workers: Sequence[Worker[Group, Item]],
     most_bytes: int,
     interrupt: Callable[[], None] = lambda: None,
-) -> Generator[Item]:
-    """Yield the items that the workers make of the groups, in the order of the groups.
+) -> Ahead[Item]:
+    """Return the items that the workers make of the groups, in the order of the groups.
 
-    A worker continues while the waiting items have fewer than `most_bytes` in arrays. Its exception is
-    raised here, at the item's place in the order. Closing this ends the workers. interrupt: makes
-    workers return that wait for something else; may be called more than once.
+    They begin at once, and continue while the waiting items have fewer than `most_bytes` in arrays. A
+    worker's exception is raised at the item's place in the order. interrupt: makes workers return that
+    wait for something else; may be called more than once.
     """
-    shared: Ahead[Group, Item] = Ahead(groups, most_bytes)
-    yield from shared.run(workers[: len(groups)], interrupt)
+    return Ahead(groups, workers[: len(groups)], most_bytes, interrupt)
 
 
 def bytes_of(item: tuple[Any, ...]) -> int:
