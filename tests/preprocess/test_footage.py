@@ -198,6 +198,7 @@ def time_code(image: np.ndarray) -> int:
     return sum(1 << bit for bit in range(8) if spread[bit] > (LIGHT + DARK) / 2)
 
 
+@pytest.mark.slow
 def test_every_frame_is_from_the_source_that_its_scene_names(
     truth: dict[str, Json], pixels: dict[str, np.ndarray]
 ) -> None:

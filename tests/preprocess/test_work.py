@@ -28,6 +28,7 @@ from shards.read.bank import Bank
 from shards.write.lease import Leases
 from shards.write.lock import folder_lock
 from tests.folders import contents
+from tests.params import few
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +95,7 @@ def test_what_fails_is_told_by_status_before_and_by_quarantine_after_the_end(
     assert read_plan(bank) == plan
 
 
+@pytest.mark.slow
 def test_what_is_planned_with_relative_paths_is_made_from_anywhere(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +154,7 @@ def test_truncated_videos_are_banked_by_workers_as_the_plan_says(toy: Path, tmp_
     assert b"allow_truncated" not in (tmp_path / "bank" / "plan.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_machine_on_which_all_lies_elsewhere_is_told_where(toy: Path, tmp_path: Path) -> None:
     there, here = tmp_path / "there", tmp_path / "here"
     shutil.copytree(toy / "videos" / "test", there / "videos")
@@ -247,7 +250,7 @@ def test_a_plan_says_why_its_tower_computes_as_it_does(
 
 
 @pytest.mark.parametrize("command_", [pytest.param("retry", marks=pytest.mark.slow), "encode"])
-@pytest.mark.parametrize("then", ["put back", "kept", "replaced once more"])
+@pytest.mark.parametrize("then", few(["put back", "kept", "replaced once more"], 3))
 def test_a_clip_that_was_not_as_planned_is_banked_as_its_file_is_now(
     toy: Path, toy_bank: Path, tmp_path: Path, command_: str, then: str
 ) -> None:
@@ -417,6 +420,7 @@ def test_finish_needs_no_torch(toy_bank: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_a_worker_takes_what_is_planned_while_it_works(toy: Path, tmp_path: Path) -> None:
     videos, bank = tmp_path / "videos", tmp_path / "bank"
     videos.mkdir()

@@ -44,6 +44,7 @@ from shards.signed import file_facts, read_signed_json, signed_json, write_atomi
 from shards.write.finish import finish
 from shards.write.lock import folder_lock
 from tests.folders import contents
+from tests.params import few
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +373,7 @@ def videos_of(world: Path, key: str) -> Path:
     return found
 
 
-@pytest.mark.parametrize("crime", ["gone", "other", "not a video"])
+@pytest.mark.parametrize("crime", few(["gone", "other", "not a video"], 3))
 def test_a_clip_without_its_source_stays_damaged_and_is_named(own_world: Path, crime: str) -> None:
     bank = own_world / "bank"
     before = contents(bank)

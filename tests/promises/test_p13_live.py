@@ -437,6 +437,7 @@ def test_a_frame_is_seen_from_its_unit_on(
     assert not same[first[1] :].any()
 
 
+@pytest.mark.slow
 def test_a_bank_of_many_grids_is_told_checked_and_drawn(qwen: Family, tmp_path: Path) -> None:
     assert verify(qwen.path, deep=True) == []
     for name in SIZES:

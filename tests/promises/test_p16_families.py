@@ -23,6 +23,7 @@ from model.generate import generate
 from model.mask import Reach
 from model.vlm import VLM, VLMConfig
 from shards.errors import UserError
+from tests.params import few
 from train.batches.collate import Row, collate, pack
 
 pytestmark = pytest.mark.usefixtures("quiet_thread")
@@ -169,7 +170,7 @@ def assert_answers_are_its_own(model: VLM, texts: list[Tensor]) -> None:
         assert ((best - picked) < CLOSE * read.square().mean().sqrt()).all()
 
 
-@pytest.mark.parametrize("family", PINNED)
+@pytest.mark.parametrize("family", few(PINNED, 3))
 def test_a_pinned_family_is_what_transformers_computes(family: str) -> None:
     found = verdict_of(*class_and_config(family))
     right = found.right(packed=True, block=True, apart=True)
@@ -194,7 +195,7 @@ def test_a_pinned_family_is_what_transformers_computes(family: str) -> None:
     assert_answers_are_its_own(model, texts)
 
 
-@pytest.mark.parametrize("family", ONE_BY_ONE)
+@pytest.mark.parametrize("family", few(ONE_BY_ONE, 3))
 def test_a_family_that_cannot_be_packed_says_so_and_is_right_by_itself(family: str) -> None:
     model = built(family)
     for packed, words in (

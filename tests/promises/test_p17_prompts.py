@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shards.errors import UserError
+from tests.params import few
 from train.batches.chat import Chat, Encoded
 from train.data.records import Turn
 from train.start.templates import TEMPLATES, give_template
@@ -297,7 +298,7 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("template", ["think", "channel"])
+@pytest.mark.parametrize("template", few(["think", "channel"], 2))
 def test_what_was_learned_by_heart_is_answered_exactly(
     toy: Path,
     toy_bank: Path,

@@ -105,6 +105,7 @@ def broken(*_, **__):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "name"),
     [

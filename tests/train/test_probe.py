@@ -195,6 +195,7 @@ def of_independent_turns(run: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_questions_that_do_not_see_each_other_are_answered_one_by_one(
     run: Path, make_bank: Callable[..., Path], features: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -229,6 +230,7 @@ def test_questions_that_do_not_see_each_other_are_answered_one_by_one(
         main([*given[:-1], str(tmp_path / "together.jsonl"), "--model", str(run)])
 
 
+@pytest.mark.slow
 def test_places_by_the_names_of_anchors_are_places(
     run: Path, make_bank: Callable[..., Path], features: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -197,6 +197,7 @@ def test_two_processes_learn_what_one_does(
     assert "2 processes" in (tmp_path / "two" / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_one_process_for_two_is_found_out(
     run_settings: dict[str, Any],
     as_flags: Callable[[Mapping[str, Any]], list[str]],

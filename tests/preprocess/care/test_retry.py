@@ -96,6 +96,7 @@ def test_a_mended_video_joins_the_bank_and_the_other_counts_another_attempt(
     assert (mended == whole.read(whole.row("test/clip-00002.mp4"), 4)).all()
 
 
+@pytest.mark.slow
 def test_a_retry_in_which_all_fail_adds_nothing_but_attempts(bank: Path) -> None:
     before = {path.name: path.read_bytes() for path in (bank / "shards").iterdir()}
     plan, manifest = read_plan(bank), (bank / "bank.json").read_bytes()
@@ -145,6 +146,7 @@ def test_a_retry_beside_a_worker_that_makes_its_unit_keeps_the_unit_in_the_plan(
     assert retry(bank).clips == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", ["encode", "retry"])
 def test_a_shard_of_no_unit_of_the_plan_is_refused_and_not_taken_for_new_clips(
     bank: Path, videos: Path, toy_options: EncodeOptions, again: str
@@ -188,6 +190,7 @@ def test_a_retry_cut_off_after_its_commit_leaves_no_double(
     assert sorted(Bank.open(bank).ids) == [f"clip-0000{k}.mp4" for k in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [False, True], ids=["all mended", "one still bad"])
 def test_a_retry_after_one_that_was_killed_before_its_end_tries_no_clip_that_is_banked(
     bank: Path, videos: Path, tmp_path: Path, other: bool

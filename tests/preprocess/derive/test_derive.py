@@ -450,6 +450,7 @@ def killed() -> Iterator[Callable[..., int]]:
     assert shard.write_synced is true_write
 
 
+@pytest.mark.slow
 def test_killed_at_any_write_it_ends_with_the_same_bytes(
     bank: Make, tmp_path: Path, killed: Callable[..., int]
 ) -> None:

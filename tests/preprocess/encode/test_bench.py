@@ -91,6 +91,7 @@ def test_the_command_measures_and_leaves_nothing(toy: Path, tmp_path: Path, code
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_clips_of_archives_count_as_many_frames_as_those_that_were_tried(
     toy: Path, tmp_path: Path
 ) -> None:

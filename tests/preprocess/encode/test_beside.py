@@ -98,6 +98,7 @@ def test_a_stride_beside_is_read_as_if_all_had_been_encoded_at_once(
     assert [verify(one, deep=True) for one in banks_of(paired)] == [[], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", [pytest.param("blosc", marks=pytest.mark.slow), "int8"])
 def test_of_every_codec(toy: Path, toy_options: EncodeOptions, tmp_path: Path, codec: str) -> None:
     videos, options = [str(toy / "videos" / "test")], replace(toy_options, codec=codec)
@@ -200,6 +201,7 @@ def own(toy: Path, toy_options: EncodeOptions, tmp_path: Path) -> tuple[Path, Pa
     return videos, bank
 
 
+@pytest.mark.slow
 def test_what_was_added_or_changed_in_the_bank_alone_is_not_mixed_with_what_lies_beside(
     own: tuple[Path, Path], toy_options: EncodeOptions, tmp_path: Path
 ) -> None:

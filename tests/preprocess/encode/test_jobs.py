@@ -34,6 +34,7 @@ from preprocess.sources.find import find_clips
 from shards.errors import UserError
 from shards.format.features import Sampling
 from shards.format.plan import ClipSource
+from tests.params import few
 
 TOGETHER = 16
 PROCESSORS = [
@@ -116,7 +117,7 @@ def told(events: Sequence[tuple[ClipSource, Any]]) -> list[tuple[str, object]]:
     ]
 
 
-@pytest.mark.parametrize(("count", "together"), [(3, TOGETHER), (1, 5)])
+@pytest.mark.parametrize(("count", "together"), few([(2, TOGETHER), (1, 5)], 2))
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_events_are_those_of_the_jobs_whatever_was_begun(
     what: str,

@@ -23,6 +23,7 @@ from shards.format.plan import ClipSource, Plan, read_plan
 from shards.format.quarantine import read_entries
 from shards.format.samples import sample_key
 from shards.read.bank import Bank
+from tests.params import few
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_a_plan_tells_what_each_source_was(bank: Path, videos: Path) -> None:
         assert clip.digest
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", few([1, 3], 2))
 def test_changed_videos_are_encoded_again_into_an_overlay(
     bank: Path, videos: Path, toy: Path, run: Callable[..., int], count: int
 ) -> None:
@@ -111,6 +112,7 @@ def test_changed_videos_are_encoded_again_into_an_overlay(
     assert (bank / "plan.json").read_bytes() == plan, "the old video is in its old unit"
 
 
+@pytest.mark.slow
 def test_a_video_that_changed_into_a_bad_one_is_not_served_any_more(
     bank: Path, videos: Path, toy: Path, run: Callable[..., int]
 ) -> None:
@@ -141,6 +143,7 @@ def test_a_touched_video_is_not_encoded_again_and_a_copied_folder_is_the_same(
     assert shards(bank) == before
 
 
+@pytest.mark.slow
 def test_added_videos_make_new_units(
     bank: Path, videos: Path, toy: Path, run: Callable[..., int]
 ) -> None:
@@ -185,6 +188,7 @@ def test_videos_that_are_not_asked_for_are_not_removed(
     assert len(Bank.open(bank)) == 6
 
 
+@pytest.mark.slow
 def test_a_line_taken_out_of_the_quarantine_is_encoded_again(
     videos: Path, toy: Path, run: Callable[..., int], tmp_path: Path
 ) -> None:
@@ -247,6 +251,7 @@ def test_unusual_names_and_one_stem_twice_are_clips_of_their_own(
 # --- moved, and tried again ---
 
 
+@pytest.mark.slow
 def test_a_retry_finds_videos_that_have_moved(
     videos: Path, toy: Path, run: Callable[..., int], tmp_path: Path
 ) -> None:

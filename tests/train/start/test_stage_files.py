@@ -270,6 +270,7 @@ def test_a_stage_that_is_no_folder_of_a_model_is_one_line(tmp_path: Path) -> Non
         assert stage_problem(str(folder)) == f"{folder}: {expected}"
 
 
+@pytest.mark.slow
 def test_stages_that_can_be_trained_are_let_in(stage: Path, trained_run: Path) -> None:
     config(auto_map={"AutoModelForCausalLM": "modeling_qwen2.Own"})(
         stage

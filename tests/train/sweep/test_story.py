@@ -211,6 +211,7 @@ SAID = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SAID)
 def test_what_a_mixture_says_of_its_datasets_is_an_input(
     done: Bench, refused: Refused, toy: Path, tmp_path: Path, case: str
@@ -309,6 +310,7 @@ def test_a_preset_that_changes_while_a_sweep_runs_is_no_run_of_it(
     assert record_of(run.folder) is None
 
 
+@pytest.mark.slow
 def test_settings_that_say_nothing_about_weights_may_differ(
     done: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
