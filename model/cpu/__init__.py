@@ -1,1 +1,1 @@
-"""What this machine's CPU computes fast, measured."""
+"""How to make the most of a CPU: its matrix units, its threads, packed rows."""

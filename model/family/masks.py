@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
+from model.cpu.by_sample import by_sample
 from model.mask import Reach, additive_mask, block_mask, dense_mask
 from shards.errors import UserError
 
@@ -42,6 +43,10 @@ def batch_masks(
         else:
             seen = dense_mask(start, batch.mask_end, batch.others)
             masks[kind] = in_form(seen, implementation, dtype)
+            if implementation == "sdpa":
+                plain = batch.others is None and not reach.limited
+                bounds = batch.mask_start, batch.mask_end, batch.lengths
+                masks[kind] = by_sample(masks[kind], *bounds, plain=plain)
     return by_kind(masks)
 
 

@@ -23,10 +23,12 @@ def choose_attention(
     """
     # flex_attention computes only the blocks that a mask needs, SDPA with a mask the whole square of a
     # row; without one SDPA has its fastest kernels, and rows of one record need none if frames are
-    # causal. On 4,096 tokens: bucketed rows without a mask 3.8 s, a packed row with one 10.0 s (CPU).
+    # causal. 4,096 tokens on a CPU: bucketed rows without a mask 3.8 s, a packed row's square 10.0 s.
+    # So a CPU takes packed rows sample by sample (`model.cpu.by_sample`), compiled layers apart.
     # flex_attention's backward pass is not implemented on CPUs (pytorch#148752). eager only if asked:
     # it materialises all scores.
     asked, pack_tokens, frame_attention = config.attn, config.pack_tokens, config.frame_attention
+    apiece = device == "cpu" and not config.compile
     if asked == "flex_attention" and device != "cuda":
         raise UserError(
             "attn flex_attention needs CUDA (it cannot train on the CPU); use attn: auto or sdpa"
@@ -40,6 +42,11 @@ def choose_attention(
         chosen, reason = asked, "as asked"
     elif device == "cuda" and pack_tokens:
         chosen, reason = "flex_attention", "packed rows on CUDA: only attended blocks are computed"
+    elif pack_tokens and apiece:
+        chosen, reason = (
+            "sdpa",
+            "packed rows, record by record (flex_attention trains on CUDA only)",
+        )
     elif pack_tokens:
         chosen = "sdpa"
         reason = "packed rows, with a dense mask (flex_attention trains on CUDA only)"
@@ -49,7 +56,11 @@ def choose_attention(
         chosen, reason = "sdpa", "questions that do not see each other need a dense mask"
     else:
         chosen, reason = "sdpa", "one record a row, causal: no mask at all"
-    if chosen != "flex_attention" and pack_tokens > 2 * longest:
+    if (
+        chosen != "flex_attention"
+        and pack_tokens > 2 * longest
+        and not (apiece and chosen == "sdpa")
+    ):
         reason += (
             f"; a dense mask costs the square of a row, and the longest record has {longest} tokens: "
             f"pack_tokens {2 * longest} or less would be faster than {pack_tokens}"

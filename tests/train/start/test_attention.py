@@ -1,5 +1,6 @@
 """Which attention a run takes: the choice says its reason, and what cannot work is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from train.start.prepare_llm import choose_attention
 
 CHOICES = [
     ("cuda", {"pack_tokens": 4096}, "flex_attention", "only attended blocks"),
-    ("cpu", {"pack_tokens": 4096}, "sdpa", "packed rows, with a dense mask"),
+    ("cpu", {"pack_tokens": 4096}, "sdpa", "packed rows, record by record"),
+    ("cpu", {"pack_tokens": 4096, "compile": True}, "sdpa", "packed rows, with a dense mask"),
     ("cuda", {}, "sdpa", "frames that see themselves wholly need a dense mask"),
     ("cpu", {"frame_attention": "token"}, "sdpa", "no mask at all"),
     ("cuda", {"frame_attention": "token", "pack_tokens": 64}, "flex_attention", "packed"),
@@ -35,9 +37,12 @@ def test_the_choice_follows_mask_and_device(
 
 def test_rows_much_longer_than_a_record_are_advised_against_under_a_dense_mask() -> None:
     config = TrainConfig(pack_tokens=4097)
-    assert "pack_tokens 4096 or less would be faster" in choose(config, "cpu", 2048)[1]
+    compiled, eager = replace(config, compile=True), replace(config, attn="eager")
+    for one in (compiled, eager):
+        assert "pack_tokens 4096 or less would be faster" in choose(one, "cpu", 2048)[1]
+        assert "faster" not in choose(one, "cpu", 2049)[1]
     assert "faster" not in choose(config, "cuda", 2048)[1]
-    assert "faster" not in choose(config, "cpu", 2049)[1]
+    assert "faster" not in choose(config, "cpu", 2048)[1]
 
 
 def test_flex_attention_is_refused_where_it_cannot_train() -> None:
