@@ -153,7 +153,7 @@ lint: $(READY)
 
 bench: $(READY)  ## the benchmarks; the peers of decoding are measured where they install
 	-$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m tests.bench
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m tests.bench
 
 gpu: $(READY)  ## what waits for a CUDA device, in pieces: MINUTES=9 stops in time, PIECES="demo fsdp" are these
 	$(BIN)/python -m tests.bench.gpu $(PIECES) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SMALL),--small)
