@@ -1,7 +1,7 @@
 """What decoders are asked for: the clips of a unit, and those that a new bank's first unit will have.
 
-    decoders.begin(*first_jobs(clips, options))        # while torch and the tower are loaded
-    jobs = jobs_of(clips, options, tower.pixels)       # once they are; equal ones are decoded already
+    decoders.begin(first_jobs(clips, options), options.batch_frames)   # while the tower is loaded
+    jobs = jobs_of(unit, options, tower.pixels)        # once it is; equal ones may be decoded already
 
 Importing this module does not import torch.
 """

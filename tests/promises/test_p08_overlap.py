@@ -13,7 +13,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from preprocess.encode.pipeline.ahead import Worker, ahead, bytes_of
+from preprocess.encode.pipeline.ahead import Ahead, Worker, bytes_of
 
 GROUPS, ITEMS = 12, 3
 BYTES = 100_000
@@ -42,7 +42,7 @@ def test_items_come_in_the_order_of_the_groups_whoever_is_fast(count: int) -> No
 
         return make
 
-    found = ahead(range(GROUPS), [worker(n) for n in range(count)], 4 * BYTES)
+    found = Ahead(range(GROUPS), [worker(n) for n in range(count)], 4 * BYTES)
     assert [(group, item) for group, item, _ in found] == ORDER
     assert len(at_work) <= min(count, GROUPS)
 
@@ -56,7 +56,7 @@ def test_the_next_groups_are_begun_while_one_is_taken(count: int) -> None:
         yield group, 0, array()
 
     found = []
-    for group, _, _ in ahead(range(GROUPS), [make] * count, 4 * BYTES):
+    for group, _, _ in Ahead(range(GROUPS), [make] * count, 4 * BYTES):
         if group + 1 < GROUPS:
             assert begun[group + 1].wait(60), "it waits for this one to be taken"
         found.append(group)
@@ -76,7 +76,7 @@ def test_no_more_waits_than_it_may_and_a_slow_first_group_is_not_locked_out(coun
             yield group, item, array()
 
     most = 3 * bytes_of((0, 0, array()))
-    for taken, _ in enumerate(ahead(range(GROUPS), [make] * count, most), 1):
+    for taken, _ in enumerate(Ahead(range(GROUPS), [make] * count, most), 1):
         # what waits, one of the first group beside it, and what each worker holds in its hands
         assert len(made) <= taken + 3 + 1 + count
         time.sleep(0.001)
@@ -93,7 +93,7 @@ def test_an_error_is_raised_in_its_place_and_nobody_is_left(count: int) -> None:
     before, found = threading.active_count(), []
 
     def take() -> None:
-        for group, _, _ in ahead(range(GROUPS), [make] * count, BYTES):
+        for group, _, _ in Ahead(range(GROUPS), [make] * count, BYTES):
             found.append(group)
 
     with pytest.raises(OSError, match="the disk"):
@@ -111,7 +111,7 @@ def test_who_leaves_early_ends_workers_that_wait_for_something_else() -> None:
         yield group, 1, array()
 
     began = time.monotonic()
-    with closing(ahead(range(GROUPS), [make] * 3, 9 * BYTES, over.set)) as items:
+    with closing(Ahead(range(GROUPS), [make] * 3, 9 * BYTES, over.set)) as items:
         assert next(items)[:2] == (0, 0)
     assert threading.active_count() == before
     assert time.monotonic() - began < 30

@@ -1,6 +1,6 @@
 """Run several workers, each in its own thread, a bounded number of bytes ahead of the consumer.
 
-    with closing(ahead(groups, [worker, worker], most_bytes=64 << 20)) as items:
+    with closing(Ahead(groups, [worker, worker], most_bytes=64 << 20)) as items:
         for item in items: ...      # those of the first group, then those of the second ...
 
 A worker takes the next group and makes its items, independently of the others; items are yielded in the
@@ -36,9 +36,10 @@ class Stream(Generic[Item]):
 
 
 class Ahead(Iterator[Item]):
-    """The items that workers make of groups, in the order of the groups; workers begin at once.
+    """The items that workers make of groups, in the order of the groups.
 
-    Shared by the workers and the consumer, who closes it.
+    Workers begin at once, and continue while the waiting items have fewer than `most_bytes` in arrays. A
+    worker's exception is raised at the item's place in the order.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Ahead(Iterator[Item]):
         groups: Sequence[Group],
         workers: Sequence[Worker[Group, Item]],
         most_bytes: int,
-        interrupt: Callable[[], None],
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
+        """interrupt: makes workers return that wait for something else; may be called more than once."""
+        workers = workers[: len(groups)]
         self._groups = iter(groups)
         self._most_bytes = most_bytes
         self._interrupt = interrupt
@@ -158,21 +161,6 @@ class Ahead(Iterator[Item]):
             self._bytes += bytes_of(item)
             self._change.notify_all()
         return True
-
-
-def ahead(
-    groups: Sequence[Group],
-    workers: Sequence[Worker[Group, Item]],
-    most_bytes: int,
-    interrupt: Callable[[], None] = lambda: None,
-) -> Ahead[Item]:
-    """Return the items that the workers make of the groups, in the order of the groups.
-
-    They begin at once, and continue while the waiting items have fewer than `most_bytes` in arrays. A
-    worker's exception is raised at the item's place in the order. interrupt: makes workers return that
-    wait for something else; may be called more than once.
-    """
-    return Ahead(groups, workers[: len(groups)], most_bytes, interrupt)
 
 
 def bytes_of(item: tuple[Any, ...]) -> int:

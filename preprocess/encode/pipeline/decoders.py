@@ -21,7 +21,7 @@ from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.events import Begin, ClipFacts
 from preprocess.decode.request import ReadRequest
 from preprocess.decode.source import Outcome, SourceReader
-from preprocess.encode.pipeline.ahead import Ahead, ahead
+from preprocess.encode.pipeline.ahead import Ahead
 from shards.forked import cores
 from shards.format.plan import ClipSource
 
@@ -98,7 +98,7 @@ class Decoders(ExitStack):
     def _ahead(self, jobs: Sequence[Job], together: int) -> Ahead[SourceEvent]:
         files = groupby(jobs, key=lambda job: (job[0].path, job[0].offset))
         workers = [partial(read_file, reader, together) for reader in self.readers]
-        return ahead(
+        return Ahead(
             [list(group) for _, group in files],
             workers,
             HELD_BYTES * len(self.readers),
