@@ -52,7 +52,7 @@ def test_a_packed_run_takes_the_steps_of_its_plan(
     assert [line["tokens"] for line in lines] == plan.per_step(plan.tokens).tolist()
     assert lines[-1]["loss"] < lines[0]["loss"]
     text = (packed / "train.log").read_text()
-    assert "attention sdpa: packed rows, with a dense mask" in text
+    assert "attention sdpa: packed rows, record by record" in text
     assert "6 of 4 rows of up to 600 tokens" in text
 
 
