@@ -8,6 +8,7 @@ A worker that dies takes nothing with it, and none outlives the command.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,14 +137,14 @@ if __name__ == "__main__":  # not in the workers
 
 
 @pytest.fixture
-def run(toy: Path, tmp_path: Path) -> Iterator[Callable[[Path], "subprocess.Popen[bytes]"]]:
+def run(toy: Path, tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
     """A function that starts encoding with two workers, in a session of its own."""
     script = tmp_path / "script.py"
     script.write_text(ENCODE)
     started = []
 
-    def start(bank: Path) -> "subprocess.Popen[bytes]":
-        words = [sys.executable, str(script), toy / "videos", bank, toy / "tower"]
+    def start(bank: Path, videos: Path = toy / "videos") -> "subprocess.Popen[bytes]":
+        words = [sys.executable, str(script), videos, bank, toy / "tower"]
         process = subprocess.Popen(
             [str(word) for word in words],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -223,10 +224,12 @@ def test_a_worker_that_dies_is_told_in_a_line_and_the_rest_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_outlives_the_parent(
-    tmp_path: Path, run: Callable[[Path], object], how: signal.Signals
+    toy: Path, tmp_path: Path, run: Callable[..., object], how: signal.Signals
 ) -> None:
-    bank = tmp_path / "bank"
-    process = run(bank)
+    bank, videos = tmp_path / "bank", tmp_path / "videos"
+    for copy in range(20):  # with nine clips it might be over before it is stopped
+        shutil.copytree(toy / "videos", videos / str(copy))
+    process = run(bank, videos)
     assert isinstance(process, subprocess.Popen)
     until(lambda: list((bank / "shards").glob("*.done")))
     family = below(process.pid)
