@@ -91,12 +91,22 @@ def end_by(number: int) -> NoReturn:
     Python's own cleaning up. Ours was done, by `with` and `finally`.
     """
     deadline = time.monotonic() + THREADS_SECONDS
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
-            thread.join(max(deadline - time.monotonic(), 0))
-            if thread.is_alive():
-                _end_at_once(number)
+    while any(map(_is_going_on, threading.enumerate())):
+        if time.monotonic() > deadline:
+            _end_at_once(number)
+        time.sleep(0.01)
     raise SystemExit(128 + number)
+
+
+def _is_going_on(thread: threading.Thread) -> bool:
+    """Return whether Python would have to wait for a thread, or for one that it takes to have ended.
+
+    Before 3.13 a `join` that an exception leaves marks a running thread as ended (bpo-45274). Python does
+    not wait for it, and ends it where it next asks for the interpreter: within torch this aborts.
+    """
+    if thread.daemon or thread is threading.current_thread():
+        return False
+    return thread.ident in sys._current_frames()
 
 
 def _end_at_once(number: int) -> NoReturn:

@@ -82,6 +82,12 @@ DOING = {
     print("begun", flush=True)
     time.sleep(60)
 """,
+    "joins a thread that goes on": """
+    thread = threading.Thread(target=time.sleep, args=(60,))
+    thread.start()
+    print("begun", flush=True)
+    thread.join()
+""",
 }
 FRAGILE = """
 import os, time
@@ -128,6 +134,35 @@ def test_a_command_is_stopped_in_seconds_whatever_it_does(
         "stopped",
     ]
     assert "Traceback" not in said.replace("Exception ignored", "").partition("__del__")[0], said
+
+
+JOINS = """
+    def slow():
+        time.sleep(0.6)
+        print("ended", flush=True)
+    thread = threading.Thread(target=slow)
+    thread.start()
+    print("begun", flush=True)
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_thread_whose_join_was_left_by_a_signal_ends_first(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    # before Python 3.13 it counts as ended; within torch it would abort the process that ends
+    process = start(tmp_path, BEGIN + JOINS + END)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.2)
+        process.send_signal(number)
+        out, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, said
+    assert out.split() == ["stopped", "ended"]
 
 
 ENDLESS = {
