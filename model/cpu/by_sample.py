@@ -1,6 +1,6 @@
 """SDPA a sample at a time: on a CPU a packed row costs what its samples do, not the square of its length.
 
-    mask = by_sample(dense_mask(start, end), start, end, lengths)
+    mask = by_sample(dense_mask(start, end), start, end, lengths, plain=True)
 
 The mask stays whole and right for whoever reads it; `attend`, which transformers calls for `sdpa` once
 this module is imported, reads the squares of the samples alone. Without a mask of this kind it is
@@ -44,6 +44,7 @@ def by_sample(mask: Tensor, start: Tensor, end: Tensor, lengths: Tensor, *, plai
             _sizes(row, int(length), start.shape[1])
             for row, length in zip(begins, lengths, strict=True)
         ]
+        # on the tensor, which transformers hands on as it is, to recomputed layers, too
         mask.samples = Samples(sizes, causal)  # type: ignore[attr-defined]
     return mask
 

@@ -10,15 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice, takewhile
-from pathlib import Path
 from types import SimpleNamespace
 
 from model.tower.pixels import Pixels
 from preprocess.encode.features import EncodeOptions
 from preprocess.encode.pipeline.decoders import Job
+from preprocess.encode.tower import tower_folder
 from shards.errors import UserError
 from shards.format.plan import ClipSource
-from shards.hub import cached_file
 
 PARTS_AHEAD = 64
 """Later parts of the same file that a decoder is given, in case it must read the file from its start."""
@@ -68,12 +67,11 @@ def first_jobs(clips: Sequence[ClipSource], options: EncodeOptions) -> list[Job]
 
 def likely_pixels(options: EncodeOptions) -> Pixels | None:
     """Return how a tower's image processor resizes, by its file alone; None if that does not say it."""
-    folder = Path(options.tower)
-    found = (
-        folder / PROCESSOR_FILE if folder.is_dir() else cached_file(options.tower, PROCESSOR_FILE)
-    )
+    folder = tower_folder(options.tower)
+    if folder is None:
+        return None
     try:
-        written = json.loads(Path(found or "").read_text())
+        written = json.loads((folder / PROCESSOR_FILE).read_text())
         pixels = Pixels.from_processor(SimpleNamespace(**written))
         return pixels.fitted(options.fit) if options.fit else pixels
     # a file of another shape, of an older transformers or of a tower that resizes in another way: what is

@@ -182,15 +182,19 @@ def refuse_other_device(bank: Path, plan: Plan, options: EncodeOptions) -> None:
 
 def tower_files(name: str) -> str | None:
     """Return a hash of the names, sizes and mtimes of a tower's files; None if they are not local."""
-    folder = Path(name)
-    # a Hub name: the files of its cache, without a request
-    if not folder.is_dir():
-        config = cached_file(name, "config.json")
-        if config is None:
-            return None
-        folder = Path(config).parent
+    folder = tower_folder(name)
+    if folder is None:
+        return None
     facts = sorted(_facts(folder))
     return digest(repr(facts).encode()) if facts else None
+
+
+def tower_folder(name: str) -> Path | None:
+    """Return the folder of a tower's files: its own, or the Hub's cache, without a request; or None."""
+    if Path(name).is_dir():
+        return Path(name)
+    config = cached_file(name, "config.json")
+    return Path(config).parent if config else None
 
 
 def _facts(folder: Path) -> Iterator[tuple[str, int, int]]:

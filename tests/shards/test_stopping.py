@@ -113,12 +113,9 @@ def start(tmp_path: Path, text: str, *before: str) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("doing", DOING)
-def test_a_command_is_stopped_in_seconds_whatever_it_does(
-    tmp_path: Path, doing: str, number: signal.Signals
-) -> None:
-    process = start(tmp_path, BEGIN + DOING[doing] + END)
+def stopped(tmp_path: Path, text: str, number: signal.Signals) -> tuple[str, str]:
+    """Stop a command once it has begun; return what it printed after that, and its errors."""
+    process = start(tmp_path, text)
     try:
         assert process.stdout
         assert process.stdout.readline() == "begun\n"
@@ -129,6 +126,15 @@ def test_a_command_is_stopped_in_seconds_whatever_it_does(
     finally:
         process.kill()
     assert process.returncode == 128 + number, said
+    return out, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("doing", DOING)
+def test_a_command_is_stopped_in_seconds_whatever_it_does(
+    tmp_path: Path, doing: str, number: signal.Signals
+) -> None:
+    out, said = stopped(tmp_path, BEGIN + DOING[doing] + END, number)
     assert [line for line in out.splitlines() if line != "begun"] == [
         *["cleaned"] * ("cleaned" in DOING[doing]),
         "stopped",
@@ -152,16 +158,7 @@ def test_a_thread_whose_join_was_left_by_a_signal_ends_first(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     # before Python 3.13 it counts as ended; within torch it would abort the process that ends
-    process = start(tmp_path, BEGIN + JOINS + END)
-    try:
-        assert process.stdout
-        assert process.stdout.readline() == "begun\n"
-        time.sleep(0.2)
-        process.send_signal(number)
-        out, said = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number, said
+    out, _ = stopped(tmp_path, BEGIN + JOINS + END, number)
     assert out.split() == ["stopped", "ended"]
 
 

@@ -17,7 +17,7 @@ from preprocess.decode.decode_child import DecodeChild
 from preprocess.decode.source import SourceReader
 from preprocess.encode import calibrate as module
 from preprocess.encode.calibrate import calibrate
-from preprocess.encode.features import EncodeOptions, load_tower
+from preprocess.encode.features import EncodeOptions
 from preprocess.sources.find import find_clips
 from shards.errors import UserError
 from shards.format.codec import Codec, as_float32, channel_rms
@@ -30,11 +30,6 @@ LOSSLESS = {
     "channel_error_median": 0.0,
     "channel_error_worst": 0.0,
 }
-
-
-@pytest.fixture(scope="module")
-def tower(toy_options: EncodeOptions) -> Tower:
-    return load_tower(toy_options)
 
 
 @pytest.fixture(scope="module")

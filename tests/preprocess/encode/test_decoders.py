@@ -15,7 +15,7 @@ import pytest
 
 from model.tower.tower import Tower
 from preprocess.decode.archive import Archive, Unpacker
-from preprocess.encode.features import EncodeOptions, feature_config, load_tower
+from preprocess.encode.features import EncodeOptions, feature_config
 from preprocess.encode.pipeline.decoders import Decoders
 from preprocess.encode.unit import Encoder
 from preprocess.sources.find import FindOptions, find_clips
@@ -38,11 +38,6 @@ def draw(path: Path, frames: int, side: int = 64) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
     return path
-
-
-@pytest.fixture(scope="module")
-def tower(toy_options: EncodeOptions) -> Tower:
-    return load_tower(toy_options)
 
 
 @pytest.fixture(scope="module")

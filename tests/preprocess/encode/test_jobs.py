@@ -26,7 +26,7 @@ from model.tower.pixels import FITS, Pixels
 from model.tower.tower import Tower
 from preprocess.decode.archive import Unpacker
 from preprocess.decode.source import Outcome
-from preprocess.encode.features import EncodeOptions, load_tower
+from preprocess.encode.features import EncodeOptions
 from preprocess.encode.jobs import FORETOLD, PARTS_AHEAD, first_jobs, jobs_of, likely_pixels
 from preprocess.encode.pipeline.decoders import Begun, Decoders, Job
 from preprocess.encode.run import encode
@@ -66,11 +66,6 @@ DIFFERENT: dict[str, Callable[[list[Job]], list[Job]]] = {
     "another size": lambda jobs: [(clip, replace(request, pixels=None)) for clip, request in jobs],
     "none": lambda jobs: [],
 }
-
-
-@pytest.fixture(scope="module")
-def tower(toy_options: EncodeOptions) -> Tower:
-    return load_tower(toy_options)
 
 
 @pytest.fixture(scope="module")

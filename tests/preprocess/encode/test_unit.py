@@ -36,11 +36,6 @@ from shards.write.shard import ShardWriter
 
 
 @pytest.fixture(scope="module")
-def tower(toy_options: EncodeOptions) -> Tower:
-    return load_tower(toy_options)
-
-
-@pytest.fixture(scope="module")
 def clips(toy: Path) -> list[ClipSource]:
     return find_clips([str(toy / "videos" / "test")]).clips
 
